@@ -1,0 +1,34 @@
+# make smoke: train a tiny model from nothing. make test: every check. Both create .venv when it is missing or outdated.
+# On a machine with several Pythons: make test PYTHON=python3.11
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so an interrupted installation starts again from an empty environment.
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: smoke test lint venv clean
+
+smoke: $(STAMP)
+	$(BIN)/gr smoke
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy gr
+	$(BIN)/lint-imports
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints/cpu.txt packaging/fbgemm-gpu-cpu/pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu -e ".[cpu,dev]"
+	$(BIN)/python -m pip check
+	touch $@
+
+clean:
+	rm -rf $(VENV) .ruff_cache .mypy_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,65 @@
+"""Batches of user histories, jagged: no padding anywhere.
+
+B examples, T packed tokens (sum of lengths). Token arrays are packed example after example, oldest event first.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+ITEM_FEATURE = "item_id"
+
+
+@dataclass(frozen=True)
+class _Movable(Pipelineable):
+    def to(self, device: torch.device, non_blocking: bool = False):
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor | KeyedJaggedTensor):
+                moved[name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor | KeyedJaggedTensor):
+                value.record_stream(stream)
+
+
+@dataclass(frozen=True)
+class SequenceBatch(_Movable):
+    """Histories and, for every position, the item that came next.
+
+    features: KeyedJaggedTensor with the key ITEM_FEATURE and stride B; its values are the T input item ids.
+    target_ids_T: int64, the next item of each position.
+    timestamps_T, query_timestamps_T: int64 seconds, of the event and of the next one; None where the data has none.
+    first_example: index, in the training order, of the first example of the global batch that this is part of.
+    """
+
+    features: KeyedJaggedTensor
+    target_ids_T: Tensor
+    timestamps_T: Tensor | None
+    query_timestamps_T: Tensor | None
+    first_example: int
+
+
+@dataclass(frozen=True)
+class EvaluationBatch(_Movable):
+    """Histories and the one held-out item of each.
+
+    features, timestamps_T: as in SequenceBatch. query_timestamps_T: time of the next event, which for the last token
+    of an example is the time of its target.
+    target_ids_B: int64. valid_B: bool, False for rows that only fill up the batch and must not be counted.
+    seen_ids, seen_offsets: int64, jagged [B]: the items that may not be recommended to each user.
+    """
+
+    features: KeyedJaggedTensor
+    timestamps_T: Tensor | None
+    query_timestamps_T: Tensor | None
+    target_ids_B: Tensor
+    valid_B: Tensor
+    seen_ids: Tensor
+    seen_offsets: Tensor

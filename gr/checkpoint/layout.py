@@ -1,0 +1,97 @@
+"""Checkpoints on disk.
+
+    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml
+    run_dir/checkpoints/.step-00000140/    being written: never looked at, removed at the next start
+    run_dir/checkpoints/best.json          {"step": 120, "metric": "ndcg@10", "value": 0.17}
+
+A folder gets its final name by one rename, after every rank has written.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gr.errors import CheckpointError
+
+STEP_NAME = re.compile(r"step-(\d{8,})")
+PROGRESS = "progress.json"
+CONFIG = "config.yaml"
+BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    path: Path
+
+    def final(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        return self.path / f".step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self.path.is_dir():
+            return []
+        found = (STEP_NAME.fullmatch(p.name) for p in self.path.iterdir() if (p / PROGRESS).is_file())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> Path | None:
+        return self.final(steps[-1]) if (steps := self.steps()) else None
+
+    def best(self) -> dict[str, Any] | None:
+        """What best.json says, or None."""
+        path = self.path / BEST
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        write_json(self.path / BEST, {"step": step, "metric": metric, "value": value})
+
+    def commit(self, step: int) -> None:
+        """Makes a fully written checkpoint visible, in place of an older one of the same step."""
+        final = self.final(step)
+        if final.exists():
+            shutil.rmtree(final)
+        self.partial(step).rename(final)
+
+    def prune(self, keep_last: int) -> None:
+        """Removes all but the newest `keep_last` and the best."""
+        best = self.best()
+        spared = {*self.steps()[-keep_last:], *([best["step"]] if best else [])}
+        for step in self.steps():
+            if step not in spared:
+                shutil.rmtree(self.final(step))
+
+    def remove_partial(self) -> None:
+        """Removes what a killed run left half written."""
+        for path in self.path.glob(".step-*"):
+            shutil.rmtree(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` at once, so that a reader never sees half of it."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    draft.replace(path)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that a user means: a checkpoint itself, or a run folder's best, or else its latest.
+
+    Raises CheckpointError when there is none.
+    """
+    path = Path(path)
+    if (path / PROGRESS).is_file():
+        return path
+    folder = CheckpointFolder(path if path.name == "checkpoints" else path / "checkpoints")
+    best = folder.best()
+    if best and best["step"] in folder.steps():
+        return folder.final(best["step"])
+    if latest := folder.latest():
+        return latest
+    raise CheckpointError(f"{path}: no checkpoint there; expected a run folder or a step-XXXXXXXX folder in it")

@@ -1,0 +1,182 @@
+"""Saves and loads a run: dense parameters, tables, optimizer states, step and data position.
+
+Schedules and random draws are functions of (seed, step, rank), so the step is all that has to be kept of them.
+"""
+
+import json
+import warnings
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder, write_json
+from gr.checkpoint.tables import fill_rowwise, table_entries
+from gr.dist import World
+from gr.embeddings import TableOptimizer
+from gr.errors import CheckpointError
+
+ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The live tensors of a run; saving reads them and loading writes into them."""
+
+    dense: dict[str, nn.Parameter]
+    dense_optimizer: torch.optim.AdamW | None
+    tables: TableOptimizer
+
+
+class CheckpointStore:
+    """The checkpoints of one run, written by all ranks together."""
+
+    def __init__(self, folder: Path, state: ModelState, config_yaml: str, world: World, *, asynchronous: bool) -> None:
+        self.folder = CheckpointFolder(folder)
+        self.state, self.config_yaml, self.world = state, config_yaml, world
+        self.pending: Thread | None = None
+        self.failure: Exception | None = None
+        # A save in the background must not share collectives with training.
+        self.group = dist.new_group(backend="gloo") if asynchronous else None
+        if world.is_main:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.remove_partial()
+
+    def save(self, progress: dict[str, Any], keep_last: int) -> None:
+        """Saves the state as of progress["step"]. Asynchronous saves return once the tensors are copied."""
+        self.finish()
+        step = progress["step"]
+        partial = self.folder.partial(step)
+        if self.world.is_main:
+            partial.mkdir()
+            (partial / CONFIG).write_text(self.config_yaml)
+            write_json(partial / PROGRESS, progress)
+        tensors = _tensors(self.state)
+        if self.group is None:
+            dcp.save(tensors, checkpoint_id=partial)
+            self._commit(step, keep_last)
+            # No rank may look for the checkpoint before it has its name.
+            dist.barrier()
+            return
+        future = dcp.async_save(
+            tensors, checkpoint_id=partial, process_group=self.group, async_stager=BlockingAsyncStager()
+        )
+        # The main rank's save ends after every rank's has, so it can commit alone, while training goes on.
+        self.pending = Thread(target=self._commit_later, args=(future, step, keep_last), name="checkpoint-commit")
+        self.pending.start()
+
+    def finish(self) -> None:
+        """Waits for a save in the background. Raises what went wrong in it."""
+        if self.pending is None:
+            return
+        self.pending.join()
+        self.pending = None
+        dist.barrier(group=self.group)
+        if self.failure is not None:
+            raise CheckpointError(f"saving in the background failed: {self.failure}") from self.failure
+
+    def _commit_later(self, future: Future, step: int, keep_last: int) -> None:
+        try:
+            future.result()
+            self._commit(step, keep_last)
+        except Exception as error:  # raised by finish(), in the thread that trains
+            self.failure = error
+
+    def _commit(self, step: int, keep_last: int) -> None:
+        if self.world.is_main:
+            self.folder.commit(step)
+            self.folder.prune(keep_last)
+
+
+def load_state(path: Path, state: ModelState) -> dict[str, Any]:
+    """Loads a checkpoint into the live tensors, under whatever plan and world size; returns its progress.
+
+    Raises CheckpointError naming both shapes where a tensor does not fit, and for a checkpoint that cannot be read.
+    """
+    try:
+        progress = json.loads((path / PROGRESS).read_text())
+        saved = dcp.FileSystemReader(path).read_metadata()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+    wanted = _tensors(state)
+    resharded = _rowwise_of_other_columns(saved, state)
+    _check_shapes(path, saved, wanted, skip=set(resharded))
+    for name in resharded:
+        wanted["tables"].pop(name)
+    fulls = {name: torch.empty(_saved_size(saved, f"tables.{name}")) for name in resharded}
+    with warnings.catch_warnings():
+        # Ranks hold parts of different tables, so their keys differ by design.
+        warnings.filterwarnings("ignore", message="Detected mismatched keys")
+        dcp.load(wanted, checkpoint_id=path)
+        if fulls:
+            dcp.load({"tables": fulls}, checkpoint_id=path)
+    for entry in table_entries(state.tables):
+        if entry.name in fulls:
+            fill_rowwise(entry, fulls[entry.name])
+    state.tables.set_steps(progress["step"])
+    return progress
+
+
+def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
+    """What DCP saves. Loading writes into the same tensors, so optimizer states are made if they are not there."""
+    tensors: dict[str, dict[str, Any]] = {
+        "dense": {name: p.detach() for name, p in state.dense.items()},
+        "tables": {entry.name: entry.value for entry in table_entries(state.tables)},
+    }
+    if state.dense_optimizer is not None:
+        tensors["dense_optimizer"] = dict(_adamw_states(state.dense, state.dense_optimizer))
+    return tensors
+
+
+def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW):
+    for name, parameter in dense.items():
+        states = optimizer.state[parameter]
+        if not states:
+            states["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            states.update({kind: torch.zeros_like(parameter) for kind in ADAMW_STATES})
+        for kind in ("step", *ADAMW_STATES):
+            yield f"{name}.{kind}", states[kind]
+
+
+def _rowwise_of_other_columns(saved: Metadata, state: ModelState) -> list[str]:
+    """Row-wise states that were saved under another number of column shards."""
+    return [
+        entry.name
+        for entry in table_entries(state.tables)
+        if entry.is_rowwise
+        and (size := _saved_size(saved, f"tables.{entry.name}")) is not None
+        and size != entry.value.size()
+        and size[0] == entry.value.size()[0]
+    ]
+
+
+def _check_shapes(path: Path, saved: Metadata, wanted: dict[str, dict[str, Any]], skip: set[str]) -> None:
+    faults = []
+    for group, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            size = _saved_size(saved, f"{group}.{name}")
+            if size is None:
+                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint has none")
+            elif size != tensor.size() and name not in skip:
+                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {tuple(size)}")
+    if faults:
+        raise CheckpointError(
+            f"{path} is of another model:\n  " + "\n  ".join(faults) + "\n"
+            "use another run_dir, or the configuration saved in the checkpoint (config.yaml)"
+        )
+
+
+def _saved_size(saved: Metadata, name: str) -> torch.Size | None:
+    entry = saved.state_dict_metadata.get(name)
+    return entry.size if isinstance(entry, TensorStorageMetadata) else None
+
+
+__all__ = ["CheckpointStore", "ModelState", "load_state"]

@@ -1,0 +1,57 @@
+"""The command line. A user's mistake is one message on stderr; only a mistake of ours shows a traceback.
+
+exit code   meaning
+0           done
+1           done, and the answer is no: `doctor` found a fault, `config diff` a difference; a bug, with a traceback
+2           the command, configuration, data or installation is wrong: `error: ...` says what and the remedy
+130         interrupted by Ctrl-C
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from gr import __version__
+from gr.cli.lazy import LazyGroup
+from gr.errors import GRError
+
+_COMMANDS = {
+    "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
+    "evaluate": ("gr.cli.evaluate:command", "Evaluate a checkpoint on held-out data."),
+    "plan": ("gr.cli.plan:command", "Show how the embedding tables would be sharded."),
+    "prepare": ("gr.cli.prepare:command", "Turn a public data set into schema.json and Parquet parts."),
+    "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN and Markov on the same split."),
+    "smoke": ("gr.cli.smoke:command", "Train, evaluate and resume on generated data."),
+    "config": ("gr.cli.config:command", "Show, check or compare configurations."),
+    "doctor": ("gr.cli.doctor:command", "Check that the installed packages fit together."),
+}
+
+
+@click.group(cls=LazyGroup, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gr")
+def command() -> None:
+    """gr: sparse recommender models on torch and torchrec."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. A command may return an integer to set it."""
+    try:
+        result = command.main(arguments, prog_name="gr", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        return 2
+    except GRError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:  # `gr config show ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,170 @@
+"""`gr doctor`: do the installed packages fit together, and the remedy when not. Works where torch does not import."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+import click
+
+# The one set that loads together: fbgemm's binaries are built against one minor version of torch.
+WANTED = {"torch": "2.13.*", "torchrec": "1.8.0", "fbgemm": "1.8.0", "torchmetrics": "1.0.3"}
+SHOWN = (
+    *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchmetrics", "tensordict", "triton"),
+    *("pyarrow", "numpy", "scipy", "pydantic", "torchx"),
+)
+INSTALL = {
+    "cpu": 'pip install -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu -e ".[cpu]"',
+    "cuda": 'pip install -c constraints/cuda.txt -e ".[cuda]"',
+}
+_TIMEOUT_S = 300  # a cold first import of torch from a network disk takes minutes
+
+# Runs in a process of its own: a library that does not fit may end the process instead of raising.
+_PROBE = """
+import importlib, json
+found = {"errors": {}, "devices": []}
+for name in ("torch", "fbgemm_gpu", "torchrec", "torchmetrics"):
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        found["errors"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+if "torch" not in found["errors"]:
+    import torch
+    found["cuda"] = torch.version.cuda
+    count = torch.cuda.device_count() if torch.version.cuda else 0
+    found["devices"] = [torch.cuda.get_device_name(i) for i in range(count)]
+print("\\n" + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What is on this machine.
+
+    versions: distribution -> version. errors: module -> why it does not import.
+    cuda: CUDA version of the torch build, None for a CPU build. gpus: names of the devices torch sees.
+    driver: an NVIDIA driver is present, whatever torch sees.
+    """
+
+    versions: Mapping[str, str]
+    errors: Mapping[str, str] = field(default_factory=dict)
+    cuda: str | None = None
+    gpus: tuple[str, ...] = ()
+    driver: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    problem: str
+    remedy: str
+
+
+@click.command()
+def command() -> int:
+    """Check that the installed packages fit together; exit code 1 and a remedy when they do not."""
+    found = inspect_machine()
+    for line in describe(found):
+        click.echo(line)
+    faults = diagnose(found)
+    for fault in faults:
+        click.echo(f"\nfault: {fault.problem}\n  remedy: {fault.remedy}")
+    click.echo("\nok: the packages fit together" if not faults else f"\n{len(faults)} fault(s)")
+    return 1 if faults else 0
+
+
+def inspect_machine() -> Installed:
+    versions = {}
+    for name in SHOWN:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    probe = _probe_imports()
+    return Installed(
+        versions=versions,
+        errors=probe.get("errors", {}),
+        cuda=probe.get("cuda"),
+        gpus=tuple(probe.get("devices", ())),
+        driver=shutil.which("nvidia-smi") is not None,
+    )
+
+
+def _probe_imports() -> dict:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"errors": {"torch": f"importing took more than {_TIMEOUT_S} s"}}
+    except (IndexError, ValueError):  # died before it could speak
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"errors": {"torch": f"importing ended the process with code {done.returncode}: {last}"}}
+
+
+def describe(found: Installed) -> list[str]:
+    """The versions, devices and compiler, one a line."""
+    rows = [("python", platform.python_version())]
+    rows += [(name, found.versions.get(name, "-")) for name in SHOWN]
+    rows.append(("CPU", f"{os.cpu_count()} cores"))
+    build = f"CUDA {found.cuda} build" if found.cuda else "CPU build"
+    none = "unknown: torch does not import" if "torch" in found.errors else f"none ({build} of torch)"
+    rows.append(("GPU", ", ".join(found.gpus) or none))
+    compiler = _compiler()
+    rows.append(("C++ compiler", compiler or "none: the native CPU ops are off, slower pure-torch paths are used"))
+    return [f"{name:<16}{value}" for name, value in rows]
+
+
+def _compiler() -> str | None:
+    named = [os.environ["CXX"]] if os.environ.get("CXX") else []
+    return next((path for name in (*named, "g++", "c++", "clang++") if (path := shutil.which(name))), None)
+
+
+def diagnose(found: Installed) -> list[Fault]:
+    """What is wrong, each with the command that mends it. The first fault usually explains the later ones."""
+    install = INSTALL["cuda" if found.cuda or found.driver else "cpu"]
+    faults = _version_faults(found, install) or _pairing_faults(found)
+    if not faults:
+        faults = [Fault(f"{name} does not import: {why}", install) for name, why in found.errors.items()]
+    return faults
+
+
+def _version_faults(found: Installed, install: str) -> list[Fault]:
+    faults = []
+    for name, wanted in WANTED.items():
+        version = _fbgemm_version(found) if name == "fbgemm" else found.versions.get(name)
+        if version is None:
+            package = "fbgemm-gpu-cpu or fbgemm-gpu" if name == "fbgemm" else name
+            faults.append(Fault(f"{package} {wanted} is needed and not installed", install))
+        elif not fnmatch(version.partition("+")[0], wanted):
+            faults.append(Fault(f"{name} {version} is installed, {wanted} is needed", install))
+    return faults
+
+
+def _pairing_faults(found: Installed) -> list[Fault]:
+    """The right versions in combinations that cannot work."""
+    cpu, cuda = "fbgemm-gpu-cpu" in found.versions, _has_cuda_fbgemm(found)
+    # Uninstalling either removes the folder they share, so both go and one comes back.
+    swap = f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {INSTALL['cuda' if found.cuda else 'cpu']}"
+    if cpu and cuda:
+        return [Fault("fbgemm-gpu and fbgemm-gpu-cpu are both installed, and write into the same folder", swap)]
+    if cuda and not found.cuda and "torch" not in found.errors:
+        return [Fault("fbgemm-gpu is the CUDA build, torch is the CPU build", swap)]
+    if cpu and found.gpus:
+        return [Fault(f"there is a GPU ({found.gpus[0]}), but fbgemm is the CPU build", swap)]
+    return []
+
+
+def _has_cuda_fbgemm(found: Installed) -> bool:
+    """fbgemm-gpu X+cpu is this repository's empty stand-in for the CPU build, not the CUDA build."""
+    return not found.versions.get("fbgemm-gpu", "+cpu").endswith("+cpu")
+
+
+def _fbgemm_version(found: Installed) -> str | None:
+    return found.versions["fbgemm-gpu"] if _has_cuda_fbgemm(found) else found.versions.get("fbgemm-gpu-cpu")

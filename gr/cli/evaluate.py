@@ -1,0 +1,26 @@
+"""`gr evaluate`: the metrics of a checkpoint, from the checkpoint alone."""
+
+import click
+
+from gr.cli.report import print_report
+from gr.config import load_config
+
+
+@click.command(help="Evaluate a checkpoint: a run folder (its best, or else its latest), or one step-XXXXXXXX folder.")
+@click.option("--checkpoint", required=True, help="Run folder or checkpoint folder.")
+@click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def command(checkpoint: str, split: str, overrides: tuple[str, ...]) -> None:
+    from gr import logging
+    from gr.checkpoint import resolve
+    from gr.checkpoint.layout import CONFIG
+    from gr.dist import world
+    from gr.experiment import evaluate
+
+    path = resolve(checkpoint)
+    loaded = load_config(str(path / CONFIG), overrides)
+    with world(loaded.device) as here:
+        logging.configure(here.rank)
+        report = evaluate(loaded, path, here, split)
+        if here.is_main:
+            print_report(report, None)

@@ -1,0 +1,22 @@
+"""`gr train`: one process, or one of the ranks that torchrun started."""
+
+import click
+
+from gr.cli.report import print_report
+from gr.config import load_config
+
+
+@click.command(help="Train CONFIG; resumes by itself where its run_dir has a checkpoint.")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def command(config: str, overrides: tuple[str, ...]) -> None:
+    loaded = load_config(config, overrides)
+    from gr import logging
+    from gr.dist import world
+    from gr.experiment import train
+
+    with world(loaded.device) as here:
+        logging.configure(here.rank)
+        report = train(loaded, here)
+        if report is not None and here.is_main:
+            print_report(report, loaded.run_dir)

@@ -1,0 +1,247 @@
+"""The typed tree of an experiment's configuration. Frozen, no unknown keys, no torch.
+
+Every field is a path a user can write in YAML or override on the command line (`model.tower.layers=8`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+ShardingType = Literal["data_parallel", "table_wise", "row_wise", "column_wise"]
+METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    path: str = Field(description="Folder with schema.json and part-*.parquet, as written by `gr prepare`.")
+    max_length: PositiveInt = Field(200, description="N: newest events of a user that the model sees, in tokens.")
+    train_holdout: NonNegativeInt = Field(
+        2, description="Newest events of each user kept out of training: 2 leaves validation and test, 1 only test."
+    )
+    shuffle: bool = Field(True, description="False keeps file order, for one-pass streams.")
+    lanes: PositiveInt = Field(8, description="Streams the global batch is dealt from; a multiple of the world size.")
+    read_threads: PositiveInt = Field(1, description="Threads that decode row groups ahead of their use.")
+    prefetch: PositiveInt = Field(4, description="Batches collated ahead of training.")
+    on_bad_row: Literal["fail", "skip"] = Field("fail", description="skip counts a bad row and trains on none of it.")
+
+
+class HSTUConfig(Section):
+    """HSTU, research form (arXiv 2402.17152, Eq. 1-3)."""
+
+    kind: Literal["hstu"] = "hstu"
+    layers: PositiveInt = 2
+    heads: PositiveInt = 1
+    qk_dim: PositiveInt = Field(50, description="Query and key width per head.")
+    v_dim: PositiveInt = Field(50, description="Value and gate width per head.")
+    dropout: Probability = 0.2
+    attention: Literal["pointwise", "softmax"] = Field("pointwise", description="softmax is the paper's ablation.")
+    divisor: Literal["constant", "max_len", "actual_len"] = Field(
+        "constant",
+        description="What SiLU attention is divided by: divisor_value, data.max_length, or the sequence's own length.",
+    )
+    divisor_value: PositiveFloat = Field(211.0, description="Used when divisor is constant.")
+    concat_ua: bool = Field(False, description="Feed [u, a, u*a] to the output projection instead of u*a.")
+    position_bias: bool = True
+    time_bias: bool = False
+    time_buckets: Annotated[int, Field(ge=1, le=255)] = Field(128, description="Buckets of floor(ln(dt)/0.301).")
+
+    @model_validator(mode="after")
+    def _softmax_has_no_bias(self):
+        if self.attention == "softmax" and (self.position_bias or self.time_bias):
+            raise ValueError("attention=softmax takes no relative bias; set position_bias and time_bias to false")
+        return self
+
+
+class SASRecConfig(Section):
+    """SASRec (arXiv 1808.09781), the softmax-attention baseline."""
+
+    kind: Literal["sasrec"] = "sasrec"
+    layers: PositiveInt = 2
+    heads: PositiveInt = 1
+    ffn_dim: PositiveInt = 50
+    dropout: Probability = 0.2
+
+
+class ModelConfig(Section):
+    dim: PositiveInt = Field(50, description="D: width of item embeddings and of the tower.")
+    input_dropout: Probability = 0.2
+    tower: Annotated[HSTUConfig | SASRecConfig, Field(discriminator="kind")] = HSTUConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self):
+        if isinstance(self.tower, SASRecConfig) and self.dim % self.tower.heads:
+            raise ValueError(f"dim={self.dim} is not divisible by tower.heads={self.tower.heads}")
+        return self
+
+
+class PerPositionNegatives(Section):
+    """Uniform negatives of its own for every position (the reference of arXiv 2402.17152)."""
+
+    kind: Literal["per_position"] = "per_position"
+    count: PositiveInt = 128
+
+
+class SharedNegatives(Section):
+    """One uniform draw of negatives shared by all positions of the global batch."""
+
+    kind: Literal["shared"] = "shared"
+    count: PositiveInt = 1024
+
+
+class InBatchNegatives(Section):
+    """The other targets of the global batch, corrected by log Q from item frequency (Yi et al., RecSys 2019)."""
+
+    kind: Literal["in_batch"] = "in_batch"
+
+
+class FullSoftmax(Section):
+    """Every item of the corpus: for small catalogues."""
+
+    kind: Literal["full"] = "full"
+
+
+class TaskConfig(Section):
+    kind: Literal["retrieval"] = "retrieval"
+    negatives: Annotated[
+        PerPositionNegatives | SharedNegatives | InBatchNegatives | FullSoftmax, Field(discriminator="kind")
+    ] = PerPositionNegatives()
+    temperature: PositiveFloat = 0.05
+    l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
+
+
+class Adam(Section):
+    kind: Literal["adam"] = "adam"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+
+
+class PartialRowWiseAdam(Section):
+    """Adam whose second moment is one number a row."""
+
+    kind: Literal["partial_rowwise_adam"] = "partial_rowwise_adam"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+
+
+class RowWiseAdagrad(Section):
+    """Adagrad with one accumulator a row, fused into the backward pass."""
+
+    kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    lr: PositiveFloat = 1e-2
+    eps: PositiveFloat = 1e-8
+
+
+class Adagrad(Section):
+    kind: Literal["adagrad"] = "adagrad"
+    lr: PositiveFloat = 1e-2
+    eps: PositiveFloat = 1e-8
+
+
+class SGD(Section):
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 1e-1
+
+
+TableOptimizer = Annotated[
+    Adam | PartialRowWiseAdam | RowWiseAdagrad | Adagrad | SGD,
+    Field(discriminator="kind"),
+]
+
+
+class EmbeddingsConfig(Section):
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    init_std: PositiveFloat = Field(0.02, description="Truncated normal, keyed on (seed, table, row).")
+    optimizer: TableOptimizer = Adam()
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after warm-up.")
+    warmup_steps: NonNegativeInt = 0
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Of the peak rate, at the last step.")
+
+
+class OptimizerConfig(Section):
+    """AdamW for the dense parameters; the schedule also scales the tables' learning rate."""
+
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad_norm: PositiveFloat | None = Field(None, description="Global norm of the dense gradients.")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class PlannerConfig(Section):
+    sharding: Literal["auto"] | ShardingType = Field("auto", description="For every table; auto asks the planner.")
+    tables: dict[str, ShardingType] = Field({}, description="Sharding type of single tables, by name.")
+
+
+class ProfilerConfig(Section):
+    start: NonNegativeInt = Field(10, description="First step recorded.")
+    steps: PositiveInt = Field(5, description="Steps recorded.")
+
+
+class TrainerConfig(Section):
+    steps: PositiveInt
+    global_batch_size: PositiveInt = Field(128, description="Examples a step, over all ranks.")
+    log_every: PositiveInt = Field(20, description="Steps between lines of metrics.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the tower under autocast.")
+    profiler: ProfilerConfig | None = None
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt | None = Field(None, description="Steps; unset saves at evaluations and at the end.")
+    keep_last: PositiveInt = 2
+    asynchronous: bool = False
+    load_from: str | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
+
+
+class EvaluationConfig(Section):
+    path: str | None = Field(None, description="Data folder to evaluate on; unset means data.path.")
+    every: PositiveInt | None = Field(None, description="Steps between evaluations on the validation split.")
+    global_batch_size: PositiveInt = 512
+    filter_seen: Literal["window", "all"] = Field(
+        "all", description="Items never recommended: those in the model's window, or in the user's whole history."
+    )
+    select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
+    baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = ("popularity", "item_knn", "markov")
+
+
+class ExperimentConfig(Section):
+    run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
+    seed: NonNegativeInt = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    planner: PlannerConfig = PlannerConfig()
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _lanes_divide_batch(self):
+        if self.trainer.global_batch_size % self.data.lanes:
+            raise ValueError(
+                f"trainer.global_batch_size={self.trainer.global_batch_size} is not divisible by "
+                f"data.lanes={self.data.lanes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_is_held_out(self):
+        if self.evaluation.every and self.evaluation.path is None and self.data.train_holdout < 2:
+            raise ValueError(
+                "evaluation.every needs a validation split that training does not see: set data.train_holdout=2, "
+                "or unset evaluation.every"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Data: the Parquet folders that `gr prepare` writes, the training order, and batches made from them."""

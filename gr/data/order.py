@@ -1,0 +1,99 @@
+"""The training order: which row of the data is the p-th example of each lane. See docs/design/data-order.md.
+
+Pure functions of (seed, row-group row counts, lanes): nothing here knows the world size, so any number of ranks that
+divides the lanes sees the same global batches.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from gr.errors import ConfigError
+
+
+def permutation(seed: int, epoch: int, row_group: int | None, size: int) -> np.ndarray:
+    """Random order of range(size), int64 [size].
+
+    Keyed by (seed, epoch, row group); row_group None orders the row groups themselves. Sorting raw Philox words
+    instead of calling Generator.permutation keeps the order the same under every numpy version (NEP 19 freezes bit
+    generators only).
+    """
+    word = (epoch << 32) | (0 if row_group is None else row_group + 1)
+    bits = np.random.Philox(key=np.array([seed, word], dtype=np.uint64))
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+class TrainingOrder:
+    """The endless order of training examples, lane by lane.
+
+    row_counts: rows of each row group, in file order; a row's number is its place in their concatenation.
+    Raises ConfigError when there are more lanes than rows.
+    """
+
+    def __init__(self, row_counts: Sequence[int], *, lanes: int, seed: int, shuffle: bool) -> None:
+        self._counts = np.asarray(row_counts, dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._counts)])
+        self.rows = int(self._starts[-1])
+        self.lanes, self.seed, self.shuffle = lanes, seed, shuffle
+        if self.rows < lanes:
+            raise ConfigError(
+                f"data.lanes={lanes} is more than the {self.rows} rows of the data; set data.lanes to a divisor of "
+                f"trainer.global_batch_size that is at most {self.rows}"
+            )
+        self._bounds = [lane * self.rows // lanes for lane in range(lanes + 1)]
+        self._group_order = lru_cache(maxsize=4)(self._shuffled_groups)
+        self._row_order = lru_cache(maxsize=4 * lanes)(self._shuffled_rows)
+
+    def lane_length(self, lane: int) -> int:
+        """Examples of the lane in one epoch."""
+        return self._bounds[lane + 1] - self._bounds[lane]
+
+    def lane_rows(self, lane: int, position: int, count: int) -> np.ndarray:
+        """Row numbers, int64 [count], that the lane gives to the global batch that starts at `position`.
+
+        position: examples each lane gave before this batch. count: examples a lane gives to this batch.
+        """
+        if not self.shuffle:
+            first = position * self.lanes + lane * count
+            return np.arange(first, first + count, dtype=np.int64) % self.rows
+        places = np.arange(position, position + count, dtype=np.int64)
+        epochs, offsets = np.divmod(places, self.lane_length(lane))
+        rows = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            rows[chosen] = self._epoch_rows(epoch, offsets[chosen] + self._bounds[lane])
+        return rows
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(row group, row within it) of row numbers, int64 of the same shape."""
+        groups = np.searchsorted(self._starts, rows, side="right") - 1
+        return groups, rows - self._starts[groups]
+
+    def _epoch_rows(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
+        order, starts = self._group_order(epoch)
+        slots = np.searchsorted(starts, offsets, side="right") - 1
+        rows = np.empty(len(offsets), dtype=np.int64)
+        for slot in np.unique(slots).tolist():
+            chosen, group = slots == slot, int(order[slot])
+            rows[chosen] = self._starts[group] + self._row_order(epoch, group)[offsets[chosen] - starts[slot]]
+        return rows
+
+    def _shuffled_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = permutation(self.seed, epoch, None, len(self._counts))
+        return order, np.concatenate([[0], np.cumsum(self._counts[order])])
+
+    def _shuffled_rows(self, epoch: int, group: int) -> np.ndarray:
+        return permutation(self.seed, epoch, group, int(self._counts[group]))
+
+
+def owned_lanes(lanes: int, rank: int, world_size: int) -> range:
+    """Lanes of one rank. Raises ConfigError unless the world size divides the lanes."""
+    if lanes % world_size:
+        allowed = [size for size in range(1, lanes + 1) if lanes % size == 0]
+        raise ConfigError(
+            f"data.lanes={lanes} is not divisible by the world size {world_size}; run on one of {allowed} ranks, or "
+            f"set data.lanes to a multiple of {world_size}"
+        )
+    share = lanes // world_size
+    return range(rank * share, (rank + 1) * share)

@@ -1,0 +1,1 @@
+"""Public data sets -> data folders (gr/schema.py), as `gr prepare` runs them."""

@@ -1,0 +1,150 @@
+"""Writes data folders: whole or not at all.
+
+B users, T events, packed user after user, oldest first.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.errors import DataError
+from gr.schema import FORMAT_VERSION, ITEMS_FILE, DataSchema
+
+ROWS_PER_GROUP = 512
+GROUPS_PER_PART = 128
+EVALUATION_EVENTS = 2  # newest events of each user left out of the counts in items.parquet
+
+
+@dataclass(frozen=True)
+class Users:
+    """Some users and their events. offsets: int64 [B + 1]. timestamps: int64 seconds [T]. ratings: float32 [T]."""
+
+    user_ids: np.ndarray
+    offsets: np.ndarray
+    item_ids: np.ndarray
+    timestamps: np.ndarray | None = None
+    ratings: np.ndarray | None = None
+
+
+@contextmanager
+def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place if the block succeeds and vanishes if it fails.
+
+    Raises DataError if `out` exists and force is not set.
+    """
+    if out.exists() and not force:
+        raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class FolderWriter:
+    """Writes parts as users come, in the order given, then items.parquet and schema.json. Memory: one part's group."""
+
+    def __init__(self, folder: Path, *, item_cardinality: int, timestamps: bool, ratings: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._cardinality = folder, item_cardinality
+        self._columns = {"timestamps": timestamps, "ratings": ratings}
+        self._item_type = pa.int32() if item_cardinality <= np.iinfo(np.int32).max else pa.int64()
+        self._counts = np.zeros(item_cardinality, dtype=np.int64)
+        self._users = self._events = self._groups = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, users: Users) -> None:
+        """Append users. Only the last call may give a number of users that is not a multiple of ROWS_PER_GROUP."""
+        self._counts += np.bincount(users.item_ids[_fitted(users.offsets)], minlength=self._cardinality)
+        offsets = pa.array(users.offsets.astype(np.int32))
+        arrays = {
+            "user_id": pa.array(users.user_ids.astype(np.int64)),
+            "item_ids": pa.ListArray.from_arrays(offsets, pa.array(users.item_ids).cast(self._item_type)),
+        }
+        if self._columns["timestamps"]:
+            arrays["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(users.timestamps, type=pa.int64()))
+        if self._columns["ratings"]:
+            arrays["ratings"] = pa.ListArray.from_arrays(offsets, pa.array(users.ratings, type=pa.float32()))
+        table = pa.table(arrays)
+        for start in range(0, table.num_rows, ROWS_PER_GROUP):
+            self._part(table.schema).write_table(table.slice(start, ROWS_PER_GROUP), row_group_size=ROWS_PER_GROUP)
+            self._groups += 1
+        self._users += len(users.user_ids)
+        self._events += len(users.item_ids)
+
+    def close(self, *, name: str, order: str, source: str, corpus: np.ndarray) -> DataSchema:
+        """Finish the folder. corpus: candidate item ids. Raises DataError if no user was written."""
+        if self._writer is None:
+            raise DataError(f"{source}: no user is left to write")
+        self._writer.close()
+        corpus = np.unique(corpus).astype(np.int64)
+        items = pa.table({"item_id": corpus, "count": self._counts[corpus]})
+        pq.write_table(items, self._folder / ITEMS_FILE)
+        schema = DataSchema(
+            format_version=FORMAT_VERSION,
+            name=name,
+            item_cardinality=self._cardinality,
+            order=order,
+            source=source,
+            users=self._users,
+            events=self._events,
+            items=len(corpus),
+            **self._columns,
+        )
+        schema.save(self._folder)
+        return schema
+
+    def _part(self, schema: pa.Schema) -> pq.ParquetWriter:
+        if self._writer is None or self._groups % GROUPS_PER_PART == 0:
+            if self._writer is not None:
+                self._writer.close()
+            path = self._folder / f"part-{self._groups // GROUPS_PER_PART:05d}.parquet"
+            self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        return self._writer
+
+
+def write_folder(folder: Path, users: Users, *, corpus: np.ndarray, name: str, order: str, source: str) -> DataSchema:
+    """Write users that are in memory as a data folder; rows of the item table = largest id of the corpus + 1."""
+    writer = FolderWriter(
+        folder,
+        item_cardinality=int(corpus.max()) + 1,
+        timestamps=users.timestamps is not None,
+        ratings=users.ratings is not None,
+    )
+    step = ROWS_PER_GROUP * GROUPS_PER_PART
+    for start in range(0, len(users.user_ids), step):
+        writer.write(_slice(users, start, min(start + step, len(users.user_ids))))
+    return writer.close(name=name, order=order, source=source, corpus=corpus)
+
+
+def _slice(users: Users, start: int, stop: int) -> Users:
+    first, last = users.offsets[start], users.offsets[stop]
+    return Users(
+        users.user_ids[start:stop],
+        users.offsets[start : stop + 1] - first,
+        users.item_ids[first:last],
+        None if users.timestamps is None else users.timestamps[first:last],
+        None if users.ratings is None else users.ratings[first:last],
+    )
+
+
+def _fitted(offsets: np.ndarray) -> np.ndarray:
+    """bool [T]: all events but the newest EVALUATION_EVENTS of each user."""
+    from_end = np.repeat(offsets[1:], np.diff(offsets)) - np.arange(offsets[-1])
+    return from_end > EVALUATION_EVENTS

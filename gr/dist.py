@@ -1,0 +1,87 @@
+"""Where a process stands among its peers: rank, world size, device, process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gr.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of a run. `group` is the default process group; there always is one, also for one process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """Sums of `values` over ranks, in float64. Every rank must call it."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def all_gather_ints(self, values: list[int]) -> list[list[int]]:
+        """`values` of every rank, in rank order. Every rank must call it with as many values."""
+        if self.size == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        out = mine.new_empty(self.size, len(values))
+        dist.all_gather_into_tensor(out, mine)
+        return out.tolist()
+
+    def all_gather_variable(self, values: Tensor) -> list[Tensor]:
+        """1-D `values` of every rank, in rank order; their lengths may differ. Every rank must call it."""
+        if self.size == 1:
+            return [values]
+        lengths = [length for (length,) in self.all_gather_ints([len(values)])]
+        padded = values.new_zeros(max(lengths))
+        padded[: len(values)] = values
+        out = padded.new_empty(self.size, len(padded))
+        dist.all_gather_into_tensor(out, padded)
+        return [row[:length] for row, length in zip(out, lengths, strict=True)]
+
+
+def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
+    """The device of this process. Raises ConfigError when cuda is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU here: set device=cpu, or run `gr doctor` for the remedy")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
+    """Joins the process group that torchrun describes in the environment, or makes one of a single process."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    chosen = resolve_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    store = None if size > 1 else dist.HashStore()
+    # TorchRec reads the local world size from the environment and assumes 8 where it is missing.
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(local_size))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield World(rank, size, local_rank, local_size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,18 @@
+"""Embedding tables: built on meta, sharded by a plan, filled by (seed, table, row), stepped by one optimizer."""
+
+from gr.embeddings.collection import CANDIDATE_FEATURE, build_collection, lookup
+from gr.embeddings.init import initialise_tables
+from gr.embeddings.optimizers import TableOptimizer
+from gr.embeddings.sharding import shard_tables
+from gr.embeddings.shards import TableShard, local_shards
+
+__all__ = [
+    "CANDIDATE_FEATURE",
+    "TableOptimizer",
+    "TableShard",
+    "build_collection",
+    "initialise_tables",
+    "local_shards",
+    "lookup",
+    "shard_tables",
+]

@@ -1,0 +1,29 @@
+"""Errors a user can cause. Each message says what was wrong, where, what is allowed and what to do."""
+
+
+class GRError(Exception):
+    """Base of every error that the CLI prints as one message, without a traceback."""
+
+
+class ConfigError(GRError):
+    """The experiment's configuration is wrong."""
+
+
+class DataError(GRError):
+    """Input data is missing, malformed or does not match its schema."""
+
+
+class PlanError(GRError):
+    """No sharding plan can be made, or a plan does not fit the model or topology."""
+
+
+class CheckpointError(GRError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+class TrainingError(GRError):
+    """Training cannot go on, for example because the loss is not finite."""
+
+
+class InstallError(GRError):
+    """The installed packages do not fit together."""

@@ -1,0 +1,49 @@
+"""Plain log lines on stderr. Only rank 0 speaks below WARNING; the other ranks say who they are."""
+
+import logging
+import sys
+
+_ROOT = "gr"
+_said: set[tuple[str, str]] = set()
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; pass `__name__`. Names outside gr are placed under it, so `configure` reaches them."""
+    inside = name == _ROOT or name.startswith(f"{_ROOT}.")
+    return logging.getLogger(name if inside else f"{_ROOT}.{name}")
+
+
+def log_once(logger: logging.Logger, message: str, level: int = logging.WARNING) -> None:
+    """Log a message the first time this process meets it. The caller still counts every occurrence."""
+    key = (logger.name, message)
+    if key not in _said:
+        _said.add(key)
+        logger.log(level, message)
+
+
+def configure(rank: int = 0) -> None:
+    """Send gr's log lines to stderr, from INFO on rank 0 and from WARNING elsewhere. A later call replaces this one."""
+    handler = _CurrentStderr()
+    handler.setFormatter(_PlainFormatter(rank))
+    root = logging.getLogger(_ROOT)
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root.propagate = False  # a library that configures the root logger would print every line twice
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Looks up sys.stderr at each line, so that redirected and captured streams are honoured."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _PlainFormatter(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(message)s")
+        self._who = f"[rank {rank}] " if rank else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self._who}{level}{super().format(record)}"

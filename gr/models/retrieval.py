@@ -1,0 +1,74 @@
+"""The generative retriever: item vectors -> tower -> loss. Single device; sharding is applied beside it.
+
+B examples, T packed tokens, D width, K candidates, N max length.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+from gr.batch import EvaluationBatch, SequenceBatch
+from gr.config.tree import ExperimentConfig
+from gr.embeddings import build_collection, lookup
+from gr.sequence import JaggedSequence
+from gr.tasks import Candidates, build_similarity, retrieval_loss
+from gr.towers import build_tower
+
+
+class RetrievalModel(nn.Module):
+    """p(next item | history), trained at every position (arXiv 2402.17152, §2.2). Build it on meta."""
+
+    def __init__(self, config: ExperimentConfig, item_rows: int) -> None:
+        super().__init__()
+        self.dim, self.max_length = config.model.dim, config.data.max_length
+        self.input_dropout = config.model.input_dropout
+        self.precision = config.trainer.precision
+        self.tables = build_collection(item_rows, self.dim, config.embeddings)
+        self.position = nn.Parameter(torch.empty(self.max_length, self.dim))
+        self.tower = build_tower(config.model, self.max_length)
+        self.similarity = build_similarity(config.task)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_normal_(self.position)
+
+    def forward(self, batch: SequenceBatch, candidates: Candidates) -> Tensor:
+        """Sum of -log p(next item) over the T positions, a scalar in nats."""
+        history_TD, items_KD = lookup(self.tables, batch.features, candidates.ids_K, self.dim)
+        queries_TD = self._run_tower(history_TD, batch)
+        return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
+
+    def queries(self, batch: EvaluationBatch) -> Tensor:
+        """Float [B, D]: the tower's output at the newest token of each example; zero where there is no history."""
+        nothing = batch.target_ids_B.new_empty(0)
+        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim)
+        outputs_TD = self._run_tower(history_TD, batch)
+        lengths_B = batch.features.lengths()
+        last_B = lengths_B.cumsum(0) - 1
+        outputs = outputs_TD.new_zeros(len(lengths_B), self.dim)
+        outputs[lengths_B > 0] = outputs_TD[last_B[lengths_B > 0]]
+        return outputs.float()
+
+    def item_vectors(self, ids_K: Tensor) -> Tensor:
+        """Float [K, D] of the items' rows, from whichever ranks hold them."""
+        one_empty_example = KeyedJaggedTensor(
+            keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1)
+        )
+        return lookup(self.tables, one_empty_example, ids_K, self.dim)[1]
+
+    def _run_tower(self, history_TD: Tensor, batch: SequenceBatch | EvaluationBatch) -> Tensor:
+        offsets_B1 = batch.features.offsets().long()
+        lengths_B = offsets_B1.diff()
+        tokens = len(history_TD)
+        first_T = offsets_B1[:-1].repeat_interleave(lengths_B, output_size=tokens)
+        place_T = torch.arange(tokens, device=history_TD.device) - first_T
+        x_TD = history_TD * math.sqrt(self.dim) + F.embedding(place_T, self.position)
+        x_TD = F.dropout(x_TD, self.input_dropout, self.training)
+        sequence = JaggedSequence(
+            x_TD, offsets_B1, self.max_length, batch.timestamps_T, batch.query_timestamps_T
+        )
+        with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.tower(sequence).values_TD

@@ -1,0 +1,126 @@
+"""HSTU attention on packed sequences: the pointwise (SiLU, no softmax) attention of arXiv 2402.17152.
+
+T packed tokens, B examples, H heads, Q width of q and k per head, V width of v per head, N max_length.
+"""
+
+import torch
+from torch import Tensor
+
+from gr.ops.backend import cpu_backend
+from gr.ops.hstu_attention.blocked import hstu_attention_blocked
+from gr.ops.hstu_attention.native import hstu_attention_native
+from gr.ops.hstu_attention.reference import hstu_attention_reference
+from gr.ops.hstu_attention.time_buckets import TimeBuckets, time_bucket_ids
+from gr.ops.jagged import check_offsets
+
+__all__ = ["TimeBuckets", "hstu_attention", "time_bucket_ids"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def hstu_attention(
+    q_THQ: Tensor,
+    k_THQ: Tensor,
+    v_THV: Tensor,
+    offsets_B1: Tensor,
+    *,
+    max_length: int,
+    divisor: float | Tensor,
+    position_bias: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    time_buckets: TimeBuckets | None = None,
+) -> Tensor:
+    """out_i = sum over j <= i of the same sequence of silu(q_i . k_j + bias_ij) / divisor_i * v_j.
+
+    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16 or float64, any strides. No 1/sqrt(Q) is applied.
+    offsets_B1: int64 [B + 1], the bounds of the sequences; empty ones are fine.
+    max_length: no sequence is longer, in tokens.
+    divisor: positive; one number, or a float tensor [T] with one for each query. Gets no gradient.
+    position_bias: [2 N - 1], entry (N - 1) + (j - i) is added to score (i, j), N = max_length.
+    time_bias: [num_buckets + 1], entry time_buckets[i, j] is added to score (i, j). Both tables are shared by the heads.
+    time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is.
+    Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
+    CPU results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
+    float64 runs the definition (reference.py), which is slow and meant for checks.
+    Raises ValueError if shapes, dtypes or lengths do not fit.
+    Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor is that of the public code.
+    """
+    _check_values(q_THQ, k_THQ, v_THV)
+    check_offsets(offsets_B1, q_THQ.shape[0], max_length)
+    _check_biases(q_THQ, position_bias, time_bias, time_buckets, max_length)
+    scale_T = _scale(divisor, q_THQ)
+    if q_THQ.dtype == torch.float64:
+        path = hstu_attention_reference
+    elif q_THQ.device.type == "cpu" and cpu_backend() == "native":
+        path = hstu_attention_native
+    else:
+        path = hstu_attention_blocked
+    return path(
+        q_THQ,
+        k_THQ,
+        v_THV,
+        offsets_B1,
+        scale_T=scale_T,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        time_buckets=time_buckets,
+    )
+
+
+def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
+    if q_THQ.dim() != 3 or v_THV.dim() != 3:
+        raise ValueError(f"q_THQ and v_THV must have 3 dimensions, not {list(q_THQ.shape)} and {list(v_THV.shape)}")
+    if k_THQ.shape != q_THQ.shape:
+        raise ValueError(f"k_THQ must have the shape of q_THQ, {list(q_THQ.shape)}, not {list(k_THQ.shape)}")
+    if v_THV.shape[:2] != q_THQ.shape[:2]:
+        raise ValueError(f"v_THV must start with [T, H] = {list(q_THQ.shape[:2])}, not {list(v_THV.shape)}")
+    if min(*q_THQ.shape[1:], *v_THV.shape[1:]) == 0:
+        raise ValueError(f"H, Q and V must be positive: q_THQ is {list(q_THQ.shape)}, v_THV is {list(v_THV.shape)}")
+    if q_THQ.dtype not in _DTYPES:
+        raise ValueError(f"q_THQ must be one of {', '.join(map(str, _DTYPES))}, not {q_THQ.dtype}")
+    if not q_THQ.dtype == k_THQ.dtype == v_THV.dtype:
+        raise ValueError(f"q_THQ, k_THQ and v_THV differ in dtype: {q_THQ.dtype}, {k_THQ.dtype}, {v_THV.dtype}")
+    if not q_THQ.device == k_THQ.device == v_THV.device:
+        raise ValueError(f"q_THQ, k_THQ and v_THV differ in device: {q_THQ.device}, {k_THQ.device}, {v_THV.device}")
+
+
+def _check_biases(
+    q_THQ: Tensor,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+    time_buckets: TimeBuckets | None,
+    max_length: int,
+) -> None:
+    if position_bias is not None and position_bias.shape != (2 * max_length - 1,):
+        raise ValueError(
+            f"position_bias must have 2 * max_length - 1 = {2 * max_length - 1} entries, not {list(position_bias.shape)}"
+        )
+    if (time_bias is None) != (time_buckets is None):
+        raise ValueError("time_bias and time_buckets are given together or not at all")
+    if time_bias is not None and time_buckets is not None:
+        if time_bias.shape != (time_buckets.num_buckets + 1,):
+            raise ValueError(
+                f"time_bias must have num_buckets + 1 = {time_buckets.num_buckets + 1} entries, "
+                f"not {list(time_bias.shape)}"
+            )
+        if time_buckets.ids_P.device != q_THQ.device:
+            raise ValueError(f"time_buckets are on {time_buckets.ids_P.device}, q_THQ on {q_THQ.device}")
+
+
+def _scale(divisor: float | Tensor, q_THQ: Tensor) -> Tensor:
+    """1 / divisor, [1] or [T], in float32 or better."""
+    dtype = torch.promote_types(q_THQ.dtype, torch.float32)
+    if not isinstance(divisor, Tensor):
+        if not divisor > 0:
+            raise ValueError(f"divisor must be positive, not {divisor}")
+        return torch.full((1,), 1.0 / divisor, dtype=dtype, device=q_THQ.device)
+    if divisor.shape != (q_THQ.shape[0],) or not divisor.is_floating_point():
+        raise ValueError(
+            f"divisor must be a number or a float tensor [T] = [{q_THQ.shape[0]}], "
+            f"not {divisor.dtype} of {list(divisor.shape)}"
+        )
+    if divisor.requires_grad:
+        raise ValueError("divisor gets no gradient: pass divisor.detach()")
+    if divisor.device.type == "cpu" and divisor.numel() and not bool((divisor > 0).all()):
+        raise ValueError(f"divisor must be positive; its smallest entry is {float(divisor.min())}")
+    return divisor.to(dtype).reciprocal()

@@ -1,0 +1,384 @@
+// HSTU attention on CPU: O_i = sum_{j <= i} silu(q_i . k_j + position[j - i] + time[bucket(i, j)]) / divisor_i v_j.
+//
+// One task per (sequence, head), longest first. A task owns its rows of every output and its private sums for the two
+// bias tables, which are added up in task order afterwards: results do not depend on the number of threads.
+// Only tiles on or below the diagonal are computed, and nothing but the inputs is kept for the backward pass.
+#include "tile.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <numeric>
+#include <optional>
+
+namespace gr {
+namespace {
+
+// What is added to the scores of one sequence. Row i of `buckets` starts at i (i + 1) / 2 and has i + 1 entries.
+struct Bias {
+  const float* position;  // the entry of distance 0, or null
+  const float* time;      // table, or null
+  const uint8_t* buckets;
+};
+
+// The private gradient sums of one task. position: the entry of distance 0 of a table of this sequence's length.
+// time: kLanes tables of time_size entries, so that neighbouring scores never wait for each other's sum.
+struct BiasGradient {
+  float* position;
+  float* time;
+  int64_t time_size;
+};
+
+// Rows [row, row + rows) and columns [col, col + cols) of the scores; m and n are rows and cols rounded up to kEdge.
+struct Tile {
+  int64_t row, col, rows, cols, m, n;
+  Tile(int64_t i, int64_t j, int64_t count)
+      : row(i * kTile), col(j * kTile), rows(std::min(kTile, count - row)), cols(std::min(kTile, count - col)),
+        m(round_up(rows, kEdge)), n(round_up(cols, kEdge)) {}
+  // How many columns of local row r are at or before the diagonal.
+  int64_t visible(int64_t r) const { return std::min(cols, row + r + 1 - col); }
+};
+
+void add_bias(const Tile& tile, const Bias& bias, float* __restrict s) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t i = tile.row + r, visible = tile.visible(r);
+    float* __restrict row = s + r * kTile;
+    if (bias.position) {
+      const float* __restrict table = bias.position - i + tile.col;
+      for (int64_t c = 0; c < visible; ++c) row[c] += table[c];
+    }
+    if (bias.time) {
+      const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
+      for (int64_t c = 0; c < visible; ++c) row[c] += bias.time[bucket[c]];
+    }
+  }
+}
+
+void add_bias_gradient(const Tile& tile, const Bias& bias, const float* __restrict ds, const BiasGradient& grad) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t i = tile.row + r, visible = tile.visible(r);
+    const float* __restrict row = ds + r * kTile;
+    if (grad.position) {
+      float* __restrict sums = grad.position - i + tile.col;
+      for (int64_t c = 0; c < visible; ++c) sums[c] += row[c];
+    }
+    if (grad.time) {
+      const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
+      int64_t c = 0;
+      for (; c + kLanes <= visible; c += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) grad.time[lane * grad.time_size + bucket[c + lane]] += row[c + lane];
+      for (; c < visible; ++c) grad.time[(c % kLanes) * grad.time_size + bucket[c]] += row[c];
+    }
+  }
+}
+
+// s <- silu(s), zero above the diagonal.
+void activate(const Tile& tile, float* __restrict s) {
+  for (int64_t r = 0; r < tile.m; ++r) {
+    const int64_t visible = std::min(tile.n, tile.row + r + 1 - tile.col), full = round_up(visible, kEdge);
+    float* __restrict row = s + r * kTile;
+    for (int64_t c = 0; c < full; ++c) row[c] *= sigmoid(row[c]);
+    std::fill(row + visible, row + tile.n, 0.f);
+  }
+}
+
+// s <- silu(s) scale_i, dp <- d loss / d s, both zero above the diagonal.
+void activate_gradient(const Tile& tile, const float* scale, float* __restrict s, float* __restrict dp) {
+  for (int64_t r = 0; r < tile.m; ++r) {
+    const int64_t visible = std::min(tile.n, tile.row + r + 1 - tile.col), full = round_up(visible, kEdge);
+    float *__restrict row = s + r * kTile, *__restrict drow = dp + r * kTile;
+    const float scale_r = scale[r];
+    for (int64_t c = 0; c < full; ++c) {
+      const float x = row[c], g = sigmoid(x), y = x * g;
+      row[c] = y * scale_r;
+      drow[c] *= (g + y * (1.f - g)) * scale_r;
+    }
+    std::fill(row + visible, row + tile.n, 0.f);
+    std::fill(drow + visible, drow + tile.n, 0.f);
+  }
+}
+
+// A float tile as the left or the right operand of a product: itself, or a bfloat16 copy (right: rows interleaved).
+inline const float* left(const Tile&, const float* x, float*) { return x; }
+inline const float* right(const Tile&, const float* x, float*) { return x; }
+inline const at::BFloat16* left(const Tile& tile, const float* x, at::BFloat16* out) {
+  for (int64_t r = 0; r < tile.m; ++r) cast(x + r * kTile, out + r * kTile, tile.n);
+  return out;
+}
+inline const at::BFloat16* right(const Tile& tile, const float* x, at::BFloat16* out) {
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
+  for (int64_t r = 0; r < tile.m; r += 2)
+    for (int64_t c = 0; c < tile.n; ++c)
+      pairs[r / 2 * kTile + c] =
+          bfloat16_bits(x[r * kTile + c]) | static_cast<uint32_t>(bfloat16_bits(x[(r + 1) * kTile + c])) << 16;
+  return out;
+}
+
+// One (sequence, head): its rows in q, k, v and in the output or its gradient.
+template <typename S> struct Head {
+  Rows<S> q, k, v, g;  // g: gradient of the output, backward only
+  Width<S> dq, dv;     // widths of q and k, and of v
+  const float* scale;  // 1 / divisor: one for each row if scale_step is 1, one for all if 0
+  int64_t scale_step, count, tiles;
+  Bias bias;
+  void row_scales(const Tile& tile, float* out) const {
+    for (int64_t r = 0; r < kTile; ++r) out[r] = r < tile.rows ? scale[(tile.row + r) * scale_step] : 0.f;
+  }
+};
+
+template <typename S> void forward_task(const Head<S>& head, Scratch& scratch, S* out, int64_t stride) {
+  const Width<S>&d = head.dq, &dv = head.dv;
+  scratch.reset();
+  S* rows = scratch.take<S>(kTile * std::max(d.ld, dv.ld));
+  S* k_packed = scratch.take<S>(head.tiles * kTile * d.ld);
+  S* v_packed = scratch.take<S>(head.tiles * kTile * dv.ld);
+  S* weights = scratch.take<S>(kTile * kTile);
+  float *s = scratch.take<float>(kTile * kTile), *o = scratch.take<float>(kTile * dv.ld);
+  float* scale = scratch.take<float>(kTile);
+  for (int64_t j = 0; j < head.tiles; ++j) {
+    head.k.load(j * kTile, d, rows);
+    pack_transposed(rows, d, k_packed + j * kTile * d.ld);
+    head.v.load(j * kTile, dv, rows);
+    pack(rows, kTile, dv.ld, dv.ld, v_packed + j * kTile * dv.ld);
+  }
+  for (int64_t i = 0; i < head.tiles; ++i) {
+    const Tile last(i, i, head.count);
+    head.q.load(i * kTile, d, rows);
+    for (int64_t j = 0; j <= i; ++j) {
+      const Tile tile(i, j, head.count);
+      multiply<S>(tile.m, tile.n, d.used, rows, d.ld, k_packed + j * kTile * d.ld, kTile, s, kTile, false);
+      add_bias(tile, head.bias, s);
+      activate(tile, s);
+      multiply<S>(tile.m, dv.used, tile.n, left(tile, s, weights), kTile, v_packed + j * kTile * dv.ld, dv.ld, o, dv.ld,
+                  j > 0);
+    }
+    head.row_scales(last, scale);
+    for (int64_t r = 0; r < last.rows; ++r) {
+      for (int64_t c = 0; c < dv.real; ++c) o[r * dv.ld + c] *= scale[r];
+      cast(o + r * dv.ld, out + (i * kTile + r) * stride, dv.real);
+    }
+  }
+}
+
+// Where one task writes its gradients.
+template <typename S> struct Gradients {
+  S *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
+  BiasGradient bias;
+};
+
+// Buffers of one backward task. *_packed are right operands, *_t are transposed left operands, of one tile each or of
+// all tiles one after another; dk_t and dv_t are the transposed gradients [width, kTile] of every key tile.
+template <typename S> struct BackwardBuffers {
+  S *rows, *k_packed, *k_packed_t, *v_packed_t, *q, *q_t, *g, *g_t, *p_right, *ds_left, *ds_right;
+  float *s, *dp, *dq, *dk_t, *dv_t, *scale, *turned;
+  BackwardBuffers(const Head<S>& head, Scratch& scratch) {
+    const int64_t d = head.dq.ld, dv = head.dv.ld, wide = std::max(d, dv), all = head.tiles * kTile;
+    scratch.reset();
+    rows = scratch.take<S>(kTile * wide);
+    k_packed = scratch.take<S>(all * d), k_packed_t = scratch.take<S>(all * d), v_packed_t = scratch.take<S>(all * dv);
+    q = scratch.take<S>(kTile * d), q_t = scratch.take<S>(kTile * d);
+    g = scratch.take<S>(kTile * dv), g_t = scratch.take<S>(kTile * dv);
+    p_right = scratch.take<S>(kTile * kTile), ds_left = scratch.take<S>(kTile * kTile);
+    ds_right = scratch.take<S>(kTile * kTile);
+    s = scratch.take<float>(kTile * kTile), dp = scratch.take<float>(kTile * kTile);
+    dq = scratch.take<float>(kTile * d), dk_t = scratch.take<float>(all * d), dv_t = scratch.take<float>(all * dv);
+    scale = scratch.take<float>(kTile), turned = scratch.take<float>(kTile * wide);
+    for (int64_t j = 0; j < head.tiles; ++j) {
+      head.k.load(j * kTile, head.dq, rows);
+      pack_transposed(rows, head.dq, k_packed_t + j * kTile * d);
+      pack(rows, kTile, d, d, k_packed + j * kTile * d);
+      head.v.load(j * kTile, head.dv, rows);
+      pack_transposed(rows, head.dv, v_packed_t + j * kTile * dv);
+    }
+  }
+};
+
+// Writes columns [0, rows) of turned tile x_t [width, kTile] as rows of the output.
+template <typename S>
+void store_transposed(const float* x_t, int64_t rows, const Width<S>& width, float* turned, S* out, int64_t stride) {
+  transpose(x_t, width.real, kTile, kTile, turned, width.ld);
+  for (int64_t r = 0; r < rows; ++r) cast(turned + r * width.ld, out + r * stride, width.real);
+}
+
+// Queries outer, keys inner: S = Q K^T, dP = G V^T, then dV^T += G^T P, dK^T += Q^T dS, dQ += dS K. Five products a tile,
+// and no computed tile is ever transposed: P and dS are right operands of the turned sums.
+template <typename S> void backward_task(const Head<S>& head, Scratch& scratch, const Gradients<S>& out) {
+  const Width<S>&d = head.dq, &dv = head.dv;
+  const BackwardBuffers<S> b(head, scratch);
+  for (int64_t i = 0; i < head.tiles; ++i) {
+    const Tile last(i, i, head.count);
+    head.q.load(i * kTile, d, b.q);
+    head.g.load(i * kTile, dv, b.g);
+    transpose(b.q, kTile, d.used, d.ld, b.q_t, kTile);
+    transpose(b.g, kTile, dv.used, dv.ld, b.g_t, kTile);
+    head.row_scales(last, b.scale);
+    for (int64_t j = 0; j <= i; ++j) {
+      const Tile tile(i, j, head.count);
+      const int64_t k_at = j * kTile * d.ld, v_at = j * kTile * dv.ld;
+      multiply<S>(tile.m, tile.n, d.used, b.q, d.ld, b.k_packed_t + k_at, kTile, b.s, kTile, false);
+      multiply<S>(tile.m, tile.n, dv.used, b.g, dv.ld, b.v_packed_t + v_at, kTile, b.dp, kTile, false);
+      add_bias(tile, head.bias, b.s);
+      activate_gradient(tile, b.scale, b.s, b.dp);
+      add_bias_gradient(tile, head.bias, b.dp, out.bias);
+      multiply<S>(dv.used, tile.n, tile.m, b.g_t, kTile, right(tile, b.s, b.p_right), kTile, b.dv_t + v_at, kTile, j < i);
+      multiply<S>(d.used, tile.n, tile.m, b.q_t, kTile, right(tile, b.dp, b.ds_right), kTile, b.dk_t + k_at, kTile, j < i);
+      multiply<S>(tile.m, d.used, tile.n, left(tile, b.dp, b.ds_left), kTile, b.k_packed + k_at, d.ld, b.dq, d.ld, j > 0);
+    }
+    for (int64_t r = 0; r < last.rows; ++r)
+      cast(b.dq + r * d.ld, out.q + (i * kTile + r) * out.q_stride, d.real);
+  }
+  for (int64_t j = 0; j < head.tiles; ++j) {
+    const int64_t rows = std::min(kTile, head.count - j * kTile);
+    store_transposed(b.dk_t + j * kTile * d.ld, rows, d, b.turned, out.k + j * kTile * out.k_stride, out.k_stride);
+    store_transposed(b.dv_t + j * kTile * dv.ld, rows, dv, b.turned, out.v + j * kTile * out.v_stride, out.v_stride);
+  }
+}
+
+// The arguments shared by both directions. Checked by the Python caller: shapes, offsets, dtypes, unit stride of the last
+// dimension.
+struct Arguments {
+  const at::Tensor &q, &k, &v, &offsets, &scale;
+  const std::optional<at::Tensor>&position, &time, &buckets, &pair_offsets;
+  int64_t heads() const { return q.size(1); }
+  int64_t sequences() const { return offsets.numel() - 1; }
+};
+
+template <typename S> Rows<S> rows_of(const at::Tensor& x, int64_t first, int64_t count, int64_t head) {
+  return {x.const_data_ptr<S>() + first * x.stride(0) + head * x.stride(1), x.stride(0), count};
+}
+template <typename S> S* row_in(at::Tensor& x, int64_t first, int64_t head) {
+  return x.mutable_data_ptr<S>() + first * x.stride(0) + head * x.stride(1);
+}
+
+template <typename S> Head<S> head_of(const Arguments& a, int64_t sequence, int64_t head, const at::Tensor* g) {
+  const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
+  const int64_t first = offsets[sequence], count = offsets[sequence + 1] - first;
+  const int64_t scale_step = a.scale.numel() == 1 ? 0 : 1;
+  Bias bias{nullptr, nullptr, nullptr};
+  if (a.position) bias.position = a.position->const_data_ptr<float>() + a.position->numel() / 2;
+  if (a.time) {
+    bias.time = a.time->const_data_ptr<float>();
+    bias.buckets = a.buckets->const_data_ptr<uint8_t>() + a.pair_offsets->const_data_ptr<int64_t>()[sequence];
+  }
+  return {rows_of<S>(a.q, first, count, head),
+          rows_of<S>(a.k, first, count, head),
+          rows_of<S>(a.v, first, count, head),
+          g ? rows_of<S>(*g, first, count, head) : Rows<S>{nullptr, 0, 0},
+          Width<S>(a.q.size(2)),
+          Width<S>(a.v.size(2)),
+          a.scale.const_data_ptr<float>() + first * scale_step,
+          scale_step,
+          count,
+          (count + kTile - 1) / kTile,
+          bias};
+}
+
+// Calls task(sequence, head, scratch) for every non-empty sequence and head, longest first, on all threads.
+template <typename F> void for_each_task(const Arguments& a, F task) {
+  const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
+  std::vector<int64_t> order(a.sequences());
+  std::iota(order.begin(), order.end(), 0);
+  const auto length = [&](int64_t b) { return offsets[b + 1] - offsets[b]; };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return length(x) > length(y); });
+  const int64_t tasks = a.sequences() * a.heads();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    Scratch scratch;
+    for (int64_t t = next++; t < tasks; t = next++)
+      if (const int64_t b = order[t / a.heads()]; length(b) > 0) task(b, t % a.heads(), scratch);
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+template <typename F> void by_type(const at::Tensor& q, F f) {
+  AT_DISPATCH_SWITCH(q.scalar_type(), "hstu_attention",
+                     AT_DISPATCH_CASE(at::kFloat, [&] { f.template operator()<scalar_t>(); })
+                         AT_DISPATCH_CASE(at::kBFloat16, [&] { f.template operator()<scalar_t>(); }));
+}
+
+using Optional = std::optional<at::Tensor>;
+
+at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& offsets,
+                   const at::Tensor& scale, const Optional& position, const Optional& time, const Optional& buckets,
+                   const Optional& pair_offsets) {
+  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets};
+  auto out = at::empty(v.sizes(), v.options());
+  by_type(q, [&]<typename S>() {
+    for_each_task(a, [&](int64_t b, int64_t h, Scratch& scratch) {
+      const int64_t first = offsets.const_data_ptr<int64_t>()[b];
+      forward_task<S>(head_of<S>(a, b, h, nullptr), scratch, row_in<S>(out, first, h), out.stride(0));
+    });
+  });
+  return out;
+}
+
+// Adds up the tasks' private sums, sequence by sequence and head by head, in double.
+void sum_bias_gradients(const Arguments& a, const at::Tensor& position_sums, const at::Tensor& time_sums,
+                        at::Tensor& dposition, at::Tensor& dtime) {
+  const int64_t *offsets = a.offsets.const_data_ptr<int64_t>(), heads = a.heads(), size = dtime.numel();
+  const float *position = position_sums.const_data_ptr<float>(), *time = time_sums.const_data_ptr<float>();
+  double *position_out = dposition.mutable_data_ptr<double>(), *time_out = dtime.mutable_data_ptr<double>();
+  for (int64_t b = 0; b < a.sequences(); ++b) {
+    const int64_t first = offsets[b], count = offsets[b + 1] - first;
+    for (int64_t h = 0; h < heads; ++h) {
+      const float* from = position + first * heads + h * count;
+      double* to = position_out + dposition.numel() / 2 + 1 - count;
+      for (int64_t i = 0; a.position && i < count; ++i) to[i] += from[i];
+      for (int64_t i = 0; a.time && i < size; ++i) time_out[i] += time[(b * heads + h) * size + i];
+    }
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& g, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& offsets,
+    const at::Tensor& scale, const Optional& position, const Optional& time, const Optional& buckets,
+    const Optional& pair_offsets) {
+  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets};
+  const int64_t heads = a.heads(), time_size = time ? time->numel() : 0;
+  auto dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
+  auto position_sums = at::zeros({position ? q.size(0) * heads : 0}, scale.options());
+  auto time_sums = at::zeros({a.sequences() * heads, time_size}, scale.options());
+  by_type(q, [&]<typename S>() {
+    for_each_task(a, [&](int64_t b, int64_t h, Scratch& scratch) {
+      const Head<S> head = head_of<S>(a, b, h, &g);
+      const int64_t first = offsets.const_data_ptr<int64_t>()[b];
+      std::vector<float> lanes(kLanes * time_size);
+      BiasGradient sums{nullptr, time ? lanes.data() : nullptr, time_size};
+      if (position)
+        sums.position = position_sums.mutable_data_ptr<float>() + first * heads + h * head.count + head.count - 1;
+      backward_task<S>(head, scratch, {row_in<S>(dq, first, h), row_in<S>(dk, first, h), row_in<S>(dv, first, h),
+                                       dq.stride(0), dk.stride(0), dv.stride(0), sums});
+      float* total = time_sums.mutable_data_ptr<float>() + (b * heads + h) * time_size;
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        for (int64_t i = 0; i < time_size; ++i) total[i] += lanes[lane * time_size + i];
+    });
+  });
+  auto dposition = at::zeros({position ? position->numel() : 0}, scale.options().dtype(at::kDouble));
+  auto dtime = at::zeros({time_size}, scale.options().dtype(at::kDouble));
+  sum_bias_gradients(a, position_sums, time_sums, dposition, dtime);
+  return {dq, dk, dv, dposition, dtime};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gr, m) {
+  m.def(
+      "hstu_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor scale, Tensor? position_bias, "
+      "Tensor? time_bias, Tensor? buckets, Tensor? pair_offsets) -> Tensor");
+  m.def(
+      "hstu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor scale, "
+      "Tensor? position_bias, Tensor? time_bias, Tensor? buckets, Tensor? pair_offsets) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(gr, CPU, m) {
+  m.impl("hstu_attention", &forward);
+  m.impl("hstu_attention_backward", &backward);
+}
+
+}  // namespace gr

@@ -1,0 +1,78 @@
+"""Logarithmic buckets of the time between a query and a key. T packed tokens, B examples, P pairs (query i, key j <= i)."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gr.ops.backend import cpu_backend
+from gr.ops.jagged import check_offsets
+
+BUCKET_WIDTH = 0.301  # in ln(seconds): a bucket spans a factor of 1.35
+MAX_BUCKETS = 255  # ids are uint8
+_LARGEST_INT64 = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class TimeBuckets:
+    """Bucket ids of every visible pair of a batch, made once and shared by all layers and heads.
+
+    ids_P: uint8, P = sum of n (n + 1) / 2 over sequences of length n. The id of query i and key j <= i, counted in
+    sequence b, lies at pair_offsets_B1[b] + i (i + 1) / 2 + j.
+    pair_offsets_B1: int64. num_buckets: ids lie in [0, num_buckets].
+    """
+
+    ids_P: Tensor
+    pair_offsets_B1: Tensor
+    num_buckets: int
+
+
+def time_bucket_ids(
+    timestamps_T: Tensor, query_timestamps_T: Tensor, offsets_B1: Tensor, *, num_buckets: int
+) -> TimeBuckets:
+    """bucket(i, j) = min(floor(ln(max(1, |query_timestamp_i - timestamp_j|)) / 0.301), num_buckets) for j <= i.
+
+    timestamps_T, query_timestamps_T: int64 seconds [T]: of the event, and of the moment its successor is asked for.
+    offsets_B1: int64 [B + 1]. num_buckets: 0 to 255; the matching bias table has num_buckets + 1 entries.
+    Computed on integers with exact edges, so every device and path gives the same ids.
+    Raises ValueError if shapes, dtypes or num_buckets do not fit.
+    Source: Zhai et al. 2024 (arXiv 2402.17152), App. A rab^t, with the bucket function of the public research code.
+    """
+    if not 0 <= num_buckets <= MAX_BUCKETS:
+        raise ValueError(f"num_buckets must lie in [0, {MAX_BUCKETS}], not {num_buckets}")
+    tokens = timestamps_T.shape[0]
+    for name, value in (("timestamps_T", timestamps_T), ("query_timestamps_T", query_timestamps_T)):
+        if value.dtype != torch.int64 or value.shape != (tokens,):
+            raise ValueError(f"{name} must be int64 of shape [{tokens}], not {value.dtype} of {list(value.shape)}")
+    check_offsets(offsets_B1, tokens, max_length=tokens)
+    lengths_B = offsets_B1.diff()
+    pair_offsets_B1 = torch.nn.functional.pad((lengths_B * (lengths_B + 1) // 2).cumsum(0), (1, 0))
+    edges = torch.tensor(_edges(num_buckets), dtype=torch.int64, device=timestamps_T.device)
+    if timestamps_T.device.type == "cpu" and cpu_backend() == "native":
+        ids_P = torch.ops.gr.time_bucket_ids(
+            timestamps_T.contiguous(), query_timestamps_T.contiguous(), offsets_B1.contiguous(), pair_offsets_B1, edges
+        )
+    else:
+        ids_P = _bucket_ids(timestamps_T, query_timestamps_T, offsets_B1, edges)
+    return TimeBuckets(ids_P, pair_offsets_B1, num_buckets)
+
+
+@functools.cache
+def _edges(num_buckets: int) -> tuple[int, ...]:
+    """The smallest difference in seconds of each bucket from 1 on. Edges past the int64 range are never reached."""
+    return tuple(min(math.ceil(math.exp(BUCKET_WIDTH * k)), _LARGEST_INT64) for k in range(1, num_buckets + 1))
+
+
+def _bucket_ids(timestamps_T: Tensor, query_timestamps_T: Tensor, offsets_B1: Tensor, edges: Tensor) -> Tensor:
+    """Query by query: the keys of query i of a sequence are its i + 1 first tokens."""
+    tokens = timestamps_T.shape[0]
+    token_T = torch.arange(tokens, device=timestamps_T.device)
+    start_T = torch.repeat_interleave(offsets_B1[:-1], offsets_B1.diff(), output_size=tokens)
+    keys_T = token_T - start_T + 1
+    query_P = torch.repeat_interleave(token_T, keys_T)
+    row_start_T = keys_T.cumsum(0) - keys_T
+    key_P = torch.arange(query_P.numel(), device=query_P.device) + (start_T - row_start_T)[query_P]
+    apart_P = (query_timestamps_T[query_P] - timestamps_T[key_P]).abs()
+    return torch.bucketize(apart_P, edges, right=True).to(torch.uint8)

@@ -1,0 +1,149 @@
+"""Builds and loads the C++ operators of gr.ops: one shared library, compiled once per machine with the user's g++.
+
+The library lies in the user's cache directory under a name made of the sources, the flags, the torch version, the
+compiler and the CPU, so a change of any of them builds a new one and several versions live side by side.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from gr.errors import InstallError
+from gr.logging import get_logger
+
+_logger = get_logger(__name__)
+_SOURCE_ROOT = Path(__file__).parent
+_TORCH_ROOT = Path(torch.__file__).parent
+_COMPILERS = ("g++", "clang++")
+_BUILD_TIMEOUT_S = 300
+
+# Not -ffast-math: linking with it makes GCC < 13 flush denormals in the whole process, and its finite-math part would
+# let NaN through unseen. These are the parts of it that vectorise sums.
+_COMPILE_FLAGS = (
+    *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-fno-strict-aliasing"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+)
+_LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-ltorch_cpu")
+
+
+@functools.cache
+def load() -> None:
+    """Make torch.ops.gr.* available, building the library first if this machine has none.
+
+    Raises InstallError if there is no C++20 compiler, the build fails or the library does not work on this CPU.
+    """
+    compiler = _find_compiler()
+    try:
+        library = _cache_directory() / f"ops-{_fingerprint(compiler)}.so"
+        with _locked(library.with_suffix(".lock")):
+            if not library.exists():
+                _build(compiler, library)
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise InstallError(f"the C++ operators cannot be stored or loaded: {error}") from error
+    _try_out()
+
+
+def _find_compiler() -> str:
+    for name in _COMPILERS:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    raise InstallError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH. Install one, for example g++.")
+
+
+def _cache_directory() -> Path:
+    """The user's cache directory by the XDG convention; a private temporary one where the home cannot be written."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = root / "gr"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        directory = Path(tempfile.gettempdir()) / f"gr-cache-{os.getuid()}"
+        directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.stat().st_uid != os.getuid() and os.getuid() != 0:
+        raise InstallError(f"{directory} belongs to another user, so code in it is not loaded. Set XDG_CACHE_HOME.")
+    return directory
+
+
+def _sources() -> list[Path]:
+    return sorted(_SOURCE_ROOT.rglob("*.cpp"))
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256(repr((compiler, version, _COMPILE_FLAGS, _LINK_FLAGS, torch.__version__)).encode())
+    digest.update(_cpu_description().encode())
+    for source in [*_sources(), *sorted(_SOURCE_ROOT.rglob("*.h"))]:
+        digest.update(str(source.relative_to(_SOURCE_ROOT)).encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_description() -> str:
+    """What -march=native depends on: a home directory may be shared by machines that differ."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    wanted = ("model name", "model\t", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Of processes that start together, one builds and the others wait. The lock ends with the process."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(compiler: str, library: Path) -> None:
+    _logger.info("building the C++ operators of gr with %s, about 20 seconds, once for this machine", compiler)
+    started = time.perf_counter()
+    include = ["-isystem", str(_TORCH_ROOT / "include")]
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        objects, commands = [], []
+        for index, source in enumerate(_sources()):
+            objects.append(f"{directory}/{index}.o")
+            commands.append([compiler, *_COMPILE_FLAGS, *include, "-c", str(source), "-o", objects[-1]])
+        _run_together(commands)
+        unfinished = f"{directory}/ops.so"
+        _run_together([[compiler, *objects, *_LINK_FLAGS, "-o", unfinished]])
+        os.replace(unfinished, library)
+    _logger.info("built %s in %.0f seconds", library, time.perf_counter() - started)
+
+
+def _run_together(commands: Sequence[Sequence[str]]) -> None:
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
+    ]
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=_BUILD_TIMEOUT_S)
+            if process.returncode != 0:
+                raise InstallError(f"building the C++ operators failed: {' '.join(process.args)}\n{output[-2000:]}")
+    except subprocess.TimeoutExpired as error:
+        raise InstallError(f"building the C++ operators took more than {_BUILD_TIMEOUT_S} seconds") from error
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _try_out() -> None:
+    """One tiny call: torch's brgemm is absent from some builds and refuses some CPUs, and says so only when called."""
+    x = torch.zeros(1, 1, 16)
+    try:
+        torch.ops.gr.hstu_attention(x, x, x, torch.tensor([0, 1]), torch.ones(1), None, None, None, None)
+    except RuntimeError as error:
+        raise InstallError(f"the C++ operators do not run on this machine: {error}") from error

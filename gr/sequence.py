@@ -1,0 +1,23 @@
+"""JaggedSequence: what towers take and return. B examples, T packed tokens, D width."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JaggedSequence:
+    """Packed sequences of vectors.
+
+    values_TD: float. offsets_B1: int64 [B+1], offsets_B1[-1] == T. max_length: no sequence is longer, in tokens.
+    timestamps_T, query_timestamps_T: int64 seconds of the event and of the next one, or None.
+    """
+
+    values_TD: Tensor
+    offsets_B1: Tensor
+    max_length: int
+    timestamps_T: Tensor | None = None
+    query_timestamps_T: Tensor | None = None
+
+    def with_values(self, values_TD: Tensor) -> "JaggedSequence":
+        return replace(self, values_TD=values_TD)

@@ -1,0 +1,111 @@
+"""Which items a step compares its targets with. Draws depend on (seed, step, global token), never on the world size.
+
+T tokens of this rank, S negatives a token, K distinct items looked up, C items in the corpus.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr.batch import SequenceBatch
+from gr.config.tree import (
+    FullSoftmax,
+    InBatchNegatives,
+    PerPositionNegatives,
+    SharedNegatives,
+    TaskConfig,
+)
+from gr.dist import World
+from gr.errors import DataError
+
+# Philox gives four 64-bit draws for each value of its counter.
+DRAWS_PER_COUNTER = 4
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The items of a step, each looked up once, and how the positions of this rank refer to them.
+
+    ids_K: int64, distinct. positive_T: int64, index into ids_K of each position's target.
+    negative_TS: int64, index into ids_K of each position's own negatives; None when all K items are compared with.
+    shared_S: int64, index into ids_K of the negatives that all positions share, or None.
+    log_q_K: float, log of the probability that an item is a candidate, or None for a uniform draw.
+    """
+
+    ids_K: Tensor
+    positive_T: Tensor
+    negative_TS: Tensor | None = None
+    shared_S: Tensor | None = None
+    log_q_K: Tensor | None = None
+
+
+class CandidateSampler:
+    """Draws the candidates of each step.
+
+    corpus_ids: int64 [C], ascending. corpus_counts: int64 [C], occurrences in training, for log Q.
+    """
+
+    def __init__(self, config: TaskConfig, corpus_ids: np.ndarray, corpus_counts: np.ndarray, seed: int) -> None:
+        self.negatives = config.negatives
+        self.seed = seed
+        self.corpus_C = torch.from_numpy(np.ascontiguousarray(corpus_ids, dtype=np.int64))
+        frequency = np.maximum(corpus_counts, 1).astype(np.float64)
+        self.log_q_C = torch.from_numpy(np.log(frequency / frequency.sum())).float()
+
+    def draw(self, batch: SequenceBatch, step: int, world: World, tokens_before: int) -> Candidates:
+        """Candidates of one step. `tokens_before` counts the tokens of lower ranks in this global batch."""
+        targets_T = batch.target_ids_T.cpu()
+        match self.negatives:
+            case FullSoftmax():
+                drawn = Candidates(self.corpus_C, self._corpus_index(targets_T))
+            case PerPositionNegatives(count=count):
+                drawn = self._per_position(targets_T, count, step, tokens_before)
+            case SharedNegatives(count=count):
+                drawn = self._shared(targets_T, count, step)
+            case InBatchNegatives():
+                drawn = self._in_batch(targets_T, world)
+        return _to(drawn, batch.target_ids_T.device)
+
+    def _per_position(self, targets_T: Tensor, count: int, step: int, tokens_before: int) -> Candidates:
+        T, C = len(targets_T), len(self.corpus_C)
+        drawn_TS = uniform_integers((self.seed, 2 * step), C, start=tokens_before * count, count=T * count)
+        drawn_TS = drawn_TS.view(T, count)
+        if C <= T * (count + 1):
+            return Candidates(self.corpus_C, self._corpus_index(targets_T), drawn_TS)
+        both = torch.cat([self._corpus_index(targets_T)[:, None], drawn_TS], dim=1)
+        distinct_K, index = both.unique(return_inverse=True)
+        return Candidates(self.corpus_C[distinct_K], index[:, 0], index[:, 1:].contiguous())
+
+    def _shared(self, targets_T: Tensor, count: int, step: int) -> Candidates:
+        drawn_S = uniform_integers((self.seed, 2 * step + 1), len(self.corpus_C), start=0, count=count)
+        distinct_K, index = torch.cat([self._corpus_index(targets_T), drawn_S]).unique(return_inverse=True)
+        return Candidates(self.corpus_C[distinct_K], index[: len(targets_T)], shared_S=index[len(targets_T) :])
+
+    def _in_batch(self, targets_T: Tensor, world: World) -> Candidates:
+        everyone = torch.cat(world.all_gather_variable(targets_T)).unique()
+        corpus_index_K = self._corpus_index(everyone)
+        return Candidates(everyone, torch.searchsorted(everyone, targets_T), log_q_K=self.log_q_C[corpus_index_K])
+
+    def _corpus_index(self, ids: Tensor) -> Tensor:
+        index = torch.searchsorted(self.corpus_C, ids).clamp_(max=len(self.corpus_C) - 1)
+        if not torch.equal(self.corpus_C[index], ids):
+            stranger = int(ids[self.corpus_C[index] != ids][0])
+            raise DataError(f"target item {stranger} is not in the corpus (items.parquet); run `gr prepare` again")
+        return index
+
+
+def uniform_integers(key: tuple[int, int], high: int, *, start: int, count: int) -> Tensor:
+    """int64 [count]: elements start .. start+count of the stream of uniform integers in [0, high) that `key` names."""
+    skipped = start // DRAWS_PER_COUNTER
+    generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)).advance(skipped))
+    uniform = generator.random(start - skipped * DRAWS_PER_COUNTER + count)[start - skipped * DRAWS_PER_COUNTER :]
+    return torch.from_numpy(np.minimum((uniform * high).astype(np.int64), high - 1))
+
+
+def _to(candidates: Candidates, device: torch.device) -> Candidates:
+    if device.type == "cpu":
+        return candidates
+    moved = {k: v.to(device, non_blocking=True) for k, v in vars(candidates).items() if v is not None}
+    return Candidates(**moved)

@@ -1,0 +1,80 @@
+"""Ranks of held-out items over the full corpus, against sharded tables, without gathering them on one rank.
+
+Every rank scores its slice of the corpus for the queries of all ranks and counts what beats the target; the counts
+are summed. That is what merging top-k lists would give, for every k at once. R ranks, B queries a rank, C_r items.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gr.batch import EvaluationBatch
+from gr.dist import World
+from gr.tasks.similarity import Similarity
+
+LOOKUP_CHUNK = 1 << 16
+SCORE_BLOCK = 1 << 15
+
+
+class CorpusRanker:
+    """Ranks targets among the corpus. Holds this rank's slice of the item vectors: C/R rows of width D."""
+
+    def __init__(
+        self, corpus_C: Tensor, lookup: Callable[[Tensor], Tensor], similarity: Similarity, world: World
+    ) -> None:
+        """corpus_C: int64, ascending. lookup: ids [K] -> vectors [K, D]; collective, called equally often by ranks."""
+        self.world = world
+        slices = torch.arange(world.size + 1) * len(corpus_C) // world.size
+        first, last = int(slices[world.rank]), int(slices[world.rank + 1])
+        self.ids = corpus_C[first:last].to(world.device)
+        chunks = -(-int(slices.diff().max()) // LOOKUP_CHUNK)
+        vectors = [lookup(self.ids[i * LOOKUP_CHUNK : (i + 1) * LOOKUP_CHUNK]) for i in range(chunks)]
+        self.items = similarity.items(torch.cat(vectors).float())
+
+    def ranks(self, queries_BD: Tensor, batch: EvaluationBatch) -> Tensor:
+        """float64 [B]: 1 is best, ties share their mean rank. Every rank passes as many queries."""
+        queries = self._gather(queries_BD.float())
+        targets = self._gather(batch.target_ids_B)
+        owner, place = self._seen_places(batch)
+        scores = [queries @ block.T for block in self.items.split(SCORE_BLOCK)]
+        score = torch.cat(scores, dim=1) if scores else queries.new_empty(len(queries), 0)
+        score[owner, place] = -torch.inf
+        column, mine = self._locate(targets)
+        target_score = torch.zeros(len(targets), dtype=torch.float64, device=score.device)
+        target_score[mine] = score[mine, column[mine]].double()
+        self._sum(target_score)
+        wanted = target_score.to(score.dtype)[:, None]
+        beaten_by = (score > wanted).sum(1).double() + 0.5 * (score == wanted).sum(1).double()
+        self._sum(beaten_by)
+        # The target ties with itself: that half is taken back.
+        mean_rank = 1.0 + beaten_by - 0.5
+        B = len(queries_BD)
+        return mean_rank[self.world.rank * B : (self.world.rank + 1) * B]
+
+    def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each id in this rank's slice, and whether it is there."""
+        if not len(self.ids):
+            return torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        column = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
+        return column, self.ids[column] == ids
+
+    def _seen_places(self, batch: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        """(query, column) of every seen item, over the queries of all ranks, that lies in this rank's slice."""
+        lengths = self._gather(batch.seen_offsets.diff())
+        seen = torch.cat(self.world.all_gather_variable(batch.seen_ids))
+        owner = torch.arange(len(lengths), device=seen.device).repeat_interleave(lengths)
+        column, mine = self._locate(seen)
+        return owner[mine], column[mine]
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self.world.size == 1:
+            return rows
+        out = rows.new_empty(self.world.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    def _sum(self, values: Tensor) -> None:
+        if self.world.size > 1:
+            dist.all_reduce(values)

@@ -1,0 +1,28 @@
+"""Dense towers: JaggedSequence in, JaggedSequence of the same shape out. One protocol for all of them."""
+
+from typing import Protocol
+
+from torch import nn
+
+from gr.config.tree import HSTUConfig, ModelConfig, SASRecConfig
+from gr.sequence import JaggedSequence
+from gr.towers.hstu import HSTU
+from gr.towers.sasrec import SASRec
+
+
+class Tower(Protocol):
+    """values_TD -> values_TD. A token's output depends on the tokens before it and on itself, never on later ones."""
+
+    def __call__(self, sequence: JaggedSequence) -> JaggedSequence: ...
+
+
+def build_tower(config: ModelConfig, max_length: int) -> nn.Module:
+    """The tower that `config.tower.kind` names, on the default device, for sequences of at most max_length tokens."""
+    match config.tower:
+        case HSTUConfig() as tower:
+            return HSTU(tower, dim=config.dim, max_length=max_length)
+        case SASRecConfig() as tower:
+            return SASRec(tower, dim=config.dim, max_length=max_length)
+
+
+__all__ = ["Tower", "build_tower"]

@@ -1,0 +1,104 @@
+"""HSTU, research form: pointwise SiLU attention with relative bias (arXiv 2402.17152, Eq. 1-3 and App. A).
+
+T packed tokens, D model width, H heads, Q query/key width per head, V value width per head, N max length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr.config.tree import HSTUConfig
+from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
+from gr.ops.softmax_attention import softmax_attention
+from gr.sequence import JaggedSequence
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+
+
+class HSTU(nn.Module):
+    """A residual stack of identical HSTU layers."""
+
+    def __init__(self, config: HSTUConfig, *, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(HSTULayer(config, dim, max_length) for _ in range(config.layers))
+
+    def forward(self, sequence: JaggedSequence) -> JaggedSequence:
+        buckets = self._time_buckets(sequence)
+        divisor = self._divisor(sequence)
+        x_TD = sequence.values_TD
+        for layer in self.layers:
+            x_TD = layer(x_TD, sequence, divisor, buckets)
+        return sequence.with_values(x_TD)
+
+    def _time_buckets(self, sequence: JaggedSequence) -> TimeBuckets | None:
+        """Bucket ids are the same for all layers, so they are made once."""
+        if not self.config.time_bias:
+            return None
+        if sequence.timestamps_T is None or sequence.query_timestamps_T is None:
+            raise ValueError("time_bias=True needs a sequence with timestamps_T and query_timestamps_T; both are None")
+        return time_bucket_ids(
+            sequence.timestamps_T,
+            sequence.query_timestamps_T,
+            sequence.offsets_B1,
+            num_buckets=self.config.time_buckets,
+        )
+
+    def _divisor(self, sequence: JaggedSequence) -> float | Tensor:
+        match self.config.divisor:
+            case "constant":
+                return self.config.divisor_value
+            case "max_len":
+                return float(sequence.max_length)
+            case "actual_len":
+                lengths = sequence.offsets_B1.diff()
+                return lengths.repeat_interleave(lengths, output_size=len(sequence.values_TD)).float()
+
+
+class HSTULayer(nn.Module):
+    """x + W_o dropout(u * norm(attention(q, k, v))), with u, v, q, k = silu(norm(x) W)."""
+
+    def __init__(self, config: HSTUConfig, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.config = config
+        H, Q, V = config.heads, config.qk_dim, config.v_dim
+        self.splits = [H * V, H * V, H * Q, H * Q]
+        self.uvqk = nn.Parameter(torch.empty(dim, sum(self.splits)))
+        self.output = nn.Linear(H * V * (3 if config.concat_ua else 1), dim)
+        self.position_bias = nn.Parameter(torch.empty(2 * max_length - 1)) if config.position_bias else None
+        self.time_bias = nn.Parameter(torch.empty(config.time_buckets + 1)) if config.time_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.uvqk, std=INIT_STD)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        for bias in (self.position_bias, self.time_bias):
+            if bias is not None:
+                nn.init.normal_(bias, std=INIT_STD)
+
+    def forward(
+        self, x_TD: Tensor, sequence: JaggedSequence, divisor: float | Tensor, buckets: TimeBuckets | None
+    ) -> Tensor:
+        H = self.config.heads
+        normed_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=NORM_EPS)
+        u, v, q, k = F.silu(normed_TD @ self.uvqk).split(self.splits, dim=-1)
+        q_THQ, k_THQ, v_THV = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
+        if self.config.attention == "softmax":
+            a_THV = softmax_attention(q_THQ, k_THQ, v_THV, sequence.offsets_B1, max_length=sequence.max_length)
+        else:
+            a_THV = hstu_attention(
+                q_THQ,
+                k_THQ,
+                v_THV,
+                sequence.offsets_B1,
+                max_length=sequence.max_length,
+                divisor=divisor,
+                position_bias=self.position_bias,
+                time_bias=self.time_bias,
+                time_buckets=buckets,
+            )
+        a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
+        gated = torch.cat([u, a, u * a], dim=-1) if self.config.concat_ua else u * a
+        return x_TD + self.output(F.dropout(gated, self.config.dropout, self.training))

@@ -1,0 +1,61 @@
+"""SASRec (arXiv 1808.09781) on packed sequences: the softmax-attention baseline.
+
+T packed tokens, D model width, H heads.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr.config.tree import SASRecConfig
+from gr.ops.softmax_attention import softmax_attention
+from gr.sequence import JaggedSequence
+
+NORM_EPS = 1e-8
+
+
+class SASRec(nn.Module):
+    """A stack of causal self-attention and point-wise feed-forward blocks, with a norm at the end."""
+
+    def __init__(self, config: SASRecConfig, *, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SASRecLayer(config, dim) for _ in range(config.layers))
+        self.last_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, sequence: JaggedSequence) -> JaggedSequence:
+        x_TD = sequence.values_TD
+        for layer in self.layers:
+            x_TD = layer(x_TD, sequence)
+        return sequence.with_values(self.last_norm(x_TD))
+
+
+class SASRecLayer(nn.Module):
+    """y = norm(x) + attention(norm(x), x, x); norm(y) + W2 relu(W1 norm(y))."""
+
+    def __init__(self, config: SASRecConfig, dim: int) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.attention_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.attention_output = nn.Linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.ffn_in = nn.Linear(dim, config.ffn_dim)
+        self.ffn_out = nn.Linear(config.ffn_dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.query, self.key_value, self.attention_output, self.ffn_in, self.ffn_out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x_TD: Tensor, sequence: JaggedSequence) -> Tensor:
+        normed_TD = self.attention_norm(x_TD)
+        q, (k, v) = self.query(normed_TD), self.key_value(x_TD).chunk(2, dim=-1)
+        q_THQ, k_THQ, v_THQ = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+        a_THQ = softmax_attention(q_THQ, k_THQ, v_THQ, sequence.offsets_B1, max_length=sequence.max_length)
+        y_TD = normed_TD + self._drop(self.attention_output(a_THQ.flatten(1)))
+        y_TD = self.ffn_norm(y_TD)
+        return y_TD + self._drop(self.ffn_out(self._drop(F.relu(self.ffn_in(y_TD)))))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)

@@ -1,0 +1,8 @@
+"""Callbacks: everything of a run that has a schedule."""
+
+from gr.train.callbacks.checkpointing import Checkpointing
+from gr.train.callbacks.evaluation import Evaluation
+from gr.train.callbacks.metrics import Metrics
+from gr.train.callbacks.profiler import Profiler
+
+__all__ = ["Checkpointing", "Evaluation", "Metrics", "Profiler"]

@@ -1,0 +1,26 @@
+"""Saves on a schedule, at the end, and when the run is asked to stop."""
+
+from gr.checkpoint import CheckpointStore
+from gr.config.tree import CheckpointConfig
+from gr.train.trainer import Callback, StepResult, Trainer
+
+
+class Checkpointing(Callback):
+    def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
+        self.store, self.config = store, config
+        self.saved_step: int | None = None
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        if self.config.every and trainer.step % self.config.every == 0:
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.save(trainer)
+        self.store.finish()
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves the present step, once."""
+        if self.saved_step != trainer.step:
+            progress = {"step": trainer.step, "data": trainer.loader.state_dict()}
+            self.store.save(progress, self.config.keep_last)
+            self.saved_step = trainer.step

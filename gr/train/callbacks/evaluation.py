@@ -1,0 +1,52 @@
+"""Evaluates on the validation split on a schedule, and marks the best checkpoint."""
+
+from collections.abc import Callable, Mapping
+
+from gr.logging import get_logger
+from gr.metrics.writers import MetricsWriter
+from gr.train.callbacks.checkpointing import Checkpointing
+from gr.train.trainer import Callback, StepResult, Trainer
+
+log = get_logger(__name__)
+
+
+class Evaluation(Callback):
+    """Runs `evaluate` every `every` steps and at the end; a new best is saved and marked, so it outlives pruning."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Mapping[str, float]],
+        checkpointing: Checkpointing,
+        writer: MetricsWriter | None,
+        *,
+        every: int,
+        select_by: str,
+    ) -> None:
+        self.evaluate, self.checkpointing, self.writer = evaluate, checkpointing, writer
+        self.every, self.select_by = every, select_by
+        best = checkpointing.store.folder.best()
+        self.best = best["value"] if best else float("-inf")
+
+    def on_start(self, trainer: Trainer) -> None:
+        """The untrained model, as the point to compare with."""
+        if trainer.step == 0:
+            self._measure(trainer)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.step % self.every and trainer.step != trainer.steps:
+            return
+        value = self._measure(trainer)[self.select_by]
+        if value > self.best:
+            self.best = value
+            self.checkpointing.save(trainer)
+            self.checkpointing.store.finish()
+            if trainer.world.is_main:
+                self.checkpointing.store.folder.mark_best(trainer.step, self.select_by, value)
+
+    def _measure(self, trainer: Trainer) -> Mapping[str, float]:
+        metrics = self.evaluate()
+        if self.writer is not None:
+            self.writer.write(trainer.step, "validation", metrics)
+            shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr"))
+            log.info("step %d/%d  validation  %s", trainer.step, trainer.steps, shown)
+        return metrics

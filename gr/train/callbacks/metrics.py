@@ -1,0 +1,74 @@
+"""Training metrics: a progress bar on a terminal, plain lines elsewhere, metrics.jsonl and TensorBoard always."""
+
+import sys
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from gr.logging import get_logger
+from gr.metrics.throughput import Throughput
+from gr.metrics.writers import MetricsWriter
+from gr.train.trainer import Callback, StepResult, Trainer
+
+log = get_logger(__name__)
+
+
+class Metrics(Callback):
+    """Writes loss, rates and learning rate every `every` steps, on the main rank."""
+
+    def __init__(self, writer: MetricsWriter | None, every: int) -> None:
+        """writer: None on all ranks but the main one, which then only count nothing and write nothing."""
+        self.writer, self.every = writer, every
+        self.throughput = Throughput()
+        self.loss_sum, self.wait, self.losses = 0.0, 0.0, 0
+        self.bar: tqdm | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.throughput = Throughput()
+        if self.writer is not None and sys.stderr.isatty():
+            self.bar = tqdm(total=trainer.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        if self.writer is None:
+            return
+        self.throughput.add(result.examples, result.tokens)
+        self.loss_sum += result.loss
+        self.wait += result.wait
+        self.losses += 1
+        if self.bar is not None:
+            self.bar.update()
+        if trainer.step % self.every == 0 or trainer.step == trainer.steps or trainer.stopped:
+            self._write(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _write(self, trainer: Trainer) -> None:
+        values = {
+            "loss": self.loss_sum / self.losses,
+            "learning_rate": trainer.module.learning_rate,
+            "data_wait_seconds": self.wait,
+            **self.throughput.read(),
+        }
+        self.loss_sum, self.wait, self.losses = 0.0, 0.0, 0
+        assert self.writer is not None
+        self.writer.write(trainer.step, "train", values)
+        if self.bar is not None:
+            self.bar.set_postfix_str(_short(values))
+        else:
+            left = (trainer.steps - trainer.step) * _seconds_a_step(values, trainer)
+            log.info("step %d/%d  %s  ETA %s", trainer.step, trainer.steps, _short(values), tqdm.format_interval(left))
+
+
+def _short(values: Mapping[str, float]) -> str:
+    return (
+        f"loss {values['loss']:.4f}  {values['examples_per_second']:,.0f} examples/s  "
+        f"{values['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _seconds_a_step(values: Mapping[str, float], trainer: Trainer) -> float:
+    """Seconds a step, from the rate of examples."""
+    batch = trainer.module.config.trainer.global_batch_size
+    return batch / max(values["examples_per_second"], 1e-9)

@@ -1,0 +1,85 @@
+"""What one training step is: forward, backward and update of a sharded retriever."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+
+from gr.batch import SequenceBatch
+from gr.config.tree import ExperimentConfig
+from gr.dist import World
+from gr.embeddings import TableOptimizer
+from gr.tasks import CandidateSampler
+from gr.train.schedule import rate_factor
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """loss: the scalar to run backward on. total: sum of this rank's losses, nats. tokens, examples: of all ranks."""
+
+    loss: Tensor
+    total: float
+    tokens: int
+    examples: int
+
+
+class TrainModule:
+    """A sharded model with its optimizers. The trainer sees forward(), backward() and the state to save."""
+
+    def __init__(
+        self, model: DistributedModelParallel, sampler: CandidateSampler, config: ExperimentConfig, world: World
+    ) -> None:
+        self.model, self.sampler, self.config, self.world = model, sampler, config, world
+        self.dense = dense_parameters(model)
+        optimizer = config.optimizer
+        self.dense_optimizer = torch.optim.AdamW(
+            self.dense.values(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
+
+    def forward(self, batch: SequenceBatch, step: int) -> StepLoss:
+        """Loss of one global batch. Random draws are a function of (seed, step, rank), so a resumed run repeats them."""
+        self.model.train()
+        tokens_here = len(batch.target_ids_T)
+        tokens = [n for (n,) in self.world.all_gather_ints([tokens_here])]
+        candidates = self.sampler.draw(batch, step, self.world, sum(tokens[: self.world.rank]))
+        torch.manual_seed(_step_seed(self.config.seed, step, self.world.rank))
+        total = self.model(batch, candidates)
+        # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
+        loss = total * (self.world.size / max(1, sum(tokens)))
+        examples = batch.features.stride() * self.world.size
+        return StepLoss(loss, float(total.detach()), sum(tokens), examples)
+
+    def backward(self, loss: StepLoss, step: int) -> None:
+        """Gradients and updates; fused tables are updated inside backward, so rates are set first."""
+        factor = rate_factor(self.config.optimizer.schedule, step, self.config.trainer.steps)
+        self.table_optimizer.set_learning_rate(self.config.embeddings.optimizer.lr * factor)
+        for group in self.dense_optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * factor
+        loss.loss.backward()
+        if self.config.optimizer.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense.values(), self.config.optimizer.clip_grad_norm)
+        self.dense_optimizer.step()
+        self.dense_optimizer.zero_grad()
+        self.table_optimizer.step()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.dense_optimizer.param_groups[0]["lr"]
+
+
+def dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
+    """Parameters by name, without the tables."""
+    inner = get_unwrapped_module(model)
+    return {name: p for name, p in inner.named_parameters() if not name.startswith("tables.")}
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Distinct for every (seed, step, rank) that a run can reach."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + rank * 0x2545F4914F6CDD1D) % (1 << 63)

@@ -1,0 +1,114 @@
+"""The training loop. It knows steps, batches and callbacks; what a step does is the train module's."""
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+from gr.dist import World
+from gr.errors import TrainingError
+from gr.logging import get_logger
+from gr.train.module import StepLoss, TrainModule
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean nats a token over the global batch. wait: seconds this rank stood still for its batch."""
+
+    loss: float
+    examples: int
+    tokens: int
+    wait: float
+
+
+class Callback:
+    """Something with a schedule. Every rank calls every hook, so hooks may communicate."""
+
+    def on_start(self, trainer: "Trainer") -> None: ...
+
+    def on_step(self, trainer: "Trainer", result: StepResult) -> None: ...
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step, or after the step at which the run was asked to stop."""
+
+
+class Loader(Protocol):
+    """What the trainer needs of a loader: batches, its position, and the time it kept the trainer waiting."""
+
+    wait_seconds: float
+
+    def __next__(self): ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Trainer:
+    """Runs steps until `steps`, or until a signal asks it to stop.
+
+    SIGINT and SIGTERM finish the step under way; a second one ends the process at once.
+    """
+
+    def __init__(
+        self, module: TrainModule, loader: Loader, callbacks: Sequence[Callback], world: World, *, steps: int
+    ) -> None:
+        self.module, self.loader, self.callbacks, self.world = module, loader, callbacks, world
+        self.steps = steps
+        self.step = 0
+        self.stopped = False
+        self._stop_requested = False
+
+    def run(self) -> None:
+        """Trains. Raises TrainingError when the loss is not finite, before anything is updated with it."""
+        with self._stop_on_signal():
+            for callback in self.callbacks:
+                callback.on_start(self)
+            while self.step < self.steps and not self.stopped:
+                result = self._one_step()
+                self.step += 1
+                for callback in self.callbacks:
+                    callback.on_step(self, result)
+            for callback in self.callbacks:
+                callback.on_end(self)
+
+    def _one_step(self) -> StepResult:
+        waited = self.loader.wait_seconds
+        batch = next(self.loader)
+        waited = self.loader.wait_seconds - waited
+        batch = batch.to(self.world.device)
+        loss = self.module.forward(batch, self.step)
+        # One collective a step: the global loss, and whether any rank was asked to stop after this step.
+        total, stop = self.world.all_reduce_sum([loss.total, float(self._stop_requested)])
+        self.stopped = stop > 0
+        if not math.isfinite(total):
+            self._refuse(loss, batch.first_example)
+        self.module.backward(loss, self.step)
+        return StepResult(total / max(1, loss.tokens), loss.examples, loss.tokens, waited)
+
+    def _refuse(self, loss: StepLoss, first_example: int) -> None:
+        raise TrainingError(
+            f"loss is not finite at step {self.step}: examples {first_example}..{first_example + loss.examples - 1} "
+            f"of the training order, learning rate {self.module.learning_rate:g}; nothing was updated or saved. "
+            "Try a lower learning rate, optimizer.clip_grad_norm, or trainer.precision=fp32"
+        )
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        def request(number: int, frame: FrameType | None) -> None:
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            self._stop_requested = True
+            log.warning("stopping after this step; once more to leave at once")
+
+        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)

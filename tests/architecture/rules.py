@@ -1,0 +1,95 @@
+"""The rules of docs/design on size, names and forbidden calls: each takes a module and yields its faults."""
+
+import ast
+from collections.abc import Iterator
+
+from .source import Module, imported
+
+FILE_LINES, TRITON_FILE_LINES, FUNCTION_LINES = 400, 900, 60
+PARAMETERS, OP_PARAMETERS = 8, 12
+VAGUE_FILES = {"utils.py", "helpers.py", "misc.py"}
+VAGUE_CLASSES = ("Manager", "Handler")
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def file_size(module: Module) -> Iterator[str]:
+    lines = module.text.count("\n")
+    limit = TRITON_FILE_LINES if module.path.name == "triton.py" else FILE_LINES
+    if lines > limit:
+        yield f"{module}: {lines} lines, at most {limit}"
+
+
+def functions(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, Function):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > FUNCTION_LINES:
+                yield f"{module}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES}"
+            limit = OP_PARAMETERS if "ops" in module.path.parts else PARAMETERS
+            count = _parameters(node)
+            if count > limit and not _is_kernel(node):
+                yield f"{module}:{node.lineno}: {node.name} has {count} parameters, at most {limit}"
+
+
+def _parameters(node: Function) -> int:
+    arguments = node.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    own = [argument for argument in named if argument.arg not in ("self", "cls")]
+    return len(own) + (arguments.vararg is not None) + (arguments.kwarg is not None)
+
+
+def _is_kernel(node: Function) -> bool:
+    """A Triton kernel takes a pointer and a stride for everything; its launcher beside it keeps the limit."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def names(module: Module) -> Iterator[str]:
+    if module.path.name in VAGUE_FILES:
+        yield f"{module}: name the file for what is in it"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and node.name.endswith(VAGUE_CLASSES):
+            yield f"{module}:{node.lineno}: class {node.name}: name it for what it does"
+
+
+def exceptions(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            silent = all(isinstance(each, ast.Pass | ast.Continue) for each in node.body)
+            if not caught or (caught in ("Exception", "BaseException") and silent):
+                yield f"{module}:{node.lineno}: catches everything; name the exceptions"
+        elif isinstance(node, ast.Raise) and node.exc is not None:
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if ast.unparse(raised) in ("Exception", "BaseException"):
+                yield f"{module}:{node.lineno}: raises a bare Exception; use one of gr.errors"
+
+
+def prints(module: Module) -> Iterator[str]:
+    if module.path.parts[:2] == ("gr", "cli"):
+        return
+    for call in _calls(module):
+        if ast.unparse(call.func) == "print":
+            yield f"{module}:{call.lineno}: print outside gr/cli; use gr.logging"
+
+
+def unsafe_loads(module: Module) -> Iterator[str]:
+    for line, name in imported(module.tree):
+        if name in PICKLES:
+            yield f"{module}:{line}: {name} runs code from the file it reads"
+    for call in _calls(module):
+        safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+        if ast.unparse(call.func) == "torch.load" and not safe:
+            yield f"{module}:{call.lineno}: torch.load without weights_only=True"
+
+
+def imports(module: Module) -> Iterator[str]:
+    for line, name in imported(module.tree):
+        if name == "triton" and module.path.name != "triton.py":
+            yield f"{module}:{line}: triton imported outside a file called triton.py"
+        if name in ("launch", "tests", "benchmarks"):
+            yield f"{module}:{line}: gr does not import {name}, which is not installed with it"
+
+
+def _calls(module: Module) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(module.tree) if isinstance(node, ast.Call))

@@ -1,0 +1,80 @@
+"""gr keeps its budgets, and each rule is shown to bite."""
+
+from pathlib import Path
+
+import pytest
+
+from . import rules
+from .source import ROOT, modules, parse
+
+RULES = (
+    rules.file_size,
+    rules.functions,
+    rules.names,
+    rules.exceptions,
+    rules.prints,
+    rules.unsafe_loads,
+    rules.imports,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_gr_keeps_the_rule(rule):
+    assert [fault for module in modules("gr") for fault in rule(module)] == []
+
+
+@pytest.mark.parametrize("rule", (rules.file_size, rules.functions, rules.names), ids=lambda rule: rule.__name__)
+def test_everything_else_keeps_the_budgets(rule):
+    assert [fault for module in modules("launch", "benchmarks", "tests") for fault in rule(module)] == []
+
+
+def test_every_folder_of_gr_is_a_package():
+    folders = {module.path.parent for module in modules("gr")}
+    assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+_LONG_BODY = "\n".join(["    x = 1"] * 60)
+_NINE, _THIRTEEN = (", ".join(f"p{i}" for i in range(count)) for count in (9, 13))
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "code", "said"),
+    [
+        (rules.file_size, "gr/a.py", "\n" * 401, "401 lines, at most 400"),
+        (rules.file_size, "gr/ops/a/triton.py", "\n" * 901, "901 lines, at most 900"),
+        (rules.functions, "gr/a.py", f"def f():\n{_LONG_BODY}", "f has 61 lines"),
+        (rules.functions, "gr/a.py", f"def f({_NINE}): ...", "f has 9 parameters, at most 8"),
+        (rules.functions, "gr/ops/a.py", f"def f({_THIRTEEN}): ...", "f has 13 parameters, at most 12"),
+        (rules.names, "gr/utils.py", "", "name the file"),
+        (rules.names, "gr/a.py", "class TableManager: ...", "class TableManager"),
+        (rules.exceptions, "gr/a.py", "try: ...\nexcept: raise", "catches everything"),
+        (rules.exceptions, "gr/a.py", "try: ...\nexcept Exception: pass", "catches everything"),
+        (rules.exceptions, "gr/a.py", "raise Exception('x')", "bare Exception"),
+        (rules.prints, "gr/a.py", "print(1)", "print outside"),
+        (rules.unsafe_loads, "gr/a.py", "def f():\n    import pickle", "pickle runs code"),
+        (rules.unsafe_loads, "gr/a.py", "torch.load(p)", "without weights_only"),
+        (rules.unsafe_loads, "gr/a.py", "torch.load(p, weights_only=False)", "without weights_only"),
+        (rules.imports, "gr/ops/a.py", "import triton.language as tl", "triton imported outside"),
+        (rules.imports, "gr/a.py", "from launch.components import train", "gr does not import launch"),
+    ],
+)
+def test_rule_bites(rule, path, code, said):
+    faults = list(rule(parse(Path(path), code)))
+    assert len(faults) == 1
+    assert said in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "code"),
+    [
+        (rules.file_size, "gr/ops/a/triton.py", "\n" * 900),
+        (rules.functions, "gr/a.py", f"class A:\n    def f(self, {', '.join(f'p{i}' for i in range(8))}): ..."),
+        (rules.functions, "gr/ops/a/triton.py", f"@triton.jit\ndef kernel({_THIRTEEN}): ..."),
+        (rules.exceptions, "gr/a.py", "try: ...\nexcept OSError: pass"),
+        (rules.prints, "gr/cli/a.py", "print(1)"),
+        (rules.unsafe_loads, "gr/a.py", "torch.load(p, weights_only=True)"),
+        (rules.imports, "gr/ops/a/triton.py", "import triton"),
+    ],
+)
+def test_rule_lets_pass(rule, path, code):
+    assert list(rule(parse(Path(path), code))) == []
