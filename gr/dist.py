@@ -43,9 +43,9 @@ class World:
         if self.size == 1:
             return [values]
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-        out = mine.new_empty(self.size, len(values))
+        out = mine.new_empty(self.size * len(values))
         dist.all_gather_into_tensor(out, mine)
-        return out.tolist()
+        return out.view(self.size, -1).tolist()
 
     def all_gather_variable(self, values: Tensor) -> list[Tensor]:
         """1-D `values` of every rank, in rank order; their lengths may differ. Every rank must call it."""
@@ -54,9 +54,9 @@ class World:
         lengths = [length for (length,) in self.all_gather_ints([len(values)])]
         padded = values.new_zeros(max(lengths))
         padded[: len(values)] = values
-        out = padded.new_empty(self.size, len(padded))
+        out = padded.new_empty(self.size * len(padded))
         dist.all_gather_into_tensor(out, padded)
-        return [row[:length] for row, length in zip(out, lengths, strict=True)]
+        return [row[:length] for row, length in zip(out.view(self.size, -1), lengths, strict=True)]
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:

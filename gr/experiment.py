@@ -172,7 +172,7 @@ def evaluate_ranks(built: Built, split: Split) -> np.ndarray:
         rank=built.world.rank,
         world_size=built.world.size,
     )
-    corpus = torch.from_numpy(built.train_data.corpus()[0])
+    corpus = torch.tensor(built.train_data.corpus()[0])
     return user_ranks(built.inner, batches, corpus, built.world)
 
 

@@ -50,7 +50,9 @@ class DataSchema(BaseModel):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); write a data folder with `gr prepare`") from None
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); write a data folder with `gr prepare`"
+            ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
         try:

@@ -48,7 +48,9 @@ class Histories:
 class Dataset:
     """A data folder: schema, row groups known from footers, and rows read on demand. Safe to read from threads."""
 
-    def __init__(self, path: Path, schema: DataSchema, row_groups: list[RowGroup], metadata: dict[Path, pq.FileMetaData]):
+    def __init__(
+        self, path: Path, schema: DataSchema, row_groups: list[RowGroup], metadata: dict[Path, pq.FileMetaData]
+    ):
         self.path, self.schema, self.row_groups = path, schema, row_groups
         self._metadata = metadata
         self._bad_rows: dict[int, int] = {}
@@ -110,7 +112,9 @@ class Dataset:
         wanted = list(dict.fromkeys(["item_ids", *(self.history_columns() if columns is None else columns)]))
         unknown = [name for name in wanted if name not in expected_types(self.schema)]
         if unknown:
-            raise DataError(f"{group.file}: has no column {unknown[0]}; it has {', '.join(expected_types(self.schema))}")
+            raise DataError(
+                f"{group.file}: has no column {unknown[0]}; it has {', '.join(expected_types(self.schema))}"
+            )
         try:
             with pq.ParquetFile(group.file, metadata=self._metadata[group.file]) as file:
                 table = file.read_row_group(group.index, columns=wanted, use_threads=False)
@@ -126,7 +130,8 @@ class Dataset:
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
         """Candidate item ids, int64 ascending, and their counts, int64, from items.parquet.
 
-        Raises DataError if the file is missing or damaged, or ids are not ascending, unique and within [1, cardinality).
+        Raises DataError if the file is missing or damaged, or ids are not ascending, unique and within [1,
+        cardinality).
         """
         file = self.path / ITEMS_FILE
         if not file.exists():
@@ -146,7 +151,8 @@ class Dataset:
             row = int(wrong.argmax()) if wrong.any() else len(ids)
             value = f"item_id={ids[row]}" if wrong.any() else "end of file"
             raise DataError(
-                f"{file}: row {row}: {value}; wanted {self.schema.items} ascending ids below {self.schema.item_cardinality}"
+                f"{file}: row {row}: {value}; wanted {self.schema.items} ascending ids, all "
+                f"below {self.schema.item_cardinality}"
             )
         return ids, counts
 
@@ -191,7 +197,9 @@ def _type(table: pa.Table, name: str) -> pa.DataType:
 def _check_types(file: Path, found: pa.Schema, schema: DataSchema) -> None:
     for name, allowed in expected_types(schema).items():
         if name not in found.names:
-            raise DataError(f"{file}: has no column {name}, which schema.json asks for; it has {', '.join(found.names)}")
+            raise DataError(
+                f"{file}: has no column {name}, which schema.json asks for; it has {', '.join(found.names)}"
+            )
         kind = found.field(name).type
         if pa.types.is_large_list(kind):
             kind = pa.list_(kind.value_type)

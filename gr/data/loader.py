@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -77,8 +78,8 @@ class TrainLoader:
     """Endless iterator of this rank's part of each global batch, in the order of docs/design/data-order.md.
 
     global_batch_size: examples a step over all ranks. Counters and state_dict() speak of batches handed out, not of
-    those collated ahead. Errors in the reading threads are raised by next(). Raises ConfigError when the world size does
-    not divide data.lanes, data.lanes does not divide the batch, or there are fewer rows than lanes.
+    those collated ahead. Errors in the reading threads are raised by next(). Raises ConfigError when the world size
+    does not divide data.lanes, data.lanes does not divide the batch, or there are fewer rows than lanes.
     """
 
     def __init__(
@@ -140,15 +141,16 @@ class TrainLoader:
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last batch handed out before the state was saved, on any world size that divides the lanes.
+        """Continue after the last batch handed out before the state was saved, on any world size that divides the
+        lanes.
 
         Raises CheckpointError if lanes, seed, shuffle, rows or row groups differ: they are another order.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise CheckpointError(
-                    f"the checkpoint's data order has {name}={state.get(name)}, this run has {name}={mine}; resume with "
-                    "the same data folder, seed, data.lanes and data.shuffle, or start a new run"
+                    f"the checkpoint's data order has {name}={state.get(name)}, this run has {name}={mine}; resume "
+                    "with the same data folder, seed, data.lanes and data.shuffle, or start a new run"
                 )
         self._stop_thread()
         self._error = None
@@ -178,9 +180,13 @@ class TrainLoader:
 
     def _tell(self, counts: Counts) -> None:
         if counts.truncated_tokens:
-            log_once(log, f"histories longer than data.max_length={self._config.max_length} are cut to their newest events")
+            log_once(
+                log, f"histories longer than data.max_length={self._config.max_length} are cut to their newest events"
+            )
         if counts.without_target:
-            log_once(log, f"some users have no target after data.train_holdout={self._config.train_holdout}: empty examples")
+            log_once(
+                log, f"some users have no target after data.train_holdout={self._config.train_holdout}: empty examples"
+            )
         if self._dataset.bad_rows:
             log_once(log, f"{self._dataset.path} has bad rows; data.on_bad_row=skip empties them")
 
@@ -227,7 +233,9 @@ class TrainLoader:
 
 
 class EvaluationBatches:
-    """One pass over the users: every iteration starts again, and has len() batches on every rank. See evaluation_batches."""
+    """One pass over the users: every iteration starts again, and has len() batches on every rank. See
+    evaluation_batches.
+    """
 
     def __init__(
         self,
@@ -271,7 +279,9 @@ class EvaluationBatches:
             cache.close()
 
     def counters(self) -> dict[str, int]:
-        """Of this rank, in the latest iteration: users not evaluated, tokens older than the window, bad rows emptied."""
+        """Of this rank, in the latest iteration: users not evaluated, tokens older than the window, bad rows
+        emptied.
+        """
         return {
             "bad_rows": self._dataset.bad_rows,
             "truncated_tokens": self._counts.truncated_tokens,
@@ -305,12 +315,12 @@ def evaluation_batches(
     """
     if global_batch_size % world_size:
         raise ConfigError(
-            f"evaluation.global_batch_size={global_batch_size} is not divisible by the world size {world_size}; set it to "
-            f"a multiple of {world_size}"
+            f"evaluation.global_batch_size={global_batch_size} is not divisible by the world size {world_size}; set it "
+            f"to a multiple of {world_size}"
         )
     size = global_batch_size // world_size
     bounds = [r * dataset.rows // world_size for r in range(world_size + 1)]
-    batches = max(-(-(stop - start) // size) for start, stop in zip(bounds, bounds[1:], strict=False))
+    batches = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
     return EvaluationBatches(
         dataset,
         config,

@@ -2,19 +2,19 @@
 
 The generator, all of it from one seed:
 
-1.  Items are ids 1..items. Each is in one category, drawn uniformly; the first `categories` ids are one of each, so that no
-    category is empty at any time.
+1.  Items are ids 1..items. Each is in one category, drawn uniformly; the first `categories` ids are one of each, so
+    that no category is empty at any time.
 2.  Record r of R sees items 1..floor((0.4 + 0.6 r / R) items): 40 % at the start, the rest at equal intervals.
 3.  A record has k categories, k uniform on 1..5, distinct, drawn uniformly; a prior H over them, Dirichlet(1, ..., 1);
     and a strength alpha, uniform on [1, 500).
-4.  Event n = 1, 2, ... has category c with probability (alpha H_c + n_c) / (alpha + n - 1), where n_c counts the record's
-    earlier events of c (a Polya urn; the appendix's draw from H with probability alpha / (alpha + n - 1), else an old
-    category in proportion to n_c).
+4.  Event n = 1, 2, ... has category c with probability (alpha H_c + n_c) / (alpha + n - 1), where n_c counts the
+    record's earlier events of c (a Polya urn; the appendix's draw from H with probability alpha / (alpha + n - 1),
+    else an old category in proportion to n_c).
 5.  The item is uniform over the available items of its category, with replacement. The paper does not say how items
     are chosen, so its absolute numbers are not promised; compare with the oracle and with other models on this stream.
 
-The first 90 % of the records are train/, the last 10 % test/, file order is time order; there are no timestamps. Train with
-data.shuffle=false, data.train_holdout=0 for one pass, and evaluate on the newest event of test/.
+The first 90 % of the records are train/, the last 10 % test/, file order is time order; there are no timestamps.
+Train with data.shuffle=false, data.train_holdout=0 for one pass, and evaluate on the newest event of test/.
 
 B records of a chunk, N events of a record, G = 5 slots for the categories of a record.
 """
@@ -32,7 +32,9 @@ from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
 from gr.errors import ConfigError
 
 SLOTS = 5
-_CHUNK = 8 * ROWS_PER_GROUP  # records drawn together; part of the definition, since each chunk has its own random stream
+_CHUNK = (
+    8 * ROWS_PER_GROUP
+)  # records drawn together; part of the definition, since each chunk has its own random stream
 _AVAILABLE_AT_START = 0.4
 _TRAIN_TENTHS = 9
 ORACLE_FILE = "oracle.json"
@@ -50,10 +52,12 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         if self.categories < SLOTS:
-            raise ConfigError(f"categories={self.categories}: a record has up to {SLOTS} categories, so at least {SLOTS}")
+            raise ConfigError(
+                f"categories={self.categories}: a record has up to {SLOTS} categories, so at least {SLOTS}"
+            )
         if int(_AVAILABLE_AT_START * self.items) < self.categories:
             raise ConfigError(
-                f"items={self.items}: the 40 % that are there at the start must hold each of {self.categories} categories; "
+                f"items={self.items}: the 40 % there at the start must hold each of {self.categories} categories; "
                 f"set items to at least {-(-self.categories * 5 // 2)}"
             )
         if self.length < 2 or self.records < 10:
@@ -68,8 +72,8 @@ class StreamOptions:
 class Chunk:
     """Records and the latent values they were drawn from. Unused slots have prior 0 and category 0.
 
-    items_BN, category_BG, prior_BG, alpha_B; available_BG: items of the slot's category that are there; count_BG: events
-    of each slot before the last event; last_B: slot of the last event.
+    items_BN, category_BG, prior_BG, alpha_B; available_BG: items of the slot's category that are there; count_BG:
+    events of each slot before the last event; last_B: slot of the last event.
     """
 
     first: int
@@ -120,7 +124,9 @@ class Stream:
         pick_BN = random.random((_CHUNK, options.length)) * np.take_along_axis(available_BG, slot_BN, axis=1)
         start_BN = np.take_along_axis(self._start[category_BG], slot_BN, axis=1)
         items_BN = self._by_category[start_BN + pick_BN.astype(np.int64)]
-        return Chunk(first, items_BN, category_BG, prior_BG, alpha_B, available_BG, count_BG, slot_BN[:, -1].astype(np.int64))
+        return Chunk(
+            first, items_BN, category_BG, prior_BG, alpha_B, available_BG, count_BG, slot_BN[:, -1].astype(np.int64)
+        )
 
 
 def write_stream(options: StreamOptions, folder: Path, source: str = "gr prepare synthetic") -> dict:
@@ -144,10 +150,11 @@ def write_stream(options: StreamOptions, folder: Path, source: str = "gr prepare
 def bayes_oracle(stream: Stream) -> dict:
     """Best possible metrics for the newest event of the test records, which no model can exceed in expectation.
 
-    The oracle knows the generator and, of each record, its categories, prior H and alpha (which a model can only infer),
-    the category of every item, which items are available, and the history. It does not know the last event. It scores an
-    available item of category c with its exact probability (alpha H_c + n_c) / (alpha + N - 1) / available_c; items of one
-    category tie, so metrics are expected values over random order of ties. Protocols: gr/data/oracle.py by_protocol.
+    The oracle knows the generator and, of each record, its categories, prior H and alpha (which a model can only
+    infer), the category of every item, which items are available, and the history. It does not know the last event.
+    It scores an available item of category c with its exact probability (alpha H_c + n_c) / (alpha + N - 1) /
+    available_c; items of one category tie, so metrics are expected values over random order of ties. Protocols:
+    gr/data/oracle.py by_protocol.
     """
     options, ranks, repeats = stream.options, [], []
     for chunk in stream.chunks(options.train_records, options.records):

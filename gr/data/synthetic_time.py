@@ -4,14 +4,14 @@ The generator, all of it from one seed:
 
 1.  Items are ids 1..items, dealt at random to `categories` clusters on a ring, of sizes that differ by at most one.
 2.  A record has a home cluster, uniform. Its first event is a uniform item of it.
-3.  Before each later event is a gap, independent of everything before it: with probability 1/2 short (10 to 100 seconds),
-    else long (1 to 10 days), log-uniform in its range.
+3.  Before each later event is a gap, independent of everything before it: with probability 1/2 short (10 to 100
+    seconds), else long (1 to 10 days), log-uniform in its range.
 4.  After a short gap the next item comes from the cluster after the last item's on the ring; after a long one from
     home; with probability 0.1, in either case, from all items. Uniform within, with replacement.
 5.  The first event is at a uniform second of the year 2001.
 
-A model whose time bias sees query_t_i - t_j knows the gap before the event it predicts, and so which of the two clusters
-comes; a model without time has to bet on both. The two oracles differ in this knowledge only.
+A model whose time bias sees query_t_i - t_j knows the gap before the event it predicts, and so which of the two
+clusters comes; a model without time has to bet on both. The two oracles differ in this knowledge only.
 
 The first 90 % of the records are train/, the last 10 % test/. B records of a chunk, N events, K clusters.
 """
@@ -88,7 +88,9 @@ def write_time_stream(options: StreamOptions, folder: Path, source: str = "gr pr
                 writer.write(as_users(first, items_BN, times_BN))
                 bar.update(len(items_BN))
             stated = f"{source} {json.dumps(asdict(options))}, {part}"
-            writer.close(name=f"synthetic-time-{part}", order="as generated, oldest first", source=stated, corpus=corpus)
+            writer.close(
+                name=f"synthetic-time-{part}", order="as generated, oldest first", source=stated, corpus=corpus
+            )
     oracle = time_oracles(stream)
     (folder / ORACLE_FILE).write_text(json.dumps(oracle, indent=2) + "\n", encoding="utf-8")
     return oracle
@@ -98,8 +100,9 @@ def time_oracles(stream: TimeStream) -> dict:
     """Best possible metrics for the newest event of the test records, with and without the gap before it.
 
     Both oracles know the cluster of every item, the ring, the noise and the history, and so home (the first item's
-    cluster) and the last item's cluster. with_gap also knows whether the gap before the target is short or long. Items of one
-    score tie: metrics are expected values over random order of ties. Protocols: gr/data/oracle.py by_protocol.
+    cluster) and the last item's cluster. with_gap also knows whether the gap before the target is short or long.
+    Items of one score tie: metrics are expected values over random order of ties. Protocols: gr/data/oracle.py
+    by_protocol.
     """
     options, clusters = stream.options, stream.options.categories
     found: dict[str, list] = {"with_gap": [], "without_gap": []}

@@ -34,7 +34,8 @@ def user_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Mean of a - b over the same users, and its standard error (sample deviation / sqrt(users)).
 
-    a, b: a metric of each user, [users], in the same order. Raises ValueError on different shapes or fewer than 2 users.
+    a, b: a metric of each user, [users], in the same order. Raises ValueError on different shapes or fewer than 2
+    users.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:

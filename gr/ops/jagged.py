@@ -68,7 +68,7 @@ class _Spread(torch.autograd.Function):
         return values.new_zeros(size, *values.shape[1:]).index_copy_(0, rows_T, values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (rows_T,) = ctx.saved_tensors
         return _Pick.apply(grad, rows_T), None, None
 
@@ -83,6 +83,6 @@ class _Pick(torch.autograd.Function):
         return values.index_select(0, rows_T)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows_T,) = ctx.saved_tensors
         return _Spread.apply(grad, rows_T, ctx.size), None

@@ -61,7 +61,7 @@ def _find_compiler() -> str:
         path = shutil.which(name)
         if path is not None:
             return path
-    raise InstallError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH. Install one, for example g++.")
+    raise InstallError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH. Install g++.")
 
 
 def _cache_directory() -> Path:
@@ -128,10 +128,10 @@ def _run_together(commands: Sequence[Sequence[str]]) -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
     ]
     try:
-        for process in running:
+        for command, process in zip(commands, running, strict=True):
             output, _ = process.communicate(timeout=_BUILD_TIMEOUT_S)
             if process.returncode != 0:
-                raise InstallError(f"building the C++ operators failed: {' '.join(process.args)}\n{output[-2000:]}")
+                raise InstallError(f"building the C++ operators failed: {' '.join(command)}\n{output[-2000:]}")
     except subprocess.TimeoutExpired as error:
         raise InstallError(f"building the C++ operators took more than {_BUILD_TIMEOUT_S} seconds") from error
     finally:

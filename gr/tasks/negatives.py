@@ -50,7 +50,7 @@ class CandidateSampler:
     def __init__(self, config: TaskConfig, corpus_ids: np.ndarray, corpus_counts: np.ndarray, seed: int) -> None:
         self.negatives = config.negatives
         self.seed = seed
-        self.corpus_C = torch.from_numpy(np.ascontiguousarray(corpus_ids, dtype=np.int64))
+        self.corpus_C = torch.tensor(corpus_ids, dtype=torch.int64)
         frequency = np.maximum(corpus_counts, 1).astype(np.float64)
         self.log_q_C = torch.from_numpy(np.log(frequency / frequency.sum())).float()
 

@@ -1,8 +1,8 @@
 """Amazon Books ratings (ratings_Books.csv, 22.5 M lines), filtered as the reference of arXiv 2402.17152 does.
 
-One pass, not repeated: keep lines whose item and whose user have at least 5 lines in the raw file; number the kept items,
-and users, in sorted order of their names, from 1; sort by time, ties in file order; drop users with fewer than 5 events left.
-Items keep their numbers even if all their users are dropped, so the corpus is every kept item.
+One pass, not repeated: keep lines whose item and whose user have at least 5 lines in the raw file; number the kept
+items, and users, in sorted order of their names, from 1; sort by time, ties in file order; drop users with fewer than
+5 events left. Items keep their numbers even if all their users are dropped, so the corpus is every kept item.
 """
 
 from pathlib import Path
@@ -23,7 +23,9 @@ _FORM = Format(",", 0, pa.dictionary(pa.int32(), pa.string()))
 
 
 def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
-    """Write amazon-books into an empty folder. Needs ratings_Books.csv: lines of user,item,rating,seconds, no header."""
+    """Write amazon-books into an empty folder. Needs ratings_Books.csv: lines of user,item,rating,seconds, no
+    header.
+    """
     file = source.require("ratings_Books.csv")
     codes: dict[str, list[pa.Array]] = {"user": [], "item": []}
     times, ratings = [], []
@@ -48,7 +50,7 @@ def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
         corpus=np.arange(1, kept_items + 1),
         name="amazon-books",
         order=STABLE_ORDER.format(file=file.name),
-        source=f"{file}; items and users with at least {_MIN_EVENTS} lines, then users with at least {_MIN_EVENTS} events",
+        source=f"{file}; items and users with >= {_MIN_EVENTS} lines, then users with >= {_MIN_EVENTS} events",
     )
 
 

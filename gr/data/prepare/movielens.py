@@ -111,5 +111,10 @@ def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> 
     stated = (table.schema.metadata or {}).get(b"order", b"as in the file").decode()
     users = Users(table.column("user_id").to_numpy(), offsets, items)
     return write_folder(
-        folder, users, corpus=movies, name=name, order=f"as given, not sorted here; the file says: {stated}", source=str(file)
+        folder,
+        users,
+        corpus=movies,
+        name=name,
+        order=f"as given, not sorted here; the file says: {stated}",
+        source=str(file),
     )

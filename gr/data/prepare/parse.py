@@ -49,7 +49,9 @@ def parse_events(file: SourceFile, form: Format) -> Iterator[pa.RecordBatch]:
             raise _malformed(file, form, str(error)) from None
 
 
-def parse_catalogue(file: SourceFile, id_of_line: Callable[[str], int], *, encoding: str, header: int = 0) -> np.ndarray:
+def parse_catalogue(
+    file: SourceFile, id_of_line: Callable[[str], int], *, encoding: str, header: int = 0
+) -> np.ndarray:
     """Item ids, int64 ascending, one a line. id_of_line raises ValueError on a malformed line."""
     ids = []
     with file.open() as stream:
@@ -89,7 +91,11 @@ def _read(source: "_Blocks", form: Format) -> Iterator[pa.RecordBatch]:
             encoding="utf8",
         ),
         csv.ParseOptions(
-            delimiter=_SEPARATOR, quote_char=False, double_quote=False, newlines_in_values=False, ignore_empty_lines=False
+            delimiter=_SEPARATOR,
+            quote_char=False,
+            double_quote=False,
+            newlines_in_values=False,
+            ignore_empty_lines=False,
         ),
         csv.ConvertOptions(
             column_types={"user": form.ids, "item": form.ids, "rating": pa.float32(), "time": pa.float64()},

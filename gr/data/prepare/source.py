@@ -76,22 +76,28 @@ class Source:
         """As find; DataError if there is none."""
         found = self.find(name)
         if found is None:
-            raise DataError(f"{self.path}: has no {name}; give the unpacked folder, or the zip archive, of the data set")
+            raise DataError(
+                f"{self.path}: has no {name}; give the unpacked folder, or the zip archive, of the data set"
+            )
         return found
 
 
 def open_source(location: str, *, sha256: str | None, download_to: Path) -> Source:
     """A local path as it is; a URL after download into the folder download_to.
 
-    sha256: wanted digest of the downloaded or given file; a mismatch is a DataError. Without it the digest of a download is
-    logged and not checked: MovieLens publishes MD5 sums only, and Amazon none.
+    sha256: wanted digest of the downloaded or given file; a mismatch is a DataError. Without it the digest of a
+    download is logged and not checked: MovieLens publishes MD5 sums only, and Amazon none.
     """
     if not location.startswith(("http://", "https://")):
         path = Path(location)
         if not path.exists():
-            raise DataError(f"{path}: no such file or folder; give --source the folder, zip archive or URL of the raw data")
+            raise DataError(
+                f"{path}: no such file or folder; give --source the folder, zip archive or URL of the raw data"
+            )
         if sha256 is not None and path.is_dir():
-            raise DataError(f"{path}: --sha256 is the digest of one file, and this is a folder; give the archive or drop it")
+            raise DataError(
+                f"{path}: --sha256 is the digest of one file, and this is a folder; give the archive or drop it"
+            )
         if sha256 is not None:
             _check(path, sha256)
         return Source(path)

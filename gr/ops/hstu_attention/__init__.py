@@ -37,7 +37,7 @@ def hstu_attention(
     max_length: no sequence is longer, in tokens.
     divisor: positive; one number, or a float tensor [T] with one for each query. Gets no gradient.
     position_bias: [2 N - 1], entry (N - 1) + (j - i) is added to score (i, j), N = max_length.
-    time_bias: [num_buckets + 1], entry time_buckets[i, j] is added to score (i, j). Both tables are shared by the heads.
+    time_bias: [num_buckets + 1], entry time_buckets[i, j] is added to score (i, j). Heads share both tables.
     time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is.
     Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
     CPU results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
@@ -47,7 +47,9 @@ def hstu_attention(
     """
     _check_values(q_THQ, k_THQ, v_THV)
     check_offsets(offsets_B1, q_THQ.shape[0], max_length)
-    _check_biases(q_THQ, position_bias, time_bias, time_buckets, max_length)
+    _check_biases(position_bias, time_bias, time_buckets, max_length)
+    if time_buckets is not None:
+        _check_buckets(time_buckets, offsets_B1)
     scale_T = _scale(divisor, q_THQ)
     if q_THQ.dtype == torch.float64:
         path = hstu_attention_reference
@@ -85,7 +87,6 @@ def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
 
 
 def _check_biases(
-    q_THQ: Tensor,
     position_bias: Tensor | None,
     time_bias: Tensor | None,
     time_buckets: TimeBuckets | None,
@@ -93,18 +94,25 @@ def _check_biases(
 ) -> None:
     if position_bias is not None and position_bias.shape != (2 * max_length - 1,):
         raise ValueError(
-            f"position_bias must have 2 * max_length - 1 = {2 * max_length - 1} entries, not {list(position_bias.shape)}"
+            f"position_bias must be [2 * max_length - 1] = [{2 * max_length - 1}], not {list(position_bias.shape)}"
         )
     if (time_bias is None) != (time_buckets is None):
         raise ValueError("time_bias and time_buckets are given together or not at all")
-    if time_bias is not None and time_buckets is not None:
-        if time_bias.shape != (time_buckets.num_buckets + 1,):
-            raise ValueError(
-                f"time_bias must have num_buckets + 1 = {time_buckets.num_buckets + 1} entries, "
-                f"not {list(time_bias.shape)}"
-            )
-        if time_buckets.ids_P.device != q_THQ.device:
-            raise ValueError(f"time_buckets are on {time_buckets.ids_P.device}, q_THQ on {q_THQ.device}")
+    entries = 0 if time_buckets is None else time_buckets.num_buckets + 1
+    if time_bias is not None and time_bias.shape != (entries,):
+        raise ValueError(f"time_bias must be [num_buckets + 1] = [{entries}], not {list(time_bias.shape)}")
+
+
+def _check_buckets(time_buckets: TimeBuckets, offsets_B1: Tensor) -> None:
+    """Buckets of another batch would be read out of bounds."""
+    pairs_B1 = time_buckets.pair_offsets_B1
+    if pairs_B1.device != offsets_B1.device:
+        raise ValueError(f"time_buckets are on {pairs_B1.device}, offsets_B1 on {offsets_B1.device}")
+    if pairs_B1.shape != offsets_B1.shape:
+        raise ValueError(f"time_buckets have {pairs_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}")
+    lengths_B = offsets_B1.diff()
+    if offsets_B1.device.type == "cpu" and not torch.equal(pairs_B1.diff(), lengths_B * (lengths_B + 1) // 2):
+        raise ValueError("time_buckets were made for sequences of other lengths than offsets_B1 has")
 
 
 def _scale(divisor: float | Tensor, q_THQ: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class _Blocked(torch.autograd.Function):
         return out[:-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position, time, offsets_B1, scale_T = ctx.saved_tensors
         bias = _Bias(position, time, ctx.time_buckets)
         dq, dk, dv = (x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))

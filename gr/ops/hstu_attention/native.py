@@ -70,7 +70,7 @@ class _Native(torch.autograd.Function):
         return torch.ops.gr.hstu_attention(q, k, v, offsets_B1, scale_T, position, time, ids_P, pair_offsets_B1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         position, time = saved[5], saved[6]
         dq, dk, dv, dposition, dtime = torch.ops.gr.hstu_attention_backward(_with_dense_rows(grad), *saved)

@@ -1,4 +1,6 @@
-"""The definition of HSTU attention. T packed tokens, H heads, Q width of q and k, V width of v, n one sequence's length."""
+"""The definition of HSTU attention. T packed tokens, H heads, Q width of q and k, V width of v, n length."""
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def hstu_attention_reference(
     """
     outputs = [v_THV.new_empty(0, *v_THV.shape[1:])]
     bounds = offsets_B1.tolist()
-    for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for b, (start, end) in enumerate(itertools.pairwise(bounds)):
         n = end - start
         i_n1, j_1n = torch.arange(n, device=q_THQ.device)[:, None], torch.arange(n, device=q_THQ.device)[None, :]
         scores_Hnn = torch.einsum("ihd,jhd->hij", q_THQ[start:end], k_THQ[start:end])

@@ -1,4 +1,4 @@
-"""Logarithmic buckets of the time between a query and a key. T packed tokens, B examples, P pairs (query i, key j <= i)."""
+"""Logarithmic buckets of the time between a query and a key. T tokens, B examples, P pairs (query i, key j <= i)."""
 
 import functools
 import math

@@ -1,0 +1,86 @@
+"""Ratios that hold on a busy machine: variants take turns, CPU time is counted instead of wall time, medians are kept.
+
+Only use it with one thread: CPU time adds up over threads.
+"""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Variant = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """CPU seconds of one call: the median and the quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def compare(
+    variants: Mapping[str, Variant], *, rounds: int = 7, round_seconds: float = 0.15, warmups: int = 2
+) -> dict[str, Timing]:
+    """Time the variants round-robin. Each takes about `round_seconds` of CPU time, at least one call, a round."""
+    if torch.get_num_threads() != 1:
+        raise RuntimeError(f"compare counts CPU time: call torch.set_num_threads(1), not {torch.get_num_threads()}")
+    calls = {}
+    for name, variant in variants.items():
+        for _ in range(warmups):
+            variant()
+        calls[name] = max(1, int(round_seconds / max(_cpu_seconds(variant, 1), 1e-6)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            samples[name].append(_cpu_seconds(variant, calls[name]))
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def report(title: str, timings: Mapping[str, Timing], *, baseline: str) -> None:
+    """Print milliseconds and how many times faster than the baseline each variant is."""
+    base = timings[baseline].median
+    print(f"\n{title}")
+    for name, timing in timings.items():
+        spread = f"[{timing.low * 1e3:.1f}, {timing.high * 1e3:.1f}]"
+        print(f"  {name:34s} {timing.median * 1e3:9.1f} ms {spread:>18s}  {base / timing.median:6.2f}x")
+
+
+def print_machine() -> None:
+    """The line without which a number means nothing."""
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread")
+    print(f"{_cpu_model()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {' '.join(sys.argv)}")
+
+
+def _cpu_seconds(variant: Variant, calls: int) -> float:
+    started = time.process_time()
+    for _ in range(calls):
+        variant()
+    return (time.process_time() - started) / calls
+
+
+def _summary(times: list[float]) -> Timing:
+    if len(times) < 2:
+        return Timing(times[0], times[0], times[0])
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def _cpu_model() -> str:
+    """The model, and the family numbers too, since virtual machines often hide the name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    fields = dict.fromkeys(("model name", "cpu family", "model", "stepping"), "?")
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if fields.get(key.strip()) == "?":
+            fields[key.strip()] = value.strip()
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"

@@ -1,0 +1,98 @@
+"""`gr prepare`: a public data set, or a generated one, -> a data folder. Imports no torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+_SHARED = [
+    click.option("--out", type=click.Path(path_type=Path), required=True, help="Data folder to write."),
+    click.option("--force", is_flag=True, help="Replace --out if it exists."),
+]
+_RAW = [
+    click.option("--source", required=True, help="Folder, zip archive or URL of the raw data, as published."),
+    click.option("--sha256", help="Wanted digest of the archive; otherwise a download's digest is shown, not checked."),
+]
+_NAMES = {
+    "movielens-100k": "u.data and u.item, or RecBole's ml-100k.inter and ml-100k.item.",
+    "movielens-1m": "ratings.dat and movies.dat; or sequences.parquet (users already in order) and movies.dat.",
+    "movielens-20m": "ratings.csv and movies.csv.",
+    "amazon-books": "ratings_Books.csv: user,item,rating,seconds. Items and users with at least 5 ratings.",
+}
+_SYNTHETIC = {
+    "synthetic": (
+        "Dirichlet process over item categories (arXiv 2402.17152), with its oracle.",
+        (20_000, 100, 1_000_000, 128),
+    ),
+    "synthetic-time": (
+        "Next item depends on the gap before it, with oracles with and without time.",
+        (1_000, 50, 20_000, 50),
+    ),
+}
+
+
+@click.group()
+def command() -> None:
+    """Turn a public data set into schema.json and Parquet parts.
+
+    Events are ordered by time within each user, ties in file order; schema.json states the rule.
+    """
+
+
+def _with(options: list[Callable], function: Callable) -> Callable:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _raw_command(name: str, files: str) -> click.Command:
+    def run(source: str, out: Path, force: bool, sha256: str | None) -> None:
+        from gr.data.prepare.amazon import prepare_amazon_books
+        from gr.data.prepare.movielens import prepare_movielens
+        from gr.data.prepare.source import open_source
+        from gr.data.prepare.write import atomic_folder
+
+        with atomic_folder(out, force) as folder:
+            place = open_source(source, sha256=sha256, download_to=out.parent)
+            if name == "amazon-books":
+                schema = prepare_amazon_books(place, folder)
+            else:
+                schema = prepare_movielens(name, place, folder)
+        click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} candidate items")
+        click.echo(f"order: {schema.order}")
+
+    return click.command(name, help=f"Needs {files}")(_with(_RAW + _SHARED, run))
+
+
+def _synthetic_command(name: str, summary: str, sizes: tuple[int, int, int, int]) -> click.Command:
+    def run(out: Path, force: bool, **options: int) -> None:
+        from gr.data.prepare.write import atomic_folder
+        from gr.data.synthetic import StreamOptions, write_stream
+        from gr.data.synthetic_time import write_time_stream
+
+        write = write_stream if name == "synthetic" else write_time_stream
+        with atomic_folder(out, force) as folder:
+            oracle = write(StreamOptions(**options), folder)
+        click.echo(f"{out}: train, test and oracle.json")
+        for knowledge in [oracle[key] for key in ("with_gap", "without_gap") if key in oracle] or [oracle]:
+            best = knowledge["filter_seen=none"]
+            click.echo(f"oracle, nothing filtered: hr@10 {best['hr@10']:.4f}  hr@50 {best['hr@50']:.4f}")
+
+    items, categories, records, length = sizes
+    number = click.IntRange(min=1)
+    own = [
+        click.option("--items", type=number, default=items, show_default=True, help="Item ids 1..items."),
+        click.option("--categories", type=number, default=categories, show_default=True, help="Groups of items."),
+        click.option(
+            "--records", type=number, default=records, show_default=True, help="Users; the last tenth is test."
+        ),
+        click.option("--length", type=number, default=length, show_default=True, help="Events of each record."),
+        click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True),
+    ]
+    return click.command(name, help=summary)(_with(own + _SHARED, run))
+
+
+for _name, _files in _NAMES.items():
+    command.add_command(_raw_command(_name, _files))
+for _name, (_summary, _sizes) in _SYNTHETIC.items():
+    command.add_command(_synthetic_command(_name, _summary, _sizes))

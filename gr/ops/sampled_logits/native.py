@@ -1,0 +1,24 @@
+"""Sampled logits by the C++ operator, with its gradients. Letters as in reference.py."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sampled_logits_native(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
+    """As sampled_logits_reference, on CPU, computed in float32; the same bits on any number of threads."""
+    return _Native.apply(queries_TD.float(), items_KD.float(), index_TS.contiguous()).to(queries_TD.dtype)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, items: Tensor, index: Tensor) -> Tensor:
+        queries, items = queries.contiguous(), items.contiguous()
+        ctx.save_for_backward(queries, items, index)
+        return torch.ops.gr.sampled_logits(queries, items, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        dqueries, ditems = torch.ops.gr.sampled_logits_backward(grad.contiguous(), *ctx.saved_tensors)
+        return dqueries, ditems, None

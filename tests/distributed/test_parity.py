@@ -1,0 +1,203 @@
+"""Sharded training on 1, 2 and 4 gloo ranks equals an unsharded single-process model, in loss, tables and dense.
+
+fp32, so equal up to summation order: LOSS and WEIGHT below. Column-wise sharding with a row-wise optimizer is another
+optimizer by design: each column shard keeps its own row statistics. It is compared with that definition.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from gr.config.tree import ExperimentConfig
+from gr.data.dataset import Dataset
+from gr.data.loader import TrainLoader
+from gr.dist import World
+from gr.embeddings.init import _table_key, truncated_normal
+from gr.experiment import build, initialise_dense
+from gr.models.retrieval import RetrievalModel
+from gr.tasks import CandidateSampler
+from gr.train.module import TrainModule
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_tiny
+
+STEPS = 6
+LOSS, WEIGHT = 2e-5, 2e-5  # absolute; losses are about 4, weights about 0.1
+SHARDING = ("table_wise", "row_wise", "column_wise", "data_parallel")
+OPTIMIZERS = {"sgd": 0.5, "adagrad": 0.05, "rowwise_adagrad": 0.05, "adam": 0.01, "partial_rowwise_adam": 0.01}
+
+
+@dataclass
+class Outcome:
+    losses: list[float]
+    table: torch.Tensor
+    dense: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def configured(data: Path, sharding: str, optimizer: str, negatives: str = "per_position") -> ExperimentConfig:
+    return tiny_config(
+        data,
+        data / "unused",
+        planner={"sharding": sharding},
+        embeddings={"optimizer": {"kind": optimizer, "lr": OPTIMIZERS[optimizer]}},
+        task={"negatives": {"kind": negatives}},
+    )
+
+
+def loader_for(config: ExperimentConfig, world: World) -> TrainLoader:
+    return TrainLoader(
+        Dataset.open(config.data.path),
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.trainer.global_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def sampler_for(config: ExperimentConfig) -> CandidateSampler:
+    return CandidateSampler(config.task, *Dataset.open(config.data.path).corpus(), config.seed)
+
+
+def sharded(world: World, config: ExperimentConfig) -> tuple[list[float], list, dict]:
+    built = build(config, world)
+    module = TrainModule(built.model, sampler_for(config), config, world)
+    loader, losses = loader_for(config, world), []
+    for step in range(STEPS):
+        loss = module.forward(next(loader), step)
+        losses.append(world.all_reduce_sum([loss.total])[0] / loss.tokens)
+        module.backward(loss, step)
+    loader.close()
+    shards = [(s.row_offset, s.column_offset, s.weight.numpy().copy()) for s in module.table_optimizer.shards]
+    return losses, shards, {name: p.detach().numpy().copy() for name, p in module.dense.items()}
+
+
+def run_sharded(size: int, config: ExperimentConfig) -> Outcome:
+    ranks = run_ranks(sharded, size, config)
+    table = torch.full((61, 8), torch.nan)
+    for _, shards, _ in ranks:
+        for row, column, weight in shards:
+            table[row : row + weight.shape[0], column : column + weight.shape[1]] = torch.from_numpy(weight)
+    for _, _, dense in ranks[1:]:
+        assert all((dense[name] == ranks[0][2][name]).all() for name in dense), "dense replicas differ"
+    return Outcome(ranks[0][0], table, {k: torch.from_numpy(v) for k, v in ranks[0][2].items()})
+
+
+class RowWise(torch.optim.Optimizer):
+    """The definition of the row-wise optimizers: the second moment is a mean over a row, or over its column shard."""
+
+    def __init__(self, weight: torch.nn.Parameter, lr: float, kind: str, column_shards: int) -> None:
+        super().__init__([weight], {"lr": lr})
+        self.weight, self.lr, self.kind, self.column_shards, self.steps = weight, lr, kind, column_shards, 0
+        self.mean = torch.zeros_like(weight)
+        self.square = torch.zeros(len(weight), column_shards, 1)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        gradient = self.weight.grad
+        square = gradient.view(len(gradient), self.column_shards, -1).square().mean(2, keepdim=True)
+        if self.kind == "rowwise_adagrad":
+            self.square += square
+            numerator, denominator = gradient, self.square.sqrt() + 1e-8
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * gradient
+            self.square = 0.98 * self.square + 0.02 * square
+            numerator = self.mean / (1 - 0.9**self.steps)
+            denominator = (self.square / (1 - 0.98**self.steps)).sqrt() + 1e-8
+        self.weight -= self.lr * (numerator.view(len(gradient), self.column_shards, -1) / denominator).view_as(gradient)
+
+
+def unsharded_optimizer(kind: str, weight: torch.nn.Parameter, column_shards: int) -> torch.optim.Optimizer:
+    lr = OPTIMIZERS[kind]
+    match kind:
+        case "sgd":
+            return torch.optim.SGD([weight], lr=lr)
+        case "adagrad":
+            return torch.optim.Adagrad([weight], lr=lr, eps=1e-8)
+        case "adam":
+            return torch.optim.Adam([weight], lr=lr, betas=(0.9, 0.98))
+        case _:
+            return RowWise(weight, lr, kind, column_shards)
+
+
+def run_unsharded(config: ExperimentConfig, column_shards: int) -> Outcome:
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    model = RetrievalModel(config, 61)
+    model.tables.to_empty(device="cpu")
+    weight = model.tables.embeddings["item_id"].weight
+    with torch.no_grad():
+        counters = torch.arange(61 * 8).view(61, 8)
+        weight.copy_(truncated_normal(counters, _table_key(config.seed, "item_id"), config.embeddings.init_std))
+    initialise_dense(model, config.seed)
+    dense = {name: p for name, p in model.named_parameters() if not name.startswith("tables")}
+    optimizers = [
+        torch.optim.AdamW(dense.values(), lr=config.optimizer.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        unsharded_optimizer(config.embeddings.optimizer.kind, weight, column_shards),
+    ]
+    sampler, loader, losses = sampler_for(config), loader_for(config, world), []
+    for step in range(STEPS):
+        batch = next(loader)
+        loss = model(batch, sampler.draw(batch, step, world, 0)) / len(batch.target_ids_T)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    loader.close()
+    return Outcome(losses, weight.detach(), {name: p.detach() for name, p in dense.items()})
+
+
+def largest_difference(a: Outcome, b: Outcome) -> tuple[float, float, float]:
+    assert a.dense.keys() == b.dense.keys()
+    return (
+        max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)),
+        float((a.table - b.table).abs().max()),
+        max(float((a.dense[name] - b.dense[name]).abs().max()) for name in a.dense),
+    )
+
+
+@pytest.fixture(scope="module")
+def unsharded(data):
+    @cache
+    def run(optimizer: str, negatives: str = "per_position", column_shards: int = 1) -> Outcome:
+        return run_unsharded(configured(data, "auto", optimizer, negatives), column_shards)
+
+    return run
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sharding", SHARDING)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sharded_equals_unsharded(data, unsharded, optimizer, sharding, size):
+    # 8 columns make two blocks of four, the least that fbgemm takes.
+    reference = unsharded(optimizer, column_shards=2 if sharding == "column_wise" else 1)
+    loss, table, dense = largest_difference(run_sharded(size, configured(data, sharding, optimizer)), reference)
+    assert reference.losses[-1] < reference.losses[0]
+    assert loss < LOSS and table < WEIGHT and dense < WEIGHT, (loss, table, dense)
+
+
+def test_column_shards_change_a_rowwise_optimizer(unsharded):
+    """The guide tells users so."""
+    whole, cut = (unsharded("rowwise_adagrad", column_shards=n) for n in (1, 2))
+    assert largest_difference(whole, cut)[1] > 1e-3
+
+
+@pytest.mark.parametrize("negatives", ["shared", "in_batch", "full"])
+def test_every_kind_of_negatives_is_world_size_invariant(data, unsharded, negatives):
+    config = configured(data, "row_wise", "adam", negatives)
+    loss, table, dense = largest_difference(run_sharded(4, config), unsharded("adam", negatives))
+    assert loss < LOSS and table < WEIGHT and dense < WEIGHT, (loss, table, dense)
+
+
+def test_one_rank_equals_unsharded_and_the_planner_may_choose(data, unsharded):
+    for size in (1, 2):
+        outcome = run_sharded(size, configured(data, "auto", "rowwise_adagrad"))
+        assert max(largest_difference(outcome, unsharded("rowwise_adagrad"))) < WEIGHT

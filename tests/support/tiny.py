@@ -1,0 +1,47 @@
+"""A data folder and a configuration small enough to train in a second."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gr.config.tree import ExperimentConfig
+from gr.data.prepare.write import FolderWriter, Users
+
+ITEMS = 61
+
+
+def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool = False) -> Path:
+    """Users who mostly walk from item i to i + 1, of 1 to 24 events; items 1..60."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 25, users)
+    start = random.integers(1, ITEMS, users).repeat(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    age = np.arange(offsets[-1]) - offsets[:-1].repeat(lengths)
+    walk = (start + age - 1) % (ITEMS - 1) + 1
+    items = np.where(random.random(len(walk)) < 0.8, walk, random.integers(1, ITEMS, len(walk)))
+    times = 1_000_000 + age * 60 if timestamps else None
+    writer = FolderWriter(folder, item_cardinality=ITEMS, timestamps=timestamps, ratings=False)
+    writer.write(Users(np.arange(users), offsets, items, times))
+    writer.close(name="tiny", order="as generated", source="tests", corpus=np.arange(1, ITEMS))
+    return folder
+
+
+def tiny_config(data: Path, run_dir: Path, **sections) -> ExperimentConfig:
+    """A 2-layer HSTU of width 8 without dropout; `sections` replace or extend the sections of the configuration."""
+    tree: dict = {
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "data": {"path": str(data), "max_length": 16, "lanes": 4},
+        "model": {
+            "dim": 8,
+            "input_dropout": 0.0,
+            "tower": {"kind": "hstu", "layers": 2, "heads": 2, "qk_dim": 4, "v_dim": 4, "dropout": 0.0},
+        },
+        "task": {"negatives": {"kind": "per_position", "count": 6}},
+        "embeddings": {"optimizer": {"kind": "adam", "lr": 0.01}},
+        "trainer": {"steps": 8, "global_batch_size": 16, "log_every": 1},
+        "evaluation": {"global_batch_size": 16, "baselines": []},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
+    return ExperimentConfig.model_validate(tree)
