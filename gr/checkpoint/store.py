@@ -56,7 +56,7 @@ class CheckpointStore:
         step = progress["step"]
         partial = self.folder.partial(step)
         if self.world.is_main:
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)
             (partial / CONFIG).write_text(self.config_yaml)
             write_json(partial / PROGRESS, progress)
         tensors = _tensors(self.state)

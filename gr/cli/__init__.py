@@ -54,4 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `gr config show ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ImportError, OSError) as error:
+        if not _is_installation(error):
+            raise
+        click.echo(f"error: {error}\nRun `gr doctor`: it names the package that is wrong and the remedy.", err=True)
+        return 2
     return result if isinstance(result, int) else 0
+
+
+def _is_installation(error: ImportError | OSError) -> bool:
+    """A third-party module is missing or its shared library does not load; not a mistake of ours, nor of a file."""
+    if isinstance(error, ImportError):
+        return (error.name or "").split(".")[0] != "gr"
+    return ".so" in str(error) and error.filename is None

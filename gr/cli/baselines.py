@@ -1,6 +1,7 @@
 """`gr baselines`: what popularity, item-kNN and a Markov chain score on a data folder."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -27,7 +28,12 @@ _COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200"
     help="Newest events of each user not fitted on. Default: the target and what follows it; 0 with --evaluation.",
 )
 def command(
-    data_dir: Path, evaluation: Path | None, split: str, filter_seen: str, max_length: int, train_holdout: int | None
+    data_dir: Path,
+    evaluation: Path | None,
+    split: str,
+    filter_seen: Literal["window", "all", "none"],
+    max_length: int,
+    train_holdout: int | None,
 ) -> None:
     """Score popularity, item-kNN and Markov on the same split, candidates and seen items as a model.
 
@@ -40,7 +46,7 @@ def command(
     from gr.metrics.retrieval import retrieval_metrics
     from gr.models.baselines import BASELINES, evaluate_baselines
 
-    target = 1 if split == "test" else 2
+    target: Literal[1, 2] = 1 if split == "test" else 2
     train = Dataset.open(data_dir)
     held_out = Dataset.open(evaluation) if evaluation else train
     holdout = train_holdout if train_holdout is not None else (0 if evaluation else target)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 import click
 
-from gr.errors import InstallError
-
 
 class LazyGroup(click.Group):
     """lazy: name of the subcommand -> ("module:attribute", its line in the help)."""
@@ -23,14 +21,7 @@ class LazyGroup(click.Group):
         if cmd_name not in self._lazy:
             return None
         module, _, attribute = self._lazy[cmd_name][0].partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except ImportError as error:
-            if (error.name or "").split(".")[0] == "gr":
-                raise  # a mistake in gr itself, not in what is installed
-            raise _not_installed(cmd_name, error) from error
-        except OSError as error:  # a shared library of fbgemm or torch that does not load
-            raise _not_installed(cmd_name, error) from error
+        return getattr(importlib.import_module(module), attribute)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         name = args[0]
@@ -43,9 +34,3 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in self._lazy.items()])
-
-
-def _not_installed(command: str, error: Exception) -> InstallError:
-    return InstallError(
-        f"gr {command} cannot start: {error}\nRun `gr doctor`: it names the wrong package and the remedy."
-    )

@@ -57,19 +57,18 @@ def check_rows(lists: dict[str, Packed], flat: dict[str, pa.ChunkedArray], schem
         if values.null_count:
             missing = values.is_null().to_numpy(zero_copy_only=False)
             faults.append(_event_fault(name, offsets, missing, lambda event: "is null"))
-        wrong = (np.diff(offsets) != np.diff(item_offsets)) & ~nulls
-        counts = np.diff(offsets)
-        faults.append(
-            _row_fault(
-                name, wrong, lambda row, c=counts: f"{c[row]} values for {np.diff(item_offsets)[row]} items in item_ids"
-            )
-        )
+        faults.append(_check_counts(name, np.diff(offsets), np.diff(item_offsets), nulls))
     faults.append(_check_items(lists["item_ids"], schema.item_cardinality))
     if "timestamps" in lists:
         faults.append(_check_times(lists["timestamps"]))
     for name, column in flat.items():
         faults += _check_flat(name, column, schema.contextual.get(name))
     return [fault for fault in faults if fault is not None]
+
+
+def _check_counts(name: str, counts_B: np.ndarray, items_B: np.ndarray, nulls_B: np.ndarray) -> Fault | None:
+    wrong_B = (counts_B != items_B) & ~nulls_B
+    return _row_fault(name, wrong_B, lambda row: f"{counts_B[row]} values for {items_B[row]} items in item_ids")
 
 
 def _check_items(column: Packed, cardinality: int) -> Fault | None:

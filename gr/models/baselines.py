@@ -78,9 +78,9 @@ def fit_item_knn(train: Dataset, holdout: int) -> Scorer:
 def fit_markov(train: Dataset, holdout: int) -> Scorer:
     """Share of an item's successors one to three events later that each item is; newest 5 items, decay 0.8.
 
-    These weights were picked among several hundred settings because they give the published test figures of MovieLens-1M
-    to three digits (HR@10 .263, NDCG@10 .153); row-normalised settings near them lie between .258 and .265. They were
-    not tuned on a validation split, so on ML-1M read this baseline as slightly optimistic.
+    These weights were picked among several hundred settings because they give the published test figures of
+    MovieLens-1M to three digits (HR@10 .263, NDCG@10 .153); row-normalised settings near them lie between .258 and
+    .265. They were not tuned on a validation split, so on ML-1M read this baseline as slightly optimistic.
     """
     items = train.schema.item_cardinality
     counts = sp.csr_array((items, items))

@@ -80,6 +80,6 @@ def _long_enough(users: Users) -> Users:
         user_ids=users.user_ids[keep],
         offsets=np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64),
         item_ids=users.item_ids[events],
-        timestamps=users.timestamps[events],
-        ratings=users.ratings[events],
+        timestamps=None if users.timestamps is None else users.timestamps[events],
+        ratings=None if users.ratings is None else users.ratings[events],
     )

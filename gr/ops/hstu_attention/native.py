@@ -10,7 +10,7 @@ from gr.ops.hstu_attention.time_buckets import TimeBuckets
 
 def native_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the operator computes in: bfloat16 products need AVX512-BF16 (or AMX, which comes with it), else float32."""
-    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
 

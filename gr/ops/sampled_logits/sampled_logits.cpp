@@ -20,24 +20,23 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kTokensPerTask = 64;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
-// A matrix [rows, D] as [rows, vectors] of Lanes.
+// A matrix [rows, D] as [rows, vectors] of Lanes. Row r starts at data + r * vectors.
 struct Padded {
   int64_t vectors;
   at::Tensor storage;
-  // Zeros. One vector more than needed, since storage is aligned by hand.
+  Lanes* data;
+  // Zeros. One vector more than needed, since the data is aligned by hand.
   Padded(int64_t rows, int64_t width, const at::TensorOptions& options)
-      : vectors((width + kLanes - 1) / kLanes), storage(at::zeros({rows * vectors * kLanes + kLanes}, options)) {}
+      : vectors((width + kLanes - 1) / kLanes), storage(at::zeros({rows * vectors * kLanes + kLanes}, options)) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.mutable_data_ptr<float>());
+    data = reinterpret_cast<Lanes*>((address + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes));
+  }
   explicit Padded(const at::Tensor& x) : Padded(x.size(0), x.size(1), x.options()) {
     const int64_t width = x.size(1);
     const float* from = x.const_data_ptr<float>();
     at::parallel_for(0, x.size(0), 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        std::memcpy(row(r), from + r * width, width * sizeof(float));
+      for (int64_t r = begin; r < end; ++r) std::memcpy(data + r * vectors, from + r * width, width * sizeof(float));
     });
-  }
-  Lanes* row(int64_t r) const {
-    const auto address = reinterpret_cast<uintptr_t>(storage.data_ptr());
-    return reinterpret_cast<Lanes*>((address + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes)) + r * vectors;
   }
 };
 
@@ -87,12 +86,12 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
       for (int64_t t = begin; t < end; ++t) {
         const int64_t* row = ids + t * samples;
         check_row(row, samples, items.size(0));
-        const Lanes* a = q.row(t);
+        const Lanes* a = q.data + t * vectors;
         for (int64_t s = 0; s < samples; s += kLanes) {
           const int64_t have = std::min(kLanes, samples - s);
           Lanes products[kLanes];
           for (int64_t i = 0; i < kLanes; ++i) {
-            const Lanes* b = table.row(row[s + std::min(i, have - 1)]);
+            const Lanes* b = table.data + row[s + std::min(i, have - 1)] * vectors;
             Lanes sum = a[0] * b[0];
             for (int64_t v = 1; v < vectors; ++v) sum += a[v] * b[v];
             products[i] = sum;
@@ -122,7 +121,7 @@ at::Tensor queries_gradient(const at::Tensor& g, const at::Tensor& queries, cons
         Lanes* sum = kVectors ? registers : wide.data();
         for (int64_t v = 0; v < vectors; ++v) sum[v] = Lanes{};
         for (int64_t s = 0; s < samples; ++s) {
-          const Lanes* b = table.row(ids[t * samples + s]);
+          const Lanes* b = table.data + ids[t * samples + s] * vectors;
           const float w = weights[t * samples + s];
           for (int64_t v = 0; v < vectors; ++v) sum[v] += w * b[v];
         }
@@ -142,8 +141,8 @@ void scatter(const at::Tensor& g, const Padded& q, const at::Tensor& index, int6
     const int64_t vectors = kVectors ? kVectors : q.vectors;
     for (int64_t t = first; t < last; ++t)
       for (int64_t s = 0; s < samples; ++s) {
-        const Lanes* a = q.row(t);
-        Lanes* b = sums.row(ids[t * samples + s]);
+        const Lanes* a = q.data + t * vectors;
+        Lanes* b = sums.data + ids[t * samples + s] * vectors;
         const float w = weights[t * samples + s];
         for (int64_t v = 0; v < vectors; ++v) b[v] += w * a[v];
       }
@@ -153,7 +152,7 @@ void scatter(const at::Tensor& g, const Padded& q, const at::Tensor& index, int6
 // Small tables: every part of the tokens has a private table; the tables are added up in order.
 at::Tensor items_gradient_by_parts(const at::Tensor& g, const Padded& q, const at::Tensor& items, const at::Tensor& index,
                                    int64_t parts) {
-  const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1);
+  const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1), vectors = q.vectors;
   std::vector<Padded> tables;
   for (int64_t p = 0; p < parts; ++p) tables.emplace_back(rows, width, items.options());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -164,9 +163,9 @@ at::Tensor items_gradient_by_parts(const at::Tensor& g, const Padded& q, const a
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      Lanes* sum = tables[0].row(r);
+      Lanes* sum = tables[0].data + r * vectors;
       for (int64_t p = 1; p < parts; ++p)
-        for (int64_t v = 0; v < q.vectors; ++v) sum[v] += tables[p].row(r)[v];
+        for (int64_t v = 0; v < vectors; ++v) sum[v] += tables[p].data[r * vectors + v];
       std::memcpy(to + r * width, sum, width * sizeof(float));
     }
   });
@@ -191,7 +190,7 @@ at::Tensor items_gradient_by_item(const at::Tensor& g, const Padded& q, const at
       if (starts[r] == starts[r + 1]) continue;
       std::fill(sum.begin(), sum.end(), Lanes{});
       for (int64_t i = starts[r]; i < starts[r + 1]; ++i) {
-        const Lanes* a = q.row(order[i] / samples);
+        const Lanes* a = q.data + order[i] / samples * q.vectors;
         const float w = weights[order[i]];
         for (int64_t v = 0; v < q.vectors; ++v) sum[v] += w * a[v];
       }

@@ -1,0 +1,139 @@
+"""A resumed run repeats the uninterrupted one: bitwise at the same world size and plan, else within summation order."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gr.checkpoint import CheckpointFolder
+from gr.dist import World
+from gr.errors import CheckpointError
+from gr.experiment import evaluate, train
+from tests.support.ranks import RankError, run_ranks
+from tests.support.tiny import tiny_config, write_tiny
+
+STEPS, HALF = 12, 6
+LOSS = 2e-5
+PLANS = ("table_wise", "row_wise", "column_wise", "data_parallel")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def configured(data: Path, run_dir: Path, *, sharding: str = "row_wise", optimizer: str = "adam", **sections):
+    return tiny_config(
+        data,
+        run_dir,
+        planner={"sharding": sharding},
+        # Dropout on: what is drawn must be repeated too.
+        model={
+            "input_dropout": 0.2,
+            "tower": {"kind": "hstu", "layers": 1, "heads": 2, "qk_dim": 4, "v_dim": 4, "dropout": 0.2},
+        },
+        optimizer={"schedule": {"kind": "cosine", "warmup_steps": 3}, "clip_grad_norm": 1.0},
+        embeddings={"optimizer": {"kind": optimizer, "lr": 0.02}},
+        trainer={"steps": STEPS},
+        **{"checkpoint": {"every": HALF, "keep_last": 9}, **sections},
+    )
+
+
+def without_dropout(config):
+    tower = config.model.tower.model_copy(update={"dropout": 0.0})
+    model = config.model.model_copy(update={"tower": tower, "input_dropout": 0.0})
+    return config.model_copy(update={"model": model})
+
+
+def run(world: World, config) -> dict:
+    return train(config, world)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def resumed_from_half(full: Path, run_dir: Path) -> Path:
+    """A run folder as it was after HALF steps."""
+    name = CheckpointFolder(full / "checkpoints").final(HALF).name
+    shutil.copytree(full / "checkpoints" / name, run_dir / "checkpoints" / name)
+    return run_dir
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_same_world_size_resumes_bitwise(data, tmp_path, size, asynchronous):
+    save = {"checkpoint": {"every": HALF, "keep_last": 9, "asynchronous": asynchronous}}
+    full, part = tmp_path / "full", tmp_path / "part"
+    whole = run_ranks(run, size, configured(data, full, **save))[0]
+    resumed_from_half(full, part)
+    again = run_ranks(run, size, configured(data, part, **save))[0]
+    after = losses(part)
+    assert sorted(after) == list(range(HALF + 1, STEPS + 1))
+    assert after == {step: loss for step, loss in losses(full).items() if step > HALF}
+    assert again["model"] == whole["model"]
+
+
+@pytest.fixture(scope="module")
+def saved_on_two(data, tmp_path_factory) -> dict[str, Path]:
+    """Runs on 2 ranks under each plan, without dropout."""
+    folders = {}
+    for sharding in PLANS:
+        folders[sharding] = tmp_path_factory.mktemp("runs") / sharding
+        run_ranks(run, 2, without_dropout(configured(data, folders[sharding], sharding=sharding)))
+    return folders
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_other_world_sizes_continue_the_loss_curve(data, tmp_path, saved_on_two, size):
+    part = resumed_from_half(saved_on_two["row_wise"], tmp_path / "part")
+    run_ranks(run, size, without_dropout(configured(data, part)))
+    before = losses(saved_on_two["row_wise"])
+    assert all(abs(loss - before[step]) < LOSS for step, loss in losses(part).items())
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [pair for pair in itertools.product(PLANS, PLANS) if pair[0] != pair[1]])
+def test_any_plan_loads_into_any_other(data, tmp_path, saved_on_two, saved, loaded):
+    part = resumed_from_half(saved_on_two[saved], tmp_path / "part")
+    run_ranks(run, 2, without_dropout(configured(data, part, sharding=loaded)))
+    before = losses(saved_on_two[saved])
+    assert all(abs(loss - before[step]) < LOSS for step, loss in losses(part).items())
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "partial_rowwise_adam"])
+@pytest.mark.parametrize(("saved", "loaded"), [("row_wise", "column_wise"), ("column_wise", "row_wise")])
+def test_rowwise_state_is_converted_between_column_shards(data, tmp_path, optimizer, saved, loaded):
+    """The state of the column shards is averaged or repeated, so training goes on, if not with the same numbers."""
+    full = tmp_path / "full"
+    run_ranks(run, 2, without_dropout(configured(data, full, sharding=saved, optimizer=optimizer)))
+    part = resumed_from_half(full, tmp_path / "part")
+    run_ranks(run, 2, without_dropout(configured(data, part, sharding=loaded, optimizer=optimizer)))
+    before, after = losses(full), losses(part)
+    assert abs(after[HALF + 1] - before[HALF + 1]) < LOSS, "weights must be equal right after loading"
+    assert all(abs(loss - before[step]) < 0.1 for step, loss in after.items())
+
+
+def evaluated(world: World, config, checkpoint: Path) -> dict:
+    return evaluate(config, checkpoint, world, "validation")
+
+
+def test_evaluation_is_equal_on_1_2_and_4_ranks(data, saved_on_two):
+    config = without_dropout(configured(data, saved_on_two["row_wise"]))
+    checkpoint = CheckpointFolder(saved_on_two["row_wise"] / "checkpoints").final(STEPS)
+    reports = [run_ranks(evaluated, size, config, checkpoint)[0] for size in (1, 2, 4)]
+    assert reports[0]["model"] == reports[1]["model"] == reports[2]["model"]
+    assert reports[0]["users"] == reports[2]["users"] > 80
+    assert np.isfinite(reports[0]["model"]["mrr"])
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(data, tmp_path, saved_on_two):
+    part = resumed_from_half(saved_on_two["row_wise"], tmp_path / "part")
+    config = without_dropout(configured(data, part))
+    wider = config.model_copy(update={"model": config.model.model_copy(update={"dim": 12})})
+    with pytest.raises(RankError, match=CheckpointError.__name__) as refusal:
+        run_ranks(run, 1, wider)
+    assert "tables item_id.weight: the model has (61, 12), the checkpoint (61, 8)" in str(refusal.value)

@@ -1,0 +1,34 @@
+"""Retrieval metrics against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gr.metrics.retrieval import paired_difference, retrieval_metrics, user_metrics
+
+
+def test_hand_values() -> None:
+    found = retrieval_metrics(np.array([1.0, 3.0, 10.5, 300.0]))
+    assert list(found) == ["hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr"]
+    assert (found["hr@1"], found["hr@10"], found["hr@50"], found["hr@200"]) == (0.25, 0.5, 0.75, 0.75)
+    assert found["ndcg@10"] == pytest.approx((1 + 1 / 2) / 4)
+    assert found["ndcg@50"] == found["ndcg@200"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11.5)) / 4)
+    assert found["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 10.5 + 1 / 300) / 4)
+
+
+def test_a_rank_counts_at_k() -> None:
+    assert user_metrics(np.array([10, 11]))["hr@10"].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("ranks", [[], [0.5], [np.nan], [np.inf], [[1.0]]])
+def test_ranks_that_are_none(ranks: list) -> None:
+    with pytest.raises(ValueError, match="rank"):
+        retrieval_metrics(np.array(ranks))
+
+
+def test_paired_difference() -> None:
+    mean, error = paired_difference(np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0]))
+    assert mean == 0.5 and error == pytest.approx(math.sqrt(1 / 3) / 2)
+    with pytest.raises(ValueError, match="same users"):
+        paired_difference(np.array([1.0]), np.array([1.0]))
