@@ -1,7 +1,7 @@
 """The naive baseline: the same HSTU retriever in plain padded PyTorch, as one would write it from the paper.
 
-B examples, N padded length, D width, S negatives, E items. Same maths as gr with position bias, constant divisor, cosine
-similarity and per-position uniform negatives; the tests compare its loss with gr's.
+B examples, N padded length, D width, S negatives, E items. Same maths as gr with position bias, constant divisor,
+cosine similarity and per-position uniform negatives; the tests compare its loss with gr's.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Operators against the obvious way to write them: `python -m benchmarks.ops [attention sampled_logits ...]`.
 
-Shapes are those of a MovieLens-1M step: B = 128 sequences, log-normal lengths cut to [20, 200] with a mean near 107, one
+Shapes are those of a MovieLens-1M step: B = 128 sequences, log-normal lengths cut to [20, 200] with a mean near 107, 1
 head of 50, K = 3,883 items, 128 negatives. Every variant is forward plus backward, one thread, CPU time (compare.py).
 """
 
@@ -26,10 +26,6 @@ _EXAMPLES, _LONGEST, _WIDTH, _ITEMS, _NEGATIVES, _BUCKETS = 128, 200, 50, 3883, 
 def _offsets() -> Tensor:
     lengths = torch.empty(_EXAMPLES).log_normal_(4.55, 0.75).round().long().clamp(20, _LONGEST)
     return F.pad(lengths.cumsum(0), (1, 0))
-
-
-def _backward(output: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(output(), inputs, grad.to(output().dtype) if grad.dim() == 0 else grad)
 
 
 def _with_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:

@@ -44,7 +44,7 @@ class World:
             return [values]
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
         out = mine.new_empty(self.size * len(values))
-        dist.all_gather_into_tensor(out, mine)
+        dist.all_gather_single(out, mine)
         return out.view(self.size, -1).tolist()
 
     def all_gather_variable(self, values: Tensor) -> list[Tensor]:
@@ -55,7 +55,7 @@ class World:
         padded = values.new_zeros(max(lengths))
         padded[: len(values)] = values
         out = padded.new_empty(self.size * len(padded))
-        dist.all_gather_into_tensor(out, padded)
+        dist.all_gather_single(out, padded)
         return [row[:length] for row, length in zip(out.view(self.size, -1), lengths, strict=True)]
 
 

@@ -5,7 +5,6 @@ schema -> model on meta -> plan -> shard tables -> replicate dense -> fill or lo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ from gr.train.trainer import Callback, Trainer
 
 log = get_logger(__name__)
 Split = Literal["validation", "test"]
-TARGET_FROM_END: dict[str, int] = {"test": 1, "validation": 2}
+TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,7 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     )
     writer = MetricsWriter(run_dir) if world.is_main else None
     try:
-        trainer = Trainer(
-            module, loader, _callbacks(built, store, writer), world, steps=config.trainer.steps
-        )
+        trainer = Trainer(module, loader, _callbacks(built, store, writer), world, steps=config.trainer.steps)
         trainer.step = _resume(config, state, loader)
         trainer.run()
         if trainer.stopped and trainer.step < trainer.steps:
@@ -221,9 +218,7 @@ def baseline_metrics(built: Built, split: Split) -> Mapping[str, Mapping[str, fl
 def evaluate(config: ExperimentConfig, checkpoint: Path, world: World, split: Split) -> dict[str, Any]:
     """Metrics of a checkpoint on one split, from the checkpoint and the data alone."""
     built = build(config, world)
-    state = ModelState(
-        dense_parameters(built.model), None, TableOptimizer(built.model, config.embeddings.optimizer)
-    )
+    state = ModelState(dense_parameters(built.model), None, TableOptimizer(built.model, config.embeddings.optimizer))
     progress = load_state(checkpoint, state)
     ranks = evaluate_ranks(built, split)
     return {

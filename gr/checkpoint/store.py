@@ -4,27 +4,49 @@ Schedules and random draws are functions of (seed, step, rank), so the step is a
 """
 
 import json
-import warnings
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder, write_json
-from gr.checkpoint.tables import fill_rowwise, table_entries
 from gr.dist import World
-from gr.embeddings import TableOptimizer
 from gr.errors import CheckpointError
 
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+
+
+class SavedTable(Protocol):
+    """One tensor of one table. value: saved, and loaded in place. is_rowwise: [rows, column shards], a state."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_rowwise(self) -> bool: ...
+
+    @property
+    def value(self) -> ShardedTensor | Tensor: ...
+
+    def fill_rowwise(self, saved: Tensor) -> None: ...
+
+
+class Tables(Protocol):
+    """The tables of a model with their optimizer state, as far as a checkpoint goes."""
+
+    def entries(self) -> Sequence[SavedTable]: ...
+
+    def set_steps(self, steps: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class ModelState:
 
     dense: dict[str, nn.Parameter]
     dense_optimizer: torch.optim.AdamW | None
-    tables: TableOptimizer
+    tables: Tables
 
 
 class CheckpointStore:
@@ -108,19 +130,16 @@ def load_state(path: Path, state: ModelState) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     wanted = _tensors(state)
     resharded = _rowwise_of_other_columns(saved, state)
-    _check_shapes(path, saved, wanted, skip=set(resharded))
+    _check_shapes(path, saved, wanted, skip=resharded)
     for name in resharded:
         wanted["tables"].pop(name)
-    fulls = {name: torch.empty(_saved_size(saved, f"tables.{name}")) for name in resharded}
-    with warnings.catch_warnings():
-        # Ranks hold parts of different tables, so their keys differ by design.
-        warnings.filterwarnings("ignore", message="Detected mismatched keys")
-        dcp.load(wanted, checkpoint_id=path)
-        if fulls:
-            dcp.load({"tables": fulls}, checkpoint_id=path)
-    for entry in table_entries(state.tables):
+    fulls = {name: torch.empty(size) for name, size in resharded.items()}
+    dcp.load(wanted, checkpoint_id=path)
+    if fulls:
+        dcp.load({"tables": fulls}, checkpoint_id=path)
+    for entry in state.tables.entries():
         if entry.name in fulls:
-            fill_rowwise(entry, fulls[entry.name])
+            entry.fill_rowwise(fulls[entry.name])
     state.tables.set_steps(progress["step"])
     return progress
 
@@ -129,14 +148,14 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
     """What DCP saves. Loading writes into the same tensors, so optimizer states are made if they are not there."""
     tensors: dict[str, dict[str, Any]] = {
         "dense": {name: p.detach() for name, p in state.dense.items()},
-        "tables": {entry.name: entry.value for entry in table_entries(state.tables)},
+        "tables": {entry.name: entry.value for entry in state.tables.entries()},
     }
     if state.dense_optimizer is not None:
         tensors["dense_optimizer"] = dict(_adamw_states(state.dense, state.dense_optimizer))
     return tensors
 
 
-def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW):
+def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in dense.items():
         states = optimizer.state[parameter]
         if not states:
@@ -146,19 +165,17 @@ def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW):
             yield f"{name}.{kind}", states[kind]
 
 
-def _rowwise_of_other_columns(saved: Metadata, state: ModelState) -> list[str]:
-    """Row-wise states that were saved under another number of column shards."""
-    return [
-        entry.name
-        for entry in table_entries(state.tables)
-        if entry.is_rowwise
-        and (size := _saved_size(saved, f"tables.{entry.name}")) is not None
-        and size != entry.value.size()
-        and size[0] == entry.value.size()[0]
-    ]
+def _rowwise_of_other_columns(saved: Metadata, state: ModelState) -> dict[str, torch.Size]:
+    """Row-wise states that were saved under another number of column shards, with their saved shape."""
+    found = {}
+    for entry in state.tables.entries():
+        size = _saved_size(saved, f"tables.{entry.name}")
+        if entry.is_rowwise and size is not None and size != entry.value.size() and size[0] == entry.value.size()[0]:
+            found[entry.name] = size
+    return found
 
 
-def _check_shapes(path: Path, saved: Metadata, wanted: dict[str, dict[str, Any]], skip: set[str]) -> None:
+def _check_shapes(path: Path, saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> None:
     faults = []
     for group, tensors in wanted.items():
         for name, tensor in tensors.items():

@@ -1,5 +1,7 @@
 """`gr evaluate`: the metrics of a checkpoint, from the checkpoint alone."""
 
+from typing import Literal
+
 import click
 
 from gr.cli.report import print_report
@@ -10,7 +12,7 @@ from gr.config import load_config
 @click.option("--checkpoint", required=True, help="Run folder or checkpoint folder.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def command(checkpoint: str, split: str, overrides: tuple[str, ...]) -> None:
+def command(checkpoint: str, split: Literal["validation", "test"], overrides: tuple[str, ...]) -> None:
     from gr import logging
     from gr.checkpoint import resolve
     from gr.checkpoint.layout import CONFIG

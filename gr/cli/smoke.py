@@ -1,6 +1,7 @@
-"""`gr smoke`: the whole path on this machine, as a user would run it: prepare, train on 2 ranks, resume on 1, compare."""
+"""`gr smoke`: the whole path, as a user would run it: prepare, train on 2 ranks, resume on 1, compare."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ LOSS_TOLERANCE = 2e-3
 RANKS = 2
 
 
-@click.command(help="Synthetic data -> plan -> train on 2 ranks -> evaluate -> checkpoint -> resume on 1 rank -> evaluate.")
+@click.command(
+    help="Synthetic data -> plan -> train on 2 ranks -> evaluate -> checkpoint -> resume on 1 rank -> evaluate."
+)
 @click.option("--config", default="configs/retrieval/smoke.yaml", show_default=True)
 @click.option("--folder", default="runs/smoke", show_default=True, help="Its data/, train/ and resumed/ are replaced.")
 def command(config: str, folder: str) -> None:
@@ -47,7 +50,8 @@ def _stream(length: int) -> list[str]:
 
 def _run(title: str, arguments: list[str]) -> None:
     Console(stderr=True).rule(title)
-    status = subprocess.run(arguments).returncode
+    threads = max(1, (os.cpu_count() or 1) // RANKS)
+    status = subprocess.run(arguments, env={"OMP_NUM_THREADS": str(threads), **os.environ}).returncode
     if status:
         raise GRError(f"smoke: '{title}' failed with exit code {status}; its own message is above")
 

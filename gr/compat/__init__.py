@@ -4,13 +4,25 @@
 that a repair does not outlive the release that needs it.
 """
 
+import logging
+import warnings
+
 from gr.compat.fbgemm_cpu import dense_sequence_lookup_is_broken, repair_dense_sequence_lookup
 
 
 def apply() -> None:
-    """Applies every repair whose defect is present. Idempotent."""
+    """Applies every repair whose defect is present, and quiets warnings that no user can act on. Idempotent."""
+    _quiet_known_warnings()
     if dense_sequence_lookup_is_broken():
         repair_dense_sequence_lookup()
+
+
+def _quiet_known_warnings() -> None:
+    """Deprecations inside the pinned TorchRec and torch, which their next releases have to mend."""
+    for message in ("`broadcast_buffers` is deprecated", "Please use DTensor instead", "Detected mismatched keys"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 __all__ = ["apply", "dense_sequence_lookup_is_broken"]

@@ -1,6 +1,6 @@
 """A stream of records from a Dirichlet process over item categories (arXiv 2402.17152, section 3.2 and appendix C).
 
-The generator, all of it from one seed:
+The generator, all of it from one seed (and numpy's sampling methods, which a new numpy may change):
 
 1.  Items are ids 1..items. Each is in one category, drawn uniformly; the first `categories` ids are one of each, so
     that no category is empty at any time.

@@ -1,6 +1,6 @@
 """A stream with a planted effect of time: what comes next depends on the gap before it, which position cannot tell.
 
-The generator, all of it from one seed:
+The generator, all of it from one seed (and numpy's sampling methods, which a new numpy may change):
 
 1.  Items are ids 1..items, dealt at random to `categories` clusters on a ring, of sizes that differ by at most one.
 2.  A record has a home cluster, uniform. Its first event is a uniform item of it.

@@ -12,8 +12,10 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from gr.config.tree import Adam, PartialRowWiseAdam, RowWiseAdagrad, TableOptimizer as TableOptimizerConfig
+from gr.config.tree import Adam, PartialRowWiseAdam, RowWiseAdagrad
+from gr.config.tree import TableOptimizer as TableOptimizerConfig
 from gr.embeddings.shards import TableShard, local_shards
+from gr.embeddings.state import TableEntry, table_entries
 
 FUSED_TYPE = {
     "adam": EmbOptimType.ADAM,
@@ -67,6 +69,10 @@ class TableOptimizer:
         for shard in self.shards:
             if shard.is_fused:
                 shard.kernel.emb_module.set_optimizer_step(steps)
+
+    def entries(self) -> list[TableEntry]:
+        """Weights and states as a checkpoint keeps them."""
+        return table_entries(self.shards, self.states)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -53,7 +53,7 @@ def local_shards(model: nn.Module) -> Iterator[TableShard]:
     """Every table shard of this rank, in the order of the modules."""
     for kernel in _kernels(model):
         states = _fused_states(kernel)
-        weights = kernel.split_embedding_weights()
+        weights: list[Tensor] = kernel.split_embedding_weights()
         tables = kernel.config.embedding_tables
         for index, (table, weight, state) in enumerate(zip(tables, weights, states, strict=True)):
             row, column = table.local_metadata.shard_offsets if table.local_metadata else (0, 0)

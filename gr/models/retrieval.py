@@ -54,9 +54,7 @@ class RetrievalModel(nn.Module):
 
     def item_vectors(self, ids_K: Tensor) -> Tensor:
         """Float [K, D] of the items' rows, from whichever ranks hold them."""
-        one_empty_example = KeyedJaggedTensor(
-            keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1)
-        )
+        one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
         return lookup(self.tables, one_empty_example, ids_K, self.dim)[1]
 
     def _run_tower(self, history_TD: Tensor, batch: SequenceBatch | EvaluationBatch) -> Tensor:
@@ -67,8 +65,6 @@ class RetrievalModel(nn.Module):
         place_T = torch.arange(tokens, device=history_TD.device) - first_T
         x_TD = history_TD * math.sqrt(self.dim) + F.embedding(place_T, self.position)
         x_TD = F.dropout(x_TD, self.input_dropout, self.training)
-        sequence = JaggedSequence(
-            x_TD, offsets_B1, self.max_length, batch.timestamps_T, batch.query_timestamps_T
-        )
+        sequence = JaggedSequence(x_TD, offsets_B1, self.max_length, batch.timestamps_T, batch.query_timestamps_T)
         with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.tower(sequence).values_TD

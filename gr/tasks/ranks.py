@@ -72,7 +72,7 @@ class CorpusRanker:
         if self.world.size == 1:
             return rows
         out = rows.new_empty(self.world.size * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        dist.all_gather_single(out, rows.contiguous())
         return out
 
     def _sum(self, values: Tensor) -> None:

@@ -17,7 +17,8 @@ NORM_EPS = 1e-6
 class Similarity(Protocol):
     """Maps both sides into one space where score = scale * (query . item)."""
 
-    scale: float
+    @property
+    def scale(self) -> float: ...
 
     def queries(self, x_TD: Tensor) -> Tensor: ...
 

@@ -13,9 +13,7 @@ from gr.tasks import CorpusRanker
 
 
 @torch.no_grad()
-def user_ranks(
-    model: RetrievalModel, batches: Iterable[EvaluationBatch], corpus_C: Tensor, world: World
-) -> np.ndarray:
+def user_ranks(model: RetrievalModel, batches: Iterable[EvaluationBatch], corpus_C: Tensor, world: World) -> np.ndarray:
     """Rank of each user's target, float64 [users], in the data's order, on every rank. 1 is best.
 
     All ranks call it together, with as many batches each.
@@ -32,4 +30,3 @@ def user_ranks(
     everyone = torch.cat(world.all_gather_variable(torch.cat(ranks)))
     counted = torch.cat(world.all_gather_variable(torch.cat(valid).to(torch.int64))).bool()
     return everyone[counted].cpu().numpy()
-

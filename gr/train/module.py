@@ -44,7 +44,7 @@ class TrainModule:
         self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
 
     def forward(self, batch: SequenceBatch, step: int) -> StepLoss:
-        """Loss of one global batch. Random draws are a function of (seed, step, rank), so a resumed run repeats them."""
+        """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them."""
         self.model.train()
         tokens_here = len(batch.target_ids_T)
         tokens = [n for (n,) in self.world.all_gather_ints([tokens_here])]

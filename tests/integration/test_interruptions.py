@@ -121,7 +121,9 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_resumes(config, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(config, tmp_path):
     run_dir = tmp_path / "diverged"
     rates = ["optimizer.lr=1e30", "optimizer.schedule.kind=linear", f"optimizer.schedule.warmup_steps={EVERY * 10}"]
-    result = subprocess.run([*command(config, run_dir, 1), *rates, "task.l2_norm=false"], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command(config, run_dir, 1), *rates, "task.l2_norm=false"], capture_output=True, text=True
+    )
     assert result.returncode == 2, result.stdout + result.stderr
     message = next(line for line in result.stderr.splitlines() if line.startswith("error:"))
     assert "loss is not finite at step" in message and "examples" in message and "learning rate" in message

@@ -24,7 +24,7 @@ def hstu_attention_reference(
 
     scale_T: 1 / divisor of each query, [T], or [1] for one of all. Differentiable; any float dtype.
     """
-    outputs = [v_THV.new_empty(0, *v_THV.shape[1:])]
+    outputs = [v_THV[:0]]
     bounds = offsets_B1.tolist()
     for b, (start, end) in enumerate(itertools.pairwise(bounds)):
         n = end - start

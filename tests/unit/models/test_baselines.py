@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -78,6 +80,17 @@ def test_errors(dataset: Dataset, tmp_path: Path) -> None:
     options = {"train_holdout": 0, "target_from_end": 1, "filter_seen": "all", "max_length": 5}
     with pytest.raises(DataError, match=r"has item_cardinality 7, .* has 9"):
         evaluate_baselines(dataset, Dataset.open(tmp_path / "b"), names=["popularity"], **options)
+
+
+def test_bad_rows_are_skipped_on_request(dataset: Dataset) -> None:
+    part = next(dataset.path.glob("part-*"))
+    table = pq.read_table(part)
+    rows = [*table.column("item_ids").to_pylist()[:-1], [1, 99]]
+    pq.write_table(table.set_column(1, "item_ids", pa.array(rows, pa.list_(pa.int32()))), part)
+    broken = Dataset.open(dataset.path)
+    with pytest.raises(DataError, match="item id 99"):
+        ranks(broken, "popularity")
+    assert len(ranks(broken, "popularity", on_bad_row="skip")) == 3 and broken.bad_rows == 1
 
 
 def test_command(dataset: Dataset) -> None:

@@ -5,6 +5,7 @@ sharding every column shard keeps its own. Loading into another C takes their me
 """
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,28 +14,37 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from gr.embeddings import TableOptimizer, TableShard
+from gr.embeddings.shards import TableShard
 
 WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One saved tensor of one table. value: what DCP saves and loads in place; shards: this rank's parts of it."""
+    """One saved tensor of one table, `<table>.weight` or `<table>.<state>`.
+
+    value: what DCP saves and loads in place. shards: this rank's parts of it.
+    """
 
     name: str
     is_rowwise: bool
     value: ShardedTensor | Tensor
     shards: tuple[tuple[TableShard, Tensor], ...]
 
+    def fill_rowwise(self, saved: Tensor) -> None:
+        """Fills a row-wise state from one saved under another number of column shards. saved: [rows, C]."""
+        mean = saved.mean(dim=1)
+        for shard, tensor in self.shards:
+            tensor.copy_(mean[shard.row_offset : shard.row_offset + len(tensor)])
 
-def table_entries(optimizer: TableOptimizer) -> list[TableEntry]:
-    """Everything of the tables that this rank holds a part of: `<table>.weight` and `<table>.<state>`."""
+
+def table_entries(shards: Sequence[TableShard], states: Sequence[Mapping[str, Tensor]]) -> list[TableEntry]:
+    """Everything of the tables that this rank holds a part of. states[i]: optimizer states of shards[i]."""
     parts: dict[str, list[tuple[TableShard, Tensor]]] = defaultdict(list)
-    for shard, states in zip(optimizer.shards, optimizer.states, strict=True):
-        for kind, tensor in {WEIGHT: shard.weight, **states}.items():
+    for shard, own in zip(shards, states, strict=True):
+        for kind, tensor in {WEIGHT: shard.weight, **own}.items():
             parts[f"{shard.table}.{kind}"].append((shard, tensor))
-    return [_entry(name, tuple(shards)) for name, shards in parts.items()]
+    return [_entry(name, tuple(own)) for name, own in parts.items()]
 
 
 def _entry(name: str, shards: tuple[tuple[TableShard, Tensor], ...]) -> TableEntry:
@@ -65,10 +75,3 @@ def _state_shard(weight: ShardMetadata, columns: list[int]) -> ShardMetadata:
         shard_sizes=[weight.shard_sizes[0], 1],
         placement=weight.placement,
     )
-
-
-def fill_rowwise(entry: TableEntry, saved: Tensor) -> None:
-    """Fills a row-wise state from one saved under another number of column shards. saved: [rows, C]."""
-    mean = saved.mean(dim=1)
-    for shard, tensor in entry.shards:
-        tensor.copy_(mean[shard.row_offset : shard.row_offset + len(tensor)])

@@ -1,0 +1,26 @@
+"""What the operator tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gr.errors import InstallError
+from gr.ops import native
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        try:
+            native.load()
+        except InstallError as error:
+            pytest.skip(f"no C++ operators here: {error}")
+    return request.param

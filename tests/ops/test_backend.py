@@ -1,0 +1,94 @@
+"""Which implementation runs, and building the C++ operators."""
+
+import logging
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gr.errors import InstallError
+from gr.ops import backend as backend_module
+from gr.ops import native
+from gr.ops.backend import cpu_backend, force_backend
+
+
+def test_forcing_is_scoped(backend: str) -> None:
+    before = cpu_backend()
+    with force_backend(backend):
+        assert cpu_backend() == backend
+        with force_backend("torch"):
+            assert cpu_backend() == "torch"
+        assert cpu_backend() == backend
+    assert cpu_backend() == before
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="'native' or 'torch', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
+        pass
+
+
+def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_compiler() -> None:
+        raise InstallError("no C++ compiler (this test)")
+
+    monkeypatch.setattr(native, "load", no_compiler)
+    monkeypatch.setattr(logging.getLogger("gr"), "propagate", True)
+    backend_module._detected.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="gr"):
+            assert [cpu_backend(), cpu_backend()] == ["torch", "torch"]
+        assert sum("no C++ compiler (this test)" in record.message for record in caplog.records) == 1
+        with pytest.raises(InstallError), force_backend("native"):
+            pass
+    finally:
+        backend_module._detected.cache_clear()
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InstallError, match=r"g\+\+"):
+        native._find_compiler()
+
+
+def test_failed_build_shows_the_compiler_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("#error this is broken\n")
+    monkeypatch.setattr(native, "_sources", lambda: [source])
+    with pytest.raises(InstallError, match="this is broken"):
+        native._build(native._find_compiler(), tmp_path / "ops.so")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def _load_with_a_slow_build(cache: Path) -> None:
+    def build(compiler: str, library: Path) -> None:
+        with (cache / "builds").open("a") as file:
+            file.write("1")
+        time.sleep(0.3)
+        library.write_bytes(b"")
+
+    native._build = build
+    native._try_out = lambda: None
+    torch.ops.load_library = lambda path: None
+    native.load.cache_clear()
+    native.load()
+
+
+def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They start together on an empty cache. Forked, so that what they replace is replaced in them only."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_load_with_a_slow_build, args=(tmp_path,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    assert (tmp_path / "builds").read_text() == "1"
+
+
+def test_loading_leaves_denormals_alone() -> None:
+    """-ffast-math in the link would flush them to zero in the whole process."""
+    with force_backend(cpu_backend()):
+        assert float(torch.tensor(1e-40) * 1.0) > 0

@@ -1,0 +1,110 @@
+"""Sampled logits: every path and both gradients against the gathered definition in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gr.ops.backend import force_backend
+from gr.ops.sampled_logits import chunked, sampled_logits
+from gr.ops.sampled_logits.reference import sampled_logits_reference
+from tests.support.tolerances import assert_near
+
+
+def run(queries: Tensor, items: Tensor, index: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    queries, items = (x.to(dtype).requires_grad_() for x in (queries, items))
+    with force_backend(backend):
+        out = sampled_logits(queries, items, index)
+        return [out.detach(), *torch.autograd.grad(out, [queries, items], grad.to(dtype))]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "samples", "items", "width"),
+    [
+        (300, 33, 77, 50),  # a small table: one private table for each part of the tokens
+        (70, 9, 5000, 16),  # a large one: sorted by item; gathered without the C++ operators
+        (40, 128, 300, 25),
+        (33, 17, 40, 100),
+        (9, 1, 3, 128),
+        (5, 3, 4, 1),
+        (0, 4, 5, 8),
+        (6, 0, 5, 8),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_path_matches_reference(
+    backend: str, tokens: int, samples: int, items: int, width: int, dtype: torch.dtype
+) -> None:
+    queries, table = (torch.randn(rows, width).to(dtype).double() for rows in (tokens, items))
+    index = torch.randint(0, items, (tokens, samples))
+    grad = torch.randn(tokens, samples).to(dtype).double()
+    reference = run(queries, table, index, grad, torch.float64, backend)
+    for name, actual, expected in zip(
+        ("logits", "dqueries", "ditems"), run(queries, table, index, grad, dtype, backend), reference, strict=True
+    ):
+        assert_near(actual, expected, dtype, name)
+
+
+@pytest.mark.parametrize("multiplies_all", [True, False])
+def test_both_chunked_ways_over_many_chunks(monkeypatch: pytest.MonkeyPatch, multiplies_all: bool) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(chunked, "_multiplies_all", lambda items, index: multiplies_all)
+    queries, table = torch.randn(37, 12).double(), torch.randn(90, 12).double()
+    index, grad = torch.randint(0, 90, (37, 11)), torch.randn(37, 11).double()
+    reference = run(queries, table, index, grad, torch.float64, "torch")
+    for actual, expected in zip(run(queries, table, index, grad, torch.float32, "torch"), reference, strict=True):
+        assert_near(actual, expected, torch.float32, "chunked")
+
+
+def test_reference_is_the_formula_written_out() -> None:
+    queries, items, index = torch.randn(3, 2), torch.randn(4, 2), torch.tensor([[0, 3], [1, 1], [2, 0]])
+    logits = sampled_logits_reference(queries, items, index)
+    for t in range(3):
+        for s in range(2):
+            assert torch.isclose(logits[t, s], queries[t] @ items[index[t, s]])
+
+
+def test_views_repeated_indices_and_expanded_gradient(backend: str) -> None:
+    buffer = torch.full((64, 3, 60), float("nan"))
+    buffer[:, 1, 5:55] = torch.randn(64, 50)
+    queries = buffer[:, 1, 5:55].requires_grad_()
+    items = torch.randn(50, 20).T.requires_grad_()
+    index = torch.full((30, 64), 7).T
+    with force_backend(backend):
+        out = sampled_logits(queries, items, index)
+        dqueries, ditems = torch.autograd.grad(out.sum(), [queries, items])
+    assert_near(dqueries, 30 * items[7].detach().double().expand(64, 50), torch.float32, "dqueries")
+    expected = torch.zeros(20, 50).double()
+    expected[7] = 30 * queries.detach().double().sum(0)
+    assert_near(ditems, expected, torch.float32, "ditems")
+
+
+@pytest.mark.parametrize("items", [40, 9000], ids=["by parts", "by item"])
+def test_same_bits_every_time_and_on_two_threads(backend: str, items: int) -> None:
+    queries, table = torch.randn(500, 50), torch.randn(items, 50)
+    index, grad = torch.randint(0, items, (500, 20)), torch.randn(500, 20)
+    torch.set_num_threads(1)
+    first, again = (run(queries, table, index, grad, torch.float32, backend) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    if backend == "native":
+        torch.set_num_threads(2)
+        other = run(queries, table, index, grad, torch.float32, backend)
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_index_out_of_range(backend: str, wrong: int) -> None:
+    index = torch.tensor([[0, 4], [wrong, 2]])
+    with force_backend(backend), pytest.raises((IndexError, RuntimeError), match=r"index|range|bounds"):
+        sampled_logits(torch.zeros(2, 3), torch.zeros(5, 3), index)
+
+
+def test_wrong_arguments() -> None:
+    queries, items, index = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"items_KD must be \[K, D\] with D = 3, not \[5, 4\]"):
+        sampled_logits(queries, torch.zeros(5, 4), index)
+    with pytest.raises(ValueError, match="share a dtype"):
+        sampled_logits(queries, items.double(), index)
+    with pytest.raises(ValueError, match="index_TS must be int64"):
+        sampled_logits(queries, items, index.int())
+    with pytest.raises(ValueError, match="queries_TD"):
+        sampled_logits(queries[0], items, index)
