@@ -6,13 +6,14 @@ head of 50, K = 3,883 items, 128 negatives. Every variant is forward plus backwa
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.compare import compare, print_machine, report
-from gr.ops.backend import force_backend
+from gr.ops.backend import Backend, force_backend
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.jagged import jagged_to_padded, padded_to_jagged
 from gr.ops.linear_cross_entropy import linear_cross_entropy
@@ -28,9 +29,9 @@ def _offsets() -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0))
 
 
-def _with_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:
+def _with_backend(name: Backend, run: Callable[[], object]) -> Callable[[], object]:
     def forced() -> object:
-        with force_backend(name):  # type: ignore[arg-type]
+        with force_backend(name):
             return run()
 
     return forced
@@ -70,9 +71,11 @@ def attention() -> None:
     grad = torch.randn(tokens, 1, _WIDTH)
     position, time = (torch.randn(size).requires_grad_() for size in (2 * _LONGEST - 1, _BUCKETS + 1))
     for biased in (False, True):
-        tables = {"position_bias": position, "time_bias": time, "time_buckets": buckets} if biased else {}
+        tables: dict[str, Any] = (
+            {"position_bias": position, "time_bias": time, "time_buckets": buckets} if biased else {}
+        )
 
-        def run(dtype: torch.dtype, tables: dict = tables, biased: bool = biased) -> Callable[[], object]:
+        def run(dtype: torch.dtype, tables: dict[str, Any] = tables, biased: bool = biased) -> Callable[[], object]:
             q, k, v = (x.to(dtype).requires_grad_() for x in uvqk.unbind(1)[1:])
             extra = [position, time] if biased else []
             return lambda: torch.autograd.grad(
@@ -84,7 +87,7 @@ def attention() -> None:
         def padded(biased: bool = biased) -> object:
             q, k, v = (x.detach().requires_grad_() for x in uvqk.unbind(1)[1:])
             extra = [position, time] if biased else []
-            out = _padded_attention(q, k, v, offsets, *(extra or [None, None]), ids)
+            out = _padded_attention(q, k, v, offsets, position if biased else None, time if biased else None, ids)
             return torch.autograd.grad(out, [q, k, v, *extra], grad)
 
         def softmax() -> object:
@@ -106,7 +109,7 @@ def attention() -> None:
             baseline="padded torch",
         )
 
-    def ids_by(name: str) -> Callable[[], object]:
+    def ids_by(name: Backend) -> Callable[[], object]:
         return _with_backend(name, lambda: time_bucket_ids(timestamps, queries, offsets, num_buckets=_BUCKETS))
 
     report(

@@ -211,6 +211,7 @@ def baseline_metrics(built: Built, split: Split) -> Mapping[str, Mapping[str, fl
         target_from_end=TARGET_FROM_END[split],
         filter_seen=config.evaluation.filter_seen,
         max_length=config.data.max_length,
+        on_bad_row=config.data.on_bad_row,
     )
     return {name: retrieval_metrics(values) for name, values in ranks.items()}
 

@@ -207,8 +207,9 @@ class EvaluationConfig(Section):
     path: str | None = Field(None, description="Data folder to evaluate on; unset means data.path.")
     every: PositiveInt | None = Field(None, description="Steps between evaluations on the validation split.")
     global_batch_size: PositiveInt = 512
-    filter_seen: Literal["window", "all"] = Field(
-        "all", description="Items never recommended: those in the model's window, or in the user's whole history."
+    filter_seen: Literal["window", "all", "none"] = Field(
+        "all",
+        description="Items never recommended: those in the model's window, in the user's whole history, or none.",
     )
     select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
     baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = ("popularity", "item_knn", "markov")

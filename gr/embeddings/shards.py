@@ -73,7 +73,7 @@ def local_shards(model: nn.Module) -> Iterator[TableShard]:
             )
 
 
-def _kernels(model: nn.Module) -> Iterator[nn.Module]:
+def _kernels(model: nn.Module) -> Iterator[BatchedFusedEmbedding | BatchedDenseEmbedding]:
     for collection in model.modules():
         if isinstance(collection, ShardedEmbeddingCollection):
             # TorchRec keeps the lookups in a list, out of sight of modules().
@@ -87,7 +87,7 @@ def _column_offsets(table) -> list[int]:
     return sorted({shard.shard_offsets[1] for shard in table.global_metadata.shards_metadata})
 
 
-def _fused_states(kernel: nn.Module) -> list[dict[str, Tensor]]:
+def _fused_states(kernel: BatchedFusedEmbedding | BatchedDenseEmbedding) -> list[dict[str, Tensor]]:
     tbe = kernel.emb_module
     if isinstance(kernel, BatchedDenseEmbedding) or tbe.optimizer == EmbOptimType.EXACT_SGD:
         return [{} for _ in kernel.config.embedding_tables]

@@ -52,7 +52,14 @@ class SASRecLayer(nn.Module):
         normed_TD = self.attention_norm(x_TD)
         q, (k, v) = self.query(normed_TD), self.key_value(x_TD).chunk(2, dim=-1)
         q_THQ, k_THQ, v_THQ = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
-        a_THQ = softmax_attention(q_THQ, k_THQ, v_THQ, sequence.offsets_B1, max_length=sequence.max_length)
+        a_THQ = softmax_attention(
+            q_THQ,
+            k_THQ,
+            v_THQ,
+            sequence.offsets_B1,
+            max_length=sequence.max_length,
+            dropout=self.dropout if self.training else 0.0,
+        )
         y_TD = normed_TD + self._drop(self.attention_output(a_THQ.flatten(1)))
         y_TD = self.ffn_norm(y_TD)
         return y_TD + self._drop(self.ffn_out(self._drop(F.relu(self.ffn_in(y_TD)))))

@@ -7,6 +7,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.ops import native
+from gr.ops.backend import Backend
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture(params=["native", "torch"])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "native":
         try:
             native.load()

@@ -11,10 +11,10 @@ import torch
 from gr.errors import InstallError
 from gr.ops import backend as backend_module
 from gr.ops import native
-from gr.ops.backend import cpu_backend, force_backend
+from gr.ops.backend import Backend, cpu_backend, force_backend
 
 
-def test_forcing_is_scoped(backend: str) -> None:
+def test_forcing_is_scoped(backend: Backend) -> None:
     before = cpu_backend()
     with force_backend(backend):
         assert cpu_backend() == backend
@@ -70,7 +70,7 @@ def _load_with_a_slow_build(cache: Path) -> None:
 
     native._build = build
     native._try_out = lambda: None
-    torch.ops.load_library = lambda path: None
+    setattr(torch.ops, "load_library", lambda path: None)  # noqa: B010 (mypy: it is a method)
     native.load.cache_clear()
     native.load()
 

@@ -29,10 +29,12 @@ def test_matches_cross_entropy(dtype: torch.dtype, chunk: int, biased: bool) -> 
     tensors, target, grad = inputs(150, 90, 13, torch.float32, biased)
     references = [x.clone().requires_grad_() for x in tensors]
     expected = linear_cross_entropy_reference(
-        *references[:2], target, scale=0.7, bias_K=references[2] if biased else None
+        references[0], references[1], target, scale=0.7, bias_K=references[2] if biased else None
     )
     values = [x.to(dtype).requires_grad_() for x in tensors]
-    loss = linear_cross_entropy(*values[:2], target, scale=0.7, bias_K=values[2] if biased else None, chunk=chunk)
+    loss = linear_cross_entropy(
+        values[0], values[1], target, scale=0.7, bias_K=values[2] if biased else None, chunk=chunk
+    )
     assert loss.dtype == dtype
     for name, actual, reference in zip(
         ("loss", "dqueries", "ditems", "dbias"),
@@ -46,9 +48,11 @@ def test_matches_cross_entropy(dtype: torch.dtype, chunk: int, biased: bool) -> 
 def test_bfloat16_is_computed_in_float32() -> None:
     tensors, target, grad = inputs(50, 40, 16, torch.bfloat16, False)
     references = [x.clone().requires_grad_() for x in tensors]
-    expected = with_gradients(linear_cross_entropy_reference(*references, target, scale=1.0), references, grad)
+    expected = with_gradients(
+        linear_cross_entropy_reference(references[0], references[1], target, scale=1.0), references, grad
+    )
     values = [x.bfloat16().requires_grad_() for x in tensors]
-    loss = linear_cross_entropy(*values, target, scale=1.0)
+    loss = linear_cross_entropy(values[0], values[1], target, scale=1.0)
     assert_near(loss, expected[0], torch.float32, "loss")
     for actual, reference in zip(torch.autograd.grad(loss, values, grad.float()), expected[1:], strict=True):
         assert_near(actual, reference, torch.bfloat16, "gradient")
@@ -58,6 +62,14 @@ def test_large_logits_do_not_overflow() -> None:
     queries, items = torch.full((3, 1), 1000.0), torch.tensor([[1.0], [0.0], [-1.0]])
     loss = linear_cross_entropy(queries, items, torch.tensor([0, 1, 2]), scale=1.0)
     assert loss.tolist() == [0.0, 1000.0, 2000.0]
+
+
+def test_a_small_loss_keeps_its_digits() -> None:
+    """log(sum) and the target's logit, both near 60 here, would cancel to an error of 1e-6."""
+    queries, items, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[60.0, 1.0], [52.0, 0.0]]), torch.tensor([0])
+    expected = linear_cross_entropy_reference(queries.double(), items.double(), target, scale=1.0)
+    loss = linear_cross_entropy(queries, items, target, scale=1.0)
+    assert abs(float(loss) - float(expected)) < 1e-7
 
 
 def test_multiplicities_are_a_bias() -> None:

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gr.ops.backend import force_backend
+from gr.ops.backend import Backend, force_backend
 from gr.ops.sampled_logits import chunked, sampled_logits
 from gr.ops.sampled_logits.reference import sampled_logits_reference
 from tests.support.tolerances import assert_near
 
 
-def run(queries: Tensor, items: Tensor, index: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
+def run(
+    queries: Tensor, items: Tensor, index: Tensor, grad: Tensor, dtype: torch.dtype, backend: Backend
+) -> list[Tensor]:
     queries, items = (x.to(dtype).requires_grad_() for x in (queries, items))
     with force_backend(backend):
         out = sampled_logits(queries, items, index)
@@ -32,7 +34,7 @@ def run(queries: Tensor, items: Tensor, index: Tensor, grad: Tensor, dtype: torc
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_path_matches_reference(
-    backend: str, tokens: int, samples: int, items: int, width: int, dtype: torch.dtype
+    backend: Backend, tokens: int, samples: int, items: int, width: int, dtype: torch.dtype
 ) -> None:
     queries, table = (torch.randn(rows, width).to(dtype).double() for rows in (tokens, items))
     index = torch.randint(0, items, (tokens, samples))
@@ -63,23 +65,23 @@ def test_reference_is_the_formula_written_out() -> None:
             assert torch.isclose(logits[t, s], queries[t] @ items[index[t, s]])
 
 
-def test_views_repeated_indices_and_expanded_gradient(backend: str) -> None:
+def test_views_repeated_indices_and_expanded_gradient(backend: Backend) -> None:
     buffer = torch.full((64, 3, 60), float("nan"))
     buffer[:, 1, 5:55] = torch.randn(64, 50)
     queries = buffer[:, 1, 5:55].requires_grad_()
     items = torch.randn(50, 20).T.requires_grad_()
-    index = torch.full((30, 64), 7).T
+    index = torch.full((4, 64), 7).T
     with force_backend(backend):
         out = sampled_logits(queries, items, index)
         dqueries, ditems = torch.autograd.grad(out.sum(), [queries, items])
-    assert_near(dqueries, 30 * items[7].detach().double().expand(64, 50), torch.float32, "dqueries")
+    assert_near(dqueries, 4 * items[7].detach().double().expand(64, 50), torch.float32, "dqueries")
     expected = torch.zeros(20, 50).double()
-    expected[7] = 30 * queries.detach().double().sum(0)
+    expected[7] = 4 * queries.detach().double().sum(0)
     assert_near(ditems, expected, torch.float32, "ditems")
 
 
 @pytest.mark.parametrize("items", [40, 9000], ids=["by parts", "by item"])
-def test_same_bits_every_time_and_on_two_threads(backend: str, items: int) -> None:
+def test_same_bits_every_time_and_on_two_threads(backend: Backend, items: int) -> None:
     queries, table = torch.randn(500, 50), torch.randn(items, 50)
     index, grad = torch.randint(0, items, (500, 20)), torch.randn(500, 20)
     torch.set_num_threads(1)
@@ -92,7 +94,7 @@ def test_same_bits_every_time_and_on_two_threads(backend: str, items: int) -> No
 
 
 @pytest.mark.parametrize("wrong", [-1, 5])
-def test_index_out_of_range(backend: str, wrong: int) -> None:
+def test_index_out_of_range(backend: Backend, wrong: int) -> None:
     index = torch.tensor([[0, 4], [wrong, 2]])
     with force_backend(backend), pytest.raises((IndexError, RuntimeError), match=r"index|range|bounds"):
         sampled_logits(torch.zeros(2, 3), torch.zeros(5, 3), index)

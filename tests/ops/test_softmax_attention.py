@@ -27,9 +27,11 @@ def test_matches_definition(dtype: torch.dtype, widths: tuple[int, int, int]) ->
     heads, width, value_width = widths
     rounded = [torch.randn(132, heads, w).to(dtype).double() for w in (width, width, value_width, value_width)]
     *references, grad = [x.requires_grad_() for x in rounded]
-    expected = definition(*references, lengths)
+    q, k, v = references
+    expected = definition(q, k, v, lengths)
     values = [x.detach().to(dtype).requires_grad_() for x in references]
-    out = softmax_attention(*values, offsets, max_length=100)
+    q, k, v = values
+    out = softmax_attention(q, k, v, offsets, max_length=100)
     actual = [out, *torch.autograd.grad(out, values, grad.to(dtype))]
     for value, reference in zip(actual, [expected, *torch.autograd.grad(expected, references, grad)], strict=True):
         assert_near(value, reference, dtype, "softmax attention")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gr.ops.backend import force_backend
+from gr.ops.backend import Backend, force_backend
 from gr.ops.hstu_attention import time_bucket_ids
 
 
@@ -15,7 +15,7 @@ def formula(apart: int, num_buckets: int) -> int:
 
 @pytest.mark.parametrize("num_buckets", [0, 5, 128, 255])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_ids_follow_the_formula(backend: str, num_buckets: int, ordered: bool) -> None:
+def test_ids_follow_the_formula(backend: Backend, num_buckets: int, ordered: bool) -> None:
     lengths = [4, 0, 1, 7]
     offsets = torch.tensor([0, 4, 4, 5, 12])
     # Differences from none to decades, in both directions.
@@ -35,9 +35,9 @@ def test_ids_follow_the_formula(backend: str, num_buckets: int, ordered: bool) -
     assert buckets.pair_offsets_B1.tolist() == [0, 10, 10, 11, 39]
 
 
-def test_every_edge(backend: str) -> None:
+def test_every_edge(backend: Backend) -> None:
     """One second before and at each edge, on both sides of zero."""
-    edges = [math.ceil(math.exp(0.301 * k)) for k in range(1, 110)]
+    edges = [math.ceil(math.exp(0.301 * k)) for k in range(1, 100)]
     differences = [sign * (edge - back) for edge in edges for back in (0, 1) for sign in (1, -1)]
     queries = torch.tensor(differences)
     with force_backend(backend):

@@ -9,8 +9,8 @@ RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float64: 1e-1
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
     """NaN or infinity anywhere gives NaN; a reference of zeros asks for exact zeros."""
-    difference = (actual.double() - reference.double()).norm()
-    norm = reference.double().norm()
+    difference = (actual.detach().double() - reference.detach().double()).norm()
+    norm = reference.detach().double().norm()
     return float(difference / norm) if norm > 0 else float(difference)
 
 

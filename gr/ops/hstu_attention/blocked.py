@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gr.ops.hstu_attention.time_buckets import TimeBuckets
@@ -158,6 +159,7 @@ class _Blocked(torch.autograd.Function):
         return out[:-1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position, time, offsets_B1, scale_T = ctx.saved_tensors
         bias = _Bias(position, time, ctx.time_buckets)

@@ -71,7 +71,8 @@ void add_bias_gradient(const Tile& tile, const Bias& bias, const float* __restri
       const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
       int64_t c = 0;
       for (; c + kLanes <= visible; c += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane) grad.time[lane * grad.time_size + bucket[c + lane]] += row[c + lane];
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          grad.time[lane * grad.time_size + bucket[c + lane]] += row[c + lane];
       for (; c < visible; ++c) grad.time[(c % kLanes) * grad.time_size + bucket[c]] += row[c];
     }
   }
@@ -206,8 +207,8 @@ void store_transposed(const float* x_t, int64_t rows, const Width<S>& width, flo
   for (int64_t r = 0; r < rows; ++r) cast(turned + r * width.ld, out + r * stride, width.real);
 }
 
-// Queries outer, keys inner: S = Q K^T, dP = G V^T, then dV^T += G^T P, dK^T += Q^T dS, dQ += dS K. Five products a tile,
-// and no computed tile is ever transposed: P and dS are right operands of the turned sums.
+// Queries outer, keys inner: S = Q K^T, dP = G V^T, then dV^T += G^T P, dK^T += Q^T dS, dQ += dS K. Five products a
+// tile, and no computed tile is ever transposed: P and dS are right operands of the turned sums.
 template <typename S> void backward_task(const Head<S>& head, Scratch& scratch, const Gradients<S>& out) {
   const Width<S>&d = head.dq, &dv = head.dv;
   const BackwardBuffers<S> b(head, scratch);
@@ -226,9 +227,11 @@ template <typename S> void backward_task(const Head<S>& head, Scratch& scratch, 
       add_bias(tile, head.bias, b.s);
       activate_gradient(tile, b.scale, b.s, b.dp);
       add_bias_gradient(tile, head.bias, b.dp, out.bias);
-      multiply<S>(dv.used, tile.n, tile.m, b.g_t, kTile, right(tile, b.s, b.p_right), kTile, b.dv_t + v_at, kTile, j < i);
-      multiply<S>(d.used, tile.n, tile.m, b.q_t, kTile, right(tile, b.dp, b.ds_right), kTile, b.dk_t + k_at, kTile, j < i);
-      multiply<S>(tile.m, d.used, tile.n, left(tile, b.dp, b.ds_left), kTile, b.k_packed + k_at, d.ld, b.dq, d.ld, j > 0);
+      const S *p = right(tile, b.s, b.p_right), *ds = right(tile, b.dp, b.ds_right);
+      const S* ds_rows = left(tile, b.dp, b.ds_left);
+      multiply<S>(dv.used, tile.n, tile.m, b.g_t, kTile, p, kTile, b.dv_t + v_at, kTile, j < i);
+      multiply<S>(d.used, tile.n, tile.m, b.q_t, kTile, ds, kTile, b.dk_t + k_at, kTile, j < i);
+      multiply<S>(tile.m, d.used, tile.n, ds_rows, kTile, b.k_packed + k_at, d.ld, b.dq, d.ld, j > 0);
     }
     for (int64_t r = 0; r < last.rows; ++r)
       cast(b.dq + r * d.ld, out.q + (i * kTile + r) * out.q_stride, d.real);
@@ -240,8 +243,8 @@ template <typename S> void backward_task(const Head<S>& head, Scratch& scratch, 
   }
 }
 
-// The arguments shared by both directions. Checked by the Python caller: shapes, offsets, dtypes, unit stride of the last
-// dimension.
+// The arguments shared by both directions. Checked by the Python caller: shapes, offsets, dtypes, unit stride of the
+// last dimension.
 struct Arguments {
   const at::Tensor &q, &k, &v, &offsets, &scale;
   const std::optional<at::Tensor>&position, &time, &buckets, &pair_offsets;
@@ -341,7 +344,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const Optional& pair_offsets) {
   const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets};
   const int64_t heads = a.heads(), time_size = time ? time->numel() : 0;
-  auto dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
+  auto dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
+  auto dv = at::empty(v.sizes(), v.options());
   auto position_sums = at::zeros({position ? q.size(0) * heads : 0}, scale.options());
   auto time_sums = at::zeros({a.sequences() * heads, time_size}, scale.options());
   by_type(q, [&]<typename S>() {

@@ -19,7 +19,7 @@
 namespace gr {
 
 constexpr int64_t kTile = 64;   // rows and columns of one tile of the score matrix
-constexpr int64_t kEdge = 16;   // the last tile of a sequence is cut to a multiple of this: few kernel shapes, little waste
+constexpr int64_t kEdge = 16;   // the last tile of a sequence is cut to a multiple of this: few shapes, little waste
 constexpr int64_t kLanes = 16;  // floats handled together where the compiler cannot prove independence by itself
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -80,8 +80,8 @@ template <typename S> struct Rows {
   }
 };
 
-// out[c * ld_out + r] = in[r * ld_in + c], in 8 x 8 blocks that stay in registers. Rounds rows and cols up to whole blocks:
-// tiles have room for them.
+// out[c * ld_out + r] = in[r * ld_in + c], in 8 x 8 blocks that stay in registers. Rounds rows and cols up to whole
+// blocks: tiles have room for them.
 template <typename W>
 void transpose(const W* __restrict in, int64_t rows, int64_t cols, int64_t ld_in, W* __restrict out, int64_t ld_out) {
   constexpr int64_t kBlock = 8;
@@ -101,7 +101,8 @@ void transpose(const W* __restrict in, int64_t rows, int64_t cols, int64_t ld_in
       for (int64_t i = 0; i < kBlock; ++i) *reinterpret_cast<Vector*>(out + (c + i) * ld_out + r) = x[i];
     }
 }
-inline void transpose(const at::BFloat16* in, int64_t rows, int64_t cols, int64_t ld_in, at::BFloat16* out, int64_t ld_out) {
+inline void transpose(const at::BFloat16* in, int64_t rows, int64_t cols, int64_t ld_in, at::BFloat16* out,
+                      int64_t ld_out) {
   transpose(reinterpret_cast<const uint16_t*>(in), rows, cols, ld_in, reinterpret_cast<uint16_t*>(out), ld_out);
 }
 

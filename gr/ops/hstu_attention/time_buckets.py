@@ -36,7 +36,8 @@ def time_bucket_ids(
 
     timestamps_T, query_timestamps_T: int64 seconds [T]: of the event, and of the moment its successor is asked for.
     offsets_B1: int64 [B + 1]. num_buckets: 0 to 255; the matching bias table has num_buckets + 1 entries.
-    Computed on integers with exact edges, so every device and path gives the same ids.
+    Computed on integers by comparison with the edges of the buckets, so every device and path gives the same ids;
+    the edges are exact up to 10^6 years.
     Raises ValueError if shapes, dtypes or num_buckets do not fit.
     Source: Zhai et al. 2024 (arXiv 2402.17152), App. A rab^t, with the bucket function of the public research code.
     """

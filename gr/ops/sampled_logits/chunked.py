@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 20
 _ITEMS_PER_SAMPLE = 64  # a gathered row costs about as much as this many rows in a matrix product
@@ -43,6 +44,7 @@ class _Chunked(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         queries, items, index = ctx.saved_tensors
         dqueries, ditems = torch.empty_like(queries), torch.zeros_like(items)

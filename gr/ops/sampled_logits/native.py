@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def sampled_logits_native(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
@@ -19,6 +20,7 @@ class _Native(torch.autograd.Function):
         return torch.ops.gr.sampled_logits(queries, items, index)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dqueries, ditems = torch.ops.gr.sampled_logits_backward(grad.contiguous(), *ctx.saved_tensors)
         return dqueries, ditems, None

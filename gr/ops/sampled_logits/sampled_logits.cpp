@@ -55,7 +55,7 @@ inline Lanes sum_each(Lanes* x) {
   return fold<1>(x[0], x[1], lanes);
 }
 
-// Calls f with the number of vectors in a row as a compile-time constant where it is small (else 0: read it at run time).
+// Calls f with the number of vectors in a row as a compile-time constant where it is small (else 0: read at run time).
 template <typename F> void by_vectors(int64_t vectors, F f) {
   switch (vectors) {
     case 1: return f.template operator()<1>();
@@ -97,7 +97,10 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
             products[i] = sum;
           }
           const Lanes sums = sum_each(products);
-          std::memcpy(logits + t * samples + s, &sums, have * sizeof(float));
+          float* to = logits + t * samples + s;
+          // A copy of fixed size is one store, of variable size a call.
+          if (have == kLanes) std::memcpy(to, &sums, sizeof(sums));
+          else std::memcpy(to, &sums, have * sizeof(float));
         }
       }
     });
@@ -106,7 +109,8 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
 }
 
 // d queries[t] = sum_s g[t, s] items[index[t, s]].
-at::Tensor queries_gradient(const at::Tensor& g, const at::Tensor& queries, const Padded& table, const at::Tensor& index) {
+at::Tensor queries_gradient(const at::Tensor& g, const at::Tensor& queries, const Padded& table,
+                            const at::Tensor& index) {
   const int64_t tokens = index.size(0), samples = index.size(1), width = queries.size(1);
   auto out = at::empty(queries.sizes(), queries.options());
   const float* weights = g.const_data_ptr<float>();
@@ -133,7 +137,8 @@ at::Tensor queries_gradient(const at::Tensor& g, const at::Tensor& queries, cons
 }
 
 // Adds the gradients of tokens [first, last) to a table.
-void scatter(const at::Tensor& g, const Padded& q, const at::Tensor& index, int64_t first, int64_t last, const Padded& sums) {
+void scatter(const at::Tensor& g, const Padded& q, const at::Tensor& index, int64_t first, int64_t last,
+             const Padded& sums) {
   const int64_t samples = index.size(1);
   const float* weights = g.const_data_ptr<float>();
   const int64_t* ids = index.const_data_ptr<int64_t>();
@@ -150,8 +155,8 @@ void scatter(const at::Tensor& g, const Padded& q, const at::Tensor& index, int6
 }
 
 // Small tables: every part of the tokens has a private table; the tables are added up in order.
-at::Tensor items_gradient_by_parts(const at::Tensor& g, const Padded& q, const at::Tensor& items, const at::Tensor& index,
-                                   int64_t parts) {
+at::Tensor items_gradient_by_parts(const at::Tensor& g, const Padded& q, const at::Tensor& items,
+                                   const at::Tensor& index, int64_t parts) {
   const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1), vectors = q.vectors;
   std::vector<Padded> tables;
   for (int64_t p = 0; p < parts; ++p) tables.emplace_back(rows, width, items.options());
@@ -173,7 +178,8 @@ at::Tensor items_gradient_by_parts(const at::Tensor& g, const Padded& q, const a
 }
 
 // Large tables: the (token, sample) pairs are sorted by item (counting sort), then every item sums its own pairs.
-at::Tensor items_gradient_by_item(const at::Tensor& g, const Padded& q, const at::Tensor& items, const at::Tensor& index) {
+at::Tensor items_gradient_by_item(const at::Tensor& g, const Padded& q, const at::Tensor& items,
+                                  const at::Tensor& index) {
   const int64_t pairs = index.numel(), samples = index.size(1), rows = items.size(0), width = items.size(1);
   const float* weights = g.const_data_ptr<float>();
   const int64_t* ids = index.const_data_ptr<int64_t>();

@@ -1,6 +1,5 @@
 """Causal softmax attention on packed sequences. T packed tokens, B examples, H heads, Q and V widths per head."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,11 +8,14 @@ from gr.ops.jagged import check_offsets, jagged_to_padded, padded_to_jagged
 __all__ = ["softmax_attention"]
 
 
-def softmax_attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, offsets_B1: Tensor, *, max_length: int) -> Tensor:
+def softmax_attention(
+    q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, offsets_B1: Tensor, *, max_length: int, dropout: float = 0.0
+) -> Tensor:
     """out_i = sum over j <= i of the same sequence of softmax_j(q_i . k_j / sqrt(Q)) v_j.
 
     q_THQ, k_THQ [T, H, Q], v_THV [T, H, V]: one float dtype. offsets_B1: int64 [B + 1]; empty sequences are fine.
-    max_length: no sequence is longer, in tokens. Returns [T, H, V]. Gradients: q, k, v.
+    max_length: no sequence is longer, in tokens. dropout: probability that an attention weight is zeroed.
+    Returns [T, H, V]. Gradients: q, k, v.
     Computed on padded tensors by torch's scaled_dot_product_attention.
     Raises ValueError if shapes or lengths do not fit.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), Eq. 1, masked to the past.
@@ -25,10 +27,10 @@ def softmax_attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, offsets_B1: T
     tokens = q_THQ.shape[0]
     check_offsets(offsets_B1, tokens, max_length)
     if tokens == 0:
-        return torch.zeros_like(v_THV)
+        return v_THV.clone()  # empty, but part of the graph: a rank may have no tokens in a step
     # Padding to the longest sequence there is saves work; reading it from a device would stop its queue.
     longest = int(offsets_B1.diff().max()) if offsets_B1.device.type == "cpu" else max_length
     q, k, v = (jagged_to_padded(x, offsets_B1, longest).transpose(1, 2) for x in (q_THQ, k_THQ, v_THV))
     # Padding follows the end of a sequence, so the causal mask already hides it from every real query.
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return padded_to_jagged(out.transpose(1, 2), offsets_B1, tokens)

@@ -1,0 +1,141 @@
+"""One training step of configs/retrieval/ml-1m-hstu.yaml against the naive padded model (naive.py).
+
+    python -m benchmarks.train_step DATA_DIR        # DATA_DIR: what `gr prepare movielens-1m` wrote
+
+Forward, loss, backward and update, on the same batches, both fp32 on one thread, in turns; then where gr's step spends
+its time, and how much work on padding and above the diagonal a jagged, causal step leaves out.
+"""
+
+import itertools
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.compare import compare, print_machine, report
+from benchmarks.naive import NaiveRetriever
+from gr.batch import SequenceBatch
+from gr.config import load_config
+from gr.config.tree import ExperimentConfig, PerPositionNegatives
+from gr.data.loader import TrainLoader
+from gr.dist import World, world
+from gr.experiment import build
+from gr.ops.backend import cpu_backend, force_backend
+from gr.ops.jagged import jagged_to_padded
+from gr.tasks import CandidateSampler
+from gr.train.module import TrainModule
+
+CONFIG = "configs/retrieval/ml-1m-hstu.yaml"
+BATCHES = 8
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    overrides = [f"data.path={sys.argv[1]}"] if len(sys.argv) > 1 else []
+    config = load_config(CONFIG, overrides)
+    with world("cpu") as here:
+        ours, batches = _ours(config, here)
+        naive = _naive(config, batches)
+        print_machine()
+        _print_peaks({"naive padded PyTorch": naive, "gr": ours})
+        variants: dict[str, Callable[[], object]] = {"naive padded PyTorch": naive, f"gr ({cpu_backend()})": ours}
+        if cpu_backend() == "native":
+            variants["gr (torch, no compiler)"] = partial(_without_compiler, ours)
+        examples = config.trainer.global_batch_size
+        timings = compare(variants, rounds=9, round_seconds=0.1)
+        report(f"training step, batch {examples}, N {config.data.max_length}", timings, baseline="naive padded PyTorch")
+        for name, timing in timings.items():
+            print(f"  {name:34s} {examples / timing.median:9.0f} examples per CPU second")
+        _print_work(batches, config)
+        _print_profile(ours)
+
+
+def _ours(config: ExperimentConfig, here: World) -> tuple[Callable[[], object], list[SequenceBatch]]:
+    built = build(config, here)
+    sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
+    module = TrainModule(built.model, sampler, config, here)
+    size = config.trainer.global_batch_size
+    loader = TrainLoader(
+        built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1
+    )
+    batches = [next(loader) for _ in range(BATCHES)]
+    loader.close()
+    steps = itertools.count()
+
+    def step() -> None:
+        number = next(steps)
+        module.backward(module.forward(batches[number % BATCHES], number), number)
+
+    return step, batches
+
+
+def _naive(config: ExperimentConfig, batches: list[SequenceBatch]) -> Callable[[], object]:
+    negatives = config.task.negatives
+    assert isinstance(negatives, PerPositionNegatives)
+    items = int(max(batch.target_ids_T.max() for batch in batches)) + 200
+    model = NaiveRetriever(items, config.model.dim, config.data.max_length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    padded = [_padded(batch, config.data.max_length) for batch in batches]
+    steps = itertools.count()
+
+    def step() -> None:
+        ids, targets = padded[next(steps) % BATCHES]
+        drawn = torch.randint(1, items, (*ids.shape, negatives.count))
+        loss = model(ids, targets, drawn, config.task.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _padded(batch: SequenceBatch, length: int) -> tuple[Tensor, Tensor]:
+    offsets = batch.features.offsets().long()
+    ids, targets = batch.features.values()[:, None], batch.target_ids_T[:, None]
+    return tuple(jagged_to_padded(x, offsets, length).squeeze(-1) for x in (ids, targets))  # type: ignore[return-value]
+
+
+def _without_compiler(step: Callable[[], object]) -> None:
+    with force_backend("torch"):
+        step()
+
+
+def _print_work(batches: list[SequenceBatch], config: ExperimentConfig) -> None:
+    lengths = torch.cat([batch.features.lengths() for batch in batches]).double()
+    N = config.data.max_length
+    tokens = lengths.sum() / (len(lengths) * N)
+    pairs = (lengths * (lengths + 1) / 2).sum() / (len(lengths) * N * N)
+    print(f"\nwork of the padded model that is real: {tokens:.0%} of the tokens, {pairs:.0%} of the attention scores")
+
+
+def _print_profile(step: Callable[[], object]) -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as recording:
+        for _ in range(BATCHES):
+            step()
+    print("\nwhere gr's step spends its time (8 steps)")
+    print(recording.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=60))
+
+
+def _print_peaks(variants: Mapping[str, Callable[[], object]]) -> None:
+    """Memory that two steps add to the process, each variant in a fork of its own."""
+    print("\npeak memory that two steps add")
+    for name, step in variants.items():
+        reader, writer = os.pipe()
+        if not os.fork():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            step()
+            step()
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            os.write(writer, str(grown // 1024).encode())
+            os._exit(0)
+        os.wait()
+        print(f"  {name:34s} {os.read(reader, 32).decode():>9s} MiB")
+
+
+if __name__ == "__main__":
+    main()
