@@ -7,10 +7,10 @@ its time, and how much work on padding and above the diagonal a jagged, causal s
 """
 
 import itertools
-import os
 import resource
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,27 +32,37 @@ from gr.train.module import TrainModule
 
 CONFIG = "configs/retrieval/ml-1m-hstu.yaml"
 BATCHES = 8
+PEAK_OF = "--peak-of"
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    overrides = [f"data.path={sys.argv[1]}"] if len(sys.argv) > 1 else []
+    arguments = sys.argv[1:]
+    peak_of = arguments[arguments.index(PEAK_OF) + 1] if PEAK_OF in arguments else None
+    overrides = [f"data.path={arguments[0]}"] if arguments and arguments[0] != PEAK_OF else []
     config = load_config(CONFIG, overrides)
     with world("cpu") as here:
         ours, batches = _ours(config, here)
         naive = _naive(config, batches)
-        print_machine()
-        _print_peaks({"naive padded PyTorch": naive, "gr": ours})
-        variants: dict[str, Callable[[], object]] = {"naive padded PyTorch": naive, f"gr ({cpu_backend()})": ours}
-        if cpu_backend() == "native":
-            variants["gr (torch, no compiler)"] = partial(_without_compiler, ours)
-        examples = config.trainer.global_batch_size
-        timings = compare(variants, rounds=9, round_seconds=0.1)
-        report(f"training step, batch {examples}, N {config.data.max_length}", timings, baseline="naive padded PyTorch")
-        for name, timing in timings.items():
-            print(f"  {name:34s} {examples / timing.median:9.0f} examples per CPU second")
+        if peak_of:
+            _print_peak(peak_of, {"gr": ours, "naive": naive}[peak_of])
+            return
+        _print_times(config, ours, naive)
         _print_work(batches, config)
         _print_profile(ours)
+    _print_peaks()
+
+
+def _print_times(config: ExperimentConfig, ours: Callable[[], object], naive: Callable[[], object]) -> None:
+    print_machine()
+    variants: dict[str, Callable[[], object]] = {"naive padded PyTorch": naive, f"gr ({cpu_backend()})": ours}
+    if cpu_backend() == "native":
+        variants["gr (torch, no compiler)"] = partial(_without_compiler, ours)
+    examples = config.trainer.global_batch_size
+    timings = compare(variants, rounds=9, round_seconds=0.1)
+    report(f"training step, batch {examples}, N {config.data.max_length}", timings, baseline="naive padded PyTorch")
+    for name, timing in timings.items():
+        print(f"  {name:34s} {examples / timing.median:9.0f} examples per CPU second")
 
 
 def _ours(config: ExperimentConfig, here: World) -> tuple[Callable[[], object], list[SequenceBatch]]:
@@ -60,9 +70,7 @@ def _ours(config: ExperimentConfig, here: World) -> tuple[Callable[[], object], 
     sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
     module = TrainModule(built.model, sampler, config, here)
     size = config.trainer.global_batch_size
-    loader = TrainLoader(
-        built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1
-    )
+    loader = TrainLoader(built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1)
     batches = [next(loader) for _ in range(BATCHES)]
     loader.close()
     steps = itertools.count()
@@ -121,20 +129,19 @@ def _print_profile(step: Callable[[], object]) -> None:
     print(recording.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=60))
 
 
-def _print_peaks(variants: Mapping[str, Callable[[], object]]) -> None:
-    """Memory that two steps add to the process, each variant in a fork of its own."""
-    print("\npeak memory that two steps add")
-    for name, step in variants.items():
-        reader, writer = os.pipe()
-        if not os.fork():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            step()
-            step()
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            os.write(writer, str(grown // 1024).encode())
-            os._exit(0)
-        os.wait()
-        print(f"  {name:34s} {os.read(reader, 32).decode():>9s} MiB")
+def _print_peaks() -> None:
+    """Each variant in a process of its own, since the kernel's high-water mark only rises."""
+    print("\npeak memory that four steps add to a process, over building the model and the batches")
+    for name in ("naive", "gr"):
+        subprocess.run([sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], PEAK_OF, name], check=True)
+
+
+def _print_peak(name: str, step: Callable[[], object]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(4):
+        step()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"  {name:34s} {grown / 1024:9.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torchrec import KeyedJaggedTensor
 from gr.batch import EvaluationBatch, SequenceBatch
 from gr.config.tree import ExperimentConfig
 from gr.embeddings import build_collection, lookup
+from gr.ops.dropout import dropout
 from gr.sequence import JaggedSequence
 from gr.tasks import Candidates, build_similarity, retrieval_loss
 from gr.towers import build_tower
@@ -64,7 +65,7 @@ class RetrievalModel(nn.Module):
         first_T = offsets_B1[:-1].repeat_interleave(lengths_B, output_size=tokens)
         place_T = torch.arange(tokens, device=history_TD.device) - first_T
         x_TD = history_TD * math.sqrt(self.dim) + F.embedding(place_T, self.position)
-        x_TD = F.dropout(x_TD, self.input_dropout, self.training)
+        x_TD = dropout(x_TD, self.input_dropout, self.training)
         sequence = JaggedSequence(x_TD, offsets_B1, self.max_length, batch.timestamps_T, batch.query_timestamps_T)
         with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.tower(sequence).values_TD

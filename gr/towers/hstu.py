@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.config.tree import HSTUConfig
+from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
@@ -101,4 +102,4 @@ class HSTULayer(nn.Module):
             )
         a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
         gated = torch.cat([u, a, u * a], dim=-1) if self.config.concat_ua else u * a
-        return x_TD + self.output(F.dropout(gated, self.config.dropout, self.training))
+        return x_TD + self.output(dropout(gated, self.config.dropout, self.training))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.config.tree import SASRecConfig
+from gr.ops.dropout import dropout
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
 
@@ -65,4 +66,4 @@ class SASRecLayer(nn.Module):
         return y_TD + self._drop(self.ffn_out(self._drop(F.relu(self.ffn_in(y_TD)))))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

@@ -47,3 +47,14 @@ def test_too_long() -> None:
     x = torch.zeros(5, 1, 4)
     with pytest.raises(ValueError, match="max_length = 4, but a sequence has 5 tokens"):
         softmax_attention(x, x, x, torch.tensor([0, 5]), max_length=4)
+
+
+def test_dropout_zero_weight_path_equals_the_fused_one() -> None:
+    """A probability that rounds to nothing takes the unfused path: same numbers as without."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
+    offsets = torch.tensor([0, 3, 3, 9])
+    plain = softmax_attention(q, k, v, offsets, max_length=8)
+    unfused = softmax_attention(q, k, v, offsets, max_length=8, dropout=1e-9)
+    torch.testing.assert_close(unfused, plain)
+    assert not torch.allclose(softmax_attention(q, k, v, offsets, max_length=8, dropout=0.5), plain)

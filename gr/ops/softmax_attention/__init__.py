@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr.ops.dropout import dropout as dropout_op
 from gr.ops.jagged import check_offsets, jagged_to_padded, padded_to_jagged
 
 __all__ = ["softmax_attention"]
@@ -16,7 +17,7 @@ def softmax_attention(
     q_THQ, k_THQ [T, H, Q], v_THV [T, H, V]: one float dtype. offsets_B1: int64 [B + 1]; empty sequences are fine.
     max_length: no sequence is longer, in tokens. dropout: probability that an attention weight is zeroed.
     Returns [T, H, V]. Gradients: q, k, v.
-    Computed on padded tensors by torch's scaled_dot_product_attention.
+    Computed on padded tensors, by torch's scaled_dot_product_attention where there is no dropout.
     Raises ValueError if shapes or lengths do not fit.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), Eq. 1, masked to the past.
     """
@@ -32,5 +33,16 @@ def softmax_attention(
     longest = int(offsets_B1.diff().max()) if offsets_B1.device.type == "cpu" else max_length
     q, k, v = (jagged_to_padded(x, offsets_B1, longest).transpose(1, 2) for x in (q_THQ, k_THQ, v_THV))
     # Padding follows the end of a sequence, so the causal mask already hides it from every real query.
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    if dropout:
+        out = dropout_op(_causal_weights(q, k), dropout, training=True) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return padded_to_jagged(out.transpose(1, 2), offsets_B1, tokens)
+
+
+def _causal_weights(q_BHNQ: Tensor, k_BHNQ: Tensor) -> Tensor:
+    """[B, H, N, N], made whole: torch's fused kernel has no dropout on CPU either."""
+    N, width = q_BHNQ.shape[2:]
+    later = torch.ones(N, N, dtype=torch.bool, device=q_BHNQ.device).triu(1)
+    scores = (q_BHNQ * width**-0.5) @ k_BHNQ.transpose(2, 3)
+    return scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
