@@ -80,7 +80,10 @@ class TableOptimizer:
         self.steps += 1
         for shard, states in zip(self.shards, self.states, strict=True):
             if not shard.is_fused and (gradient := shard.gradient()) is not None:
-                self._update(shard.weight, gradient.to(shard.weight.dtype), states)
+                # In float32: eps and the squares of small gradients are zero in float16.
+                weight = shard.weight.float()
+                self._update(weight, gradient.float(), states)
+                shard.weight.copy_(weight)
         # Only now: the shards of one kernel share one gradient tensor.
         for shard in self.shards:
             if not shard.is_fused:
@@ -109,7 +112,8 @@ class TableOptimizer:
 
 
 def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Tensor]:
-    full, row = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+    full = torch.zeros_like(weight, dtype=torch.float32)
+    row = full.new_zeros(weight.shape[0])
     match config.kind:
         case "adam":
             return {"exp_avg": full, "exp_avg_sq": full.clone()}

@@ -105,7 +105,8 @@ def _searched(
             types = [wanted] if wanted else AUTO_TYPES
             constraints[table.name] = ParameterConstraints(
                 sharding_types=types,
-                compute_kernels=[compute_kernel(config.embeddings.optimizer, device, types[0])],
+                # TorchRec lists no dense kernel for these types, though it runs them: see below.
+                compute_kernels=["dense" if wanted == "data_parallel" else "fused"],
                 # Without it the planner costs a whole history as one id (its default pooling factor is 1).
                 pooling_factors=[float(config.data.max_length)] * len(table.feature_names),
             )
@@ -116,6 +117,9 @@ def _searched(
         storage_reservation=FixedPercentageStorageReservation(RESERVED_FRACTION),
     )
     try:
-        return planner.plan(model, [sequence_sharder(config.embeddings)])
+        plan = planner.plan(model, [sequence_sharder(config.embeddings)])
     except Exception as error:  # TorchRec raises several unrelated types for an infeasible plan
         raise PlanError(f"TorchRec's planner found no plan for {world_size} ranks: {error}") from error
+    for sharding in (sharding for module in plan.plan.values() for sharding in module.values()):
+        sharding.compute_kernel = compute_kernel(config.embeddings.optimizer, device, sharding.sharding_type)
+    return plan

@@ -84,7 +84,10 @@ class CandidateSampler:
         return Candidates(self.corpus_C[distinct_K], index[: len(targets_T)], shared_S=index[len(targets_T) :])
 
     def _in_batch(self, targets_T: Tensor, world: World) -> Candidates:
-        everyone = torch.cat(world.all_gather_variable(targets_T)).unique()
+        # Gathered on the device of the process group, which for NCCL is not the CPU.
+        everyone = torch.cat(world.all_gather_variable(targets_T.to(world.device))).unique().cpu()
+        if not len(everyone):  # no example of the global batch has a target; the softmax still needs an item
+            everyone = self.corpus_C[:1]
         corpus_index_K = self._corpus_index(everyone)
         return Candidates(everyone, torch.searchsorted(everyone, targets_T), log_q_K=self.log_q_C[corpus_index_K])
 

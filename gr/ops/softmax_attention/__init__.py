@@ -1,5 +1,6 @@
 """Causal softmax attention on packed sequences. T packed tokens, B examples, H heads, Q and V widths per head."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +29,8 @@ def softmax_attention(
     tokens = q_THQ.shape[0]
     check_offsets(offsets_B1, tokens, max_length)
     if tokens == 0:
-        return v_THV.clone()  # empty, but part of the graph: a rank may have no tokens in a step
+        # Empty, but of the graph: DDP waits for the gradient of every parameter, also on a rank without tokens.
+        return v_THV + (q_THQ.sum() + k_THQ.sum())
     # Padding to the longest sequence there is saves work; reading it from a device would stop its queue.
     longest = int(offsets_B1.diff().max()) if offsets_B1.device.type == "cpu" else max_length
     q, k, v = (jagged_to_padded(x, offsets_B1, longest).transpose(1, 2) for x in (q_THQ, k_THQ, v_THV))
