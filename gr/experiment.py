@@ -22,7 +22,7 @@ from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
-from gr.errors import ConfigError
+from gr.errors import ConfigError, DataError
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
@@ -67,8 +67,7 @@ def build(config: ExperimentConfig, world: World) -> Built:
     check_world(config, world.size)
     train_data = Dataset.open(config.data.path)
     evaluation_data = Dataset.open(config.evaluation.path) if config.evaluation.path else train_data
-    if uses_time(config) and not train_data.schema.timestamps:
-        raise ConfigError(f"model.tower.time_bias=true, but {config.data.path} has no timestamps: set it to false")
+    check_data(config, train_data, evaluation_data)
     model = meta_model(config, train_data.schema.item_cardinality)
     plan = make_plan(model, config, world_size=world.size, local_size=world.local_size, device=world.device)
     sharded = shard_tables(model, plan, config.embeddings, world.device)
@@ -97,8 +96,11 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     module = TrainModule(built.model, sampler, config, world)
     config_yaml = dump_config(config)
     if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG).write_text(config_yaml)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / CONFIG).write_text(config_yaml)
+        except OSError as error:
+            raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     store = CheckpointStore(
         run_dir / "checkpoints", state, config_yaml, world, asynchronous=config.checkpoint.asynchronous
@@ -235,6 +237,19 @@ def evaluate(config: ExperimentConfig, checkpoint: Path, world: World, split: Sp
 
 def uses_time(config: ExperimentConfig) -> bool:
     return getattr(config.model.tower, "time_bias", False)
+
+
+def check_data(config: ExperimentConfig, train_data: Dataset, evaluation_data: Dataset) -> None:
+    """Raises ConfigError or DataError when the model cannot read one of the data folders."""
+    for data in (train_data, evaluation_data):
+        if uses_time(config) and not data.schema.timestamps:
+            raise ConfigError(f"model.tower.time_bias=true, but {data.path} has no timestamps: set it to false")
+    trained, evaluated = train_data.schema.item_cardinality, evaluation_data.schema.item_cardinality
+    if trained != evaluated:
+        raise DataError(
+            f"{train_data.path} has item_cardinality {trained}, {evaluation_data.path} has {evaluated}: evaluate on "
+            "data with the same items"
+        )
 
 
 def check_world(config: ExperimentConfig, world_size: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gr.batch import EvaluationBatch
 from gr.dist import World
+from gr.errors import DataError
 from gr.tasks.similarity import Similarity
 
 LOOKUP_CHUNK = 1 << 16
@@ -42,9 +43,14 @@ class CorpusRanker:
         score = torch.cat(scores, dim=1) if scores else queries.new_empty(len(queries), 0)
         score[owner, place] = -torch.inf
         column, mine = self._locate(targets)
-        target_score = torch.zeros(len(targets), dtype=torch.float64, device=score.device)
+        # The score of each target, and on how many ranks it was found, which is one.
+        target_score, found = torch.zeros(2, len(targets), dtype=torch.float64, device=score.device)
         target_score[mine] = score[mine, column[mine]].double()
+        found[mine] = 1.0
         self._sum(target_score)
+        self._sum(found)
+        if len(strangers := targets[(found == 0) & (targets > 0)]):  # 0 only fills up the batch
+            raise DataError(f"target item {int(strangers[0])} is not in the corpus (items.parquet) of data.path")
         wanted = target_score.to(score.dtype)[:, None]
         beaten_by = (score > wanted).sum(1).double() + 0.5 * (score == wanted).sum(1).double()
         self._sum(beaten_by)

@@ -1,0 +1,91 @@
+"""Initial weights: a function of (seed, table, row, column), with the moments of a normal cut at two deviations."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gr.embeddings import init
+from gr.embeddings.init import CUT, _fill, _table_key, truncated_normal
+
+STD = 0.02
+
+
+def filled(rows: int, columns: int, *, key: int, at: tuple[int, int] = (0, 0), whole: int = 8, dim: int = 8):
+    """The rectangle of a table of `whole` columns that starts `at` (row, column)."""
+    weight = torch.full((rows, columns), math.nan)
+    shard = SimpleNamespace(weight=weight, row_offset=at[0], column_offset=at[1], shape=(1000, whole))
+    _fill(shard, key, STD, dim)
+    return weight
+
+
+def test_a_shard_holds_the_values_of_its_place() -> None:
+    key = _table_key(3, "item_id")
+    whole = filled(40, 8, key=key)
+    for row, column, rows, columns in [(0, 0, 7, 8), (13, 0, 27, 8), (0, 4, 40, 4), (5, 4, 1, 4), (40, 0, 0, 8)]:
+        part = filled(rows, columns, key=key, at=(row, column))
+        assert torch.equal(part, whole[row : row + rows, column : column + columns])
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = filled(40, 8, key=5)
+    for elements in (1, 24, 25):
+        monkeypatch.setattr(init, "CHUNK_ELEMENTS", elements)
+        assert torch.equal(filled(40, 8, key=5), whole)
+
+
+def test_seeds_and_tables_differ() -> None:
+    keys = [_table_key(1, "item_id"), _table_key(2, "item_id"), _table_key(1, "user_id"), _table_key(11, "item_id")]
+    tables = [filled(30, 8, key=key) for key in keys]
+    for first in range(len(tables)):
+        for second in range(first):
+            assert (tables[first] == tables[second]).double().mean() < 0.01
+            # And one is not the other, moved along its rows.
+            flat = [tables[i].flatten() for i in (first, second)]
+            assert not torch.isin(flat[0], flat[1]).any()
+
+
+def test_columns_past_the_dim_are_zero_and_the_others_are_not_moved_by_them() -> None:
+    cut = filled(30, 8, key=5, dim=6)
+    assert (cut[:, 6:] == 0).all() and (cut[:, :6] != 0).all()
+    assert torch.equal(cut[:, :6], filled(30, 8, key=5)[:, :6])
+    # Also where the dim lies inside, or before, a column shard.
+    assert torch.equal(filled(30, 4, key=5, at=(0, 4), dim=6), cut[:, 4:])
+    assert (filled(30, 4, key=5, at=(0, 4), dim=3) == 0).all()
+
+
+@pytest.fixture(scope="module")
+def sample() -> torch.Tensor:
+    return truncated_normal(torch.arange(200_000), _table_key(7, "t"), 1.0)
+
+
+def test_moments_and_cut(sample: torch.Tensor) -> None:
+    """Of the standard normal cut at +-2: mass erf(sqrt 2), variance 1 - 4 phi(2) / mass; six standard errors."""
+    mass = math.erf(CUT / math.sqrt(2))
+    variance = 1 - 2 * CUT * math.exp(-(CUT**2) / 2) / math.sqrt(2 * math.pi) / mass
+    six = 6 / math.sqrt(len(sample))
+    assert sample.abs().max() < CUT and sample.abs().max() > 0.999 * CUT
+    assert abs(sample.mean()) < six * math.sqrt(variance)
+    assert abs(sample.var() - variance) < six * math.sqrt(2) * variance
+    # The whole distribution, by its largest distance from the exact one (Kolmogorov): 3 / sqrt(n) has p < 1e-7.
+    exact = (0.5 * (1 + torch.erf(sample.sort().values / math.sqrt(2))) - 0.5) / mass + 0.5
+    place = (torch.arange(len(sample)) + 0.5) / len(sample)
+    assert (exact - place).abs().max() < 3 / math.sqrt(len(sample))
+
+
+def test_neighbours_are_not_correlated(sample: torch.Tensor) -> None:
+    for lag in (1, 8, 64):
+        pair = torch.stack([sample[:-lag], sample[lag:]])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 6 / math.sqrt(len(sample))
+
+
+def test_std_scales() -> None:
+    counters = torch.arange(100)
+    assert torch.allclose(truncated_normal(counters, 1, 0.5), 0.5 * truncated_normal(counters, 1, 1.0))
+
+
+def test_values_are_kept_between_releases() -> None:
+    """Another value here changes every run that starts from a seed: note it in CHANGELOG.md."""
+    values = truncated_normal(torch.tensor([0, 1, 10**12]), _table_key(1, "item_id"), 1.0)
+    assert values.tolist() == pytest.approx([-0.4600888181315581, 1.540126021857853, -0.2019334501396518], abs=1e-12)

@@ -1,0 +1,140 @@
+"""Which kernel steps a table, what fbgemm is told, and half-precision tables.
+
+The formulas are compared with torch.optim in tests/distributed/test_parity.py.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from pydantic import TypeAdapter
+from torch import nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import get_unwrapped_module
+
+from gr.config.tree import TableOptimizer as TableOptimizerConfig
+from gr.embeddings import TableOptimizer, lookup
+from gr.embeddings.optimizers import FUSED_TYPE, compute_kernel, fused_params
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHARDED = ("table_wise", "row_wise", "column_wise")
+
+
+def parse(kind: str, **fields: object) -> TableOptimizerConfig:
+    return TypeAdapter(TableOptimizerConfig).validate_python({"kind": kind, **fields})
+
+
+@pytest.mark.parametrize("kind", FUSED_TYPE)
+def test_compute_kernel(kind: str) -> None:
+    """fbgemm fuses neither Adam on CPU, nor anything into data-parallel tables, whose gradients DDP must add first."""
+    config = parse(kind)
+    assert compute_kernel(config, CPU, "data_parallel") == compute_kernel(config, CUDA, "data_parallel") == "dense"
+    assert {compute_kernel(config, CUDA, sharding) for sharding in SHARDED} == {"fused"}
+    on_cpu = "dense" if "adam" in kind else "fused"
+    assert {compute_kernel(config, CPU, sharding) for sharding in SHARDED} == {on_cpu}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (parse("sgd", lr=0.5), {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.5}),
+        (
+            parse("rowwise_adagrad", lr=0.5, eps=1e-3),
+            {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.5, "eps": 1e-3},
+        ),
+        (
+            parse("adagrad", lr=0.5, eps=1e-3),
+            {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.5, "eps": 1e-3},
+        ),
+        (
+            parse("adam", lr=0.5, eps=1e-3, betas=(0.8, 0.7)),
+            {"optimizer": EmbOptimType.ADAM, "learning_rate": 0.5, "eps": 1e-3, "beta1": 0.8, "beta2": 0.7},
+        ),
+        (
+            parse("partial_rowwise_adam", lr=0.5, eps=1e-3, betas=(0.8, 0.7)),
+            {
+                "optimizer": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+                "learning_rate": 0.5,
+                "eps": 1e-3,
+                "beta1": 0.8,
+                "beta2": 0.7,
+            },
+        ),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_fused_params(config: TableOptimizerConfig, expected: dict) -> None:
+    assert fused_params(config) == expected
+
+
+def one_step(model: nn.Module, optimizer: TableOptimizer, ids: list[int]) -> None:
+    """The gradient of each looked up row is the row number."""
+    tables = get_unwrapped_module(model).tables
+    history = KeyedJaggedTensor(keys=["item_id"], values=torch.tensor(ids), lengths=torch.tensor([len(ids)]))
+    rows, _ = lookup(tables, history, torch.empty(0, dtype=torch.int64), 8)
+    (rows * torch.tensor(ids)[:, None] * 1e-4).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "data_parallel"])
+@pytest.mark.parametrize("kind", FUSED_TYPE)
+def test_half_precision_tables_learn_what_full_ones_do(make_table: Callable, kind: str, sharding: str) -> None:
+    """Rows without a gradient must stay: in float16 eps is zero, and 0 / 0 would make them NaN."""
+    steps = {}
+    for dtype in ("fp32", "fp16"):
+        model = make_table(kind=kind, lr=0.05, dtype=dtype, sharding=sharding)
+        optimizer = TableOptimizer(model, parse(kind, lr=0.05))
+        (shard,), (states,) = optimizer.shards, optimizer.states
+        before = shard.weight.float().clone()
+        for _ in range(3):
+            one_step(model, optimizer, [2, 5, 7, 7])
+        assert shard.weight.dtype == (torch.float16 if dtype == "fp16" else torch.float32)
+        assert all(state.dtype == torch.float32 for state in states.values())
+        steps[dtype] = shard.weight.float() - before
+    assert (steps["fp32"][[2, 5, 7]].abs() > 1e-5).all()
+    untouched = [row for row in range(12) if row not in (2, 5, 7)]
+    assert (steps["fp16"][untouched] == 0).all() and (steps["fp32"][untouched] == 0).all()
+    # Three roundings to float16 of weights of at most 0.25.
+    assert torch.allclose(steps["fp16"], steps["fp32"], atol=3 * 2**-13, rtol=0)
+
+
+@pytest.mark.parametrize("kind", FUSED_TYPE)
+def test_learning_rate_is_what_was_set_last(make_table: Callable, kind: str) -> None:
+    """Fused and dense kernels alike: no step at rate 0."""
+    model = make_table(kind=kind, lr=0.5)
+    optimizer = TableOptimizer(model, parse(kind, lr=0.5))
+    before = optimizer.shards[0].weight.clone()
+    optimizer.set_learning_rate(0.0)
+    one_step(model, optimizer, [1, 2])
+    assert torch.equal(optimizer.shards[0].weight, before)
+    optimizer.set_learning_rate(0.5)
+    one_step(model, optimizer, [1, 2])
+    assert not torch.equal(optimizer.shards[0].weight, before)
+
+
+def test_gradients_do_not_pile_up(make_table: Callable) -> None:
+    """The second step of plain SGD is as long as the first."""
+    model = make_table(kind="sgd", lr=1.0, sharding="data_parallel")
+    optimizer = TableOptimizer(model, parse("sgd", lr=1.0))
+    weight = optimizer.shards[0].weight
+    places = [weight.clone()]
+    for _ in range(2):
+        one_step(model, optimizer, [3])
+        places.append(weight.clone())
+    assert torch.allclose(places[2] - places[1], places[1] - places[0], atol=1e-7)
+    assert torch.allclose((places[1] - places[0])[3], torch.full((8,), -3e-4), atol=1e-7)
+
+
+def test_set_steps_goes_on_with_the_bias_correction(make_table: Callable) -> None:
+    """After many steps nothing is corrected any more: with betas (0, 0.98) the first step is 1 / sqrt(0.02) longer."""
+    moved = {}
+    for steps in (0, 10_000):
+        model = make_table(kind="adam", lr=0.01, betas=(0.0, 0.98))
+        optimizer = TableOptimizer(model, parse("adam", lr=0.01, betas=(0.0, 0.98)))
+        optimizer.set_steps(steps)
+        before = optimizer.shards[0].weight.clone()
+        one_step(model, optimizer, [3])
+        moved[steps] = (before - optimizer.shards[0].weight)[3]
+    assert torch.allclose(moved[0], torch.full((8,), 0.01), rtol=1e-3)
+    assert torch.allclose(moved[10_000], torch.full((8,), 0.01 / 0.02**0.5), rtol=1e-3)

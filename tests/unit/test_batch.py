@@ -1,0 +1,50 @@
+"""Batches move between devices as a whole."""
+
+from dataclasses import fields
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gr.batch import ITEM_FEATURE, EvaluationBatch, SequenceBatch
+
+FEATURES = KeyedJaggedTensor(keys=[ITEM_FEATURE], values=torch.tensor([4, 5, 6]), lengths=torch.tensor([2, 0, 1]))
+TIMES = torch.tensor([10, 20, 30])
+TRAINING = SequenceBatch(FEATURES, torch.tensor([5, 6, 7]), TIMES, None, first_example=48)
+EVALUATION = EvaluationBatch(
+    FEATURES,
+    None,
+    TIMES,
+    target_ids_B=torch.tensor([9, 0, 8]),
+    valid_B=torch.tensor([True, False, True]),
+    seen_ids=torch.tensor([4, 5, 6]),
+    seen_offsets=torch.tensor([0, 2, 2, 3]),
+)
+
+
+@pytest.mark.parametrize("batch", [TRAINING, EVALUATION], ids=["training", "evaluation"])
+def test_to_moves_every_tensor_and_keeps_the_rest(batch: SequenceBatch | EvaluationBatch) -> None:
+    moved = batch.to(torch.device("meta"))
+    assert type(moved) is type(batch)
+    for field in fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, Tensor):
+            assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype), field.name
+            assert before.device.type == "cpu", "the batch itself must not change"
+        elif isinstance(before, KeyedJaggedTensor):
+            assert after.values().device.type == after.lengths().device.type == "meta"
+            assert after.keys() == before.keys() and after.stride() == before.stride()
+        else:
+            assert after == before, field.name
+
+
+def test_record_stream_reaches_every_tensor() -> None:
+    """A tensor that is forgotten here may be overwritten while another CUDA stream still reads it."""
+    parts = {name: Mock(spec=Tensor) for name in ("target_ids_T", "timestamps_T", "query_timestamps_T")}
+    features = Mock(spec=KeyedJaggedTensor)
+    stream = Mock()
+    SequenceBatch(features, **parts, first_example=0).record_stream(stream)
+    for part in (features, *parts.values()):
+        part.record_stream.assert_called_once_with(stream)

@@ -1,0 +1,64 @@
+"""World: sums and gathers over ranks, and the device of a process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gr.dist import World, resolve_device, world
+from gr.errors import ConfigError
+from tests.support.ranks import run_ranks
+
+# What rank 0 and rank 1 hold, each time.
+PAIRS = [([3, 1, 2], [7]), ([], [5, 6]), ([4], []), ([], []), ([1, 2], [3, 4])]
+
+
+def exchange(here: World) -> dict[str, list]:
+    own = [torch.tensor(pair[here.rank], dtype=torch.int64) for pair in PAIRS]
+    return {
+        "gathered": [[part.tolist() for part in here.all_gather_variable(values)] for values in own],
+        "dtypes": [part.dtype for part in here.all_gather_variable(torch.ones(here.rank, dtype=torch.float16))],
+        # 2^24 + 1 has no float32: the sums must be float64.
+        "sums": here.all_reduce_sum([float(here.rank + 1), 2.0**24 + here.rank, 0.1]),
+        "ints": here.all_gather_ints([here.rank, 2**60 + here.rank]),
+    }
+
+
+def test_two_ranks() -> None:
+    for got in run_ranks(exchange, 2):
+        assert got["gathered"] == [list(pair) for pair in PAIRS]
+        assert got["dtypes"] == [torch.float16, torch.float16]
+        assert got["sums"] == [3.0, 2.0**25 + 1, 0.2]
+        assert got["ints"] == [[0, 2**60], [1, 2**60 + 1]]
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    here = World(0, 1, 0, 1, torch.device("cpu"))
+    values = torch.tensor([2, 3])
+    assert here.all_gather_variable(values)[0] is values
+    assert here.all_reduce_sum([1.5]) == [1.5] and here.all_gather_ints([4]) == [[4]]
+    assert here.is_main and not World(1, 2, 1, 2, torch.device("cpu")).is_main
+
+
+def test_world_of_one_process_makes_and_ends_its_group(alone: World) -> None:
+    assert (alone.rank, alone.size, alone.local_rank, alone.local_size) == (0, 1, 0, 1)
+    assert alone.device == torch.device("cpu") and dist.get_backend() == "gloo"
+
+
+def test_the_group_ends_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="of the body"), world("cpu"):
+        raise RuntimeError("of the body")
+    assert not dist.is_initialized()
+
+
+class TestDevice:
+    def test_cuda_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ConfigError, match="device=cuda, but torch sees no GPU here: set device=cpu"):
+            resolve_device("cuda")
+        assert resolve_device("auto", 3) == resolve_device("cpu", 3) == torch.device("cpu")
+
+    def test_with_gpus_a_rank_takes_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert resolve_device("auto", 3) == resolve_device("cuda", 3) == torch.device("cuda", 3)
+        assert resolve_device("cpu", 3) == torch.device("cpu")
