@@ -1,0 +1,51 @@
+"""metrics.jsonl and TensorBoard get the same numbers."""
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gr.metrics.writers import MetricsWriter
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "time"} for record in records]
+
+
+def test_both_files(tmp_path: Path) -> None:
+    run_dir = tmp_path / "not" / "there"
+    writer = MetricsWriter(run_dir)
+    writer.write(2, "train", {"loss": 4.5})
+    writer.write(2, "validation", {"hr@10": 0.25, "mrr": 0.125})
+    writer.write(4, "train", {"loss": 4.0})
+    writer.close()
+    assert without_time(lines(run_dir)) == [
+        {"step": 2, "kind": "train", "loss": 4.5},
+        {"step": 2, "kind": "validation", "hr@10": 0.25, "mrr": 0.125},
+        {"step": 4, "kind": "train", "loss": 4.0},
+    ]
+    times = [record["time"] for record in lines(run_dir)]
+    assert times == sorted(times)
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["train/loss", "validation/hr@10", "validation/mrr"]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(2, 4.5), (4, 4.0)]
+
+
+def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    """A killed run keeps what it has written."""
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, "train", {"loss": 1.0})
+    assert without_time(lines(tmp_path)) == [{"step": 1, "kind": "train", "loss": 1.0}]
+    writer.close()
+
+
+def test_a_resumed_run_appends(tmp_path: Path) -> None:
+    for step in (1, 2):
+        writer = MetricsWriter(tmp_path)
+        writer.write(step, "train", {"loss": 1.0})
+        writer.close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]

@@ -1,0 +1,44 @@
+"""The rate's factor: warm-up, shape, end."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gr.config.tree import ScheduleConfig
+from gr.train.schedule import rate_factor
+
+schedules = st.builds(
+    ScheduleConfig,
+    kind=st.sampled_from(["constant", "linear", "cosine"]),
+    warmup_steps=st.integers(0, 20),
+    final_fraction=st.floats(0, 1),
+)
+
+
+@given(schedules, st.integers(1, 60))
+def test_every_schedule(config: ScheduleConfig, steps: int) -> None:
+    factors = [rate_factor(config, step, steps) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors), "a factor of 0 would be a step for nothing"
+    warming, rest = factors[: config.warmup_steps], factors[config.warmup_steps :]
+    assert warming == [(step + 1) / config.warmup_steps for step in range(len(warming))]
+    if rest:
+        assert rest[0] == pytest.approx(1.0)
+        assert all(b <= a + 1e-12 for a, b in zip(rest, rest[1:], strict=False))
+        assert min(rest) >= (1.0 if config.kind == "constant" else config.final_fraction) - 1e-12
+    if steps > config.warmup_steps and config.kind != "constant":
+        assert rate_factor(config, steps, steps) == pytest.approx(config.final_fraction, abs=1e-12)
+
+
+def test_by_hand() -> None:
+    def factors(**fields: object) -> list[float]:
+        config = ScheduleConfig(**fields)
+        return [rate_factor(config, step, 6) for step in range(6)]
+
+    assert factors() == [1.0] * 6
+    assert factors(warmup_steps=2) == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert factors(kind="linear", warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert factors(kind="linear", warmup_steps=2, final_fraction=0.5)[3:] == [0.875, 0.75, 0.625]
+    half = 0.5 * math.sqrt(0.5)
+    assert factors(kind="cosine", warmup_steps=2)[2:] == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half])

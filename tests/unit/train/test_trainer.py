@@ -1,0 +1,171 @@
+"""The loop on a module and a loader that only keep a diary."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gr.dist import World
+from gr.errors import TrainingError
+from gr.train.module import StepLoss
+from gr.train.trainer import Callback, StepResult, Trainer
+from tests.support.ranks import run_ranks
+
+Diary = list[tuple[Any, ...]]
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+class FakeBatch:
+    first_example = 320
+
+    def to(self, device: torch.device) -> "FakeBatch":
+        return self
+
+
+class FakeLoader:
+    """Keeps the trainer waiting for 0.25 s a batch, it says."""
+
+    def __init__(self) -> None:
+        self.wait_seconds = 7.0
+
+    def __next__(self) -> FakeBatch:
+        self.wait_seconds += 0.25
+        return FakeBatch()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+class FakeModule:
+    """on_forward(step) may return a total loss; 8 else. 4 tokens and 32 examples a step."""
+
+    learning_rate = 0.5
+
+    def __init__(self, diary: Diary, on_forward: Callable[[int], float | None] = lambda step: None) -> None:
+        self.diary, self.on_forward = diary, on_forward
+
+    def forward(self, batch: FakeBatch, step: int) -> StepLoss:
+        self.diary.append(("forward", step))
+        total = self.on_forward(step)
+        return StepLoss(torch.zeros(()), 8.0 if total is None else total, tokens=4, examples=32)
+
+    def backward(self, loss: StepLoss, step: int) -> None:
+        self.diary.append(("backward", step))
+
+
+class Noting(Callback):
+    def __init__(self, diary: Diary, name: str) -> None:
+        self.diary, self.name = diary, name
+        self.results: list[StepResult] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.diary.append((self.name, "start", trainer.step))
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        self.diary.append((self.name, "step", trainer.step))
+        self.results.append(result)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.diary.append((self.name, "end", trainer.step))
+
+
+def make(steps: int, on_forward: Callable[[int], float | None] = lambda step: None, world: World = ALONE):
+    diary: Diary = []
+    callbacks = [Noting(diary, "a"), Noting(diary, "b")]
+    trainer = Trainer(FakeModule(diary, on_forward), FakeLoader(), callbacks, world, steps=steps)
+    return trainer, diary, callbacks
+
+
+def test_order() -> None:
+    """Callbacks see the number of steps done, in the order in which they were given; the module sees the step's."""
+    trainer, diary, _ = make(2)
+    trainer.run()
+    assert diary == [
+        ("a", "start", 0),
+        ("b", "start", 0),
+        ("forward", 0),
+        ("backward", 0),
+        ("a", "step", 1),
+        ("b", "step", 1),
+        ("forward", 1),
+        ("backward", 1),
+        ("a", "step", 2),
+        ("b", "step", 2),
+        ("a", "end", 2),
+        ("b", "end", 2),
+    ]
+    assert not trainer.stopped
+
+
+def test_what_a_step_reports() -> None:
+    trainer, _, (noting, _) = make(2)
+    trainer.run()
+    assert noting.results == [StepResult(loss=2.0, examples=32, tokens=4, wait=0.25)] * 2
+
+
+@pytest.mark.parametrize("done", [3, 5, 9])
+def test_a_resumed_run_does_what_is_left(done: int) -> None:
+    """9: the configuration was changed to fewer steps than are done already."""
+    trainer, diary, _ = make(5)
+    trainer.step = done
+    trainer.run()
+    assert [entry for entry in diary if entry[0] == "forward"] == [("forward", step) for step in range(done, 5)]
+    assert diary[0] == ("a", "start", done) and diary[-1] == ("b", "end", max(done, 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    trainer, diary, _ = make(9, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
+    trainer.run()
+    assert trainer.stopped and trainer.step == 4
+    assert diary[-5:] == [("backward", 3), ("a", "step", 4), ("b", "step", 4), ("a", "end", 4), ("b", "end", 4)]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer, diary, _ = make(9, twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert diary[-1] == ("forward", 0) and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_refused_before_backward(bad: float) -> None:
+    trainer, diary, _ = make(5, lambda step: bad if step == 2 else None)
+    with pytest.raises(TrainingError) as refusal:
+        trainer.run()
+    assert diary[-1] == ("forward", 2), "neither backward nor a callback may follow"
+    assert str(refusal.value).startswith(
+        "loss is not finite at step 2: examples 320..351 of the training order, learning rate 0.5; nothing was updated"
+    )
+    assert "optimizer.clip_grad_norm" in str(refusal.value)
+
+
+def stop_or_fail_on_rank_1(world: World) -> list[Any]:
+    def signalled(step: int) -> None:
+        if world.rank == 1 and step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping, _, (noting, _) = make(9, signalled, world)
+    stopping.run()
+    failing, diary, _ = make(9, lambda step: math.nan if world.rank == 1 and step == 2 else None, world)
+    with pytest.raises(TrainingError):
+        failing.run()
+    return [stopping.step, stopping.stopped, noting.results[0].loss, diary[-1]]
+
+
+def test_ranks_stop_and_refuse_together() -> None:
+    """Else the others would wait for one that has left. The loss is the sum of both ranks over all tokens."""
+    assert run_ranks(stop_or_fail_on_rank_1, 2) == [[2, True, 4.0, ("forward", 2)]] * 2
