@@ -1,7 +1,5 @@
 """A slice of the MovieLens-1M experiment on the real file: two epochs instead of a hundred."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,9 +9,9 @@ from gr.data.prepare.source import open_source
 from gr.data.prepare.write import atomic_folder
 from gr.dist import World
 from gr.experiment import train
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 # Of the public reference after its second epoch on this file (0.113) and of popularity (0.031).
 LEARNED, BROKEN_OR_LEAKING = 0.10, 0.25
 
@@ -27,7 +25,9 @@ def run(world: World, config) -> dict:
 @pytest.mark.data
 def test_two_epochs_of_hstu_learn_what_they_should(test_data, tmp_path):
     with atomic_folder(tmp_path / "ml-1m", force=False) as folder:
-        prepare_movielens("movielens-1m", open_source(str(test_data / "ml-1m"), sha256=None, download_to=tmp_path), folder)
+        prepare_movielens(
+            "movielens-1m", open_source(str(test_data / "ml-1m"), sha256=None, download_to=tmp_path), folder
+        )
     config = load_config(
         str(ROOT / "configs/retrieval/ml-1m-hstu.yaml"),
         [f"data.path={tmp_path}/ml-1m", f"run_dir={tmp_path}/run", "trainer.steps=94", "evaluation.every=94"],

@@ -1,0 +1,128 @@
+"""Checkpoints on disk: what is looked at, what is kept, what is removed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gr.checkpoint import CheckpointFolder, resolve
+from gr.checkpoint.layout import write_json
+from gr.errors import CheckpointError
+
+
+def write(folder: Path, step: int, content: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps({"step": step}))
+    (folder / "data").write_text(content)
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(run_dir: Path) -> CheckpointFolder:
+    """Steps 20, 100 and 9, and a partial 120."""
+    folder = CheckpointFolder(run_dir / "checkpoints")
+    for step in (20, 100, 9):
+        write(folder.final(step), step)
+    write(folder.partial(120), 120)
+    return folder
+
+
+def test_steps_are_the_complete_ones_ascending(folder: CheckpointFolder) -> None:
+    (folder.path / "step-00000300").mkdir()  # without progress.json
+    (folder.path / "step-00000400").write_text("a file")
+    write(folder.path / "step-500", 500)
+    write(folder.path / "step-00000600.bak", 600)
+    assert folder.steps() == [9, 20, 100]
+    assert folder.latest() == folder.final(100)
+
+
+def test_order_is_by_number_past_eight_digits(folder: CheckpointFolder) -> None:
+    write(folder.final(123_456_789), 123_456_789)
+    assert folder.latest() == folder.path / "step-123456789"
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "none")
+    assert folder.steps() == [] and folder.latest() is None and folder.best() is None
+    folder.remove_partial()
+    folder.prune(1)
+
+
+class TestResolve:
+    def test_the_latest_of_a_run(self, run_dir: Path, folder: CheckpointFolder) -> None:
+        assert resolve(run_dir) == resolve(folder.path) == resolve(str(run_dir)) == folder.final(100)
+
+    def test_the_best_before_the_latest(self, run_dir: Path, folder: CheckpointFolder) -> None:
+        folder.mark_best(20, "ndcg@10", 0.5)
+        assert resolve(run_dir) == resolve(folder.path) == folder.final(20)
+
+    def test_a_best_that_is_gone(self, run_dir: Path, folder: CheckpointFolder) -> None:
+        folder.mark_best(21, "ndcg@10", 0.5)
+        assert resolve(run_dir) == folder.final(100)
+
+    def test_one_checkpoint_itself(self, folder: CheckpointFolder) -> None:
+        folder.mark_best(20, "ndcg@10", 0.5)
+        assert resolve(folder.final(9)) == folder.final(9)
+
+    @pytest.mark.parametrize("path", ["missing", ".", "run/checkpoints/step-00000011"])
+    def test_none(self, tmp_path: Path, folder: CheckpointFolder, path: str) -> None:
+        with pytest.raises(CheckpointError, match="no checkpoint there; expected a run folder or a step-XXXXXXXX"):
+            resolve(tmp_path / path)
+
+    def test_only_a_partial_one(self, tmp_path: Path) -> None:
+        write(tmp_path / "checkpoints" / ".step-00000005", 5)
+        with pytest.raises(CheckpointError, match=str(tmp_path)):
+            resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "kept"),
+    [(1, None, [100]), (2, None, [20, 100]), (9, None, [9, 20, 100]), (1, 9, [9, 100]), (2, 100, [20, 100])],
+)
+def test_prune_keeps_the_newest_and_the_best(
+    folder: CheckpointFolder, keep_last: int, best: int | None, kept: list[int]
+) -> None:
+    if best is not None:
+        folder.mark_best(best, "mrr", 0.1)
+    folder.prune(keep_last)
+    assert folder.steps() == kept
+    assert folder.partial(120).is_dir(), "one that is being written is not pruned"
+
+
+def test_partial_ones_are_removed_and_nothing_else(folder: CheckpointFolder) -> None:
+    folder.mark_best(9, "mrr", 0.1)
+    folder.remove_partial()
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "best.json",
+        "step-00000009",
+        "step-00000020",
+        "step-00000100",
+    ]
+
+
+def test_commit_shows_a_new_one_and_replaces_an_old_one(folder: CheckpointFolder) -> None:
+    folder.commit(120)
+    assert folder.steps() == [9, 20, 100, 120] and not folder.partial(120).exists()
+    (folder.final(120) / "of the old one").write_text("")
+    write(folder.partial(120), 120, "new")
+    folder.commit(120)
+    assert sorted(path.name for path in folder.final(120).iterdir()) == ["data", "progress.json"]
+    assert (folder.final(120) / "data").read_text() == "new"
+
+
+def test_best_is_replaced(folder: CheckpointFolder) -> None:
+    folder.mark_best(9, "mrr", 0.1)
+    folder.mark_best(20, "mrr", 0.2)
+    assert folder.best() == {"step": 20, "metric": "mrr", "value": 0.2}
+
+
+def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "best.json", {"step": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "best.json", {"step": object()})
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 1}
