@@ -2,8 +2,8 @@
 
     python -m benchmarks.paired RUN [RUN ...] --against RUN [RUN ...]
 
-Each run folder holds test-ranks.npy. A user's metric is averaged over the runs (seeds) of a group; the standard error is
-over users. More than two standard errors is a difference.
+Each run folder holds test-ranks.npy. A user's metric is averaged over the runs (seeds) of a group; the standard error
+is over users. More than two standard errors is a difference.
 """
 
 import json

@@ -105,6 +105,13 @@ class CheckpointStore:
         if self.failure is not None:
             raise CheckpointError(f"saving in the background failed: {self.failure}") from self.failure
 
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Marks a saved step as the best so far, on every rank's return."""
+        self.finish()
+        if self.world.is_main:
+            self.folder.mark_best(step, metric, value)
+        dist.barrier()
+
     def _commit_later(self, future: Future, step: int, keep_last: int) -> None:
         try:
             future.result()

@@ -239,10 +239,12 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _validation_is_held_out(self):
-        if self.evaluation.every and self.evaluation.path is None and self.data.train_holdout < 2:
+    def _targets_are_held_out(self):
+        needed = 2 if self.evaluation.every else 1
+        if self.evaluation.path is None and self.data.train_holdout < needed:
             raise ValueError(
-                "evaluation.every needs a validation split that training does not see: set data.train_holdout=2, "
-                "or unset evaluation.every"
+                f"data.train_holdout={self.data.train_holdout} trains on what is evaluated: set it to {needed}"
+                + (", or unset evaluation.every (validation)" if needed == 2 else "")
+                + ", or evaluate on other users with evaluation.path"
             )
         return self

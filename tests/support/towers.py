@@ -1,6 +1,7 @@
 """Small packed sequences, and the comparison of a tower with a padded definition of it."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -39,8 +40,8 @@ def randomised(tower: torch.nn.Module, dtype: torch.dtype = torch.float64) -> to
 def to_padded(values_TD: torch.Tensor, offsets_B1: torch.Tensor) -> torch.Tensor:
     return torch.stack(
         [
-            torch.nn.functional.pad(values_TD[start:end], (0, 0, 0, N - int(end - start)))
-            for start, end in zip(offsets_B1[:-1], offsets_B1[1:], strict=True)
+            torch.nn.functional.pad(values_TD[start:end], (0, 0, 0, N - (end - start)))
+            for start, end in pairwise(offsets_B1.tolist())
         ]
     )
 

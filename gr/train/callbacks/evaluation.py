@@ -39,9 +39,7 @@ class Evaluation(Callback):
         if value > self.best:
             self.best = value
             self.checkpointing.save(trainer)
-            self.checkpointing.store.finish()
-            if trainer.world.is_main:
-                self.checkpointing.store.folder.mark_best(trainer.step, self.select_by, value)
+            self.checkpointing.store.mark_best(trainer.step, self.select_by, value)
 
     def _measure(self, trainer: Trainer) -> Mapping[str, float]:
         metrics = self.evaluate()

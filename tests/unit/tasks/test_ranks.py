@@ -1,6 +1,7 @@
 """CorpusRanker against a plain ranking: ties, seen items, rows that fill up, uneven slices of the corpus."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def batch_of(targets: list[int], seen: list[list[int]]) -> EvaluationBatch:
         None,
         target_ids_B=torch.tensor(targets),
         valid_B=torch.tensor(targets) > 0,
-        seen_ids=torch.tensor(sum(seen, []), dtype=torch.int64),
+        seen_ids=torch.tensor(list(chain(*seen)), dtype=torch.int64),
         seen_offsets=torch.tensor([0, *np.cumsum([len(s) for s in seen])]),
     )
 
@@ -91,7 +92,7 @@ def test_the_cases_have_ties() -> None:
 def test_three_ranks_with_uneven_slices(corpus_size: int) -> None:
     """1 and 2 items are fewer than the ranks: some hold none."""
     case = make_case(corpus_size, seed=1)
-    assert sum(run_ranks(rank, 3, case), []) == rank(ALONE, case) == brute_force(case)
+    assert list(chain(*run_ranks(rank, 3, case))) == rank(ALONE, case) == brute_force(case)
 
 
 def test_lookups_and_scores_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,106 @@
+"""`gr train` as a new user gets it wrong: one clear line, exit code 2, no traceback, and no half-made run folder."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gr.cli import main
+from gr.data.prepare.write import FolderWriter, Users
+from gr.dist import World
+from tests.support.tiny import write_tiny
+
+Refused = Callable[..., str]
+
+
+def test_a_run(config: str, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", config]) == 0
+    shown = capfd.readouterr()
+    assert "step 4/4  loss " in shown.err and "ETA 00:00" in shown.err
+    assert "test split, " in shown.out and f"checkpoint: {run_dir}/checkpoints/step-00000004 (step 4)" in shown.out
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "report.json",
+        "tensorboard",
+        "test-ranks.npy",
+    ]
+    assert json.loads((run_dir / "report.json").read_text())["step"] == 4
+
+
+def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
+    assert refused("train", f"{tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: no such file"
+
+
+def test_an_unknown_key(refused: Refused, config: str) -> None:
+    said = refused("train", config, "trainer.stepz=3")
+    assert "trainer.stepz: unknown key; did you mean 'steps'?" in said
+    Path(config).write_text(Path(config).read_text() + "sed: 3\n")
+    assert "tiny.yaml:" in (said := refused("train", config)) and "sed: unknown key; did you mean 'seed'?" in said
+
+
+def test_no_data_folder(refused: Refused, config: str, run_dir: Path, tmp_path: Path) -> None:
+    said = refused("train", config, f"data.path={tmp_path}/none")
+    assert said == f"{tmp_path}/none: no such folder; write a data folder with `gr prepare ... --out {tmp_path}/none`"
+    (tmp_path / "empty").mkdir()
+    assert refused("train", config, f"data.path={tmp_path}/empty").startswith(f"{tmp_path}/empty/schema.json: cannot")
+    assert refused("train", config, f"evaluation.path={tmp_path}/none").startswith(f"{tmp_path}/none: no such folder")
+    assert not run_dir.exists()
+
+
+def test_a_world_size_that_does_not_divide(refused: Refused, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of 3 ranks that torchrun started."""
+
+    @contextmanager
+    def of_three(device: str) -> Iterator[World]:
+        yield World(0, 3, 0, 3, torch.device("cpu"))
+
+    monkeypatch.setattr("gr.dist.world", of_three)
+    assert refused("train", config) == "data.lanes=4 is not divisible by the 3 ranks of this run"
+    said = refused("train", config, "data.lanes=6", "trainer.global_batch_size=12")
+    assert said == "evaluation.global_batch_size=16 is not divisible by the 3 ranks of this run"
+
+
+def test_a_gpu_that_is_not_there(refused: Refused, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused("train", config, "device=cuda").startswith("device=cuda, but torch sees no GPU here: set device=cpu")
+
+
+def test_time_bias_without_timestamps(refused: Refused, config: str, run_dir: Path, tmp_path: Path) -> None:
+    said = refused("train", config, "model.tower.time_bias=true")
+    assert said == f"model.tower.time_bias=true, but {tmp_path}/data has no timestamps: set it to false"
+    timed = write_tiny(tmp_path / "timed", timestamps=True)
+    paths = [f"data.path={timed}", f"evaluation.path={tmp_path}/data"]
+    assert refused("train", config, "model.tower.time_bias=true", *paths) == said, "it is the other folder's this time"
+    assert not run_dir.exists()
+
+
+def test_evaluation_data_of_other_items(refused: Refused, config: str, tmp_path: Path) -> None:
+    """Without the check the first evaluation would look up rows that the table has not."""
+    writer = FolderWriter(tmp_path / "other", item_cardinality=100, timestamps=False, ratings=False)
+    writer.write(Users(np.arange(4), np.arange(0, 21, 5), np.arange(80, 100)))
+    writer.close(name="other", order="as given", source="a test", corpus=np.arange(1, 100))
+    said = refused("train", config, f"evaluation.path={tmp_path}/other")
+    assert f"{tmp_path}/data has item_cardinality 61, {tmp_path}/other has 100" in said
+
+
+def test_nothing_to_load_from(refused: Refused, config: str, tmp_path: Path) -> None:
+    said = refused("train", config, f"checkpoint.load_from={tmp_path}/none")
+    assert said.startswith(f"{tmp_path}/none: no checkpoint there")
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_run_folder_that_is_a_file(refused: Refused, config: str, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    said = refused("train", config, f"run_dir={tmp_path}/file{below}")
+    assert said.startswith(f"run_dir={tmp_path}/file{below} cannot be written: ") and said.endswith("set another one")
+
+
+def test_a_table_that_the_model_has_not(refused: Refused, config: str) -> None:
+    said = refused("train", config, "planner.tables.item=row_wise")
+    assert said == "planner.tables: no table named item; the model has item_id"
