@@ -44,6 +44,9 @@ class CheckpointFolder:
     def latest(self) -> Path | None:
         return self.final(steps[-1]) if (steps := self.steps()) else None
 
+    def describe_latest(self) -> str:
+        return f"the last good checkpoint is {latest}" if (latest := self.latest()) else "there is no checkpoint yet"
+
     def best(self) -> dict[str, Any] | None:
         """What best.json says, or None."""
         path = self.path / BEST

@@ -73,15 +73,22 @@ class CheckpointStore:
             self.folder.remove_partial()
 
     def save(self, progress: dict[str, Any], keep_last: int) -> None:
-        """Saves the state as of progress["step"]. Asynchronous saves return once the tensors are copied."""
+        """Saves the state as of progress["step"]. Asynchronous saves return once the tensors are copied.
+
+        Raises CheckpointError on every rank, and saves nothing, when a weight or state of any rank is not finite.
+        """
         self.finish()
         step = progress["step"]
+        tensors = _tensors(self.state)
+        if self.world.all_reduce_sum([float(not _all_finite(tensors))])[0]:
+            raise CheckpointError(
+                f"weights are not finite after step {step}: not saved; {self.folder.describe_latest()}"
+            )
         partial = self.folder.partial(step)
         if self.world.is_main:
             partial.mkdir(exist_ok=True)
             (partial / CONFIG).write_text(self.config_yaml)
             write_json(partial / PROGRESS, progress)
-        tensors = _tensors(self.state)
         if self.group is None:
             dcp.save(tensors, checkpoint_id=partial)
             self._commit(step, keep_last)
@@ -133,17 +140,23 @@ def load_state(path: Path, state: ModelState) -> dict[str, Any]:
     try:
         progress = json.loads((path / PROGRESS).read_text())
         saved = dcp.FileSystemReader(path).read_metadata()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+    except Exception as error:  # damaged metadata fails in as many ways as it can be damaged
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
+        ) from error
     wanted = _tensors(state)
     resharded = _rowwise_of_other_columns(saved, state)
     _check_shapes(path, saved, wanted, skip=resharded)
     for name in resharded:
         wanted["tables"].pop(name)
     fulls = {name: torch.empty(size) for name, size in resharded.items()}
-    dcp.load(wanted, checkpoint_id=path)
-    if fulls:
-        dcp.load({"tables": fulls}, checkpoint_id=path)
+    try:
+        dcp.load(wanted, checkpoint_id=path)
+        if fulls:
+            dcp.load({"tables": fulls}, checkpoint_id=path)
+    except dcp.CheckpointException as error:
+        fault = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
     for entry in state.tables.entries():
         if entry.name in fulls:
             entry.fill_rowwise(fulls[entry.name])
@@ -160,6 +173,15 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
     if state.dense_optimizer is not None:
         tensors["dense_optimizer"] = dict(_adamw_states(state.dense, state.dense_optimizer))
     return tensors
+
+
+def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
+    """Of this rank's parts."""
+    for value in (tensor for group in tensors.values() for tensor in group.values()):
+        parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+        if not all(bool(part.isfinite().all()) for part in parts):
+            return False
+    return True
 
 
 def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:

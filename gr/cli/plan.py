@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gr.config import load_config
+from gr.errors import ConfigError
 
 
 @click.command(help="Print the sharding plan of CONFIG for a number of ranks; allocates nothing.")
@@ -13,6 +14,9 @@ from gr.config import load_config
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks of the job.")
 @click.option("--local-size", type=click.IntRange(1), default=None, help="Ranks a host; default: all on one.")
 def command(config: str, overrides: tuple[str, ...], world_size: int, local_size: int | None) -> None:
+    local_size = local_size or world_size
+    if world_size % local_size:
+        raise ConfigError(f"--local-size={local_size} does not divide --world-size={world_size}")
     loaded = load_config(config, overrides)
     from gr.dist import resolve_device
     from gr.experiment import check_world, meta_model
@@ -25,7 +29,7 @@ def command(config: str, overrides: tuple[str, ...], world_size: int, local_size
         model,
         loaded,
         world_size=world_size,
-        local_size=local_size or world_size,
+        local_size=local_size,
         device=resolve_device(loaded.device),
     )
     table = Table(title=f"sharding plan for {world_size} ranks")

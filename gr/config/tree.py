@@ -164,7 +164,9 @@ class EmbeddingsConfig(Section):
 class ScheduleConfig(Section):
     kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after warm-up.")
     warmup_steps: NonNegativeInt = 0
-    final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Of the peak rate, at the last step.")
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Of the peak rate, reached after the last step."
+    )
 
 
 class OptimizerConfig(Section):

@@ -130,7 +130,7 @@ def evaluate_baselines(
             "train and evaluation must number their items alike"
         )
     candidate_E = np.zeros(items, dtype=bool)
-    candidate_E[evaluation.corpus()[0]] = True
+    candidate_E[train.corpus()[0]] = True
     scorers = {name: BASELINES[name](train, train_holdout, on_bad_row) for name in names}
     config = DataConfig(path=str(evaluation.path), max_length=max_length, on_bad_row=on_bad_row)
     ranks: dict[str, list[np.ndarray]] = {name: [] for name in names}

@@ -15,7 +15,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.dropout(x, probability, training)
-    dropped = round(probability * LEVELS)
+    dropped = min(round(probability * LEVELS), LEVELS - 1)
     if not training or dropped == 0:
         return x
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)

@@ -4,7 +4,7 @@ Every rank scores its slice of the corpus for the queries of all ranks and count
 are summed. That is what merging top-k lists would give, for every k at once. R ranks, B queries a rank, C_r items.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gr.batch import EvaluationBatch
 from gr.dist import World
-from gr.errors import DataError
+from gr.errors import DataError, TrainingError
 from gr.tasks.similarity import Similarity
 
 LOOKUP_CHUNK = 1 << 16
@@ -38,26 +38,48 @@ class CorpusRanker:
         """float64 [B]: 1 is best, ties share their mean rank. Every rank passes as many queries."""
         queries = self._gather(queries_BD.float())
         targets = self._gather(batch.target_ids_B)
-        owner, place = self._seen_places(batch)
-        scores = [queries @ block.T for block in self.items.split(SCORE_BLOCK)]
-        score = torch.cat(scores, dim=1) if scores else queries.new_empty(len(queries), 0)
-        score[owner, place] = -torch.inf
+        seen = self._seen_places(batch)
         column, mine = self._locate(targets)
         # The score of each target, and on how many ranks it was found, which is one.
-        target_score, found = torch.zeros(2, len(targets), dtype=torch.float64, device=score.device)
-        target_score[mine] = score[mine, column[mine]].double()
+        target_score, found = torch.zeros(2, len(targets), dtype=torch.float64, device=queries.device)
         found[mine] = 1.0
+        first_pass, second_pass = self._two_passes(queries, seen)
+        for first, score in first_pass:
+            here = mine & (column >= first) & (column < first + score.shape[1])
+            target_score[here] = score[here, column[here] - first].double()
         self._sum(target_score)
         self._sum(found)
         if len(strangers := targets[(found == 0) & (targets > 0)]):  # 0 only fills up the batch
             raise DataError(f"target item {int(strangers[0])} is not in the corpus (items.parquet) of data.path")
-        wanted = target_score.to(score.dtype)[:, None]
-        beaten_by = (score > wanted).sum(1).double() + 0.5 * (score == wanted).sum(1).double()
+        beaten_by = torch.zeros_like(target_score)
+        wanted = target_score.to(queries.dtype)[:, None]
+        for _, score in second_pass:
+            beaten_by += (score > wanted).sum(1).double() + 0.5 * (score == wanted).sum(1).double()
+            # A NaN loses every comparison, which would look like a win for the target.
+            beaten_by[score.isnan().any(1)] = torch.nan
         self._sum(beaten_by)
+        if beaten_by.isnan().any():
+            raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
         # The target ties with itself: that half is taken back.
         mean_rank = 1.0 + beaten_by - 0.5
         B = len(queries_BD)
         return mean_rank[self.world.rank * B : (self.world.rank + 1) * B]
+
+    def _two_passes(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> tuple[Iterable, Iterable]:
+        """The blocks of scores twice: kept where there is one, computed again where keeping all would take memory."""
+        if len(self.ids) <= SCORE_BLOCK:
+            once = list(self._score_blocks(queries, seen))
+            return once, once
+        return self._score_blocks(queries, seen), self._score_blocks(queries, seen)
+
+    def _score_blocks(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """(first column, scores [queries, at most SCORE_BLOCK]), seen items at minus infinity."""
+        owner, place = seen
+        for first in range(0, len(self.ids), SCORE_BLOCK):
+            score = queries @ self.items[first : first + SCORE_BLOCK].T
+            here = (place >= first) & (place < first + SCORE_BLOCK)
+            score[owner[here], place[here] - first] = -torch.inf
+            yield first, score
 
     def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each id in this rank's slice, and whether it is there."""

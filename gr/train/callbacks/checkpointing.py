@@ -10,6 +10,11 @@ class Checkpointing(Callback):
         self.store, self.config = store, config
         self.saved_step: int | None = None
 
+    def on_start(self, trainer: Trainer) -> None:
+        """A finished run that is started again has nothing to save."""
+        if trainer.step in self.store.folder.steps():
+            self.saved_step = trainer.step
+
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if self.config.every and trainer.step % self.config.every == 0:
             self.save(trainer)

@@ -14,32 +14,38 @@ TABLE_ROWS = 30
 
 
 class Profiler(Callback):
-    """Records steps [start, start + steps) of this process."""
+    """Records `steps` steps of this process from step `start` on, or from its first step where it resumes later."""
 
     def __init__(self, config: ProfilerConfig, run_dir: Path, rank: int) -> None:
         self.config, self.folder, self.rank = config, run_dir / "profile", rank
         self.recording: profile | None = None
+        self.recorded = 0
 
     def on_start(self, trainer: Trainer) -> None:
         self._maybe_start(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        if self.recording is not None and trainer.step >= self.config.start + self.config.steps:
-            self._finish()
-        else:
+        if self.recording is None:
             self._maybe_start(trainer)
+        else:
+            self._count()
 
     def on_end(self, trainer: Trainer) -> None:
         if self.recording is not None:
             self._finish()
 
     def _maybe_start(self, trainer: Trainer) -> None:
-        if self.recording is None and trainer.step == self.config.start:
+        if self.recorded == 0 and trainer.step >= self.config.start:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             self.recording = profile(activities=activities)
             self.recording.start()
+
+    def _count(self) -> None:
+        self.recorded += 1
+        if self.recorded == self.config.steps:
+            self._finish()
 
     def _finish(self) -> None:
         assert self.recording is not None
@@ -50,4 +56,4 @@ class Profiler(Callback):
         table = self.recording.key_averages().table(sort_by="self_cpu_time_total", row_limit=TABLE_ROWS)
         (self.folder / f"rank-{self.rank}.txt").write_text(table)
         self.recording = None
-        log.info("profile of %d steps: %s", self.config.steps, trace)
+        log.info("profile of %d steps: %s", self.recorded, trace)

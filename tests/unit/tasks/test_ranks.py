@@ -11,7 +11,7 @@ from torchrec import KeyedJaggedTensor
 
 from gr.batch import EvaluationBatch
 from gr.dist import World
-from gr.errors import DataError
+from gr.errors import DataError, TrainingError
 from gr.tasks import Cosine, DotProduct, Similarity, ranks
 from gr.tasks.ranks import CorpusRanker
 from tests.support.ranks import RankError, run_ranks
@@ -150,3 +150,10 @@ def test_a_target_outside_the_corpus_has_no_rank(stranger: int) -> None:
         rank(ALONE, case)
     with pytest.raises(RankError, match="DataError"):
         run_ranks(rank, 3, case)
+
+
+def test_a_diverged_model_is_refused_and_not_ranked_first() -> None:
+    case = make_case(40, seed=3)
+    case.table[4] = torch.nan
+    with pytest.raises(TrainingError, match="scores are not finite"):
+        rank(ALONE, case)

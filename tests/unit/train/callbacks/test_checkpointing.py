@@ -1,39 +1,43 @@
-"""Checkpointing and Evaluation on real folders, and a store that writes only what the layout needs."""
+"""Checkpointing and Evaluation with a real store: what is saved when, what is marked and kept."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from gr.checkpoint import CheckpointFolder, resolve
+from gr.checkpoint import CheckpointStore, ModelState, resolve
 from gr.config.tree import CheckpointConfig
+from gr.dist import World
 from gr.train.callbacks import Checkpointing, Evaluation
 from gr.train.trainer import StepResult
 
 RESULT = StepResult(1.0, 1, 1, 0.0)
 
 
-class FakeStore:
-    """A CheckpointStore without tensors."""
+class NoTables:
+    def entries(self) -> list:
+        return []
 
-    def __init__(self, path: Path) -> None:
-        self.folder = CheckpointFolder(path / "checkpoints")
+    def set_steps(self, steps: int) -> None: ...
+
+
+class NotingStore(CheckpointStore):
+    """The real store of one small tensor, which notes its saves."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        state = ModelState({"w": nn.Parameter(torch.zeros(2))}, None, NoTables())
+        super().__init__(path / "checkpoints", state, "seed: 1\n", world, asynchronous=False)
         self.saved: list[int] = []
-        self.finished = 0
 
     def save(self, progress: dict[str, Any], keep_last: int) -> None:
-        partial = self.folder.partial(progress["step"])
-        partial.mkdir(parents=True)
-        (partial / "progress.json").write_text(json.dumps(progress))
-        self.folder.commit(progress["step"])
-        self.folder.prune(keep_last)
+        super().save(progress, keep_last)
         self.saved.append(progress["step"])
-
-    def finish(self) -> None:
-        self.finished += 1
 
 
 class FakeWriter:
@@ -44,16 +48,16 @@ class FakeWriter:
         self.records.append((step, kind, values["ndcg@10"]))
 
 
-def trainer_at(step: int, steps: int, *, main: bool = True) -> Any:
+def trainer_at(step: int, steps: int, world: World) -> Any:
     loader = SimpleNamespace(state_dict=lambda: {"position": 10 * trainer.step})
-    trainer = SimpleNamespace(step=step, steps=steps, loader=loader, world=SimpleNamespace(is_main=main), stopped=False)
+    trainer = SimpleNamespace(step=step, steps=steps, loader=loader, world=world, stopped=False)
     return trainer
 
 
 class TestCheckpointing:
-    def run(self, path: Path, every: int | None, *, steps: int = 5) -> FakeStore:
-        store, trainer = FakeStore(path), trainer_at(0, steps)
-        callback = Checkpointing(store, CheckpointConfig(every=every, keep_last=9))  # type: ignore[arg-type]
+    def run(self, path: Path, world: World, every: int | None, *, steps: int = 5) -> NotingStore:
+        store, trainer = NotingStore(path, world), trainer_at(0, steps, world)
+        callback = Checkpointing(store, CheckpointConfig(every=every, keep_last=9))
         callback.on_start(trainer)
         while trainer.step < steps:
             trainer.step += 1
@@ -62,32 +66,34 @@ class TestCheckpointing:
         return store
 
     @pytest.mark.parametrize(("every", "saved"), [(2, [2, 4, 5]), (5, [5]), (None, [5]), (1, [1, 2, 3, 4, 5])])
-    def test_on_schedule_and_at_the_end_once(self, tmp_path: Path, every: int | None, saved: list[int]) -> None:
-        store = self.run(tmp_path, every)
-        assert store.saved == saved and store.finished == 1
+    def test_on_schedule_and_at_the_end_once(
+        self, tmp_path: Path, alone: World, every: int | None, saved: list[int]
+    ) -> None:
+        store = self.run(tmp_path, alone, every)
+        assert store.saved == saved == store.folder.steps()
 
-    def test_progress(self, tmp_path: Path) -> None:
-        store = self.run(tmp_path, 4)
+    def test_progress(self, tmp_path: Path, alone: World) -> None:
+        store = self.run(tmp_path, alone, 4)
         progress = json.loads((store.folder.final(4) / "progress.json").read_text())
         assert progress == {"step": 4, "data": {"position": 40}}
 
 
 class TestEvaluation:
     def run(
-        self, path: Path, values: Sequence[float], *, every: int = 2, keep_last: int = 1, **trainer_options: Any
-    ) -> tuple[FakeStore, FakeWriter]:
+        self, path: Path, world: World, values: Sequence[float], *, step: int = 0, steps: int = 7
+    ) -> tuple[NotingStore, FakeWriter]:
         """One value of ndcg@10 an evaluation; the first is that of the untrained model."""
-        store, writer = FakeStore(path), FakeWriter()
-        checkpointing = Checkpointing(store, CheckpointConfig(keep_last=keep_last))  # type: ignore[arg-type]
+        store, writer = NotingStore(path, world), FakeWriter()
+        checkpointing = Checkpointing(store, CheckpointConfig(keep_last=1))
         coming = iter(values)
         callback = Evaluation(
             lambda: {"hr@10": 0.9, "mrr": 0.8, "ndcg@10": next(coming)},
             checkpointing,
             writer,  # type: ignore[arg-type]
-            every=every,
+            every=2,
             select_by="ndcg@10",
         )
-        trainer = trainer_at(**{"step": 0, "steps": 7, **trainer_options})
+        trainer = trainer_at(step, steps, world)
         for each in (callback, checkpointing):
             each.on_start(trainer)
         while trainer.step < trainer.steps:
@@ -99,8 +105,8 @@ class TestEvaluation:
         assert next(coming, None) is None, "as many evaluations as expected"
         return store, writer
 
-    def test_the_best_is_marked_and_outlives_pruning(self, tmp_path: Path) -> None:
-        store, writer = self.run(tmp_path, [0.05, 0.1, 0.3, 0.2, 0.25])
+    def test_the_best_is_marked_and_outlives_pruning(self, tmp_path: Path, alone: World) -> None:
+        store, writer = self.run(tmp_path, alone, [0.05, 0.1, 0.3, 0.2, 0.25])
         assert writer.records == [
             (0, "validation", 0.05),
             (2, "validation", 0.1),
@@ -111,20 +117,19 @@ class TestEvaluation:
         assert store.folder.best() == {"step": 4, "metric": "ndcg@10", "value": 0.3}
         assert store.folder.steps() == [4, 7]
         assert resolve(tmp_path).name == "step-00000004"
-        assert store.finished >= 3, "a checkpoint is marked only once it is there"
 
-    def test_the_untrained_model_is_no_checkpoint(self, tmp_path: Path) -> None:
+    def test_the_untrained_model_is_no_checkpoint(self, tmp_path: Path, alone: World) -> None:
         """It is only a point to compare with, however good."""
-        store, _ = self.run(tmp_path, [0.9, 0.1, 0.1, 0.1, 0.1])
+        store, _ = self.run(tmp_path, alone, [0.9, 0.1, 0.1, 0.1, 0.1])
         assert store.folder.best() == {"step": 2, "metric": "ndcg@10", "value": 0.1}, "of equals the first"
 
-    def test_a_resumed_run_keeps_the_best_it_had(self, tmp_path: Path) -> None:
-        self.run(tmp_path, [0.05, 0.1, 0.3, 0.2], steps=6)
-        store, writer = self.run(tmp_path, [0.25, 0.28], step=6, steps=10)
+    def test_a_resumed_run_keeps_the_best_it_had(self, tmp_path: Path, alone: World) -> None:
+        self.run(tmp_path, alone, [0.05, 0.1, 0.3, 0.2], steps=6)
+        store, writer = self.run(tmp_path, alone, [0.25, 0.28], step=6, steps=10)
         assert [step for step, _, _ in writer.records] == [8, 10], "not the untrained model again"
         assert store.folder.best() == {"step": 4, "metric": "ndcg@10", "value": 0.3}
         assert store.folder.steps() == [4, 10]
 
-    def test_only_the_main_rank_marks(self, tmp_path: Path) -> None:
-        store, _ = self.run(tmp_path, [0.05, 0.1, 0.3, 0.2, 0.25], main=False)
-        assert store.folder.best() is None and store.saved == [2, 4, 7]
+    def test_only_the_main_rank_writes(self, tmp_path: Path, alone: World) -> None:
+        store, _ = self.run(tmp_path, replace(alone, rank=1), [0.05, 0.1, 0.3, 0.2, 0.25])
+        assert store.folder.best() is None and store.folder.steps() == [] and store.saved == [2, 4, 7]
