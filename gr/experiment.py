@@ -79,7 +79,8 @@ def build(config: ExperimentConfig, world: World) -> Built:
 def initialise_dense(model: nn.Module, seed: int) -> None:
     """Initial dense weights from `seed` alone: sharding has used each rank's generator to a different extent."""
     torch.manual_seed(seed)
-    for name, module in model.named_modules():
+    # Children first: a layer has the last word on the linear maps in it.
+    for name, module in reversed(list(model.named_modules())):
         if not name.startswith("tables") and hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
