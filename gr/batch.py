@@ -8,25 +8,18 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from torchrec.streamable import Pipelineable
 
 ITEM_FEATURE = "item_id"
 
 
 @dataclass(frozen=True)
-class _Movable(Pipelineable):
+class _Movable:
     def to(self, device: torch.device, non_blocking: bool = False):
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if isinstance(value, Tensor | KeyedJaggedTensor):
                 moved[name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor | KeyedJaggedTensor):
-                value.record_stream(stream)
 
 
 @dataclass(frozen=True)

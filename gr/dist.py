@@ -58,6 +58,15 @@ class World:
         dist.all_gather_single(out, padded)
         return [row[:length] for row, length in zip(out.view(self.size, -1), lengths, strict=True)]
 
+    def from_main(self, text: str) -> str:
+        """The main rank's `text`, on every rank: for what one rank has to decide, such as what is on disk."""
+        letters = torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
+        return bytes(self.all_gather_variable(letters)[0].tolist()).decode()
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank. Every rank must call it."""
+        return self.all_reduce_sum([float(here)])[0] > 0
+
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
     """The device of this process. Raises ConfigError when cuda is asked for and there is none."""

@@ -3,7 +3,9 @@
 schema -> model on meta -> plan -> shard tables -> replicate dense -> fill or load -> train module -> loader -> trainer
 """
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +18,13 @@ from torchrec.distributed.types import ShardingPlan
 
 from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
 from gr.checkpoint.layout import CONFIG, write_json
-from gr.config import dump_config
+from gr.config import differences, dump_config, load_config
 from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
-from gr.errors import ConfigError, DataError
+from gr.errors import CheckpointError, ConfigError, DataError
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
@@ -92,20 +94,9 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     """
     run_dir = Path(config.run_dir)
     built = build(config, world)
-    corpus_ids, corpus_counts = built.train_data.corpus()
-    sampler = CandidateSampler(config.task, corpus_ids, corpus_counts, config.seed)
+    sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
     module = TrainModule(built.model, sampler, config, world)
-    config_yaml = dump_config(config)
-    if world.is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / CONFIG).write_text(config_yaml)
-        except OSError as error:
-            raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
-    store = CheckpointStore(
-        run_dir / "checkpoints", state, config_yaml, world, asynchronous=config.checkpoint.asynchronous
-    )
     loader = TrainLoader(
         built.train_data,
         config.data,
@@ -114,31 +105,62 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
         rank=world.rank,
         world_size=world.size,
     )
-    writer = MetricsWriter(run_dir) if world.is_main else None
+    with closing(loader), _locked(run_dir, world):
+        step = _resume(config, state, loader, world)
+        config_yaml = dump_config(config)
+        store = CheckpointStore(
+            run_dir / "checkpoints", state, config_yaml, world, asynchronous=config.checkpoint.asynchronous
+        )
+        if world.is_main:
+            (run_dir / CONFIG).write_text(config_yaml)
+        with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
+            trainer = Trainer(module, loader, _callbacks(built, store, writer), world, steps=config.trainer.steps)
+            trainer.step = step
+            trainer.run()
+            if trainer.stopped and trainer.step < trainer.steps:
+                log.info("stopped after step %d; the same command resumes there", trainer.step)
+                return None
+            return _final_report(built, state, loader.counters(), writer)
+
+
+@contextmanager
+def _locked(run_dir: Path, world: World) -> Iterator[None]:
+    """Makes run_dir, and keeps a second run out of it. Raises ConfigError."""
+    if not world.is_main:
+        yield
+        return
     try:
-        trainer = Trainer(module, loader, _callbacks(built, store, writer), world, steps=config.trainer.steps)
-        trainer.step = _resume(config, state, loader)
-        trainer.run()
-        if trainer.stopped and trainer.step < trainer.steps:
-            log.info("stopped after step %d; the same command resumes there", trainer.step)
-            return None
-        return final_report(built, store.folder, state, writer)
-    finally:
-        loader.close()
-        if writer is not None:
-            writer.close()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run_dir={run_dir} is in use by another run: stop it, or set another one") from error
+        yield
 
 
-def _resume(config: ExperimentConfig, state: ModelState, loader: TrainLoader) -> int:
+def _resume(config: ExperimentConfig, state: ModelState, loader: TrainLoader, world: World) -> int:
     """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns the steps done."""
-    path = CheckpointFolder(Path(config.run_dir) / "checkpoints").latest()
-    if path is None and config.checkpoint.load_from:
+    path = CheckpointFolder(Path(config.run_dir) / "checkpoints").latest() if world.is_main else None
+    if path is None and config.checkpoint.load_from and world.is_main:
         path = resolve(config.checkpoint.load_from)
-    if path is None:
+    chosen = world.from_main(str(path or ""))
+    if not chosen:
         return 0
-    progress = load_state(path, state)
+    saved = load_config(Path(chosen) / CONFIG)
+    if saved.data.train_holdout != config.data.train_holdout:
+        raise CheckpointError(
+            f"{chosen} was trained with data.train_holdout={saved.data.train_holdout}, not "
+            f"{config.data.train_holdout}: other targets are held out. Use another run_dir"
+        )
+    progress = load_state(Path(chosen), state, world)
     loader.load_state_dict(progress["data"])
-    log.info("resumed from %s", path)
+    log.info("resumed from %s", chosen)
+    for name, (before, now) in differences(saved, config).items():
+        log.info("  %s: %s there, %s now", name, before, now)
     return progress["step"]
 
 
@@ -176,29 +198,38 @@ def evaluate_ranks(built: Built, split: Split) -> np.ndarray:
     return user_ranks(built.inner, batches, corpus, built.world)
 
 
-def final_report(
-    built: Built, folder: CheckpointFolder, state: ModelState, writer: MetricsWriter | None
+def _final_report(
+    built: Built, state: ModelState, counters: Mapping[str, int], writer: MetricsWriter | None
 ) -> dict[str, Any]:
     """Test metrics of the best checkpoint by validation, or of the last where there was none, beside the baselines."""
-    path = resolve(folder.path)
-    step = load_state(path, state)["step"]
+    run_dir, world = Path(built.config.run_dir), built.world
+    path = Path(world.from_main(str(resolve(run_dir)) if world.is_main else ""))
+    step = load_state(path, state, world)["step"]
     ranks = evaluate_ranks(built, "test")
-    metrics = retrieval_metrics(ranks)
-    report = {
-        "checkpoint": str(path),
+    counted = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
+    report = _report(built, path, step, "test", ranks) | {"training_data": counted}
+    if writer is not None:
+        writer.write(step, "test", report["model"])
+        np.save(run_dir / "test-ranks.npy", ranks)
+        # Before the baselines, which may take long on a large corpus.
+        write_json(run_dir / "report.json", report)
+        report["baselines"] = baseline_metrics(built, "test")
+        write_json(run_dir / "report.json", report)
+        if bad := counted["bad_rows"]:
+            log.warning("data.on_bad_row=skip emptied %d bad rows; see training_data in report.json", bad)
+    return report
+
+
+def _report(built: Built, checkpoint: Path, step: int, split: Split, ranks: np.ndarray) -> dict[str, Any]:
+    return {
+        "checkpoint": str(checkpoint),
         "step": step,
-        "split": "test",
+        "split": split,
         "filter_seen": built.config.evaluation.filter_seen,
         "users": len(ranks),
-        "model": metrics,
-        "baselines": baseline_metrics(built, "test"),
+        "model": retrieval_metrics(ranks),
+        "baselines": {},
     }
-    if writer is not None:
-        run_dir = Path(built.config.run_dir)
-        writer.write(step, "test", metrics)
-        np.save(run_dir / "test-ranks.npy", ranks)
-        write_json(run_dir / "report.json", report)
-    return report
 
 
 def baseline_metrics(built: Built, split: Split) -> Mapping[str, Mapping[str, float]]:
@@ -220,20 +251,20 @@ def baseline_metrics(built: Built, split: Split) -> Mapping[str, Mapping[str, fl
 
 
 def evaluate(config: ExperimentConfig, checkpoint: Path, world: World, split: Split) -> dict[str, Any]:
-    """Metrics of a checkpoint on one split, from the checkpoint and the data alone."""
+    """Metrics of a checkpoint on one split, from the checkpoint and the data alone.
+
+    Raises ConfigError when the split's targets were trained on.
+    """
+    if config.evaluates_training_users and config.data.train_holdout < TARGET_FROM_END[split]:
+        raise ConfigError(
+            f"the {split} targets were trained on (data.train_holdout={config.data.train_holdout}): evaluate the test "
+            "split, or other users with evaluation.path"
+        )
     built = build(config, world)
     state = ModelState(dense_parameters(built.model), None, TableOptimizer(built.model, config.embeddings.optimizer))
-    progress = load_state(checkpoint, state)
-    ranks = evaluate_ranks(built, split)
-    return {
-        "checkpoint": str(checkpoint),
-        "step": progress["step"],
-        "split": split,
-        "filter_seen": config.evaluation.filter_seen,
-        "users": len(ranks),
-        "model": retrieval_metrics(ranks),
-        "baselines": baseline_metrics(built, split),
-    }
+    step = load_state(checkpoint, state, world)["step"]
+    report = _report(built, checkpoint, step, split, evaluate_ranks(built, split))
+    return report | {"baselines": baseline_metrics(built, split)}
 
 
 def uses_time(config: ExperimentConfig) -> bool:
@@ -261,4 +292,7 @@ def check_world(config: ExperimentConfig, world_size: int) -> None:
         ("evaluation.global_batch_size", config.evaluation.global_batch_size),
     ):
         if value % world_size:
-            raise ConfigError(f"{name}={value} is not divisible by the {world_size} ranks of this run")
+            raise ConfigError(
+                f"{name}={value} is not divisible by the {world_size} ranks of this run: use a number of ranks that "
+                f"divides it, or set {name} to a multiple of {world_size}"
+            )

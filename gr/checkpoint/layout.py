@@ -8,6 +8,7 @@ A folder gets its final name by one rename, after every rank has written.
 """
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ class CheckpointFolder:
         final = self.final(step)
         if final.exists():
             shutil.rmtree(final)
+        _sync_folder(self.partial(step))
         self.partial(step).rename(final)
+        _sync_folder(self.path)
 
     def prune(self, keep_last: int) -> None:
         """Removes all but the newest `keep_last` and the best."""
@@ -79,8 +82,20 @@ class CheckpointFolder:
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` at once, so that a reader never sees half of it."""
     draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(value, indent=2) + "\n")
+    with draft.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes names in a folder survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def resolve(path: str | Path) -> Path:

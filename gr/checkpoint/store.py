@@ -80,7 +80,7 @@ class CheckpointStore:
         self.finish()
         step = progress["step"]
         tensors = _tensors(self.state)
-        if self.world.all_reduce_sum([float(not _all_finite(tensors))])[0]:
+        if self.world.any(not _all_finite(tensors)):
             raise CheckpointError(
                 f"weights are not finite after step {step}: not saved; {self.folder.describe_latest()}"
             )
@@ -112,6 +112,12 @@ class CheckpointStore:
         if self.failure is not None:
             raise CheckpointError(f"saving in the background failed: {self.failure}") from self.failure
 
+    def best_value(self, metric: str) -> float:
+        """The best value of `metric` so far, on every rank; minus infinity where another metric chose, or none did."""
+        best = self.folder.best() or {"step": None, "metric": None, "value": None}
+        known = best["metric"] == metric and best["step"] in self.folder.steps()
+        return float(self.world.from_main(str(best["value"] if known else float("-inf"))))
+
     def mark_best(self, step: int, metric: str, value: float) -> None:
         """Marks a saved step as the best so far, on every rank's return."""
         self.finish()
@@ -132,13 +138,16 @@ class CheckpointStore:
             self.folder.prune(keep_last)
 
 
-def load_state(path: Path, state: ModelState) -> dict[str, Any]:
+def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     """Loads a checkpoint into the live tensors, under whatever plan and world size; returns its progress.
 
-    Raises CheckpointError naming both shapes where a tensor does not fit, and for a checkpoint that cannot be read.
+    Raises CheckpointError naming both shapes where a tensor does not fit, for an optimizer state that the model has no
+    use for, and for a checkpoint that cannot be read; on every rank, whichever found the fault.
     """
     try:
         progress = json.loads((path / PROGRESS).read_text())
+        if not {"step", "data"} <= progress.keys():
+            raise ValueError(f"{PROGRESS} has no step or no data")
         saved = dcp.FileSystemReader(path).read_metadata()
     except Exception as error:  # damaged metadata fails in as many ways as it can be damaged
         raise CheckpointError(
@@ -146,14 +155,19 @@ def load_state(path: Path, state: ModelState) -> dict[str, Any]:
         ) from error
     wanted = _tensors(state)
     resharded = _rowwise_of_other_columns(saved, state)
-    _check_shapes(path, saved, wanted, skip=resharded)
+    faults = _misfits(saved, wanted, skip=resharded)
+    if world.any(bool(faults)):
+        raise CheckpointError(
+            f"{path} is of another model:\n  " + "\n  ".join(faults or ["another rank says which tensors"]) + "\n"
+            "use another run_dir, or the configuration saved in the checkpoint (config.yaml)"
+        )
     for name in resharded:
         wanted["tables"].pop(name)
     fulls = {name: torch.empty(size) for name, size in resharded.items()}
     try:
         dcp.load(wanted, checkpoint_id=path)
-        if fulls:
-            dcp.load({"tables": fulls}, checkpoint_id=path)
+        if fulls:  # not on every rank, so without collectives
+            dcp.load({"tables": fulls}, checkpoint_id=path, no_dist=True)
     except dcp.CheckpointException as error:
         fault = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
@@ -204,7 +218,8 @@ def _rowwise_of_other_columns(saved: Metadata, state: ModelState) -> dict[str, t
     return found
 
 
-def _check_shapes(path: Path, saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> None:
+def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:
+    """What of the model the checkpoint has in another shape or not at all, and table states that would be dropped."""
     faults = []
     for group, tensors in wanted.items():
         for name, tensor in tensors.items():
@@ -213,11 +228,12 @@ def _check_shapes(path: Path, saved: Metadata, wanted: dict[str, dict[str, Any]]
                 faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint has none")
             elif size != tensor.size() and name not in skip:
                 faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {tuple(size)}")
-    if faults:
-        raise CheckpointError(
-            f"{path} is of another model:\n  " + "\n  ".join(faults) + "\n"
-            "use another run_dir, or the configuration saved in the checkpoint (config.yaml)"
-        )
+    here = {name.split(".")[0] for name in wanted["tables"]}
+    for name in saved.state_dict_metadata:
+        group, _, tensor_name = name.partition(".")
+        if group == "tables" and tensor_name.split(".")[0] in here and tensor_name not in wanted["tables"]:
+            faults.append(f"tables {tensor_name}: the checkpoint has it, the optimizer of the tables has none")
+    return faults
 
 
 def _saved_size(saved: Metadata, name: str) -> torch.Size | None:

@@ -27,8 +27,7 @@ RANKS = 2
 @click.option("--folder", default="runs/smoke", show_default=True, help="Its data/, train/ and resumed/ are replaced.")
 def command(config: str, folder: str) -> None:
     began, root = time.monotonic(), Path(folder)
-    for name in ("data", "train", "resumed"):
-        shutil.rmtree(root / name, ignore_errors=True)
+    _clear(root)
     paths = [f"data.path={root}/data/train", f"evaluation.path={root}/data/test"]
     loaded = load_config(config, paths)
     gr = [sys.executable, "-m", "gr"]
@@ -42,6 +41,15 @@ def command(config: str, folder: str) -> None:
     resume = [f"run_dir={root}/resumed", f"checkpoint.load_from={middle}"]
     _run(f"resume on 1 rank from step {resumed_at}", [*gr, "train", config, *paths, *resume])
     _judge(root, resumed_at, time.monotonic() - began)
+
+
+def _clear(root: Path) -> None:
+    """Removes what an earlier smoke run left, and refuses a folder that holds anything else."""
+    ours = {"data", "train", "resumed"}
+    if strangers := sorted(p.name for p in root.iterdir() if p.name not in ours) if root.is_dir() else []:
+        raise GRError(f"smoke: {root} holds {strangers[0]}, which is not of a smoke run: choose another --folder")
+    for name in ours:
+        shutil.rmtree(root / name, ignore_errors=True)
 
 
 def _stream(length: int) -> list[str]:

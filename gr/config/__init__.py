@@ -1,6 +1,7 @@
-"""An experiment's configuration: the typed tree (tree), and reading, writing and describing it (load)."""
+"""An experiment's configuration: its typed tree; reading and writing it (load); comparing two (compare)."""
 
+from gr.config.compare import differences
 from gr.config.load import dump_config, json_schema, load_config
 from gr.config.tree import ExperimentConfig
 
-__all__ = ["ExperimentConfig", "dump_config", "json_schema", "load_config"]
+__all__ = ["ExperimentConfig", "differences", "dump_config", "json_schema", "load_config"]

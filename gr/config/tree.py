@@ -3,6 +3,7 @@
 Every field is a path a user can write in YAML or override on the command line (`model.tower.layers=8`).
 """
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -44,7 +45,9 @@ class HSTUConfig(Section):
         "constant",
         description="What SiLU attention is divided by: divisor_value, data.max_length, or the sequence's own length.",
     )
-    divisor_value: PositiveFloat = Field(211.0, description="Used when divisor is constant.")
+    divisor_value: PositiveFloat | None = Field(
+        None, description="Used when divisor is constant; unset: data.max_length + 11, as the published code has it."
+    )
     concat_ua: bool = Field(False, description="Feed [u, a, u*a] to the output projection instead of u*a.")
     position_bias: bool = True
     time_bias: bool = False
@@ -199,7 +202,9 @@ class TrainerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt | None = Field(None, description="Steps; unset saves at evaluations and at the end.")
+    every: PositiveInt | None = Field(
+        1000, description="Steps between checkpoints; null saves at evaluations and at the end only."
+    )
     keep_last: PositiveInt = 2
     asynchronous: bool = False
     load_from: str | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
@@ -219,7 +224,7 @@ class EvaluationConfig(Section):
 
 class ExperimentConfig(Section):
     run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
-    seed: NonNegativeInt = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -243,10 +248,16 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _targets_are_held_out(self):
         needed = 2 if self.evaluation.every else 1
-        if self.evaluation.path is None and self.data.train_holdout < needed:
+        if self.evaluates_training_users and self.data.train_holdout < needed:
             raise ValueError(
                 f"data.train_holdout={self.data.train_holdout} trains on what is evaluated: set it to {needed}"
                 + (", or unset evaluation.every (validation)" if needed == 2 else "")
                 + ", or evaluate on other users with evaluation.path"
             )
         return self
+
+    @property
+    def evaluates_training_users(self) -> bool:
+        """Whether evaluation reads the users that training reads, so that their targets must be held out."""
+        path = self.evaluation.path
+        return path is None or os.path.realpath(path) == os.path.realpath(self.data.path)

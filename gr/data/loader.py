@@ -100,7 +100,6 @@ class TrainLoader:
         self._error: BaseException | None = None
         self._closed = False
         self.wait_seconds = 0.0
-        self.last_wait_seconds = 0.0
 
     def __iter__(self) -> Self:
         return self
@@ -115,8 +114,7 @@ class TrainLoader:
         if self._thread is None:
             self._start()
         got = self._queue.get()
-        self.last_wait_seconds = time.perf_counter() - started
-        self.wait_seconds += self.last_wait_seconds
+        self.wait_seconds += time.perf_counter() - started
         if isinstance(got, BaseException):
             self._error = got
             self._stop_thread()
@@ -169,6 +167,7 @@ class TrainLoader:
 
     def _identity(self) -> dict[str, int]:
         layout = np.asarray(self._dataset.row_counts, dtype=np.int64).tobytes()
+        schema = self._dataset.schema.model_dump_json().encode()
         order = self._order
         return {
             "lanes": order.lanes,
@@ -176,6 +175,7 @@ class TrainLoader:
             "shuffle": int(order.shuffle),
             "rows": order.rows,
             "row_groups": zlib.crc32(layout),
+            "schema": zlib.crc32(schema),
         }
 
     def _tell(self, counts: Counts) -> None:

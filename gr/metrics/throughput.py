@@ -1,24 +1,24 @@
-"""Examples and tokens a second, over the time since the last reading."""
+"""Examples and tokens a second, over the time that steps took."""
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass
 class Throughput:
-    """Counts the examples and tokens of all ranks; read() gives rates over wall time and starts anew."""
+    """Adds up the examples and tokens of all ranks; read() gives rates and starts anew."""
 
     examples: int = 0
     tokens: int = 0
-    since: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
 
-    def add(self, examples: int, tokens: int) -> None:
+    def add(self, examples: int, tokens: int, seconds: float) -> None:
         self.examples += examples
         self.tokens += tokens
+        self.seconds += seconds
 
     def read(self) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = max(now - self.since, 1e-9)
+        """Rates since the last reading; the time between steps (evaluation, checkpoints) is not in them."""
+        seconds = max(self.seconds, 1e-9)
         rates = {"examples_per_second": self.examples / seconds, "tokens_per_second": self.tokens / seconds}
-        self.examples, self.tokens, self.since = 0, 0, now
+        self.examples, self.tokens, self.seconds = 0, 0, 0.0
         return rates

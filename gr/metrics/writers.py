@@ -11,10 +11,13 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricsWriter:
     """Writes each record to run_dir/metrics.jsonl and run_dir/tensorboard."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, steps_done: int = 0) -> None:
+        """steps_done: what a killed run wrote of later steps is dropped, since they will be run again."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        path = run_dir / "metrics.jsonl"
+        _drop_after(path, steps_done)
+        self._lines = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """kind: train, validation or test; it prefixes the names in TensorBoard."""
@@ -25,3 +28,14 @@ class MetricsWriter:
     def close(self) -> None:
         self._lines.close()
         self._board.close()
+
+
+def _drop_after(path: Path, steps_done: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
+    if len(kept) < len(lines):
+        draft = path.with_name(f".{path.name}")
+        draft.write_text("".join(kept))
+        draft.replace(path)

@@ -20,6 +20,8 @@ from gr.config.tree import (
 from gr.dist import World
 from gr.errors import DataError
 
+# Up to here looking up the whole corpus costs less than finding the distinct items of a step.
+SMALL_CORPUS = 1 << 16
 # Philox gives four 64-bit draws for each value of its counter.
 DRAWS_PER_COUNTER = 4
 
@@ -31,7 +33,7 @@ class Candidates:
     ids_K: int64, distinct. positive_T: int64, index into ids_K of each position's target.
     negative_TS: int64, index into ids_K of each position's own negatives; None when all K items are compared with.
     shared_S: int64, index into ids_K of the negatives that all positions share, or None.
-    log_q_K: float, log of the probability that an item is a candidate, or None for a uniform draw.
+    log_q_K: float, log of the probability that an item is among the candidates, or None for a uniform draw.
     """
 
     ids_K: Tensor
@@ -52,7 +54,7 @@ class CandidateSampler:
         self.seed = seed
         self.corpus_C = torch.tensor(corpus_ids, dtype=torch.int64)
         frequency = np.maximum(corpus_counts, 1).astype(np.float64)
-        self.log_q_C = torch.from_numpy(np.log(frequency / frequency.sum())).float()
+        self.frequency_C = torch.from_numpy(frequency / frequency.sum())
 
     def draw(self, batch: SequenceBatch, step: int, world: World, tokens_before: int) -> Candidates:
         """Candidates of one step. `tokens_before` counts the tokens of lower ranks in this global batch."""
@@ -72,7 +74,7 @@ class CandidateSampler:
         T, C = len(targets_T), len(self.corpus_C)
         drawn_TS = uniform_integers((self.seed, 2 * step), C, start=tokens_before * count, count=T * count)
         drawn_TS = drawn_TS.view(T, count)
-        if C <= T * (count + 1):
+        if C <= SMALL_CORPUS:
             return Candidates(self.corpus_C, self._corpus_index(targets_T), drawn_TS)
         both = torch.cat([self._corpus_index(targets_T)[:, None], drawn_TS], dim=1)
         distinct_K, index = both.unique(return_inverse=True)
@@ -85,11 +87,14 @@ class CandidateSampler:
 
     def _in_batch(self, targets_T: Tensor, world: World) -> Candidates:
         # Gathered on the device of the process group, which for NCCL is not the CPU.
-        everyone = torch.cat(world.all_gather_variable(targets_T.to(world.device))).unique().cpu()
+        everyone = torch.cat(world.all_gather_variable(targets_T.to(world.device))).cpu()
         if not len(everyone):  # no example of the global batch has a target; the softmax still needs an item
             everyone = self.corpus_C[:1]
-        corpus_index_K = self._corpus_index(everyone)
-        return Candidates(everyone, torch.searchsorted(everyone, targets_T), log_q_K=self.log_q_C[corpus_index_K])
+        distinct_K = everyone.unique()
+        # An item stands once among the candidates, however often it was drawn: Q is the probability of at least once.
+        drawn = torch.log1p(-self.frequency_C[self._corpus_index(distinct_K)]) * len(everyone)
+        log_q_K = torch.log(-torch.expm1(drawn)).float()
+        return Candidates(distinct_K, torch.searchsorted(distinct_K, targets_T), log_q_K=log_q_K)
 
     def _corpus_index(self, ids: Tensor) -> Tensor:
         index = torch.searchsorted(self.corpus_C, ids).clamp_(max=len(self.corpus_C) - 1)

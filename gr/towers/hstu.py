@@ -15,6 +15,8 @@ from gr.sequence import JaggedSequence
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
+# gr_output_length of the published configurations, which divide by max_length + 10 + 1.
+GENERATED_LENGTH = 10
 
 
 class HSTU(nn.Module):
@@ -49,7 +51,7 @@ class HSTU(nn.Module):
     def _divisor(self, sequence: JaggedSequence) -> float | Tensor:
         match self.config.divisor:
             case "constant":
-                return self.config.divisor_value
+                return self.config.divisor_value or sequence.max_length + GENERATED_LENGTH + 1
             case "max_len":
                 return float(sequence.max_length)
             case "actual_len":

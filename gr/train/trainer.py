@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from gr.dist import World
-from gr.errors import TrainingError
+from gr.errors import DataError, TrainingError
 from gr.logging import get_logger
 from gr.train.module import StepLoss, TrainModule
 
@@ -18,12 +19,16 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats a token over the global batch. wait: seconds this rank stood still for its batch."""
+    """loss: mean nats a token over the global batch. wait: seconds this rank stood still for its batch.
+
+    seconds: of the step, with the wait and without the callbacks.
+    """
 
     loss: float
     examples: int
     tokens: int
     wait: float
+    seconds: float
 
 
 class Callback:
@@ -78,7 +83,7 @@ class Trainer:
                 callback.on_end(self)
 
     def _one_step(self) -> StepResult:
-        waited = self.loader.wait_seconds
+        began, waited = time.perf_counter(), self.loader.wait_seconds
         batch = next(self.loader)
         waited = self.loader.wait_seconds - waited
         batch = batch.to(self.world.device)
@@ -86,10 +91,16 @@ class Trainer:
         # One collective a step: the global loss, and whether any rank was asked to stop after this step.
         total, stop = self.world.all_reduce_sum([loss.total, float(self._stop_requested)])
         self.stopped = stop > 0
+        if not loss.tokens:
+            raise DataError(
+                f"step {self.step}: none of its {loss.examples} examples has a target; are the histories shorter than "
+                f"data.train_holdout={self.module.config.data.train_holdout} allows?"
+            )
         if not math.isfinite(total):
             self._refuse(loss, batch.first_example)
         self.module.backward(loss, self.step)
-        return StepResult(total / max(1, loss.tokens), loss.examples, loss.tokens, waited)
+        seconds = time.perf_counter() - began
+        return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds)
 
     def _refuse(self, loss: StepLoss, first_example: int) -> None:
         raise TrainingError(

@@ -24,9 +24,9 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 
 STEPS = 6
-LOSS, WEIGHT = 2e-5, 2e-5  # absolute; losses are about 4, weights about 0.1
+LOSS, WEIGHT = 2e-5, 2e-5  # absolute; losses are 3 to 17 nats, weights about 0.1
 SHARDING = ("table_wise", "row_wise", "column_wise", "data_parallel")
-OPTIMIZERS = {"sgd": 0.5, "adagrad": 0.05, "rowwise_adagrad": 0.05, "adam": 0.01, "partial_rowwise_adam": 0.01}
+OPTIMIZERS = {"sgd": 0.02, "adagrad": 0.05, "rowwise_adagrad": 0.05, "adam": 0.01, "partial_rowwise_adam": 0.01}
 
 
 @dataclass

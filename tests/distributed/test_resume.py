@@ -105,7 +105,10 @@ def test_any_plan_loads_into_any_other(data, tmp_path, saved_on_two, saved, load
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "partial_rowwise_adam"])
-@pytest.mark.parametrize(("saved", "loaded"), [("row_wise", "column_wise"), ("column_wise", "row_wise")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("row_wise", "column_wise"), ("column_wise", "row_wise"), ("column_wise", "table_wise")],
+)
 def test_rowwise_state_is_converted_between_column_shards(data, tmp_path, optimizer, saved, loaded):
     """The state of the column shards is averaged or repeated, so training goes on, if not with the same numbers."""
     full = tmp_path / "full"
@@ -128,6 +131,24 @@ def test_evaluation_is_equal_on_1_2_and_4_ranks(data, saved_on_two):
     assert reports[0]["model"] == reports[1]["model"] == reports[2]["model"]
     assert reports[0]["users"] == reports[2]["users"] > 80
     assert np.isfinite(reports[0]["model"]["mrr"])
+
+
+def test_another_table_optimizer_is_refused_on_every_rank(data, tmp_path, saved_on_two):
+    """Table-wise: one rank holds the table and sees the fault, the other must not go on alone."""
+    part = resumed_from_half(saved_on_two["table_wise"], tmp_path / "part")
+    config = without_dropout(configured(data, part, sharding="table_wise", optimizer="sgd"))
+    with pytest.raises(RankError, match=r"tables item_id\.exp_avg: the checkpoint has it"):
+        run_ranks(run, 1, config)
+    with pytest.raises(RankError, match=r"is of another model:"):
+        run_ranks(run, 2, config)
+
+
+def test_other_held_out_targets_are_refused(data, tmp_path, saved_on_two):
+    part = resumed_from_half(saved_on_two["row_wise"], tmp_path / "part")
+    config = without_dropout(configured(data, part))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train_holdout": 1})})
+    with pytest.raises(RankError, match=r"was trained with data\.train_holdout=2, not 1"):
+        run_ranks(run, 1, config)
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(data, tmp_path, saved_on_two):

@@ -18,7 +18,7 @@ import torchrec  # noqa: F401  imported before the fork, so that no rank pays fo
 
 from gr.dist import World
 
-WALL_SECONDS = 120
+WALL_SECONDS = 600  # a hang is found by the process group long before
 
 
 class RankError(AssertionError):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import DataError
-from gr.schema import FORMAT_VERSION, ITEMS_FILE, DataSchema
+from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema
 
 ROWS_PER_GROUP = 512
 GROUPS_PER_PART = 128
@@ -41,6 +41,8 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
     """
     if out.exists() and not force:
         raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
+    if out.exists() and not _is_replaceable(out):
+        raise DataError(f"{out}: is no data folder, so --force does not replace it; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     temporary.chmod(0o755)
@@ -55,6 +57,11 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
             temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_replaceable(out: Path) -> bool:
+    """Whether `out` is an empty folder, a data folder, or the folder of a stream (train/, test/)."""
+    return out.is_dir() and (not any(out.iterdir()) or any((out / p / SCHEMA_FILE).is_file() for p in (".", "train")))
 
 
 class FolderWriter:

@@ -12,7 +12,7 @@ class Checkpointing(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """A finished run that is started again has nothing to save."""
-        if trainer.step in self.store.folder.steps():
+        if trainer.world.any(trainer.world.is_main and trainer.step in self.store.folder.steps()):
             self.saved_step = trainer.step
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:

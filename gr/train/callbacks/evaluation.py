@@ -11,7 +11,7 @@ log = get_logger(__name__)
 
 
 class Evaluation(Callback):
-    """Runs `evaluate` every `every` steps and at the end; a new best is saved and marked, so it outlives pruning."""
+    """Runs `evaluate` every `every` steps and at the end, and saves; a new best is marked, so it outlives pruning."""
 
     def __init__(
         self,
@@ -24,8 +24,7 @@ class Evaluation(Callback):
     ) -> None:
         self.evaluate, self.checkpointing, self.writer = evaluate, checkpointing, writer
         self.every, self.select_by = every, select_by
-        best = checkpointing.store.folder.best()
-        self.best = best["value"] if best else float("-inf")
+        self.best = checkpointing.store.best_value(select_by)
 
     def on_start(self, trainer: Trainer) -> None:
         """The untrained model, as the point to compare with."""
@@ -36,9 +35,9 @@ class Evaluation(Callback):
         if trainer.step % self.every and trainer.step != trainer.steps:
             return
         value = self._measure(trainer)[self.select_by]
+        self.checkpointing.save(trainer)
         if value > self.best:
             self.best = value
-            self.checkpointing.save(trainer)
             self.checkpointing.store.mark_best(trainer.step, self.select_by, value)
 
     def _measure(self, trainer: Trainer) -> Mapping[str, float]:

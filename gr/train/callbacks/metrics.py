@@ -14,7 +14,7 @@ log = get_logger(__name__)
 
 
 class Metrics(Callback):
-    """Writes loss, rates and learning rate every `every` steps, on the main rank."""
+    """Writes loss, rates and learning rate every `every` steps, on the main rank, and what the loader counted."""
 
     def __init__(self, writer: MetricsWriter | None, every: int) -> None:
         """writer: None on all ranks but the main one, which then only count nothing and write nothing."""
@@ -24,14 +24,13 @@ class Metrics(Callback):
         self.bar: tqdm | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        self.throughput = Throughput()
         if self.writer is not None and sys.stderr.isatty():
             self.bar = tqdm(total=trainer.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if self.writer is None:
             return
-        self.throughput.add(result.examples, result.tokens)
+        self.throughput.add(result.examples, result.tokens, result.seconds)
         self.loss_sum += result.loss
         self.wait += result.wait
         self.losses += 1

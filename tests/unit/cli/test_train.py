@@ -23,6 +23,7 @@ def test_a_run(config: str, run_dir: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "step 4/4  loss " in shown.err and "ETA 00:00" in shown.err
     assert "test split, " in shown.out and f"checkpoint: {run_dir}/checkpoints/step-00000004 (step 4)" in shown.out
     assert sorted(path.name for path in run_dir.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
@@ -61,9 +62,9 @@ def test_a_world_size_that_does_not_divide(refused: Refused, config: str, monkey
         yield World(0, 3, 0, 3, torch.device("cpu"))
 
     monkeypatch.setattr("gr.dist.world", of_three)
-    assert refused("train", config) == "data.lanes=4 is not divisible by the 3 ranks of this run"
+    assert refused("train", config).startswith("data.lanes=4 is not divisible by the 3 ranks of this run: use a number")
     said = refused("train", config, "data.lanes=6", "trainer.global_batch_size=12")
-    assert said == "evaluation.global_batch_size=16 is not divisible by the 3 ranks of this run"
+    assert said.startswith("evaluation.global_batch_size=16 is not divisible by the 3 ranks of this run: use a number")
 
 
 def test_a_gpu_that_is_not_there(refused: Refused, config: str, monkeypatch: pytest.MonkeyPatch) -> None:

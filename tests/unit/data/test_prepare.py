@@ -119,7 +119,7 @@ def test_download(tmp_path: Path) -> None:
 
 def test_existing_out_is_refused_unless_forced(tmp_path: Path) -> None:
     raw = put(tmp_path / "raw", OFFICIAL["movielens-1m"])
-    put(tmp_path / "out", {"precious": b"x"})
+    put(tmp_path / "out", {"precious": b"x", "schema.json": b"{}"})
     failed = prepare("movielens-1m", raw, tmp_path / "out")
     assert isinstance(failed.exception, DataError) and "--force" in str(failed.exception)
     assert (tmp_path / "out" / "precious").exists()
@@ -130,6 +130,14 @@ def test_existing_out_is_refused_unless_forced(tmp_path: Path) -> None:
     assert prepare("movielens-1m", raw, tmp_path / "out", "--force").exit_code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
     assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_force_replaces_data_folders_only(tmp_path: Path) -> None:
+    raw = put(tmp_path / "raw", OFFICIAL["movielens-1m"])
+    put(tmp_path / "thesis", {"chapter1.tex": b"x"})
+    failed = prepare("movielens-1m", raw, tmp_path / "thesis", "--force")
+    assert isinstance(failed.exception, DataError) and "is no data folder" in str(failed.exception)
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,22 @@ def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_resumed_run_appends(tmp_path: Path) -> None:
-    for step in (1, 2):
+def test_a_resumed_run_appends_and_drops_what_it_will_run_again(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, "train", {"loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "ki')  # as a kill may leave it
+    writer = MetricsWriter(tmp_path, steps_done=2)
+    writer.write(3, "train", {"loss": 9.0})
+    writer.close()
+    assert [(record["step"], record["loss"]) for record in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+
+
+def test_a_run_from_the_start_starts_its_metrics_anew(tmp_path: Path) -> None:
+    for _ in range(2):
         writer = MetricsWriter(tmp_path)
-        writer.write(step, "train", {"loss": 1.0})
+        writer.write(1, "train", {"loss": 1.0})
         writer.close()
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+    assert [record["step"] for record in lines(tmp_path)] == [1]

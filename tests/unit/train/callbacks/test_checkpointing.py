@@ -17,7 +17,7 @@ from gr.dist import World
 from gr.train.callbacks import Checkpointing, Evaluation
 from gr.train.trainer import StepResult
 
-RESULT = StepResult(1.0, 1, 1, 0.0)
+RESULT = StepResult(1.0, 1, 1, 0.0, 1.0)
 
 
 class NoTables:
@@ -132,4 +132,4 @@ class TestEvaluation:
 
     def test_only_the_main_rank_writes(self, tmp_path: Path, alone: World) -> None:
         store, _ = self.run(tmp_path, replace(alone, rank=1), [0.05, 0.1, 0.3, 0.2, 0.25])
-        assert store.folder.best() is None and store.folder.steps() == [] and store.saved == [2, 4, 7]
+        assert store.folder.best() is None and store.folder.steps() == [] and store.saved == [2, 4, 6, 7]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from gr.metrics.throughput import Throughput
 from gr.train.callbacks import Metrics, metrics
 from gr.train.trainer import StepResult
 
@@ -21,12 +20,9 @@ class Writer:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Log lines, and a clock on which every reading is 2 seconds after the one before."""
+    """Log lines."""
     said: list[str] = []
     monkeypatch.setattr(metrics.log, "info", lambda message, *values: said.append(message % values))
-    seconds = iter(range(0, 10_000, 2))
-    monkeypatch.setattr("gr.metrics.throughput.time.perf_counter", lambda: float(next(seconds)))
-    monkeypatch.setattr(metrics, "Throughput", lambda: Throughput(since=float(next(seconds))))
     return said
 
 
@@ -35,12 +31,11 @@ def run(writer: Writer | None, *, steps: int = 5, every: int = 2, stop_at: int |
     module = SimpleNamespace(learning_rate=0.5, config=config)
     trainer: Any = SimpleNamespace(step=done, steps=steps, stopped=False, module=module)
     callback = Metrics(writer, every)  # type: ignore[arg-type]
-    callback.throughput = SimpleNamespace()  # what was counted before the start must not count
     callback.on_start(trainer)
     while trainer.step < steps and not trainer.stopped:
         trainer.step += 1
         trainer.stopped = trainer.step == stop_at
-        callback.on_step(trainer, StepResult(float(trainer.step), examples=10, tokens=40, wait=0.25))
+        callback.on_step(trainer, StepResult(float(trainer.step), examples=10, tokens=40, wait=0.25, seconds=1.0))
     callback.on_end(trainer)
     return callback
 
@@ -52,7 +47,7 @@ def test_means_and_sums_over_the_steps_since_the_last_line(lines: list[str]) -> 
     assert writer.records == [
         (2, "train", {**rates, "loss": 1.5}),
         (4, "train", {**rates, "loss": 3.5}),
-        (5, "train", {**{name: rate / 2 for name, rate in rates.items()}, "learning_rate": 0.5, "loss": 5.0}),
+        (5, "train", {**rates, "data_wait_seconds": 0.25, "loss": 5.0}),
     ]
 
 

@@ -23,7 +23,7 @@ def run(path: Path, *, start: int, steps: int, run_steps: int = 6, rank: int = 0
         with torch.profiler.record_function(f"step {step}"):
             torch.ones(2, step + 2) @ torch.ones(step + 2, 2)
         trainer.step = step + 1
-        profiler.on_step(trainer, StepResult(1.0, 1, 1, 0.0))
+        profiler.on_step(trainer, StepResult(1.0, 1, 1, 0.0, 1.0))
     profiler.on_end(trainer)
     assert profiler.recording is None
     trace = path / "profile" / f"rank-{rank}.trace.json.gz"
