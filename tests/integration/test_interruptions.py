@@ -118,6 +118,21 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_resumes(config, tmp_path
     assert [step for step, _ in records(run_dir)] == list(range(1, STEPS + 1)), "no step may run twice"
 
 
+def test_sigterm_to_torchrun_saves_on_all_ranks(config, tmp_path, uninterrupted):
+    """torchrun passes the signal on and then exits with 1, whatever its ranks return."""
+    run_dir = tmp_path / "stopped"
+    process = start(config, run_dir, 2)
+    wait_for_step(process, run_dir, EVERY + 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    last = records(run_dir)[-1][0]
+    assert CheckpointFolder(run_dir / "checkpoints").steps()[-1] == last < STEPS
+    again = start(config, run_dir, 2)
+    output, _ = again.communicate(timeout=PATIENCE_SECONDS)
+    assert again.returncode == 0, output
+    assert dict(records(run_dir)) == uninterrupted[2]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(config, tmp_path):
     run_dir = tmp_path / "diverged"
     rates = ["optimizer.lr=1e30", "optimizer.schedule.kind=linear", f"optimizer.schedule.warmup_steps={EVERY * 10}"]
