@@ -280,3 +280,19 @@ def test_buckets_of_another_batch() -> None:
             time_bias=torch.zeros(NUM_BUCKETS + 1),
             time_buckets=buckets,
         )
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_take_the_torch_path() -> None:
+    """Forward only, without the tolerance of TF32: the definition on CPU in float64 is the judge."""
+    torch.manual_seed(0)
+    offsets = offsets_of(LENGTHS)
+    tokens, bias = int(offsets[-1]), torch.randn(2 * MAX_LENGTH - 1)
+    q, k, v = (torch.randn(tokens, 2, 32) for _ in range(3))
+    out = hstu_attention(
+        *(x.cuda() for x in (q, k, v, offsets)), max_length=MAX_LENGTH, divisor=211.0, position_bias=bias.cuda()
+    )
+    exact = hstu_attention(
+        *(x.double() for x in (q, k, v)), offsets, max_length=MAX_LENGTH, divisor=211.0, position_bias=bias.double()
+    )
+    assert_near(out.cpu(), exact, torch.float32, "out")
