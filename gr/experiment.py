@@ -7,6 +7,7 @@ import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,11 @@ class Built:
     model: DistributedModelParallel
     plan: ShardingPlan
 
+    @cached_property
+    def corpus(self) -> tuple[np.ndarray, np.ndarray]:
+        """Candidate item ids and their counts in training, read once for the sampler and every evaluation."""
+        return self.train_data.corpus()
+
     @property
     def inner(self) -> RetrievalModel:
         return get_unwrapped_module(self.model)
@@ -94,7 +100,7 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     """
     run_dir = Path(config.run_dir)
     built = build(config, world)
-    sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
+    sampler = CandidateSampler(config.task, *built.corpus, config.seed)
     module = TrainModule(built.model, sampler, config, world)
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     loader = TrainLoader(
@@ -194,7 +200,7 @@ def evaluate_ranks(built: Built, split: Split) -> np.ndarray:
         rank=built.world.rank,
         world_size=built.world.size,
     )
-    corpus = torch.tensor(built.train_data.corpus()[0])
+    corpus = torch.tensor(built.corpus[0])
     return user_ranks(built.inner, batches, corpus, built.world)
 
 

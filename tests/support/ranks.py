@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import queue
-import socket
 import tempfile
 import time
 import traceback
@@ -44,12 +43,6 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
                 if process.is_alive():
                     process.kill()
                     process.join()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _collect(results, processes, size: int) -> list[Any]:
