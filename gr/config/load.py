@@ -1,19 +1,19 @@
-"""Reads an experiment's configuration: YAML with `base:` inheritance, then `a.b.c=value` overrides, validated once."""
+"""Reads configurations: YAML with `base:` inheritance, then `a.b.c=value` overrides, validated once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from gr.config.faults import default_kinds, describe_faults
-from gr.config.source import SCALARS, Location, Reader
-from gr.config.tree import ExperimentConfig
+from gr.config.source import SCALARS, Location, Node, Reader
+from gr.config.tree import ExperimentConfig, Section
 from gr.errors import ConfigError
 
-_DEFAULT_KINDS = default_kinds(ExperimentConfig)
+Config = TypeVar("Config", bound=Section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -22,19 +22,47 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     `base:` names one file or a list of them, relative to the file that says so; later ones win. Sections merge and
     everything else replaces; a section whose `kind` changes starts afresh.
     """
-    reader = Reader(_DEFAULT_KINDS)
+    return load_section(ExperimentConfig, path, overrides)
+
+
+def load_section(
+    model: type[Config], path: str | Path, overrides: Sequence[str] = (), *, given: Node | None = None
+) -> Config:
+    """As load_config, for files whose top level is `model`. given: what the file holds, where it is no YAML."""
+    kinds = default_kinds(model)
+    reader = Reader(kinds) if given is None else _Given(kinds, given)
     tree = reader.read(path, overrides)
     faults = reader.faults
     if not reader.broken:
         # Strict JSON reads YAML's types exactly: a list is a tuple, an integer is a number, text is only text.
-        text = json.dumps(_with_kinds(tree.plain(), _DEFAULT_KINDS))
+        text = json.dumps(_with_kinds(tree.plain(), kinds))
         try:
-            config = ExperimentConfig.model_validate_json(text, strict=True)
+            config = model.model_validate_json(text, strict=True)
         except ValidationError as error:
-            faults = faults + describe_faults(ExperimentConfig, error.errors(include_url=False), tree)
+            faults = faults + describe_faults(model, error.errors(include_url=False), tree)
     if faults:
         raise ConfigError(_message(path, faults))
     return config
+
+
+class _Given(Reader):
+    """Reads one tree that was made elsewhere, and overrides."""
+
+    def __init__(self, default_kinds: Mapping[Location, str], tree: Node) -> None:
+        super().__init__(default_kinds)
+        self._tree = tree
+
+    def _parse_file(self, path: Path) -> Node:
+        return self._tree
+
+
+def has_key(path: str | Path, key: str) -> bool:
+    """Whether a file or one of its bases sets `key` at its top level. Raises ConfigError for what cannot be read."""
+    reader = Reader({})
+    tree = reader.read(path, ())
+    if reader.broken:
+        raise ConfigError(_message(path, reader.faults))
+    return key in tree.value
 
 
 def dump_config(config: ExperimentConfig) -> str:

@@ -1,0 +1,218 @@
+"""Inventories: read from YAML or from a bare list of tables, or derived from an experiment."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gr.config.faults import describe_faults
+from gr.config.inventory import ROW_MULTIPLE, HSTUDense, InventoryConfig, LossInventory, TableConfig, TransformerDense
+from gr.config.load import has_key, load_section
+from gr.config.source import Node
+from gr.config.tree import (
+    ExperimentConfig,
+    FullSoftmax,
+    HSTUConfig,
+    InBatchNegatives,
+    PerPositionNegatives,
+    SharedNegatives,
+)
+from gr.errors import ConfigError
+
+LISTS = (".json", ".parquet")
+FAULTS_SHOWN = 20
+# As gr.tasks.negatives and gr.ops.linear_cross_entropy have them, which import torch.
+SMALL_CORPUS = 1 << 16
+LOSS_CHUNK = 1024
+
+
+def is_inventory(path: str | Path) -> bool:
+    """Whether the file describes tables, as opposed to an experiment. Raises ConfigError when it cannot be read."""
+    return Path(path).suffix in LISTS or has_key(path, "tables")
+
+
+def load_inventory(path: str | Path, overrides: Sequence[str] = ()) -> InventoryConfig:
+    """An InventoryConfig in YAML; or its tables alone, as .json (a list of objects) or .parquet (a row a table).
+
+    Objects and columns are named as the fields of TableConfig, and null is a field's default; the batch and all else
+    then come from overrides. Raises ConfigError with every fault and the file's line or row.
+    """
+    path = Path(path)
+    rows: list[Any]
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    elif path.suffix == ".json":
+        content = _json(path)
+        if isinstance(content, dict):  # an inventory, and JSON is YAML
+            return load_section(InventoryConfig, path, overrides)
+        if not isinstance(content, list):
+            raise ConfigError(f'{path}: expected a list of tables, like [{{"name": ..., "rows": ..., "dim": ...}}]')
+        rows = content
+    else:
+        return load_section(InventoryConfig, path, overrides)
+    if not rows:
+        raise ConfigError(f"{path}: holds no tables; write one a row, with name, rows and dim")
+    given = Node({"tables": Node(_checked_rows(path, rows), str(path))}, str(path))
+    return load_section(InventoryConfig, path, overrides, given=given)
+
+
+def _json(path: Path) -> Any:
+    def refuse(word: str) -> None:
+        raise ConfigError(f"{path}: {word} is not a finite number")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{path}: not a Parquet file: {error}") from None
+    known = TableConfig.model_fields
+    for name in table.column_names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ConfigError(f"{path}: unknown column '{name}'; {hint}(known: {', '.join(known)})")
+    if absent := [name for name, field in known.items() if field.is_required() and name not in table.column_names]:
+        raise ConfigError(f"{path}: no column {', '.join(absent)}; columns: {', '.join(table.column_names) or 'none'}")
+    return [{name: _whole(value) for name, value in row.items()} for row in table.to_pylist()]
+
+
+def _whole(value: Any) -> Any:
+    """Pandas writes an integer column with gaps as floats."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+
+
+def _checked_rows(path: Path, rows: list[Any]) -> list[Node]:
+    """Every row as a Node whose origin is its number, from 1, without nulls. Raises ConfigError with every fault."""
+    nodes: list[Node] = []
+    faults: list[str] = []
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        origin = f"{path} row {number}"
+        if not isinstance(row, dict):
+            faults.append(f'{origin}: expected a table like {{"name": ..., "rows": ..., "dim": ...}}, got {row!r:.60}')
+            continue
+        plain = {key: value for key, value in row.items() if value is not None}
+        node = Node({key: _node(value, origin) for key, value in plain.items()}, origin)
+        nodes.append(node)
+        try:
+            table = TableConfig.model_validate_json(json.dumps(plain, allow_nan=False), strict=True)
+        except ValidationError as error:
+            faults += describe_faults(TableConfig, error.errors(include_url=False), node)
+        except (TypeError, ValueError):  # of json: bytes, dates, decimals, infinities
+            odd = next(key for key, value in plain.items() if not _is_plain(value))
+            faults.append(f"{origin}: {odd}: expected text, a finite number or a list, got {plain[odd]!r:.60}")
+        else:
+            if (before := first.setdefault(table.name, number)) != number:
+                faults.append(f"{origin}: name: '{table.name}' is also the table of row {before}; names are unique")
+    if len(faults) > FAULTS_SHOWN:
+        faults[FAULTS_SHOWN:] = [f"and {len(faults) - FAULTS_SHOWN} faults more"]
+    if faults:
+        raise ConfigError("\n  ".join(faults))
+    return nodes
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int)
+
+
+def _node(value: Any, origin: str) -> Node:
+    return Node([_node(item, origin) for item in value] if isinstance(value, list) else value, origin)
+
+
+def experiment_inventory(
+    config: ExperimentConfig, item_rows: int, *, mean_length: float | None = None
+) -> InventoryConfig:
+    """What an experiment trains: its item table of `item_rows` rows, its tower, its loss.
+
+    mean_length: tokens of a mean example; unset: data.max_length, the most there can be. Negatives of each position
+    from a large corpus count as drawn, though the sampler looks each distinct one up once.
+    """
+    length = float(config.data.max_length) if mean_length is None else mean_length
+    corpus = item_rows - 1  # row 0 is padding
+    loss, ids_per_example, ids_per_step = _candidates(config, corpus, length)
+    table = TableConfig(
+        name="item_id",
+        rows=item_rows,
+        dim=-(-config.model.dim // ROW_MULTIPLE) * ROW_MULTIPLE,
+        dtype=config.embeddings.dtype,
+        kind="sequence",
+        features=2,  # the history and the candidates
+        ids_per_example=length + ids_per_example,
+        ids_per_step=ids_per_step,
+        optimizer=config.embeddings.optimizer.kind,
+    )
+    return InventoryConfig(
+        name=config.task.kind,
+        global_batch_size=config.trainer.global_batch_size,
+        precision=config.trainer.precision,
+        tables=(table,),
+        dense=_tower(config, length),
+        loss=loss,
+    )
+
+
+def _candidates(config: ExperimentConfig, corpus: int, length: float) -> tuple[LossInventory, float, float]:
+    """The loss, and the candidates it looks up: an example, and a step on each rank whatever its batch."""
+    match config.task.negatives:
+        case FullSoftmax():
+            return LossInventory(scores_per_example=length * corpus, tokens_at_once=LOSS_CHUNK), 0.0, corpus
+        case InBatchNegatives():
+            targets = min(config.trainer.global_batch_size * length, corpus)
+            return LossInventory(scores_per_example=length * targets, tokens_at_once=LOSS_CHUNK), 0.0, targets
+        case PerPositionNegatives(count=count):
+            loss = LossInventory(scores_per_example=length * (1 + count))
+            return (loss, 0.0, corpus) if corpus <= SMALL_CORPUS else (loss, length * (1 + count), 0.0)
+        case SharedNegatives(count=count):
+            return LossInventory(scores_per_example=length * (1 + count)), length, count
+
+
+def _tower(config: ExperimentConfig, length: float) -> HSTUDense | TransformerDense:
+    """The layers as gr/towers has them, and what else RetrievalModel trains: one position embedding."""
+    tower, D, N = config.model.tower, config.model.dim, config.data.max_length
+    if isinstance(tower, HSTUConfig):
+        biases = (2 * N - 1 if tower.position_bias else 0) + (tower.time_buckets + 1 if tower.time_bias else 0)
+        return HSTUDense(
+            layers=tower.layers,
+            dim=D,
+            heads=tower.heads,
+            qk_dim=tower.qk_dim,
+            v_dim=tower.v_dim,
+            mean_length=length,
+            max_length=N,
+            concat_ua=tower.concat_ua,
+            recompute=False,
+            other_parameters=N * D + tower.layers * biases,
+        )
+    # SASRec: biases of q, k and v, of both feed-forward layers and the output, and of two norms; the last norm's.
+    biases = 4 * D + tower.ffn_dim + D + 2 * D
+    return TransformerDense(
+        layers=tower.layers,
+        dim=D,
+        heads=tower.heads,
+        ffn_dim=tower.ffn_dim,
+        gated=False,
+        mean_length=length,
+        max_length=N,
+        other_parameters=N * D + tower.layers * biases + D,
+    )

@@ -1,0 +1,132 @@
+"""Inventories in YAML: values, overrides, and every kind of fault with its place, path and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from gr.config.inventory import GivenDense, HSTUDense, InventoryConfig
+from gr.config.load import has_key, load_section
+from gr.errors import ConfigError
+
+TWO = """\
+rank_batch_size: 64
+tables:
+  - {name: users, rows: 1_000, dim: 64}
+  - name: items
+    rows: 5_000
+    dim: 128
+    kind: sequence
+    ids_per_example: 12.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str, name: str = "i.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def load(text: str, *overrides: str) -> InventoryConfig:
+    return load_section(InventoryConfig, write(text), overrides)
+
+
+def fault(text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+class TestValues:
+    def test_defaults(self):
+        config = load(TWO)
+        users, items = config.tables
+        assert (users.rows, users.kind, users.ids_per_example, users.ids_per_step) == (1000, "pooled", 1.0, 0.0)
+        assert (items.kind, items.ids_per_example, items.optimizer) == ("sequence", 12.5, "rowwise_adagrad")
+        assert (config.dense, config.precision) == (GivenDense(), "bf16")
+
+    def test_overrides(self):
+        sizes = "{layers: 2, dim: 8, heads: 1, qk_dim: 8, v_dim: 8, mean_length: 4, max_length: 9}"
+        config = load(TWO, "rank_batch_size=512", "dense.kind=hstu", f"dense={sizes}")
+        assert config.rank_batch_size == 512
+        assert isinstance(config.dense, HSTUDense)
+        assert config.dense.max_length == 9
+
+    def test_unsaid_kind_of_the_dense_part_is_given(self):
+        assert load(TWO, "dense.parameters=7").dense == GivenDense(parameters=7)
+
+    def test_bases(self):
+        write(TWO, "base.yaml")
+        write("base: base.yaml\nrank_batch_size: 8", "child.yaml")
+        assert load_section(InventoryConfig, "child.yaml").rank_batch_size == 8
+        assert has_key("child.yaml", "tables")
+        assert not has_key(write("run_dir: x", "experiment.yaml"), "tables")
+
+    def test_batch_on_ranks(self):
+        assert load(TWO).batch_on(8) == 64
+        assert load(TWO, "rank_batch_size=", "global_batch_size=100").batch_on(8) == 13
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (("rows: 5_000", "rows: 0"), "i.yaml:5: tables.1.rows: should be greater than 0, got 0"),
+            (("dim: 128", "dim: -4"), "i.yaml:6: tables.1.dim: should be greater than 0, got -4"),
+            (("dim: 128", "dim: 130"), "tables.1.dim: should be a multiple of 4, got 130"),
+            (("    dim: 128\n", ""), "i.yaml:4: tables.1.dim: required, but not set"),
+            (("kind: sequence", "knd: sequence"), "i.yaml:7: tables.1.knd: unknown key; did you mean 'kind'?"),
+            (("kind: sequence", "kind: pooling"), "'pooling' is not allowed; did you mean 'pooled'?"),
+            (("name: users", "name: items"), "tables are named twice: items"),
+            (("rank_batch_size: 64", ""), "set one of rank_batch_size and global_batch_size"),
+            (
+                ("12.5", "12.5\n    sharding_types: [grid_shard]"),
+                "grid_shard does not exist for sequence tables; use data_",
+            ),
+            (("12.5", "12.5\n    cacheability: 0.9"), "tables.1.cacheability: should be less than or equal to 0.8"),
+            (("12.5", "12.5\n    min_shards: 4\n    max_shards: 2"), "max_shards=2 is below min_shards=4"),
+            (("dim: 64}", "dim: 64, pooling: mean, sharding_types: [grid_shard]}"), "grid_shard computes wrong means"),
+        ],
+    )
+    def test_names_place_and_path(self, change, said):
+        assert change[0] in TWO
+        assert said in fault(TWO.replace(*change))
+
+    def test_both_batches(self):
+        assert "set one of" in fault(TWO, "global_batch_size=8")
+
+    def test_no_tables(self):
+        assert "tables is empty: name one at least" in fault("rank_batch_size: 1\ntables: []")
+
+    def test_unknown_key_of_the_dense_part_names_the_nearest(self):
+        said = fault(TWO, "dense={kind: transformer, layers: 1, dim: 8, heads: 1, ffn_dims: 8}")
+        assert "dense.ffn_dims: unknown key; did you mean 'ffn_dim'?" in said
+
+    @pytest.mark.parametrize(
+        ("dense", "said"),
+        [
+            (
+                "{kind: hstu, layers: 1, dim: 8, heads: 1, qk_dim: 8, v_dim: 8, mean_length: 9, max_length: 8}",
+                "mean_length=9 is above max_length=8",
+            ),
+            (
+                "{kind: transformer, layers: 1, dim: 8, heads: 3, ffn_dim: 8, mean_length: 9, max_length: 9}",
+                "dim=8 is not divisible by heads=3",
+            ),
+            (
+                "{kind: transformer, layers: 1, dim: 8, heads: 4, kv_heads: 3, ffn_dim: 8, mean_length: 1,"
+                " max_length: 1}",
+                "heads=4 is not divisible by kv_heads=3",
+            ),
+            ("{kind: dlrm, dim: 8, bottom: [16], top: [1]}", "bottom=[16] must end with dim=8"),
+            (
+                "{kind: dlrm, dim: 8, bottom: [8], top: [1]}",
+                "dense.dim=8 is the width of every pooled table, not of users",
+            ),
+        ],
+    )
+    def test_dense_parts_that_cannot_be(self, dense, said):
+        assert said in fault(TWO, f"dense={dense}")
