@@ -60,8 +60,15 @@ class World:
 
     def from_main(self, text: str) -> str:
         """The main rank's `text`, on every rank: for what one rank has to decide, such as what is on disk."""
-        letters = torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
-        return bytes(self.all_gather_variable(letters)[0].tolist()).decode()
+        if self.size == 1:
+            return text
+        letters = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self.device)
+        length = torch.tensor([len(text.encode())], device=self.device)
+        dist.broadcast(length, src=0)
+        if not self.is_main:
+            letters = torch.empty(max(1, int(length)), dtype=torch.uint8, device=self.device)
+        dist.broadcast(letters, src=0)
+        return bytes(letters[: int(length)].tolist()).decode()
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank. Every rank must call it."""

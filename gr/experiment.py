@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
-from torchrec.distributed.types import ShardingPlan
 
 from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
 from gr.checkpoint.layout import CONFIG, write_json
@@ -31,7 +30,9 @@ from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.baselines import evaluate_baselines
 from gr.models.retrieval import RetrievalModel
-from gr.planner import make_plan
+from gr.planner.plan import Plan
+from gr.planner.planfile import dump_plan
+from gr.planner.run import make_plan
 from gr.tasks import CandidateSampler
 from gr.train import callbacks
 from gr.train.evaluate import user_ranks
@@ -39,20 +40,21 @@ from gr.train.module import TrainModule, dense_parameters
 from gr.train.trainer import Callback, Trainer
 
 log = get_logger(__name__)
+PLAN = "plan.json"
 Split = Literal["validation", "test"]
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
 
 
 @dataclass(frozen=True)
 class Built:
-    """A sharded model and the data it is for."""
+    """A sharded model and the data it is for. plan: None where TorchRec's planner made it."""
 
     config: ExperimentConfig
     world: World
     train_data: Dataset
     evaluation_data: Dataset
     model: DistributedModelParallel
-    plan: ShardingPlan
+    plan: Plan | None
 
     @cached_property
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
@@ -76,9 +78,10 @@ def build(config: ExperimentConfig, world: World) -> Built:
     train_data = Dataset.open(config.data.path)
     evaluation_data = Dataset.open(config.evaluation.path) if config.evaluation.path else train_data
     check_data(config, train_data, evaluation_data)
-    model = meta_model(config, train_data.schema.item_cardinality)
-    plan = make_plan(model, config, world_size=world.size, local_size=world.local_size, device=world.device)
-    sharded = shard_tables(model, plan, config.embeddings, world.device)
+    item_rows = train_data.schema.item_cardinality
+    model = meta_model(config, item_rows)
+    plan, sharding = make_plan(model, config, item_rows, world)
+    sharded = shard_tables(model, sharding, config.embeddings, world.device)
     initialise_tables(sharded, seed=config.seed, std=config.embeddings.init_std, dim=config.model.dim)
     initialise_dense(get_unwrapped_module(sharded), config.seed)
     return Built(config, world, train_data, evaluation_data, sharded, plan)
@@ -119,6 +122,8 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
         )
         if world.is_main:
             (run_dir / CONFIG).write_text(config_yaml)
+            if built.plan is not None:
+                (run_dir / PLAN).write_text(dump_plan(built.plan))
         with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
             trainer = Trainer(module, loader, _callbacks(built, store, writer), world, steps=config.trainer.steps)
             trainer.step = step
@@ -259,14 +264,16 @@ def baseline_metrics(built: Built, split: Split) -> Mapping[str, Mapping[str, fl
 def evaluate(config: ExperimentConfig, checkpoint: Path, world: World, split: Split) -> dict[str, Any]:
     """Metrics of a checkpoint on one split, from the checkpoint and the data alone.
 
-    Raises ConfigError when the split's targets were trained on.
+    The tables are sharded for this world, which need not be that of planner.plan. Raises ConfigError when the split's
+    targets were trained on.
     """
     if config.evaluates_training_users and config.data.train_holdout < TARGET_FROM_END[split]:
         raise ConfigError(
             f"the {split} targets were trained on (data.train_holdout={config.data.train_holdout}): evaluate the test "
             "split, or other users with evaluation.path"
         )
-    built = build(config, world)
+    planner = config.planner.model_copy(update={"plan": None})
+    built = build(config.model_copy(update={"planner": planner}), world)
     state = ModelState(dense_parameters(built.model), None, TableOptimizer(built.model, config.embeddings.optimizer))
     step = load_state(checkpoint, state, world)["step"]
     report = _report(built, checkpoint, step, split, evaluate_ranks(built, split))

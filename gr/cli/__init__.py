@@ -4,6 +4,7 @@ exit code   meaning
 0           done
 1           done, and the answer is no: `doctor` found a fault, `config diff` a difference; a bug, with a traceback
 2           the command, configuration, data or installation is wrong: `error: ...` says what and the remedy
+3           `plan`: the model does not fit the machine
 130         interrupted by Ctrl-C
 """
 
@@ -20,7 +21,8 @@ from gr.errors import GRError
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
     "evaluate": ("gr.cli.evaluate:command", "Evaluate a checkpoint on held-out data."),
-    "plan": ("gr.cli.plan:command", "Show how the embedding tables would be sharded."),
+    "plan": ("gr.cli.plan:command", "Plan where tables go; predict memory and step time."),
+    "calibrate": ("gr.cli.calibrate:command", "Measure this machine and write a topology file for `gr plan`."),
     "prepare": ("gr.cli.prepare:command", "Turn a public data set into schema.json and Parquet parts."),
     "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN and Markov on the same split."),
     "smoke": ("gr.cli.smoke:command", "Train, evaluate and resume on generated data."),

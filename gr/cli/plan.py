@@ -1,54 +1,168 @@
-"""`gr plan`: where the tables of a configuration would go, without allocating them."""
+"""`gr plan`: does a model fit, how fast is a step, on how many ranks. Allocates nothing and needs no GPU."""
+
+from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gr.config import load_config
+from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
+from gr.planner.topology import Topology
+
+DOES_NOT_FIT = 3
+MOVES_SHOWN = 20
 
 
-@click.command(help="Print the sharding plan of CONFIG for a number of ranks; allocates nothing.")
-@click.argument("config")
+@click.command(
+    help="Plan where the tables of CONFIG go, on ranks of a named machine, and predict memory and step time.\n\n"
+    "CONFIG is an experiment, an inventory (configs/scale) or a list of tables (.json, .parquet). "
+    "Exit code 0: it fits, 3: it does not."
+)
+@click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-@click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks of the job.")
-@click.option("--local-size", type=click.IntRange(1), default=None, help="Ranks a host; default: all on one.")
-def command(config: str, overrides: tuple[str, ...], world_size: int, local_size: int | None) -> None:
-    local_size = local_size or world_size
-    if world_size % local_size:
-        raise ConfigError(f"--local-size={local_size} does not divide --world-size={world_size}")
-    loaded = load_config(config, overrides)
-    from gr.dist import resolve_device
-    from gr.experiment import check_world, meta_model
-    from gr.planner import make_plan
+@click.option("--topology", metavar="NAMExRANKS|FILE.yaml", help="h100x64, or a file of `gr calibrate`.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan, for `gr train --plan`.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with pictures.")
+@click.option("--smallest", is_flag=True, help="Find the least number of ranks that fits, and what limits it.")
+@click.option(
+    "--diff", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json", help="What changes from plan A to B."
+)
+def command(
+    config: str | None,
+    overrides: tuple[str, ...],
+    topology: str | None,
+    json_path: Path | None,
+    html_path: Path | None,
+    smallest: bool,
+    diff: tuple[Path, Path] | None,
+) -> int:
+    if diff is not None:
+        if config or topology or json_path or html_path or smallest:
+            raise ConfigError("--diff takes two plan files and nothing else: gr plan --diff a.json b.json")
+        _diff(*diff)
+        return 0
+    if config is None:
+        raise ConfigError("CONFIG is missing: name an experiment, an inventory or a list of tables, or use --diff")
+    inventory, machine = _problem(config, overrides, topology)
+    if smallest:
+        return _smallest(inventory, machine)
+    for path in (json_path, html_path):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another file")
+    return _plan(inventory, machine, json_path, html_path)
+
+
+def _problem(config: str, overrides: tuple[str, ...], topology: str | None) -> tuple[InventoryConfig, Topology]:
+    from gr.planner.inventory import is_inventory, load_inventory
+    from gr.planner.topology import hardware_names, parse_topology
+
+    if is_inventory(config):
+        inventory = load_inventory(config, overrides)
+        if topology is None:
+            raise ConfigError(f"--topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
+        return inventory, parse_topology(topology)
+    from gr.config import load_config
+
+    experiment = load_config(config, overrides)
+    topology = topology or experiment.planner.topology
+    if topology is None:
+        raise ConfigError("--topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
+    machine = parse_topology(topology)
+    from gr.experiment import check_world
+    from gr.planner.run import run_inventory
     from gr.schema import DataSchema
 
-    check_world(loaded, world_size)
-    model = meta_model(loaded, DataSchema.load(loaded.data.path).item_cardinality)
-    plan = make_plan(
-        model,
-        loaded,
-        world_size=world_size,
-        local_size=local_size,
-        device=resolve_device(loaded.device),
-    )
-    table = Table(title=f"sharding plan for {world_size} ranks")
-    for column in ("table", "sharding type", "kernel", "rank", "rows", "columns"):
-        table.add_column(column)
-    for module in plan.plan.values():
-        for name, sharding in module.items():
-            spec = sharding.sharding_spec
-            shards = spec.shards if spec is not None else []
-            for rank, shard in zip(sharding.ranks or [], shards, strict=False):
-                (row, column), (rows, columns) = shard.shard_offsets, shard.shard_sizes
-                table.add_row(
-                    name,
-                    sharding.sharding_type,
-                    sharding.compute_kernel,
-                    str(rank),
-                    f"{row}..{row + rows - 1}" if rows else "none",
-                    f"{column}..{column + columns - 1}",
-                )
-            if not shards:
-                table.add_row(name, sharding.sharding_type, sharding.compute_kernel, "all", "all", "all")
+    check_world(experiment, machine.ranks)
+    rows = DataSchema.load(experiment.data.path).item_cardinality
+    return run_inventory(experiment, rows, machine.device), machine
+
+
+def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:
+    from gr.planner.evaluate import evaluate, predicted
+    from gr.planner.planfile import dump_plan
+    from gr.planner.remedies import explanation
+    from gr.planner.report import page, summary
+    from gr.planner.search import DoesNotFit, search
+
+    try:
+        with _working("planning"):
+            plan = search(inventory, topology)
+    except DoesNotFit as error:
+        with _working("it does not fit; trying remedies"):
+            text = explanation(inventory, topology, error)
+        click.echo(f"error: {text}", err=True)
+        return DOES_NOT_FIT
+    evaluation = evaluate(plan)
+    for part in summary(evaluation):
+        Console().print(part)
+    _write(json_path, lambda: dump_plan(plan, predicted(evaluation)))
+    _write(html_path, lambda: page(evaluation))
+    return 0 if evaluation.fits else DOES_NOT_FIT
+
+
+def _smallest(inventory: InventoryConfig, topology: Topology) -> int:
+    from gr.planner.remedies import MOST_RANKS, smallest
+
+    with _working("trying numbers of ranks"):
+        ranks, trials = smallest(inventory, topology)
+    table = Table(title=f"{inventory.name} on {topology.name}")
+    for column in ("ranks", "fits", "why"):
+        table.add_column(column, justify="right" if column == "ranks" else "left")
+    for trial in trials:
+        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", trial.limit)
     Console().print(table)
+    if ranks is None:
+        click.echo(f"error: nothing up to {MOST_RANKS} ranks fits", err=True)
+        return DOES_NOT_FIT
+    click.echo(f"smallest: {ranks} ranks of {topology.name}")
+    return 0
+
+
+def _diff(before: Path, after: Path) -> None:
+    from gr.planner.compare import compare
+    from gr.planner.planfile import load_plan
+
+    found = compare(load_plan(before), load_plan(after))
+    table = Table(title=f"from {before} to {after}")
+    for column in ("table", "before", "after", "moved GB"):
+        table.add_column(column, justify="right" if column == "moved GB" else "left")
+    changes = sorted(found.changes, key=lambda change: -change.moved_bytes)
+    for change in changes[:MOVES_SHOWN]:
+        row = [_placed(placement) for placement in (change.before, change.after)]
+        table.add_row(change.table, *row, f"{change.moved_bytes / 1e9:.3f}")
+    if changes:
+        Console().print(table)
+    if len(changes) > MOVES_SHOWN:
+        click.echo(f"and {len(changes) - MOVES_SHOWN} tables more")
+    step, hbm = found.step_seconds, found.hbm_bytes
+    click.echo(f"{len(changes)} tables change place; {found.moved_bytes / 1e9:.3f} GB move to another rank")
+    click.echo(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
+    click.echo(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
+
+
+def _placed(placement) -> str:
+    if placement is None:
+        return "(none)"
+    ranks = placement.ranks
+    where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks from {min(ranks)}"
+    return f"{placement.sharding_type}, {where}"
+
+
+def _write(path: Path | None, content) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(content())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
+    click.echo(f"wrote {path}")
+
+
+def _working(what: str) -> Progress:
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn(what), TimeElapsedColumn()
+    progress = Progress(*columns, transient=True, console=console, disable=not console.is_terminal)
+    progress.add_task(what)
+    return progress

@@ -33,7 +33,7 @@ def command(config: str, folder: str) -> None:
     gr = [sys.executable, "-m", "gr"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "gr"]
     _run("prepare", [*gr, "prepare", "synthetic", "--out", f"{root}/data", *_stream(loaded.data.max_length)])
-    _run("plan", [*gr, "plan", config, *paths, f"--world-size={RANKS}"])
+    _run("plan", [*gr, "plan", config, *paths, f"--topology=cpux{RANKS}"])
     _run("train on 2 ranks", [*torchrun, "train", config, *paths, f"run_dir={root}/train"])
     every = loaded.checkpoint.every or loaded.trainer.steps
     resumed_at = loaded.trainer.steps - every

@@ -1,5 +1,7 @@
 """`gr train`: one process, or one of the ranks that torchrun started."""
 
+import json
+
 import click
 
 from gr.cli.report import print_report
@@ -9,7 +11,10 @@ from gr.config import load_config
 @click.command(help="Train CONFIG; resumes by itself where its run_dir has a checkpoint.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def command(config: str, overrides: tuple[str, ...]) -> None:
+@click.option("--plan", metavar="PLAN.json", help="Train with a plan of `gr plan --json`; sets planner.plan.")
+def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
+    if plan is not None:
+        overrides = (*overrides, f"planner.plan={json.dumps(plan)}")
     loaded = load_config(config, overrides)
     from gr import logging
     from gr.dist import world

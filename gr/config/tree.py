@@ -158,9 +158,16 @@ TableOptimizer = Annotated[
 ]
 
 
+TableInit = Literal["truncated_normal", "uniform_rows"]
+
+
 class EmbeddingsConfig(Section):
     dtype: Literal["fp32", "fp16"] = "fp32"
-    init_std: PositiveFloat = Field(0.02, description="Truncated normal, keyed on (seed, table, row).")
+    init: TableInit = Field(
+        "truncated_normal",
+        description="Keyed on (seed, table, row). uniform_rows is DLRM's: within 1/sqrt(rows) of zero.",
+    )
+    init_std: PositiveFloat = Field(0.02, description="Of truncated_normal, before it is cut at two deviations.")
     optimizer: TableOptimizer = Adam()
 
 
@@ -184,8 +191,20 @@ class OptimizerConfig(Section):
 
 
 class PlannerConfig(Section):
+    name: Literal["gr", "torchrec"] = Field("gr", description="Whose planner; torchrec's is there to compare with.")
     sharding: Literal["auto"] | ShardingType = Field("auto", description="For every table; auto asks the planner.")
     tables: dict[str, ShardingType] = Field({}, description="Sharding type of single tables, by name.")
+    plan: str | None = Field(None, description="Plan to train with, as written by `gr plan --json`; unset makes one.")
+    topology: str | None = Field(
+        None,
+        description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",
+    )
+
+    @model_validator(mode="after")
+    def _torchrec_reads_neither(self):
+        if self.name == "torchrec" and (self.plan or self.topology):
+            raise ValueError("name=torchrec reads no plan and no topology; unset them, or set name to gr")
+        return self
 
 
 class ProfilerConfig(Section):

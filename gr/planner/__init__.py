@@ -1,5 +1,4 @@
-"""Where tables go: a TorchRec sharding plan for a model on meta and a number of ranks."""
+"""Where tables go and what it costs: memory and step time of a model on a number of ranks, and the best plan for it.
 
-from gr.planner.torchrec import make_plan
-
-__all__ = ["make_plan"]
+The core reads numpy and scipy only, so this imports nothing: torch is loaded by `run`, `sharding_plan` and `torchrec`.
+"""

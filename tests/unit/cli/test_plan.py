@@ -1,61 +1,110 @@
-"""`gr plan`: what it prints, and wrong calls."""
+"""`gr plan`: what it prints and writes, its exit codes, and wrong calls."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gr.cli import main
+from tests.support import ROOT
 
 Refused = Callable[..., str]
+CRITEO = str(ROOT / "configs/scale/dlrm-v2-criteo.yaml")
 
 
-def rows_of(shown: str) -> list[list[str]]:
-    """The cells of the table that was printed."""
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+@pytest.fixture
+def inventory(tmp_path: Path) -> str:
+    path = tmp_path / "model.yaml"
+    path.write_text(
+        "name: two\nrank_batch_size: 64\n"
+        "tables:\n- {name: large, rows: 200_000_000, dim: 64}\n- {name: small, rows: 10, dim: 64}\n"
+    )
+    return str(path)
 
 
-@pytest.mark.parametrize(
-    ("sharding", "expected"),
-    [
-        ("table_wise", [["item_id", "table_wise", "dense", "0", "0..60", "0..7"]]),
-        (
-            "row_wise",
-            [
-                ["item_id", "row_wise", "dense", "0", "0..15", "0..7"],
-                ["item_id", "row_wise", "dense", "1", "16..31", "0..7"],
-                ["item_id", "row_wise", "dense", "2", "32..47", "0..7"],
-                ["item_id", "row_wise", "dense", "3", "48..60", "0..7"],
-            ],
-        ),
-        (
-            "column_wise",
-            [
-                ["item_id", "column_wise", "dense", "0", "0..60", "0..3"],
-                ["item_id", "column_wise", "dense", "1", "0..60", "4..7"],
-            ],
-        ),
-        ("data_parallel", [["item_id", "data_parallel", "dense", "all", "all", "all"]]),
-    ],
-)
-def test_plan(config: str, run_dir: Path, capsys: pytest.CaptureFixture[str], sharding: str, expected: list) -> None:
-    assert main(["plan", config, "--world-size", "4", f"planner.sharding={sharding}"]) == 0
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise", "data_parallel"])
+def test_an_experiment(
+    config: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sharding: str
+) -> None:
+    written = tmp_path / "plan.json"
+    assert main(["plan", config, "--topology", "cpux4", f"planner.sharding={sharding}", "--json", str(written)]) == 0
     shown = capsys.readouterr().out
-    assert "sharding plan for 4 ranks" in shown and rows_of(shown) == expected
+    assert "4 ranks" in shown and "Fits" in shown and str(written) in shown
+    (placement,) = json.loads(written.read_text())["placements"]
+    assert (placement["table"], placement["sharding_type"]) == ("item_id", sharding)
     assert not run_dir.exists()
 
 
-def test_the_planner_plans_the_default_optimizer(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", config, "--world-size", "2"]) == 0
-    assert {row[0] for row in rows_of(capsys.readouterr().out)} == {"item_id"}
+def test_an_inventory_and_its_page(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    assert main(["plan", inventory, "--topology", "h100x8", "--html", str(page)]) == 0
+    assert "two on h100" in capsys.readouterr().out
+    assert page.read_text().lower().startswith("<!doctype html>")
 
 
-def test_wrong_calls(refused: Refused, config: str, tmp_path: Path) -> None:
-    said = refused("plan", config, "--world-size", "3")
-    assert said.startswith("data.lanes=4 is not divisible by the 3 ranks of this run: use a number")
-    assert "0 is not in the range x>=1" in refused("plan", config, "--world-size", "0")
-    assert refused("plan", config, "planner.tables.x=row_wise").startswith(
+def test_exit_code_3_names_the_shortfall_and_remedies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CRITEO, "--topology", "a100-40gx4"]) == 3
+    said = capsys.readouterr().err
+    assert "shortfall: " in said and " bytes" in said and "largest tables: t_cat_" in said
+    for remedy in ("more hosts: ", "fp16 tables: ", "offload t_cat_", "smaller batch"):
+        assert remedy in said
+
+
+def test_smallest(inventory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", inventory, "--topology", "a100-40g", "--smallest"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "smallest: 2 ranks of a100-40g"
+    assert "the tables take at least" in " ".join(shown.replace("│", " ").split())
+
+
+def test_diff(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = [str(tmp_path / f"{name}.json") for name in "ab"]
+    for plan, skew in zip(plans, ("0", "1.2"), strict=True):
+        override = f"tables=[{{name: large, rows: 200_000_000, dim: 64, skew: {skew}, ids_per_example: 20}}]"
+        types = "[table_wise]" if skew == "0" else "[row_wise]"
+        override = override.replace("}]", f", sharding_types: {types}}}]")
+        assert main(["plan", inventory, override, "--topology", "h100x8", "--json", plan]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--diff", *plans]) == 0
+    shown = capsys.readouterr().out
+    # One rank of eight keeps its part of the rows and their state.
+    moved = 200_000_000 * (64 * 4 + 4) * 7 / 8 / 1e9
+    assert f"1 tables change place; {moved:.3f} GB move to another rank" in shown
+    assert "step: " in shown and "fullest rank: " in shown
+    assert main(["plan", "--diff", plans[0], plans[0]]) == 0
+    assert "0 tables change place; 0.000 GB" in capsys.readouterr().out
+
+
+def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Path) -> None:
+    assert refused("plan").startswith("CONFIG is missing")
+    assert refused("plan", inventory).startswith("--topology is missing: NAMExRANKS, with NAME one of a100-40g")
+    assert refused("plan", config).startswith("--topology is missing: cpux2 plans")
+    assert "h100" in refused("plan", inventory, "--topology", "h10x8")
+    assert refused("plan", config, "--topology", "cpux3").startswith("data.lanes=4 is not divisible by the 3 ranks")
+    assert refused("plan", config, "planner.tables.x=row_wise", "--topology", "cpux2").startswith(
         "planner.tables: no table named x; the model"
     )
-    assert refused("plan", config, f"data.path={tmp_path}/none").startswith(f"{tmp_path}/none/schema.json: cannot be")
-    assert refused("plan", f"{tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: no such file"
+    assert refused("plan", config, f"data.path={tmp_path}/none", "--topology", "cpux2").startswith(
+        f"{tmp_path}/none/schema.json: cannot be"
+    )
+    assert refused("plan", f"{tmp_path}/none.yaml", "--topology", "cpux2") == f"{tmp_path}/none.yaml: no such file"
+    assert refused("plan", "--diff", inventory, inventory).startswith(f"{inventory}: line 1 is not JSON")
+    assert refused("plan", inventory, "--diff", inventory, inventory).startswith("--diff takes two plan files")
+    unwritable = str(tmp_path / "no" / "plan.json")
+    assert refused("plan", inventory, "--topology", "h100x8", "--json", unwritable).startswith(
+        f"{unwritable} cannot be written: {tmp_path}/no is no folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tables=[{name: a, rows: 0, dim: 4}]", "rows"),
+        ("tables=[{name: a, rows: 1, dim: -4}]", "dim"),
+        ("tables=[{name: a, rows: 1, dim: 4, ros: 2}]", "rows"),
+        ("tables=[]", "tables is empty"),
+    ],
+)
+def test_wrong_tables(refused: Refused, inventory: str, override: str, said: str) -> None:
+    assert said in refused("plan", inventory, override, "--topology", "h100x8")

@@ -27,6 +27,7 @@ def test_a_run(config: str, run_dir: Path, capfd: pytest.CaptureFixture[str]) ->
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "plan.json",
         "report.json",
         "tensorboard",
         "test-ranks.npy",
@@ -105,3 +106,18 @@ def test_a_run_folder_that_is_a_file(refused: Refused, config: str, tmp_path: Pa
 def test_a_table_that_the_model_has_not(refused: Refused, config: str) -> None:
     said = refused("train", config, "planner.tables.item=row_wise")
     assert said == "planner.tables: no table named item; the model has item_id"
+
+
+def test_a_plan_from_a_file(
+    refused: Refused, config: str, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The plan that a run leaves beside its configuration serves another run of the model, and no other model."""
+    assert main(["train", config]) == 0
+    plan = f"{run_dir}/plan.json"
+    assert main(["train", config, "--plan", plan, f"run_dir={tmp_path}/again"]) == 0
+    assert (tmp_path / "again/plan.json").read_text() == Path(plan).read_text()
+    assert f"plan: {plan}" in (tmp_path / "again/config.yaml").read_text()
+    assert main(["evaluate", "--checkpoint", f"{tmp_path}/again"]) == 0
+    capfd.readouterr()
+    assert "model" in refused("train", config, "--plan", plan, "model.dim=16", f"run_dir={tmp_path}/wide")
+    assert f"{tmp_path}/none.json" in refused("train", config, "--plan", f"{tmp_path}/none.json")

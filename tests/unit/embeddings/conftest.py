@@ -10,7 +10,7 @@ from torch import nn
 from gr.config.tree import ExperimentConfig
 from gr.dist import World
 from gr.embeddings import build_collection, initialise_tables, shard_tables
-from gr.planner import make_plan
+from gr.planner.run import make_plan
 from tests.support.tiny import tiny_config
 
 ROWS = 12
@@ -38,8 +38,8 @@ def make_table(alone: World) -> Callable[..., nn.Module]:
         )
         with torch.device("meta"):
             model = Holder(config)
-        plan = make_plan(model, config, world_size=1, local_size=1, device=alone.device)
-        sharded = shard_tables(model, plan, config.embeddings, alone.device)
+        _, sharding_plan = make_plan(model, config, ROWS, alone)
+        sharded = shard_tables(model, sharding_plan, config.embeddings, alone.device)
         initialise_tables(sharded, seed=1, std=0.02, dim=dim)
         return sharded
 

@@ -1,0 +1,181 @@
+"""Memory that the planner predicts beside the memory that training takes, on every rank.
+
+    python -m benchmarks.predicted [CONFIG] [KEY=VALUE ...] [--ranks 4]          # ranks of this machine
+    torchrun --nproc-per-node 8 -m benchmarks.predicted CONFIG [KEY=VALUE ...]   # on several hosts, as it is launched
+
+Without CONFIG: configs/retrieval/smoke.yaml on generated data, the planner free to choose. Predictions are for the mean
+length of the batch that is measured. Kept for backward: unique storages that autograd saves in one step, parameters
+apart, beside the planner's activations and logits (its logits hold their gradient too, and the vectors that tables
+return are its embeddings). Peak: torch.cuda.max_memory_allocated; on CPU the parameters and states above and what three
+steps add to the resident set, where the allocator's own choices are some MiB of noise.
+"""
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from os import environ
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.compare import print_machine
+from gr.batch import SequenceBatch
+from gr.config import load_config
+from gr.config.tree import ExperimentConfig
+from gr.data.loader import TrainLoader
+from gr.data.synthetic import StreamOptions, write_stream
+from gr.dist import World, world
+from gr.experiment import Built, build
+from gr.planner.evaluate import MEMORY, evaluate
+from gr.planner.inventory import experiment_inventory
+from gr.tasks import CandidateSampler
+from gr.train.module import TrainModule
+
+SMOKE = "configs/retrieval/smoke.yaml"
+SMOKE_DATA = StreamOptions(items=2000, categories=20, records=2000, length=64)
+# What is compared: the kinds of memory of the planner that a measurement takes together.
+COMPARED = {
+    "tables": ("tables",),
+    "table optimizer": ("table_optimizer",),
+    "dense parameters": ("dense_parameters",),
+    "dense optimizer": ("dense_optimizer",),
+    "kept for backward": ("activations", "logits"),
+    "peak": tuple(kind for kind in MEMORY if kind != "reserve"),
+}
+WARMUPS, STEPS = 2, 3
+
+
+def main(arguments: Sequence[str]) -> None:
+    if "RANK" not in environ:
+        _launch(list(arguments))
+        return
+    torch.set_num_threads(1)
+    config = load_config(arguments[0], arguments[1:])
+    with world(config.device) as here:
+        predicted, measured = _compare(config, here)
+        of_all = [here.all_gather_ints([round(v[name]) for name in COMPARED]) for v in (predicted, measured)]
+        if here.is_main:
+            print_machine()
+            _print(config, here, *of_all)
+
+
+def _launch(arguments: list[str]) -> None:
+    """Starts the ranks with torchrun."""
+    ranks = "2"
+    if "--ranks" in arguments:
+        at = arguments.index("--ranks")
+        ranks = arguments[at + 1]
+        del arguments[at : at + 2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    with tempfile.TemporaryDirectory(prefix="gr-predicted-") as folder:
+        if not arguments or "=" in arguments[0]:
+            write_stream(SMOKE_DATA, Path(folder))
+            paths = [f"data.path={folder}/train", f"evaluation.path={folder}/test"]
+            arguments = [SMOKE, *paths, "planner.sharding=auto", *arguments]
+        subprocess.run([*torchrun, "-m", "benchmarks.predicted", *arguments], check=True)
+
+
+def _compare(config: ExperimentConfig, here: World) -> tuple[dict[str, float], dict[str, float]]:
+    """Predicted and measured bytes of this rank by the names in COMPARED."""
+    built = build(config, here)
+    sampler = CandidateSampler(config.task, *built.corpus, config.seed)
+    module = TrainModule(built.model, sampler, config, here)
+    loader = TrainLoader(
+        built.train_data,
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.trainer.global_batch_size,
+        rank=here.rank,
+        world_size=here.size,
+    )
+    batch = next(loader)
+    loader.close()
+    for step in range(WARMUPS):
+        _step(module, batch, step)
+    optimizer = module.table_optimizer
+    dense_states = [t for state in module.dense_optimizer.state.values() for t in state.values() if t.dim()]
+    held = {
+        "tables": sum(shard.weight.nbytes for shard in optimizer.shards),
+        "table optimizer": sum(t.nbytes for states in optimizer.states for t in states.values()),
+        "dense parameters": sum(p.nbytes for p in module.dense.values()),
+        "dense optimizer": sum(t.nbytes for t in dense_states),
+    }
+    kept = _kept_for_backward(module, batch)
+    measured = {**held, "kept for backward": kept, "peak": _peak(module, batch, here, sum(held.values()))}
+    return _predicted(built, batch, here), {name: float(measured[name]) for name in COMPARED}
+
+
+def _predicted(built: Built, batch: SequenceBatch, here: World) -> dict[str, float]:
+    if built.plan is None:
+        raise SystemExit("planner.name=torchrec: its planner predicts no memory")
+    tokens, examples = len(batch.target_ids_T), batch.features.stride()
+    inventory = experiment_inventory(
+        built.config, built.train_data.schema.item_cardinality, mean_length=max(1.0, tokens / examples)
+    )
+    memory_MR = evaluate(replace(built.plan, inventory=inventory)).memory_MR
+    of_kind = {kind: float(memory_MR[row, here.rank]) for row, kind in enumerate(MEMORY)}
+    return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
+
+
+def _step(module: TrainModule, batch: SequenceBatch, number: int) -> None:
+    module.backward(module.forward(batch, number), number)
+
+
+def _kept_for_backward(module: TrainModule, batch: SequenceBatch) -> int:
+    """Bytes of the storages that a forward saves, without parameters, tables and the batch itself."""
+    owned = [*module.dense.values(), *(shard.weight for shard in module.table_optimizer.shards)]
+    apart = {t.untyped_storage().data_ptr() for t in [*owned, batch.features.values(), batch.target_ids_T]}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = module.forward(batch, WARMUPS)
+    module.backward(loss, WARMUPS)
+    return sum(saved.values())
+
+
+def _peak(module: TrainModule, batch: SequenceBatch, here: World, held: int) -> int:
+    """Most bytes in use during STEPS steps. held: those in use between steps."""
+    on_cuda = here.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(here.device)
+    else:
+        # Gives free pages back, and starts the high-water mark anew (proc(5), clear_refs).
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    between = _resident("VmRSS")
+    for step in range(STEPS):
+        _step(module, batch, WARMUPS + 1 + step)
+    if on_cuda:
+        return torch.cuda.max_memory_allocated(here.device)
+    return held + _resident("VmHWM") - between
+
+
+def _resident(field: str) -> int:
+    """Bytes, of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
+
+
+def _print(
+    config: ExperimentConfig, here: World, predicted: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]
+) -> None:
+    print(f"\n{config.run_dir}: {here.size} ranks on {here.device.type}, batch {config.trainer.global_batch_size}, kB")
+    print(f"{'rank':>4s}  {'':20s} {'predicted':>12s} {'measured':>12s} {'error':>8s}")
+    for rank, (ours, theirs) in enumerate(zip(predicted, measured, strict=True)):
+        for name, a, b in zip(COMPARED, ours, theirs, strict=True):
+            error = f"{a / b - 1:+8.1%}" if b else f"{'exact' if a == b else 'inf':>8s}"
+            print(f"{rank:4d}  {name:20s} {a / 1e3:12.1f} {b / 1e3:12.1f} {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

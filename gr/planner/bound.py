@@ -1,0 +1,146 @@
+"""A lower bound on the cost of any solution, from the linear relaxation of the choice of options.
+
+Relaxed: shards may be cut at will, so every rank carries the mean. What stays: each table takes (a mix of) options,
+their bytes fit all memories together, a shard dearer than the whole cost cannot be part of it, and each sharding type
+that is used costs its latencies. Memory is one constraint, so the linear program has one multiplier, the price of a
+byte, and is solved by a search over it; any price gives a bound, so none needs to be exact.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+
+from gr.planner.options import Capacity, Options
+
+PRICE_STEPS = 30
+CEILING_STEPS = 30
+TOLERANCE = 1e-4  # of the bound: how far below the relaxation's optimum it may stay
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """option_T: the cheapest options at `price` seconds a byte; they fit. seconds: a bound on the cost of a rank."""
+
+    option_T: np.ndarray
+    price: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options of some sharding types. latency: what using these costs every rank. bound: of solutions among them."""
+
+    usable_O: np.ndarray
+    latency: float
+    bound: float
+
+
+class Relaxation:
+    """The relaxed problem of `options` under `capacity`."""
+
+    def __init__(self, options: Options, capacity: Capacity) -> None:
+        self.options, self.capacity = options, capacity
+        self._starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
+        self.shard_seconds_O = options.seconds_O + np.maximum(options.extra_seconds_O, 0)
+        self.fits_O = (options.hbm_O + np.maximum(options.extra_hbm_O, 0) <= capacity.hbm_bytes) & (
+            options.host_O <= capacity.host_bytes
+        )
+
+    def cheapest(self, usable_O: np.ndarray, price: float) -> tuple[np.ndarray, float] | None:
+        """The options of least seconds + price * bytes, and that sum; None where a table has none."""
+        cost_O = np.where(usable_O, self.options.total_seconds_O + price * self.options.total_hbm_O, np.inf)
+        least_T = np.minimum.reduceat(cost_O, self._starts_T)
+        if not np.isfinite(least_T).all():
+            return None
+        place_O = np.where(cost_O == least_T[self.options.table_O], np.arange(len(cost_O)), len(cost_O))
+        return np.minimum.reduceat(place_O, self._starts_T), float(least_T.sum())
+
+    def solve(self, usable_O: np.ndarray, *, share: float = 1.0) -> Relaxed | None:
+        """The relaxation with `share` of the memory; None where the tables do not fit it."""
+        ranks = self.capacity.ranks
+        memory = share * self.capacity.hbm_bytes * ranks
+        found = self.cheapest(usable_O, 0.0)
+        if found is None:
+            return None
+        option_T, cost = found
+        used = self._bytes(option_T)
+        if used <= memory:
+            return Relaxed(option_T, 0.0, cost / ranks)
+        least = np.minimum.reduceat(np.where(usable_O, self.options.total_hbm_O, np.inf), self._starts_T)
+        if least.sum() > memory:
+            return None
+        low, high, bound = 0.0, cost / used, cost / ranks - 0.0
+        fitting: np.ndarray | None = None
+        while fitting is None:
+            option_T, value = self._at(usable_O, high)
+            bound = max(bound, (value - high * memory) / ranks)
+            if self._bytes(option_T) <= memory:
+                fitting = option_T
+            elif high > 1e30:  # equal options: no price separates them
+                return None
+            else:
+                low, high = high, 4 * high
+        for _ in range(PRICE_STEPS):
+            middle = (low + high) / 2
+            option_T, value = self._at(usable_O, middle)
+            bound = max(bound, (value - middle * memory) / ranks)
+            if self._bytes(option_T) <= memory:
+                high, fitting = middle, option_T
+            else:
+                low = middle
+        return Relaxed(fitting, high, bound)
+
+    def _at(self, usable_O: np.ndarray, price: float) -> tuple[np.ndarray, float]:
+        found = self.cheapest(usable_O, price)
+        assert found is not None, "usable options do not depend on the price"
+        return found
+
+    def _bytes(self, option_T: np.ndarray) -> float:
+        return float(self.options.total_hbm_O[option_T].sum())
+
+    def bound(self, usable_O: np.ndarray, latency: float) -> float | None:
+        """No solution among the usable options costs less, latency included; None where there is none."""
+
+        def holds(cost: float) -> bool:
+            relaxed = self.solve(usable_O & (self.shard_seconds_O + latency <= cost))
+            return relaxed is not None and relaxed.seconds + latency <= cost
+
+        relaxed = self.solve(usable_O)
+        if relaxed is None:
+            return None
+        low = relaxed.seconds + latency
+        if holds(low * (1 + TOLERANCE)):
+            return low
+        high = 2 * low
+        while not holds(high):
+            low, high = high, 2 * high
+        for _ in range(CEILING_STEPS):
+            if high - low <= TOLERANCE * high:
+                break
+            middle = (low + high) / 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        return low
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Sets of sharding types that could hold the best solution, the lowest bound first; empty where none fits."""
+        types = np.unique(self.options.sharding_type_O[self.fits_O])
+        latencies = self.options.group_seconds_S[types]
+        free, charged = types[latencies == 0], types[latencies > 0]
+        rough: list[Group] = []
+        for size in range(len(charged) + 1):
+            for chosen in combinations(charged, size):
+                usable_O = self.fits_O & np.isin(self.options.sharding_type_O, [*free, *chosen])
+                latency = float(self.options.group_seconds_S[list(chosen)].sum()) if chosen else 0.0
+                if (relaxed := self.solve(usable_O)) is not None:
+                    rough.append(Group(usable_O, latency, relaxed.seconds + latency))
+        exact: list[Group] = []
+        for group in sorted(rough, key=lambda g: g.bound):
+            if exact and group.bound >= 1.25 * min(g.bound for g in exact):
+                break
+            bound = self.bound(group.usable_O, group.latency)
+            assert bound is not None, "the rough bound exists"
+            exact.append(Group(group.usable_O, group.latency, bound))
+        return sorted(exact, key=lambda g: g.bound)

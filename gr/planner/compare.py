@@ -1,0 +1,75 @@
+"""What changes from one plan to another: which tables move, how many bytes, what the step gains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gr.config.inventory import TableConfig
+from gr.planner.cost import table_bytes
+from gr.planner.evaluate import evaluate
+from gr.planner.plan import Placement, Plan, Shard, shards
+
+
+@dataclass(frozen=True)
+class Change:
+    """One table that is placed differently, or only in one plan. moved_bytes: weights and states that change rank."""
+
+    table: str
+    before: Placement | None
+    after: Placement | None
+    moved_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """moved_bytes of a table that is new are none: it is filled, not moved."""
+
+    changes: tuple[Change, ...]
+    step_seconds: tuple[float, float]
+    hbm_bytes: tuple[float, float]  # of the fullest rank
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(change.moved_bytes for change in self.changes)
+
+
+def compare(before: Plan, after: Plan) -> Comparison:
+    """Tables are matched by name."""
+    left, right = evaluate(before), evaluate(after)
+    return Comparison(
+        changes=tuple(_changes(before, after)),
+        step_seconds=(left.step_seconds, right.step_seconds),
+        hbm_bytes=(float(left.total_memory_R.max()), float(right.total_memory_R.max())),
+    )
+
+
+def _changes(before: Plan, after: Plan) -> Iterator[Change]:
+    old = {placement.table: placement for placement in before.placements}
+    new = {placement.table: placement for placement in after.placements}
+    tables_old = {table.name: table for table in before.inventory.tables}
+    tables_new = {table.name: table for table in after.inventory.tables}
+    for name in {**old, **new}:
+        was, now = old.get(name), new.get(name)
+        if was is None or now is None:
+            yield Change(name, was, now, 0)
+        elif was != now or tables_old[name] != tables_new[name]:
+            yield Change(name, was, now, _moved(tables_old[name], was, tables_new[name], now))
+
+
+def _moved(old: TableConfig, was: Placement, new: TableConfig, now: Placement) -> int:
+    """Bytes of the new shards that were not on their rank before."""
+    held: dict[int, list[Shard]] = {}
+    for shard in shards(old, was):
+        held.setdefault(shard.rank, []).append(shard)
+    moved = 0
+    for shard in shards(new, now):
+        cells = shard.rows * shard.columns
+        kept = sum(_overlap(shard, other) for other in held.get(shard.rank, []))
+        if cells > kept:
+            moved += round(sum(table_bytes(new, shard)) * (cells - kept) / cells)
+    return moved
+
+
+def _overlap(a: Shard, b: Shard) -> int:
+    rows = min(a.row + a.rows, b.row + b.rows) - max(a.row, b.row)
+    columns = min(a.column + a.columns, b.column + b.columns) - max(a.column, b.column)
+    return max(rows, 0) * max(columns, 0)

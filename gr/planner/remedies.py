@@ -1,0 +1,200 @@
+"""Why tables do not fit, and what would help: every remedy is tried before it is named."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gr.config.inventory import InventoryConfig
+from gr.errors import PlanError
+from gr.planner.evaluate import evaluate
+from gr.planner.memory import fixed_memory
+from gr.planner.search import DoesNotFit, search, table_capacity
+from gr.planner.space import search_space
+from gr.planner.topology import Topology, with_ranks
+
+MOST_RANKS = 1 << 16
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number of ranks: whether a plan was found, and the fullest rank under it, or what was missing."""
+
+    ranks: int
+    fits: bool
+    limit: str
+
+
+def smallest(inventory: InventoryConfig, topology: Topology) -> tuple[int | None, list[Trial]]:
+    """The least number of ranks that fits, and every number tried; None up to MOST_RANKS.
+
+    Parts of one host are tried in powers of two, then whole hosts. Memory a rank falls as ranks are added, so a search
+    by halves is enough.
+    """
+    local, tried = topology.ranks_per_host, dict[int, Trial]()
+
+    def fits(ranks: int) -> bool:
+        if ranks not in tried:
+            tried[ranks] = _trial(inventory, with_ranks(topology, ranks))
+        return tried[ranks].fits
+
+    part = 1
+    while part < local and not fits(part):
+        part *= 2
+    if part < local:
+        return part, sorted(tried.values(), key=lambda trial: trial.ranks)
+    low, high = 0, 1
+    while not fits(high * local):
+        if high * local >= MOST_RANKS:
+            return None, sorted(tried.values(), key=lambda trial: trial.ranks)
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle * local) else (middle, high)
+    return high * local, sorted(tried.values(), key=lambda trial: trial.ranks)
+
+
+def _trial(inventory: InventoryConfig, topology: Topology) -> Trial:
+    try:
+        evaluation = evaluate(search(inventory, topology))
+    except DoesNotFit as error:
+        return Trial(topology.ranks, False, str(error))
+    fullest = int(evaluation.total_memory_R.argmax())
+    used = float(evaluation.total_memory_R[fullest])
+    return Trial(topology.ranks, evaluation.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
+
+
+def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFit) -> str:
+    """`error` in full: the shortfall in bytes, the tables that cause it, and what each remedy was found to do."""
+    lines = [f"{inventory.name} does not fit {topology.name} x {topology.ranks}: {error}"]
+    lines += _shortfall(inventory, topology)
+    lines.append("remedies tried:")
+    lines += [f"  {remedy}" for remedy in _remedies(inventory, topology)]
+    return "\n".join(lines)
+
+
+def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
+    fixed = sum(fixed_memory(inventory, topology).values())
+    try:
+        left = table_capacity(inventory, topology).hbm_bytes
+        options = search_space(inventory, topology)
+    except DoesNotFit:
+        yield f"shortfall: {int(fixed - topology.hbm_bytes):,} bytes a rank before any table is placed"
+        return
+    starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
+    least_T = np.minimum.reduceat(options.total_hbm_O, starts_T)
+    shard_T = np.minimum.reduceat(options.hbm_O + np.maximum(options.extra_hbm_O, 0), starts_T)
+    missing = float(least_T.sum()) - left * topology.ranks
+    if missing > 0:
+        yield (
+            f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(least_T.sum())}, and {topology.ranks} "
+            f"ranks have {_gb(left * topology.ranks)} for them"
+        )
+    too_large = np.flatnonzero(shard_T > left)
+    if len(too_large):
+        worst = too_large[np.argsort(-shard_T[too_large], kind="stable")][:NAMED]
+        yield (
+            f"shortfall: {int(shard_T[worst[0]] - left):,} bytes on a rank: the smallest shard of "
+            + ", ".join(f"{inventory.tables[t].name} takes {_gb(shard_T[t])}" for t in worst)
+            + f", and a rank has {_gb(left)} for tables"
+        )
+    elif missing <= 0:
+        yield (
+            f"shortfall: none in total ({_gb(least_T.sum())} of {_gb(left * topology.ranks)}), but no packing of the "
+            "shards was found"
+        )
+    largest = np.argsort(-least_T, kind="stable")[:NAMED]
+    yield "largest tables: " + ", ".join(f"{inventory.tables[t].name} {_gb(least_T[t])}" for t in largest)
+
+
+def _remedies(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
+    ranks, _ = smallest(inventory, with_ranks(topology, topology.ranks))
+    if ranks is None:
+        yield f"more hosts: none up to {MOST_RANKS} ranks suffices"
+    else:
+        yield f"more hosts: {ranks} ranks fit ({-(-ranks // topology.ranks_per_host)} hosts)"
+    halved = inventory.model_copy(
+        update={"tables": tuple(t.model_copy(update={"dtype": "fp16"}) for t in inventory.tables)}
+    )
+    if halved == inventory:
+        yield "fp16 tables: they are already"
+    else:
+        yield f"fp16 tables: {_outcome(halved, topology)}"
+    yield _offloaded(inventory, topology)
+    yield _smaller_batch(inventory, topology)
+
+
+def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
+    if topology.host_bytes == 0:
+        return "offload: the hosts of this topology have no memory for tables"
+    bytes_T = np.array([table.rows * table.dim for table in inventory.tables])
+    order = np.argsort(-bytes_T, kind="stable")
+    found = _least(len(order), lambda count: _fits(_with_offload(inventory, order[:count]), topology))
+    if found is None:
+        return "offload: with every table on the host (fused_uvm_caching) it still does not fit"
+    names = [inventory.tables[t].name for t in order[:found]]
+    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return (
+        f"offload {named} (kernels: [fused_uvm_caching]): {_outcome(_with_offload(inventory, order[:found]), topology)}"
+    )
+
+
+def _with_offload(inventory: InventoryConfig, tables: np.ndarray) -> InventoryConfig:
+    chosen = set(tables.tolist())
+    return inventory.model_copy(
+        update={
+            "tables": tuple(
+                table.model_copy(update={"kernels": ("fused_uvm_caching",)}) if index in chosen else table
+                for index, table in enumerate(inventory.tables)
+            )
+        }
+    )
+
+
+def _smaller_batch(inventory: InventoryConfig, topology: Topology) -> str:
+    field = "rank_batch_size" if inventory.rank_batch_size is not None else "global_batch_size"
+    batch = inventory.batch_on(topology.ranks)
+    per_rank = 1 if field == "rank_batch_size" else topology.ranks
+    halvings = batch.bit_length() - 1
+
+    def with_batch(halved: int) -> InventoryConfig:
+        return inventory.model_copy(update={field: max(1, batch >> halved) * per_rank})
+
+    found = _least(halvings, lambda halved: _fits(with_batch(halved), topology))
+    if found is None:
+        return f"smaller batch: even {field}={per_rank} does not fit"
+    smaller = with_batch(found)
+    return f"smaller batch, {field}={getattr(smaller, field)}: {_outcome(smaller, topology)}"
+
+
+def _least(most: int, holds: Callable[[int], bool]) -> int | None:
+    """The least of 1..most for which `holds`, which is monotone; None where it does not at `most`."""
+    if most < 1 or not holds(most):
+        return None
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _fits(inventory: InventoryConfig, topology: Topology) -> bool:
+    return _trial(inventory, topology).fits
+
+
+def _outcome(inventory: InventoryConfig, topology: Topology) -> str:
+    try:
+        evaluation = evaluate(search(inventory, topology))
+    except PlanError as error:
+        return f"does not fit: {error}"
+    if not evaluation.fits:
+        return "does not fit"
+    return (
+        f"fits, {_gb(float(evaluation.total_memory_R.max()))} on the fullest rank, "
+        f"{evaluation.step_seconds * 1e3:.1f} ms a step"
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"

@@ -1,0 +1,6 @@
+"""What a plan costs, for people: tables for the terminal and one HTML page."""
+
+from gr.planner.report.page import page
+from gr.planner.report.terminal import summary
+
+__all__ = ["page", "summary"]

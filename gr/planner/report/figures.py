@@ -1,0 +1,166 @@
+"""Figures that both reports show, drawn from one Evaluation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gr.planner.cost import TABLE_PHASES
+from gr.planner.dense import dense_work
+from gr.planner.evaluate import PHASES, Evaluation, TableShare
+from gr.planner.report.units import count, duration, flops, percent, size
+
+EVEN = 0.02  # a straggler this little above the mean waits for nothing worth a name
+LARGEST_TABLES = 3
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The rank with the most table work, and what sets it apart from the mean rank."""
+
+    rank: int
+    seconds: float
+    mean_seconds: float
+    phase: str  # in which it is furthest above the mean
+    phase_seconds: float
+    phase_mean_seconds: float
+    tables: tuple[TableShare, ...]  # the costliest that have a shard there
+
+    @property
+    def excess(self) -> float:
+        """Of its table work over the mean rank's, less 1."""
+        return self.seconds / self.mean_seconds - 1 if self.mean_seconds else 0.0
+
+    def explanation(self) -> str:
+        if self.seconds == 0:
+            return "Tables cost nothing in this step."
+        text = f"Rank {self.rank} has the most table work: {duration(self.seconds)} a step"
+        if self.excess < EVEN:
+            return f"{text}, {percent(self.excess)} above the mean; table work is even."
+        text += (
+            f", {percent(self.excess)} above the mean of {duration(self.mean_seconds)}. It is furthest ahead in "
+            f"{words(self.phase)}: {duration(self.phase_seconds)} against {duration(self.phase_mean_seconds)}."
+        )
+        costliest = ", ".join(f"{table.name} ({duration(table.seconds)})" for table in self.tables)
+        return f"{text} Its costliest tables: {costliest}." if costliest else text
+
+
+def words(name: str) -> str:
+    """gradient_all_to_all -> gradient all-to-all."""
+    return name.replace("all_to_all", "all-to-all").replace("all_reduce", "all-reduce").replace("_", " ")
+
+
+def straggler(evaluation: Evaluation) -> Straggler:
+    rank = evaluation.straggler
+    rows = {phase: evaluation.seconds_PR[PHASES.index(phase)] for phase in TABLE_PHASES}
+    phase = max(rows, key=lambda name: float(rows[name][rank] - rows[name].mean()))
+    there = sorted((table for table in evaluation.tables if rank in table.ranks), key=lambda table: -table.seconds)
+    return Straggler(
+        rank=rank,
+        seconds=float(evaluation.table_seconds_R[rank]),
+        mean_seconds=float(evaluation.table_seconds_R.mean()),
+        phase=phase,
+        phase_seconds=float(rows[phase][rank]),
+        phase_mean_seconds=float(rows[phase].mean()),
+        tables=tuple(there[:LARGEST_TABLES]),
+    )
+
+
+def schedule(evaluation: Evaluation) -> list[tuple[float, float]]:
+    """Seconds from the start of the step, of each phase: where its hidden part starts, and where the rest of it does.
+
+    Every phase starts when the slowest rank has ended the one before. The hidden part of the gradient all-reduce lies
+    beside the end of the backward pass, that of another phase beside what precedes it, below zero in the step before.
+    """
+    shown_P = evaluation.seconds_PR.max(axis=1) - evaluation.hidden_P
+    ends_P = np.cumsum(shown_P)
+    starts_P = ends_P - shown_P
+    hidden_P = starts_P - evaluation.hidden_P
+    reduce = PHASES.index("gradient_all_reduce")
+    hidden_P[reduce] = ends_P[PHASES.index("dense_backward")] - evaluation.hidden_P[reduce]
+    return list(zip(hidden_P.tolist(), starts_P.tolist(), strict=True))
+
+
+def table_parameters(evaluation: Evaluation) -> int:
+    return sum(table.rows * table.dim for table in evaluation.plan.inventory.tables)
+
+
+def examples_per_second(evaluation: Evaluation) -> float:
+    """Over all ranks."""
+    inventory, topology = evaluation.plan.inventory, evaluation.plan.topology
+    examples = inventory.global_batch_size or inventory.batch_on(topology.ranks) * topology.ranks
+    return examples / evaluation.step_seconds
+
+
+def attainable_flops(evaluation: Evaluation) -> float:
+    """FLOP/s of a rank at the inventory's precision: what a good kernel gets, below the published peak."""
+    topology = evaluation.plan.topology
+    return topology.flops_bf16 if evaluation.plan.inventory.precision == "bf16" else topology.flops_fp32
+
+
+def imbalance(values_R: np.ndarray) -> float:
+    """Max over mean."""
+    mean = float(values_R.mean())
+    return float(values_R.max()) / mean if mean else 1.0
+
+
+def world(evaluation: Evaluation) -> str:
+    """1,024 ranks on 128 hosts."""
+    topology = evaluation.plan.topology
+    return " on ".join(_counted(n, noun) for n, noun in ((topology.ranks, "rank"), (topology.hosts, "host")))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def device_word(evaluation: Evaluation) -> str:
+    return "GPU" if evaluation.plan.topology.device == "cuda" else "rank"
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """One sentence: whether every rank holds its part, and how full the fullest is."""
+    total_R, capacity = evaluation.total_memory_R, evaluation.plan.topology.hbm_bytes
+    rank = int(total_R.argmax())
+    fullest = f"rank {rank} takes {size(total_R[rank])} of {size(capacity)} ({percent(total_R[rank] / capacity)})"
+    if evaluation.fits:
+        return f"Fits: the fullest, {fullest}."
+    host_capacity = evaluation.plan.topology.host_bytes
+    over, host_over = int((total_R > capacity).sum()), int((evaluation.host_R > host_capacity).sum())
+    said = []
+    if over:
+        said.append(f"memory runs out on {over:,} of {len(total_R):,} ranks; {fullest}")
+    if host_over:
+        most = int(evaluation.host_R.argmax())
+        taken = f"{size(evaluation.host_R[most])} of {size(host_capacity)}"
+        said.append(f"host memory runs out on {host_over:,} of {len(total_R):,} ranks; rank {most} takes {taken}")
+    return f"Does not fit: {'; '.join(said) or fullest}."
+
+
+def headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """(what, value, note) of each headline figure, in reading order."""
+    topology, inventory = evaluation.plan.topology, evaluation.plan.inventory
+    device = device_word(evaluation)
+    rank_batch = inventory.batch_on(topology.ranks)
+    tables, dense = table_parameters(evaluation), dense_work(inventory, rank_batch).parameters
+    amount = _counted(len(inventory.tables), "table")
+    figures = [
+        ("Parameters", count(tables + dense), f"{amount}; {count(dense)} in the dense part"),
+        ("Step", duration(evaluation.step_seconds), f"{rank_batch:,} examples a rank"),
+        ("Examples", f"{count(examples_per_second(evaluation))}/s", "over all ranks"),
+    ]
+    if evaluation.tokens:
+        rate = count(evaluation.tokens / evaluation.step_seconds)
+        figures.append(("Tokens", f"{rate}/s/{device}", f"{count(evaluation.tokens)} a rank and step"))
+    if evaluation.flops:
+        speed = attainable_flops(evaluation)
+        work = f"{flops(evaluation.flops)} a rank, {flops(speed)}/s attainable"
+        figures.append(("MFU (attainable)", percent(evaluation.flops / evaluation.step_seconds / speed), work))
+    bound = evaluation.plan.bound_seconds
+    figures.append(
+        (
+            "Gap to the bound",
+            percent(evaluation.gap),
+            f"table work {duration(evaluation.cost)}, bound {duration(bound)}",
+        )
+    )
+    return figures

@@ -1,0 +1,135 @@
+"""The report on a plan as one HTML file: no network, no other files, opens from file://."""
+
+import html
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr.config.inventory import TableConfig
+from gr.planner.cost import TABLE_PHASES
+from gr.planner.evaluate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.report.figures import (
+    headline,
+    imbalance,
+    schedule,
+    straggler,
+    verdict,
+    words,
+    world,
+)
+from gr.planner.report.units import percent, size, spans
+
+TEMPLATE = Path(__file__).with_name("page.html")
+DIGITS = 5  # of seconds in the page
+
+
+def page(evaluation: Evaluation) -> str:
+    """The whole page. Names of tables are data: escaped here, and only ever shown as text."""
+    topology = evaluation.plan.topology
+    title = f"{evaluation.plan.inventory.name} on {topology.name}"
+    # `<` would let a name end the script element or open a comment in it.
+    data = json.dumps(_data(evaluation, title), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    # Split before filling in: a name may hold a marker.
+    head, rest = TEMPLATE.read_text(encoding="utf-8").split("{{title}}")
+    body, end = rest.split("{{data}}")
+    return "".join((head, html.escape(title), body, data, end))
+
+
+def _data(evaluation: Evaluation, title: str) -> dict[str, Any]:
+    topology = evaluation.plan.topology
+    work = straggler(evaluation)
+    return {
+        "title": title,
+        "world": world(evaluation),
+        "fits": bool(evaluation.fits),
+        "verdict": verdict(evaluation),
+        "tiles": _tiles(evaluation),
+        "ranks": topology.ranks,
+        "ranksPerHost": topology.ranks_per_host,
+        "capacity": topology.hbm_bytes,
+        "hostCapacity": topology.host_bytes,
+        # What is alike on every rank comes first, at the bottom of a stack.
+        "memory": _series(MEMORY[::-1], evaluation.memory_MR[::-1].round()),
+        "host": _series(("host_memory",), evaluation.host_R[None].round()) if evaluation.host_R.any() else [],
+        "work": _series(TABLE_PHASES, evaluation.seconds_PR[[PHASES.index(phase) for phase in TABLE_PHASES]]),
+        "bound": _brief(evaluation.plan.bound_seconds),
+        "phases": _phases(evaluation),
+        "step": _brief(evaluation.step_seconds),
+        "links": _series(
+            ("same_host", "other_hosts"), np.stack([evaluation.intra_bytes_R, evaluation.inter_bytes_R]).round()
+        ),
+        "straggler": {"rank": work.rank, "text": work.explanation()},
+        "tables": _tables(evaluation),
+    }
+
+
+def _tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    total_R, capacity = evaluation.total_memory_R, evaluation.plan.topology.hbm_bytes
+    work = straggler(evaluation)
+    fullest = f"{size(float(total_R.max()))} of {size(capacity)}; max / mean over ranks {imbalance(total_R):.2f}"
+    return [
+        *headline(evaluation),
+        ("Fullest rank", percent(float(total_R.max()) / capacity), fullest),
+        ("Straggler", f"rank {work.rank}", f"table work {percent(work.excess)} above the mean rank's"),
+    ]
+
+
+def _series(names: tuple[str, ...], values_NR: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {"key": name, "label": words(name), "values": [_brief(value) for value in values_R]}
+        for name, values_R in zip(names, values_NR.tolist(), strict=True)
+    ]
+
+
+def _brief(value: float) -> float | int:
+    """Bytes whole, seconds to five digits: they make most of the page's size."""
+    return int(value) if float(value).is_integer() else float(f"{value:.{DIGITS}g}")
+
+
+def _phases(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """hidden: seconds beside other phases, from hiddenStart on. rank: the slowest, None where all are alike."""
+    return [
+        {
+            "label": words(phase),
+            "kind": "tables" if phase in ("lookup", "update") else "dense" if phase.startswith("dense") else "links",
+            "hiddenStart": _brief(hidden_start),
+            "start": _brief(start),
+            "slowest": _brief(seconds_R.max()),
+            "rank": int(seconds_R.argmax()) if np.ptp(seconds_R) else None,
+            "mean": _brief(seconds_R.mean()),
+            "hidden": _brief(hidden),
+        }
+        for phase, (hidden_start, start), seconds_R, hidden in zip(
+            PHASES, schedule(evaluation), evaluation.seconds_PR, evaluation.hidden_P, strict=True
+        )
+    ]
+
+
+def _tables(evaluation: Evaluation) -> list[list[Any]]:
+    """Rows in the columns of page.html."""
+    configs = {table.name: table for table in evaluation.plan.inventory.tables}
+    every = partial(_ranks, everyone=evaluation.plan.topology.ranks)
+    return [[*_row(configs[share.name], share), every(share)] for share in evaluation.tables]
+
+
+def _row(table: TableConfig, share: TableShare) -> list[Any]:
+    return [
+        share.name,
+        share.sharding_type,
+        share.kernel,
+        table.kind,
+        table.dtype,
+        table.rows,
+        table.dim,
+        share.shards,
+        share.bytes,
+        share.largest_shard_bytes,
+        _brief(share.seconds),
+    ]
+
+
+def _ranks(share: TableShare, everyone: int) -> str:
+    return "all" if len(set(share.ranks)) == everyone else spans(set(share.ranks))

@@ -1,0 +1,142 @@
+"""The report on a plan for the terminal: one screen of 80 columns."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gr.planner.evaluate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
+from gr.planner.report.units import duration, percent, size
+
+TOP = 10
+# As TorchRec writes them.
+ABBREVIATIONS = {
+    "data_parallel": "DP",
+    "table_wise": "TW",
+    "column_wise": "CW",
+    "row_wise": "RW",
+    "table_row_wise": "TWRW",
+    "table_column_wise": "TWCW",
+    "grid_shard": "GRID",
+}
+NAME_WIDTH = 22
+
+
+def summary(evaluation: Evaluation) -> list[RenderableType]:
+    """Renderables in the order of the page: verdict and headline, memory, step, links, tables."""
+    return [
+        *_head(evaluation),
+        Text(),
+        _memory(evaluation),
+        Text(),
+        _timeline(evaluation),
+        Text(straggler(evaluation).explanation()),
+        _links(evaluation),
+        Text(),
+        _top(evaluation),
+        _types(evaluation.tables),
+    ]
+
+
+def _head(evaluation: Evaluation) -> list[RenderableType]:
+    where = f"{evaluation.plan.topology.name}: {world(evaluation)}"
+    title = Text(f"{evaluation.plan.inventory.name} on {where}", style="bold")
+    fits = Text(verdict(evaluation), style="green" if evaluation.fits else "bold red")
+    grid = Table.grid(padding=(0, 2))
+    for what, value, note in headline(evaluation):
+        grid.add_row(Text(what), Text(value, style="bold"), Text(note, style="dim"))
+    return [title, fits, grid]
+
+
+def _table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
+    """Without a frame; the first `left` columns are text, the others figures."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def _memory(evaluation: Evaluation) -> Table:
+    capacity = evaluation.plan.topology.hbm_bytes
+    columns = ("kind", "min", "mean", "max", "max used", "max / mean")
+    table = _table(f"Memory per rank, of {size(capacity)} (1 GB = 1e9 bytes)", columns)
+    for kind, bytes_R in zip(MEMORY, evaluation.memory_MR, strict=True):
+        table.add_row(words(kind), *_spread(bytes_R, capacity))
+    table.add_row("all", *_spread(evaluation.total_memory_R, capacity), style="bold")
+    if evaluation.host_R.any():
+        host = evaluation.plan.topology.host_bytes
+        table.add_row(f"host memory, of {size(host)}", *_spread(evaluation.host_R, host))
+    return table
+
+
+def _spread(bytes_R: np.ndarray, capacity: float) -> Iterable[str]:
+    low, mean, high = float(bytes_R.min()), float(bytes_R.mean()), float(bytes_R.max())
+    share = percent(high / capacity) if capacity else "no capacity"
+    return size(low), size(mean), size(high), share, f"{imbalance(bytes_R):.2f}"
+
+
+def _timeline(evaluation: Evaluation) -> Table:
+    columns = ("phase", "slowest rank", "rank", "mean", "hidden", "adds", "share")
+    table = _table("Step by phase; hidden: beside another phase", columns)
+    step = evaluation.step_seconds
+    for index, phase in enumerate(PHASES):
+        seconds_R, hidden = evaluation.seconds_PR[index], float(evaluation.hidden_P[index])
+        slowest = float(seconds_R.max())
+        shown = slowest - hidden
+        table.add_row(
+            words(phase),
+            duration(slowest),
+            "all" if np.ptp(seconds_R) == 0 else str(int(seconds_R.argmax())),
+            duration(float(seconds_R.mean())),
+            duration(hidden),
+            duration(shown),
+            percent(shown / step),
+        )
+    table.add_row("step", "", "", "", "", duration(step), "", style="bold")
+    return table
+
+
+def _links(evaluation: Evaluation) -> Text:
+    lines = ["Sent in a step by the mean rank:"]
+    for name, bytes_R in (("its host", evaluation.intra_bytes_R), ("other hosts", evaluation.inter_bytes_R)):
+        most = int(bytes_R.argmax())
+        high = f"at most {size(float(bytes_R[most]))} (rank {most})" if np.ptp(bytes_R) else "every rank alike"
+        lines.append(f"{size(float(bytes_R.mean()))} to {name}, {high};")
+    return Text(" ".join(lines).rstrip(";"))
+
+
+def _top(evaluation: Evaluation) -> Table:
+    shown = min(TOP, len(evaluation.tables))
+    title = f"The {shown} costliest and the {shown} largest of {len(evaluation.tables):,} tables"
+    table = _table(title, ("costliest", "type", "a shard", "", "largest", "type", "all shards"), left=2)
+    for index in (0, 4):
+        table.columns[index].max_width = NAME_WIDTH
+        table.columns[index].overflow = "ellipsis"
+    table.columns[4].justify = table.columns[5].justify = "left"
+    by_seconds = sorted(evaluation.tables, key=lambda share: -share.seconds)
+    by_bytes = sorted(evaluation.tables, key=lambda share: -share.bytes)
+    for costly, large in list(zip(by_seconds, by_bytes, strict=True))[:shown]:
+        table.add_row(
+            Text(costly.name),
+            ABBREVIATIONS[costly.sharding_type],
+            duration(costly.seconds),
+            "",
+            Text(large.name),
+            ABBREVIATIONS[large.sharding_type],
+            size(large.bytes),
+        )
+    return table
+
+
+def _types(tables: Iterable[TableShare]) -> Text:
+    tables = list(tables)
+    types = Counter(table.sharding_type for table in tables)
+    kernels = Counter(table.kernel for table in tables)
+    text = ", ".join(f"{ABBREVIATIONS[name]} {number:,}" for name, number in types.most_common())
+    held = ", ".join(f"{name} {number:,}" for name, number in kernels.most_common())
+    return Text(f"Sharding types: {text}; kernels: {held}")

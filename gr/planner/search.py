@@ -1,0 +1,52 @@
+"""The plan of an inventory on a topology: space of options -> solver -> placements."""
+
+from gr.config.inventory import SHARDING_TYPES, InventoryConfig
+from gr.errors import PlanError
+from gr.planner.memory import fixed_memory
+from gr.planner.options import Capacity
+from gr.planner.plan import Placement, Plan
+from gr.planner.solve import DoesNotFit, solve
+from gr.planner.space import KERNELS, search_space
+from gr.planner.topology import Topology
+
+
+def search(inventory: InventoryConfig, topology: Topology) -> Plan:
+    """The best plan found, with a lower bound on the cost of any. Equal inputs give equal plans.
+
+    Raises DoesNotFit (a PlanError) where memory does not suffice, PlanError where constraints exclude one another.
+    """
+    _check_ranks(inventory, topology)
+    options = search_space(inventory, topology)
+    solution = solve(options, table_capacity(inventory, topology))
+    placements = tuple(
+        Placement(
+            table=table.name,
+            sharding_type=SHARDING_TYPES[options.sharding_type_O[option]],
+            kernel=KERNELS[options.kernel_O[option]],
+            ranks=tuple(ranks.tolist()),
+            column_width=int(options.column_width_O[option]) or None,
+        )
+        for table, option, ranks in zip(inventory.tables, solution.option_T, solution.ranks_T, strict=True)
+    )
+    return Plan(inventory, topology, placements, solution.bound_seconds)
+
+
+def table_capacity(inventory: InventoryConfig, topology: Topology) -> Capacity:
+    """What is left for table shards on each rank. Raises DoesNotFit where the rest alone is too large."""
+    fixed = fixed_memory(inventory, topology)
+    left = topology.hbm_bytes - sum(fixed.values())
+    if left <= 0:
+        largest = max(fixed, key=lambda kind: fixed[kind])
+        raise DoesNotFit(
+            f"without any table a rank needs {sum(fixed.values()) / 1e9:.1f} GB of {topology.hbm_bytes / 1e9:.1f} GB, "
+            f"most of it {largest} ({fixed[largest] / 1e9:.1f} GB); lower the batch size"
+        )
+    return Capacity(topology.ranks, topology.ranks_per_host, left, topology.host_bytes)
+
+
+def _check_ranks(inventory: InventoryConfig, topology: Topology) -> None:
+    for table in inventory.tables:
+        if table.ranks is not None and (wrong := [rank for rank in table.ranks if rank >= topology.ranks]):
+            raise PlanError(
+                f"table {table.name}: ranks names {wrong[0]}, but {topology.name} has ranks 0 to {topology.ranks - 1}"
+            )

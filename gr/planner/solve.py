@@ -1,0 +1,90 @@
+"""The solver: an option for every table and a rank for every shard, least cost of the costliest rank, within memory.
+
+The bound (bound.py) says which sharding types can hold the best solution and how good it can be. Packing (pack.py)
+under a target cost either succeeds or not, so the least target is found by halving the distance to the bound.
+"""
+
+import numpy as np
+
+from gr.errors import PlanError
+from gr.planner.bound import Group, Relaxation
+from gr.planner.options import Capacity, Options, Solution
+from gr.planner.pack import Choices, Packing, Targets
+
+CLOSE = 1.001  # to the bound: nothing better is looked for
+FIRST_TARGETS = (1.005, 1.04, 1.1, 1.3, 1.8, 3.0, 6.0, 20.0)
+HALVINGS = 3
+ROUNDS = 200  # of ruin and recreate, for a target
+BALANCE = 1.5  # largest to mean memory of the tables that is aimed at, where cost allows
+SLACK = 1 + 1e-9  # of the cost: none is given up for balance
+
+
+class DoesNotFit(PlanError):
+    """The tables do not fit the memory, or no way to place them was found."""
+
+
+def solve(options: Options, capacity: Capacity) -> Solution:
+    """The best solution found and a bound on all. Raises DoesNotFit. Equal inputs give equal solutions."""
+    relaxation = Relaxation(options, capacity)
+    if not relaxation.groups:
+        raise DoesNotFit(_too_large(options, capacity))
+    bound = relaxation.groups[0].bound
+    for group in relaxation.groups:
+        choices = Choices(options, group.usable_O, capacity.ranks_per_host)
+        first = _first(relaxation, group, choices)
+        if first is not None:
+            packing = _refined(relaxation, group, choices, first)
+            return Solution(packing.option_T, packing.ranks_T, bound)
+    raise DoesNotFit("no way was found to place the tables within the memory")
+
+
+def _too_large(options: Options, capacity: Capacity) -> str:
+    starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
+    total = np.minimum.reduceat(options.total_hbm_O, starts_T).sum()
+    shard = np.minimum.reduceat(options.hbm_O, starts_T).max()
+    return (
+        f"the tables take at least {total / 1e9:,.1f} GB of {capacity.hbm_bytes * capacity.ranks / 1e9:,.1f} GB, and "
+        f"the largest shard at least {shard / 1e9:,.1f} GB of {capacity.hbm_bytes / 1e9:,.1f} GB on a rank"
+    )
+
+
+def _refined(relaxation: Relaxation, group: Group, choices: Choices, best: Packing) -> Packing:
+    """The best packing found with the options of `group`: of least cost, then of balanced memory at that cost."""
+    capacity, least = relaxation.capacity, group.bound - group.latency
+    low = least
+    for _ in range(HALVINGS):
+        if best.cost <= CLOSE * least or best.cost <= CLOSE * low:
+            break
+        target = Targets((low + best.cost) / 2, capacity.hbm_bytes)
+        found = _filled(relaxation, group, choices, target)
+        if found is None:
+            low = target.seconds
+            continue
+        found.improve(target, ROUNDS)
+        best = found if found.cost < best.cost else best
+        low = low if found.cost <= target.seconds else target.seconds
+    balanced = Targets(best.cost * SLACK, min(BALANCE * best.hbm_R.mean(), capacity.hbm_bytes))
+    best.improve(balanced, ROUNDS)
+    return best
+
+
+def _first(relaxation: Relaxation, group: Group, choices: Choices) -> Packing | None:
+    """Best fit under rising targets, until one holds."""
+    best: Packing | None = None
+    least = group.bound - group.latency
+    for factor in FIRST_TARGETS:
+        target = Targets(factor * least, relaxation.capacity.hbm_bytes)
+        found = _filled(relaxation, group, choices, target)
+        if found is not None and (best is None or found.cost < best.cost):
+            best = found
+        if best is not None and best.cost <= target.seconds:
+            break
+    return best
+
+
+def _filled(relaxation: Relaxation, group: Group, choices: Choices, targets: Targets) -> Packing | None:
+    usable_O = group.usable_O & (relaxation.shard_seconds_O <= targets.seconds)
+    relaxed = relaxation.solve(usable_O) or relaxation.solve(group.usable_O)
+    assert relaxed is not None, "the group has a bound"
+    packing = Packing(relaxation.capacity, choices)
+    return packing if packing.fill(targets, relaxed.option_T) else None
