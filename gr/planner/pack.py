@@ -33,7 +33,9 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
+    """One option of one table; odd: the shard that is not like the others."""
+
     index: int
     total: float
     seconds: float
@@ -67,10 +69,15 @@ class Packing:
         self.host_R = np.zeros(capacity.ranks)
         self.ranks_T: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(choices.every_T)
         self._every_T = choices.every_T
-        self._choices_T: list[_Focused] = []
+        self._choices_T: list[Focused] = []
         self._chosen_T = [every[0] for every in choices.every_T]
         self._urgency_T = np.zeros(len(choices.every_T))
         self._random = np.random.default_rng(0)
+
+    def put(self, table: int, option: Option, ranks: np.ndarray) -> None:
+        """Adds a table that is not there yet."""
+        self._chosen_T[table], self.ranks_T[table] = option, ranks
+        self._shift(table, 1.0)
 
     @property
     def option_T(self) -> np.ndarray:
@@ -86,12 +93,12 @@ class Packing:
         relaxed_T: the options of the relaxation. Tables that it puts on all ranks come first, and stay there, then
         those on whole hosts: later there may be no room on every rank. Then the largest first.
         """
-        self._choices_T = [_Focused(every, targets.seconds) for every in self._every_T]
+        self._choices_T = [Focused(every, targets.seconds) for every in self._every_T]
         urgency_T = np.zeros(len(self._every_T))
         for table, (choices, option) in enumerate(zip(self._choices_T, relaxed_T, strict=True)):
             hint = next((one for one in choices.all if one.index == option), choices.all[0])
             if hint.scope is Scope.ALL:
-                self._choices_T[table] = _Focused([hint], targets.seconds)
+                self._choices_T[table] = Focused([hint], targets.seconds)
             # A shard is at most 1 of the target, or 2 where memory or the finest cut force it.
             rank = {Scope.ALL: 8.0, Scope.HOST: 4.0, Scope.HOST_RANKS: 4.0}.get(hint.scope, 0.0)
             urgency_T[table] = rank + min(hint.seconds / targets.seconds, 2.0)
@@ -169,7 +176,7 @@ class Packing:
 
     def _insert(self, table: int, targets: Targets) -> bool:
         """Places a table by the best of its options; False where none fits the memory."""
-        best: tuple[float, _Option, np.ndarray] | None = None
+        best: tuple[float, Option, np.ndarray] | None = None
         for option in self._candidates(table, targets):
             if best is not None and option.total >= best[0]:
                 break  # they come cheapest first
@@ -178,11 +185,10 @@ class Packing:
                 best = (option.total + placed[0], option, placed[1])
         if best is None:
             return False
-        self._chosen_T[table], self.ranks_T[table] = best[1], best[2]
-        self._shift(table, 1.0)
+        self.put(table, best[1], best[2])
         return True
 
-    def _candidates(self, table: int, targets: Targets) -> list[_Option]:
+    def _candidates(self, table: int, targets: Targets) -> list[Option]:
         """Options worth placing: those of wide scope, and of the others the cheapest that finds room, or a few."""
         choices = self._choices_T[table]
         if not choices.alone:
@@ -196,7 +202,7 @@ class Packing:
             kept = [choices.alone[i] for i in range(0, len(choices.alone), max(1, len(choices.alone) // OTHERS))]
         return sorted([*kept, *choices.wide], key=lambda option: option.total)
 
-    def _place(self, table: int, option: _Option, targets: Targets) -> tuple[float, np.ndarray] | None:
+    def _place(self, table: int, option: Option, targets: Targets) -> tuple[float, np.ndarray] | None:
         """(penalty for what is beyond the targets, ranks) of an option at its best; None where it does not fit."""
         key_R = self._keys(table, option, targets, (option.seconds, option.hbm))
         if option.scope is Scope.ALL:
@@ -214,7 +220,7 @@ class Packing:
             return None
         return _penalty(after, hbm, targets), ranks
 
-    def _keys(self, table: int, option: _Option, targets: Targets, shard: tuple[float, float]) -> np.ndarray:
+    def _keys(self, table: int, option: Option, targets: Targets, shard: tuple[float, float]) -> np.ndarray:
         """Smallest where a shard of (seconds, bytes) goes best; infinite where it does not fit the memory.
 
         Best is the fullest rank that it leaves within the target, or else the least loaded.
@@ -232,7 +238,7 @@ class Packing:
         key_R[full_R] = np.inf
         return key_R
 
-    def _with_last(self, table: int, option: _Option, targets: Targets, key_R: np.ndarray) -> np.ndarray | None:
+    def _with_last(self, table: int, option: Option, targets: Targets, key_R: np.ndarray) -> np.ndarray | None:
         """Equal column blocks first, then the narrower one, which finds room where they do not."""
         most = _smallest(key_R, option.shards - 1)
         if most is None:
@@ -243,7 +249,7 @@ class Packing:
         least = _smallest(key_R, 1)
         return None if least is None else np.concatenate([most, least])
 
-    def _least(self, option: _Option, key_R: np.ndarray) -> np.ndarray | None:
+    def _least(self, option: Option, key_R: np.ndarray) -> np.ndarray | None:
         local = self.capacity.ranks_per_host
         if option.scope is Scope.RANK:
             return _smallest(key_R, option.shards)
@@ -278,19 +284,19 @@ def _smallest(key: np.ndarray, count: int) -> np.ndarray | None:
     return chosen if np.isfinite(key[chosen[-1]]) else None
 
 
-class _Focused:
+class Focused:
     """The options of one table worth trying with shards of at most `seconds`, cheapest first.
 
     alone: of scope RANK, the least counts of shards and some larger ones, three widths of each. wide: the others.
     """
 
-    def __init__(self, every: list[_Option], seconds: float) -> None:
+    def __init__(self, every: list[Option], seconds: float) -> None:
         within = [option for option in every if option.largest <= seconds]
         within = within or [min(every, key=lambda option: option.largest)]
         alone = [option for option in within if option.scope is Scope.RANK]
         self.wide = [option for option in within if option.scope is not Scope.RANK]
         counts = sorted({option.shards for option in alone})
-        self.alone: list[_Option] = []
+        self.alone: list[Option] = []
         for count in [*counts[:COUNTS], *counts[COUNTS::COUNTS]]:
             same = sorted((option for option in alone if option.shards == count), key=lambda o: o.seconds)
             self.alone += [same[i] for i in sorted({0, len(same) // 2, len(same) - 1})]
@@ -309,11 +315,11 @@ class Choices:
         self.every_T = _choices(options, usable_O, ranks_per_host)
 
 
-def _choices(options: Options, usable_O: np.ndarray, ranks_per_host: int) -> list[list[_Option]]:
+def _choices(options: Options, usable_O: np.ndarray, ranks_per_host: int) -> list[list[Option]]:
     """The usable options of each table, cheapest first."""
     order = np.lexsort((options.total_seconds_O, options.table_O))
     order = order[usable_O[order]]
-    choices: list[list[_Option]] = [[] for _ in range(options.tables)]
+    choices: list[list[Option]] = [[] for _ in range(options.tables)]
     columns = (
         options.total_seconds_O,
         options.seconds_O,
@@ -328,5 +334,5 @@ def _choices(options: Options, usable_O: np.ndarray, ranks_per_host: int) -> lis
     rows = zip(order.tolist(), options.table_O[order].tolist(), *(c[order].tolist() for c in columns), strict=True)
     for index, table, total, seconds, hbm, host, shards, scope, odd, odd_seconds, odd_hbm in rows:
         numbers = (index, total, seconds, hbm, host, shards)
-        choices[table].append(_Option(*numbers, Scope(scope), odd, odd_seconds, odd_hbm, ranks_per_host))
+        choices[table].append(Option(*numbers, Scope(scope), odd, odd_seconds, odd_hbm, ranks_per_host))
     return choices

@@ -15,6 +15,7 @@ CLOSE = 1.001  # to the bound: nothing better is looked for
 FIRST_TARGETS = (1.005, 1.04, 1.1, 1.3, 1.8, 3.0, 6.0, 20.0)
 HALVINGS = 3
 ROUNDS = 200  # of ruin and recreate, for a target
+SMALL = 20_000  # options times ranks, up to which the integer program is tried
 BALANCE = 1.5  # largest to mean memory of the tables that is aimed at, where cost allows
 SLACK = 1 + 1e-9  # of the cost: none is given up for balance
 
@@ -34,6 +35,10 @@ def solve(options: Options, capacity: Capacity) -> Solution:
         first = _first(relaxation, group, choices)
         if first is not None:
             packing = _refined(relaxation, group, choices, first)
+            if packing.cost + group.latency > CLOSE * bound and len(options.table_O) * capacity.ranks < SMALL:
+                from gr.planner.exact import improved  # scipy.optimize costs 0.3 s, which large problems can do without
+
+                packing = improved(packing, choices)
             return Solution(packing.option_T, packing.ranks_T, bound)
     raise DoesNotFit("no way was found to place the tables within the memory")
 
@@ -64,7 +69,7 @@ def _refined(relaxation: Relaxation, group: Group, choices: Choices, best: Packi
         best = found if found.cost < best.cost else best
         low = low if found.cost <= target.seconds else target.seconds
     balanced = Targets(best.cost * SLACK, min(BALANCE * best.hbm_R.mean(), capacity.hbm_bytes))
-    best.improve(balanced, ROUNDS)
+    best.improve(balanced, ROUNDS // 2)
     return best
 
 
