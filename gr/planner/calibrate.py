@@ -120,6 +120,7 @@ def found_figures(measured: Measurement, world: World) -> dict[str, Any]:
         found |= {"hbm_bytes": torch.cuda.get_device_properties(world.device).total_memory, "host_bytes": memory}
     else:
         found["host_bandwidth"] = measured.lookup_bandwidth  # one memory
+        found |= {"peak_bf16": measured.flops_bf16, "peak_fp32": measured.flops_fp32}  # none is published
     for where, link in (("intra", measured.intra_all_to_all), ("inter", measured.inter_all_to_all)):
         if link is not None:
             found |= {f"{where}_bandwidth": link.bandwidth, f"{where}_latency": link.latency}

@@ -38,6 +38,8 @@ class Topology:
     host_bandwidth: float
     flops_bf16: float
     flops_fp32: float
+    peak_bf16: float  # published FLOP/s, the denominator of MFU
+    peak_fp32: float
     intra_bandwidth: float
     inter_bandwidth: float
     intra_latency: float  # seconds a collective takes with next to nothing to send
@@ -93,6 +95,8 @@ class TopologyConfig(Section):
     host_bandwidth: Rate | None = None
     flops_bf16: Flops | None = None
     flops_fp32: Flops | None = None
+    peak_bf16: Flops | None = Field(None, description="Published FLOP/s, for MFU; unset: flops_bf16.")
+    peak_fp32: Flops | None = None
     intra_bandwidth: Rate | None = None
     inter_bandwidth: Rate | None = None
     intra_latency: Seconds | None = None
@@ -181,6 +185,8 @@ def _figures_of(hardware: str, tree: Node, text: str) -> dict[str, Any]:
 
 def _topology(figures: dict[str, Any], text: str) -> Topology:
     figures.setdefault("ranks", figures.get("ranks_per_host"))
+    for precision in ("bf16", "fp32"):
+        figures.setdefault(f"peak_{precision}", figures.get(f"flops_{precision}"))
     missing = [field.name for field in fields(Topology) if figures.get(field.name) is None]
     if missing:
         raise PlanError(
@@ -204,6 +210,7 @@ def _hardware() -> dict[str, dict[str, Any]]:
         plain = {key: figure["value"] for key, figure in entry["figures"].items()}
         config = TopologyConfig.model_validate({"device": entry["device"], **plain})
         figures = config.model_dump(exclude_none=True, exclude={"measured"})
+        figures |= {"peak_bf16": figures["flops_bf16"], "peak_fp32": figures["flops_fp32"]}
         figures |= {key: figures[key] * part["value"] for key, part in entry["efficiency"].items()}
         found[name] = figures
     return found

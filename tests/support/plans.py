@@ -20,6 +20,8 @@ def machine(ranks: int, ranks_per_host: int | None = None, device: str = "cpu") 
         host_bandwidth=1e10,
         flops_bf16=1e11,
         flops_fp32=1e11,
+        peak_bf16=1e11,
+        peak_fp32=1e11,
         intra_bandwidth=1e9,
         inter_bandwidth=1e9,
         intra_latency=1e-5,

@@ -91,10 +91,10 @@ def examples_per_second(evaluation: Evaluation) -> float:
     return examples / evaluation.step_seconds
 
 
-def attainable_flops(evaluation: Evaluation) -> float:
-    """FLOP/s of a rank at the inventory's precision: what a good kernel gets, below the published peak."""
+def peak_flops(evaluation: Evaluation) -> float:
+    """Published FLOP/s of a rank at the inventory's precision."""
     topology = evaluation.plan.topology
-    return topology.flops_bf16 if evaluation.plan.inventory.precision == "bf16" else topology.flops_fp32
+    return topology.peak_bf16 if evaluation.plan.inventory.precision == "bf16" else topology.peak_fp32
 
 
 def imbalance(values_R: np.ndarray) -> float:
@@ -152,9 +152,9 @@ def headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
         rate = count(evaluation.tokens / evaluation.step_seconds)
         figures.append(("Tokens", f"{rate}/s/{device}", f"{count(evaluation.tokens)} a rank and step"))
     if evaluation.flops:
-        speed = attainable_flops(evaluation)
-        work = f"{flops(evaluation.flops)} a rank, {flops(speed)}/s attainable"
-        figures.append(("MFU (attainable)", percent(evaluation.flops / evaluation.step_seconds / speed), work))
+        speed = peak_flops(evaluation)
+        work = f"{flops(evaluation.flops)} a rank, {flops(speed)}/s at peak"
+        figures.append(("MFU", percent(evaluation.flops / evaluation.step_seconds / speed), work))
     bound = evaluation.plan.bound_seconds
     figures.append(
         (
