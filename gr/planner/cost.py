@@ -236,7 +236,7 @@ def shard_costs(
     received = links.all_to_all(input_bytes)
     weights = rows * columns * t.element_bytes
     states = rows * (t.column_states * columns + t.row_states) * STATE_BYTES
-    lookup, update, hbm = _kernel_costs(t, topology, kernel, (columns, ids, distinct, vectors))
+    lookup, update, hbm = _kernel_costs(t, topology, kernel, (columns, id_share, distinct, vectors))
     zero = 0 * weights
     return ShardCosts(
         input_all_to_all=received[0],
@@ -260,11 +260,13 @@ def _kernel_costs(
     t: Traffic, topology: Topology, kernel: str, asked: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(seconds of lookup, seconds of update, share of weights and states that is in HBM)."""
-    columns, ids, distinct, vectors = asked
+    columns, id_share, distinct, vectors = asked
+    ids = t.ids * id_share
     row_bytes = np.ceil(columns * t.element_bytes / SECTOR_BYTES) * SECTOR_BYTES
     state_bytes = (t.column_states * columns + t.row_states) * STATE_BYTES
     near = topology.hbm_bandwidth
-    repeats = np.maximum(ids - distinct, 0) * row_bytes * REPEAT_COST
+    # Over the whole table, so that the cost of a shard stays linear in its shares.
+    repeats = np.maximum(t.ids - t.distinct, 0) * id_share * row_bytes * REPEAT_COST
     written = vectors * columns * OUTPUT_BYTES
     # Rows and states that are on the host cross its link: read in the lookup, read and written in the update.
     far, hbm = {

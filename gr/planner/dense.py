@@ -127,8 +127,14 @@ def _dlrm(dense: DLRMDense, pooled_features: int, element: int) -> _PerExample:
     matrices = biases = 0
     kept = 0.0
     width, interaction_flops = flat, 0.0
-    if dense.interaction == "dot":
-        width = D + vectors * (vectors - 1) // 2
+    layers: list[tuple[int, int]] = []
+    if dense.interaction == "projection":
+        layers = [*pairwise((flat, *dense.branch1)), *pairwise((flat, *dense.branch2))]
+        width = D + (dense.branch1[-1] // D) * (dense.branch2[-1] // D)
+        interaction_flops = 2.0 * (width - D) * D
+        kept += dense.branch1[-1] + dense.branch2[-1]
+    elif dense.interaction == "dot":
+        width = D + vectors * (vectors + (1 if dense.self_interaction else -1)) // 2
         interaction_flops = 2.0 * vectors * vectors * D
         kept += flat
     elif dense.interaction == "dcn":
@@ -136,7 +142,8 @@ def _dlrm(dense: DLRMDense, pooled_features: int, element: int) -> _PerExample:
         biases += dense.dcn_layers * flat
         # Of a layer: its input, the low-rank vector, and the factor of x_0.
         kept += dense.dcn_layers * (2 * flat + dense.dcn_rank)
-    for into, out in (*pairwise((dense.dense_features, *dense.bottom)), *pairwise((width, *dense.top))):
+    layers += [*pairwise((dense.dense_features, *dense.bottom)), *pairwise((width, *dense.top))]
+    for into, out in layers:
         matrices += into * out
         biases += out
         kept += into

@@ -10,8 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from gr.config.faults import describe_faults
-from gr.config.inventory import ROW_MULTIPLE, HSTUDense, InventoryConfig, LossInventory, TableConfig, TransformerDense
+from gr.config.inventory import (
+    ROW_MULTIPLE,
+    DLRMDense,
+    HSTUDense,
+    InventoryConfig,
+    LossInventory,
+    TableConfig,
+    TransformerDense,
+)
 from gr.config.load import has_key, load_section
+from gr.config.ranking import RankingConfig
 from gr.config.source import Node
 from gr.config.tree import (
     ExperimentConfig,
@@ -22,6 +31,7 @@ from gr.config.tree import (
     SharedNegatives,
 )
 from gr.errors import ConfigError
+from gr.schema import TabularSchema
 
 LISTS = (".json", ".parquet")
 FAULTS_SHOWN = 20
@@ -169,6 +179,39 @@ def experiment_inventory(
         tables=(table,),
         dense=_tower(config, length),
         loss=loss,
+    )
+
+
+def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> InventoryConfig:
+    """What a ranking experiment trains: a pooled table for each sparse column, and DLRM's dense part."""
+    model, interaction = config.model, config.model.interaction
+    details = interaction.model_dump(exclude={"kind"})
+    names = {"layers": "dcn_layers", "rank": "dcn_rank"}
+    tables = tuple(
+        TableConfig(
+            name=column.name,
+            rows=column.cardinality,
+            dim=model.dim,
+            dtype=config.embeddings.dtype,
+            ids_per_example=column.hots,
+            optimizer=config.embeddings.optimizer.kind,
+        )
+        for column in schema.sparse
+    )
+    return InventoryConfig(
+        name=config.task.kind,
+        global_batch_size=config.trainer.global_batch_size,
+        precision=config.trainer.precision,
+        tables=tables,
+        dense=DLRMDense(
+            dense_features=len(schema.dense),
+            dim=model.dim,
+            bottom=model.bottom,
+            top=model.top,
+            interaction=interaction.kind,
+            **{names.get(name, name): value for name, value in details.items()},
+        ),
+        loss=LossInventory(scores_per_example=1),
     )
 
 

@@ -172,8 +172,11 @@ def placement_fault(table: TableConfig, placement: Placement, topology: Topology
         return "table_column_wise stays on one host; ranks does not"
     if kind in ("table_row_wise", "grid_shard"):
         local = topology.ranks_per_host
-        whole = all(ranks[i] == hosts[i] * local + i % local for i in range(len(ranks)))
-        if not whole:
+        starts = [ranks[i - i % local] for i in range(len(ranks))]
+        if any(
+            start % local or rank != start + i % local
+            for i, (rank, start) in enumerate(zip(ranks, starts, strict=True))
+        ):
             return f"{kind} takes all ranks of a host, in order; ranks does not"
     return None
 

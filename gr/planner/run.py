@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from torchrec.distributed.types import ShardingPlan
 
-from gr.config.inventory import InventoryConfig, TableConfig
-from gr.config.tree import ExperimentConfig
+from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, InventoryConfig, TableConfig
+from gr.config.tree import PlannerConfig, RunConfig
 from gr.dist import World
 from gr.embeddings.optimizers import FUSED_ON_CPU
 from gr.errors import ConfigError, GRError, PlanError
-from gr.planner.inventory import experiment_inventory
 from gr.planner.plan import Plan
 from gr.planner.planfile import check_plan, dump_plan, load_plan, parse_plan
 from gr.planner.search import search
@@ -33,28 +32,28 @@ REFUSED = "refused: "
 
 
 def make_plan(
-    model: nn.Module, config: ExperimentConfig, item_rows: int, world: World
+    model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World
 ) -> tuple[Plan | None, ShardingPlan]:
     """The run's plan, None where TorchRec's planner made it, and what TorchRec makes of it; the same on every rank.
 
     model: what is to be sharded, may be on meta. Raises ConfigError or PlanError.
     """
-    inventory = run_inventory(config, item_rows, world.device.type)
+    inventory = constrained(inventory, config.planner, world.device.type)
     if config.planner.name == "torchrec":
         local_size, device = world.local_size, world.device
         return None, torchrec_plan(
             model, inventory, config.embeddings, world_size=world.size, local_size=local_size, device=device
         )
-    plan = _from_main(config, inventory, world)
+    plan = _from_main(config.planner, inventory, world)
     return plan, to_sharding_plan(plan, model, world.device)
 
 
-def _from_main(config: ExperimentConfig, inventory: InventoryConfig, world: World) -> Plan:
+def _from_main(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> Plan:
     """The main rank's plan, sent to the others as JSON: they wait for seconds, and the process group for minutes."""
     text = ""
     if world.is_main:
         try:
-            text = dump_plan(_plan(config, inventory, world))
+            text = dump_plan(_plan(planner, inventory, world))
         except GRError as error:
             world.from_main(REFUSED + str(error))
             raise
@@ -64,43 +63,47 @@ def _from_main(config: ExperimentConfig, inventory: InventoryConfig, world: Worl
     return parse_plan(text)
 
 
-def _plan(config: ExperimentConfig, inventory: InventoryConfig, world: World) -> Plan:
-    topology = run_topology(config.planner.topology, world)
-    if config.planner.plan is None:
+def _plan(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> Plan:
+    topology = run_topology(planner.topology, world)
+    if planner.plan is None:
         return search(inventory, topology)
-    plan = load_plan(Path(config.planner.plan))
+    plan = load_plan(Path(planner.plan))
     check_plan(plan, inventory, topology)
     for placement in plan.placements:
-        if (wanted := _wanted(config, placement.table)) not in ("auto", placement.sharding_type):
+        if (wanted := _wanted(planner, placement.table)) not in ("auto", placement.sharding_type):
             raise PlanError(
-                f"{config.planner.plan}: table {placement.table} is {placement.sharding_type} there, and the "
+                f"{planner.plan}: table {placement.table} is {placement.sharding_type} there, and the "
                 f"configuration asks for {wanted}: unset planner.sharding and planner.tables, or make another plan"
             )
     return plan
 
 
-def run_inventory(config: ExperimentConfig, item_rows: int, device: str) -> InventoryConfig:
-    """What the planner counts of an experiment, with what planner.sharding, planner.tables and the device allow.
+def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str) -> InventoryConfig:
+    """`inventory` with what planner.sharding, planner.tables and the device (cpu or cuda) allow.
 
-    device: cpu or cuda. auto allows the sharding types that train the same model: column shards keep row statistics of
-    their own, and data-parallel replicas take Adam steps on rows that were not looked up. Raises ConfigError.
+    auto allows the sharding types that train the same model: column shards keep row statistics of their own, and
+    data-parallel replicas take Adam steps on rows that were not looked up. Raises ConfigError.
     """
-    inventory = experiment_inventory(config, item_rows)
     names = [table.name for table in inventory.tables]
-    if strangers := sorted(set(config.planner.tables) - set(names)):
+    if strangers := sorted(set(planner.tables) - set(names)):
         raise ConfigError(f"planner.tables: no table named {', '.join(strangers)}; the model has {', '.join(names)}")
-    tables = [_allowed(table, _wanted(config, table.name), device) for table in inventory.tables]
+    tables = [_allowed(table, _wanted(planner, table.name), device) for table in inventory.tables]
     return inventory.model_copy(update={"tables": tuple(tables)})
 
 
-def _wanted(config: ExperimentConfig, table: str) -> str:
-    return config.planner.tables.get(table, config.planner.sharding)
+def _wanted(planner: PlannerConfig, table: str) -> str:
+    return planner.tables.get(table, planner.sharding)
 
 
 def _allowed(table: TableConfig, wanted: str, device: str) -> TableConfig:
+    exist = SEQUENCE_TYPES if table.kind == "sequence" else SHARDING_TYPES
+    if wanted not in ("auto", *exist):
+        raise ConfigError(
+            f"planner: {wanted} does not exist for the {table.kind} table {table.name}; use auto, {', '.join(exist)}"
+        )
     types = [wanted]
     if wanted == "auto":
-        types = ["table_wise", "row_wise"]
+        types = ["table_wise", "row_wise", *(["table_row_wise"] if table.kind == "pooled" else [])]
         types += [] if "rowwise" in table.optimizer else ["column_wise"]
         types += [] if "adam" in table.optimizer else ["data_parallel"]
     unfused = device == "cpu" and table.optimizer not in FUSED_ON_CPU

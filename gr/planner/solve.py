@@ -30,17 +30,26 @@ def solve(options: Options, capacity: Capacity) -> Solution:
     if not relaxation.groups:
         raise DoesNotFit(_too_large(options, capacity))
     bound = relaxation.groups[0].bound
+    small = len(options.table_O) * capacity.ranks < SMALL
+    best: tuple[float, Packing] | None = None
     for group in relaxation.groups:
+        # Large problems take the first set of types that can be packed: the others' bounds are close to its cost.
+        if best is not None and (group.bound >= best[0] or not small):
+            break
         choices = Choices(options, group.usable_O, capacity.ranks_per_host)
         first = _first(relaxation, group, choices)
-        if first is not None:
-            packing = _refined(relaxation, group, choices, first)
-            if packing.cost + group.latency > CLOSE * bound and len(options.table_O) * capacity.ranks < SMALL:
-                from gr.planner.exact import improved  # scipy.optimize costs 0.3 s, which large problems can do without
+        if first is None:
+            continue
+        packing = _refined(relaxation, group, choices, first)
+        if small and packing.cost + group.latency > CLOSE * bound:
+            from gr.planner.exact import improved  # scipy.optimize costs 0.3 s, which large problems can do without
 
-                packing = improved(packing, choices)
-            return Solution(packing.option_T, packing.ranks_T, bound)
-    raise DoesNotFit("no way was found to place the tables within the memory")
+            packing = improved(packing, choices)
+        if best is None or packing.cost + group.latency < best[0]:
+            best = (packing.cost + group.latency, packing)
+    if best is None:
+        raise DoesNotFit("no way was found to place the tables within the memory")
+    return Solution(best[1].option_T, best[1].ranks_T, bound)
 
 
 def _too_large(options: Options, capacity: Capacity) -> str:

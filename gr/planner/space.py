@@ -49,9 +49,8 @@ def row_parts(sharding_type: AnyShardingType, topology: Topology) -> int:
 
 
 def hottest_part(table: TableConfig, parts: int) -> int:
-    """Which row block has the most read row: any one that has rows, always the same."""
-    filled = -(-table.rows // -(-table.rows // parts))
-    return crc32(table.name.encode()) % filled
+    """Which row block has the most read row: any one that is full, always the same."""
+    return crc32(table.name.encode()) % (table.rows // -(-table.rows // parts))
 
 
 def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
@@ -59,10 +58,10 @@ def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
     asked, tables = traffic(inventory, topology), inventory.tables
     comm_bytes = ELEMENT_BYTES[inventory.comm_dtype]
     columns = [_columns(cut, asked, topology, comm_bytes, tables) for cut in _cuts(tables, topology)]
+    found = {int(table) for part in columns for table in part["table_O"]}
+    if missing := [table for index, table in enumerate(tables) if index not in found]:
+        raise PlanError(_no_option(missing[0], topology))
     merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
-    missing = np.setdiff1d(np.arange(len(tables)), merged["table_O"])
-    if len(missing):
-        raise PlanError(_no_option(tables[missing[0]], topology))
     order = np.argsort(merged["table_O"], kind="stable")
     return Options(
         **{name: values[order] for name, values in merged.items()},
@@ -79,7 +78,7 @@ def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]
     members: dict[tuple[AnyShardingType, Kernel, int | None], list[int]] = {}
     for index, table in enumerate(tables):
         for sharding_type in allowed_types(table):
-            if not _may_span(table, sharding_type, topology):
+            if not _may_span(table, sharding_type, topology) or _leaves_empty(table, sharding_type, topology):
                 continue
             for width in _widths(table, sharding_type, topology):
                 blocks = len(column_blocks(table.dim, width))
@@ -93,9 +92,16 @@ def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]
         yield _Cut(sharding_type, kernel, width, indices)
 
 
+def _in_hbm(table: TableConfig) -> bool:
+    """Whether a table may be replicated: a replica is wholly in the memory of its rank."""
+    return bool({"fused", "dense"} & set(table.kernels))
+
+
 def allowed_types(table: TableConfig) -> tuple[AnyShardingType, ...]:
     """The types the solver may use: those that exist and compute the right numbers, within the table's constraint."""
     exist = SEQUENCE_TYPES if table.kind == "sequence" else SHARDING_TYPES
+    if not _in_hbm(table):
+        exist = tuple(name for name in exist if name != "data_parallel")
     # torchrec 1.8 divides by the wrong lengths (docs/design/planner.md).
     if table.pooling == "mean":
         exist = tuple(name for name in exist if name != "grid_shard")
@@ -108,26 +114,37 @@ def allowed_types(table: TableConfig) -> tuple[AnyShardingType, ...]:
 def _may_span(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
     if table.ranks is None:
         return True
-    allowed = {rank for rank in table.ranks if rank < topology.ranks}
+    return _most_blocks(table, sharding_type, topology) > 0
+
+
+def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> int:
+    """Column blocks that the ranks a table may be on have room for; 0 where it cannot be on them at all."""
+    allowed = set(range(topology.ranks)) if table.ranks is None else set(table.ranks)
+    on_host = np.bincount([rank // topology.ranks_per_host for rank in allowed], minlength=topology.hosts)
     match SCOPES[sharding_type]:
         case Scope.ALL:
-            return len(allowed) == topology.ranks
+            return int(len(allowed) == topology.ranks)
         case Scope.HOST:
-            hosts = np.bincount([rank // topology.ranks_per_host for rank in allowed], minlength=1)
-            return bool(hosts.max() == topology.ranks_per_host)
+            return int((on_host == topology.ranks_per_host).sum())
+        case Scope.HOST_RANKS:
+            return int(on_host.max())
         case _:
-            return bool(allowed)
+            return len(allowed)
+
+
+def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
+    """Whether row shards would have no rows, on CPU: fbgemm's fused CPU kernels of pooled tables do not run so."""
+    if topology.device != "cpu" or "fused" not in table.kernels:
+        return False
+    parts = row_parts(sharding_type, topology)
+    return parts > 1 and -(-table.rows // -(-table.rows // parts)) < parts
 
 
 def _widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
     """Widths of column blocks worth trying, None for types that do not cut columns."""
     if sharding_type not in COLUMN_TYPES:
         return [None]
-    most = {
-        "column_wise": topology.ranks if table.ranks is None else len(table.ranks),
-        "table_column_wise": topology.ranks_per_host,
-        "grid_shard": topology.hosts,
-    }[sharding_type]
+    most = _most_blocks(table, sharding_type, topology)
     forced = table.sharding_types is not None and set(table.sharding_types) <= COLUMN_TYPES
     least = COLUMN_MULTIPLE if forced else LEAST_COLUMNS
     if table.kind == "sequence":

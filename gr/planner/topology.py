@@ -15,8 +15,8 @@ import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
 
 from gr.config.faults import describe_faults
+from gr.config.section import Section
 from gr.config.source import Node, Reader
-from gr.config.tree import Section
 from gr.errors import PlanError
 
 

@@ -10,7 +10,7 @@ from torchrec.distributed.types import ShardingPlan
 from gr.config.inventory import InventoryConfig, TableConfig
 from gr.config.tree import EmbeddingsConfig
 from gr.embeddings.optimizers import compute_kernel
-from gr.embeddings.sharding import sequence_sharder
+from gr.embeddings.sharding import pooled_sharder, sequence_sharder
 from gr.errors import PlanError
 
 RESERVED_FRACTION = 0.15
@@ -25,7 +25,7 @@ def torchrec_plan(
     local_size: int,
     device: torch.device,
 ) -> ShardingPlan:
-    """TorchRec's plan for the sequence tables of `model`, which may be on meta. Needs no process group.
+    """TorchRec's plan for the tables of `model`, which may be on meta. Needs no process group.
 
     A pure function: every rank makes its own, and none is sent around. Raises PlanError where it finds none.
     """
@@ -37,7 +37,7 @@ def torchrec_plan(
         storage_reservation=FixedPercentageStorageReservation(RESERVED_FRACTION),
     )
     try:
-        plan = planner.plan(model, [sequence_sharder(embeddings)])
+        plan = planner.plan(model, [sequence_sharder(embeddings), pooled_sharder(embeddings)])
     except Exception as error:  # TorchRec raises several unrelated types for an infeasible plan
         raise PlanError(f"TorchRec's planner found no plan for {world_size} ranks: {error}") from error
     for sharding in (sharding for module in plan.plan.values() for sharding in module.values()):

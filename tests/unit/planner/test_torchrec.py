@@ -9,7 +9,8 @@ from torchrec.distributed.types import ParameterSharding
 from gr.config.tree import ExperimentConfig
 from gr.dist import World
 from gr.errors import PlanError
-from gr.experiment import meta_model
+from gr.experiment.retrieval import meta_model
+from gr.planner.inventory import experiment_inventory
 from gr.planner.run import make_plan
 from tests.support.tiny import tiny_config
 
@@ -27,7 +28,7 @@ def planned(
         planner={"name": "torchrec", **planner},
     )
     world = World(0, world_size, 0, world_size, device)
-    plan, sharding = make_plan(meta_model(config, rows), config, rows, world)
+    plan, sharding = make_plan(meta_model(config, rows), experiment_inventory(config, rows), config, world)
     assert plan is None and list(sharding.plan["tables"]) == ["item_id"]
     return sharding.plan["tables"]["item_id"]
 
