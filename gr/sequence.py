@@ -11,6 +11,8 @@ class JaggedSequence:
 
     values_TD: float. offsets_B1: int64 [B+1], offsets_B1[-1] == T. max_length: no sequence is longer, in tokens.
     timestamps_T, query_timestamps_T: int64 seconds of the event and of the next one, or None.
+    num_targets_B: int64, how many of a sequence's last tokens are candidates, or None: none are.
+    contextual_len: how many first tokens of every sequence that is not empty are context, not events.
     """
 
     values_TD: Tensor
@@ -18,6 +20,8 @@ class JaggedSequence:
     max_length: int
     timestamps_T: Tensor | None = None
     query_timestamps_T: Tensor | None = None
+    num_targets_B: Tensor | None = None
+    contextual_len: int = 0
 
     def with_values(self, values_TD: Tensor) -> "JaggedSequence":
         return replace(self, values_TD=values_TD)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.ops.backend import Backend, force_backend
-from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
+from gr.ops.hstu_attention import AttentionMask, TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import native as native_path
 from gr.ops.hstu_attention.reference import hstu_attention_reference
 from tests.support.tolerances import assert_near
@@ -37,6 +37,8 @@ class Case:
     time_bias: Tensor | None
     buckets: TimeBuckets | None
     divisor: float | Tensor
+    alpha: float = 1.0
+    mask: AttentionMask | None = None
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -84,6 +86,8 @@ def run(case: Case, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
             case.offsets,
             max_length=MAX_LENGTH,
             divisor=case.divisor,
+            alpha=case.alpha,
+            mask=case.mask,
             position_bias=position,
             time_bias=time,
             time_buckets=case.buckets,
@@ -137,6 +141,27 @@ def test_bfloat16_kernel_matches_reference(widths: tuple[int, int, int]) -> None
 @pytest.mark.parametrize("per_row", [False, True], ids=["divisor", "divisor_T"])
 def test_divisors_and_biases(backend: Backend, biased: bool, per_row: bool) -> None:
     assert_case(make_case(LENGTHS, (2, 25, 25), torch.float32, biased=biased, per_row=per_row), torch.float32, backend)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_alpha_scales_the_products_and_not_the_bias(backend: Backend, biased: bool) -> None:
+    case = replace(make_case(LENGTHS, (2, 25, 16), torch.float32, biased=biased), alpha=0.3)
+    assert_case(case, torch.float32, backend)
+    scaled = run(replace(case, alpha=1.0, q=case.q * 0.3), torch.float64, backend)
+    assert_near(run(case, torch.float64, backend)[0], scaled[0], torch.float64, "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_known_output_is_returned_with_its_gradients(backend: Backend, dtype: torch.dtype) -> None:
+    case = make_case([70, 5], (2, 16, 16), dtype, biased=False)
+    values = [x.to(dtype).requires_grad_() for x in (case.q, case.k, case.v)]
+    with force_backend(backend):
+        first = hstu_attention(*values, case.offsets, max_length=MAX_LENGTH, divisor=211.0)
+        marked = first.detach() + 1
+        again = hstu_attention(*values, case.offsets, max_length=MAX_LENGTH, divisor=211.0, output=marked)
+        assert torch.equal(again, marked)
+        wanted, got = (torch.autograd.grad(out, values, case.grad.to(dtype)) for out in (first, again))
+    assert all(torch.equal(x, y) for x, y in zip(wanted, got, strict=True))
 
 
 @pytest.mark.parametrize("removed", ["position_bias", "time_bias"])
@@ -256,6 +281,8 @@ def test_double_runs_the_definition(backend: Backend) -> None:
         ({"divisor": torch.tensor([1.0, 1, 0, 1, 1])}, "divisor must be positive"),
         ({"position_bias": torch.zeros(8)}, "position_bias"),
         ({"time_bias": torch.zeros(129)}, "together"),
+        ({"output": torch.zeros(5, 1, 4).double()}, "output must be torch.float32"),
+        ({"output": torch.zeros(5, 4)}, r"output must be .* \[5, 1, 4\], not .* \[5, 4\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

@@ -3,17 +3,20 @@
 T packed tokens, B examples, H heads, Q width of q and k per head, V width of v per head, N max_length.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gr.ops.backend import cpu_backend
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
+from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
 from gr.ops.hstu_attention.reference import hstu_attention_reference
 from gr.ops.hstu_attention.time_buckets import TimeBuckets, time_bucket_ids
 from gr.ops.jagged import check_offsets
 
-__all__ = ["TimeBuckets", "hstu_attention", "time_bucket_ids"]
+__all__ = ["AttentionMask", "TimeBuckets", "hstu_attention", "time_bucket_ids"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -26,19 +29,28 @@ def hstu_attention(
     *,
     max_length: int,
     divisor: float | Tensor,
+    alpha: float = 1.0,
+    mask: AttentionMask | None = None,
+    output: Tensor | None = None,
     position_bias: Tensor | None = None,
     time_bias: Tensor | None = None,
     time_buckets: TimeBuckets | None = None,
 ) -> Tensor:
-    """out_i = sum over j <= i of the same sequence of silu(q_i . k_j + bias_ij) / divisor_i * v_j.
+    """out_i = sum over the j <= i of the same sequence of silu(alpha q_i . k_j + bias_ij) / divisor_i * v_j.
 
-    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16 or float64, any strides. No 1/sqrt(Q) is applied.
+    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16 or float64, any strides.
     offsets_B1: int64 [B + 1], the bounds of the sequences; empty ones are fine.
     max_length: no sequence is longer, in tokens.
     divisor: positive; one number, or a float tensor [T] with one for each query. Gets no gradient.
-    position_bias: [2 N - 1], entry (N - 1) + (j - i) is added to score (i, j), N = max_length.
+    alpha: what q_i . k_j is multiplied by; 1/sqrt(Q) in the production layer.
+    mask: which j a query sees, if not all j <= i.
+    output: what an earlier call with the same arguments returned. It is returned again, with gradients, and not
+        computed again (except in float64): for layers that rebuild their activations in the backward pass.
+    position_bias: [2 N - 1], entry (N - 1) + (j - i) is added to score (i, j), N = max_length; all
+        candidates of a mask count as the token after the history.
     time_bias: [num_buckets + 1], entry time_buckets[i, j] is added to score (i, j). Heads share both tables.
-    time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is.
+    time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is, and not with a contextual
+        prefix, which sees keys ahead of it.
     Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
     CPU results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
     float64 runs the definition (reference.py), which is slow and meant for checks.
@@ -50,23 +62,33 @@ def hstu_attention(
     _check_biases(position_bias, time_bias, time_buckets, max_length)
     if time_buckets is not None:
         _check_buckets(time_buckets, offsets_B1)
-    scale_T = _scale(divisor, q_THQ)
-    if q_THQ.dtype == torch.float64:
-        path = hstu_attention_reference
-    elif q_THQ.device.type == "cpu" and cpu_backend() == "native":
-        path = hstu_attention_native
-    else:
-        path = hstu_attention_blocked
-    return path(
+    if mask is not None:
+        mask.check(offsets_B1)
+        if mask.contextual_len and time_bias is not None:
+            raise ValueError("contextual_len and time_bias do not combine: the prefix sees keys ahead, without buckets")
+    if output is not None and (output.shape, output.dtype) != (v_THV.shape, v_THV.dtype):
+        raise ValueError(f"output must be {v_THV.dtype} {list(v_THV.shape)}, not {output.dtype} {list(output.shape)}")
+    return _path(q_THQ)(
         q_THQ,
         k_THQ,
         v_THV,
         offsets_B1,
-        scale_T=scale_T,
+        scale_T=_scale(divisor, q_THQ),
+        alpha=alpha,
+        mask=None if mask is None or mask.causal else mask,
+        output=output,
         position_bias=position_bias,
         time_bias=time_bias,
         time_buckets=time_buckets,
     )
+
+
+def _path(q_THQ: Tensor) -> Callable[..., Tensor]:
+    if q_THQ.dtype == torch.float64:
+        return hstu_attention_reference
+    if q_THQ.device.type == "cpu" and cpu_backend() == "native":
+        return hstu_attention_native
+    return hstu_attention_blocked
 
 
 def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:

@@ -1,8 +1,9 @@
 """HSTU attention in plain torch, for machines without a compiler and for other devices. Letters as in reference.py.
 
-Sequences with the same number of blocks share one batched product, and a block of queries meets only the keys up to its
-own end: no work is spent on padding beyond the edge of a block. Scores are recomputed in the backward pass.
-G sequences of a group, n their length padded to whole blocks, r rows of one block of queries, c the keys it sees.
+Sequences with the same number of blocks share one batched product, and a block of queries meets only the keys from the
+first to the last that one of its rows sees: without a mask, those up to its own end. No work is spent on padding beyond
+the edge of a block. Scores are recomputed in the backward pass.
+G sequences of a group, n their length padded to whole blocks, r rows of one block of queries, c the keys it meets.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.time_buckets import TimeBuckets
 
 _BLOCK = 64
@@ -26,25 +28,25 @@ def hstu_attention_blocked(
     offsets_B1: Tensor,
     *,
     scale_T: Tensor,
+    alpha: float = 1.0,
+    mask: AttentionMask | None = None,
+    output: Tensor | None = None,
     position_bias: Tensor | None = None,
     time_bias: Tensor | None = None,
     time_buckets: TimeBuckets | None = None,
 ) -> Tensor:
-    """As hstu_attention_reference, on any device. Half precisions are computed in float32: the bias needs it."""
-    compute = torch.float64 if q_THQ.dtype == torch.float64 else torch.float32
-    position = None if position_bias is None else position_bias.to(compute)
-    time = None if time_bias is None else time_bias.to(compute)
-    out_THV = _Blocked.apply(
-        q_THQ.to(compute),
-        k_THQ.to(compute),
-        v_THV.to(compute),
-        position,
-        time,
-        offsets_B1,
-        scale_T.to(compute),
-        time_buckets,
-    )
-    return out_THV.to(q_THQ.dtype)
+    """As hstu_attention_reference, on any device. Half precisions are computed in float32: the bias needs it.
+
+    output: what an earlier call with the same arguments returned, which is then not computed again.
+    """
+    position = None if position_bias is None else position_bias.to(_compute_dtype(q_THQ))
+    time = None if time_bias is None else time_bias.to(_compute_dtype(q_THQ))
+    plan = _Plan(alpha, mask, time_buckets)
+    return _Blocked.apply(q_THQ, k_THQ, v_THV, position, time, (offsets_B1, scale_T), plan, output)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -53,72 +55,138 @@ class _Group:
 
     tokens_Gn: Tensor
     lengths_G: Tensor
+    history_G: Tensor
     pair_starts_G: Tensor | None
 
     def take(self, x_THD: Tensor) -> Tensor:
-        """[T, H, D] to [G, H, n, D]."""
-        return F.pad(x_THD, (0, 0, 0, 0, 0, 1))[self.tokens_Gn].transpose(1, 2).contiguous()
+        """[T, H, D] to [G, H, n, D], in the dtype of the computation."""
+        padded = F.pad(x_THD, (0, 0, 0, 0, 0, 1))[self.tokens_Gn].transpose(1, 2)
+        return padded.to(_compute_dtype(x_THD)).contiguous()
 
     def put(self, x_GHnD: Tensor, out_THD: Tensor) -> None:
         """The inverse of take, into an output with one row more than there are tokens."""
         out_THD[self.tokens_Gn] = x_GHnD.transpose(1, 2).to(out_THD.dtype)
 
 
-def _groups(offsets_B1: Tensor, time_buckets: TimeBuckets | None) -> Iterator[_Group]:
-    lengths_B = offsets_B1.diff()
-    blocks_B = (lengths_B + _BLOCK - 1) // _BLOCK
-    for blocks in blocks_B.unique().tolist():
-        if blocks == 0:
-            continue
-        members_G = (blocks_B == blocks).nonzero().flatten()
-        position_n = torch.arange(blocks * _BLOCK, device=offsets_B1.device)
-        inside_Gn = position_n < lengths_B[members_G][:, None]
-        tokens_Gn = (offsets_B1[members_G][:, None] + position_n).where(inside_Gn, offsets_B1[-1])
-        pair_starts_G = None if time_buckets is None else time_buckets.pair_offsets_B1[members_G]
-        yield _Group(tokens_Gn, lengths_B[members_G], pair_starts_G)
+@dataclass(frozen=True)
+class _Block:
+    """Rows of queries, the keys they meet, and of those the ones they do not see (None: those after the query)."""
+
+    rows: slice
+    keys: slice
+    unseen_G1rc: Tensor | None
+
+    def hide(self, x_GHrc: Tensor) -> None:
+        if self.unseen_G1rc is None:
+            x_GHrc[..., self.rows.start :].tril_()
+        else:
+            x_GHrc.masked_fill_(self.unseen_G1rc, 0.0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call does besides its products."""
+
+    alpha: float
+    mask: AttentionMask | None
+    time_buckets: TimeBuckets | None
+
+    def groups(self, offsets_B1: Tensor) -> Iterator[_Group]:
+        lengths_B = offsets_B1.diff()
+        targets_B = None if self.mask is None else self.mask.num_targets_B
+        history_B = lengths_B if targets_B is None else lengths_B - targets_B
+        blocks_B = (lengths_B + _BLOCK - 1) // _BLOCK
+        for blocks in blocks_B.unique().tolist():
+            if blocks == 0:
+                continue
+            members_G = (blocks_B == blocks).nonzero().flatten()
+            position_n = torch.arange(blocks * _BLOCK, device=offsets_B1.device)
+            inside_Gn = position_n < lengths_B[members_G][:, None]
+            tokens_Gn = (offsets_B1[members_G][:, None] + position_n).where(inside_Gn, offsets_B1[-1])
+            pair_starts_G = None if self.time_buckets is None else self.time_buckets.pair_offsets_B1[members_G]
+            yield _Group(tokens_Gn, lengths_B[members_G], history_B[members_G], pair_starts_G)
+
+    def blocks(self, group: _Group) -> Iterator[_Block]:
+        count = group.tokens_Gn.shape[1]
+        if self.mask is None:
+            for start in range(0, count, _BLOCK):
+                yield _Block(slice(start, start + _BLOCK), slice(0, start + _BLOCK), None)
+            return
+        i_n = torch.arange(count, device=group.tokens_Gn.device)
+        first_Gn, end_Gn = _key_ranges(self.mask, i_n, group.history_G[:, None])
+        firsts = first_Gn.view(-1, count // _BLOCK, _BLOCK).amin((0, 2)).tolist()
+        ends = end_Gn.view(-1, count // _BLOCK, _BLOCK).amax((0, 2)).tolist()
+        for start, first, end in zip(range(0, count, _BLOCK), firsts, ends, strict=True):
+            rows, keys = slice(start, start + _BLOCK), slice(first, max(end, start + _BLOCK))
+            j_c = i_n[keys]
+            seen_Grc = (j_c >= first_Gn[:, rows, None]) & (j_c < end_Gn[:, rows, None])
+            yield _Block(rows, keys, ~(seen_Grc | (j_c == i_n[rows, None]))[:, None])
+
+
+def _key_ranges(mask: AttentionMask, i_n: Tensor, history_G1: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [G, n] twice: query i sees the keys [first, end) of its sequence, and itself."""
+    place_Gn = i_n.minimum(history_G1)
+    end_Gn = (i_n + 1).minimum(history_G1).where(i_n >= mask.contextual_len, history_G1)
+    if not mask.max_attn_len:
+        return torch.zeros_like(end_Gn), end_Gn
+    first_Gn = place_Gn - mask.max_attn_len
+    all_Gn = first_Gn < mask.contextual_len
+    if mask.min_full_attn_seq_len:
+        all_Gn |= place_Gn >= history_G1 - mask.min_full_attn_seq_len
+    return first_Gn.where(~all_Gn, 0), end_Gn
 
 
 @dataclass(frozen=True)
 class _Bias:
-    """The two tables, and where the scores of a block of queries [start, start + r) find their entries."""
+    """The two tables, and where the scores of a block of queries find their entries."""
 
     position: Tensor | None
     time: Tensor | None
     time_buckets: TimeBuckets | None
 
-    def position_index(self, start: int, device: torch.device) -> Tensor:
-        """int64 [r, c]. Clamped for pairs outside the mask, whose scores are not used."""
+    def position_index(self, group: _Group, block: _Block) -> Tensor:
+        """int64 [r, c], or [G, r, c] under a mask. Clamped for pairs that are not seen, whose scores are not used."""
         assert self.position is not None
-        i_r1, j_1c = _pairs(start, device)
+        i_r1, j_1c = _pairs(block, group.tokens_Gn.device)
+        if block.unseen_G1rc is not None:
+            history_G11 = group.history_G[:, None, None]
+            i_r1, j_1c = i_r1.minimum(history_G11), j_1c.minimum(history_G11)
         return (self.position.shape[0] // 2 + j_1c - i_r1).clamp(0, self.position.shape[0] - 1)
 
-    def time_index(self, group: _Group, start: int) -> Tensor:
+    def time_index(self, group: _Group, block: _Block) -> Tensor:
         """uint8 [G, r, c]; the first pair of the batch stands in for pairs outside the mask."""
         assert self.time_buckets is not None and group.pair_starts_G is not None
-        i_r1, j_1c = _pairs(start, group.tokens_Gn.device)
+        i_r1, j_1c = _pairs(block, group.tokens_Gn.device)
         visible_Grc = (j_1c <= i_r1) & (i_r1 < group.lengths_G[:, None, None])
         pair_Grc = group.pair_starts_G[:, None, None] + i_r1 * (i_r1 + 1) // 2 + j_1c
         return self.time_buckets.ids_P[pair_Grc.where(visible_Grc, 0)]
 
-    def add_to(self, scores_GHrc: Tensor, group: _Group, start: int) -> None:
+    def add_to(self, scores_GHrc: Tensor, group: _Group, block: _Block) -> None:
         if self.position is not None:
-            scores_GHrc += self.position[self.position_index(start, scores_GHrc.device)]
+            added = self.position[self.position_index(group, block)]
+            scores_GHrc += added if added.dim() == 2 else added[:, None]
         if self.time is not None:
-            scores_GHrc += self.time[self.time_index(group, start).long()][:, None]
+            scores_GHrc += self.time[self.time_index(group, block).long()][:, None]
 
-    def add_gradients(self, dscores_GHrc: Tensor, group: _Group, start: int, dposition: Tensor, dtime: Tensor) -> None:
+    def add_gradients(
+        self, dscores_GHrc: Tensor, group: _Group, block: _Block, dposition: Tensor, dtime: Tensor
+    ) -> None:
         if self.position is not None:
-            index_rc = self.position_index(start, dscores_GHrc.device)
-            dposition.index_add_(0, index_rc.flatten(), dscores_GHrc.sum((0, 1)).flatten().to(dposition.dtype))
+            index = self.position_index(group, block)
+            sums = dscores_GHrc.sum((0, 1) if index.dim() == 2 else 1)
+            dposition.index_add_(0, index.flatten(), sums.flatten().to(dposition.dtype))
         if self.time is not None:
-            ids = self.time_index(group, start).flatten()
+            ids = self.time_index(group, block).flatten()
             weights = dscores_GHrc.sum(1).flatten().to(dtime.dtype)
             dtime += torch.bincount(ids, weights, minlength=dtime.numel())
 
 
-def _pairs(start: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    end = start + _BLOCK
-    return torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)[None, :]
+def _pairs(block: _Block, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, keys = block.rows, block.keys
+    return (
+        torch.arange(rows.start, rows.stop, device=device)[:, None],
+        torch.arange(keys.start, keys.stop, device=device)[None, :],
+    )
 
 
 def _scales(group: _Group, scale_T: Tensor) -> Tensor:
@@ -137,24 +205,26 @@ class _Blocked(torch.autograd.Function):
         v: Tensor,
         position: Tensor | None,
         time: Tensor | None,
-        offsets_B1: Tensor,
-        scale_T: Tensor,
-        time_buckets: TimeBuckets | None,
+        fixed: tuple[Tensor, Tensor],
+        plan: _Plan,
+        output: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position, time, offsets_B1, scale_T)
-        ctx.time_buckets = time_buckets
-        bias = _Bias(position, time, time_buckets)
+        ctx.save_for_backward(q, k, v, position, time, *fixed)
+        ctx.plan = plan
+        if output is not None:
+            return output.view_as(output)
+        offsets_B1, scale_T = fixed
+        bias = _Bias(position, time, plan.time_buckets)
         out = v.new_empty(v.shape[0] + 1, *v.shape[1:])
-        for group in _groups(offsets_B1, time_buckets):
+        for group in plan.groups(offsets_B1):
             q_GHnQ, k_GHnQ, v_GHnV = (group.take(x) for x in (q, k, v))
             out_GHnV = torch.empty_like(v_GHnV)
-            for start in range(0, q_GHnQ.shape[2], _BLOCK):
-                end = start + _BLOCK
-                scores_GHrc = q_GHnQ[:, :, start:end] @ k_GHnQ[:, :, :end].transpose(2, 3)
-                bias.add_to(scores_GHrc, group, start)
+            for block in plan.blocks(group):
+                scores_GHrc = _scores(q_GHnQ, k_GHnQ, block, plan.alpha)
+                bias.add_to(scores_GHrc, group, block)
                 weights_GHrc = F.silu(scores_GHrc, inplace=True)
-                weights_GHrc[..., start:].tril_()
-                torch.matmul(weights_GHrc, v_GHnV[:, :, :end], out=out_GHnV[:, :, start:end])
+                block.hide(weights_GHrc)
+                torch.matmul(weights_GHrc, v_GHnV[:, :, block.keys], out=out_GHnV[:, :, block.rows])
             group.put(out_GHnV.mul_(_scales(group, scale_T)), out)
         return out[:-1]
 
@@ -162,27 +232,35 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position, time, offsets_B1, scale_T = ctx.saved_tensors
-        bias = _Bias(position, time, ctx.time_buckets)
+        plan: _Plan = ctx.plan
+        bias = _Bias(position, time, plan.time_buckets)
         dq, dk, dv = (x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
         dposition, dtime = (torch.zeros_like(q.new_empty(0) if x is None else x).double() for x in (position, time))
-        for group in _groups(offsets_B1, ctx.time_buckets):
+        for group in plan.groups(offsets_B1):
             q_GHnQ, k_GHnQ, v_GHnV, g_GHnV = (group.take(x) for x in (q, k, v, grad))
             g_GHnV *= _scales(group, scale_T)
             dq_GHnQ, dk_GHnQ, dv_GHnV = torch.empty_like(q_GHnQ), torch.zeros_like(k_GHnQ), torch.zeros_like(v_GHnV)
-            for start in range(0, q_GHnQ.shape[2], _BLOCK):
-                rows, keys = slice(start, start + _BLOCK), slice(0, start + _BLOCK)
-                scores_GHrc = q_GHnQ[:, :, rows] @ k_GHnQ[:, :, keys].transpose(2, 3)
-                bias.add_to(scores_GHrc, group, start)
+            for block in plan.blocks(group):
+                rows, keys = block.rows, block.keys
+                scores_GHrc = _scores(q_GHnQ, k_GHnQ, block, plan.alpha)
+                bias.add_to(scores_GHrc, group, block)
                 weights_GHrc = F.silu(scores_GHrc)
-                weights_GHrc[..., start:].tril_()
+                block.hide(weights_GHrc)
                 dv_GHnV[:, :, keys] += weights_GHrc.transpose(2, 3) @ g_GHnV[:, :, rows]
                 dweights_GHrc = g_GHnV[:, :, rows] @ v_GHnV[:, :, keys].transpose(2, 3)
                 dscores_GHrc = torch.ops.aten.silu_backward(dweights_GHrc, scores_GHrc)
-                dscores_GHrc[..., start:].tril_()
+                block.hide(dscores_GHrc)
                 dq_GHnQ[:, :, rows] = dscores_GHrc @ k_GHnQ[:, :, keys]
                 dk_GHnQ[:, :, keys] += dscores_GHrc.transpose(2, 3) @ q_GHnQ[:, :, rows]
-                bias.add_gradients(dscores_GHrc, group, start, dposition, dtime)
+                bias.add_gradients(dscores_GHrc, group, block, dposition, dtime)
+            if plan.alpha != 1.0:
+                dq_GHnQ, dk_GHnQ = dq_GHnQ.mul_(plan.alpha), dk_GHnQ.mul_(plan.alpha)
             for x, dx in ((dq_GHnQ, dq), (dk_GHnQ, dk), (dv_GHnV, dv)):
                 group.put(x, dx)
         dtables = (None if x is None else dx.to(x.dtype) for x, dx in ((position, dposition), (time, dtime)))
         return dq[:-1], dk[:-1], dv[:-1], *dtables, None, None, None
+
+
+def _scores(q_GHnQ: Tensor, k_GHnQ: Tensor, block: _Block, alpha: float) -> Tensor:
+    scores_GHrc = q_GHnQ[:, :, block.rows] @ k_GHnQ[:, :, block.keys].transpose(2, 3)
+    return scores_GHrc if alpha == 1.0 else scores_GHrc.mul_(alpha)

@@ -1,9 +1,10 @@
-// HSTU attention on CPU: O_i = sum_{j <= i} silu(q_i . k_j + position[j - i] + time[bucket(i, j)]) / divisor_i v_j.
+// HSTU attention on CPU: O_i = sum over the keys j that i sees, which are those j <= i if there is no mask, of
+// silu(alpha q_i . k_j + position[j - i] + time[bucket(i, j)]) / divisor_i v_j.
 //
 // One task per (sequence, head), longest first. A task owns its rows of every output and its private sums for the two
 // bias tables, which are added up in task order afterwards: results do not depend on the number of threads.
-// Only tiles on or below the diagonal are computed, and nothing but the inputs is kept for the backward pass.
-#include "tile.h"
+// Only tiles in which something is seen are computed, and nothing but the inputs is kept for the backward pass.
+#include "scores.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -19,120 +20,22 @@
 namespace gr {
 namespace {
 
-// What is added to the scores of one sequence. Row i of `buckets` starts at i (i + 1) / 2 and has i + 1 entries.
-struct Bias {
-  const float* position;  // the entry of distance 0, or null
-  const float* time;      // table, or null
-  const uint8_t* buckets;
-};
-
-// The private gradient sums of one task. position: the entry of distance 0 of a table of this sequence's length.
-// time: kLanes tables of time_size entries, so that neighbouring scores never wait for each other's sum.
-struct BiasGradient {
-  float* position;
-  float* time;
-  int64_t time_size;
-};
-
-// Rows [row, row + rows) and columns [col, col + cols) of the scores; m and n are rows and cols rounded up to kEdge.
-struct Tile {
-  int64_t row, col, rows, cols, m, n;
-  Tile(int64_t i, int64_t j, int64_t count)
-      : row(i * kTile), col(j * kTile), rows(std::min(kTile, count - row)), cols(std::min(kTile, count - col)),
-        m(round_up(rows, kEdge)), n(round_up(cols, kEdge)) {}
-  // How many columns of local row r are at or before the diagonal.
-  int64_t visible(int64_t r) const { return std::min(cols, row + r + 1 - col); }
-};
-
-void add_bias(const Tile& tile, const Bias& bias, float* __restrict s) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const int64_t i = tile.row + r, visible = tile.visible(r);
-    float* __restrict row = s + r * kTile;
-    if (bias.position) {
-      const float* __restrict table = bias.position - i + tile.col;
-      for (int64_t c = 0; c < visible; ++c) row[c] += table[c];
-    }
-    if (bias.time) {
-      const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
-      for (int64_t c = 0; c < visible; ++c) row[c] += bias.time[bucket[c]];
-    }
-  }
-}
-
-void add_bias_gradient(const Tile& tile, const Bias& bias, const float* __restrict ds, const BiasGradient& grad) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const int64_t i = tile.row + r, visible = tile.visible(r);
-    const float* __restrict row = ds + r * kTile;
-    if (grad.position) {
-      float* __restrict sums = grad.position - i + tile.col;
-      for (int64_t c = 0; c < visible; ++c) sums[c] += row[c];
-    }
-    if (grad.time) {
-      const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
-      int64_t c = 0;
-      for (; c + kLanes <= visible; c += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          grad.time[lane * grad.time_size + bucket[c + lane]] += row[c + lane];
-      for (; c < visible; ++c) grad.time[(c % kLanes) * grad.time_size + bucket[c]] += row[c];
-    }
-  }
-}
-
-// s <- silu(s), zero above the diagonal.
-void activate(const Tile& tile, float* __restrict s) {
-  for (int64_t r = 0; r < tile.m; ++r) {
-    const int64_t visible = std::min(tile.n, tile.row + r + 1 - tile.col), full = round_up(visible, kEdge);
-    float* __restrict row = s + r * kTile;
-    for (int64_t c = 0; c < full; ++c) row[c] *= sigmoid(row[c]);
-    std::fill(row + visible, row + tile.n, 0.f);
-  }
-}
-
-// s <- silu(s) scale_i, dp <- d loss / d s, both zero above the diagonal.
-void activate_gradient(const Tile& tile, const float* scale, float* __restrict s, float* __restrict dp) {
-  for (int64_t r = 0; r < tile.m; ++r) {
-    const int64_t visible = std::min(tile.n, tile.row + r + 1 - tile.col), full = round_up(visible, kEdge);
-    float *__restrict row = s + r * kTile, *__restrict drow = dp + r * kTile;
-    const float scale_r = scale[r];
-    for (int64_t c = 0; c < full; ++c) {
-      const float x = row[c], g = sigmoid(x), y = x * g;
-      row[c] = y * scale_r;
-      drow[c] *= (g + y * (1.f - g)) * scale_r;
-    }
-    std::fill(row + visible, row + tile.n, 0.f);
-    std::fill(drow + visible, drow + tile.n, 0.f);
-  }
-}
-
-// A float tile as the left or the right operand of a product: itself, or a bfloat16 copy (right: rows interleaved).
-inline const float* left(const Tile&, const float* x, float*) { return x; }
-inline const float* right(const Tile&, const float* x, float*) { return x; }
-inline const at::BFloat16* left(const Tile& tile, const float* x, at::BFloat16* out) {
-  for (int64_t r = 0; r < tile.m; ++r) cast(x + r * kTile, out + r * kTile, tile.n);
-  return out;
-}
-inline const at::BFloat16* right(const Tile& tile, const float* x, at::BFloat16* out) {
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t r = 0; r < tile.m; r += 2)
-    for (int64_t c = 0; c < tile.n; ++c)
-      pairs[r / 2 * kTile + c] =
-          bfloat16_bits(x[r * kTile + c]) | static_cast<uint32_t>(bfloat16_bits(x[(r + 1) * kTile + c])) << 16;
-  return out;
-}
-
 // One (sequence, head): its rows in q, k, v and in the output or its gradient.
-template <typename S> struct Head {
+template <typename S, typename M> struct Head {
   Rows<S> q, k, v, g;  // g: gradient of the output, backward only
   Width<S> dq, dv;     // widths of q and k, and of v
   const float* scale;  // 1 / divisor: one for each row if scale_step is 1, one for all if 0
   int64_t scale_step, count, tiles;
+  float alpha;
   Bias bias;
-  void row_scales(const Tile& tile, float* out) const {
+  M mask;
+  void row_scales(const Tile<M>& tile, float* out) const {
     for (int64_t r = 0; r < kTile; ++r) out[r] = r < tile.rows ? scale[(tile.row + r) * scale_step] : 0.f;
   }
 };
 
-template <typename S> void forward_task(const Head<S>& head, Scratch& scratch, S* out, int64_t stride) {
+template <typename S, typename M>
+void forward_task(const Head<S, M>& head, Scratch& scratch, S* out, int64_t stride) {
   const Width<S>&d = head.dq, &dv = head.dv;
   scratch.reset();
   S* rows = scratch.take<S>(kTile * std::max(d.ld, dv.ld));
@@ -148,15 +51,17 @@ template <typename S> void forward_task(const Head<S>& head, Scratch& scratch, S
     pack(rows, kTile, dv.ld, dv.ld, v_packed + j * kTile * dv.ld);
   }
   for (int64_t i = 0; i < head.tiles; ++i) {
-    const Tile last(i, i, head.count);
+    const Tile<M> last(head.mask, i, i, head.count);
+    const KeyTiles keys = key_tiles(head.mask, i, head.count);
     head.q.load(i * kTile, d, rows);
-    for (int64_t j = 0; j <= i; ++j) {
-      const Tile tile(i, j, head.count);
+    for (int64_t j = keys.start(); j < keys.stop(); j = keys.next(j)) {
+      const Tile<M> tile(head.mask, i, j, head.count);
       multiply<S>(tile.m, tile.n, d.used, rows, d.ld, k_packed + j * kTile * d.ld, kTile, s, kTile, false);
+      if (head.alpha != 1.f) scale_scores(tile, head.alpha, s);
       add_bias(tile, head.bias, s);
       activate(tile, s);
       multiply<S>(tile.m, dv.used, tile.n, left(tile, s, weights), kTile, v_packed + j * kTile * dv.ld, dv.ld, o, dv.ld,
-                  j > 0);
+                  j > keys.start());
     }
     head.row_scales(last, scale);
     for (int64_t r = 0; r < last.rows; ++r) {
@@ -178,7 +83,7 @@ template <typename S> struct Gradients {
 template <typename S> struct BackwardBuffers {
   S *rows, *k_packed, *k_packed_t, *v_packed_t, *q, *q_t, *g, *g_t, *p_right, *ds_left, *ds_right;
   float *s, *dp, *dq, *dk_t, *dv_t, *scale, *turned;
-  BackwardBuffers(const Head<S>& head, Scratch& scratch) {
+  template <typename M> BackwardBuffers(const Head<S, M>& head, Scratch& scratch) {
     const int64_t d = head.dq.ld, dv = head.dv.ld, wide = std::max(d, dv), all = head.tiles * kTile;
     scratch.reset();
     rows = scratch.take<S>(kTile * wide);
@@ -197,6 +102,10 @@ template <typename S> struct BackwardBuffers {
       head.v.load(j * kTile, head.dv, rows);
       pack_transposed(rows, head.dv, v_packed_t + j * kTile * dv);
     }
+    if (!M::kCausal) {
+      std::fill(dk_t, dk_t + all * d, 0.f);
+      std::fill(dv_t, dv_t + all * dv, 0.f);
+    }
   }
 };
 
@@ -207,35 +116,46 @@ void store_transposed(const float* x_t, int64_t rows, const Width<S>& width, flo
   for (int64_t r = 0; r < rows; ++r) cast(turned + r * width.ld, out + r * stride, width.real);
 }
 
+inline void scale(float* x, int64_t count, float by) {
+  for (int64_t i = 0; i < count; ++i) x[i] *= by;
+}
+
 // Queries outer, keys inner: S = Q K^T, dP = G V^T, then dV^T += G^T P, dK^T += Q^T dS, dQ += dS K. Five products a
 // tile, and no computed tile is ever transposed: P and dS are right operands of the turned sums.
-template <typename S> void backward_task(const Head<S>& head, Scratch& scratch, const Gradients<S>& out) {
+template <typename S, typename M>
+void backward_task(const Head<S, M>& head, Scratch& scratch, const Gradients<S>& out) {
   const Width<S>&d = head.dq, &dv = head.dv;
   const BackwardBuffers<S> b(head, scratch);
   for (int64_t i = 0; i < head.tiles; ++i) {
-    const Tile last(i, i, head.count);
+    const Tile<M> last(head.mask, i, i, head.count);
+    const KeyTiles keys = key_tiles(head.mask, i, head.count);
     head.q.load(i * kTile, d, b.q);
     head.g.load(i * kTile, dv, b.g);
     transpose(b.q, kTile, d.used, d.ld, b.q_t, kTile);
     transpose(b.g, kTile, dv.used, dv.ld, b.g_t, kTile);
     head.row_scales(last, b.scale);
-    for (int64_t j = 0; j <= i; ++j) {
-      const Tile tile(i, j, head.count);
+    for (int64_t j = keys.start(); j < keys.stop(); j = keys.next(j)) {
+      const Tile<M> tile(head.mask, i, j, head.count);
+      const bool add = !M::kCausal || j < i;  // the causal order meets a key tile first on the diagonal
       const int64_t k_at = j * kTile * d.ld, v_at = j * kTile * dv.ld;
       multiply<S>(tile.m, tile.n, d.used, b.q, d.ld, b.k_packed_t + k_at, kTile, b.s, kTile, false);
       multiply<S>(tile.m, tile.n, dv.used, b.g, dv.ld, b.v_packed_t + v_at, kTile, b.dp, kTile, false);
+      if (head.alpha != 1.f) scale_scores(tile, head.alpha, b.s);
       add_bias(tile, head.bias, b.s);
       activate_gradient(tile, b.scale, b.s, b.dp);
       add_bias_gradient(tile, head.bias, b.dp, out.bias);
       const S *p = right(tile, b.s, b.p_right), *ds = right(tile, b.dp, b.ds_right);
       const S* ds_rows = left(tile, b.dp, b.ds_left);
-      multiply<S>(dv.used, tile.n, tile.m, b.g_t, kTile, p, kTile, b.dv_t + v_at, kTile, j < i);
-      multiply<S>(d.used, tile.n, tile.m, b.q_t, kTile, ds, kTile, b.dk_t + k_at, kTile, j < i);
-      multiply<S>(tile.m, d.used, tile.n, ds_rows, kTile, b.k_packed + k_at, d.ld, b.dq, d.ld, j > 0);
+      multiply<S>(dv.used, tile.n, tile.m, b.g_t, kTile, p, kTile, b.dv_t + v_at, kTile, add);
+      multiply<S>(d.used, tile.n, tile.m, b.q_t, kTile, ds, kTile, b.dk_t + k_at, kTile, add);
+      multiply<S>(tile.m, d.used, tile.n, ds_rows, kTile, b.k_packed + k_at, d.ld, b.dq, d.ld,
+                  j > keys.start());
     }
+    if (head.alpha != 1.f) scale(b.dq, kTile * d.ld, head.alpha);
     for (int64_t r = 0; r < last.rows; ++r)
       cast(b.dq + r * d.ld, out.q + (i * kTile + r) * out.q_stride, d.real);
   }
+  if (head.alpha != 1.f) scale(b.dk_t, head.tiles * kTile * d.ld, head.alpha);
   for (int64_t j = 0; j < head.tiles; ++j) {
     const int64_t rows = std::min(kTile, head.count - j * kTile);
     store_transposed(b.dk_t + j * kTile * d.ld, rows, d, b.turned, out.k + j * kTile * out.k_stride, out.k_stride);
@@ -248,6 +168,12 @@ template <typename S> void backward_task(const Head<S>& head, Scratch& scratch, 
 struct Arguments {
   const at::Tensor &q, &k, &v, &offsets, &scale;
   const std::optional<at::Tensor>&position, &time, &buckets, &pair_offsets;
+  float alpha;
+  const std::optional<at::Tensor>& num_targets;
+  int64_t max_attn_len, contextual_len, min_full_attn_seq_len;
+  bool masked() const { return num_targets || max_attn_len > 0 || contextual_len > 0; }
+  // Of the position table, a sequence uses the side of the past; with a contextual prefix, that of the future too.
+  int64_t sides() const { return contextual_len > 0 ? 2 : 1; }
   int64_t heads() const { return q.size(1); }
   int64_t sequences() const { return offsets.numel() - 1; }
 };
@@ -259,7 +185,19 @@ template <typename S> S* row_in(at::Tensor& x, int64_t first, int64_t head) {
   return x.mutable_data_ptr<S>() + first * x.stride(0) + head * x.stride(1);
 }
 
-template <typename S> Head<S> head_of(const Arguments& a, int64_t sequence, int64_t head, const at::Tensor* g) {
+template <typename M> M mask_of(const Arguments& a, int64_t sequence, int64_t count) {
+  if constexpr (M::kCausal) {
+    return {};
+  } else {
+    const int64_t targets = a.num_targets ? a.num_targets->const_data_ptr<int64_t>()[sequence] : 0;
+    const int64_t window = a.max_attn_len > 0 ? a.max_attn_len : count;
+    // An empty contextual prefix is all that an empty sequence can have.
+    return {count - targets, std::min(a.contextual_len, count), window, a.min_full_attn_seq_len};
+  }
+}
+
+template <typename S, typename M>
+Head<S, M> head_of(const Arguments& a, int64_t sequence, int64_t head, const at::Tensor* g) {
   const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
   const int64_t first = offsets[sequence], count = offsets[sequence + 1] - first;
   const int64_t scale_step = a.scale.numel() == 1 ? 0 : 1;
@@ -279,7 +217,9 @@ template <typename S> Head<S> head_of(const Arguments& a, int64_t sequence, int6
           scale_step,
           count,
           (count + kTile - 1) / kTile,
-          bias};
+          a.alpha,
+          bias,
+          mask_of<M>(a, sequence, count)};
 }
 
 // Calls task(sequence, head, scratch) for every non-empty sequence and head, longest first, on all threads.
@@ -299,23 +239,29 @@ template <typename F> void for_each_task(const Arguments& a, F task) {
   });
 }
 
-template <typename F> void by_type(const at::Tensor& q, F f) {
-  AT_DISPATCH_SWITCH(q.scalar_type(), "hstu_attention",
-                     AT_DISPATCH_CASE(at::kFloat, [&] { f.template operator()<scalar_t>(); })
-                         AT_DISPATCH_CASE(at::kBFloat16, [&] { f.template operator()<scalar_t>(); }));
+// Calls f<element type, mask>().
+template <typename F> void by_type(const Arguments& a, F f) {
+  AT_DISPATCH_SWITCH(
+      a.q.scalar_type(), "hstu_attention",
+      AT_DISPATCH_CASE(at::kFloat, [&] { a.masked() ? f.template operator()<float, Masked>()
+                                                    : f.template operator()<float, Causal>(); })
+          AT_DISPATCH_CASE(at::kBFloat16, [&] { a.masked() ? f.template operator()<at::BFloat16, Masked>()
+                                                           : f.template operator()<at::BFloat16, Causal>(); }));
 }
 
 using Optional = std::optional<at::Tensor>;
 
 at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& offsets,
                    const at::Tensor& scale, const Optional& position, const Optional& time, const Optional& buckets,
-                   const Optional& pair_offsets) {
-  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets};
+                   const Optional& pair_offsets, double alpha, const Optional& num_targets, int64_t max_attn_len,
+    int64_t contextual_len, int64_t min_full_attn_seq_len) {
+  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets, static_cast<float>(alpha),
+                    num_targets, max_attn_len, contextual_len, min_full_attn_seq_len};
   auto out = at::empty(v.sizes(), v.options());
-  by_type(q, [&]<typename S>() {
+  by_type(a, [&]<typename S, typename M>() {
     for_each_task(a, [&](int64_t b, int64_t h, Scratch& scratch) {
       const int64_t first = offsets.const_data_ptr<int64_t>()[b];
-      forward_task<S>(head_of<S>(a, b, h, nullptr), scratch, row_in<S>(out, first, h), out.stride(0));
+      forward_task(head_of<S, M>(a, b, h, nullptr), scratch, row_in<S>(out, first, h), out.stride(0));
     });
   });
   return out;
@@ -328,11 +274,11 @@ void sum_bias_gradients(const Arguments& a, const at::Tensor& position_sums, con
   const float *position = position_sums.const_data_ptr<float>(), *time = time_sums.const_data_ptr<float>();
   double *position_out = dposition.mutable_data_ptr<double>(), *time_out = dtime.mutable_data_ptr<double>();
   for (int64_t b = 0; b < a.sequences(); ++b) {
-    const int64_t first = offsets[b], count = offsets[b + 1] - first;
+    const int64_t first = offsets[b], count = offsets[b + 1] - first, entries = a.sides() * count;
     for (int64_t h = 0; h < heads; ++h) {
-      const float* from = position + first * heads + h * count;
+      const float* from = position + first * heads * a.sides() + h * entries;
       double* to = position_out + dposition.numel() / 2 + 1 - count;
-      for (int64_t i = 0; a.position && i < count; ++i) to[i] += from[i];
+      for (int64_t i = 0; a.position && i < std::min(entries, 2 * count - 1); ++i) to[i] += from[i];
       for (int64_t i = 0; a.time && i < size; ++i) time_out[i] += time[(b * heads + h) * size + i];
     }
   }
@@ -341,22 +287,25 @@ void sum_bias_gradients(const Arguments& a, const at::Tensor& position_sums, con
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& g, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& offsets,
     const at::Tensor& scale, const Optional& position, const Optional& time, const Optional& buckets,
-    const Optional& pair_offsets) {
-  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets};
+    const Optional& pair_offsets, double alpha, const Optional& num_targets, int64_t max_attn_len,
+    int64_t contextual_len, int64_t min_full_attn_seq_len) {
+  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets, static_cast<float>(alpha),
+                    num_targets, max_attn_len, contextual_len, min_full_attn_seq_len};
   const int64_t heads = a.heads(), time_size = time ? time->numel() : 0;
   auto dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
   auto dv = at::empty(v.sizes(), v.options());
-  auto position_sums = at::zeros({position ? q.size(0) * heads : 0}, scale.options());
+  auto position_sums = at::zeros({position ? q.size(0) * heads * a.sides() : 0}, scale.options());
   auto time_sums = at::zeros({a.sequences() * heads, time_size}, scale.options());
-  by_type(q, [&]<typename S>() {
+  by_type(a, [&]<typename S, typename M>() {
     for_each_task(a, [&](int64_t b, int64_t h, Scratch& scratch) {
-      const Head<S> head = head_of<S>(a, b, h, &g);
+      const auto head = head_of<S, M>(a, b, h, &g);
       const int64_t first = offsets.const_data_ptr<int64_t>()[b];
       std::vector<float> lanes(kLanes * time_size);
       BiasGradient sums{nullptr, time ? lanes.data() : nullptr, time_size};
       if (position)
-        sums.position = position_sums.mutable_data_ptr<float>() + first * heads + h * head.count + head.count - 1;
-      backward_task<S>(head, scratch, {row_in<S>(dq, first, h), row_in<S>(dk, first, h), row_in<S>(dv, first, h),
+        sums.position = position_sums.mutable_data_ptr<float>() + (first * heads + h * head.count) * a.sides() +
+                        head.count - 1;
+      backward_task<S, M>(head, scratch, {row_in<S>(dq, first, h), row_in<S>(dk, first, h), row_in<S>(dv, first, h),
                                        dq.stride(0), dk.stride(0), dv.stride(0), sums});
       float* total = time_sums.mutable_data_ptr<float>() + (b * heads + h) * time_size;
       for (int64_t lane = 0; lane < kLanes; ++lane)
@@ -374,10 +323,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 TORCH_LIBRARY_FRAGMENT(gr, m) {
   m.def(
       "hstu_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor scale, Tensor? position_bias, "
-      "Tensor? time_bias, Tensor? buckets, Tensor? pair_offsets) -> Tensor");
+      "Tensor? time_bias, Tensor? buckets, Tensor? pair_offsets, float alpha=1.0, Tensor? num_targets=None, "
+      "int max_attn_len=0, int contextual_len=0, int min_full_attn_seq_len=0) -> Tensor");
   m.def(
       "hstu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor scale, "
-      "Tensor? position_bias, Tensor? time_bias, Tensor? buckets, Tensor? pair_offsets) "
+      "Tensor? position_bias, Tensor? time_bias, Tensor? buckets, Tensor? pair_offsets, float alpha=1.0, "
+      "Tensor? num_targets=None, int max_attn_len=0, int contextual_len=0, int min_full_attn_seq_len=0) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(gr, CPU, m) {

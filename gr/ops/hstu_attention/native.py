@@ -1,11 +1,13 @@
 """HSTU attention by the C++ operator, with its gradients. Letters as in reference.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.time_buckets import TimeBuckets
 
 
@@ -27,36 +29,47 @@ def hstu_attention_native(
     offsets_B1: Tensor,
     *,
     scale_T: Tensor,
+    alpha: float = 1.0,
+    mask: AttentionMask | None = None,
+    output: Tensor | None = None,
     position_bias: Tensor | None = None,
     time_bias: Tensor | None = None,
     time_buckets: TimeBuckets | None = None,
 ) -> Tensor:
-    """As hstu_attention_reference, for float32 and bfloat16 on CPU; the same bits on any number of threads."""
-    dtype = native_dtype(q_THQ.dtype)
+    """As hstu_attention_reference, for float32 and bfloat16 on CPU; the same bits on any number of threads.
+
+    output: what an earlier call with the same arguments returned, which is then not computed again.
+    """
+    mask = AttentionMask() if mask is None else mask
     position = None if position_bias is None else position_bias.float().contiguous()
     time = None if time_bias is None else time_bias.float().contiguous()
-    ids_P = None if time_buckets is None else time_buckets.ids_P
-    pair_offsets_B1 = None if time_buckets is None else time_buckets.pair_offsets_B1
-    out_THV = _Native.apply(
-        q_THQ.to(dtype),
-        k_THQ.to(dtype),
-        v_THV.to(dtype),
-        position,
-        time,
+    fixed = (
         offsets_B1.contiguous(),
         scale_T.float().contiguous(),
-        ids_P,
-        pair_offsets_B1,
+        None if time_buckets is None else time_buckets.ids_P,
+        None if time_buckets is None else time_buckets.pair_offsets_B1,
+        None if mask.num_targets_B is None else mask.num_targets_B.contiguous(),
     )
-    return out_THV.to(q_THQ.dtype)
+    numbers = (alpha, mask.max_attn_len, mask.contextual_len, mask.min_full_attn_seq_len)
+    return _Native.apply(q_THQ, k_THQ, v_THV, position, time, fixed, numbers, output)
 
 
-def _with_dense_rows(x_THD: Tensor) -> Tensor:
+def _operand(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows and heads may be strided, as in views of one UVQK buffer; the elements of a head must be neighbours."""
+    x_THD = x_THD.to(dtype)
     return x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
 
 
+def _call(op: Any, operands: Sequence[Tensor], saved: Sequence[Tensor | None], numbers: tuple[float, ...]) -> Any:
+    position, time, offsets_B1, scale_T, ids_P, pair_offsets_B1, num_targets_B = saved
+    alpha, *lengths = numbers
+    tables = (position, time, ids_P, pair_offsets_B1)
+    return op(*operands, offsets_B1, scale_T, *tables, alpha, num_targets_B, *lengths)
+
+
 class _Native(torch.autograd.Function):
+    """Keeps q, k and v as they were given: no copy of another dtype or layout lives until the backward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -65,26 +78,22 @@ class _Native(torch.autograd.Function):
         v: Tensor,
         position: Tensor | None,
         time: Tensor | None,
-        offsets_B1: Tensor,
-        scale_T: Tensor,
-        ids_P: Tensor | None,
-        pair_offsets_B1: Tensor | None,
+        fixed: tuple[Tensor | None, ...],
+        numbers: tuple[float, ...],
+        output: Tensor | None,
     ) -> Tensor:
-        q, k, v = (_with_dense_rows(x) for x in (q, k, v))
-        ctx.save_for_backward(q, k, v, offsets_B1, scale_T, position, time, ids_P, pair_offsets_B1)
-        return torch.ops.gr.hstu_attention(q, k, v, offsets_B1, scale_T, position, time, ids_P, pair_offsets_B1)
+        ctx.save_for_backward(q, k, v, position, time, *fixed)
+        ctx.numbers = numbers
+        if output is not None:
+            return output.view_as(output)
+        operands = [_operand(x, native_dtype(q.dtype)) for x in (q, k, v)]
+        return _call(torch.ops.gr.hstu_attention, operands, (position, time, *fixed), numbers).to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        position, time = saved[5], saved[6]
-        dq, dk, dv, dposition, dtime = torch.ops.gr.hstu_attention_backward(_with_dense_rows(grad), *saved)
-        return (
-            dq,
-            dk,
-            dv,
-            None if position is None else dposition.to(position.dtype),
-            None if time is None else dtime.to(time.dtype),
-            *(None,) * 4,
-        )
+        q, k, v, *others = ctx.saved_tensors
+        operands = [_operand(x, native_dtype(q.dtype)) for x in (grad, q, k, v)]
+        *dvalues, dposition, dtime = _call(torch.ops.gr.hstu_attention_backward, operands, others, ctx.numbers)
+        dtables = (None if x is None else dx.to(x.dtype) for x, dx in zip(others[:2], (dposition, dtime), strict=True))
+        return *(dx.to(q.dtype) for dx in dvalues), *dtables, None, None, None

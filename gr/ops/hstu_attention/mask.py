@@ -1,0 +1,66 @@
+"""Which tokens of its own sequence a query sees, beyond the causal rule. B examples, T packed tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """A sequence is a contextual prefix, a history and candidates, in this order; all three may be absent.
+
+    num_targets_B: int64 [B], how many of a sequence's last tokens are candidates. A candidate sees the history and
+        itself; nothing else sees it. All candidates of a sequence stand at the position after its history.
+    max_attn_len: a token sees that many tokens before itself, 0 for all; candidates count from the end of the history.
+        The whole prefix counts as one token, so it lies outside the window of the tokens further on.
+    contextual_len: tokens of the prefix, in every sequence that is not empty. They see prefix and history, also ahead
+        of themselves, whatever the window; so in a stack of layers the history learns of its own future through them.
+    min_full_attn_seq_len: with a window, that many of the newest tokens of the history, and all candidates, see
+        everything before them.
+    Source: the mask of the public production code (meta-recsys/generative-recommenders, pt_hstu_attention.py).
+    """
+
+    num_targets_B: Tensor | None = None
+    max_attn_len: int = 0
+    contextual_len: int = 0
+    min_full_attn_seq_len: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """True if nothing is asked for beyond the causal rule."""
+        return self.num_targets_B is None and not self.max_attn_len and not self.contextual_len
+
+    def check(self, offsets_B1: Tensor) -> None:
+        """Raise ValueError unless the mask fits the sequences. Values of tensors are read on CPU only."""
+        for name in ("max_attn_len", "contextual_len", "min_full_attn_seq_len"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: it is {getattr(self, name)}")
+        if self.min_full_attn_seq_len and not self.max_attn_len:
+            raise ValueError("min_full_attn_seq_len widens the window of max_attn_len, which is 0: set it or drop both")
+        targets_B = self.num_targets_B
+        sequences = offsets_B1.numel() - 1
+        if targets_B is not None:
+            if targets_B.dtype != torch.int64 or targets_B.shape != (sequences,):
+                raise ValueError(
+                    f"num_targets_B must be int64 of shape [B] = [{sequences}], "
+                    f"not {targets_B.dtype} of {list(targets_B.shape)}"
+                )
+            if targets_B.device != offsets_B1.device:
+                raise ValueError(f"num_targets_B is on {targets_B.device}, offsets_B1 on {offsets_B1.device}")
+        if offsets_B1.device.type == "cpu":
+            self._check_lengths(offsets_B1.diff())
+
+    def _check_lengths(self, lengths_B: Tensor) -> None:
+        targets_B = torch.zeros_like(lengths_B) if self.num_targets_B is None else self.num_targets_B
+        for wrong_B, problem in (
+            (targets_B < 0, "which is negative"),
+            (targets_B > lengths_B, "more than it has tokens"),
+            ((lengths_B > 0) & (lengths_B - targets_B < self.contextual_len), "which leaves too few for the prefix"),
+        ):
+            if bool(wrong_B.any()):
+                b = int(wrong_B.nonzero()[0])
+                raise ValueError(
+                    f"num_targets_B is {int(targets_B[b])} for sequence {b} of {int(lengths_B[b])} tokens, {problem}"
+                    + (f" of contextual_len = {self.contextual_len}" if "prefix" in problem else "")
+                )
