@@ -27,7 +27,10 @@ ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
 
 class SavedTable(Protocol):
-    """One tensor of one table. value: saved, and loaded in place. is_rowwise: [rows, column shards], a state."""
+    """One tensor of one table. value: saved, and loaded in place. is_rowwise: [rows, column blocks], a state.
+
+    column_widths: of the table's column blocks, in order.
+    """
 
     @property
     def name(self) -> str: ...
@@ -36,9 +39,12 @@ class SavedTable(Protocol):
     def is_rowwise(self) -> bool: ...
 
     @property
+    def column_widths(self) -> tuple[int, ...]: ...
+
+    @property
     def value(self) -> ShardedTensor | Tensor: ...
 
-    def fill_rowwise(self, saved: Tensor) -> None: ...
+    def fill_rowwise(self, saved: Tensor, widths: Sequence[int]) -> None: ...
 
 
 class Tables(Protocol):
@@ -154,7 +160,7 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
             f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
         ) from error
     wanted = _tensors(state)
-    resharded = _rowwise_of_other_columns(saved, state)
+    resharded = _rowwise_of_other_blocks(saved, state)
     faults = _misfits(saved, wanted, skip=resharded)
     if world.any(bool(faults)):
         raise CheckpointError(
@@ -163,7 +169,7 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
         )
     for name in resharded:
         wanted["tables"].pop(name)
-    fulls = {name: torch.empty(size) for name, size in resharded.items()}
+    fulls = {name: torch.empty(size) for name, (size, _) in resharded.items()}
     try:
         dcp.load(wanted, checkpoint_id=path)
         if fulls:  # not on every rank, so without collectives
@@ -173,7 +179,7 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
     for entry in state.tables.entries():
         if entry.name in fulls:
-            entry.fill_rowwise(fulls[entry.name])
+            entry.fill_rowwise(fulls[entry.name], resharded[entry.name][1])
     state.tables.set_steps(progress["step"])
     return progress
 
@@ -208,14 +214,26 @@ def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) 
             yield f"{name}.{kind}", states[kind]
 
 
-def _rowwise_of_other_columns(saved: Metadata, state: ModelState) -> dict[str, torch.Size]:
-    """Row-wise states that were saved under another number of column shards, with their saved shape."""
+def _rowwise_of_other_blocks(saved: Metadata, state: ModelState) -> dict[str, tuple[torch.Size, tuple[int, ...]]]:
+    """Row-wise states that were saved under other column blocks, with their saved shape and the blocks' widths."""
     found = {}
     for entry in state.tables.entries():
         size = _saved_size(saved, f"tables.{entry.name}")
-        if entry.is_rowwise and size is not None and size != entry.value.size() and size[0] == entry.value.size()[0]:
-            found[entry.name] = size
+        if not entry.is_rowwise or size is None or size[0] != entry.value.size()[0]:
+            continue
+        widths = _saved_widths(saved, f"tables.{entry.name.rpartition('.')[0]}.weight")
+        # A table of another width is another table: _misfits says so.
+        if widths != entry.column_widths and sum(widths) == sum(entry.column_widths) and len(widths) == size[1]:
+            found[entry.name] = size, widths
     return found
+
+
+def _saved_widths(saved: Metadata, weight: str) -> tuple[int, ...]:
+    """Widths of the column blocks that a table was saved in."""
+    entry = saved.state_dict_metadata.get(weight)
+    if not isinstance(entry, TensorStorageMetadata):
+        return ()
+    return tuple(width for _, width in sorted({(chunk.offsets[1], chunk.sizes[1]) for chunk in entry.chunks}))
 
 
 def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:

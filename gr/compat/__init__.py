@@ -1,13 +1,15 @@
 """Repairs of defects in the pinned libraries, all in one place. Each one first probes for its defect.
 
-`apply()` is called once, before a model is sharded. tests/unit/compat fails when a probe stops finding its defect, so
-that a repair does not outlive the release that needs it.
+`apply()` is called once, before a model is sharded, and `divide_only_row_shards` on each collection of pooled tables
+after it was. tests/unit/compat fails when a probe stops finding its defect, so that a repair does not outlive the
+release that needs it.
 """
 
 import logging
 import warnings
 
 from gr.compat.fbgemm_cpu import dense_sequence_lookup_is_broken, repair_dense_sequence_lookup
+from gr.compat.torchrec_means import divide_only_row_shards
 
 
 def apply() -> None:
@@ -25,4 +27,4 @@ def _quiet_known_warnings() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-__all__ = ["apply", "dense_sequence_lookup_is_broken"]
+__all__ = ["apply", "dense_sequence_lookup_is_broken", "divide_only_row_shards"]

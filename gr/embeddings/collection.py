@@ -1,16 +1,33 @@
-"""The EmbeddingCollection of a sequence model, on meta, and the one lookup a step makes in it."""
+"""Tables on meta, sequence (EmbeddingCollection) and pooled (EmbeddingBagCollection), and a step's lookups in them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-from torchrec.modules.embedding_configs import DataType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from gr.batch import ITEM_FEATURE
 from gr.config.tree import EmbeddingsConfig
+from gr.errors import ConfigError
 
 CANDIDATE_FEATURE = "candidate_id"
 # fbgemm asserts that a row is a multiple of 4 elements wide.
 ROW_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class PooledTable:
+    """A table of which an example reads the sum or mean of some rows: rows x dim, one vector for each feature."""
+
+    name: str
+    rows: int
+    dim: int
+    features: tuple[str, ...]
+    pooling: Literal["sum", "mean"] = "sum"
 
 
 def stored_dim(dim: int) -> int:
@@ -25,9 +42,44 @@ def build_collection(rows: int, dim: int, config: EmbeddingsConfig) -> Embedding
         num_embeddings=rows,
         embedding_dim=stored_dim(dim),
         feature_names=[ITEM_FEATURE, CANDIDATE_FEATURE],
-        data_type=DataType.FP16 if config.dtype == "fp16" else DataType.FP32,
+        data_type=_data_type(config),
     )
     return EmbeddingCollection([table], device=torch.device("meta"))
+
+
+def build_bag_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig) -> EmbeddingBagCollection:
+    """The pooled tables, without storage. Raises ConfigError for a width that fbgemm cannot store, and for repeats."""
+    for table in tables:
+        if table.dim % ROW_MULTIPLE:
+            raise ConfigError(
+                f"table {table.name}: dim={table.dim} is not a multiple of {ROW_MULTIPLE}, as fbgemm needs it; "
+                f"use {stored_dim(table.dim)}"
+            )
+    for what, names in (
+        ("table", [table.name for table in tables]),
+        ("feature", [feature for table in tables for feature in table.features]),
+    ):
+        if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
+            raise ConfigError(
+                f"pooled tables: {what} {', '.join(repeated)} is named more than once; the names of the tables must "
+                "differ, and so must the features that they read"
+            )
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim,
+            feature_names=list(table.features),
+            pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+            data_type=_data_type(config),
+        )
+        for table in tables
+    ]
+    return EmbeddingBagCollection(configs, device=torch.device("meta"))
+
+
+def _data_type(config: EmbeddingsConfig) -> DataType:
+    return DataType.FP16 if config.dtype == "fp16" else DataType.FP32
 
 
 def lookup(
@@ -48,3 +100,12 @@ def lookup(
     )
     rows = collection(both)
     return rows[ITEM_FEATURE].values()[:, :dim], rows[CANDIDATE_FEATURE].values()[:, :dim]
+
+
+def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, names: Sequence[str]) -> list[Tensor]:
+    """The pooled vectors of `names`, float [B, dim] each, from a (sharded) collection that may read other features too.
+
+    Models go by name, as here: the order of the columns in the collection's own output depends on the plan.
+    """
+    pooled = collection(features)
+    return [pooled[name] for name in names]

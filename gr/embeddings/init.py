@@ -2,10 +2,13 @@
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from gr.config.tree import TableInit
 from gr.embeddings.shards import TableShard, local_shards
 
 # Two standard deviations, as torch.nn.init.trunc_normal_ users in the field cut it.
@@ -13,27 +16,47 @@ CUT = 2.0
 CHUNK_ELEMENTS = 1 << 20
 
 
-def initialise_tables(model: nn.Module, *, seed: int, std: float, dim: int) -> None:
-    """Fills every local shard with a truncated normal of standard deviation `std`; columns from `dim` on are zero."""
+def initialise_tables(
+    model: nn.Module, *, seed: int, std: float, dim: int | None = None, init: TableInit = "truncated_normal"
+) -> None:
+    """Fills every local shard; TorchRec starts sequence tables at random and copies no weights into pooled ones.
+
+    std: of truncated_normal. dim: columns of sequence tables from it on are zero; None where there are none, and of
+    pooled tables, which are as wide as what is read.
+    """
     for shard in local_shards(model):
-        _fill(shard, _table_key(seed, shard.table), std, dim)
+        key = _table_key(seed, shard.table)
+        if init == "uniform_rows":
+            draw = partial(uniform, key=key, bound=1 / math.sqrt(shard.shape[0]))
+        else:
+            draw = partial(truncated_normal, key=key, std=std)
+        _fill(shard, draw, shard.shape[1] if dim is None or shard.is_pooled else dim)
 
 
 def truncated_normal(counters: Tensor, key: int, std: float) -> Tensor:
     """float64, one value for each int64 counter: inverse-CDF of a normal cut at CUT deviations, on a hash of it."""
-    uniform = ((_shift(_mix(counters + key), 11)).double() + 0.5) * 2.0**-53
     low = 0.5 * (1 + math.erf(-CUT / math.sqrt(2)))
-    return torch.erfinv(2 * (low + uniform * (1 - 2 * low)) - 1) * (math.sqrt(2) * std)
+    return torch.erfinv(2 * (low + _open_unit(counters, key) * (1 - 2 * low)) - 1) * (math.sqrt(2) * std)
 
 
-def _fill(shard: TableShard, key: int, std: float, dim: int) -> None:
+def uniform(counters: Tensor, key: int, bound: float) -> Tensor:
+    """float64 in (-bound, bound), one value for each int64 counter; 1/sqrt(rows) is DLRM's (facebookresearch/dlrm)."""
+    return (2 * _open_unit(counters, key) - 1) * bound
+
+
+def _open_unit(counters: Tensor, key: int) -> Tensor:
+    """float64, uniform in (0, 1)."""
+    return (_shift(_mix(counters + key), 11).double() + 0.5) * 2.0**-53
+
+
+def _fill(shard: TableShard, draw: Callable[[Tensor], Tensor], dim: int) -> None:
     rows, columns = shard.weight.shape
     device = shard.weight.device
     column = torch.arange(columns, device=device) + shard.column_offset
     for first in range(0, rows, max(1, CHUNK_ELEMENTS // columns)):
         chunk = shard.weight[first : first + max(1, CHUNK_ELEMENTS // columns)]
         row = torch.arange(len(chunk), device=device) + (shard.row_offset + first)
-        values = truncated_normal(row[:, None] * shard.shape[1] + column, key, std)
+        values = draw(row[:, None] * shard.shape[1] + column)
         chunk.copy_(torch.where(column < dim, values, 0.0))
 
 

@@ -1,7 +1,8 @@
 """Table weights and optimizer states as ShardedTensors, so that DCP can load them under any other plan.
 
-A row-wise state (one number a row) is saved as [rows, C], C being the number of column shards: under column-wise
-sharding every column shard keeps its own. Loading into another C takes their mean.
+A row-wise state (one number a row) is saved as [rows, C], C being the number of column blocks: under column-wise
+sharding every block keeps its own. It is linear in the mean of squared gradients over the block's columns, so loading
+into other blocks takes means weighted by the columns shared, which is exact wherever blocks are joined.
 """
 
 from collections import defaultdict
@@ -23,19 +24,24 @@ WEIGHT = "weight"
 class TableEntry:
     """One saved tensor of one table, `<table>.weight` or `<table>.<state>`.
 
-    value: what DCP saves and loads in place. shards: this rank's parts of it.
+    value: what DCP saves and loads in place. shards: this rank's parts of it. column_widths: of the table's column
+    blocks, in order.
     """
 
     name: str
     is_rowwise: bool
+    column_widths: tuple[int, ...]
     value: ShardedTensor | Tensor
     shards: tuple[tuple[TableShard, Tensor], ...]
 
-    def fill_rowwise(self, saved: Tensor) -> None:
-        """Fills a row-wise state from one saved under another number of column shards. saved: [rows, C]."""
-        mean = saved.mean(dim=1)
+    def fill_rowwise(self, saved: Tensor, widths: Sequence[int]) -> None:
+        """Fills a row-wise state from one saved under other column blocks. saved: [rows, C]. widths: C of them."""
+        wide = saved.new_tensor(widths)
+        end = wide.cumsum(0)
         for shard, tensor in self.shards:
-            tensor.copy_(mean[shard.row_offset : shard.row_offset + len(tensor)])
+            first, width = shard.column_offset, shard.column_widths[shard.column_block]
+            shared = (end.clamp(max=first + width) - (end - wide).clamp(min=first)).clamp(min=0)
+            tensor.copy_(saved[shard.row_offset : shard.row_offset + len(tensor)] @ (shared / width))
 
 
 def table_entries(shards: Sequence[TableShard], states: Sequence[Mapping[str, Tensor]]) -> list[TableEntry]:
@@ -51,22 +57,27 @@ def _entry(name: str, shards: tuple[tuple[TableShard, Tensor], ...]) -> TableEnt
     first, tensor = shards[0]
     is_rowwise = tensor.dim() == 1
     if first.replicated:
-        return TableEntry(name, is_rowwise, tensor.view(len(tensor), -1), shards)
+        return TableEntry(name, is_rowwise, first.column_widths, _matrix(tensor), shards)
     everywhere = first.kernel.config.embedding_tables[first.index].global_metadata.shards_metadata
     columns = sorted({m.shard_offsets[1] for m in everywhere})
-    metadata = [_state_shard(m, columns) if is_rowwise else m for m in everywhere]
     shape = (first.shape[0], len(columns)) if is_rowwise else first.shape
-    by_offset = {tuple(m.shard_offsets): m for m in metadata}
-    local = [
-        Shard(t.view(len(t), -1), by_offset[(s.row_offset, s.column_shard if is_rowwise else s.column_offset)])
-        for s, t in shards
-    ]
+    metadata = [_state_shard(m, columns) if is_rowwise else m for m in everywhere]
+    local = []
+    for shard, part in shards:
+        # Not found by its offset: shards without rows all start below the last row.
+        own = shard.kernel.config.embedding_tables[shard.index].local_metadata
+        local.append(Shard(_matrix(part), _state_shard(own, columns) if is_rowwise else own))
     value = ShardedTensor._init_from_local_shards_and_global_metadata(
         local,
-        ShardedTensorMetadata(list(metadata), torch.Size(shape), TensorProperties(dtype=tensor.dtype)),
+        ShardedTensorMetadata(metadata, torch.Size(shape), TensorProperties(dtype=tensor.dtype)),
         process_group=dist.group.WORLD,
     )
-    return TableEntry(name, is_rowwise, value, shards)
+    return TableEntry(name, is_rowwise, first.column_widths, value, shards)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """A view with 2 dimensions of a weight or state, which may have no rows."""
+    return tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
 
 
 def _state_shard(weight: ShardMetadata, columns: list[int]) -> ShardMetadata:

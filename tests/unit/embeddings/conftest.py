@@ -1,15 +1,24 @@
-"""One table, sharded over this process alone."""
+"""Tables sharded over this process alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
 
-from gr.config.tree import ExperimentConfig
+from gr.config.tree import EmbeddingsConfig, ExperimentConfig
 from gr.dist import World
-from gr.embeddings import build_collection, initialise_tables, shard_tables
+from gr.embeddings import PooledTable, build_bag_collection, build_collection, initialise_tables, shard_tables
+from gr.embeddings.optimizers import compute_kernel
+from gr.planner.inventory import experiment_inventory
 from gr.planner.run import make_plan
 from tests.support.tiny import tiny_config
 
@@ -38,9 +47,43 @@ def make_table(alone: World) -> Callable[..., nn.Module]:
         )
         with torch.device("meta"):
             model = Holder(config)
-        _, sharding_plan = make_plan(model, config, ROWS, alone)
+        _, sharding_plan = make_plan(model, experiment_inventory(config, ROWS), config, alone)
         sharded = shard_tables(model, sharding_plan, config.embeddings, alone.device)
         initialise_tables(sharded, seed=1, std=0.02, dim=dim)
+        return sharded
+
+    return make
+
+
+class Bags(nn.Module):
+    """A model that is nothing but pooled tables."""
+
+    def __init__(self, tables: Sequence[PooledTable], config: EmbeddingsConfig) -> None:
+        super().__init__()
+        self.tables = build_bag_collection(tables, config)
+
+
+@pytest.fixture
+def make_bags(alone: World) -> Callable[..., nn.Module]:
+    """make_bags(tables, {table: sharding type}, config): the sharded and filled model, under fused or dense kernels."""
+
+    def make(
+        tables: Sequence[PooledTable], shardings: Mapping[str, str], config: EmbeddingsConfig | None = None
+    ) -> nn.Module:
+        config = config or EmbeddingsConfig.model_validate({"optimizer": {"kind": "sgd"}})
+        model = Bags(tables, config)
+        plan = {
+            table.name: ParameterSharding(
+                shardings[table.name],
+                compute_kernel(config.optimizer, alone.device, shardings[table.name]),
+                [0],
+                EnumerableShardingSpec([ShardMetadata([0, 0], [table.rows, table.dim], "rank:0/cpu")]),
+            )
+            for table in tables
+        }
+        whole = ShardingPlan({"tables": EmbeddingModuleShardingPlan(plan)})
+        sharded = shard_tables(model, whole, config, alone.device)
+        initialise_tables(sharded, seed=1, std=config.init_std, dim=4, init=config.init)
         return sharded
 
     return make

@@ -1,4 +1,4 @@
-"""The one lookup of a step: the right vectors for history and candidates, whatever is empty."""
+"""The lookups of a step: the right vectors for history, candidates and bags, whatever is empty."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,20 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from gr.config.tree import EmbeddingsConfig
-from gr.embeddings import CANDIDATE_FEATURE, build_collection, local_shards, lookup
+from gr.embeddings import (
+    CANDIDATE_FEATURE,
+    PooledTable,
+    build_bag_collection,
+    build_collection,
+    local_shards,
+    lookup,
+    pooled_lookup,
+)
 from gr.embeddings.collection import stored_dim
+from gr.errors import ConfigError
 
 # lengths of the examples, ids of the history, ids of the candidates
 CASES = [
@@ -63,3 +72,45 @@ def test_history_and_candidates_share_one_gradient(make_table: Callable) -> None
     (tokens_TD.sum() + 10 * items_KD.sum()).backward()
     moved = (before - shard.weight)[:, 0]
     assert torch.allclose(moved, torch.tensor([0, 0, 0, 12.0, 1, 0, 0, 0, 0, 10, 0, 0]), atol=1e-5)
+
+
+BAGS = (PooledTable("users", 9, 8, ("user",)), PooledTable("words", 7, 4, ("query", "title"), "mean"))
+
+
+def test_the_bag_collection_has_the_tables_without_storage() -> None:
+    collection = build_bag_collection([PooledTable("big", 10**10, 64, ("x", "y"), "mean"), *BAGS], EmbeddingsConfig())
+    big, users, _ = collection.embedding_bag_configs()
+    assert (big.name, big.num_embeddings, big.embedding_dim, big.feature_names) == ("big", 10**10, 64, ["x", "y"])
+    assert (big.pooling, users.pooling) == (PoolingType.MEAN, PoolingType.SUM)
+    assert all(parameter.is_meta for parameter in collection.parameters())
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (PooledTable("new", 5, 10, ("z",)), r"table new: dim=10 is not a multiple of 4.*; use 12"),
+        (PooledTable("users", 5, 8, ("z",)), "table users is named more than once"),
+        (PooledTable("new", 5, 8, ("title",)), "feature title is named more than once"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_tables_that_cannot_be_are_refused(table: PooledTable, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_bag_collection([*BAGS, table], EmbeddingsConfig())
+
+
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "adam"], ids=["fused kernel", "dense kernel"])
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "data_parallel"])
+def test_pooled_lookup(make_bags: Callable, sharding: str, kind: str) -> None:
+    """By name, in any order; an empty bag is a zero vector under sum and mean."""
+    config = EmbeddingsConfig.model_validate({"optimizer": {"kind": kind}})
+    model = make_bags(BAGS, {"users": sharding, "words": sharding}, config)
+    users, words = (shard.weight.clone() for shard in local_shards(model))
+    assert (users.shape, words.shape) == ((9, 8), (7, 4))
+    lengths = torch.tensor([2, 0, 1, 3, 0, 2])
+    ids = torch.tensor([4, 4, 3, 0, 1, 2, 6, 5])
+    features = KeyedJaggedTensor(keys=["user", "query", "title"], values=ids, lengths=lengths)
+    title, user, query = pooled_lookup(get_unwrapped_module(model).tables, features, ["title", "user", "query"])
+    assert torch.allclose(user, torch.stack([2 * users[4], torch.zeros(8)]))
+    assert torch.allclose(query, torch.stack([words[3], words[:3].mean(0)]))
+    assert torch.allclose(title, torch.stack([torch.zeros(4), words[[6, 5]].mean(0)]))

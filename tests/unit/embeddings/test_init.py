@@ -1,13 +1,16 @@
 """Initial weights: a function of (seed, table, row, column), with the moments of a normal cut at two deviations."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gr.embeddings import init
-from gr.embeddings.init import CUT, _fill, _table_key, truncated_normal
+from gr.config.tree import EmbeddingsConfig
+from gr.embeddings import PooledTable, init, local_shards
+from gr.embeddings.init import CUT, _fill, _table_key, truncated_normal, uniform
 
 STD = 0.02
 
@@ -16,7 +19,7 @@ def filled(rows: int, columns: int, *, key: int, at: tuple[int, int] = (0, 0), w
     """The rectangle of a table of `whole` columns that starts `at` (row, column)."""
     weight = torch.full((rows, columns), math.nan)
     shard = SimpleNamespace(weight=weight, row_offset=at[0], column_offset=at[1], shape=(1000, whole))
-    _fill(shard, key, STD, dim)
+    _fill(shard, partial(truncated_normal, key=key, std=STD), dim)
     return weight
 
 
@@ -89,3 +92,28 @@ def test_values_are_kept_between_releases() -> None:
     """Another value here changes every run that starts from a seed: note it in CHANGELOG.md."""
     values = truncated_normal(torch.tensor([0, 1, 10**12]), _table_key(1, "item_id"), 1.0)
     assert values.tolist() == pytest.approx([-0.4600888181315581, 1.540126021857853, -0.2019334501396518], abs=1e-12)
+
+
+def test_uniform_fills_its_range_evenly() -> None:
+    """Within 1/sqrt(rows), and as far from the exact distribution as a sample of this size may be (Kolmogorov)."""
+    values = uniform(torch.arange(200_000), _table_key(7, "t"), 0.25)
+    assert values.abs().max() < 0.25 and values.abs().max() > 0.2499
+    place = (torch.arange(len(values)) + 0.5) / len(values)
+    assert (values.sort().values / 0.5 + 0.5 - place).abs().max() < 3 / math.sqrt(len(values))
+
+
+def test_uniform_values_are_kept_between_releases() -> None:
+    values = uniform(torch.tensor([0, 1, 10**12]), _table_key(1, "user"), 1.0)
+    assert values.tolist() == pytest.approx([-0.9043375653325388, -0.5848048922972063, 0.7465963866233838], abs=1e-12)
+
+
+@pytest.mark.parametrize("how", ["truncated_normal", "uniform_rows"])
+def test_pooled_tables_are_filled_to_their_last_column(make_bags: Callable, how: str) -> None:
+    """Whatever the width of the sequence tables beside them, which make_bags says is 4; each by its own rows."""
+    tables = [PooledTable("few", 16, 8, ("a",)), PooledTable("many", 400, 12, ("b",), "mean")]
+    config = EmbeddingsConfig.model_validate({"init": how, "init_std": 0.5, "optimizer": {"kind": "sgd"}})
+    model = make_bags(tables, {"few": "table_wise", "many": "row_wise"}, config)
+    for shard in local_shards(model):
+        assert (shard.weight != 0).all() and shard.is_pooled
+        bound = 1.0 if how == "truncated_normal" else shard.shape[0] ** -0.5
+        assert 0.9 * bound < shard.weight.abs().max() < bound
