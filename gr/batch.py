@@ -1,11 +1,13 @@
-"""Batches of user histories, jagged: no padding anywhere.
+"""Batches: of user histories, jagged without padding, and of tabular rows.
 
 B examples, T packed tokens (sum of lengths). Token arrays are packed example after example, oldest event first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -56,3 +58,34 @@ class EvaluationBatch(_Movable):
     valid_B: Tensor
     seen_ids: Tensor
     seen_offsets: Tensor
+
+
+@dataclass(frozen=True)
+class TabularBatch(_Movable):
+    """Rows of dense features and ids, each with a label.
+
+    dense_BN: float32. sparse: KeyedJaggedTensor, int64 ids, keys in the order of the schema, stride B; every example
+    has `hots` ids of a key. labels_B: float32.
+    first_example: number, in the order of the pass, of the first example of the global batch that this is part of.
+    """
+
+    dense_BN: Tensor
+    sparse: KeyedJaggedTensor
+    labels_B: Tensor
+    first_example: int
+
+    def padded(self, size: int, hots: Sequence[int]) -> "TabularBatch":
+        """`size` rows, those added being zero: pooled tables need as many on every rank. hots: ids of a row, by key."""
+        here, keys = len(self.labels_B), self.sparse.keys()
+        added = size - here
+        if not added:
+            return self
+        parts = self.sparse.values().split([here * width for width in hots])
+        ids = [torch.cat([part, part.new_zeros(added * width)]) for part, width in zip(parts, hots, strict=True)]
+        lengths = torch.tensor(hots, device=self.labels_B.device).repeat_interleave(size)
+        return TabularBatch(
+            dense_BN=F.pad(self.dense_BN, (0, 0, 0, added)),
+            sparse=KeyedJaggedTensor(keys=keys, values=torch.cat(ids), lengths=lengths, stride=size),
+            labels_B=F.pad(self.labels_B, (0, added)),
+            first_example=self.first_example,
+        )

@@ -1,6 +1,6 @@
 """schema.json: what a data folder holds.
 
-A data folder is
+A folder of user histories is
 
     schema.json          this file's `DataSchema`
     part-00000.parquet   one row a user, in row groups: user_id int64, item_ids list<int32|int64> oldest first,
@@ -8,13 +8,22 @@ A data folder is
                          one integer column for each contextual feature
     items.parquet        the corpus of candidates, ids ascending: item_id, count (occurrences over all users, without
                          each user's newest two events)
+
+A tabular folder is
+
+    schema.json          this file's `TabularSchema`
+    part-00000.parquet   one row an example, in row groups: the label int8|float32, dense columns float32, sparse
+                         columns int32 (list<int32> of exactly `hots` ids where hots > 1); id 0: missing, rare or unseen
+    vocabulary/          one Parquet file a sparse column, c1.parquet: value (uint32: hexadecimal digits, int64: whole
+                         numbers) ascending, id int32 from 1, count (occurrences in the source)
 """
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from gr.errors import DataError
 
@@ -22,29 +31,15 @@ FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
 ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
+VOCABULARY_FOLDER = "vocabulary"
 
 
-class DataSchema(BaseModel):
-    """Description of one data folder. Item ids are embedding table rows as they are; id 0 is padding, never used."""
-
+class _SchemaFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal[1] = Field(description="Layout of the folder; this is the only one so far.")
-    name: str = Field(description="Name of the data set, for reports.")
-    item_feature: Literal["item_id"] = Field("item_id", description="Model feature of the items.")
-    item_column: Literal["item_ids"] = Field("item_ids", description="Parquet column of the items.")
-    item_cardinality: Annotated[int, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
-    timestamps: bool = Field(description="Whether the column timestamps (seconds) exists.")
-    ratings: bool = Field(description="Whether the column ratings exists.")
-    contextual: dict[str, PositiveInt] = Field({}, description="Contextual columns and their cardinalities.")
-    order: str = Field(description="How events of a user are ordered, and the rule for ties.")
-    users: PositiveInt = Field(description="Rows over all parts.")
-    events: NonNegativeInt = Field(description="Events over all users.")
-    items: PositiveInt = Field(description="Rows of items.parquet: candidates, including items without an event.")
-    source: str = Field(description="Where the data came from.")
+    _kind: ClassVar[str] = "histories"  # what a file without the field `kind` describes
 
     @classmethod
-    def load(cls, folder: Path | str) -> "DataSchema":
+    def load(cls, folder: Path | str) -> Self:
         """Read folder/schema.json. DataError names the file and, for a wrong or missing field, the field."""
         path = Path(folder) / SCHEMA_FILE
         try:
@@ -61,11 +56,13 @@ class DataSchema(BaseModel):
             raise DataError(f"{path}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
         if not isinstance(fields, dict):
             raise DataError(f"{path}: must be a JSON object, is a {type(fields).__name__}")
+        if (kind := fields.get("kind", "histories")) != cls._kind:
+            raise DataError(f"{path}: describes a {kind} folder, this reads {cls._kind} folders; choose another folder")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
             faults = "; ".join(
-                f"field {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                f"field {'.'.join(map(str, fault['loc'])) or 'names'}: {fault['msg']}"
                 + ("" if fault["type"] == "missing" else f", got {fault['input']!r}")
                 for fault in error.errors()
             )
@@ -74,3 +71,83 @@ class DataSchema(BaseModel):
     def save(self, folder: Path | str) -> None:
         """Write folder/schema.json."""
         (Path(folder) / SCHEMA_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class DataSchema(_SchemaFile):
+    """Description of a folder of user histories. Item ids are embedding table rows as they are; id 0 is padding, never
+    used.
+    """
+
+    format_version: Literal[1] = Field(description="Layout of the folder; this is the only one so far.")
+    name: str = Field(description="Name of the data set, for reports.")
+    item_feature: Literal["item_id"] = Field("item_id", description="Model feature of the items.")
+    item_column: Literal["item_ids"] = Field("item_ids", description="Parquet column of the items.")
+    item_cardinality: Annotated[int, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
+    timestamps: bool = Field(description="Whether the column timestamps (seconds) exists.")
+    ratings: bool = Field(description="Whether the column ratings exists.")
+    contextual: dict[str, PositiveInt] = Field({}, description="Contextual columns and their cardinalities.")
+    order: str = Field(description="How events of a user are ordered, and the rule for ties.")
+    users: PositiveInt = Field(description="Rows over all parts.")
+    events: NonNegativeInt = Field(description="Events over all users.")
+    items: PositiveInt = Field(description="Rows of items.parquet: candidates, including items without an event.")
+    source: str = Field(description="Where the data came from.")
+
+
+class DenseTransform(BaseModel):
+    """How counts became dense features. A new version of a transform has another number, never another meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["log1p_clip", "torchrec_minshift"] = Field(
+        description="log1p_clip: log(max(x, 0) + 1). torchrec_minshift: log(x - m + 2), m the least count of the "
+        "source file over all dense columns. A missing count is x = 0 in both, and in m."
+    )
+    version: Literal[1] = Field(description="Version of that formula.")
+
+
+class SparseColumn(BaseModel):
+    """A column of ids."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Parquet column and feature of the model.")
+    cardinality: PositiveInt = Field(description="Largest id + 1: rows of the table.")
+    hots: PositiveInt = Field(1, description="Ids of each row; more than 1 makes the column a list.")
+
+
+class SourceRows(BaseModel):
+    """What one file of the source gave, in the order of the parts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Name of the file.")
+    rows: NonNegativeInt = Field(description="Rows written.")
+    minimum: int = Field(description="Least count of the file over all dense columns, missing counts as 0.")
+
+
+class TabularSchema(_SchemaFile):
+    """Description of a tabular folder: rows of one label, dense features and ids."""
+
+    _kind: ClassVar[str] = "tabular"
+
+    format_version: Literal[1] = Field(description="Layout of the folder; this is the only one so far.")
+    kind: Literal["tabular"] = Field(description="Tells this schema from that of user histories.")
+    name: str = Field(description="Name of the data set, for reports.")
+    labels: list[str] = Field(min_length=1, max_length=1, description="The label column.")
+    dense: list[str] = Field(description="Dense columns, in the order of the model's input.")
+    transform: DenseTransform = Field(description="How the dense columns were made.")
+    sparse: list[SparseColumn] = Field(description="Sparse columns, in the order of the model's features.")
+    rows: PositiveInt = Field(description="Rows over all parts.")
+    threshold: PositiveInt = Field(description="Occurrences from which a value is in the vocabulary.")
+    files: list[SourceRows] = Field(description="Files of the source, in the order of their rows.")
+    bad_rows: dict[str, PositiveInt] = Field({}, description="Rows left out, by what was wrong with them.")
+    negative_counts: dict[str, PositiveInt] = Field({}, description="Counts below 0 of each dense column.")
+    source: str = Field(description="Where the data came from.")
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        names = [*self.labels, *self.dense, *(column.name for column in self.sparse)]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"column {twice[0]} is named twice")
+        return self

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -92,6 +93,53 @@ def _synthetic_command(name: str, summary: str, sizes: tuple[int, int, int, int]
     return click.command(name, help=summary)(_with(own + _SHARED, run))
 
 
+def _shared(function: Callable) -> Callable:
+    return _with(_SHARED, function)
+
+
+@click.command("criteo")
+@click.option(
+    "--source", required=True, help="train.txt, day_N, *.tsv (plain or .gz), *.orc; or a folder or pattern of them."
+)
+@click.argument("more", nargs=-1)
+@_shared
+@click.option("--threshold", type=click.IntRange(min=1), help="Occurrences from which a value gets an id. Default: 1.")
+@click.option(
+    "--transform",
+    type=click.Choice(["log1p_clip", "torchrec_minshift"]),
+    help="Of the counts x: log(max(x, 0) + 1), or log(x - least of the file + 2). Default: log1p_clip.",
+)
+@click.option("--vocabulary", type=click.Path(path_type=Path), help="Prepared folder whose ids and transform to use.")
+@click.option("--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
+@click.option(
+    "--rows-per-part", type=click.IntRange(min=1), default=1 << 20, show_default=True, help="Of a Parquet file."
+)
+@click.option("--restart", is_flag=True, help="Begin again instead of continuing an interrupted run.")
+def criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart: bool, **options: Any) -> None:
+    """Criteo's click logs (Kaggle, Terabyte): label, 13 counts, 26 categories.
+
+    More files may follow, as a shell writes day_*.gz. The same command again continues an interrupted run. Id 0 is a
+    missing, rare or unseen category; a missing count is a count of 0.
+    """
+    from gr.data.prepare.criteo import CriteoOptions, prepare_criteo
+    from gr.data.prepare.criteo_rows import find_sources
+
+    schema = prepare_criteo(find_sources([source, *more]), out, CriteoOptions(**options), force=force, restart=restart)
+    ids = sum(column.cardinality for column in schema.sparse)
+    click.echo(f"{out}: {schema.rows} rows of {len(schema.files)} files, {ids} ids in {len(schema.sparse)} columns")
+    click.echo(f"transform: {schema.transform.name}, version {schema.transform.version}")
+    if schema.negative_counts:
+        effect = "taken as 0" if schema.transform.name == "log1p_clip" else "kept"
+        click.echo(f"negative counts, {effect}: {_listed(schema.negative_counts)}")
+    if schema.bad_rows:
+        click.echo(f"bad rows left out: {_listed(schema.bad_rows)}")
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+command.add_command(criteo)
 for _name, _files in _NAMES.items():
     command.add_command(_raw_command(_name, _files))
 for _name, (_summary, _sizes) in _SYNTHETIC.items():

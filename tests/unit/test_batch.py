@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gr.batch import ITEM_FEATURE, EvaluationBatch, SequenceBatch
+from gr.batch import ITEM_FEATURE, EvaluationBatch, SequenceBatch, TabularBatch
 
 FEATURES = KeyedJaggedTensor(keys=[ITEM_FEATURE], values=torch.tensor([4, 5, 6]), lengths=torch.tensor([2, 0, 1]))
 TIMES = torch.tensor([10, 20, 30])
@@ -23,8 +23,11 @@ EVALUATION = EvaluationBatch(
 )
 
 
-@pytest.mark.parametrize("batch", [TRAINING, EVALUATION], ids=["training", "evaluation"])
-def test_to_moves_every_tensor_and_keeps_the_rest(batch: SequenceBatch | EvaluationBatch) -> None:
+TABULAR = TabularBatch(torch.rand(3, 2), FEATURES, torch.tensor([0.0, 1.0, 0.0]), first_example=6)
+
+
+@pytest.mark.parametrize("batch", [TRAINING, EVALUATION, TABULAR], ids=["training", "evaluation", "tabular"])
+def test_to_moves_every_tensor_and_keeps_the_rest(batch: SequenceBatch | EvaluationBatch | TabularBatch) -> None:
     moved = batch.to(torch.device("meta"))
     assert type(moved) is type(batch)
     for field in fields(batch):

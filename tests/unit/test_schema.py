@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gr.errors import DataError
-from gr.schema import DataSchema
+from gr.schema import DataSchema, TabularSchema
 
 FIELDS = {
     "format_version": 1,
@@ -63,3 +63,48 @@ def test_not_a_schema(tmp_path: Path, text: str | bytes, expected: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"schema\.json: cannot be read"):
         DataSchema.load(tmp_path)
+
+
+TABULAR = {
+    "format_version": 1,
+    "kind": "tabular",
+    "name": "tiny",
+    "labels": ["label"],
+    "dense": ["i1"],
+    "transform": {"name": "log1p_clip", "version": 1},
+    "sparse": [{"name": "c1", "cardinality": 10}],
+    "rows": 2,
+    "threshold": 1,
+    "files": [{"name": "train.txt", "rows": 2, "minimum": -1}],
+    "source": "a test",
+}
+
+
+def test_tabular_round_trip(tmp_path: Path) -> None:
+    schema = TabularSchema.model_validate(TABULAR | {"bad_rows": {"label": 3}})
+    schema.save(tmp_path)
+    assert TabularSchema.load(tmp_path) == schema and schema.sparse[0].hots == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"labels": ["a", "b"]}, "field labels"),
+        ({"transform": {"name": "log", "version": 1}}, r"field transform\.name"),
+        ({"transform": {"name": "log1p_clip", "version": 2}}, r"field transform\.version"),
+        ({"sparse": [{"name": "c1", "cardinality": 10, "hots": 0}]}, r"field sparse\.0\.hots"),
+        ({"dense": ["c1"]}, "column c1 is named twice"),
+        ({"kind": "rows"}, "describes a rows folder, this reads tabular folders"),
+        ({"rows": 0}, "field rows"),
+    ],
+)
+def test_wrong_tabular_schema(tmp_path: Path, change: dict, expected: str) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(TABULAR | change))
+    with pytest.raises(DataError, match=rf"schema\.json: .*{expected}"):
+        TabularSchema.load(tmp_path)
+
+
+def test_kinds_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(FIELDS))
+    with pytest.raises(DataError, match="describes a histories folder, this reads tabular folders"):
+        TabularSchema.load(tmp_path)

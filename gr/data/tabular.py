@@ -1,0 +1,156 @@
+"""Reads a tabular folder row group by row group, and checks every row as it is read.
+
+B rows, N dense columns, H ids of a row over all sparse columns.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.data.columns import packed
+from gr.data.dataset import RowGroup
+from gr.errors import DataError
+from gr.schema import PART_PATTERN, TabularSchema
+
+
+@dataclass(frozen=True)
+class TabularRows:
+    """Rows of one row group. labels_B: float32. dense_BN: float32. ids_BH: int32, the sparse columns side by side."""
+
+    labels_B: np.ndarray
+    dense_BN: np.ndarray
+    ids_BH: np.ndarray
+
+
+class TabularDataset:
+    """A tabular folder: schema, row groups known from footers, and rows read on demand. Safe to read from threads."""
+
+    def __init__(
+        self, path: Path, schema: TabularSchema, row_groups: list[RowGroup], metadata: dict[Path, pq.FileMetaData]
+    ) -> None:
+        self.path, self.schema, self.row_groups = path, schema, row_groups
+        self._metadata = metadata
+
+    @classmethod
+    def open(cls, path: Path | str) -> "TabularDataset":
+        """Read schema.json and the footers of the parts.
+
+        Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
+        was cut off, a part without rows, a missing or unknown column, a wrong type, or another number of rows than the
+        schema says.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path}: no such folder; write a data folder with `gr prepare ... --out {path}`")
+        schema = TabularSchema.load(path)
+        files = sorted(path.glob(PART_PATTERN))
+        if not files:
+            raise DataError(f"{path}: has no {PART_PATTERN}; write the folder again with `gr prepare --force`")
+        row_groups, metadata = [], {}
+        for file in files:
+            metadata[file] = footer = _read_footer(file)
+            if footer.num_rows == 0:
+                raise DataError(f"{file}: has no rows; remove the file or write the folder again")
+            _check_types(file, footer.schema.to_arrow_schema(), schema)
+            row_groups += [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
+        rows = sum(group.rows for group in row_groups)
+        if rows != schema.rows:
+            raise DataError(f"{path}: {len(files)} parts hold {rows} rows, schema.json says rows={schema.rows}")
+        return cls(path, schema, row_groups, metadata)
+
+    @property
+    def rows(self) -> int:
+        return self.schema.rows
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Rows of each row group, in file order."""
+        return [group.rows for group in self.row_groups]
+
+    def read_row_group(self, index: int) -> TabularRows:
+        """Decode and check one row group. A null dense value is 0, a null id is 0.
+
+        DataError with file, row group, row, column and value for a label that is null or not finite, a dense value that
+        is not finite, an id outside [0, cardinality), or a list of another number of ids than the schema's hots.
+        """
+        group, schema = self.row_groups[index], self.schema
+        names = [*schema.labels, *schema.dense, *(column.name for column in schema.sparse)]
+        try:
+            with pq.ParquetFile(group.file, metadata=self._metadata[group.file]) as file:
+                table = file.read_row_group(group.index, columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{group}: cannot be decoded, the file is damaged or cut off: {error}") from error
+        label = table.column(schema.labels[0])
+        if label.null_count:
+            raise _fault(group, schema.labels[0], label.is_null().to_numpy(), "is null")
+        dense_BN = np.empty((group.rows, len(schema.dense)), dtype=np.float32)
+        for place, name in enumerate(schema.dense):
+            dense_BN[:, place] = _finite(group, name, table.column(name).fill_null(0).to_numpy())
+        ids_BH = np.empty((group.rows, sum(column.hots for column in schema.sparse)), dtype=np.int32)
+        place = 0
+        for column in schema.sparse:
+            ids = _ids(group, column.name, table.column(column.name), column.hots)
+            outside = (ids < 0) | (ids >= column.cardinality)
+            rows: np.ndarray = np.any(outside, axis=1)
+            if rows.any():
+                problem = f"is id {ids[outside][0]}, allowed are 0 to {column.cardinality - 1}"
+                raise _fault(group, column.name, rows, problem)
+            ids_BH[:, place : place + column.hots] = ids
+            place += column.hots
+        labels_B = _finite(group, schema.labels[0], label.to_numpy().astype(np.float32))
+        return TabularRows(labels_B, dense_BN, ids_BH)
+
+
+def _finite(group: RowGroup, name: str, values_B: np.ndarray) -> np.ndarray:
+    wrong = ~np.isfinite(values_B)
+    if wrong.any():
+        raise _fault(group, name, wrong, f"is {values_B[wrong][0]}, wanted a finite number")
+    return values_B
+
+
+def _ids(group: RowGroup, name: str, column: pa.ChunkedArray, hots: int) -> np.ndarray:
+    """int32 [B, hots]."""
+    if hots == 1:
+        return column.fill_null(0).to_numpy()[:, None]
+    offsets, values, nulls = packed(column)
+    wrong = (np.diff(offsets) != hots) & ~nulls
+    if wrong.any():
+        raise _fault(group, name, wrong, f"holds {np.diff(offsets)[wrong][0]} ids, wanted {hots}")
+    ids = np.zeros((len(nulls), hots), dtype=np.int32)
+    ids[~nulls] = values.fill_null(0).to_numpy(zero_copy_only=False).reshape(-1, hots)
+    return ids
+
+
+def _fault(group: RowGroup, column: str, rows: np.ndarray, problem: str) -> DataError:
+    return DataError(
+        f"{group}, row {int(rows.argmax())}, column {column}: {problem}; write the folder again with `gr prepare "
+        "--force`"
+    )
+
+
+def _read_footer(file: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: is not a whole Parquet file, it is damaged or cut off: {error}") from error
+
+
+def _check_types(file: Path, found: pa.Schema, schema: TabularSchema) -> None:
+    wanted: dict[str, tuple[pa.DataType, ...]] = {name: (pa.int8(), pa.float32()) for name in schema.labels}
+    wanted |= {name: (pa.float32(),) for name in schema.dense}
+    wanted |= {c.name: (pa.int32() if c.hots == 1 else pa.list_(pa.int32()),) for c in schema.sparse}
+    for name, allowed in wanted.items():
+        if name not in found.names:
+            raise DataError(
+                f"{file}: has no column {name}, which schema.json asks for; it has {', '.join(found.names)}"
+            )
+        kind = found.field(name).type
+        plain = pa.list_(kind.value_type) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+        if plain not in allowed:
+            raise DataError(f"{file}: column {name} has type {kind}, wanted {' or '.join(map(str, allowed))}")
+    unknown = [name for name in found.names if name not in wanted]
+    if unknown:
+        raise DataError(f"{file}: column {unknown[0]} is not in schema.json; write the folder again")
