@@ -29,11 +29,12 @@ from gr.config.tree import ExperimentConfig
 from gr.data.loader import TrainLoader
 from gr.data.synthetic import StreamOptions, write_stream
 from gr.dist import World, world
-from gr.experiment import Built, build
+from gr.experiment.retrieval import Built, build
 from gr.planner.evaluate import MEMORY, evaluate
 from gr.planner.inventory import experiment_inventory
 from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
+from gr.train.objectives import RetrievalObjective
 
 SMOKE = "configs/retrieval/smoke.yaml"
 SMOKE_DATA = StreamOptions(items=2000, categories=20, records=2000, length=64)
@@ -83,7 +84,7 @@ def _compare(config: ExperimentConfig, here: World) -> tuple[dict[str, float], d
     """Predicted and measured bytes of this rank by the names in COMPARED."""
     built = build(config, here)
     sampler = CandidateSampler(config.task, *built.corpus, config.seed)
-    module = TrainModule(built.model, sampler, config, here)
+    module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
     loader = TrainLoader(
         built.train_data,
         config.data,

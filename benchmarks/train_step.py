@@ -24,11 +24,12 @@ from gr.config import load_config
 from gr.config.tree import ExperimentConfig, PerPositionNegatives
 from gr.data.loader import TrainLoader
 from gr.dist import World, world
-from gr.experiment import build
+from gr.experiment.retrieval import build
 from gr.ops.backend import cpu_backend, force_backend
 from gr.ops.jagged import jagged_to_padded
 from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
+from gr.train.objectives import RetrievalObjective
 
 CONFIG = "configs/retrieval/ml-1m-hstu.yaml"
 BATCHES = 8
@@ -68,7 +69,7 @@ def _print_times(config: ExperimentConfig, ours: Callable[[], object], naive: Ca
 def _ours(config: ExperimentConfig, here: World) -> tuple[Callable[[], object], list[SequenceBatch]]:
     built = build(config, here)
     sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
-    module = TrainModule(built.model, sampler, config, here)
+    module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
     size = config.trainer.global_batch_size
     loader = TrainLoader(built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1)
     batches = [next(loader) for _ in range(BATCHES)]

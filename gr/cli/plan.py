@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gr.config import Experiment
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
@@ -70,13 +71,23 @@ def _problem(config: str, overrides: tuple[str, ...], topology: str | None) -> t
     if topology is None:
         raise ConfigError("--topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
     machine = parse_topology(topology)
-    from gr.experiment import check_world
-    from gr.planner.run import run_inventory
-    from gr.schema import DataSchema
+    return _of_experiment(experiment, machine), machine
 
-    check_world(experiment, machine.ranks)
-    rows = DataSchema.load(experiment.data.path).item_cardinality
-    return run_inventory(experiment, rows, machine.device), machine
+
+def _of_experiment(experiment: Experiment, topology: Topology) -> InventoryConfig:
+    from gr.config import RankingConfig
+    from gr.experiment import ranking, retrieval
+    from gr.planner.inventory import experiment_inventory, ranking_inventory
+    from gr.planner.run import constrained
+    from gr.schema import DataSchema, TabularSchema
+
+    if isinstance(experiment, RankingConfig):
+        ranking.check_world(experiment, topology.ranks)
+        inventory = ranking_inventory(experiment, TabularSchema.load(experiment.data.path))
+    else:
+        retrieval.check_world(experiment, topology.ranks)
+        inventory = experiment_inventory(experiment, DataSchema.load(experiment.data.path).item_cardinality)
+    return constrained(inventory, experiment.planner, topology.device)
 
 
 def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:

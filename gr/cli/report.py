@@ -8,24 +8,31 @@ from rich.table import Table
 
 # What fits a terminal of 80 columns; report.json has all of them.
 SHOWN = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
+RANKING_SHOWN = ("ne", "log_loss", "auc", "accuracy", "base_rate", "calibration")
 
 
 def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
     """The model's metrics, with the baselines beside them."""
-    title = f"{report['split']} split, {report['users']:,} users, seen items filtered: {report['filter_seen']}"
-    table = metrics_table(title, {"model": report["model"], **report["baselines"]})
     console = Console()
-    console.print(table)
+    if report["kind"] == "ranking":
+        if report["model"]:
+            title = f"{report['data']}, {report['model']['examples']:,.0f} examples"
+            console.print(metrics_table(title, {"model": report["model"]}, RANKING_SHOWN))
+        else:
+            console.print("evaluation.path is unset: see the progressive metrics in metrics.jsonl")
+    else:
+        title = f"{report['split']} split, {report['users']:,} users, seen items filtered: {report['filter_seen']}"
+        console.print(metrics_table(title, {"model": report["model"], **report["baselines"]}))
     console.print(f"checkpoint: {report['checkpoint']} (step {report['step']})", soft_wrap=True)
     if run_dir is not None:
         console.print(f"run folder: {run_dir} (report.json, metrics.jsonl, tensorboard/)", soft_wrap=True)
 
 
-def metrics_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+def metrics_table(title: str, rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...] = SHOWN) -> Table:
     table = Table(title=title)
     table.add_column("")
-    for name in SHOWN:
+    for name in shown:
         table.add_column(name, justify="right")
     for name, metrics in rows.items():
-        table.add_row(name, *(f"{metrics[key]:.4f}" for key in SHOWN))
+        table.add_row(name, *(f"{metrics[key]:.4f}" for key in shown))
     return table

@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gr.config.tree import ExperimentConfig
+from gr.config.tree import RunConfig
 
 _ABSENT = object()
 
 
-def differences(left: ExperimentConfig, right: ExperimentConfig) -> dict[str, tuple[str, str]]:
+def differences(left: RunConfig, right: RunConfig) -> dict[str, tuple[str, str]]:
     """Both values, as JSON, of every path where the two differ."""
     a, b = dict(_leaves(left)), dict(_leaves(right))
     return {

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.tree import PositiveFloat, Section
+from gr.config.section import PositiveFloat, Section
 
 AnyShardingType = Literal[
     "data_parallel",
@@ -130,14 +130,19 @@ class DLRMDense(Section):
     dim: PositiveInt = Field(description="D: width of every pooled embedding.")
     bottom: tuple[PositiveInt, ...] = Field(description="Layer widths after the dense features; the last is dim.")
     top: tuple[PositiveInt, ...] = Field(description="Layer widths after the interaction; the last is 1.")
-    interaction: Literal["dot", "cat", "dcn"] = "dot"
+    interaction: Literal["dot", "cat", "dcn", "projection"] = "dot"
+    self_interaction: bool = Field(False, description="dot: also each vector with itself.")
     dcn_layers: PositiveInt = 3
     dcn_rank: PositiveInt = 512
+    branch1: tuple[PositiveInt, ...] = Field((), description="projection: layer widths, the last a multiple of dim.")
+    branch2: tuple[PositiveInt, ...] = Field((), description="projection: as branch1.")
 
     @model_validator(mode="after")
     def _bottom_ends_at_dim(self):
         if not self.top or self.bottom[-1:] != (self.dim,):
             raise ValueError(f"bottom={list(self.bottom)} must end with dim={self.dim}, and top must not be empty")
+        if self.interaction == "projection" and not (self.branch1 and self.branch2):
+            raise ValueError("interaction=projection needs branch1 and branch2, layer widths")
         return self
 
 

@@ -9,20 +9,36 @@ import yaml
 from pydantic import ValidationError
 
 from gr.config.faults import default_kinds, describe_faults
+from gr.config.ranking import RankingConfig
+from gr.config.section import Section
 from gr.config.source import SCALARS, Location, Node, Reader
-from gr.config.tree import ExperimentConfig, Section
+from gr.config.tree import ExperimentConfig, RunConfig
 from gr.errors import ConfigError
 
 Config = TypeVar("Config", bound=Section)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+Experiment = ExperimentConfig | RankingConfig
+EXPERIMENTS: dict[str, type[ExperimentConfig] | type[RankingConfig]] = {
+    "retrieval": ExperimentConfig,
+    "ranking": RankingConfig,
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """The resolved configuration. Raises ConfigError with every fault, each with its origin, path and remedy.
 
-    `base:` names one file or a list of them, relative to the file that says so; later ones win. Sections merge and
-    everything else replaces; a section whose `kind` changes starts afresh.
+    `task.kind` says which experiment it is; retrieval where it is unset. `base:` names one file or a list of them,
+    relative to the file that says so; later ones win. Sections merge and everything else replaces; a section whose
+    `kind` changes starts afresh.
     """
-    return load_section(ExperimentConfig, path, overrides)
+    tree = Reader({}).read(path, overrides)
+    said = tree.find(("task", "kind"))
+    if said is None:
+        return load_section(ExperimentConfig, path, overrides)
+    if said.value not in EXPERIMENTS:
+        raise ConfigError(f"{said.origin}: task.kind: expected one of {', '.join(EXPERIMENTS)}, got {said.value!r}")
+    return load_section(EXPERIMENTS[said.value], path, overrides)
 
 
 def load_section(
@@ -65,7 +81,7 @@ def has_key(path: str | Path, key: str) -> bool:
     return key in tree.value
 
 
-def dump_config(config: ExperimentConfig) -> str:
+def dump_config(config: RunConfig) -> str:
     """Every field as YAML that `load_config` reads back to an equal configuration."""
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, width=120)
 

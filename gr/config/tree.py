@@ -6,16 +6,12 @@ Every field is a path a user can write in YAML or override on the command line (
 import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-ShardingType = Literal["data_parallel", "table_wise", "row_wise", "column_wise"]
+from gr.config.inventory import AnyShardingType
+from gr.config.section import PositiveFloat, Probability, Section
+
 METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataConfig(Section):
@@ -192,8 +188,8 @@ class OptimizerConfig(Section):
 
 class PlannerConfig(Section):
     name: Literal["gr", "torchrec"] = Field("gr", description="Whose planner; torchrec's is there to compare with.")
-    sharding: Literal["auto"] | ShardingType = Field("auto", description="For every table; auto asks the planner.")
-    tables: dict[str, ShardingType] = Field({}, description="Sharding type of single tables, by name.")
+    sharding: Literal["auto"] | AnyShardingType = Field("auto", description="For every table; auto asks the planner.")
+    tables: dict[str, AnyShardingType] = Field({}, description="Sharding type of single tables, by name.")
     plan: str | None = Field(None, description="Plan to train with, as written by `gr plan --json`; unset makes one.")
     topology: str | None = Field(
         None,
@@ -241,18 +237,25 @@ class EvaluationConfig(Section):
     baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = ("popularity", "item_knn", "markov")
 
 
-class ExperimentConfig(Section):
+class RunConfig(Section):
+    """What every kind of experiment has."""
+
     run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    task: TaskConfig = TaskConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     planner: PlannerConfig = PlannerConfig()
     trainer: TrainerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class ExperimentConfig(RunConfig):
+    """Generative retrieval from user histories."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

@@ -3,9 +3,7 @@
 schema -> model on meta -> plan -> shard tables -> replicate dense -> fill or load -> train module -> loader -> trainer
 """
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,34 +11,32 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
-from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
-from gr.checkpoint.layout import CONFIG, write_json
-from gr.config import differences, dump_config, load_config
+from gr.checkpoint import ModelState, load_state
+from gr.checkpoint.layout import write_json
 from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
-from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
+from gr.embeddings import TableOptimizer
 from gr.errors import CheckpointError, ConfigError, DataError
+from gr.experiment.run import Job, best_step, check_divisible, run, sharded_model
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.baselines import evaluate_baselines
 from gr.models.retrieval import RetrievalModel
+from gr.planner.inventory import experiment_inventory
 from gr.planner.plan import Plan
-from gr.planner.planfile import dump_plan
-from gr.planner.run import make_plan
 from gr.tasks import CandidateSampler
 from gr.train import callbacks
 from gr.train.evaluate import user_ranks
 from gr.train.module import TrainModule, dense_parameters
-from gr.train.trainer import Callback, Trainer
+from gr.train.objectives import RetrievalObjective
+from gr.train.trainer import Callback
 
 log = get_logger(__name__)
-PLAN = "plan.json"
 Split = Literal["validation", "test"]
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
 
@@ -78,22 +74,10 @@ def build(config: ExperimentConfig, world: World) -> Built:
     train_data = Dataset.open(config.data.path)
     evaluation_data = Dataset.open(config.evaluation.path) if config.evaluation.path else train_data
     check_data(config, train_data, evaluation_data)
-    item_rows = train_data.schema.item_cardinality
-    model = meta_model(config, item_rows)
-    plan, sharding = make_plan(model, config, item_rows, world)
-    sharded = shard_tables(model, sharding, config.embeddings, world.device)
-    initialise_tables(sharded, seed=config.seed, std=config.embeddings.init_std, dim=config.model.dim)
-    initialise_dense(get_unwrapped_module(sharded), config.seed)
+    rows = train_data.schema.item_cardinality
+    inventory = experiment_inventory(config, rows)
+    sharded, plan = sharded_model(meta_model(config, rows), inventory, config, world, config.model.dim)
     return Built(config, world, train_data, evaluation_data, sharded, plan)
-
-
-def initialise_dense(model: nn.Module, seed: int) -> None:
-    """Initial dense weights from `seed` alone: sharding has used each rank's generator to a different extent."""
-    torch.manual_seed(seed)
-    # Children first: a layer has the last word on the linear maps in it.
-    for name, module in reversed(list(model.named_modules())):
-        if not name.startswith("tables") and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
 
 
 def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
@@ -101,10 +85,9 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
 
     Returns None when the run was stopped by a signal before its last step.
     """
-    run_dir = Path(config.run_dir)
     built = build(config, world)
-    sampler = CandidateSampler(config.task, *built.corpus, config.seed)
-    module = TrainModule(built.model, sampler, config, world)
+    objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), world)
+    module = TrainModule(built.model, objective, config, world)
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     loader = TrainLoader(
         built.train_data,
@@ -114,84 +97,41 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
         rank=world.rank,
         world_size=world.size,
     )
-    with closing(loader), _locked(run_dir, world):
-        step = _resume(config, state, loader, world)
-        config_yaml = dump_config(config)
-        store = CheckpointStore(
-            run_dir / "checkpoints", state, config_yaml, world, asynchronous=config.checkpoint.asynchronous
-        )
-        if world.is_main:
-            (run_dir / CONFIG).write_text(config_yaml)
-            if built.plan is not None:
-                (run_dir / PLAN).write_text(dump_plan(built.plan))
-        with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
-            trainer = Trainer(module, loader, _callbacks(built, store, writer), world, steps=config.trainer.steps)
-            trainer.step = step
-            trainer.run()
-            if trainer.stopped and trainer.step < trainer.steps:
-                log.info("stopped after step %d; the same command resumes there", trainer.step)
-                return None
-            return _final_report(built, state, loader.counters(), writer)
+    job = Job(
+        config,
+        built.plan,
+        module,
+        loader,
+        state,
+        callbacks=lambda writer, checkpointing: _evaluation(built, writer, checkpointing),
+        check_saved=lambda saved, path: _check_saved(saved, path, config),
+        report=lambda writer: _final_report(built, state, loader.counters(), writer),
+    )
+    return run(job, world)
 
 
-@contextmanager
-def _locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Makes run_dir, and keeps a second run out of it. Raises ConfigError."""
-    if not world.is_main:
-        yield
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"run_dir={run_dir} is in use by another run: stop it, or set another one") from error
-        yield
-
-
-def _resume(config: ExperimentConfig, state: ModelState, loader: TrainLoader, world: World) -> int:
-    """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns the steps done."""
-    path = CheckpointFolder(Path(config.run_dir) / "checkpoints").latest() if world.is_main else None
-    if path is None and config.checkpoint.load_from and world.is_main:
-        path = resolve(config.checkpoint.load_from)
-    chosen = world.from_main(str(path or ""))
-    if not chosen:
-        return 0
-    saved = load_config(Path(chosen) / CONFIG)
+def _check_saved(saved: ExperimentConfig, path: str, config: ExperimentConfig) -> None:
     if saved.data.train_holdout != config.data.train_holdout:
         raise CheckpointError(
-            f"{chosen} was trained with data.train_holdout={saved.data.train_holdout}, not "
+            f"{path} was trained with data.train_holdout={saved.data.train_holdout}, not "
             f"{config.data.train_holdout}: other targets are held out. Use another run_dir"
         )
-    progress = load_state(Path(chosen), state, world)
-    loader.load_state_dict(progress["data"])
-    log.info("resumed from %s", chosen)
-    for name, (before, now) in differences(saved, config).items():
-        log.info("  %s: %s there, %s now", name, before, now)
-    return progress["step"]
 
 
-def _callbacks(built: Built, store: CheckpointStore, writer: MetricsWriter | None) -> list[Callback]:
-    config = built.config
-    checkpointing = callbacks.Checkpointing(store, config.checkpoint)
-    chosen: list[Callback] = [callbacks.Metrics(writer, config.trainer.log_every)]
-    if config.trainer.profiler:
-        chosen.append(callbacks.Profiler(config.trainer.profiler, Path(config.run_dir), built.world.rank))
-    if config.evaluation.every:
-        chosen.append(
-            callbacks.Evaluation(
-                lambda: retrieval_metrics(evaluate_ranks(built, "validation")),
-                checkpointing,
-                writer,
-                every=config.evaluation.every,
-                select_by=config.evaluation.select_by,
-            )
+def _evaluation(built: Built, writer: MetricsWriter | None, checkpointing: callbacks.Checkpointing) -> list[Callback]:
+    settings = built.config.evaluation
+    if not settings.every:
+        return []
+    return [
+        callbacks.Evaluation(
+            lambda: retrieval_metrics(evaluate_ranks(built, "validation")),
+            checkpointing,
+            writer,
+            every=settings.every,
+            select_by=settings.select_by,
+            shown=("hr@10", "ndcg@10", "mrr"),
         )
-    return [*chosen, checkpointing]
+    ]
 
 
 def evaluate_ranks(built: Built, split: Split) -> np.ndarray:
@@ -214,8 +154,7 @@ def _final_report(
 ) -> dict[str, Any]:
     """Test metrics of the best checkpoint by validation, or of the last where there was none, beside the baselines."""
     run_dir, world = Path(built.config.run_dir), built.world
-    path = Path(world.from_main(str(resolve(run_dir)) if world.is_main else ""))
-    step = load_state(path, state, world)["step"]
+    path, step = best_step(run_dir, state, world)
     ranks = evaluate_ranks(built, "test")
     counted = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
     report = _report(built, path, step, "test", ranks) | {"training_data": counted}
@@ -233,6 +172,7 @@ def _final_report(
 
 def _report(built: Built, checkpoint: Path, step: int, split: Split, ranks: np.ndarray) -> dict[str, Any]:
     return {
+        "kind": "retrieval",
         "checkpoint": str(checkpoint),
         "step": step,
         "split": split,
@@ -299,13 +239,9 @@ def check_data(config: ExperimentConfig, train_data: Dataset, evaluation_data: D
 
 def check_world(config: ExperimentConfig, world_size: int) -> None:
     """Raises ConfigError when the batches cannot be dealt evenly to `world_size` ranks."""
-    for name, value in (
-        ("data.lanes", config.data.lanes),
-        ("trainer.global_batch_size", config.trainer.global_batch_size),
-        ("evaluation.global_batch_size", config.evaluation.global_batch_size),
-    ):
-        if value % world_size:
-            raise ConfigError(
-                f"{name}={value} is not divisible by the {world_size} ranks of this run: use a number of ranks that "
-                f"divides it, or set {name} to a multiple of {world_size}"
-            )
+    sizes = {
+        "data.lanes": config.data.lanes,
+        "trainer.global_batch_size": config.trainer.global_batch_size,
+        "evaluation.global_batch_size": config.evaluation.global_batch_size,
+    }
+    check_divisible(sizes, world_size)

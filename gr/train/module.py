@@ -1,4 +1,4 @@
-"""What one training step is: forward, backward and update of a sharded retriever."""
+"""What one training step is: forward, backward and update of a sharded model."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,19 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
-from gr.batch import SequenceBatch
-from gr.config.tree import ExperimentConfig
+from gr.config.tree import RunConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer
-from gr.tasks import CandidateSampler
+from gr.train.objectives import Objective
 from gr.train.schedule import rate_factor
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """loss: the scalar to run backward on. total: sum of this rank's losses, nats. tokens, examples: of all ranks."""
+    """loss: the scalar to run backward on. total: sum of this rank's losses, nats.
+
+    tokens: losses that were summed, over all ranks (tokens of sequences, or examples). examples: of all ranks.
+    """
 
     loss: Tensor
     total: float
@@ -27,10 +29,8 @@ class StepLoss:
 class TrainModule:
     """A sharded model with its optimizers. The trainer sees forward(), backward() and the state to save."""
 
-    def __init__(
-        self, model: DistributedModelParallel, sampler: CandidateSampler, config: ExperimentConfig, world: World
-    ) -> None:
-        self.model, self.sampler, self.config, self.world = model, sampler, config, world
+    def __init__(self, model: DistributedModelParallel, objective: Objective, config: RunConfig, world: World) -> None:
+        self.model, self.objective, self.config, self.world = model, objective, config, world
         self.dense = dense_parameters(model)
         optimizer = config.optimizer
         self.dense_optimizer = torch.optim.AdamW(
@@ -43,18 +43,16 @@ class TrainModule:
         )
         self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
 
-    def forward(self, batch: SequenceBatch, step: int) -> StepLoss:
+    def forward(self, batch, step: int) -> StepLoss:
         """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them."""
         self.model.train()
-        tokens_here = len(batch.target_ids_T)
-        tokens = [n for (n,) in self.world.all_gather_ints([tokens_here])]
-        candidates = self.sampler.draw(batch, step, self.world, sum(tokens[: self.world.rank]))
+        counts = self.world.all_gather_ints([self.objective.losses(batch), self.objective.examples(batch)])
+        tokens, examples = zip(*counts, strict=True)
         torch.manual_seed(_step_seed(self.config.seed, step, self.world.rank))
-        total = self.model(batch, candidates)
+        total = self.objective.total(self.model, batch, step, sum(tokens[: self.world.rank]))
         # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
         loss = total * (self.world.size / max(1, sum(tokens)))
-        examples = batch.features.stride() * self.world.size
-        return StepLoss(loss, float(total.detach()), sum(tokens), examples)
+        return StepLoss(loss, float(total.detach()), sum(tokens), sum(examples))
 
     def backward(self, loss: StepLoss, step: int) -> None:
         """Gradients and updates; fused tables are updated inside backward, so rates are set first."""

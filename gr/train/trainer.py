@@ -94,7 +94,7 @@ class Trainer:
         if not loss.tokens:
             raise DataError(
                 f"step {self.step}: none of its {loss.examples} examples has a target; are the histories shorter than "
-                f"data.train_holdout={self.module.config.data.train_holdout} allows?"
+                "data.train_holdout allows?"
             )
         if not math.isfinite(total):
             self._refuse(loss, batch.first_example)

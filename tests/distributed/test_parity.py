@@ -16,10 +16,12 @@ from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader
 from gr.dist import World
 from gr.embeddings.init import _table_key, truncated_normal
-from gr.experiment import build, initialise_dense
+from gr.experiment.retrieval import build
+from gr.experiment.run import initialise_dense
 from gr.models.retrieval import RetrievalModel
 from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
+from gr.train.objectives import RetrievalObjective
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -68,7 +70,7 @@ def sampler_for(config: ExperimentConfig) -> CandidateSampler:
 
 def sharded(world: World, config: ExperimentConfig) -> tuple[list[float], list, dict]:
     built = build(config, world)
-    module = TrainModule(built.model, sampler_for(config), config, world)
+    module = TrainModule(built.model, RetrievalObjective(sampler_for(config), world), config, world)
     loader, losses = loader_for(config, world), []
     for step in range(STEPS):
         loss = module.forward(next(loader), step)

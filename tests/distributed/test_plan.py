@@ -42,12 +42,13 @@ from gr.embeddings import TableOptimizer
 from gr.embeddings.optimizers import FUSED_ON_CPU, fused_params
 from gr.embeddings.sharding import sequence_sharder
 from gr.errors import PlanError
-from gr.experiment import build
+from gr.experiment.retrieval import build
 from gr.planner.cost import table_bytes
 from gr.planner.evaluate import MEMORY, evaluate
+from gr.planner.inventory import experiment_inventory
 from gr.planner.plan import Placement, Plan, shards
 from gr.planner.planfile import dump_plan
-from gr.planner.run import run_inventory, run_topology
+from gr.planner.run import constrained, run_topology
 from gr.planner.sharding_plan import to_sharding_plan
 from tests.distributed.test_parity import (
     LOSS,
@@ -320,7 +321,8 @@ def test_shards_take_the_bytes_that_are_predicted(kind: type[nn.Module], optimiz
 def experiment_plan(config: ExperimentConfig, ranks: int) -> Plan:
     """A plan for the experiment that no planner would make: the whole item table on the last rank."""
     world = World(0, ranks, 0, ranks, CPU)
-    inventory, topology = run_inventory(config, ITEMS, "cpu"), run_topology(None, world)
+    inventory = constrained(experiment_inventory(config, ITEMS), config.planner, "cpu")
+    topology = run_topology(None, world)
     (table,) = inventory.tables
     placement = Placement(table.name, "table_wise", table.kernels[0], (ranks - 1,))
     return Plan(inventory, topology, (placement,), bound_seconds=0.0)

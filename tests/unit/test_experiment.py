@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gr.dist import World
-from gr.experiment import build
+from gr.experiment.retrieval import build
 from tests.support.tiny import tiny_config, write_tiny
 
 

@@ -1,6 +1,6 @@
 """Evaluates on the validation split on a schedule, and marks the best checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
@@ -21,9 +21,11 @@ class Evaluation(Callback):
         *,
         every: int,
         select_by: str,
+        shown: Sequence[str],
     ) -> None:
+        """select_by: the larger the better. shown: metrics on the log line."""
         self.evaluate, self.checkpointing, self.writer = evaluate, checkpointing, writer
-        self.every, self.select_by = every, select_by
+        self.every, self.select_by, self.shown = every, select_by, shown
         self.best = checkpointing.store.best_value(select_by)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -44,6 +46,6 @@ class Evaluation(Callback):
         metrics = self.evaluate()
         if self.writer is not None:
             self.writer.write(trainer.step, "validation", metrics)
-            shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr"))
+            shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.shown)
             log.info("step %d/%d  validation  %s", trainer.step, trainer.steps, shown)
         return metrics

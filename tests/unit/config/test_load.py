@@ -186,12 +186,12 @@ class TestFaults:
             (
                 "planner: {sharding: row_wis}",
                 "planner.sharding: 'row_wis' is not allowed; did you mean 'row_wise'? "
-                "(allowed: auto, data_parallel, table_wise, row_wise, column_wise)",
+                "(allowed: auto, data_parallel, table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard)",
             ),
             (
                 "planner: {tables: {item: rows}}",
                 "planner.tables.item: 'rows' is not allowed; did you mean 'row_wise'? "
-                "(allowed: data_parallel, table_wise, row_wise, column_wise)",
+                "(allowed: data_parallel, table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard)",
             ),
             (
                 "evaluation: {baselines: [popularity, knn]}",

@@ -92,6 +92,7 @@ class TestEvaluation:
             writer,  # type: ignore[arg-type]
             every=2,
             select_by="ndcg@10",
+            shown=("hr@10", "mrr"),
         )
         trainer = trainer_at(step, steps, world)
         for each in (callback, checkpointing):

@@ -1,0 +1,171 @@
+"""What the kinds of experiments share: the sharded model, the run folder, resuming, the trainer's run."""
+
+import fcntl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+
+from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
+from gr.checkpoint.layout import CONFIG
+from gr.config import differences, dump_config, load_config
+from gr.config.inventory import InventoryConfig
+from gr.config.tree import RunConfig
+from gr.dist import World
+from gr.embeddings import initialise_tables, shard_tables
+from gr.errors import CheckpointError, ConfigError
+from gr.logging import get_logger
+from gr.metrics.writers import MetricsWriter
+from gr.planner.plan import Plan
+from gr.planner.planfile import dump_plan
+from gr.planner.run import make_plan
+from gr.train import callbacks
+from gr.train.module import TrainModule
+from gr.train.trainer import Callback, Loader, Trainer
+
+log = get_logger(__name__)
+PLAN = "plan.json"
+
+
+class TrainingData(Loader, Protocol):
+    """A loader whose position can be set."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. callbacks: those of this kind of experiment, given the writer (main rank) and Checkpointing.
+
+    check_saved: raises CheckpointError where a checkpoint's configuration makes it another experiment. report: called
+    after the last step.
+    """
+
+    config: RunConfig
+    plan: Plan | None
+    module: TrainModule
+    loader: TrainingData
+    state: ModelState
+    callbacks: Callable[[MetricsWriter | None, callbacks.Checkpointing], list[Callback]]
+    check_saved: Callable[[Any, str], None]
+    report: Callable[[MetricsWriter | None], dict[str, Any]]
+
+
+def sharded_model(
+    model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World, dim: int | None
+) -> tuple[DistributedModelParallel, Plan | None]:
+    """`model` (on meta) planned, sharded and filled with its initial weights. dim: see initialise_tables."""
+    plan, sharding = make_plan(model, inventory, config, world)
+    sharded = shard_tables(model, sharding, config.embeddings, world.device)
+    embeddings = config.embeddings
+    initialise_tables(sharded, seed=config.seed, std=embeddings.init_std, dim=dim, init=embeddings.init)
+    initialise_dense(get_unwrapped_module(sharded), config.seed)
+    return sharded, plan
+
+
+def initialise_dense(model: nn.Module, seed: int) -> None:
+    """Initial dense weights from `seed` alone: sharding has used each rank's generator to a different extent."""
+    torch.manual_seed(seed)
+    # Children first: a layer has the last word on the linear maps in it.
+    for name, module in reversed(list(model.named_modules())):
+        if not name.startswith("tables") and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def run(job: Job, world: World) -> dict[str, Any] | None:
+    """Trains to config.trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
+
+    Returns None when the run was stopped by a signal before its last step.
+    """
+    config, run_dir = job.config, Path(job.config.run_dir)
+    with closing(job.loader), _locked(run_dir, world):
+        step = _resume(job, world)
+        config_yaml = dump_config(config)
+        store = CheckpointStore(
+            run_dir / "checkpoints", job.state, config_yaml, world, asynchronous=config.checkpoint.asynchronous
+        )
+        if world.is_main:
+            (run_dir / CONFIG).write_text(config_yaml)
+            if job.plan is not None:
+                (run_dir / PLAN).write_text(dump_plan(job.plan))
+        with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
+            trainer = Trainer(job.module, job.loader, _callbacks(job, store, writer), world, steps=config.trainer.steps)
+            trainer.step = step
+            trainer.run()
+            if trainer.stopped and trainer.step < trainer.steps:
+                log.info("stopped after step %d; the same command resumes there", trainer.step)
+                return None
+            return job.report(writer)
+
+
+@contextmanager
+def _locked(run_dir: Path, world: World) -> Iterator[None]:
+    """Makes run_dir, and keeps a second run out of it. Raises ConfigError."""
+    if not world.is_main:
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run_dir={run_dir} is in use by another run: stop it, or set another one") from error
+        yield
+
+
+def _resume(job: Job, world: World) -> int:
+    """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns the steps done."""
+    config = job.config
+    path = CheckpointFolder(Path(config.run_dir) / "checkpoints").latest() if world.is_main else None
+    if path is None and config.checkpoint.load_from and world.is_main:
+        path = resolve(config.checkpoint.load_from)
+    chosen = world.from_main(str(path or ""))
+    if not chosen:
+        return 0
+    saved = load_config(Path(chosen) / CONFIG)
+    if type(saved) is not type(config):
+        raise CheckpointError(f"{chosen} is of another kind of experiment (task.kind); use another run_dir")
+    job.check_saved(saved, chosen)
+    progress = load_state(Path(chosen), job.state, world)
+    job.loader.load_state_dict(progress["data"])
+    log.info("resumed from %s", chosen)
+    for name, (before, now) in differences(saved, config).items():
+        log.info("  %s: %s there, %s now", name, before, now)
+    return progress["step"]
+
+
+def _callbacks(job: Job, store: CheckpointStore, writer: MetricsWriter | None) -> list[Callback]:
+    config = job.config
+    checkpointing = callbacks.Checkpointing(store, config.checkpoint)
+    chosen: list[Callback] = [callbacks.Metrics(writer, config.trainer.log_every)]
+    if config.trainer.profiler:
+        rank = job.module.world.rank
+        chosen.append(callbacks.Profiler(config.trainer.profiler, Path(config.run_dir), rank))
+    return [*chosen, *job.callbacks(writer, checkpointing), checkpointing]
+
+
+def best_step(run_dir: Path, state: ModelState, world: World) -> tuple[Path, int]:
+    """Loads the best checkpoint of a run, or its last where none was chosen: (its path, its step)."""
+    path = Path(world.from_main(str(resolve(run_dir)) if world.is_main else ""))
+    return path, load_state(path, state, world)["step"]
+
+
+def check_divisible(sizes: Mapping[str, int], world_size: int) -> None:
+    """Raises ConfigError where a size cannot be dealt evenly to `world_size` ranks."""
+    for name, value in sizes.items():
+        if value % world_size:
+            raise ConfigError(
+                f"{name}={value} is not divisible by the {world_size} ranks of this run: use a number of ranks that "
+                f"divides it, or set {name} to a multiple of {world_size}"
+            )

@@ -1,0 +1,37 @@
+"""Progressive validation: every training example is scored before it is trained on (Blum et al., COLT 1999)."""
+
+from gr.dist import World
+from gr.errors import DataError
+from gr.logging import get_logger
+from gr.metrics.ranking import RankingMetrics
+from gr.metrics.writers import MetricsWriter
+from gr.train.objectives import RankingObjective
+from gr.train.trainer import Callback, StepResult, Trainer
+
+log = get_logger(__name__)
+SHOWN = ("ne", "auc", "calibration", "base_rate")
+
+
+class Progressive(Callback):
+    """Writes metrics of the newest `window` examples every `every` steps."""
+
+    def __init__(
+        self, objective: RankingObjective, writer: MetricsWriter | None, world: World, *, window: int, every: int
+    ) -> None:
+        self.objective, self.writer, self.every = objective, writer, every
+        self.metrics = RankingMetrics("train", world, window=window)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        assert self.objective.scored is not None, "a step scores its batch"
+        self.metrics.update(*self.objective.scored)
+        if trainer.step % self.every and trainer.step != trainer.steps:
+            return
+        try:
+            values = self.metrics.compute()
+        except DataError as error:  # a short window may hold one class only, which is not the end of training
+            log.info("step %d/%d  progressive: %s", trainer.step, trainer.steps, error)
+            return
+        if self.writer is not None:
+            self.writer.write(trainer.step, "progressive", values)
+            shown = "  ".join(f"{name} {values[name]:.4f}" for name in SHOWN)
+            log.info("step %d/%d  progressive  %s", trainer.step, trainer.steps, shown)
