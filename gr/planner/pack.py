@@ -19,7 +19,7 @@ MEMORY_WEIGHT = 0.05
 RUINED = 12  # tables taken out at once, at most
 # Options that are tried of those with room for all their shards, and where none has, of all.
 FITTING, OTHERS = 3, 9
-COUNTS = 6
+COUNTS = 10
 PATIENCE = 60  # rounds without a gain of a thousandth
 FAR = 1e6  # seconds: more than any load
 
