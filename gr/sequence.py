@@ -23,5 +23,10 @@ class JaggedSequence:
     num_targets_B: Tensor | None = None
     contextual_len: int = 0
 
+    def require_events_only(self, tower: str) -> None:
+        """Raises ValueError where there are candidates or a contextual prefix, which `tower` would take for events."""
+        if self.num_targets_B is not None or self.contextual_len:
+            raise ValueError(f"{tower} has no mask for candidates or a contextual prefix; use the STU tower")
+
     def with_values(self, values_TD: Tensor) -> "JaggedSequence":
         return replace(self, values_TD=values_TD)

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from gr.config.inventory import AnyShardingType
 from gr.config.section import PositiveFloat, Probability, Section
+from gr.config.stu import STUConfig
 
 METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 
@@ -69,7 +70,7 @@ class SASRecConfig(Section):
 class ModelConfig(Section):
     dim: PositiveInt = Field(50, description="D: width of item embeddings and of the tower.")
     input_dropout: Probability = 0.2
-    tower: Annotated[HSTUConfig | SASRecConfig, Field(discriminator="kind")] = HSTUConfig()
+    tower: Annotated[HSTUConfig | SASRecConfig | STUConfig, Field(discriminator="kind")] = HSTUConfig()
 
     @model_validator(mode="after")
     def _heads_divide_dim(self):

@@ -22,6 +22,7 @@ from gr.config.inventory import (
 from gr.config.load import has_key, load_section
 from gr.config.ranking import RankingConfig
 from gr.config.source import Node
+from gr.config.stu import STUConfig
 from gr.config.tree import (
     ExperimentConfig,
     FullSoftmax,
@@ -246,6 +247,22 @@ def _tower(config: ExperimentConfig, length: float) -> HSTUDense | TransformerDe
             concat_ua=tower.concat_ua,
             recompute=False,
             other_parameters=N * D + tower.layers * biases,
+        )
+    if isinstance(tower, STUConfig):
+        HQ, HV = tower.heads * tower.qk_dim, tower.heads * tower.v_dim
+        norms = 2 * D + 2 * (tower.heads if tower.group_norm else HV)
+        return HSTUDense(
+            layers=tower.layers,
+            dim=D,
+            heads=tower.heads,
+            qk_dim=tower.qk_dim,
+            v_dim=tower.v_dim,
+            mean_length=length,
+            max_length=N,
+            concat_ua=True,
+            recompute=tower.recompute != "none",
+            # W_o has no bias, which HSTUDense counts; U V Q K have one.
+            other_parameters=N * D + tower.layers * (2 * HQ + 2 * HV + norms - D),
         )
     # SASRec: biases of q, k and v, of both feed-forward layers and the output, and of two norms; the last norm's.
     biases = 4 * D + tower.ffn_dim + D + 2 * D

@@ -4,14 +4,19 @@ from typing import Protocol
 
 from torch import nn
 
+from gr.config.stu import STUConfig
 from gr.config.tree import HSTUConfig, ModelConfig, SASRecConfig
 from gr.sequence import JaggedSequence
 from gr.towers.hstu import HSTU
 from gr.towers.sasrec import SASRec
+from gr.towers.stu import STU
 
 
 class Tower(Protocol):
-    """values_TD -> values_TD. A token's output depends on the tokens before it and on itself, never on later ones."""
+    """values_TD -> values_TD. A token's output depends on the tokens before it and on itself, never on later ones.
+
+    Where a sequence has candidates or a contextual prefix, STU says what sees what; the others refuse it.
+    """
 
     def __call__(self, sequence: JaggedSequence) -> JaggedSequence: ...
 
@@ -23,6 +28,8 @@ def build_tower(config: ModelConfig, max_length: int) -> nn.Module:
             return HSTU(tower, dim=config.dim, max_length=max_length)
         case SASRecConfig() as tower:
             return SASRec(tower, dim=config.dim, max_length=max_length)
+        case STUConfig() as tower:
+            return STU(tower, dim=config.dim, max_length=max_length)
 
 
 __all__ = ["Tower", "build_tower"]

@@ -28,6 +28,7 @@ class HSTU(nn.Module):
         self.layers = nn.ModuleList(HSTULayer(config, dim, max_length) for _ in range(config.layers))
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
+        sequence.require_events_only("HSTU")
         buckets = self._time_buckets(sequence)
         divisor = self._divisor(sequence)
         x_TD = sequence.values_TD

@@ -23,6 +23,7 @@ class SASRec(nn.Module):
         self.last_norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
+        sequence.require_events_only("SASRec")
         x_TD = sequence.values_TD
         for layer in self.layers:
             x_TD = layer(x_TD, sequence)

@@ -23,6 +23,8 @@ trainer:
   steps: 100
 """
 
+TYPES = "data_parallel, table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard)"
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -185,13 +187,11 @@ class TestFaults:
             ("device: gpu", "device: 'gpu' is not allowed; did you mean 'cpu'? (allowed: auto, cpu, cuda)"),
             (
                 "planner: {sharding: row_wis}",
-                "planner.sharding: 'row_wis' is not allowed; did you mean 'row_wise'? "
-                "(allowed: auto, data_parallel, table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard)",
+                "planner.sharding: 'row_wis' is not allowed; did you mean 'row_wise'? (allowed: auto, " + TYPES,
             ),
             (
                 "planner: {tables: {item: rows}}",
-                "planner.tables.item: 'rows' is not allowed; did you mean 'row_wise'? "
-                "(allowed: data_parallel, table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard)",
+                "planner.tables.item: 'rows' is not allowed; did you mean 'row_wise'? (allowed: " + TYPES,
             ),
             (
                 "evaluation: {baselines: [popularity, knn]}",
@@ -199,7 +199,7 @@ class TestFaults:
             ),
             (
                 "model: {tower: {kind: hstuu}}",
-                "model.tower.kind: unknown kind 'hstuu'; did you mean 'hstu'? (allowed: hstu, sasrec)",
+                "model.tower.kind: unknown kind 'hstuu'; did you mean 'hstu'? (allowed: hstu, sasrec, stu)",
             ),
             (
                 "model: {tower: {kind:}}",

@@ -147,6 +147,8 @@ TOWERS = {
     "time bias": {"tower": {"kind": "hstu", "time_bias": True, "position_bias": False}},
     "both biases, concat": {"tower": {"kind": "hstu", "time_bias": True, "time_buckets": 64, "concat_ua": True}},
     "softmax": {"tower": {"kind": "hstu", "attention": "softmax", "position_bias": False}},
+    "stu": {"dim": 12, "tower": {"kind": "stu", "layers": 2, "heads": 3, "qk_dim": 4, "v_dim": 6}},
+    "stu, group norm": {"tower": {"kind": "stu", "group_norm": True}},
     "sasrec": {"dim": 12, "tower": {"kind": "sasrec", "layers": 3, "heads": 2, "ffn_dim": 20}},
 }
 

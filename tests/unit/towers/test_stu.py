@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from gr.config.stu import STUConfig
+from gr.config.tree import ModelConfig
 from gr.ops.backend import cpu_backend
 from gr.sequence import JaggedSequence
+from gr.towers import build_tower
 from gr.towers.stu import STU
 from tests.support.tolerances import relative_error
 from tests.support.towers import D, N, check_against, randomised, sequence, to_packed, to_padded
@@ -276,3 +278,18 @@ def test_window_of_the_configuration() -> None:
 def test_candidates_beyond_a_sequence() -> None:
     with pytest.raises(ValueError, match="num_targets_B is 5 for sequence 0 of 4 tokens, more than it has"):
         build()(with_candidates([4, 2], torch.tensor([5, 0]), 0, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["hstu", "sasrec"])
+@pytest.mark.parametrize("fields", [{"num_targets_B": torch.tensor([1, 1])}, {"contextual_len": 1}])
+def test_the_other_towers_refuse_what_they_would_take_for_events(kind, fields):
+    config = ModelConfig.model_validate({"dim": D, "tower": {"kind": kind}})
+    with pytest.raises(ValueError, match="no mask for candidates or a contextual prefix; use the STU tower"):
+        build_tower(config, N)(replace(sequence([3, 2], dtype=torch.float32), **fields))
+
+
+def test_it_is_built_from_a_configuration():
+    config = ModelConfig.model_validate({"dim": D, "tower": {"kind": "stu", "layers": 2, "heads": 2, "qk_dim": 3}})
+    tower = build_tower(config, N)
+    assert isinstance(tower, STU) and len(tower.layers) == 2
+    assert tower(sequence([3, 0, 2], dtype=torch.float32)).values_TD.shape == (5, D)
