@@ -51,6 +51,9 @@ WARMUPS, STEPS = 2, 3
 
 
 def main(arguments: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
     if "RANK" not in environ:
         _launch(list(arguments))
         return
