@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from gr.config.faults import default_kinds, describe_faults
 from gr.config.ranking import RankingConfig
@@ -91,9 +91,11 @@ def json_schema() -> dict[str, Any]:
 
     Nothing is required, because a base file or an override may supply it; `gr config check` knows the whole.
     """
-    schema = _for_editors(ExperimentConfig.model_json_schema())
+    schema = _for_editors(TypeAdapter(Experiment).json_schema())
     names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    schema["properties"]["base"] = {"description": "Files this one starts from, relative to it.", **names}
+    for model in EXPERIMENTS.values():
+        properties = schema["$defs"][model.__name__]["properties"]
+        properties["base"] = {"description": "Files this one starts from, relative to it.", **names}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

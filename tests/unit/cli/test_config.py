@@ -67,7 +67,8 @@ class TestConfig:
 
     def test_schema(self, capsys):
         assert main(["config", "schema"]) == 0
-        assert json.loads(capsys.readouterr().out)["properties"]["trainer"]
+        definitions = json.loads(capsys.readouterr().out)["$defs"]
+        assert all(definitions[name]["properties"]["trainer"] for name in ("ExperimentConfig", "RankingConfig"))
 
 
 class TestFrame:

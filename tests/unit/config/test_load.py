@@ -356,8 +356,11 @@ class TestDump:
 class TestSchema:
     def test_is_json_and_knows_base(self):
         schema = json.loads(json.dumps(json_schema()))
-        assert schema["properties"]["base"]
-        assert schema["additionalProperties"] is False
+        for kind in schema["anyOf"]:
+            of_kind = schema["$defs"][kind["$ref"].rpartition("/")[2]]
+            assert of_kind["properties"]["base"]
+            assert of_kind["additionalProperties"] is False
+        assert len(schema["anyOf"]) == 2
 
     def test_refuses_nothing_that_loads(self):
         text = json.dumps(json_schema())
