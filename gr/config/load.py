@@ -32,10 +32,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     relative to the file that says so; later ones win. Sections merge and everything else replaces; a section whose
     `kind` changes starts afresh.
     """
-    tree = Reader({}).read(path, overrides)
+    kinds = default_kinds(ExperimentConfig)
+    reader = Reader(kinds)
+    tree = reader.read(path, overrides)
     said = tree.find(("task", "kind"))
-    if said is None:
-        return load_section(ExperimentConfig, path, overrides)
+    if said is None or said.value == "retrieval":
+        return _validated(ExperimentConfig, path, kinds, reader, tree)
     if said.value not in EXPERIMENTS:
         raise ConfigError(f"{said.origin}: task.kind: expected one of {', '.join(EXPERIMENTS)}, got {said.value!r}")
     return load_section(EXPERIMENTS[said.value], path, overrides)
@@ -47,7 +49,10 @@ def load_section(
     """As load_config, for files whose top level is `model`. given: what the file holds, where it is no YAML."""
     kinds = default_kinds(model)
     reader = Reader(kinds) if given is None else _Given(kinds, given)
-    tree = reader.read(path, overrides)
+    return _validated(model, path, kinds, reader, reader.read(path, overrides))
+
+
+def _validated(model: type[Config], path: str | Path, kinds: dict[Location, str], reader: Reader, tree: Node) -> Config:
     faults = reader.faults
     if not reader.broken:
         # Strict JSON reads YAML's types exactly: a list is a tuple, an integer is a number, text is only text.

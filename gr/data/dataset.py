@@ -13,20 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.data.columns import Fault, check_rows, expected_types, packed
+from gr.data.parts import Parts, RowGroup, existing_folder, read_footer
 from gr.errors import DataError
-from gr.schema import ITEMS_FILE, PART_PATTERN, DataSchema
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Where a row group is: its file, its index there, its rows."""
-
-    file: Path
-    index: int
-    rows: int
-
-    def __str__(self) -> str:
-        return f"{self.file}: row group {self.index}"
+from gr.schema import ITEMS_FILE, DataSchema
 
 
 @dataclass(frozen=True)
@@ -48,11 +37,9 @@ class Histories:
 class Dataset:
     """A data folder: schema, row groups known from footers, and rows read on demand. Safe to read from threads."""
 
-    def __init__(
-        self, path: Path, schema: DataSchema, row_groups: list[RowGroup], metadata: dict[Path, pq.FileMetaData]
-    ):
-        self.path, self.schema, self.row_groups = path, schema, row_groups
-        self._metadata = metadata
+    def __init__(self, path: Path, schema: DataSchema, parts: Parts) -> None:
+        self.path, self.schema, self.row_groups = path, schema, parts.row_groups
+        self._parts = parts
         self._bad_rows: dict[int, int] = {}
 
     @classmethod
@@ -62,24 +49,9 @@ class Dataset:
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a part without rows, a missing column, a wrong type, or fewer rows than the schema says.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise DataError(f"{path}: no such folder; write a data folder with `gr prepare ... --out {path}`")
+        path = existing_folder(path)
         schema = DataSchema.load(path)
-        files = sorted(path.glob(PART_PATTERN))
-        if not files:
-            raise DataError(f"{path}: has no {PART_PATTERN}; write the folder again with `gr prepare --force`")
-        row_groups, metadata = [], {}
-        for file in files:
-            metadata[file] = footer = _read_footer(file)
-            if footer.num_rows == 0:
-                raise DataError(f"{file}: has no rows; remove the file or write the folder again")
-            _check_types(file, footer.schema.to_arrow_schema(), schema)
-            row_groups += [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
-        rows = sum(group.rows for group in row_groups)
-        if rows != schema.users:
-            raise DataError(f"{path}: {len(files)} parts hold {rows} rows, schema.json says users={schema.users}")
-        return cls(path, schema, row_groups, metadata)
+        return cls(path, schema, Parts.open(path, expected_types(schema), rows=("users", schema.users)))
 
     @property
     def row_counts(self) -> list[int]:
@@ -108,18 +80,12 @@ class Dataset:
         outside [1, cardinality), other number of timestamps than items, time going back) raises DataError with file,
         row group, row, column and value; with on_bad_row="skip" it becomes an empty history and is counted.
         """
-        group = self.row_groups[index]
+        file = self.row_groups[index].file
         wanted = list(dict.fromkeys(["item_ids", *(self.history_columns() if columns is None else columns)]))
         unknown = [name for name in wanted if name not in expected_types(self.schema)]
         if unknown:
-            raise DataError(
-                f"{group.file}: has no column {unknown[0]}; it has {', '.join(expected_types(self.schema))}"
-            )
-        try:
-            with pq.ParquetFile(group.file, metadata=self._metadata[group.file]) as file:
-                table = file.read_row_group(group.index, columns=wanted, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{group}: cannot be decoded, the file is damaged or cut off: {error}") from error
+            raise DataError(f"{file}: has no column {unknown[0]}; it has {', '.join(expected_types(self.schema))}")
+        group, table = self._parts.read(index, wanted)
         lists = {name: packed(table.column(name)) for name in wanted if pa.types.is_list(_type(table, name))}
         flat = {name: table.column(name) for name in wanted if name not in lists}
         faults = check_rows(lists, flat, self.schema)
@@ -136,7 +102,7 @@ class Dataset:
         file = self.path / ITEMS_FILE
         if not file.exists():
             raise DataError(f"{file}: no such file; write the folder again with `gr prepare --force`")
-        names = _read_footer(file).schema.to_arrow_schema().names
+        names = read_footer(file).schema.to_arrow_schema().names
         for column in ("item_id", "count"):
             if column not in names:
                 raise DataError(f"{file}: has no column {column}; it has {', '.join(names)}")
@@ -180,33 +146,9 @@ class Dataset:
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)
 
 
-def _read_footer(file: Path) -> pq.FileMetaData:
-    try:
-        if file.stat().st_size == 0:
-            raise DataError(f"{file}: is empty (0 bytes)")
-        return pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: is not a whole Parquet file, it is damaged or cut off: {error}") from error
-
-
 def _type(table: pa.Table, name: str) -> pa.DataType:
     kind = table.schema.field(name).type
     return pa.list_(kind.value_type) if pa.types.is_large_list(kind) else kind
-
-
-def _check_types(file: Path, found: pa.Schema, schema: DataSchema) -> None:
-    for name, allowed in expected_types(schema).items():
-        if name not in found.names:
-            raise DataError(
-                f"{file}: has no column {name}, which schema.json asks for; it has {', '.join(found.names)}"
-            )
-        kind = found.field(name).type
-        if pa.types.is_large_list(kind):
-            kind = pa.list_(kind.value_type)
-        plain = pa.list_(kind.value_type) if pa.types.is_list(kind) else kind
-        if plain not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise DataError(f"{file}: column {name} has type {found.field(name).type}, wanted {wanted}")
 
 
 def _describe(group: RowGroup, fault: Fault) -> str:

@@ -3,14 +3,12 @@
 Row groups are decoded ahead by a pool of threads; one more thread collates training batches into a bounded queue.
 """
 
-import queue
-import threading
-import time
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -21,36 +19,16 @@ from gr.config.tree import DataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Dataset, Histories
 from gr.data.order import TrainingOrder, owned_lanes
+from gr.data.prefetch import Ahead, RowGroupCache
 from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger, log_once
 
 log = get_logger(__name__)
 
 
-class RowGroupCache:
-    """Decoded row groups by least recent use; a group that is asked for twice is decoded once.
-
-    capacity: groups kept besides those that callers hold. Used by one thread at a time.
-    """
-
-    def __init__(self, dataset: Dataset, config: DataConfig, capacity: int) -> None:
-        self._dataset, self._on_bad_row, self._capacity = dataset, config.on_bad_row, capacity
-        self._groups: OrderedDict[int, Future[Histories]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(config.read_threads, thread_name_prefix="gr-read")
-
-    def request(self, group: int) -> "Future[Histories]":
-        """The row group, being decoded or decoded."""
-        if group not in self._groups:
-            self._groups[group] = self._pool.submit(
-                self._dataset.read_row_group, group, None, on_bad_row=self._on_bad_row
-            )
-        self._groups.move_to_end(group)
-        while len(self._groups) > self._capacity:
-            self._groups.popitem(last=False)
-        return self._groups[group]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+def _cache(dataset: Dataset, config: DataConfig, capacity: int) -> RowGroupCache[Histories]:
+    read = partial(dataset.read_row_group, columns=None, on_bad_row=config.on_bad_row)
+    return RowGroupCache(read, threads=config.read_threads, capacity=capacity)
 
 
 @dataclass(frozen=True)
@@ -96,8 +74,7 @@ class TrainLoader:
         self._order = TrainingOrder(dataset.row_counts, lanes=config.lanes, seed=seed, shuffle=config.shuffle)
         self._position = 0
         self._counts = Counts()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._ahead: Ahead[tuple[SequenceBatch, Counts]] | None = None
         self._closed = False
         self.wait_seconds = 0.0
 
@@ -106,20 +83,13 @@ class TrainLoader:
 
     def __next__(self) -> SequenceBatch:
         """The next batch. Time spent here waiting for it is added to wait_seconds."""
-        if self._error is not None:
-            raise self._error
-        if self._closed:
+        if self._closed and (self._ahead is None or self._ahead.error is None):
             raise StopIteration
-        started = time.perf_counter()
-        if self._thread is None:
-            self._start()
-        got = self._queue.get()
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(got, BaseException):
-            self._error = got
-            self._stop_thread()
-            raise got
-        batch, counts = got
+        if self._ahead is None:
+            self._ahead = Ahead(self._batches(self._position), self._config.prefetch)
+        waited = self._ahead.wait_seconds
+        batch, counts = self._ahead.take()
+        self.wait_seconds += self._ahead.wait_seconds - waited
         self._position += self._per_lane
         self._counts += counts
         self._tell(counts)
@@ -150,14 +120,16 @@ class TrainLoader:
                     f"the checkpoint's data order has {name}={state.get(name)}, this run has {name}={mine}; resume "
                     "with the same data folder, seed, data.lanes and data.shuffle, or start a new run"
                 )
-        self._stop_thread()
-        self._error = None
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self._position = int(state["position"])
 
     def close(self) -> None:
         """Stop the threads. Safe to call twice; next() then raises StopIteration."""
         self._closed = True
-        self._stop_thread()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __enter__(self) -> Self:
         return self
@@ -190,39 +162,21 @@ class TrainLoader:
         if self._dataset.bad_rows:
             log_once(log, f"{self._dataset.path} has bad rows; data.on_bad_row=skip empties them")
 
-    def _start(self) -> None:
-        self._stop = threading.Event()
-        self._queue: queue.Queue[tuple[SequenceBatch, Counts] | BaseException] = queue.Queue(self._config.prefetch)
-        self._thread = threading.Thread(
-            target=self._produce, args=(self._position, self._stop, self._queue), name="gr-collate", daemon=True
-        )
-        self._thread.start()
-
-    def _stop_thread(self) -> None:
-        if self._thread is None:
-            return
-        self._stop.set()
-        self._thread.join()
-        self._thread = None
-
-    def _produce(self, position: int, stop: threading.Event, out: queue.Queue) -> None:
-        cache = RowGroupCache(self._dataset, self._config, 2 * len(self._lanes) + self._config.read_threads)
+    def _batches(self, position: int) -> Iterator[tuple[SequenceBatch, Counts]]:
+        cache = _cache(self._dataset, self._config, 2 * len(self._lanes) + self._config.read_threads)
         try:
             planned: deque[_Planned] = deque()
-            while not stop.is_set():
+            while True:
                 while len(planned) <= self._config.read_threads:
                     planned.append(self._plan_batch(cache, position + len(planned) * self._per_lane))
                 batch = planned.popleft()
-                item = collate_train(
+                position += self._per_lane
+                yield collate_train(
                     batch.rows(self._dataset.schema.timestamps),
                     max_length=self._config.max_length,
                     holdout=self._config.train_holdout,
                     first_example=batch.first * self._order.lanes,
                 )
-                position += self._per_lane
-                _put(out, item, stop)
-        except BaseException as error:
-            _put(out, error, stop)
         finally:
             cache.close()
 
@@ -258,7 +212,7 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         self._counts = Counts()
-        cache = RowGroupCache(self._dataset, self._config, 1)
+        cache = _cache(self._dataset, self._config, 1)
         starts = np.concatenate([[0], np.cumsum(self._dataset.row_counts)])
         try:
             planned: deque[_Planned] = deque()
@@ -330,11 +284,3 @@ def evaluation_batches(
         rows=(bounds[rank], bounds[rank + 1]),
         batches=batches,
     )
-
-
-def _put(out: queue.Queue, item: object, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            return out.put(item, timeout=0.1)
-        except queue.Full:
-            continue

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gr.data.columns import packed
-from gr.data.dataset import RowGroup
+from gr.data.parts import Parts, RowGroup, existing_folder
 from gr.errors import DataError
-from gr.schema import PART_PATTERN, TabularSchema
+from gr.schema import TabularSchema
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,9 @@ class TabularRows:
 class TabularDataset:
     """A tabular folder: schema, row groups known from footers, and rows read on demand. Safe to read from threads."""
 
-    def __init__(
-        self, path: Path, schema: TabularSchema, row_groups: list[RowGroup], metadata: dict[Path, pq.FileMetaData]
-    ) -> None:
-        self.path, self.schema, self.row_groups = path, schema, row_groups
-        self._metadata = metadata
+    def __init__(self, path: Path, schema: TabularSchema, parts: Parts) -> None:
+        self.path, self.schema, self.row_groups = path, schema, parts.row_groups
+        self._parts = parts
 
     @classmethod
     def open(cls, path: Path | str) -> "TabularDataset":
@@ -42,24 +39,14 @@ class TabularDataset:
         was cut off, a part without rows, a missing or unknown column, a wrong type, or another number of rows than the
         schema says.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise DataError(f"{path}: no such folder; write a data folder with `gr prepare ... --out {path}`")
+        path = existing_folder(path)
         schema = TabularSchema.load(path)
-        files = sorted(path.glob(PART_PATTERN))
-        if not files:
-            raise DataError(f"{path}: has no {PART_PATTERN}; write the folder again with `gr prepare --force`")
-        row_groups, metadata = [], {}
-        for file in files:
-            metadata[file] = footer = _read_footer(file)
-            if footer.num_rows == 0:
-                raise DataError(f"{file}: has no rows; remove the file or write the folder again")
-            _check_types(file, footer.schema.to_arrow_schema(), schema)
-            row_groups += [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
-        rows = sum(group.rows for group in row_groups)
-        if rows != schema.rows:
-            raise DataError(f"{path}: {len(files)} parts hold {rows} rows, schema.json says rows={schema.rows}")
-        return cls(path, schema, row_groups, metadata)
+        types = _types(schema)
+        parts = Parts.open(path, types, rows=("rows", schema.rows))
+        for file, footer in parts.metadata.items():
+            if unknown := [name for name in footer.schema.to_arrow_schema().names if name not in types]:
+                raise DataError(f"{file}: column {unknown[0]} is not in schema.json; write the folder again")
+        return cls(path, schema, parts)
 
     @property
     def rows(self) -> int:
@@ -76,13 +63,9 @@ class TabularDataset:
         DataError with file, row group, row, column and value for a label that is null or not finite, a dense value that
         is not finite, an id outside [0, cardinality), or a list of another number of ids than the schema's hots.
         """
-        group, schema = self.row_groups[index], self.schema
+        schema = self.schema
         names = [*schema.labels, *schema.dense, *(column.name for column in schema.sparse)]
-        try:
-            with pq.ParquetFile(group.file, metadata=self._metadata[group.file]) as file:
-                table = file.read_row_group(group.index, columns=names, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{group}: cannot be decoded, the file is damaged or cut off: {error}") from error
+        group, table = self._parts.read(index, names)
         label = table.column(schema.labels[0])
         if label.null_count:
             raise _fault(group, schema.labels[0], label.is_null().to_numpy(), "is null")
@@ -131,26 +114,7 @@ def _fault(group: RowGroup, column: str, rows: np.ndarray, problem: str) -> Data
     )
 
 
-def _read_footer(file: Path) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: is not a whole Parquet file, it is damaged or cut off: {error}") from error
-
-
-def _check_types(file: Path, found: pa.Schema, schema: TabularSchema) -> None:
-    wanted: dict[str, tuple[pa.DataType, ...]] = {name: (pa.int8(), pa.float32()) for name in schema.labels}
-    wanted |= {name: (pa.float32(),) for name in schema.dense}
-    wanted |= {c.name: (pa.int32() if c.hots == 1 else pa.list_(pa.int32()),) for c in schema.sparse}
-    for name, allowed in wanted.items():
-        if name not in found.names:
-            raise DataError(
-                f"{file}: has no column {name}, which schema.json asks for; it has {', '.join(found.names)}"
-            )
-        kind = found.field(name).type
-        plain = pa.list_(kind.value_type) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-        if plain not in allowed:
-            raise DataError(f"{file}: column {name} has type {kind}, wanted {' or '.join(map(str, allowed))}")
-    unknown = [name for name in found.names if name not in wanted]
-    if unknown:
-        raise DataError(f"{file}: column {unknown[0]} is not in schema.json; write the folder again")
+def _types(schema: TabularSchema) -> dict[str, tuple[pa.DataType, ...]]:
+    types: dict[str, tuple[pa.DataType, ...]] = {name: (pa.int8(), pa.float32()) for name in schema.labels}
+    types |= {name: (pa.float32(),) for name in schema.dense}
+    return types | {c.name: (pa.int32() if c.hots == 1 else pa.list_(pa.int32()),) for c in schema.sparse}

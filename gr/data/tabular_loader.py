@@ -5,12 +5,10 @@ Row groups are decoded ahead by a pool of threads; one more thread collates batc
 B rows of a batch on this rank, H ids of a row.
 """
 
-import queue
-import threading
-import time
 import zlib
-from collections import OrderedDict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import accumulate
 from typing import Any, Self
 
@@ -20,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import TabularBatch
 from gr.data.order import TrainingOrder
+from gr.data.prefetch import Ahead, RowGroupCache
 from gr.data.tabular import TabularDataset, TabularRows
 from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger, log_once
@@ -77,8 +76,7 @@ class TabularLoader:
                 "or drop_last=False"
             )
         self._seek(start_step)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._ahead: Ahead[TabularBatch] | None = None
         self._closed = False
         self.wait_seconds = 0.0
 
@@ -91,23 +89,18 @@ class TabularLoader:
 
     def __next__(self) -> TabularBatch:
         """The next batch. Time spent here waiting for it is added to wait_seconds."""
-        if self._error is not None:
-            raise self._error
-        if self._closed or self._step == self._batches:
+        failed = self._ahead is not None and self._ahead.error is not None
+        if not failed and (self._closed or self._step == self._batches):
             self._tell()
-            self._stop_thread()
+            self._stop()
             raise StopIteration
-        started = time.perf_counter()
-        if self._thread is None:
-            self._start()
-        got = self._queue.get()
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(got, BaseException):
-            self._error = got
-            self._stop_thread()
-            raise got
+        if self._ahead is None:
+            self._ahead = Ahead(self._batches_from(self._step), _PREFETCH)
+        waited = self._ahead.wait_seconds
+        batch = self._ahead.take()
+        self.wait_seconds += self._ahead.wait_seconds - waited
         self._step += 1
-        return got
+        return batch
 
     def counters(self) -> dict[str, int]:
         """Rows of the pass that no rank gives: those after the last whole batch."""
@@ -130,14 +123,14 @@ class TabularLoader:
                     f"the checkpoint's pass over the data has {name}={state.get(name)}, this run has {name}={mine}; "
                     "resume with the same data folder, rows, batch size and seed, or start a new run"
                 )
-        self._stop_thread()
-        self._error = None
+        self._stop()
+        self._ahead = None
         self._seek(int(state["step"]))
 
     def close(self) -> None:
         """Stop the threads. Safe to call twice; next() then raises StopIteration."""
         self._closed = True
-        self._stop_thread()
+        self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -168,40 +161,24 @@ class TabularLoader:
                 f"{self._dataset.path}: the last {self._dropped} rows do not fill a batch of {self._size}: left out",
             )
 
-    def _start(self) -> None:
-        self._stop = threading.Event()
-        self._queue: queue.Queue[TabularBatch | BaseException] = queue.Queue(_PREFETCH)
-        self._thread = threading.Thread(
-            target=self._produce, args=(self._step, self._stop, self._queue), name="gr-collate", daemon=True
-        )
-        self._thread.start()
+    def _stop(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
 
-    def _stop_thread(self) -> None:
-        if self._thread is None:
-            return
-        self._stop.set()
-        self._thread.join()
-        self._thread = None
-
-    def _produce(self, step: int, stop: threading.Event, out: queue.Queue) -> None:
-        pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="gr-read")
-        groups: OrderedDict[int, Future[TabularRows]] = OrderedDict()
+    def _batches_from(self, step: int) -> Iterator[TabularBatch]:
+        cache = RowGroupCache(self._dataset.read_row_group, threads=_READ_THREADS, capacity=2)
         try:
             planned: deque[tuple[int, list[Future[TabularRows]], np.ndarray, np.ndarray]] = deque()
             for number in range(step, self._batches):
                 while len(planned) <= _READ_THREADS and number + len(planned) < self._batches:
-                    planned.append(self._plan(number + len(planned), groups, pool))
+                    planned.append(self._plan(number + len(planned), cache))
                 first, futures, group_B, row_B = planned.popleft()
-                _put(out, self._collate(first, [future.result() for future in futures], group_B, row_B), stop)
-                if stop.is_set():
-                    return
-        except BaseException as error:
-            _put(out, error, stop)
+                yield self._collate(first, [future.result() for future in futures], group_B, row_B)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            cache.close()
 
     def _plan(
-        self, step: int, groups: "OrderedDict[int, Future[TabularRows]]", pool: ThreadPoolExecutor
+        self, step: int, cache: RowGroupCache[TabularRows]
     ) -> "tuple[int, list[Future[TabularRows]], np.ndarray, np.ndarray]":
         """First row of the global batch; its row groups, being decoded; which of them and which row there, [B]."""
         first = step * self._size
@@ -212,13 +189,8 @@ class TabularLoader:
         futures = []
         for span in used.tolist():
             group, begin, _ = self._spans[span]
-            if group not in groups:
-                groups[group] = pool.submit(self._dataset.read_row_group, group)
-            groups.move_to_end(group)
-            futures.append(groups[group])
+            futures.append(cache.request(group))
             row_B = row_B + np.where(span_B == span, begin, 0)
-        while len(groups) > 2:  # older ones are kept by the batches that still need them
-            groups.popitem(last=False)
         return first, futures, index_B, row_B
 
     def _collate(self, first: int, groups: list[TabularRows], group_B: np.ndarray, row_B: np.ndarray) -> TabularBatch:
@@ -264,11 +236,3 @@ def _spans(row_counts: list[int], first: int, stop: int) -> list[tuple[int, int,
         for group, (start, count) in enumerate(zip(starts, row_counts, strict=False))
         if start < stop and start + count > first
     ]
-
-
-def _put(out: queue.Queue, item: object, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            return out.put(item, timeout=0.1)
-        except queue.Full:
-            continue
