@@ -222,6 +222,7 @@ def _add_dense(
     """Adds the dense part's phases and traffic; returns the seconds of its all-reduce that the backward pass hides."""
     topology, inventory = plan.topology, plan.inventory
     speed = topology.flops_bf16 if inventory.precision == "bf16" else topology.flops_fp32
+    speed *= inventory.dense_efficiency
     backward = work.backward_flops / speed
     reduced, intra, inter = Links(topology).all_reduce(np.array(float(work.parameters * PARAMETER_BYTES)))
     seconds["dense_forward"] += work.forward_flops / speed

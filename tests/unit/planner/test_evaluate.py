@@ -36,7 +36,8 @@ SMALL_LOOKUP = (20 * 8 + SMALL_DISTINCT * 32 + (20 - SMALL_DISTINCT) * 32 / 2 + 
 # A sort of 96 bytes an id and a gradient of 4 a column; rows and their states (row-wise Adagrad: 4 bytes) in and out.
 LARGE_UPDATE = (40 * (96 + 64) + 2 * LARGE_DISTINCT * (64 + 4)) / 1e10
 SMALL_UPDATE = (20 * (96 + 32) + 2 * SMALL_DISTINCT * 32) / 1e10
-FORWARD, BACKWARD = 10 * 1e4 / 1e11, 2 * 10 * 1e4 / 1e11
+# At dense_efficiency 0.5.
+FORWARD, BACKWARD = 10 * 1e4 / 5e10, 2 * 10 * 1e4 / 5e10
 REDUCED = 2 * (1000 * 4 / 2) / 1e9  # gradients in fp32, a reduce-scatter and an all-gather
 
 
