@@ -64,8 +64,12 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Solution:
-    """option_T: the option of each table. ranks_T: the ranks of its shards. bound_seconds: no solution costs less."""
+    """option_T: the option of each table. ranks_T: the ranks of its shards.
+
+    cost: of the costliest rank, in seconds. bound_seconds: no solution costs less.
+    """
 
     option_T: np.ndarray
     ranks_T: list[np.ndarray]
+    cost: float
     bound_seconds: float

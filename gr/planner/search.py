@@ -5,7 +5,7 @@ from gr.errors import PlanError
 from gr.planner.memory import fixed_memory
 from gr.planner.options import Capacity
 from gr.planner.plan import Placement, Plan
-from gr.planner.solve import DoesNotFit, solve
+from gr.planner.solve import DoesNotFit, solve_balanced
 from gr.planner.space import KERNELS, search_space
 from gr.planner.topology import Topology
 
@@ -17,7 +17,7 @@ def search(inventory: InventoryConfig, topology: Topology) -> Plan:
     """
     _check_ranks(inventory, topology)
     options = search_space(inventory, topology)
-    solution = solve(options, table_capacity(inventory, topology))
+    solution = solve_balanced(options, table_capacity(inventory, topology))
     placements = tuple(
         Placement(
             table=table.name,

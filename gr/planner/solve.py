@@ -4,6 +4,8 @@ The bound (bound.py) says which sharding types can hold the best solution and ho
 under a target cost either succeeds or not, so the least target is found by halving the distance to the bound.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from gr.errors import PlanError
@@ -14,14 +16,38 @@ from gr.planner.pack import Choices, Packing, Targets
 CLOSE = 1.001  # to the bound: nothing better is looked for
 FIRST_TARGETS = (1.005, 1.04, 1.1, 1.3, 1.8, 3.0, 6.0, 20.0)
 HALVINGS = 3
-ROUNDS = 200  # of ruin and recreate, for a target
+ROUNDS = 150  # of ruin and recreate, for a target
 SMALL = 20_000  # options times ranks, up to which the integer program is tried
-BALANCE = 1.5  # largest to mean memory of the tables that is aimed at, where cost allows
-SLACK = 1 + 1e-9  # of the cost: none is given up for balance
+EVEN = 1.5  # largest to mean memory of the tables that is aimed at, at no cost
+SLACK = 1 + 1e-9  # of the cost, for rounding
+BALANCE, GIVEN_UP = 3.0, 0.02  # largest to mean memory that is held to, where it costs no more than this share
 
 
 class DoesNotFit(PlanError):
     """The tables do not fit the memory, or no way to place them was found."""
+
+
+def solve_balanced(options: Options, capacity: Capacity) -> Solution:
+    """As solve, with no rank above BALANCE of the mean memory where that costs at most GIVEN_UP."""
+    relaxation = Relaxation(options, capacity)
+    if not relaxation.groups:
+        raise DoesNotFit(_too_large(options, capacity))
+    best = relaxation.groups[0]
+    relaxed = relaxation.solve(best.usable_O)
+    assert relaxed is not None, "the group has a bound"
+    mean = options.total_hbm_O[relaxed.option_T].sum() / capacity.ranks
+    balanced: Solution | None = None
+    if BALANCE * mean < capacity.hbm_bytes:
+        try:
+            balanced = solve(options, replace(capacity, hbm_bytes=BALANCE * mean))
+        except DoesNotFit:
+            balanced = None  # a table whose least shard is above it
+        if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * best.bound:
+            return replace(balanced, bound_seconds=best.bound)
+    free = solve(options, capacity)
+    if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * free.cost:
+        return replace(balanced, bound_seconds=free.bound_seconds)
+    return free
 
 
 def solve(options: Options, capacity: Capacity) -> Solution:
@@ -49,7 +75,7 @@ def solve(options: Options, capacity: Capacity) -> Solution:
             best = (packing.cost + group.latency, packing)
     if best is None:
         raise DoesNotFit("no way was found to place the tables within the memory")
-    return Solution(best[1].option_T, best[1].ranks_T, bound)
+    return Solution(best[1].option_T, best[1].ranks_T, best[0], bound)
 
 
 def _too_large(options: Options, capacity: Capacity) -> str:
@@ -77,7 +103,7 @@ def _refined(relaxation: Relaxation, group: Group, choices: Choices, best: Packi
         found.improve(target, ROUNDS)
         best = found if found.cost < best.cost else best
         low = low if found.cost <= target.seconds else target.seconds
-    balanced = Targets(best.cost * SLACK, min(BALANCE * best.hbm_R.mean(), capacity.hbm_bytes))
+    balanced = Targets(best.cost * SLACK, min(EVEN * best.hbm_R.mean(), capacity.hbm_bytes))
     best.improve(balanced, ROUNDS // 2)
     return best
 
