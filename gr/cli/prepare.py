@@ -135,10 +135,37 @@ def criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart: 
         click.echo(f"bad rows left out: {_listed(schema.bad_rows)}")
 
 
+@click.command("clicks")
+@_shared
+@click.option("--rows", type=int, default=20_000, show_default=True, help="Rows of train/.")
+@click.option("--test-rows", type=int, default=5_000, show_default=True, help="Rows of test/.")
+@click.option("--columns", type=int, default=8, show_default=True, help="Columns of ids.")
+@click.option("--cardinality", type=int, default=100, show_default=True, help="Rows of each table; no row has id 0.")
+@click.option("--dense", type=int, default=4, show_default=True, help="Dense columns.")
+@click.option("--skew", type=float, default=1.05, show_default=True, help="Exponent of Zipf's law; 0: all ids alike.")
+@click.option("--hots", type=int, default=1, show_default=True, help="Ids of a row in each column.")
+@click.option("--seed", type=int, default=1, show_default=True)
+def clicks(out: Path, force: bool, **options: Any) -> None:
+    """Labels of a planted factorization machine over Zipf ids, with its oracle.
+
+    Writes train/, test/ and oracle.json: AUC, NE and log loss of the true probabilities on the labels of test/.
+    """
+    from gr.data.prepare.write import atomic_folder
+    from gr.data.synthetic_clicks import ClickOptions, write_clicks
+
+    wanted = ClickOptions(**options)
+    with atomic_folder(out, force) as folder:
+        oracle = write_clicks(wanted, folder)
+    click.echo(f"{out}: {wanted.rows} rows in train, {wanted.test_rows} in test, oracle.json")
+    for name, best in (("oracle", oracle), ("without interactions", oracle["without_interactions"])):
+        click.echo(f"{name}: auc {best['auc']:.4f}  ne {best['ne']:.4f}  log_loss {best['log_loss']:.4f}")
+
+
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
+command.add_command(clicks)
 command.add_command(criteo)
 for _name, _files in _NAMES.items():
     command.add_command(_raw_command(_name, _files))

@@ -12,7 +12,9 @@ RANKING_METRICS = ("auc", "ne", "log_loss")
 
 
 class TabularDataConfig(Section):
-    path: str = Field(description="Folder with schema.json and part-*.parquet, as written by `gr prepare criteo`.")
+    path: str = Field(
+        description="Folder with schema.json and part-*.parquet, as written by `gr prepare criteo` or `clicks`."
+    )
     shuffle: bool = Field(
         False, description="False: one pass in file order. True: row groups and their rows at random."
     )

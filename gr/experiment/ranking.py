@@ -200,7 +200,7 @@ def _check_data(train_data: TabularDataset, evaluation_data: TabularDataset | No
         if getattr(a, name) != getattr(b, name):
             raise DataError(
                 f"{train_data.path} and {evaluation_data.path} differ in {name} (schema.json): prepare both with the "
-                "same columns, transform and vocabulary (`gr prepare criteo --vocabulary`)"
+                "same columns, transform and vocabulary (as `gr prepare criteo --vocabulary` does)"
             )
 
 

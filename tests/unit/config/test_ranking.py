@@ -61,7 +61,8 @@ def test_what_is_written_reads_back(path: str, tmp_path: Path) -> None:
     assert config.task.loss == WeightedBCELoss(positive_weight=3.0)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
-    assert load_config(path, ["task.loss.kind=mse"]).task.loss == MSELoss()
+    squared = load_config(path, ["task.loss.kind=mse"])
+    assert isinstance(squared, RankingConfig) and squared.task.loss == MSELoss()
 
 
 @pytest.mark.parametrize(

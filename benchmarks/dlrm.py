@@ -1,0 +1,232 @@
+"""One training step of DLRM through TorchRec and fbgemm against the same model written plainly in PyTorch.
+
+    python -m benchmarks.dlrm [--rows 100000] [--batch 2048]
+
+26 tables of 100,000 rows x 64, one id each, 13 dense features, bottom MLP 512-256-64, dot products, top MLP 512-256-1.
+The plain model is torch.nn.EmbeddingBag(sparse=True) and nn.Linear. gr's tables have SGD, or row-wise Adagrad, which
+PyTorch has not; its dense parameters have AdamW, so the plain model is also timed with that. That the two train
+alike is checked first: the same weights, optimizers and batches. World size 1, fp32, one thread, CPU time, in turns.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+from benchmarks.compare import compare, print_machine, report
+from gr.batch import TabularBatch
+from gr.config.ranking import RankingConfig
+from gr.dist import World, world
+from gr.experiment.ranking import meta_model
+from gr.experiment.run import sharded_model
+from gr.planner.inventory import ranking_inventory
+from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
+from gr.train.module import TrainModule
+from gr.train.objectives import RankingObjective
+
+TABLES, DENSE, DIM = 26, 13, 64
+BOTTOM, TOP = (512, 256, DIM), (512, 256, 1)
+BATCHES = 8
+LR = 0.1
+PLAIN = "EmbeddingBag(sparse) + SGD"
+
+
+class Plain(nn.Module):
+    """DLRM as one would write it. Dense parameters have gr's names."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.EmbeddingBag(rows, DIM, mode="sum", sparse=True) for _ in range(TABLES))
+        self.bottom = _layers(DENSE, BOTTOM)
+        self.top = _layers(DIM + TABLES * (TABLES + 1) // 2, TOP)[:-1]
+        self.pairs = torch.triu_indices(TABLES + 1, TABLES + 1, offset=1)
+
+    def forward(self, dense_BN: Tensor, ids: list[Tensor], offsets_B: Tensor) -> Tensor:
+        x_BD = self.bottom(dense_BN)
+        pooled = [bag(values, offsets_B) for bag, values in zip(self.tables, ids, strict=True)]
+        vectors_BTD = torch.stack([x_BD, *pooled], dim=1)
+        products_BTT = torch.bmm(vectors_BTD, vectors_BTD.transpose(1, 2))
+        row, column = self.pairs
+        return self.top(torch.cat([x_BD, products_BTT[:, row, column]], dim=1)).squeeze(1)
+
+
+def _layers(width: int, widths: tuple[int, ...]) -> nn.Sequential:
+    steps: list[nn.Module] = []
+    for out in widths:
+        steps += [nn.Linear(width, out), nn.ReLU()]
+        width = out
+    return nn.Sequential(*steps)
+
+
+class Step:
+    """A training step of one variant; keeps the CPU seconds of its stages."""
+
+    def __init__(self, forward: Callable[[TabularBatch], Tensor], update: Callable[[], None]) -> None:
+        self.forward, self.update = forward, update
+        self.stages: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
+
+    def run(self, batch: TabularBatch) -> float:
+        marks = [time.process_time()]
+        loss = self.forward(batch)
+        marks.append(time.process_time())
+        loss.backward()
+        marks.append(time.process_time())
+        self.update()
+        marks.append(time.process_time())
+        for name, (start, end) in zip(self.stages, itertools.pairwise(marks), strict=True):
+            self.stages[name].append(end - start)
+        return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Ours:
+    module: TrainModule
+    step: Step
+
+
+def ours(kind: str, rows: int, batch: int, here: World) -> Ours:
+    """gr's model, planned and sharded as `gr train` does. kind: the tables' optimizer."""
+    config = RankingConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "device": "cpu",
+            "data": {"path": "unused"},
+            "model": {"dim": DIM, "bottom": BOTTOM, "top": TOP},
+            "task": {"kind": "ranking"},
+            "embeddings": {"init": "uniform_rows", "optimizer": {"kind": kind, "lr": LR}},
+            "trainer": {"steps": 1, "global_batch_size": batch},
+        }
+    )
+    schema = TabularSchema(
+        format_version=1,
+        kind="tabular",
+        name="generated",
+        labels=["label"],
+        dense=[f"i{n}" for n in range(DENSE)],
+        transform=DenseTransform(name="log1p_clip", version=1),
+        sparse=[SparseColumn(name=f"c{n}", cardinality=rows) for n in range(TABLES)],
+        rows=batch,
+        threshold=1,
+        files=[SourceRows(name="generated", rows=batch, minimum=0)],
+        source="benchmarks",
+    )
+    sharded, plan = sharded_model(meta_model(config, schema), ranking_inventory(config, schema), config, here, None)
+    assert plan is not None, "gr's planner is the default"
+    kinds = sorted({f"{placement.sharding_type} ({placement.kernel})" for placement in plan.placements})
+    print(f"gr's plan for {kind}: {', '.join(kinds)}")
+    module = TrainModule(sharded, RankingObjective(config.task.loss), config, here)
+
+    def update() -> None:
+        module.dense_optimizer.step()
+        module.dense_optimizer.zero_grad()
+        module.table_optimizer.step()
+
+    return Ours(module, Step(lambda batch: module.forward(batch, 0).loss, update))
+
+
+def plain(model: Plain, dense: type[torch.optim.Optimizer]) -> Step:
+    """dense: SGD, or AdamW with gr's settings."""
+    others = [p for name, p in model.named_parameters() if not name.startswith("tables")]
+    if dense is torch.optim.SGD:
+        over: torch.optim.Optimizer = torch.optim.SGD(others, lr=LR)
+    else:
+        over = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizers = [torch.optim.SGD(model.tables.parameters(), lr=LR), over]
+    inputs: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    def forward(batch: TabularBatch) -> Tensor:
+        size = len(batch.labels_B)
+        if id(batch) not in inputs:
+            inputs[id(batch)] = (list(batch.sparse.values().split(size)), torch.arange(size))
+        return F.binary_cross_entropy_with_logits(model(batch.dense_BN, *inputs[id(batch)]), batch.labels_B)
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return Step(forward, update)
+
+
+def copied(source: Ours, rows: int) -> Plain:
+    """The plain model with gr's present weights."""
+    model = Plain(rows)
+    with torch.no_grad():
+        for shard in source.module.table_optimizer.shards:
+            height, width = shard.weight.shape
+            weight = model.get_parameter(f"tables.{shard.table.removeprefix('c')}.weight")
+            row, column = shard.row_offset, shard.column_offset
+            weight[row : row + height, column : column + width] = shard.weight
+        for name, parameter in source.module.dense.items():
+            model.get_parameter(name).copy_(parameter)
+    return model
+
+
+def random_batch(size: int, rows: int, number: int) -> TabularBatch:
+    """Ids drawn evenly from all rows."""
+    random = torch.Generator().manual_seed(number)
+    return TabularBatch(
+        dense_BN=torch.randn(size, DENSE, generator=random),
+        sparse=KeyedJaggedTensor(
+            keys=[f"c{n}" for n in range(TABLES)],
+            values=torch.randint(0, rows, (TABLES * size,), generator=random),
+            lengths=torch.ones(TABLES * size, dtype=torch.int64),
+            stride=size,
+        ),
+        labels_B=torch.randint(0, 2, (size,), generator=random).float(),
+        first_example=0,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dlrm")
+    parser.add_argument("--rows", type=int, default=100_000, help="Of each table.")
+    parser.add_argument("--batch", type=int, default=2048)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print_machine()
+    print(", ".join(f"{name} {version(name)}" for name in ("torchrec", "fbgemm-gpu-cpu")))
+    batches = [random_batch(arguments.batch, arguments.rows, number) for number in range(BATCHES)]
+    with world("cpu") as here:
+        sgd, adagrad = (ours(kind, arguments.rows, arguments.batch, here) for kind in ("sgd", "rowwise_adagrad"))
+        model = copied(sgd, arguments.rows)
+        adamw = plain(model, torch.optim.AdamW)
+        _print_difference(sgd.step, adamw, batches)
+        steps = {
+            PLAIN: plain(model, torch.optim.SGD),
+            "EmbeddingBag(sparse) + SGD, AdamW": adamw,
+            "gr, SGD, AdamW": sgd.step,
+            "gr, row-wise Adagrad, AdamW": adagrad.step,
+        }
+        numbers = {name: itertools.cycle(batches) for name in steps}
+        variants = {name: partial(_next, step, numbers[name]) for name, step in steps.items()}
+        timings = compare(variants, rounds=9, round_seconds=0.5)
+    title = f"training step, {TABLES} tables of {arguments.rows} x {DIM}, batch {arguments.batch}"
+    report(title, timings, baseline=PLAIN)
+    print("\nits stages, ms (gr's and fbgemm's fused table update is part of backward)")
+    for name, step in steps.items():
+        shown = "  ".join(f"{stage} {median(seconds) * 1e3:7.1f}" for stage, seconds in step.stages.items())
+        print(f"  {name:34s} {shown}  {arguments.batch / timings[name].median:9.0f} examples per CPU second")
+
+
+def _next(step: Step, batches: Iterator[TabularBatch]) -> None:
+    step.run(next(batches))
+
+
+def _print_difference(a: Step, b: Step, batches: list[TabularBatch]) -> None:
+    """The two train as one: the same weights, optimizers and batches, which come twice so that updates are read."""
+    apart = [abs(a.run(batch) - b.run(batch)) for batch in 2 * batches]
+    print(f"losses of {len(apart)} steps of gr and of the plain model differ by {max(apart):.1e} at most")
+
+
+if __name__ == "__main__":
+    main()
