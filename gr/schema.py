@@ -14,8 +14,8 @@ A tabular folder is
     schema.json          this file's `TabularSchema`
     part-00000.parquet   one row an example, in row groups: the label int8|float32, dense columns float32, sparse
                          columns int32 (list<int32> of exactly `hots` ids where hots > 1); id 0: missing, rare or unseen
-    vocabulary/          of raw data: one Parquet file a sparse column, c1.parquet: value (uint32: hexadecimal digits, int64: whole
-                         numbers) ascending, id int32 from 1, count (occurrences in the source)
+    vocabulary/          of raw data: one Parquet file a sparse column, c1.parquet: value (uint32: hexadecimal digits,
+                         int64: whole numbers) ascending, id int32 from 1, count (occurrences in the source)
 """
 
 import json

@@ -6,6 +6,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from gr.config import Experiment
 from gr.config.inventory import InventoryConfig
@@ -46,6 +47,10 @@ def command(
         return 0
     if config is None:
         raise ConfigError("CONFIG is missing: name an experiment, an inventory or a list of tables, or use --diff")
+    if smallest and (json_path or html_path):
+        raise ConfigError("--smallest writes no file: leave out --json and --html, then plan for the ranks it finds")
+    if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():
+        raise ConfigError(f"--json and --html are both {json_path}: name two files")
     inventory, machine = _problem(config, overrides, topology)
     if smallest:
         return _smallest(inventory, machine)
@@ -118,11 +123,11 @@ def _smallest(inventory: InventoryConfig, topology: Topology) -> int:
 
     with _working("trying numbers of ranks"):
         ranks, trials = smallest(inventory, topology)
-    table = Table(title=f"{inventory.name} on {topology.name}")
+    table = Table(title=Text(f"{inventory.name} on {topology.name}"))
     for column in ("ranks", "fits", "why"):
         table.add_column(column, justify="right" if column == "ranks" else "left")
     for trial in trials:
-        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", trial.limit)
+        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", Text(trial.limit))
     Console().print(table)
     if ranks is None:
         click.echo(f"error: nothing up to {MOST_RANKS} ranks fits", err=True)
@@ -136,21 +141,33 @@ def _diff(before: Path, after: Path) -> None:
     from gr.planner.planfile import load_plan
 
     found = compare(load_plan(before), load_plan(after))
-    table = Table(title=f"from {before} to {after}")
+    for what, old, new in found.others:
+        click.echo(f"the plans are for another {what}: {old} before, {new} after")
+    table = Table(title=Text(f"from {before} to {after}"))  # Text: a path or a name is no markup
     for column in ("table", "before", "after", "moved GB"):
         table.add_column(column, justify="right" if column == "moved GB" else "left")
     changes = sorted(found.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
-        table.add_row(change.table, *row, f"{change.moved_bytes / 1e9:.3f}")
+        table.add_row(Text(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
     if changes:
         Console().print(table)
     if len(changes) > MOVES_SHOWN:
         click.echo(f"and {len(changes) - MOVES_SHOWN} tables more")
     step, hbm = found.step_seconds, found.hbm_bytes
-    click.echo(f"{len(changes)} tables change place; {found.moved_bytes / 1e9:.3f} GB move to another rank")
+    counted = _counted(found.new, found.gone, found.moved)
+    click.echo(f"{counted}; {found.moved_bytes / 1e9:.3f} GB move to another rank")
     click.echo(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
     click.echo(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
+
+
+def _counted(new: int, gone: int, moved: int) -> str:
+    """'2 tables are new, 1 is gone, 3 change place'; none new or gone is left unsaid."""
+    said = [(new, "is new", "are new"), (gone, "is gone", "are gone"), (moved, "changes place", "change place")]
+    said = [words for words in said if words[0]] or said[2:]
+    parts = [f"{count} {one if count == 1 else many}" for count, one, many in said]
+    parts[0] = parts[0].replace(" ", " table " if said[0][0] == 1 else " tables ", 1)
+    return ", ".join(parts)
 
 
 def _placed(placement) -> str:

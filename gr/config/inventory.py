@@ -7,9 +7,9 @@ experiment.
 from collections import Counter
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from gr.config.section import PositiveFloat, Section
+from gr.config.section import Section
 
 AnyShardingType = Literal[
     "data_parallel",
@@ -27,24 +27,40 @@ Kernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
 OptimizerKind = Literal["adam", "partial_rowwise_adam", "rowwise_adagrad", "adagrad", "sgd"]
 ROW_MULTIPLE = 4  # fbgemm asserts that a row is a multiple of 4 elements wide
 UNIFORM_MISSES = 0.8  # of a cache of the hottest fifth: no other ids miss it more often
+# Limits far above any model, below which sums and products of a plan are exact or at least finite.
+LARGEST = 2**53
+WIDEST = 2**20  # columns of a table
+LARGEST_WORLD = 2**20
+MOST_IDS = 1e9  # an example reads
+LARGEST_TOTAL = 1e30  # FLOPs, bytes or scores of an example
+STEEPEST = 64.0  # Zipf exponent: all draws but 1e-19 read the first row
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]
+Length = Annotated[float, Field(gt=0.0, le=LARGEST)]
+Total = Annotated[float, Field(ge=0.0, le=LARGEST_TOTAL)]
+Rank = Annotated[int, Field(ge=0, lt=LARGEST_WORLD)]
 
 
 class TableConfig(Section):
     """One embedding table and how it is read."""
 
     name: Annotated[str, Field(min_length=1)]
-    rows: PositiveInt = Field(description="E: rows.")
-    dim: Annotated[int, Field(gt=0, multiple_of=ROW_MULTIPLE)] = Field(description="Columns stored.")
+    rows: Count = Field(description="E: rows.")
+    dim: Annotated[int, Field(gt=0, le=WIDEST, multiple_of=ROW_MULTIPLE)] = Field(description="Columns stored.")
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     kind: Literal["pooled", "sequence"] = Field("pooled", description="EmbeddingBagCollection or EmbeddingCollection.")
     pooling: Literal["sum", "mean"] = Field("sum", description="Of pooled tables.")
-    features: PositiveInt = Field(1, description="Features that read the table.")
-    ids_per_example: PositiveFloat = Field(1.0, description="Mean ids an example reads, over all its features.")
-    ids_per_step: NonNegativeFloat = Field(
+    features: Count = Field(1, description="Features that read the table.")
+    ids_per_example: Annotated[float, Field(gt=0.0, le=MOST_IDS)] = Field(
+        1.0, description="Mean ids an example reads, over all its features."
+    )
+    ids_per_step: Annotated[float, Field(ge=0.0, le=LARGEST)] = Field(
         0.0, description="Ids a rank reads a step whatever its batch, such as shared negatives; beside the examples'."
     )
-    skew: NonNegativeFloat = Field(0.0, description="Zipf exponent of the ids; 0 is uniform.")
+    skew: Annotated[float, Field(ge=0.0, le=STEEPEST)] = Field(
+        0.0, description="Zipf exponent of the ids; 0 is uniform."
+    )
     cacheability: Annotated[float, Field(ge=0.0, le=UNIFORM_MISSES)] | None = Field(
         None,
         description="Share of lookups missed by a cache of the hottest fifth of the rows: 0 caches well, 0.8 is "
@@ -56,9 +72,9 @@ class TableConfig(Section):
         ("fused",), description="Allowed: fused keeps rows in HBM, fused_uvm on the host, fused_uvm_caching both."
     )
     cache_load_factor: Fraction = Field(0.2, description="Share of the rows in HBM under fused_uvm_caching.")
-    ranks: tuple[NonNegativeInt, ...] | None = Field(None, description="Ranks that may hold it; unset: any.")
-    min_shards: PositiveInt = 1
-    max_shards: PositiveInt | None = None
+    ranks: tuple[Rank, ...] | None = Field(None, description="Ranks that may hold it; unset: any.")
+    min_shards: Count = 1
+    max_shards: Count | None = None
 
     @model_validator(mode="after")
     def _sequence_types_exist(self):
@@ -81,16 +97,16 @@ class HSTUDense(Section):
     """A stack of HSTU layers over the sequence (arXiv 2402.17152): W_uvqk, W_o and its bias in each."""
 
     kind: Literal["hstu"] = "hstu"
-    layers: PositiveInt
-    dim: PositiveInt = Field(description="D: model width.")
-    heads: PositiveInt
-    qk_dim: PositiveInt = Field(description="Query and key width per head.")
-    v_dim: PositiveInt = Field(description="Value and gate width per head.")
-    mean_length: PositiveFloat = Field(description="Tokens of a mean example.")
-    max_length: PositiveInt = Field(description="N: tokens of the longest example.")
+    layers: Count
+    dim: Count = Field(description="D: model width.")
+    heads: Count
+    qk_dim: Count = Field(description="Query and key width per head.")
+    v_dim: Count = Field(description="Value and gate width per head.")
+    mean_length: Length = Field(description="Tokens of a mean example.")
+    max_length: Count = Field(description="N: tokens of the longest example.")
     concat_ua: bool = Field(False, description="W_o reads [u, a, u*a], three times as wide, instead of u*a.")
     recompute: bool = Field(True, description="Recompute norms and gates in backward, as the paper does: 14 d bytes.")
-    other_parameters: NonNegativeInt = Field(0, description="Beside W_uvqk, W_o and its bias: positions, other biases.")
+    other_parameters: CountOrNone = Field(0, description="Beside W_uvqk, W_o and its bias: positions, other biases.")
 
     @model_validator(mode="after")
     def _mean_is_below_max(self):
@@ -102,15 +118,15 @@ class TransformerDense(Section):
     """A stack of pre-norm Transformer layers without biases, and a norm at the end (arXiv 2307.09288)."""
 
     kind: Literal["transformer"] = "transformer"
-    layers: PositiveInt
-    dim: PositiveInt = Field(description="D: model width.")
-    heads: PositiveInt
-    kv_heads: PositiveInt | None = Field(None, description="Heads of keys and values; unset: heads.")
-    ffn_dim: PositiveInt = Field(description="Width of the feed-forward's hidden state.")
+    layers: Count
+    dim: Count = Field(description="D: model width.")
+    heads: Count
+    kv_heads: Count | None = Field(None, description="Heads of keys and values; unset: heads.")
+    ffn_dim: Count = Field(description="Width of the feed-forward's hidden state.")
     gated: bool = Field(True, description="W2 (silu(W1 x) * W3 x); false: W2 f(W1 x).")
-    mean_length: PositiveFloat = Field(description="Tokens of a mean example.")
-    max_length: PositiveInt = Field(description="N: tokens of the longest example.")
-    other_parameters: NonNegativeInt = Field(0, description="Beside the matrices and norm weights: positions, biases.")
+    mean_length: Length = Field(description="Tokens of a mean example.")
+    max_length: Count = Field(description="N: tokens of the longest example.")
+    other_parameters: CountOrNone = Field(0, description="Beside the matrices and norm weights: positions, biases.")
 
     @model_validator(mode="after")
     def _heads_divide_and_mean_is_below_max(self):
@@ -126,16 +142,16 @@ class DLRMDense(Section):
     """Bottom MLP, interaction, top MLP (arXiv 1906.00091; dcn: low-rank cross net as in MLPerf DLRM-v2)."""
 
     kind: Literal["dlrm"] = "dlrm"
-    dense_features: PositiveInt = 13
-    dim: PositiveInt = Field(description="D: width of every pooled embedding.")
-    bottom: tuple[PositiveInt, ...] = Field(description="Layer widths after the dense features; the last is dim.")
-    top: tuple[PositiveInt, ...] = Field(description="Layer widths after the interaction; the last is 1.")
+    dense_features: Count = 13
+    dim: Count = Field(description="D: width of every pooled embedding.")
+    bottom: tuple[Count, ...] = Field(description="Layer widths after the dense features; the last is dim.")
+    top: tuple[Count, ...] = Field(description="Layer widths after the interaction; the last is 1.")
     interaction: Literal["dot", "cat", "dcn", "projection"] = "dot"
     self_interaction: bool = Field(False, description="dot: also each vector with itself.")
-    dcn_layers: PositiveInt = 3
-    dcn_rank: PositiveInt = 512
-    branch1: tuple[PositiveInt, ...] = Field((), description="projection: layer widths, the last a multiple of dim.")
-    branch2: tuple[PositiveInt, ...] = Field((), description="projection: as branch1.")
+    dcn_layers: Count = 3
+    dcn_rank: Count = 512
+    branch1: tuple[Count, ...] = Field((), description="projection: layer widths, the last a multiple of dim.")
+    branch2: tuple[Count, ...] = Field((), description="projection: as branch1.")
 
     @model_validator(mode="after")
     def _bottom_ends_at_dim(self):
@@ -150,16 +166,16 @@ class GivenDense(Section):
     """A dense part described by its totals, for models of another house."""
 
     kind: Literal["given"] = "given"
-    parameters: NonNegativeInt = 0
-    forward_flops_per_example: NonNegativeFloat = 0.0
-    activation_bytes_per_example: NonNegativeFloat = 0.0
+    parameters: CountOrNone = 0
+    forward_flops_per_example: Total = 0.0
+    activation_bytes_per_example: Total = 0.0
 
 
 class LossInventory(Section):
     """Scores of the loss: of the target and its negatives at every token, or one a task."""
 
-    scores_per_example: NonNegativeFloat = Field(0.0, description="Logits computed for an example.")
-    tokens_at_once: PositiveInt | None = Field(
+    scores_per_example: Total = Field(0.0, description="Logits computed for an example.")
+    tokens_at_once: Count | None = Field(
         None, description="Tokens whose scores are in memory together, in one buffer (chunked losses); unset: all."
     )
 
@@ -168,8 +184,8 @@ class InventoryConfig(Section):
     """Everything the planner counts, for one training job."""
 
     name: str = "model"
-    rank_batch_size: PositiveInt | None = Field(None, description="B: examples a step on each rank.")
-    global_batch_size: PositiveInt | None = Field(None, description="Examples a step over all ranks.")
+    rank_batch_size: Count | None = Field(None, description="B: examples a step on each rank.")
+    global_batch_size: Count | None = Field(None, description="Examples a step over all ranks.")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="Of the dense part's activations.")
     comm_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Of embeddings in all-to-all.")
     index_dedup: bool = Field(

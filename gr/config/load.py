@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from gr.config.faults import default_kinds, describe_faults
 from gr.config.ranking import RankingConfig
 from gr.config.section import Section
-from gr.config.source import SCALARS, Location, Node, Reader
+from gr.config.source import SCALARS, Location, Node, Reader, describe
 from gr.config.tree import ExperimentConfig, RunConfig
 from gr.errors import ConfigError
 
@@ -38,8 +38,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     said = tree.find(("task", "kind"))
     if said is None or said.value == "retrieval":
         return _validated(ExperimentConfig, path, kinds, reader, tree)
-    if said.value not in EXPERIMENTS:
-        raise ConfigError(f"{said.origin}: task.kind: expected one of {', '.join(EXPERIMENTS)}, got {said.value!r}")
+    if not isinstance(said.value, str) or said.value not in EXPERIMENTS:
+        raise ConfigError(
+            f"{said.origin}: task.kind: expected one of {', '.join(EXPERIMENTS)}, got {describe(said.plain())}"
+        )
     return load_section(EXPERIMENTS[said.value], path, overrides)
 
 
@@ -56,7 +58,10 @@ def _validated(model: type[Config], path: str | Path, kinds: dict[Location, str]
     faults = reader.faults
     if not reader.broken:
         # Strict JSON reads YAML's types exactly: a list is a tuple, an integer is a number, text is only text.
-        text = json.dumps(_with_kinds(tree.plain(), kinds))
+        try:
+            text = json.dumps(_with_kinds(tree.plain(), kinds))
+        except ValueError as error:  # an integer in hexadecimal of more digits than Python writes
+            raise ConfigError(f"{path}: not a usable number: {error}") from None
         try:
             config = model.model_validate_json(text, strict=True)
         except ValidationError as error:
@@ -77,13 +82,13 @@ class _Given(Reader):
         return self._tree
 
 
-def has_key(path: str | Path, key: str) -> bool:
-    """Whether a file or one of its bases sets `key` at its top level. Raises ConfigError for what cannot be read."""
+def top_level(path: str | Path) -> dict[str, Node]:
+    """What a file and its bases set at their top level. Raises ConfigError for what cannot be read."""
     reader = Reader({})
     tree = reader.read(path, ())
     if reader.broken:
         raise ConfigError(_message(path, reader.faults))
-    return key in tree.value
+    return tree.value
 
 
 def dump_config(config: RunConfig) -> str:

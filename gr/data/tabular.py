@@ -69,6 +69,9 @@ class TabularDataset:
         label = table.column(schema.labels[0])
         if label.null_count:
             raise _fault(group, schema.labels[0], label.is_null().to_numpy(), "is null")
+        labels_B = label.to_numpy()
+        if (wrong := (labels_B != 0) & (labels_B != 1)).any():
+            raise _fault(group, schema.labels[0], wrong, f"is {labels_B[wrong][0]}, allowed are 0 and 1")
         dense_BN = np.empty((group.rows, len(schema.dense)), dtype=np.float32)
         for place, name in enumerate(schema.dense):
             dense_BN[:, place] = _finite(group, name, table.column(name).fill_null(0).to_numpy())

@@ -7,6 +7,7 @@ from gr.embeddings.collection import (
     build_collection,
     lookup,
     pooled_lookup,
+    pooled_vectors,
 )
 from gr.embeddings.init import initialise_tables
 from gr.embeddings.optimizers import TableOptimizer
@@ -24,5 +25,6 @@ __all__ = [
     "local_shards",
     "lookup",
     "pooled_lookup",
+    "pooled_vectors",
     "shard_tables",
 ]

@@ -7,7 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+    KeyedTensor,
+)
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from gr.batch import ITEM_FEATURE
@@ -107,5 +114,10 @@ def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, name
 
     Models go by name, as here: the order of the columns in the collection's own output depends on the plan.
     """
-    pooled = collection(features)
-    return [pooled[name] for name in names]
+    return pooled_vectors(collection(features), names)
+
+
+def pooled_vectors(pooled: KeyedTensor, names: Sequence[str]) -> list[Tensor]:
+    """Of what a collection returned. One split of all columns: by name, each would have a gradient as wide as all."""
+    by_name = pooled.to_dict()
+    return [by_name[name] for name in names]

@@ -28,8 +28,6 @@ from gr.train.module import TrainModule, dense_parameters
 from gr.train.objectives import RankingObjective
 from gr.train.trainer import Callback
 
-SELECT_BY = "auc"
-
 
 @dataclass(frozen=True)
 class Built:
@@ -121,7 +119,7 @@ def _callbacks(
                 checkpointing,
                 writer,
                 every=config.evaluation.every,
-                select_by=SELECT_BY,
+                select_by=None,  # it is scored on at the end, and one pass has nothing to select
                 shown=("auc", "ne", "log_loss", "calibration"),
             )
         )
@@ -158,7 +156,7 @@ def evaluate_data(built: Built) -> dict[str, float]:
 def _final_report(
     built: Built, state: ModelState, counters: Mapping[str, int], writer: MetricsWriter | None
 ) -> dict[str, Any]:
-    """Metrics of the best checkpoint by AUC, or of the last where none was chosen."""
+    """Metrics of the last checkpoint."""
     run_dir = Path(built.config.run_dir)
     path, step = best_step(run_dir, state, built.world)
     report = _report(built, path, step) | {"training_data": dict(counters)}

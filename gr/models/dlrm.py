@@ -13,7 +13,7 @@ from torchrec import KeyedJaggedTensor
 
 from gr.config.dlrm import DLRMConfig
 from gr.config.tree import EmbeddingsConfig
-from gr.embeddings import PooledTable, build_bag_collection, pooled_lookup
+from gr.embeddings import PooledTable, build_bag_collection, pooled_vectors
 from gr.errors import ConfigError
 from gr.towers.dlrm import MLP, build_interaction, mlp_linear
 
@@ -59,7 +59,7 @@ class DLRM(nn.Module):
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector."""
-        # Of sharded tables these are promises, so that the bottom MLP runs beside their all-to-all.
-        pooled = pooled_lookup(self.tables, sparse, self.features)
-        vectors_BTD = torch.stack([self.bottom(dense_BN), *pooled], dim=1)
+        pooled = self.tables(sparse)  # of sharded tables a promise: the bottom MLP runs beside their all-to-all
+        dense_BD = self.bottom(dense_BN)
+        vectors_BTD = torch.stack([dense_BD, *pooled_vectors(pooled, self.features)], dim=1)
         return self.top(self.interaction(vectors_BTD)).squeeze(1)

@@ -16,6 +16,7 @@ from gr.planner.options import Capacity, Options
 
 PRICE_STEPS = 30
 CEILING_STEPS = 30
+FAR_OFF = 1.25  # of the best bound
 TOLERANCE = 1e-4  # of the bound: how far below the relaxation's optimum it may stay
 
 
@@ -138,9 +139,9 @@ class Relaxation:
                     rough.append(Group(usable_O, latency, relaxed.seconds + latency))
         exact: list[Group] = []
         for group in sorted(rough, key=lambda g: g.bound):
-            if exact and group.bound >= 1.25 * min(g.bound for g in exact):
-                break
-            bound = self.bound(group.usable_O, group.latency)
+            # Far from the best, the rough bound will do: such a set is packed only where no better one can be.
+            near = not exact or group.bound < FAR_OFF * min(g.bound for g in exact)
+            bound = self.bound(group.usable_O, group.latency) if near else group.bound
             assert bound is not None, "the rough bound exists"
             exact.append(Group(group.usable_O, group.latency, bound))
         return sorted(exact, key=lambda g: g.bound)

@@ -7,11 +7,15 @@ from gr.config.inventory import TableConfig
 from gr.planner.cost import table_bytes
 from gr.planner.evaluate import evaluate
 from gr.planner.plan import Placement, Plan, Shard, shards
+from gr.planner.planfile import differences
 
 
 @dataclass(frozen=True)
 class Change:
-    """One table that is placed differently, or only in one plan. moved_bytes: weights and states that change rank."""
+    """One table that is placed differently, has grown, or is only in one plan.
+
+    moved_bytes: weights and states that change rank.
+    """
 
     table: str
     before: Placement | None
@@ -21,8 +25,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """moved_bytes of a table that is new are none: it is filled, not moved."""
+    """moved_bytes of a table that is new are none: it is filled, not moved.
 
+    others: (model or topology, before, after) where the plans are for other ones.
+    """
+
+    others: tuple[tuple[str, str, str], ...]
     changes: tuple[Change, ...]
     step_seconds: tuple[float, float]
     hbm_bytes: tuple[float, float]  # of the fullest rank
@@ -31,11 +39,27 @@ class Comparison:
     def moved_bytes(self) -> int:
         return sum(change.moved_bytes for change in self.changes)
 
+    @property
+    def new(self) -> int:
+        """Tables that only the later plan has."""
+        return sum(change.before is None for change in self.changes)
+
+    @property
+    def gone(self) -> int:
+        """Tables that only the earlier plan has."""
+        return sum(change.after is None for change in self.changes)
+
+    @property
+    def moved(self) -> int:
+        """Tables that both have, and that change place."""
+        return len(self.changes) - self.new - self.gone
+
 
 def compare(before: Plan, after: Plan) -> Comparison:
     """Tables are matched by name."""
     left, right = evaluate(before), evaluate(after)
     return Comparison(
+        others=tuple(differences(before, after.inventory, after.topology)),
         changes=tuple(_changes(before, after)),
         step_seconds=(left.step_seconds, right.step_seconds),
         hbm_bytes=(float(left.total_memory_R.max()), float(right.total_memory_R.max())),
@@ -51,8 +75,8 @@ def _changes(before: Plan, after: Plan) -> Iterator[Change]:
         was, now = old.get(name), new.get(name)
         if was is None or now is None:
             yield Change(name, was, now, 0)
-        elif was != now or tables_old[name] != tables_new[name]:
-            yield Change(name, was, now, _moved(tables_old[name], was, tables_new[name], now))
+        elif (bytes_ := _moved(tables_old[name], was, tables_new[name], now)) or was != now:
+            yield Change(name, was, now, bytes_)
 
 
 def _moved(old: TableConfig, was: Placement, new: TableConfig, now: Placement) -> int:

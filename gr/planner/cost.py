@@ -22,6 +22,7 @@ ID_BYTES = 8
 LENGTH_BYTES = 4
 OUTPUT_BYTES = 4  # fbgemm returns embeddings, and takes their gradients, in fp32
 STATE_BYTES = 4  # optimizer states are fp32
+SLOT_BYTES = 4  # of fbgemm's cache, for every row of the table
 # A repeated row is read from the L2 cache, at about twice the bandwidth of HBM (assumed).
 REPEAT_COST = 0.5
 # Memory is read in sectors, so a narrow row costs as much as a sector.
@@ -235,9 +236,13 @@ def shard_costs(
         output = links.host_reduce_scatter(sent)
     received = links.all_to_all(input_bytes)
     weights = rows * columns * t.element_bytes
-    states = rows * (t.column_states * columns + t.row_states) * STATE_BYTES
-    lookup, update, hbm = _kernel_costs(t, topology, kernel, (columns, id_share, distinct, vectors))
+    column_states, row_states = rows * t.column_states * columns * STATE_BYTES, rows * t.row_states * STATE_BYTES
+    lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, distinct, vectors))
     zero = 0 * weights
+    # fbgemm keeps states of a row on the device and states of every element with the weights; its cache has a slot
+    # number for every row.
+    offloaded = kernel in ("fused_uvm", "fused_uvm_caching")
+    cached = weights * t.cache_load_factor + rows * SLOT_BYTES
     return ShardCosts(
         input_all_to_all=received[0],
         lookup=lookup,
@@ -245,12 +250,12 @@ def shard_costs(
         gradient_all_to_all=output[0],
         update=update,
         table_all_reduce=zero,
-        tables=weights * hbm,
-        table_optimizer=states * hbm,
+        tables={"fused_uvm": zero, "fused_uvm_caching": cached}.get(kernel, weights),
+        table_optimizer=row_states if offloaded else row_states + column_states,
         table_gradients=rows * columns * OUTPUT_BYTES if kernel == "dense" else zero,
         inputs=2 * ids * ID_BYTES + t.lengths * LENGTH_BYTES,
         embeddings=2 * vectors * columns * OUTPUT_BYTES,
-        host=zero if kernel in ("fused", "dense") else weights + states,
+        host=weights + column_states if offloaded else zero,
         intra_bytes=received[1] + 2 * output[1],
         inter_bytes=received[2] + 2 * output[2],
     )
@@ -258,27 +263,26 @@ def shard_costs(
 
 def _kernel_costs(
     t: Traffic, topology: Topology, kernel: str, asked: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(seconds of lookup, seconds of update, share of weights and states that is in HBM)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of (lookup, update)."""
     columns, id_share, distinct, vectors = asked
     ids = t.ids * id_share
     row_bytes = np.ceil(columns * t.element_bytes / SECTOR_BYTES) * SECTOR_BYTES
-    state_bytes = (t.column_states * columns + t.row_states) * STATE_BYTES
+    column_bytes, state_bytes = t.column_states * columns * STATE_BYTES, t.row_states * STATE_BYTES
     near = topology.hbm_bandwidth
     # Over the whole table, so that the cost of a shard stays linear in its shares.
     repeats = np.maximum(t.ids - t.distinct, 0) * id_share * row_bytes * REPEAT_COST
     written = vectors * columns * OUTPUT_BYTES
-    # Rows and states that are on the host cross its link: read in the lookup, read and written in the update.
-    far, hbm = {
-        "fused_uvm": (np.ones_like(distinct), np.zeros_like(distinct)),
-        "fused_uvm_caching": (t.missed, t.cache_load_factor),
-    }.get(kernel, (np.zeros_like(distinct), np.ones_like(distinct)))
+    # What is on the host crosses its link: rows that no cache holds, and the states of their elements.
+    far = {"fused_uvm": np.ones_like(distinct), "fused_uvm_caching": t.missed}.get(kernel, np.zeros_like(distinct))
+    far_states = np.ones_like(distinct) if kernel in ("fused_uvm", "fused_uvm_caching") else np.zeros_like(distinct)
     link = topology.host_bandwidth
     lookup = (ids * ID_BYTES + repeats + written + distinct * row_bytes * (1 - far)) / near
     lookup = lookup + distinct * row_bytes * far / link
-    changed = 2 * distinct * (row_bytes + state_bytes)
-    update = (ids * (SORT_BYTES + columns * OUTPUT_BYTES) + changed * (1 - far)) / near + changed * far / link
-    return lookup, update, hbm
+    at_host = 2 * distinct * (row_bytes * far + column_bytes * far_states)
+    in_hbm = 2 * distinct * (row_bytes + column_bytes + state_bytes) - at_host
+    update = (ids * (SORT_BYTES + columns * OUTPUT_BYTES) + in_hbm) / near + at_host / link
+    return lookup, update
 
 
 def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:

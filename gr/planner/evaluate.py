@@ -15,11 +15,12 @@ from gr.planner.cost import (
     ShardCosts,
     Traffic,
     shard_costs,
+    table_bytes,
     traffic,
 )
 from gr.planner.dense import DenseWork, dense_work
 from gr.planner.memory import PARAMETER_BYTES, fixed_memory
-from gr.planner.plan import Placement, Plan, column_blocks
+from gr.planner.plan import Placement, Plan, Shard, column_blocks
 from gr.planner.space import hottest_part
 from gr.planner.topology import Topology
 
@@ -203,14 +204,18 @@ def placement_costs(
 
 
 def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> TableShare:
-    held = costs.tables + costs.table_optimizer + costs.host
+    widths = column_blocks(table.dim, placement.column_width)
+    copies = len(placement.ranks) if placement.sharding_type == "data_parallel" else 1
+    parts = 1 if copies > 1 else len(placement.ranks) // len(widths)
+    whole = sum(sum(table_bytes(table, Shard(0, 0, 0, table.rows, width))) for width in widths)
+    largest = sum(table_bytes(table, Shard(0, 0, 0, -(-table.rows // parts), max(widths))))
     return TableShare(
         name=table.name,
         sharding_type=placement.sharding_type,
         kernel=placement.kernel,
         shards=len(placement.ranks),
-        bytes=round(float(held.sum())),
-        largest_shard_bytes=round(float(held.max())),
+        bytes=copies * whole,
+        largest_shard_bytes=largest,
         seconds=float(costs.seconds.max()),
         ranks=placement.ranks,
     )
@@ -224,7 +229,9 @@ def _add_dense(
     speed = topology.flops_bf16 if inventory.precision == "bf16" else topology.flops_fp32
     speed *= inventory.dense_efficiency
     backward = work.backward_flops / speed
-    reduced, intra, inter = Links(topology).all_reduce(np.array(float(work.parameters * PARAMETER_BYTES)))
+    # DDP reduces gradients; FSDP gathers weights in both passes and scatters gradients, half as much again.
+    volume = work.parameters * PARAMETER_BYTES * (1.5 if inventory.dense_parallel == "fsdp" else 1.0)
+    reduced, intra, inter = Links(topology).all_reduce(np.array(volume))
     seconds["dense_forward"] += work.forward_flops / speed
     seconds["dense_backward"] += backward
     seconds["gradient_all_reduce"] += reduced

@@ -3,7 +3,8 @@
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from gr.config.inventory import (
     TableConfig,
     TransformerDense,
 )
-from gr.config.load import has_key, load_section
+from gr.config.load import EXPERIMENTS, load_section, top_level
 from gr.config.ranking import RankingConfig
-from gr.config.source import Node
+from gr.config.source import Node, describe
 from gr.config.stu import STUConfig
 from gr.config.tree import (
     ExperimentConfig,
@@ -42,8 +43,19 @@ LOSS_CHUNK = 1024
 
 
 def is_inventory(path: str | Path) -> bool:
-    """Whether the file describes tables, as opposed to an experiment. Raises ConfigError when it cannot be read."""
-    return Path(path).suffix in LISTS or has_key(path, "tables")
+    """Whether the file describes tables, as opposed to an experiment.
+
+    Raises ConfigError when it cannot be read, or has neither `tables` nor its like among an experiment's keys.
+    """
+    if Path(path).suffix in LISTS:
+        return True
+    keys = top_level(path)
+    if "tables" in keys:
+        return True
+    known = {name for experiment in EXPERIMENTS.values() for name in experiment.model_fields}
+    if near := difflib.get_close_matches("tables", sorted(set(keys) - known), n=1, cutoff=0.8):
+        raise ConfigError(f"{keys[near[0]].origin}: {near[0]}: unknown key; did you mean 'tables', of an inventory?")
+    return False
 
 
 def load_inventory(path: str | Path, overrides: Sequence[str] = ()) -> InventoryConfig:
@@ -53,6 +65,13 @@ def load_inventory(path: str | Path, overrides: Sequence[str] = ()) -> Inventory
     then come from overrides. Raises ConfigError with every fault and the file's line or row.
     """
     path = Path(path)
+    try:
+        return _load(path, overrides)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep; a table has numbers, texts and lists of them") from None
+
+
+def _load(path: Path, overrides: Sequence[str]) -> InventoryConfig:
     rows: list[Any]
     if path.suffix == ".parquet":
         rows = _parquet_rows(path)
@@ -83,6 +102,8 @@ def _json(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ConfigError(f"{path}: not a usable number: {error}") from None
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
@@ -151,6 +172,20 @@ def _node(value: Any, origin: str) -> Node:
     return Node([_node(item, origin) for item in value] if isinstance(value, list) else value, origin)
 
 
+@contextmanager
+def _within_limits() -> Iterator[None]:
+    """An experiment's sizes may be beyond what the planner counts. Raises ConfigError."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"the planner cannot count this experiment: {where}: {first['msg'].lower()}, got {describe(first['input'])}"
+        ) from None
+
+
+@_within_limits()
 def experiment_inventory(
     config: ExperimentConfig, item_rows: int, *, mean_length: float | None = None
 ) -> InventoryConfig:
@@ -183,6 +218,7 @@ def experiment_inventory(
     )
 
 
+@_within_limits()
 def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> InventoryConfig:
     """What a ranking experiment trains: a pooled table for each sparse column, and DLRM's dense part."""
     model, interaction = config.model, config.model.interaction

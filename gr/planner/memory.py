@@ -20,7 +20,7 @@ def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, fl
     gathered = 0.0
     if inventory.dense_parallel == "fsdp":
         # Shards of everything, and two layers gathered at a time: one in use, one on its way.
-        gathered = 2 * weights / getattr(inventory.dense, "layers", 1)
+        gathered = weights * min(1.0, 2 / getattr(inventory.dense, "layers", 1))
         weights, states = weights / topology.ranks, states / topology.ranks
     tables = inventory.tables
     read = np.array([table.ids_per_example * batch + table.ids_per_step for table in tables])

@@ -5,12 +5,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gr.config.inventory import SEQUENCE_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
+from gr.config.inventory import (
+    LARGEST,
+    LARGEST_TOTAL,
+    LARGEST_WORLD,
+    SEQUENCE_TYPES,
+    AnyShardingType,
+    InventoryConfig,
+    Kernel,
+    TableConfig,
+)
 from gr.errors import PlanError
+from gr.planner.evaluate import evaluate
 from gr.planner.plan import Placement, Plan, column_blocks
 from gr.planner.space import COLUMN_MULTIPLE, COLUMN_TYPES, row_parts
 from gr.planner.topology import Topology
@@ -19,9 +29,39 @@ FORMAT = "gr-plan-1"
 TABLE_IDENTITY = {"name", "rows", "dim", "dtype", "kind", "pooling", "features", "optimizer"}
 TOPOLOGY_IDENTITY = ("device", "ranks", "ranks_per_host")
 
+_Ranks = Annotated[int, Field(gt=0, le=LARGEST_WORLD)]
+_Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
+_Rate = Annotated[float, Field(gt=0.0, le=LARGEST_TOTAL, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0.0, le=LARGEST, allow_inf_nan=False)]
 
-class _Placement(BaseModel):
+
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Topology(_Part):
+    """Every field of Topology."""
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    ranks: _Ranks
+    ranks_per_host: _Ranks
+    hbm_bytes: Annotated[int, Field(gt=0, le=LARGEST)]
+    host_bytes: _Bytes
+    hbm_bandwidth: _Rate
+    host_bandwidth: _Rate
+    flops_bf16: _Rate
+    flops_fp32: _Rate
+    peak_bf16: _Rate
+    peak_fp32: _Rate
+    intra_bandwidth: _Rate
+    inter_bandwidth: _Rate
+    intra_latency: _Seconds
+    inter_latency: _Seconds
+    reserve_bytes: _Bytes
+
+
+class _Placement(_Part):
     table: str
     sharding_type: AnyShardingType
     kernel: Kernel
@@ -29,14 +69,13 @@ class _Placement(BaseModel):
     column_width: int | None = None
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _File(_Part):
     format: Literal["gr-plan-1"]
     model_hash: str
     topology_hash: str
-    bound_seconds: float
+    bound_seconds: _Seconds
     predicted: dict[str, Any] | None = None
-    topology: dict[str, Any]
+    topology: _Topology
     inventory: InventoryConfig
     placements: list[_Placement]
 
@@ -97,22 +136,20 @@ def load_plan(path: Path) -> Plan:
 
 def parse_plan(text: str, origin: str = "plan") -> Plan:
     """The plan of `dump_plan`, checked: every table is placed once, wholly, on ranks that exist. Raises PlanError."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{origin}: line {error.lineno} is not JSON: {error.msg}") from error
+    content = _json(text, origin)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{origin}: not a plan of this version ({FORMAT}); make it again with `gr plan --json`")
     try:
         # Strict JSON, as for configurations: a list is a tuple, text is only text.
         file = _File.model_validate_json(json.dumps(content), strict=True)
-        topology = TypeAdapter(Topology).validate_python(file.topology)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(
-            f"{origin}: {where}: {first['msg'].lower()}; make the plan again with `gr plan --json`"
-        ) from error
+        where = "".join(f"{part}." for part in first["loc"])[:-1]
+        said = ": ".join(part for part in (origin, where, first["msg"].lower()) if part)
+        raise PlanError(f"{said}; make the plan again with `gr plan --json`") from error
+    topology = Topology(**file.topology.model_dump())
+    if topology.ranks % topology.ranks_per_host:
+        raise PlanError(f"{origin}: {topology.ranks} ranks do not fill hosts of {topology.ranks_per_host}")
     for name, stated, found in (
         ("model_hash", file.model_hash, model_hash(file.inventory)),
         ("topology_hash", file.topology_hash, topology_hash(topology)),
@@ -122,6 +159,17 @@ def parse_plan(text: str, origin: str = "plan") -> Plan:
                 f"{origin}: {name} says {stated}, its content is {found}: it was edited; make the plan again"
             )
     return Plan(file.inventory, topology, _placements(file, topology, origin), file.bound_seconds)
+
+
+def _json(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{origin}: line {error.lineno} is not JSON: {error.msg}") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise PlanError(f"{origin}: not a usable number: {error}") from error
+    except RecursionError as error:
+        raise PlanError(f"{origin}: nested too deep to be a plan; make it again with `gr plan --json`") from error
 
 
 def _placements(file: _File, topology: Topology, origin: str) -> tuple[Placement, ...]:
@@ -153,6 +201,10 @@ def placement_fault(table: TableConfig, placement: Placement, topology: Topology
         return f"{kind} does not exist for sequence tables"
     if table.pooling == "mean" and kind == "grid_shard":
         return "grid_shard computes wrong means"
+    if kind == "data_parallel" and placement.kernel != "dense":
+        return f"data_parallel has kernel dense, not {placement.kernel}"
+    if kind != "data_parallel" and placement.kernel == "dense" and "dense" not in table.kernels:
+        return f"{kind} does not go with kernel dense, unless the table's kernels allow it: {', '.join(table.kernels)}"
     if (width is not None) != (kind in COLUMN_TYPES):
         return f"column_width={width} does not go with {kind}"
     if width is not None and (not 0 < width <= table.dim or width % COLUMN_MULTIPLE):
@@ -181,17 +233,37 @@ def placement_fault(table: TableConfig, placement: Placement, topology: Topology
     return None
 
 
-def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> None:
-    """Raises PlanError where `plan` was made for another model or topology."""
-    for what, of_plan, here in (
+def differences(plan: Plan, inventory: InventoryConfig, topology: Topology) -> list[tuple[str, str, str]]:
+    """(what, the plan's, the other): what of model and topology is another one, with hashes and descriptions."""
+    found = [
         ("model", model_hash(plan.inventory), model_hash(inventory)),
         ("topology", topology_hash(plan.topology), topology_hash(topology)),
-    ):
-        if of_plan != here:
-            raise PlanError(
-                f"the plan is for another {what}: {of_plan} ({_described(what, plan.inventory, plan.topology)}), and "
-                f"this run has {here} ({_described(what, inventory, topology)}); make one with `gr plan CONFIG --json`"
-            )
+    ]
+    return [
+        (
+            what,
+            f"{of_plan} ({_described(what, plan.inventory, plan.topology)})",
+            f"{other} ({_described(what, inventory, topology)})",
+        )
+        for what, of_plan, other in found
+        if of_plan != other
+    ]
+
+
+def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> None:
+    """Raises PlanError where `plan` was made for another model or topology, or does not fit its own topology."""
+    for what, of_plan, here in differences(plan, inventory, topology):
+        raise PlanError(
+            f"the plan is for another {what}: {of_plan}, and this run has {here}; make one with `gr plan CONFIG --json`"
+        )
+    evaluation, own = evaluate(plan), plan.topology
+    if not evaluation.fits:
+        rank = int(evaluation.total_memory_R.argmax())
+        raise PlanError(
+            f"the plan does not fit its own topology: rank {rank} needs {evaluation.total_memory_R[rank]:.0f} of "
+            f"{own.hbm_bytes} bytes, and a rank offloads up to {evaluation.host_R.max():.0f} bytes to {own.host_bytes} "
+            "of host memory; make one with `gr plan CONFIG --json`"
+        )
 
 
 def _described(what: str, inventory: InventoryConfig, topology: Topology) -> str:

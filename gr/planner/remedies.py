@@ -10,6 +10,7 @@ from gr.errors import PlanError
 from gr.planner.evaluate import evaluate
 from gr.planner.memory import fixed_memory
 from gr.planner.search import DoesNotFit, search, table_capacity
+from gr.planner.solve import too_large
 from gr.planner.space import search_space
 from gr.planner.topology import Topology, with_ranks
 
@@ -29,8 +30,8 @@ class Trial:
 def smallest(inventory: InventoryConfig, topology: Topology) -> tuple[int | None, list[Trial]]:
     """The least number of ranks that fits, and every number tried; None up to MOST_RANKS.
 
-    Parts of one host are tried in powers of two, then whole hosts. Memory a rank falls as ranks are added, so a search
-    by halves is enough.
+    Parts of one host are tried in powers of two, then whole hosts. Where the tables are too large in all is known
+    without a plan, so only the numbers above that are planned.
     """
     local, tried = topology.ranks_per_host, dict[int, Trial]()
 
@@ -39,29 +40,50 @@ def smallest(inventory: InventoryConfig, topology: Topology) -> tuple[int | None
             tried[ranks] = _trial(inventory, with_ranks(topology, ranks))
         return tried[ranks].fits
 
-    part = 1
-    while part < local and not fits(part):
-        part *= 2
-    if part < local:
-        return part, sorted(tried.values(), key=lambda trial: trial.ranks)
-    low, high = 0, 1
-    while not fits(high * local):
-        if high * local >= MOST_RANKS:
-            return None, sorted(tried.values(), key=lambda trial: trial.ranks)
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle * local) else (middle, high)
-    return high * local, sorted(tried.values(), key=lambda trial: trial.ranks)
+    sizes = [1 << power for power in range(local.bit_length()) if 1 << power < local]
+    found = next((ranks for ranks in sizes if fits(ranks)), None)
+    if found is None:
+        most = MOST_RANKS // local
+        least = _least(most, lambda hosts: _may_fit(inventory, with_ranks(topology, hosts * local)) is None)
+        if least is not None:
+            if least > 1:
+                fits((least - 1) * local)
+            found = _first_that_fits(least, most, lambda hosts: fits(hosts * local))
+            found = None if found is None else found * local
+    return found, sorted(tried.values(), key=lambda trial: trial.ranks)
+
+
+def _first_that_fits(least: int, most: int, fits: Callable[[int], bool]) -> int | None:
+    """From `least` on, in growing steps, then back by halves to the first; None where nothing fits soon."""
+    below, hosts = least - 1, least
+    while not fits(hosts):
+        below, hosts = hosts, hosts + max(1, hosts // 8)
+        if hosts > min(most, 4 * least):
+            return None
+    while hosts - below > 1:
+        middle = (below + hosts) // 2
+        below, hosts = (below, middle) if fits(middle) else (middle, hosts)
+    return hosts
+
+
+def _may_fit(inventory: InventoryConfig, topology: Topology) -> str | None:
+    """Why no plan can fit, as far as sums tell; None where they do not exclude one."""
+    try:
+        capacity = table_capacity(inventory, topology)
+        return too_large(search_space(inventory, topology), capacity)
+    except PlanError as error:
+        return str(error)
 
 
 def _trial(inventory: InventoryConfig, topology: Topology) -> Trial:
+    reason = _may_fit(inventory, topology)
+    if reason is not None:
+        return Trial(topology.ranks, False, reason)
     try:
         evaluation = evaluate(search(inventory, topology))
-    except DoesNotFit as error:
+    except PlanError as error:  # of a part of a host, a constraint may leave no way
         return Trial(topology.ranks, False, str(error))
-    fullest = int(evaluation.total_memory_R.argmax())
-    used = float(evaluation.total_memory_R[fullest])
+    used = float(evaluation.total_memory_R.max())
     return Trial(topology.ranks, evaluation.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
 
 
@@ -83,6 +105,14 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
         yield f"shortfall: {int(fixed - topology.hbm_bytes):,} bytes a rank before any table is placed"
         return
     starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
+    host_T = np.minimum.reduceat(options.host_O, starts_T)
+    if host_T.max() > topology.host_bytes:
+        widest = int(host_T.argmax())
+        yield (
+            f"shortfall: {int(host_T[widest] - topology.host_bytes):,} bytes of host memory on a rank: the smallest "
+            f"shard of {inventory.tables[widest].name} takes {_gb(host_T[widest])}, and a rank has "
+            f"{_gb(topology.host_bytes)}"
+        )
     least_T = np.minimum.reduceat(options.total_hbm_O, starts_T)
     shard_T = np.minimum.reduceat(options.hbm_O + np.maximum(options.extra_hbm_O, 0), starts_T)
     missing = float(least_T.sum()) - left * topology.ranks
@@ -109,16 +139,21 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
 
 
 def _remedies(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
-    ranks, _ = smallest(inventory, with_ranks(topology, topology.ranks))
+    ranks, _ = smallest(inventory, topology)
     if ranks is None:
         yield f"more hosts: none up to {MOST_RANKS} ranks suffices"
     else:
-        yield f"more hosts: {ranks} ranks fit ({-(-ranks // topology.ranks_per_host)} hosts)"
+        local = topology.ranks_per_host
+        yield f"more hosts: {ranks} ranks fit ({-(-ranks // local)} hosts of {local})"
     halved = inventory.model_copy(
-        update={"tables": tuple(t.model_copy(update={"dtype": "fp16"}) for t in inventory.tables)}
+        update={
+            "tables": tuple(
+                t.model_copy(update={"dtype": "fp16"}) if t.dtype == "fp32" else t for t in inventory.tables
+            )
+        }
     )
     if halved == inventory:
-        yield "fp16 tables: they are already"
+        yield "fp16 tables: they take two bytes already"
     else:
         yield f"fp16 tables: {_outcome(halved, topology)}"
     yield _offloaded(inventory, topology)
@@ -130,7 +165,11 @@ def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
         return "offload: the hosts of this topology have no memory for tables"
     bytes_T = np.array([table.rows * table.dim for table in inventory.tables])
     order = np.argsort(-bytes_T, kind="stable")
-    found = _least(len(order), lambda count: _fits(_with_offload(inventory, order[:count]), topology))
+    most = len(order)
+    least = _least(most, lambda count: _may_fit(_with_offload(inventory, order[:count]), topology) is None)
+    found = None
+    if least is not None:
+        found = _first_that_fits(least, most, lambda count: _fits(_with_offload(inventory, order[:count]), topology))
     if found is None:
         return "offload: with every table on the host (fused_uvm_caching) it still does not fit"
     names = [inventory.tables[t].name for t in order[:found]]
@@ -161,11 +200,14 @@ def _smaller_batch(inventory: InventoryConfig, topology: Topology) -> str:
     def with_batch(halved: int) -> InventoryConfig:
         return inventory.model_copy(update={field: max(1, batch >> halved) * per_rank})
 
-    found = _least(halvings, lambda halved: _fits(with_batch(halved), topology))
+    least = _least(halvings, lambda halved: _may_fit(with_batch(halved), topology) is None)
+    found = None
+    if least is not None:
+        found = next((n for n in range(least, halvings + 1) if _fits(with_batch(n), topology)), None)
     if found is None:
         return f"smaller batch: even {field}={per_rank} does not fit"
     smaller = with_batch(found)
-    return f"smaller batch, {field}={getattr(smaller, field)}: {_outcome(smaller, topology)}"
+    return f"smaller batch, halved to {field}={getattr(smaller, field)}: {_outcome(smaller, topology)}"
 
 
 def _least(most: int, holds: Callable[[int], bool]) -> int | None:

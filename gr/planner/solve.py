@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from gr.errors import PlanError
-from gr.planner.bound import Group, Relaxation
+from gr.planner.bound import FAR_OFF, Group, Relaxation
 from gr.planner.options import Capacity, Options, Solution
 from gr.planner.pack import Choices, Packing, Targets
 
@@ -23,6 +23,9 @@ SLACK = 1 + 1e-9  # of the cost, for rounding
 BALANCE, GIVEN_UP = 3.0, 0.02  # largest to mean memory that is held to, where it costs no more than this share
 
 
+NO_WAY = "no way was found to place the tables within the memory"
+
+
 class DoesNotFit(PlanError):
     """The tables do not fit the memory, or no way to place them was found."""
 
@@ -31,7 +34,7 @@ def solve_balanced(options: Options, capacity: Capacity) -> Solution:
     """As solve, with no rank above BALANCE of the mean memory where that costs at most GIVEN_UP."""
     relaxation = Relaxation(options, capacity)
     if not relaxation.groups:
-        raise DoesNotFit(_too_large(options, capacity))
+        raise DoesNotFit(too_large(options, capacity) or NO_WAY)
     best = relaxation.groups[0]
     relaxed = relaxation.solve(best.usable_O)
     assert relaxed is not None, "the group has a bound"
@@ -54,13 +57,13 @@ def solve(options: Options, capacity: Capacity) -> Solution:
     """The best solution found and a bound on all. Raises DoesNotFit. Equal inputs give equal solutions."""
     relaxation = Relaxation(options, capacity)
     if not relaxation.groups:
-        raise DoesNotFit(_too_large(options, capacity))
+        raise DoesNotFit(too_large(options, capacity) or NO_WAY)
     bound = relaxation.groups[0].bound
     small = len(options.table_O) * capacity.ranks < SMALL
     best: tuple[float, Packing] | None = None
     for group in relaxation.groups:
-        # Large problems take the first set of types that can be packed: the others' bounds are close to its cost.
-        if best is not None and (group.bound >= best[0] or not small):
+        # Large problems take the first set of types that packs well: the others' bounds are close to its cost.
+        if best is not None and (group.bound >= best[0] or (not small and best[0] <= FAR_OFF * bound)):
             break
         choices = Choices(options, group.usable_O, capacity.ranks_per_host)
         first = _first(relaxation, group, choices)
@@ -74,14 +77,23 @@ def solve(options: Options, capacity: Capacity) -> Solution:
         if best is None or packing.cost + group.latency < best[0]:
             best = (packing.cost + group.latency, packing)
     if best is None:
-        raise DoesNotFit("no way was found to place the tables within the memory")
+        raise DoesNotFit(NO_WAY)
     return Solution(best[1].option_T, best[1].ranks_T, best[0], bound)
 
 
-def _too_large(options: Options, capacity: Capacity) -> str:
+def too_large(options: Options, capacity: Capacity) -> str | None:
+    """Why no solution can fit, as far as sums of the least shards tell; None where they do not exclude one."""
     starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
     total = np.minimum.reduceat(options.total_hbm_O, starts_T).sum()
     shard = np.minimum.reduceat(options.hbm_O, starts_T).max()
+    host = np.minimum.reduceat(options.host_O, starts_T).max()
+    if host > capacity.host_bytes:
+        return (
+            f"the largest shard offloaded to the host takes at least {host / 1e9:,.1f} GB there, and a rank has "
+            f"{capacity.host_bytes / 1e9:,.1f} GB of host memory"
+        )
+    if total <= capacity.hbm_bytes * capacity.ranks and shard <= capacity.hbm_bytes:
+        return None
     return (
         f"the tables take at least {total / 1e9:,.1f} GB of {capacity.hbm_bytes * capacity.ranks / 1e9:,.1f} GB, and "
         f"the largest shard at least {shard / 1e9:,.1f} GB of {capacity.hbm_bytes / 1e9:,.1f} GB on a rank"

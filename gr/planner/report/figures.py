@@ -1,12 +1,12 @@
 """Figures that both reports show, drawn from one Evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gr.planner.cost import TABLE_PHASES
+from gr.planner.cost import TABLE_PHASES, traffic
 from gr.planner.dense import dense_work
-from gr.planner.evaluate import PHASES, Evaluation, TableShare
+from gr.planner.evaluate import PHASES, Evaluation, TableShare, placement_costs
 from gr.planner.report.units import count, duration, flops, percent, size
 
 EVEN = 0.02  # a straggler this little above the mean waits for nothing worth a name
@@ -53,7 +53,7 @@ def straggler(evaluation: Evaluation) -> Straggler:
     rank = evaluation.straggler
     rows = {phase: evaluation.seconds_PR[PHASES.index(phase)] for phase in TABLE_PHASES}
     phase = max(rows, key=lambda name: float(rows[name][rank] - rows[name].mean()))
-    there = sorted((table for table in evaluation.tables if rank in table.ranks), key=lambda table: -table.seconds)
+    there = sorted(_tables_on(evaluation, rank), key=lambda table: -table.seconds)
     return Straggler(
         rank=rank,
         seconds=float(evaluation.table_seconds_R[rank]),
@@ -63,6 +63,19 @@ def straggler(evaluation: Evaluation) -> Straggler:
         phase_mean_seconds=float(rows[phase].mean()),
         tables=tuple(there[:LARGEST_TABLES]),
     )
+
+
+def _tables_on(evaluation: Evaluation, rank: int) -> list[TableShare]:
+    """The tables with a shard on `rank`, with the seconds of that shard."""
+    plan = evaluation.plan
+    asked = traffic(plan.inventory, plan.topology)
+    found = []
+    for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
+        if rank in placement.ranks:
+            costs = placement_costs(asked[index], table, placement, plan.inventory, plan.topology)
+            seconds = float(costs.seconds[placement.ranks.index(rank)])
+            found.append(replace(evaluation.tables[index], seconds=seconds))
+    return found
 
 
 def schedule(evaluation: Evaluation) -> list[tuple[float, float]]:
@@ -153,7 +166,10 @@ def headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
         figures.append(("Tokens", f"{rate}/s/{device}", f"{count(evaluation.tokens)} a rank and step"))
     if evaluation.flops:
         speed = peak_flops(evaluation)
-        work = f"{flops(evaluation.flops)} a rank, {flops(speed)}/s at peak"
+        inventory = evaluation.plan.inventory
+        # The efficiency was put in: nobody should take it for a finding.
+        given = f"dense_efficiency={inventory.dense_efficiency:g}"
+        work = f"of {flops(speed)}/s ({inventory.precision}); {given}"
         figures.append(("MFU", percent(evaluation.flops / evaluation.step_seconds / speed), work))
     bound = evaluation.plan.bound_seconds
     figures.append(

@@ -20,13 +20,13 @@ class Evaluation(Callback):
         writer: MetricsWriter | None,
         *,
         every: int,
-        select_by: str,
+        select_by: str | None,
         shown: Sequence[str],
     ) -> None:
-        """select_by: the larger the better. shown: metrics on the log line."""
+        """select_by: the larger the better; None where no checkpoint is to be preferred. shown: on the log line."""
         self.evaluate, self.checkpointing, self.writer = evaluate, checkpointing, writer
         self.every, self.select_by, self.shown = every, select_by, shown
-        self.best = checkpointing.store.best_value(select_by)
+        self.best = checkpointing.store.best_value(select_by) if select_by is not None else float("inf")
 
     def on_start(self, trainer: Trainer) -> None:
         """The untrained model, as the point to compare with."""
@@ -36,8 +36,11 @@ class Evaluation(Callback):
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if trainer.step % self.every and trainer.step != trainer.steps:
             return
-        value = self._measure(trainer)[self.select_by]
+        metrics = self._measure(trainer)
         self.checkpointing.save(trainer)
+        if self.select_by is None:
+            return
+        value = metrics[self.select_by]
         if value > self.best:
             self.best = value
             self.checkpointing.store.mark_best(trainer.step, self.select_by, value)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gr.cli import main
+from gr.cli.plan import _counted
 from tests.support import ROOT
 
 Refused = Callable[..., str]
@@ -70,10 +71,54 @@ def test_diff(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     # One rank of eight keeps its part of the rows and their state.
     moved = 200_000_000 * (64 * 4 + 4) * 7 / 8 / 1e9
-    assert f"1 tables change place; {moved:.3f} GB move to another rank" in shown
+    assert f"1 table changes place; {moved:.3f} GB move to another rank" in shown
     assert "step: " in shown and "fullest rank: " in shown
     assert main(["plan", "--diff", plans[0], plans[0]]) == 0
     assert "0 tables change place; 0.000 GB" in capsys.readouterr().out
+
+
+def test_diff_of_other_models_and_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And of tables and files whose names look like markup."""
+    folder = tmp_path / "["
+    folder.mkdir()
+    for plan, names, ranks in (("a", ("a[/b]", "[red]x"), 8), ("b", ("a[/b]", "c", "d"), 2)):
+        tables = ", ".join(f"{{name: '{name}', rows: 1000, dim: 64, sharding_types: [row_wise]}}" for name in names)
+        path = folder / f"{plan}].yaml"
+        path.write_text(f"rank_batch_size: 8\ntables: [{tables}]\n")
+        json_path = str(folder / f"{plan}].json")
+        assert main(["plan", str(path), "--topology", f"h100x{ranks}", "--json", json_path]) == 0
+        assert main(["plan", str(path), "--topology", f"h100x{ranks}", "--smallest"]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--diff", str(folder / "a].json"), str(folder / "b].json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("the plans are for another model: ") and "(2 tables, a[/b] of 1000 x 64" in lines[0]
+    assert lines[1].startswith("the plans are for another topology: ") and "2 ranks of 2 a host) after" in lines[1]
+    shown = "\n".join(lines)
+    assert "[red]x" in shown and "a[/b]" in shown
+    assert "2 tables are new, 1 is gone, 1 changes place; " in shown
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((2, 1, 3), "2 tables are new, 1 is gone, 3 change place"),
+        ((1, 2, 0), "1 table is new, 2 are gone"),
+        ((0, 0, 1), "1 table changes place"),
+        ((0, 0, 0), "0 tables change place"),
+    ],
+)
+def test_counts_of_a_diff(counts: tuple[int, int, int], said: str) -> None:
+    assert _counted(*counts) == said
+
+
+def test_files_that_would_not_be_written(refused: Refused, inventory: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.out")
+    plan = ("plan", inventory, "--topology", "h100x8")
+    for option in ("--json", "--html"):
+        assert refused(*plan, "--smallest", option, path).startswith("--smallest writes no file: leave out")
+    same = f"{tmp_path}/./plan.out"
+    assert refused(*plan, "--json", path, "--html", same) == f"--json and --html are both {path}: name two files"
+    assert not Path(path).exists()
 
 
 def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Path) -> None:
@@ -89,6 +134,15 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
         f"{tmp_path}/none/schema.json: cannot be"
     )
     assert refused("plan", f"{tmp_path}/none.yaml", "--topology", "cpux2") == f"{tmp_path}/none.yaml: no such file"
+    misspelt = tmp_path / "tabels.yaml"
+    misspelt.write_text("rank_batch_size: 8\ntabels:\n- {name: a, rows: 10, dim: 4}\n")
+    assert refused("plan", str(misspelt), "--topology", "cpux2") == (
+        f"{misspelt}:2: tabels: unknown key; did you mean 'tables', of an inventory?"
+    )
+    # An experiment beyond what the planner counts.
+    assert refused("plan", config, f"model.dim={10**9}", "--topology", "cpux2") == (
+        "the planner cannot count this experiment: dim: input should be less than or equal to 1048576, got 1000000000"
+    )
     assert refused("plan", "--diff", inventory, inventory).startswith(f"{inventory}: line 1 is not JSON")
     assert refused("plan", inventory, "--diff", inventory, inventory).startswith("--diff takes two plan files")
     unwritable = str(tmp_path / "no" / "plan.json")
@@ -104,6 +158,9 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
         ("tables=[{name: a, rows: 1, dim: -4}]", "dim"),
         ("tables=[{name: a, rows: 1, dim: 4, ros: 2}]", "rows"),
         ("tables=[]", "tables is empty"),
+        (f"tables=[{{name: a, rows: 1{'0' * 400}, dim: 4}}]", "rows: should be less than or equal to"),
+        ("tables=[{name: a, rows: 1, dim: 4, ids_per_example: 1.0e+308}]", "ids_per_example: should be less than"),
+        (f"rank_batch_size=1{'0' * 29}", "rank_batch_size: should be less than or equal to 9007199254740992"),
     ],
 )
 def test_wrong_tables(refused: Refused, inventory: str, override: str, said: str) -> None:

@@ -1,11 +1,13 @@
 """Inventories in YAML: values, overrides, and every kind of fault with its place, path and remedy."""
 
+import math
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from gr.config.inventory import GivenDense, HSTUDense, InventoryConfig
-from gr.config.load import has_key, load_section
+from gr.config.inventory import GivenDense, HSTUDense, InventoryConfig, TableConfig
+from gr.config.load import load_section, top_level
 from gr.errors import ConfigError
 
 TWO = """\
@@ -62,8 +64,8 @@ class TestValues:
         write(TWO, "base.yaml")
         write("base: base.yaml\nrank_batch_size: 8", "child.yaml")
         assert load_section(InventoryConfig, "child.yaml").rank_batch_size == 8
-        assert has_key("child.yaml", "tables")
-        assert not has_key(write("run_dir: x", "experiment.yaml"), "tables")
+        assert "tables" in top_level("child.yaml")
+        assert "tables" not in top_level(write("run_dir: x", "experiment.yaml"))
 
     def test_batch_on_ranks(self):
         assert load(TWO).batch_on(8) == 64
@@ -94,6 +96,39 @@ class TestFaults:
     def test_names_place_and_path(self, change, said):
         assert change[0] in TWO
         assert said in fault(TWO.replace(*change))
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            (f"rank_batch_size={10**29}", "rank_batch_size: should be less than or equal to 9007199254740992"),
+            ("dense={kind: given, parameters: 1_000_000_000_000_000_000}", "dense.parameters: should be less than"),
+            ("dense={kind: given, forward_flops_per_example: 1.0e+40}", "dense.forward_flops_per_example: should be"),
+            ("loss.scores_per_example=1.0e+300", "loss.scores_per_example: should be less than"),
+        ],
+    )
+    def test_limits(self, override, said):
+        assert said in fault(TWO, override)
+
+    @pytest.mark.parametrize(
+        "beyond",
+        [
+            {"rows": 10**400},
+            {"rows": 2**53 + 1},
+            {"dim": 2**20 + 4},
+            {"features": 10**24},
+            {"ids_per_example": 1e308},
+            {"ids_per_step": 1e17},
+            {"skew": 65.0},
+            {"skew": math.nan},
+            {"ids_per_example": math.inf},
+            {"ranks": (10**30,)},
+            {"max_shards": 10**30},
+        ],
+        ids=str,
+    )
+    def test_limits_of_tables(self, beyond):
+        with pytest.raises(ValidationError, match=next(iter(beyond))):
+            TableConfig(**{"name": "a", "rows": 1, "dim": 4, **beyond})
 
     def test_both_batches(self):
         assert "set one of" in fault(TWO, "global_batch_size=8")

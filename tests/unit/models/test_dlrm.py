@@ -106,14 +106,16 @@ class DoubleBags(nn.Module):
         super().__init__()
         self.embedding_bags = nn.ModuleDict(model.tables.embedding_bags)
 
-    def forward(self, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
         bags = sparse.to_dict()
-        return {k: bag(bags[k].values(), bags[k].offsets()) for k, bag in self.embedding_bags.items()}
+        pooled = {k: bag(bags[k].values(), bags[k].offsets()) for k, bag in self.embedding_bags.items()}
+        return KeyedTensor.from_tensor_list(list(pooled), list(pooled.values()))
 
 
 class NoExamples(nn.Module):
-    def forward(self, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
-        return dict.fromkeys(sparse.keys(), torch.zeros(0, D))
+    def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
+        keys = sparse.keys()
+        return KeyedTensor.from_tensor_list(keys, [torch.zeros(0, D)] * len(keys))
 
 
 def kjt(bags: Bags) -> KeyedJaggedTensor:

@@ -27,7 +27,7 @@ def moved(before: Placement, after: Placement) -> int:
 def test_equal_plans_differ_in_nothing():
     plan = hand_made([TABLE, OTHER], [placed("table_wise", 0), placed("row_wise", 0, 1, name="u")], TWO)
     comparison = compare(plan, plan)
-    assert comparison.changes == () and comparison.moved_bytes == 0
+    assert comparison.changes == () and comparison.moved_bytes == 0 and comparison.others == ()
     assert comparison.step_seconds[0] == comparison.step_seconds[1] == evaluate(plan).step_seconds
     assert comparison.hbm_bytes[0] == comparison.hbm_bytes[1] == evaluate(plan).total_memory_R.max()
 
@@ -67,6 +67,9 @@ def test_a_new_table_is_filled_and_a_removed_one_is_gone():
     mine, theirs = placed("table_wise", 0), placed("table_wise", 1, name="u")
     comparison = compare(hand_made([TABLE], [mine], TWO), hand_made([OTHER], [theirs], TWO))
     assert set(comparison.changes) == {Change("t", mine, None, 0), Change("u", None, theirs, 0)}
+    assert (comparison.new, comparison.gone, comparison.moved) == (1, 1, 0)
+    ((what, before, after),) = comparison.others
+    assert what == "model" and "t of 10 x 16" in before and "u of 10 x 16" in after
     assert comparison.moved_bytes == 0
 
 
@@ -83,3 +86,12 @@ def test_plans_of_other_ranks():
     two = hand_made([TABLE], [placed("row_wise", 0, 1)], TWO)
     # Rows 0-4, 5-9 become 0-2, 3-5, 6-8, 9: rank 0 has its rows, rank 1 has row 5, ranks 2 and 3 have none of theirs.
     assert compare(two, four).moved_bytes == (2 + 3 + 1) * ROW
+    comparison = compare(two, four)
+    assert [what for what, _, _ in comparison.others] == ["topology"]
+    assert (comparison.new, comparison.gone, comparison.moved) == (0, 0, 1)
+
+
+def test_better_known_ids_move_nothing():
+    known = TABLE.model_copy(update={"skew": 1.2})
+    before, after = (hand_made([table], [placed("table_wise", 0)], TWO) for table in (TABLE, known))
+    assert compare(before, after).changes == ()

@@ -196,12 +196,21 @@ class TestKernels:
 
     def test_uvm_rows_are_on_the_host(self):
         costs = costs_of(described(), "table_wise", 1, kernel="fused_uvm")
-        assert costs.host == [68_000] and costs.tables == [0] and costs.table_optimizer == [0]
+        assert costs.host == [64_000] and costs.tables == [0] and costs.table_optimizer == [4000]
 
     def test_a_cache_is_in_hbm_and_the_whole_table_on_the_host(self):
         table = described(cache_load_factor=0.25)
         costs = costs_of(table, "table_wise", 1, kernel="fused_uvm_caching")
-        assert costs.host == [68_000] and costs.tables == [16_000] and costs.table_optimizer == [1000]
+        slots = 4 * 1000  # a number for every row
+        assert costs.host == [64_000] and costs.tables == [16_000 + slots] and costs.table_optimizer == [4000]
+
+    @pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+    def test_states_of_elements_go_with_the_weights_and_states_of_rows_stay(self, kernel):
+        """As fbgemm's split tables place them (construct_split_state)."""
+        costs = costs_of(described(optimizer="adam"), "table_wise", 1, kernel=kernel)
+        assert costs.host == [64_000 * 3] and costs.table_optimizer == [0]
+        costs = costs_of(described(optimizer="partial_rowwise_adam"), "table_wise", 1, kernel=kernel)
+        assert costs.host == [64_000 * 2] and costs.table_optimizer == [4000]
 
     def test_dense_gradients_are_as_large_as_the_weights_in_fp32(self):
         costs = costs_of(described(dtype="fp16"), "table_wise", 1, kernel="dense")

@@ -142,7 +142,7 @@ class TestByHand:
 
     def test_offloaded_tables_take_host_memory(self):
         offloaded = (replace(PLACEMENTS[0], kernel="fused_uvm"), PLACEMENTS[1])
-        held = 40 * 16 * 4 + 40 * 4
+        held = 40 * 16 * 4  # the state of a row stays in HBM
         evaluation = evaluate(planned(offloaded))
         assert evaluation.host_R.tolist() == [held, 0]
         assert evaluation.memory_MR[MEMORY.index("tables")].tolist() == [0, 40 * 8 * 4]

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from gr.config import load_config
-from gr.config.inventory import ROW_MULTIPLE, InventoryConfig
+from gr.config.inventory import ROW_MULTIPLE, STEEPEST, InventoryConfig
 from gr.config.tree import ExperimentConfig
 from gr.embeddings import collection
 from gr.errors import ConfigError
 from gr.models.retrieval import RetrievalModel
 from gr.ops.linear_cross_entropy import linear_cross_entropy
 from gr.planner.dense import dense_work
+from gr.planner.ids import MAX_SKEW
 from gr.planner.inventory import LOSS_CHUNK, SMALL_CORPUS, experiment_inventory, is_inventory, load_inventory
 from gr.tasks import negatives
 from tests.support.tiny import tiny_config
@@ -44,6 +45,11 @@ def write_parquet(rows: list[dict], schema: pa.Schema | None = None) -> str:
     columns = {name: None for row in rows for name in row}
     pq.write_table(pa.Table.from_pylist([{**columns, **row} for row in rows], schema=schema), "tables.parquet")
     return "tables.parquet"
+
+
+def write_yaml(rows: str) -> str:
+    Path("i.yaml").write_text(f"tables: [{{name: a, {rows}, dim: 4}}]")
+    return "i.yaml"
 
 
 def fault(path: str, *overrides: str) -> str:
@@ -120,6 +126,19 @@ class TestFaults:
             rows = [{**TABLES[0], "skew": float(value)}]
             said = f"row 1: skew: expected text, a finite number or a list, got {value}"
             assert said in fault(write_parquet(rows))
+
+    def test_what_python_does_not_convert(self):
+        huge = f'[{{"name": "a", "rows": {"1" * 5000}, "dim": 4}}]'
+        assert "tables.json: not a usable number: Exceeds the limit" in fault(write_json(huge))
+        for depth in (900, 100_000):
+            nested = '[{"name": "a", "rows": 1, "dim": 4, "ranks": ' + "[" * depth + "]" * depth + "}]"
+            assert "tables.json: nested too deep" in fault(write_json(nested))
+        assert "i.yaml: not a usable number: Exceeds the limit" in fault(write_yaml(f"rows: 0x{'f' * 5000}"))
+
+    def test_tables_misspelt(self):
+        Path("i.yaml").write_text("rank_batch_size: 8\ntabels: []")
+        with pytest.raises(ConfigError, match=r"i\.yaml:2: tabels: unknown key; did you mean 'tables', of an inv"):
+            is_inventory("i.yaml")
 
     def test_unreadable(self):
         assert "tables.json:1: not valid JSON" in fault(write_json("[{"))
@@ -205,6 +224,7 @@ class TestExperiments:
     def test_constants_are_those_of_the_code_that_imports_torch(self):
         assert negatives.SMALL_CORPUS == SMALL_CORPUS
         assert collection.ROW_MULTIPLE == ROW_MULTIPLE
+        assert MAX_SKEW == STEEPEST  # which is on a floor above
         assert inspect.signature(linear_cross_entropy).parameters["chunk"].default == LOSS_CHUNK
 
 

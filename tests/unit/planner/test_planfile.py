@@ -1,6 +1,7 @@
 """Plan files: read back equal, and refused with one line where they are not whole or not for this run."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.config.inventory import (
+    AnyShardingType,
     DLRMDense,
     GivenDense,
     HSTUDense,
     InventoryConfig,
+    Kernel,
     LossInventory,
     TableConfig,
     TransformerDense,
@@ -140,6 +143,13 @@ class TestUnreadable:
         assert refusal('{\n "format": oops}') == "p.json: line 2 is not JSON: Expecting value"
         assert refusal("").startswith("p.json: line 1 is not JSON")
 
+    def test_what_python_does_not_convert(self):
+        assert refusal("1" * 5000).startswith("p.json: not a usable number: Exceeds the limit")
+        assert refusal("[" * 100_000).startswith("p.json: nested too deep to be a plan")
+        nested = edited(lambda c: c.update(predicted={"a": "HERE"})).replace('"HERE"', "[" * 800 + "]" * 800)
+        assert refusal(nested).endswith(AGAIN)
+        assert refusal(dump_plan(PLAN).replace('"by hand"', '"\\ud800"')).startswith("p.json: invalid json: ")
+
     @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"format": "gr-plan-0"}', '{"format": ["gr-plan-1"]}'])
     def test_another_format(self, text):
         expected = "p.json: not a plan of this version (gr-plan-1); make it again with `gr plan --json`"
@@ -158,7 +168,21 @@ class TestUnreadable:
             (lambda c: c["inventory"]["tables"][0].update(rows=0), "inventory.tables.0.rows: input should be greater"),
             (lambda c: c["inventory"]["tables"][0].update(dim=-4), "inventory.tables.0.dim: input should be greater"),
             (lambda c: c["inventory"]["tables"][0].update(rows="100"), "inventory.tables.0.rows: input should be a"),
-            (lambda c: c["topology"].pop("ranks"), "ranks: field required"),
+            (lambda c: c["topology"].pop("ranks"), "topology.ranks: field required"),
+            (lambda c: c["topology"].update(more=1), "topology.more: extra inputs are not permitted"),
+            (lambda c: c["topology"].update(ranks="4"), "topology.ranks: input should be a valid integer"),
+            (lambda c: c["topology"].update(ranks=10**9), "topology.ranks: input should be less than"),
+            (lambda c: c["topology"].update(device="tpu"), "topology.device: input should be 'cuda' or 'cpu'"),
+            (lambda c: c["topology"].update(hbm_bytes=10**400), "topology.hbm_bytes: input should be less than"),
+            (lambda c: c["topology"].update(hbm_bandwidth=0), "topology.hbm_bandwidth: input should be greater"),
+            (lambda c: c["topology"].update(intra_bandwidth=-5.0), "topology.intra_bandwidth: input should be greater"),
+            (lambda c: c["topology"].update(flops_bf16=math.nan), "topology.flops_bf16: input should be a finite"),
+            (lambda c: c["topology"].update(inter_latency=math.inf), "topology.inter_latency: input should be a fin"),
+            (lambda c: c["topology"].update(reserve_bytes=-1), "topology.reserve_bytes: input should be greater"),
+            (lambda c: c.update(bound_seconds=math.nan), "bound_seconds: input should be a finite number"),
+            (lambda c: c.update(bound_seconds=-1.0), "bound_seconds: input should be greater"),
+            (lambda c: c["inventory"]["tables"][0].update(skew=math.nan), "inventory.tables.0.skew: input should be"),
+            (lambda c: c["inventory"].update(rank_batch_size=10**29), "inventory.rank_batch_size: input should be l"),
         ],
     )
     def test_a_part_is_missing_or_wrong(self, change, message):
@@ -199,6 +223,10 @@ class TestNotWhole:
         stated = model_hash(PLAN.inventory)
         assert said.startswith(f"p.json: model_hash says {stated}, its content is ") and "it was edited" in said
 
+    def test_ranks_that_fill_no_hosts(self):
+        said = refusal(edited(lambda c: c["topology"].update(ranks_per_host=3)))
+        assert said == "p.json: 4 ranks do not fill hosts of 3"
+
     def test_an_edited_topology(self):
         said = refusal(edited(lambda c: c["topology"].update(ranks=8)))
         stated, found = topology_hash(FOUR), topology_hash(machine(8, 2))
@@ -208,6 +236,11 @@ class TestNotWhole:
 
 class TestPlacementFault:
     TABLE = TableConfig(name="t", rows=100, dim=16)
+
+    @staticmethod
+    def placed(sharding_type: AnyShardingType, ranks: tuple[int, ...], width: int | None) -> Placement:
+        kernel: Kernel = "dense" if sharding_type == "data_parallel" else "fused"
+        return Placement("t", sharding_type, kernel, ranks, width)
 
     @pytest.mark.parametrize(
         ("sharding_type", "ranks", "width"),
@@ -224,7 +257,7 @@ class TestPlacementFault:
         ],
     )
     def test_none(self, sharding_type, ranks, width):
-        assert placement_fault(self.TABLE, Placement("t", sharding_type, "fused", ranks, width), FOUR) is None
+        assert placement_fault(self.TABLE, self.placed(sharding_type, ranks, width), FOUR) is None
 
     @pytest.mark.parametrize(
         ("sharding_type", "ranks", "width", "fault"),
@@ -242,11 +275,25 @@ class TestPlacementFault:
             ("table_row_wise", (1, 0), None, "table_row_wise takes all ranks of a host, in order; ranks does not"),
             ("table_row_wise", (0, 2), None, "table_row_wise takes all ranks of a host, in order; ranks does not"),
             ("grid_shard", (0, 2, 1, 3), 8, "grid_shard takes all ranks of a host, in order; ranks does not"),
+            ("grid_shard", (0, 3, 2, 1), 8, "grid_shard takes all ranks of a host, in order; ranks does not"),
+            ("table_row_wise", (0, 3), None, "table_row_wise takes all ranks of a host, in order; ranks does not"),
             ("grid_shard", (0, 1, 0, 1), 8, "two of its shards are on one rank"),
         ],
     )
     def test_one(self, sharding_type, ranks, width, fault):
-        assert placement_fault(self.TABLE, Placement("t", sharding_type, "fused", ranks, width), FOUR) == fault
+        assert placement_fault(self.TABLE, self.placed(sharding_type, ranks, width), FOUR) == fault
+
+    def test_kernels(self):
+        everywhere = (0, 1, 2, 3)
+        for kernel in ("fused", "fused_uvm", "fused_uvm_caching"):
+            fault = placement_fault(self.TABLE, Placement("t", "data_parallel", kernel, everywhere), FOUR)
+            assert fault == f"data_parallel has kernel dense, not {kernel}"
+        dense = Placement("t", "row_wise", "dense", everywhere)
+        assert placement_fault(self.TABLE, dense, FOUR) == (
+            "row_wise does not go with kernel dense, unless the table's kernels allow it: fused"
+        )
+        allowed = self.TABLE.model_copy(update={"kernels": ("fused", "dense")})
+        assert placement_fault(allowed, dense, FOUR) is None
 
     @pytest.mark.parametrize("sharding_type", ["table_row_wise", "table_column_wise", "grid_shard"])
     def test_sequence_tables_know_four_types(self, sharding_type):
@@ -322,6 +369,13 @@ class TestAnotherRun:
     def test_of_this_model_and_topology(self):
         check_plan(PLAN, PLAN.inventory, FOUR)
 
+    def test_more_than_its_own_topology_holds(self):
+        for memory, said in (("hbm_bytes", " of 10 bytes, and"), ("host_bytes", " bytes to 10 of host memory")):
+            with pytest.raises(PlanError) as error:
+                check_plan(replace(PLAN, topology=replace(FOUR, **{memory: 10})), PLAN.inventory, FOUR)
+            assert str(error.value).startswith("the plan does not fit its own topology: rank ")
+            assert said in str(error.value)
+
     def test_another_model(self):
         other = TestHashes.changed({"rows": 5000})
         with pytest.raises(PlanError) as error:
@@ -340,12 +394,3 @@ class TestAnotherRun:
             f"the plan is for another topology: {topology_hash(FOUR)} (cpu, 4 ranks of 2 a host), and this run has "
             f"{topology_hash(other)} (cuda, 8 ranks of 4 a host); make one with `gr plan CONFIG --json`"
         )
-
-
-@pytest.mark.parametrize(
-    ("kind", "ranks", "width"), [("table_row_wise", (0, 3), None), ("grid_shard", (0, 3, 2, 1), 8)]
-)
-def test_ranks_of_two_hosts_are_no_host(kind, ranks, width):
-    table = TableConfig(name="t", rows=1000, dim=16)
-    fault = placement_fault(table, Placement("t", kind, "fused", ranks, width), machine(4, 2))
-    assert fault is not None and "takes all ranks of a host" in fault

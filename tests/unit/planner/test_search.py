@@ -147,10 +147,16 @@ class TestAnyInventory:
         assert evaluation.fits
         hbm, host = np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True):
-            share = {"fused_uvm": 0.0, "fused_uvm_caching": table.cache_load_factor}.get(placement.kernel, 1.0)
             for shard in shards(table, placement):
-                hbm[shard.rank] += share * sum(table_bytes(table, shard))
-                host[shard.rank] += sum(table_bytes(table, shard)) if "uvm" in placement.kernel else 0
+                weights, states = table_bytes(table, shard)
+                of_rows = 4 * shard.rows if "rowwise" in table.optimizer else 0
+                if "uvm" not in placement.kernel:
+                    hbm[shard.rank] += weights + states
+                    continue
+                host[shard.rank] += weights + states - of_rows
+                hbm[shard.rank] += of_rows
+                if placement.kernel == "fused_uvm_caching":
+                    hbm[shard.rank] += table.cache_load_factor * weights + 4 * shard.rows
         predicted = evaluation.memory_MR[[MEMORY.index("tables"), MEMORY.index("table_optimizer")]].sum(axis=0)
         assert predicted == pytest.approx(hbm, rel=1e-12, abs=1e-6)
         assert evaluation.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
