@@ -43,7 +43,6 @@ class Relaxation:
 
     def __init__(self, options: Options, capacity: Capacity) -> None:
         self.options, self.capacity = options, capacity
-        self._starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
         self.shard_seconds_O = options.seconds_O + np.maximum(options.extra_seconds_O, 0)
         self.fits_O = (options.hbm_O + np.maximum(options.extra_hbm_O, 0) <= capacity.hbm_bytes) & (
             options.host_O <= capacity.host_bytes
@@ -52,11 +51,11 @@ class Relaxation:
     def cheapest(self, usable_O: np.ndarray, price: float) -> tuple[np.ndarray, float] | None:
         """The options of least seconds + price * bytes, and that sum; None where a table has none."""
         cost_O = np.where(usable_O, self.options.total_seconds_O + price * self.options.total_hbm_O, np.inf)
-        least_T = np.minimum.reduceat(cost_O, self._starts_T)
+        least_T = self.options.least_T(cost_O)
         if not np.isfinite(least_T).all():
             return None
         place_O = np.where(cost_O == least_T[self.options.table_O], np.arange(len(cost_O)), len(cost_O))
-        return np.minimum.reduceat(place_O, self._starts_T), float(least_T.sum())
+        return self.options.least_T(place_O), float(least_T.sum())
 
     def solve(self, usable_O: np.ndarray, *, share: float = 1.0) -> Relaxed | None:
         """The relaxation with `share` of the memory; None where the tables do not fit it."""
@@ -69,10 +68,10 @@ class Relaxation:
         used = self._bytes(option_T)
         if used <= memory:
             return Relaxed(option_T, 0.0, cost / ranks)
-        least = np.minimum.reduceat(np.where(usable_O, self.options.total_hbm_O, np.inf), self._starts_T)
+        least = self.options.least_T(np.where(usable_O, self.options.total_hbm_O, np.inf))
         if least.sum() > memory:
             return None
-        low, high, bound = 0.0, cost / used, cost / ranks - 0.0
+        low, high, bound = 0.0, cost / used, cost / ranks
         fitting: np.ndarray | None = None
         while fitting is None:
             option_T, value = self._at(usable_O, high)

@@ -1,9 +1,9 @@
 """What a shard of a table costs: bytes of memory, bytes on the links, seconds in each phase of a step.
 
-The model: seconds are bytes over bandwidth, plus a latency for each collective. Everything is linear in two shares of a
-shard, so a whole option is costed without listing its shards: the share of the table's rows it holds, and the share of
-the table's ids it is asked for. Ids follow Zipf's law over rows in no particular order; the most read row is on one
-shard. Functions are vectorised over tables or over shards.
+The model: seconds are bytes over bandwidth, plus a latency for each collective but the all-reduces. Everything is
+linear in two shares of a shard, so a whole option is costed without listing its shards: the share of the table's rows
+it holds, and the share of the table's ids it is asked for. Ids follow Zipf's law over rows in no particular order; the
+most read row is on one shard. Functions are vectorised over tables or over shards.
 
 B examples a rank, R ranks, G = B R examples a step, L ranks a host, H hosts.
 """

@@ -5,6 +5,7 @@ T tables, O options (sorted by table), R ranks.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -50,6 +51,14 @@ class Options:
     @property
     def tables(self) -> int:
         return int(self.table_O[-1]) + 1
+
+    @cached_property
+    def _starts_T(self) -> np.ndarray:
+        return np.searchsorted(self.table_O, np.arange(self.tables))
+
+    def least_T(self, values_O: np.ndarray) -> np.ndarray:
+        """The least value among the options of each table."""
+        return np.minimum.reduceat(values_O, self._starts_T)
 
 
 @dataclass(frozen=True)

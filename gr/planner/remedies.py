@@ -104,8 +104,7 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
     except DoesNotFit:
         yield f"shortfall: {int(fixed - topology.hbm_bytes):,} bytes a rank before any table is placed"
         return
-    starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
-    host_T = np.minimum.reduceat(options.host_O, starts_T)
+    host_T = options.least_T(options.host_O)
     if host_T.max() > topology.host_bytes:
         widest = int(host_T.argmax())
         yield (
@@ -113,17 +112,17 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
             f"shard of {inventory.tables[widest].name} takes {_gb(host_T[widest])}, and a rank has "
             f"{_gb(topology.host_bytes)}"
         )
-    least_T = np.minimum.reduceat(options.total_hbm_O, starts_T)
-    shard_T = np.minimum.reduceat(options.hbm_O + np.maximum(options.extra_hbm_O, 0), starts_T)
+    least_T = options.least_T(options.total_hbm_O)
+    shard_T = options.least_T(options.hbm_O + np.maximum(options.extra_hbm_O, 0))
     missing = float(least_T.sum()) - left * topology.ranks
     if missing > 0:
         yield (
             f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(least_T.sum())}, and {topology.ranks} "
             f"ranks have {_gb(left * topology.ranks)} for them"
         )
-    too_large = np.flatnonzero(shard_T > left)
-    if len(too_large):
-        worst = too_large[np.argsort(-shard_T[too_large], kind="stable")][:NAMED]
+    wide = np.flatnonzero(shard_T > left)
+    if len(wide):
+        worst = wide[np.argsort(-shard_T[wide], kind="stable")][:NAMED]
         yield (
             f"shortfall: {int(shard_T[worst[0]] - left):,} bytes on a rank: the smallest shard of "
             + ", ".join(f"{inventory.tables[t].name} takes {_gb(shard_T[t])}" for t in worst)

@@ -6,8 +6,6 @@ under a target cost either succeeds or not, so the least target is found by halv
 
 from dataclasses import replace
 
-import numpy as np
-
 from gr.errors import PlanError
 from gr.planner.bound import FAR_OFF, Group, Relaxation
 from gr.planner.options import Capacity, Options, Solution
@@ -32,9 +30,7 @@ class DoesNotFit(PlanError):
 
 def solve_balanced(options: Options, capacity: Capacity) -> Solution:
     """As solve, with no rank above BALANCE of the mean memory where that costs at most GIVEN_UP."""
-    relaxation = Relaxation(options, capacity)
-    if not relaxation.groups:
-        raise DoesNotFit(too_large(options, capacity) or NO_WAY)
+    relaxation = _relaxation(options, capacity)
     best = relaxation.groups[0]
     relaxed = relaxation.solve(best.usable_O)
     assert relaxed is not None, "the group has a bound"
@@ -47,7 +43,7 @@ def solve_balanced(options: Options, capacity: Capacity) -> Solution:
             balanced = None  # a table whose least shard is above it
         if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * best.bound:
             return replace(balanced, bound_seconds=best.bound)
-    free = solve(options, capacity)
+    free = _solve(relaxation)
     if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * free.cost:
         return replace(balanced, bound_seconds=free.bound_seconds)
     return free
@@ -55,9 +51,18 @@ def solve_balanced(options: Options, capacity: Capacity) -> Solution:
 
 def solve(options: Options, capacity: Capacity) -> Solution:
     """The best solution found and a bound on all. Raises DoesNotFit. Equal inputs give equal solutions."""
+    return _solve(_relaxation(options, capacity))
+
+
+def _relaxation(options: Options, capacity: Capacity) -> Relaxation:
     relaxation = Relaxation(options, capacity)
     if not relaxation.groups:
         raise DoesNotFit(too_large(options, capacity) or NO_WAY)
+    return relaxation
+
+
+def _solve(relaxation: Relaxation) -> Solution:
+    options, capacity = relaxation.options, relaxation.capacity
     bound = relaxation.groups[0].bound
     small = len(options.table_O) * capacity.ranks < SMALL
     best: tuple[float, Packing] | None = None
@@ -83,10 +88,9 @@ def solve(options: Options, capacity: Capacity) -> Solution:
 
 def too_large(options: Options, capacity: Capacity) -> str | None:
     """Why no solution can fit, as far as sums of the least shards tell; None where they do not exclude one."""
-    starts_T = np.searchsorted(options.table_O, np.arange(options.tables))
-    total = np.minimum.reduceat(options.total_hbm_O, starts_T).sum()
-    shard = np.minimum.reduceat(options.hbm_O, starts_T).max()
-    host = np.minimum.reduceat(options.host_O, starts_T).max()
+    total = options.least_T(options.total_hbm_O).sum()
+    shard = options.least_T(options.hbm_O).max()
+    host = options.least_T(options.host_O).max()
     if host > capacity.host_bytes:
         return (
             f"the largest shard offloaded to the host takes at least {host / 1e9:,.1f} GB there, and a rank has "
