@@ -42,6 +42,11 @@ Total = Annotated[float, Field(ge=0.0, le=LARGEST_TOTAL)]
 Rank = Annotated[int, Field(ge=0, lt=LARGEST_WORLD)]
 
 
+def stored_dim(dim: int) -> int:
+    """Columns a table of width `dim` takes: the columns past `dim` are zero and stay zero."""
+    return -(-dim // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
 class TableConfig(Section):
     """One embedding table and how it is read."""
 

@@ -18,12 +18,11 @@ from torchrec import (
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from gr.batch import ITEM_FEATURE
+from gr.config.inventory import ROW_MULTIPLE, stored_dim
 from gr.config.tree import EmbeddingsConfig
 from gr.errors import ConfigError
 
 CANDIDATE_FEATURE = "candidate_id"
-# fbgemm asserts that a row is a multiple of 4 elements wide.
-ROW_MULTIPLE = 4
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,6 @@ class PooledTable:
     dim: int
     features: tuple[str, ...]
     pooling: Literal["sum", "mean"] = "sum"
-
-
-def stored_dim(dim: int) -> int:
-    """Columns a table of width `dim` takes: the columns past `dim` are zero and stay zero."""
-    return -(-dim // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def build_collection(rows: int, dim: int, config: EmbeddingsConfig) -> EmbeddingCollection:

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from gr.config.faults import describe_faults
 from gr.config.inventory import (
-    ROW_MULTIPLE,
     DLRMDense,
     HSTUDense,
     InventoryConfig,
     LossInventory,
     TableConfig,
     TransformerDense,
+    stored_dim,
 )
 from gr.config.load import EXPERIMENTS, load_section, top_level
 from gr.config.ranking import RankingConfig
@@ -200,7 +200,7 @@ def experiment_inventory(
     table = TableConfig(
         name="item_id",
         rows=item_rows,
-        dim=-(-config.model.dim // ROW_MULTIPLE) * ROW_MULTIPLE,
+        dim=stored_dim(config.model.dim),
         dtype=config.embeddings.dtype,
         kind="sequence",
         features=2,  # the history and the candidates

@@ -13,6 +13,7 @@ from gr.config.inventory import (
     LARGEST,
     LARGEST_TOTAL,
     LARGEST_WORLD,
+    ROW_MULTIPLE,
     SEQUENCE_TYPES,
     AnyShardingType,
     InventoryConfig,
@@ -22,7 +23,7 @@ from gr.config.inventory import (
 from gr.errors import PlanError
 from gr.planner.evaluate import evaluate
 from gr.planner.plan import Placement, Plan, column_blocks
-from gr.planner.space import COLUMN_MULTIPLE, COLUMN_TYPES, row_parts
+from gr.planner.space import COLUMN_TYPES, row_parts
 from gr.planner.topology import Topology
 
 FORMAT = "gr-plan-1"
@@ -207,8 +208,8 @@ def placement_fault(table: TableConfig, placement: Placement, topology: Topology
         return f"{kind} does not go with kernel dense, unless the table's kernels allow it: {', '.join(table.kernels)}"
     if (width is not None) != (kind in COLUMN_TYPES):
         return f"column_width={width} does not go with {kind}"
-    if width is not None and (not 0 < width <= table.dim or width % COLUMN_MULTIPLE):
-        return f"column_width={width} is not a multiple of {COLUMN_MULTIPLE} up to dim={table.dim}"
+    if width is not None and (not 0 < width <= table.dim or width % ROW_MULTIPLE):
+        return f"column_width={width} is not a multiple of {ROW_MULTIPLE} up to dim={table.dim}"
     if wrong := [rank for rank in ranks if not 0 <= rank < topology.ranks]:
         return f"rank {wrong[0]} is not one of 0 to {topology.ranks - 1}"
     blocks = len(column_blocks(table.dim, width))

@@ -6,7 +6,15 @@ from zlib import crc32
 
 import numpy as np
 
-from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
+from gr.config.inventory import (
+    ROW_MULTIPLE,
+    SEQUENCE_TYPES,
+    SHARDING_TYPES,
+    AnyShardingType,
+    InventoryConfig,
+    Kernel,
+    TableConfig,
+)
 from gr.errors import PlanError
 from gr.planner.cost import ELEMENT_BYTES, Links, ShardCosts, Traffic, shard_costs, traffic
 from gr.planner.options import Options, Scope
@@ -15,7 +23,7 @@ from gr.planner.topology import Topology
 
 KERNELS: tuple[Kernel, ...] = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 # Narrower column blocks leave most lanes of a warp idle; where nothing but columns may be cut, fbgemm's least is taken.
-LEAST_COLUMNS, COLUMN_MULTIPLE = 8, 4
+LEAST_COLUMNS = 8
 WIDTHS = 64  # tried for a table, at most about
 COLUMN_TYPES = {"column_wise", "table_column_wise", "grid_shard"}
 
@@ -146,18 +154,18 @@ def _widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topolo
         return [None]
     most = _most_blocks(table, sharding_type, topology)
     forced = table.sharding_types is not None and set(table.sharding_types) <= COLUMN_TYPES
-    least = COLUMN_MULTIPLE if forced else LEAST_COLUMNS
+    least = ROW_MULTIPLE if forced else LEAST_COLUMNS
     if table.kind == "sequence":
         # One EmbeddingCollection sends column blocks of one width only, so there is one to choose.
         counts = range(max(2, table.min_shards), min(most, table.dim // least) + 1)
-        even: list[int | None] = [table.dim // n for n in counts if table.dim % (n * COLUMN_MULTIPLE) == 0]
+        even: list[int | None] = [table.dim // n for n in counts if table.dim % (n * ROW_MULTIPLE) == 0]
         return even[:1] or ([table.dim] if forced else [])
-    step = max(COLUMN_MULTIPLE, table.dim // WIDTHS // COLUMN_MULTIPLE * COLUMN_MULTIPLE)
+    step = max(ROW_MULTIPLE, table.dim // WIDTHS // ROW_MULTIPLE * ROW_MULTIPLE)
     tried = {*range(least, table.dim, step), *(table.dim // n for n in range(2, 9) if table.dim % n == 0)}
     widths: list[int | None] = [
         width
         for width in sorted(tried)
-        if width % COLUMN_MULTIPLE == 0
+        if width % ROW_MULTIPLE == 0
         and width >= least
         and -(-table.dim // width) <= most
         # One block of a grid differs already by its rows.
