@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from gr.checkpoint import ModelState, load_state
+from gr.checkpoint import ModelState
 from gr.checkpoint.layout import write_json
 from gr.config.ranking import RankingConfig
 from gr.data.tabular import TabularDataset
 from gr.data.tabular_loader import TabularLoader
 from gr.dist import World
-from gr.embeddings import TableOptimizer
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, run, sharded_model
+from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
 from gr.metrics.ranking import RankingMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.dlrm import DLRM, CategoricalFeature
@@ -24,7 +23,7 @@ from gr.planner.inventory import ranking_inventory
 from gr.planner.plan import Plan
 from gr.schema import TabularSchema
 from gr.train import callbacks
-from gr.train.module import TrainModule, dense_parameters
+from gr.train.module import TrainModule
 from gr.train.objectives import RankingObjective
 from gr.train.trainer import Callback
 
@@ -182,10 +181,8 @@ def evaluate(config: RankingConfig, checkpoint: Path, world: World) -> dict[str,
     """Metrics of a checkpoint on evaluation.path. Raises ConfigError where there is none."""
     if config.evaluation.path is None:
         raise ConfigError("evaluation.path is unset: name the data folder to evaluate on, evaluation.path=PATH")
-    planner = config.planner.model_copy(update={"plan": None})
-    built = build(config.model_copy(update={"planner": planner}), world)
-    state = ModelState(dense_parameters(built.model), None, TableOptimizer(built.model, config.embeddings.optimizer))
-    step = load_state(checkpoint, state, world)["step"]
+    built = build(without_plan(config), world)
+    step = load_weights(built.model, config, checkpoint, world)
     return _report(built, checkpoint, step)
 
 

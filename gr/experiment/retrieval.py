@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
-from gr.checkpoint import ModelState, load_state
+from gr.checkpoint import ModelState
 from gr.checkpoint.layout import write_json
 from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
-from gr.embeddings import TableOptimizer
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, run, sharded_model
+from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
@@ -32,7 +31,7 @@ from gr.planner.plan import Plan
 from gr.tasks import CandidateSampler
 from gr.train import callbacks
 from gr.train.evaluate import user_ranks
-from gr.train.module import TrainModule, dense_parameters
+from gr.train.module import TrainModule
 from gr.train.objectives import RetrievalObjective
 from gr.train.trainer import Callback
 
@@ -212,10 +211,8 @@ def evaluate(config: ExperimentConfig, checkpoint: Path, world: World, split: Sp
             f"the {split} targets were trained on (data.train_holdout={config.data.train_holdout}): evaluate the test "
             "split, or other users with evaluation.path"
         )
-    planner = config.planner.model_copy(update={"plan": None})
-    built = build(config.model_copy(update={"planner": planner}), world)
-    state = ModelState(dense_parameters(built.model), None, TableOptimizer(built.model, config.embeddings.optimizer))
-    step = load_state(checkpoint, state, world)["step"]
+    built = build(without_plan(config), world)
+    step = load_weights(built.model, config, checkpoint, world)
     report = _report(built, checkpoint, step, split, evaluate_ranks(built, split))
     return report | {"baselines": baseline_metrics(built, split)}
 

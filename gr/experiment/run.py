@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from gr.config import differences, dump_config, load_config
 from gr.config.inventory import InventoryConfig
 from gr.config.tree import RunConfig
 from gr.dist import World
-from gr.embeddings import initialise_tables, shard_tables
+from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
 from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
@@ -25,11 +25,12 @@ from gr.planner.plan import Plan
 from gr.planner.planfile import dump_plan
 from gr.planner.run import make_plan
 from gr.train import callbacks
-from gr.train.module import TrainModule
+from gr.train.module import TrainModule, dense_parameters
 from gr.train.trainer import Callback, Loader, Trainer
 
 log = get_logger(__name__)
 PLAN = "plan.json"
+Config = TypeVar("Config", bound=RunConfig)
 
 
 class TrainingData(Loader, Protocol):
@@ -68,6 +69,17 @@ def sharded_model(
     initialise_tables(sharded, seed=config.seed, std=embeddings.init_std, dim=dim, init=embeddings.init)
     initialise_dense(get_unwrapped_module(sharded), config.seed)
     return sharded, plan
+
+
+def without_plan(config: Config) -> Config:
+    """`config` for a world other than that of planner.plan."""
+    return config.model_copy(update={"planner": config.planner.model_copy(update={"plan": None})})
+
+
+def load_weights(model: nn.Module, config: RunConfig, checkpoint: Path, world: World) -> int:
+    """Fills the sharded `model` with the weights of `checkpoint` and returns its step. Collective."""
+    state = ModelState(dense_parameters(model), None, TableOptimizer(model, config.embeddings.optimizer))
+    return int(load_state(checkpoint, state, world)["step"])
 
 
 def initialise_dense(model: nn.Module, seed: int) -> None:

@@ -270,35 +270,27 @@ def _candidates(config: ExperimentConfig, corpus: int, length: float) -> tuple[L
 def _tower(config: ExperimentConfig, length: float) -> HSTUDense | TransformerDense:
     """The layers as gr/towers has them, and what else RetrievalModel trains: one position embedding."""
     tower, D, N = config.model.tower, config.model.dim, config.data.max_length
-    if isinstance(tower, HSTUConfig):
-        biases = (2 * N - 1 if tower.position_bias else 0) + (tower.time_buckets + 1 if tower.time_bias else 0)
-        return HSTUDense(
-            layers=tower.layers,
-            dim=D,
-            heads=tower.heads,
-            qk_dim=tower.qk_dim,
-            v_dim=tower.v_dim,
-            mean_length=length,
-            max_length=N,
-            concat_ua=tower.concat_ua,
-            recompute=False,
-            other_parameters=N * D + tower.layers * biases,
-        )
-    if isinstance(tower, STUConfig):
-        HQ, HV = tower.heads * tower.qk_dim, tower.heads * tower.v_dim
-        norms = 2 * D + 2 * (tower.heads if tower.group_norm else HV)
-        return HSTUDense(
-            layers=tower.layers,
-            dim=D,
-            heads=tower.heads,
-            qk_dim=tower.qk_dim,
-            v_dim=tower.v_dim,
-            mean_length=length,
-            max_length=N,
-            concat_ua=True,
-            recompute=tower.recompute != "none",
+    if isinstance(tower, HSTUConfig | STUConfig):
+        if isinstance(tower, HSTUConfig):
+            concat_ua, recompute = tower.concat_ua, False
+            others = (2 * N - 1 if tower.position_bias else 0) + (tower.time_buckets + 1 if tower.time_bias else 0)
+        else:
+            concat_ua, recompute = True, tower.recompute != "none"
+            HQ, HV = tower.heads * tower.qk_dim, tower.heads * tower.v_dim
+            norms = 2 * D + 2 * (tower.heads if tower.group_norm else HV)
             # W_o has no bias, which HSTUDense counts; U V Q K have one.
-            other_parameters=N * D + tower.layers * (2 * HQ + 2 * HV + norms - D),
+            others = 2 * HQ + 2 * HV + norms - D
+        return HSTUDense(
+            layers=tower.layers,
+            dim=D,
+            heads=tower.heads,
+            qk_dim=tower.qk_dim,
+            v_dim=tower.v_dim,
+            mean_length=length,
+            max_length=N,
+            concat_ua=concat_ua,
+            recompute=recompute,
+            other_parameters=N * D + tower.layers * others,
         )
     # SASRec: biases of q, k and v, of both feed-forward layers and the output, and of two norms; the last norm's.
     biases = 4 * D + tower.ffn_dim + D + 2 * D
