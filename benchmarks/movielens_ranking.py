@@ -151,6 +151,13 @@ def dlrm(folder: Path, ratings: Ratings, sizes: tuple[int, int], seed: int) -> d
     return scored(best, "test")
 
 
+def _cell(values: list[float]) -> str:
+    """Mean and standard deviation; empty where a model has no such metric (DLRM's are not by user)."""
+    if not values:
+        return ""
+    return f"{mean(values):.4f}" + (f" +- {stdev(values):.4f}" if len(values) > 1 else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -174,12 +181,14 @@ def main() -> None:
             overrides = [f"data.path={given.data}", f"run_dir={folder}/hstu", f"seed={seed}", *given.overrides]
             scores = train("configs/ranking/movielens-hstu.yaml", overrides)
             found["hstu"].append({name.split("/")[1]: value for name, value in scores.items()})
+            print(
+                f"seed {seed}:", *(f"{model} {found[model][-1]}" for model in ("dlrm", "hstu")), sep="\n  ", flush=True
+            )
     table = Table(title=f"{given.data}, {len(test.user):,} predictions, seeds {given.seeds}")
     for column in ("", *SHOWN):
         table.add_column(column)
     for model, runs in found.items():
-        cells = [[run.get(metric, float("nan")) for run in runs] for metric in SHOWN]
-        table.add_row(model, *(f"{mean(c):.4f}" + (f" +- {stdev(c):.4f}" if len(c) > 1 else "") for c in cells))
+        table.add_row(model, *(_cell([run[metric] for run in runs if metric in run]) for metric in SHOWN))
     Console(width=120).print(table)
 
 
