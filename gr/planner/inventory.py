@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from gr.config.faults import describe_faults
 from gr.config.inventory import (
+    ROW_MULTIPLE,
     DLRMDense,
     HSTUDense,
     InventoryConfig,
@@ -220,7 +221,7 @@ def experiment_inventory(
 
 @_within_limits()
 def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> InventoryConfig:
-    """What a ranking experiment trains: a pooled table for each sparse column, and DLRM's dense part."""
+    """What a ranking experiment trains: a table for each sparse column, and DLRM's dense part."""
     model, interaction = config.model, config.model.interaction
     details = interaction.model_dump(exclude={"kind"})
     names = {"layers": "dcn_layers", "rank": "dcn_rank"}
@@ -228,8 +229,9 @@ def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> Inventory
         TableConfig(
             name=column.name,
             rows=column.cardinality,
-            dim=model.dim,
+            dim=model.dim + (ROW_MULTIPLE if model.row_weights else 0),
             dtype=config.embeddings.dtype,
+            kind="sequence" if model.row_weights else "pooled",
             ids_per_example=column.hots,
             optimizer=config.embeddings.optimizer.kind,
         )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gr.checkpoint import CheckpointFolder
+from gr.config.inventory import ROW_MULTIPLE
 from gr.config.ranking import RankingConfig
 from gr.dist import World
 from gr.embeddings.init import _table_key, uniform
@@ -49,10 +50,13 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def configured(data: Path, run_dir: Path, sharding: str, optimizer: str = "adagrad") -> RankingConfig:
+def configured(
+    data: Path, run_dir: Path, sharding: str, optimizer: str = "adagrad", *, row_weights: bool = False
+) -> RankingConfig:
     return tiny_ranking_config(
         data / "train",
         run_dir,
+        model={"row_weights": row_weights},
         planner={"sharding": sharding},
         embeddings={"optimizer": {"kind": optimizer, "lr": RATES[optimizer]}},
         evaluation={"path": str(data / "five")},
@@ -88,15 +92,22 @@ class Plain:
         model.to_empty(device="cpu")
         initialise_dense(model, config.seed)
         rows = tuple(column.cardinality for column in schema.sparse)
+        dlrm = config.model
+        stored = dlrm.dim + (ROW_MULTIPLE if dlrm.row_weights else 0)
+        shape = Shape(rows, len(DENSE), dlrm.dim, dlrm.bottom, dlrm.top, "dot", row_weights=dlrm.row_weights)
+        self.model = ReferenceDLRM(shape)
+        unweighted = meta_model(
+            config.model_copy(update={"model": dlrm.model_copy(update={"row_weights": False})}), schema
+        )
+        dense_weights = {name: p for name, p in model.state_dict().items() if not name.startswith("tables.")}
         with torch.no_grad():
             for column in schema.sparse:
-                counters = torch.arange(column.cardinality * config.model.dim).view(column.cardinality, -1)
+                counters = torch.arange(column.cardinality * stored).view(column.cardinality, -1)
                 drawn = uniform(counters, _table_key(config.seed, column.name), column.cardinality**-0.5)
-                model.tables.embedding_bags[column.name].weight.copy_(drawn)
-        dlrm = config.model
-        self.model = ReferenceDLRM(Shape(rows, len(DENSE), dlrm.dim, dlrm.bottom, dlrm.top, "dot"))
-        self.model.load_state_dict(to_facebook(model.state_dict(), model))
-        tables = list(self.model.emb_l.parameters())
+                dense_weights[f"tables.embedding_bags.{column.name}.weight"] = drawn[:, : dlrm.dim].float()
+        published = to_facebook(dense_weights, unweighted)
+        self.model.load_state_dict(published, strict=not dlrm.row_weights)  # row weights start at one
+        tables = [*self.model.emb_l.parameters(), *(self.model.v_W_l if dlrm.row_weights else ())]
         dense = [*self.model.bot_l.parameters(), *self.model.top_l.parameters()]
         kind, lr = config.embeddings.optimizer.kind, config.embeddings.optimizer.lr
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -142,8 +153,8 @@ def labels_of(rows: pa.Table) -> Tensor:
 @pytest.fixture(scope="module")
 def plain(data):
     @cache
-    def trained(optimizer: str) -> tuple[Plain, list[float]]:
-        one = Plain(configured(data, data / "unused", "auto", optimizer))
+    def trained(optimizer: str, row_weights: bool = False) -> tuple[Plain, list[float]]:
+        one = Plain(configured(data, data / "unused", "auto", optimizer, row_weights=row_weights))
         return one, one.train()
 
     return trained
@@ -161,6 +172,20 @@ def test_losses_and_metrics_are_those_of_the_published_equations(data, tmp_path,
         assert list(got.values()) == pytest.approx(expected, abs=LOSS), optimizer
         assert_near(report["model"], reference.metrics(data / "five"))
         assert report["training_data"] == {"dropped_examples": 293 - STEPS * 24}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sharding", PLANS)
+def test_row_weights_train_as_the_published_ones(data, tmp_path, plain, sharding, size):
+    """facebookresearch/dlrm --weighted-pooling learned."""
+    configs = [configured(data, tmp_path / optimizer, sharding, optimizer, row_weights=True) for optimizer in RATES]
+    reports = run_ranks(run, size, *configs)[0]
+    for optimizer, report in zip(RATES, reports, strict=True):
+        reference, expected = plain(optimizer, row_weights=True)
+        got = list(losses(tmp_path / optimizer).values())
+        assert got == pytest.approx(expected, abs=LOSS), optimizer
+        assert got != pytest.approx(plain(optimizer)[1], abs=10 * LOSS), "the weights made no difference"
+        assert_near(report["model"], reference.metrics(data / "five"))
 
 
 def test_what_is_compared_has_learnt(data, plain):
