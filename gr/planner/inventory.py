@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -31,6 +31,7 @@ from gr.config.tree import (
     HSTUConfig,
     InBatchNegatives,
     PerPositionNegatives,
+    RunConfig,
     SharedNegatives,
 )
 from gr.errors import ConfigError
@@ -213,6 +214,7 @@ def experiment_inventory(
         name=config.task.kind,
         global_batch_size=config.trainer.global_batch_size,
         precision=config.trainer.precision,
+        dense_optimizer=_dense_optimizer(config),
         tables=(table,),
         dense=_tower(config, length),
         loss=loss,
@@ -241,6 +243,7 @@ def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> Inventory
         name=config.task.kind,
         global_batch_size=config.trainer.global_batch_size,
         precision=config.trainer.precision,
+        dense_optimizer=_dense_optimizer(config),
         tables=tables,
         dense=DLRMDense(
             dense_features=len(schema.dense),
@@ -252,6 +255,10 @@ def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> Inventory
         ),
         loss=LossInventory(scores_per_example=1),
     )
+
+
+def _dense_optimizer(config: RunConfig) -> Literal["adam", "sgd", "adagrad"]:
+    return "adam" if config.optimizer.kind == "adamw" else config.optimizer.kind
 
 
 def _candidates(config: ExperimentConfig, corpus: int, length: float) -> tuple[LossInventory, float, float]:

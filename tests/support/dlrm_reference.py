@@ -1,9 +1,9 @@
 """DLRM as published, in plain PyTorch and with loops: nothing here is taken from gr.
 
 Names and order are those of facebookresearch/dlrm (dlrm_s_pytorch.py, DLRM_Net): emb_l, v_W_l where rows have weights,
-bot_l, top_l; the dot products of the lower triangle, row by row; a sigmoid at the end. The cross network is arXiv 2008.13535, Eq. 4, with a low-rank
-matrix; the projection is torchrec's DLRM_Projection written out. Initial weights are published too, the cross
-network's biases excepted, which would be zero and hide mistakes.
+bot_l, top_l; the dot products of the lower triangle, row by row; a sigmoid at the end. The cross network is arXiv
+2008.13535, Eq. 4, with a low-rank matrix; the projection is torchrec's DLRM_Projection written out. Initial weights are
+published too, the cross network's biases excepted, which would be zero and hide mistakes.
 """
 
 import math

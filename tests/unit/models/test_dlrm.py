@@ -30,7 +30,7 @@ from gr.config.dlrm import (
 from gr.config.tree import SGD, EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableShard, local_shards, shard_tables
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import ConfigError
 from gr.models.dlrm import DLRM
 from gr.models.dlrm_checkpoint import from_facebook
 from gr.tasks.ranking import ranking_loss
@@ -41,7 +41,6 @@ SHAPE = Shape((7, 50, 3), DENSE, D, (12, D), (16, 9, 1), "dot", branch1=(10, 2 *
 MANY = replace(SHAPE, rows=tuple(range(3, 29)), dense_features=13)
 SHAPES = {pairs: replace(SHAPE, pairs=pairs) for pairs in ("dot", "dot_itself", "cat", "dcn", "projection")}
 SHAPES |= {f"{pairs}, 26 tables": replace(MANY, pairs=pairs) for pairs in ("dot", "dcn")}
-WEIGHTED = replace(SHAPE, row_weights=True)
 ALL = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 MLPERF = {"dim": 128, "bottom": (512, 256, 128), "top": (1024, 1024, 512, 256, 1)}
 
@@ -89,45 +88,6 @@ def named_as_gr(tensors: dict[str, Tensor], model: DLRM) -> dict[str, Tensor]:
             prefix = {"bot_l": "bottom", "top_l": "top", "branch_1": "interaction.branch1"}
             renamed[".".join([prefix.get(first, "interaction.branch2"), *rest])] = tensor
     return renamed
-
-
-def test_row_weights_equal_the_published_equations() -> None:
-    """Forward, and the gradients of vectors and weights; a weight that is not one shows that it is used."""
-    torch.manual_seed(3)
-    reference = ReferenceDLRM(WEIGHTED)
-    config = DLRMConfig(dim=D, bottom=SHAPE.bottom, top=SHAPE.top, row_weights=True)
-    model = DLRM(config, tables_of(SHAPE), DENSE, EmbeddingsConfig())
-    model.tables.to_empty(device="cpu")
-    model.load_state_dict(from_facebook(without_row_weights(reference), build(SHAPE)), strict=False)
-    tables = {f"table_{k}": model.tables.embeddings[f"table_{k}"].weight for k in range(len(SHAPE.rows))}
-    with torch.no_grad():
-        for k, table in enumerate(tables.values()):
-            reference.v_W_l[k].uniform_(0.5, 2.0)
-            table.zero_()
-            table[:, :D] = reference.emb_l[k].weight
-            table[:, D] = reference.v_W_l[k] - 1
-    dense, bags, labels = batch_of(SHAPE)
-    expected, logits = reference(dense, bags), model(dense, kjt(bags))
-    assert largest_gap(logits.sigmoid(), expected) <= 1e-6
-    nn.functional.binary_cross_entropy(expected, labels).backward()
-    ranking_loss(logits, labels, BCELoss()).mean().backward()
-    for k, table in enumerate(tables.values()):
-        vectors, weights = reference.emb_l[k].weight.grad, reference.v_W_l[k].grad
-        assert vectors is not None and weights is not None and table.grad is not None and weights.abs().max() > 0
-        assert largest_gap(table.grad[:, :D], vectors) <= 1e-7
-        assert largest_gap(table.grad[:, D], weights) <= 1e-7
-        assert not table.grad[:, D + 1 :].any()
-
-
-def without_row_weights(reference: ReferenceDLRM) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in reference.state_dict().items() if not name.startswith("v_W_l")}
-
-
-def test_row_weights_are_not_converted() -> None:
-    config = DLRMConfig(dim=D, bottom=SHAPE.bottom, top=SHAPE.top, row_weights=True)
-    model = DLRM(config, tables_of(SHAPE), DENSE, EmbeddingsConfig())
-    with pytest.raises(CheckpointError, match="keeps weights of rows as they are"):
-        from_facebook(ReferenceDLRM(WEIGHTED).state_dict(), model)
 
 
 def same_weights(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[ReferenceDLRM, DLRM]:
