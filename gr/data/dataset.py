@@ -22,8 +22,8 @@ from gr.schema import ITEMS_FILE, DataSchema
 class Histories:
     """The users of one row group.
 
-    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (item_ids and timestamps int64,
-    ratings float32), and [B] for user_id and contextual columns.
+    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, all else
+    int64), and [B] for user_id and contextual columns.
     """
 
     offsets: np.ndarray
@@ -138,7 +138,7 @@ class Dataset:
             array = values.fill_null(0).to_numpy(zero_copy_only=False)
             if bad.any():
                 array = array[np.repeat(~bad, np.diff(offsets))]
-            columns[name] = array.astype(np.float32 if name == "ratings" else np.int64, copy=False)
+            columns[name] = array.astype(np.float32 if pa.types.is_floating(values.type) else np.int64, copy=False)
         for name, column in flat.items():
             columns[name] = column.fill_null(0).to_numpy()
         if faults:
