@@ -109,6 +109,7 @@ def _shared(function: Callable) -> Callable:
     type=click.Choice(["log1p_clip", "torchrec_minshift"]),
     help="Of the counts x: log(max(x, 0) + 1), or log(x - least of the file + 2). Default: log1p_clip.",
 )
+@click.option("--max-rows", type=click.IntRange(min=2), help="Of a table: values beyond share ids. Default: none.")
 @click.option("--vocabulary", type=click.Path(path_type=Path), help="Prepared folder whose ids and transform to use.")
 @click.option("--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
 @click.option(
