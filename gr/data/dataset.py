@@ -23,7 +23,7 @@ class Histories:
     """The users of one row group.
 
     offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, all else
-    int64), and [B] for user_id and contextual columns.
+    int64; timestamps in seconds whatever their unit on disk), and [B] for user_id and contextual columns.
     """
 
     offsets: np.ndarray
@@ -141,6 +141,8 @@ class Dataset:
             columns[name] = array.astype(np.float32 if pa.types.is_floating(values.type) else np.int64, copy=False)
         for name, column in flat.items():
             columns[name] = column.fill_null(0).to_numpy()
+        if "timestamps" in columns and self.schema.time_unit == "ms":
+            columns["timestamps"] //= 1000
         if faults:
             self._bad_rows[index] = int(bad.sum())
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)

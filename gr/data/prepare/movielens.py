@@ -108,7 +108,7 @@ def _with_actions(users: Users) -> tuple[Users, HistoryColumns]:
         actions=[f"rating_ge_{stars}" for stars in _STARS],
         contextual={"user": int(users.user_ids.max()) + 1},
     )
-    return replace(users, columns={"actions": np.sum(bits, axis=0, dtype=np.int32), "user": users.user_ids}), columns
+    return replace(users, columns={"actions": np.bitwise_or.reduce(bits), "user": users.user_ids}), columns
 
 
 def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> DataSchema:
