@@ -193,6 +193,47 @@ def multi_hot(source: Path, out: Path, force: bool, hots: tuple[int, ...] | None
     click.echo(f"{out}: {schema.rows} rows, {ids} ids a row in {len(schema.sparse)} columns")
 
 
+def _told(out: Path, schema: Any) -> None:
+    click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} candidate items")
+    click.echo(f"order: {schema.order}")
+    click.echo(f"source: {schema.source}")
+
+
+def _kuairand_command(size: str) -> click.Command:
+    def run(source: str, out: Path, force: bool, sha256: str | None) -> None:
+        from gr.data.prepare.kuairand import prepare_kuairand
+        from gr.data.prepare.source import open_source
+        from gr.data.prepare.write import atomic_folder
+
+        with atomic_folder(out, force) as folder:
+            place = open_source(source, sha256=sha256, download_to=out.parent)
+            schema = prepare_kuairand(size, place, folder)
+        _told(out, schema)
+
+    summary = f"Needs the logs and user_features_{size}.csv of KuaiRand-{size.upper()}, unpacked; all events are kept."
+    return click.command(f"kuairand-{size}", help=summary)(_with(_RAW + _SHARED, run))
+
+
+@click.command("yambda")
+@click.option(
+    "--source", type=click.Path(path_type=Path), required=True, help="Folder with flat/ and the mappings, as published."
+)
+@_shared
+@click.option("--size", type=click.Choice(["50m", "500m", "5b"]), default="50m", show_default=True)
+def yambda(source: Path, out: Path, force: bool, size: str) -> None:
+    """Needs flat/SIZE/multi_event.parquet of Yambda, and its mappings of artists and albums.
+
+    Listens, likes, dislikes and their withdrawals in one history, as actions. Without multi_event.parquet the files of
+    single kinds are read.
+    """
+    from gr.data.prepare.write import atomic_folder
+    from gr.data.prepare.yambda import prepare_yambda
+
+    with atomic_folder(out, force) as folder:
+        schema = prepare_yambda(size, source, folder)
+    _told(out, schema)
+
+
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
@@ -200,6 +241,9 @@ def _listed(counts: dict[str, int]) -> str:
 command.add_command(clicks)
 command.add_command(criteo)
 command.add_command(multi_hot)
+command.add_command(yambda)
+for _size in ("1k", "27k"):
+    command.add_command(_kuairand_command(_size))
 for _name, _files in _NAMES.items():
     command.add_command(_raw_command(_name, _files))
 for _name, (_summary, _sizes) in _SYNTHETIC.items():
