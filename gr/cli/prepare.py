@@ -162,6 +162,30 @@ def clicks(out: Path, force: bool, **options: Any) -> None:
         click.echo(f"{name}: auc {best['auc']:.4f}  ne {best['ne']:.4f}  log_loss {best['log_loss']:.4f}")
 
 
+@click.command("trace")
+@click.option("--source", type=click.Path(path_type=Path), required=True, help="Tabular folder to draw from.")
+@_shared
+@click.option("--rows", type=int, default=1_000_000, show_default=True, help="Rows to write.")
+@click.option("--block", type=int, default=1, show_default=True, help="Rows drawn together, in the source's order.")
+@click.option(
+    "--profile-rows", type=int, default=1_000_000, show_default=True, help="First rows of the source to read."
+)
+@click.option("--seed", type=int, default=1, show_default=True)
+def trace(source: Path, out: Path, force: bool, **options: int) -> None:
+    """Any number of rows with the skew and the missing columns of a tabular folder.
+
+    Ids are drawn column by column, where another row has one. With --block, whole runs of rows are: what occurs
+    together stays, and how soon an id comes again.
+    """
+    from gr.data.prepare.write import atomic_folder
+    from gr.data.synthetic_trace import TraceOptions, write_trace
+
+    wanted = TraceOptions(**options)
+    with atomic_folder(out, force) as folder:
+        schema = write_trace(source, folder, wanted)
+    click.echo(f"{out}: {schema.rows} rows in {len(schema.sparse)} columns of ids")
+
+
 def _hots(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -241,6 +265,7 @@ def _listed(counts: dict[str, int]) -> str:
 command.add_command(clicks)
 command.add_command(criteo)
 command.add_command(multi_hot)
+command.add_command(trace)
 command.add_command(yambda)
 for _size in ("1k", "27k"):
     command.add_command(_kuairand_command(_size))

@@ -11,6 +11,7 @@ T events of a block.
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from csv import reader
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ def _read_users(file: SourceFile) -> pa.Table:
 def _header(file: SourceFile, needed: tuple[str, ...]) -> list[str]:
     """Names of the columns. DataError where a needed one is missing."""
     with file.open() as stream:
-        names = stream.readline().decode("utf-8", "replace").strip().split(",")
+        names = next(reader([stream.readline().decode("utf-8", "replace").rstrip("\r\n")]), [])
     if missing := [name for name in needed if name not in names]:
         raise DataError(f"{file}, line 1: has no column {', '.join(missing)}; its columns are {', '.join(names)}")
     return names
@@ -205,7 +206,7 @@ def _blocks(stream) -> Iterator[pa.RecordBatch]:
         yield from csv.open_csv(
             stream,
             csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            csv.ParseOptions(quote_char=False, double_quote=False, ignore_empty_lines=False),
+            csv.ParseOptions(ignore_empty_lines=False),
             csv.ConvertOptions(column_types=dict.fromkeys(_NEEDED, pa.int64()), include_columns=list(_NEEDED)),
         )
     except pa.ArrowInvalid as error:

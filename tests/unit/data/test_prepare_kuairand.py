@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.cli.prepare import command
+from gr.config.tree import DataConfig
 from gr.data.dataset import Dataset
+from gr.data.loader import TrainLoader
 from gr.data.prepare import partition
 from gr.data.prepare.kuairand import ACTIONS, USER_FEATURES
 from gr.errors import DataError
@@ -218,3 +220,22 @@ def test_partitions_and_row_groups_change_no_history(
         largest = [np.diff(data.read_row_group(i).offsets) for i in range(len(data.row_groups))]
     assert one == many and sum(len(h["item_ids"]) for h in many.values()) == len(events)
     assert all(lengths.sum() <= per_group or len(lengths) == 1 for lengths in largest)
+
+
+@settings(max_examples=15, deadline=None)
+@given(LINES, st.integers(1, 6))
+def test_a_window_keeps_the_newest_events(lines: list[tuple[int, int, int, int]], length: int) -> None:
+    """The published trainer kept the oldest. All of one user: inputs are the newest before the last one."""
+    events = [event(1, video, time) for time, (_, video, _, _) in enumerate(lines)]
+    with tempfile.TemporaryDirectory() as place:
+        source = put(Path(place) / "k", [list(reversed(events)), [event(1, 77, 1000)], []], USERS)
+        assert prepare(source, Path(place) / "out").exit_code == 0
+        data = Dataset.open(Path(place) / "out")
+        settings_ = DataConfig(path="x", max_length=length, train_holdout=0, lanes=1)
+        with TrainLoader(data, settings_, seed=1, global_batch_size=1, rank=0, world_size=1) as loader:
+            batch = next(loader)
+    items = [video + 1 for _, video, _, _ in lines]
+    assert batch.features.values().tolist() == items[-length:]
+    assert batch.target_ids_T.tolist() == [*items, 78][-len(items[-length:]) :]
+    assert batch.timestamps_T is not None
+    assert batch.timestamps_T.tolist() == [(T0 + t) // 1000 for t in range(len(items))][-length:], "seconds of ms"
