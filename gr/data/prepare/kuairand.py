@@ -71,7 +71,7 @@ _RANGES = {
 }
 _FIELDS = {"actions": "<i4", "watch_fraction": "<f4", "tab": "<i4", "exposure": "<i4"}
 _LINE_BYTES = 71  # 23 GB of logs, 323 M lines
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 _WHOLE = re.compile(rb"-?\d+")
 
 

@@ -1,6 +1,6 @@
 """Events in file order -> a data folder, for logs larger than memory: by user to files on disk, then each is sorted.
 
-Peak memory: one partition, about 4 million events, three times (as read, its order, sorted), beside a block of the
+Peak memory: one partition, about 2 million events, three times (as read, its order, sorted), beside a block of the
 source and a count for each item. The partitions take the bytes of a record an event on the disk of --out.
 
 B users, T events.
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
 from gr.errors import DataError
 
-EVENTS_PER_PARTITION = 4_000_000
+EVENTS_PER_PARTITION = 2_000_000
 EVENTS_PER_GROUP = 1_000_000  # of a row group, if it has more than one user
 Columns = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 _LARGEST_ITEM = 2**31 - 2

@@ -42,7 +42,7 @@ _RANGES = {
     "played_ratio_pct": (0, 2**31 - 1),
 }
 _FIELDS = {"actions": "<i4", "played_ratio": "<f4", "organic": "<i4"}
-_ROWS = 1 << 20
+_ROWS = 1 << 18
 _CONVENTIONS = (
     "timestamps in seconds since an unpublished day, in steps of 5; user, artist and album are the published ids + 1, "
     "the least of several; organic 1 no and 2 yes"
