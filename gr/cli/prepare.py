@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -14,6 +14,9 @@ _RAW = [
     click.option("--source", required=True, help="Folder, zip archive or URL of the raw data, as published."),
     click.option("--sha256", help="Wanted digest of the archive; otherwise a download's digest is shown, not checked."),
 ]
+_ON_BAD_ROW = click.option(
+    "--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True, help="skip: counted."
+)
 _NAMES = {
     "movielens-100k": "u.data and u.item, or RecBole's ml-100k.inter and ml-100k.item.",
     "movielens-1m": "ratings.dat and movies.dat; or sequences.parquet (users already in order) and movies.dat.",
@@ -111,7 +114,7 @@ def _shared(function: Callable) -> Callable:
 )
 @click.option("--max-rows", type=click.IntRange(min=2), help="Of a table: values beyond share ids. Default: none.")
 @click.option("--vocabulary", type=click.Path(path_type=Path), help="Prepared folder whose ids and transform to use.")
-@click.option("--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
+@_ON_BAD_ROW
 @click.option(
     "--rows-per-part", type=click.IntRange(min=1), default=1 << 20, show_default=True, help="Of a Parquet file."
 )
@@ -224,18 +227,18 @@ def _told(out: Path, schema: Any) -> None:
 
 
 def _kuairand_command(size: str) -> click.Command:
-    def run(source: str, out: Path, force: bool, sha256: str | None) -> None:
+    def run(source: str, out: Path, force: bool, sha256: str | None, on_bad_row: Literal["fail", "skip"]) -> None:
         from gr.data.prepare.kuairand import prepare_kuairand
         from gr.data.prepare.source import open_source
         from gr.data.prepare.write import atomic_folder
 
         with atomic_folder(out, force) as folder:
             place = open_source(source, sha256=sha256, download_to=out.parent)
-            schema = prepare_kuairand(size, place, folder)
+            schema = prepare_kuairand(size, place, folder, on_bad_row)
         _told(out, schema)
 
     summary = f"Needs the logs and user_features_{size}.csv of KuaiRand-{size.upper()}, unpacked; all events are kept."
-    return click.command(f"kuairand-{size}", help=summary)(_with(_RAW + _SHARED, run))
+    return click.command(f"kuairand-{size}", help=summary)(_with([*_RAW, *_SHARED, _ON_BAD_ROW], run))
 
 
 @click.command("yambda")
@@ -244,7 +247,8 @@ def _kuairand_command(size: str) -> click.Command:
 )
 @_shared
 @click.option("--size", type=click.Choice(["50m", "500m", "5b"]), default="50m", show_default=True)
-def yambda(source: Path, out: Path, force: bool, size: str) -> None:
+@_ON_BAD_ROW
+def yambda(source: Path, out: Path, force: bool, size: str, on_bad_row: Literal["fail", "skip"]) -> None:
     """Needs flat/SIZE/multi_event.parquet of Yambda, and its mappings of artists and albums.
 
     Listens, likes, dislikes and their withdrawals in one history, as actions. Without multi_event.parquet the files of
@@ -254,7 +258,7 @@ def yambda(source: Path, out: Path, force: bool, size: str) -> None:
     from gr.data.prepare.yambda import prepare_yambda
 
     with atomic_folder(out, force) as folder:
-        schema = prepare_yambda(size, source, folder)
+        schema = prepare_yambda(size, source, folder, on_bad_row)
     _told(out, schema)
 
 

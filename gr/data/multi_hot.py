@@ -21,7 +21,7 @@ def multi_hot_tables(cardinalities: Sequence[int], hots: Sequence[int], folder: 
     """
     if len(cardinalities) != len(hots) or min([*cardinalities, *hots], default=1) < 1:
         raise ConfigError(
-            f"multi-hot sizes {list(hots)} for {len(cardinalities)} columns; give one of at least 1 for each column (--hots)"
+            f"multi-hot sizes {list(hots)} for {len(cardinalities)} columns; give one of at least 1 a column (--hots)"
         )
     legacy = np.random.RandomState(0)
     tables = []

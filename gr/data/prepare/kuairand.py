@@ -13,13 +13,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from csv import reader
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as csv
 from tqdm import tqdm
 
-from gr.data.prepare.partition import UserPartitions, check_range, write_users
+from gr.data.prepare.partition import BadEvents, Checks, UserPartitions, write_users
 from gr.data.prepare.source import Source, SourceFile
 from gr.data.prepare.write import FolderWriter
 from gr.errors import DataError
@@ -75,20 +77,23 @@ _BLOCK_BYTES = 16 << 20
 _WHOLE = re.compile(rb"-?\d+")
 
 
-def prepare_kuairand(size: str, source: Source, folder: Path) -> DataSchema:
-    """Write kuairand-1k or -27k into an empty folder. size: 1k or 27k.
+def prepare_kuairand(
+    size: str, source: Source, folder: Path, on_bad_row: Literal["fail", "skip"] = "fail"
+) -> DataSchema:
+    """Write kuairand-1k or -27k into an empty folder. size: 1k or 27k. on_bad_row: skip leaves bad lines out, counted.
 
     DataError for a missing file, naming it, and for a missing column, a line that is cut off or a value out of its
     range, naming file, line and column.
     """
     files = [source.require(f"{name}.csv") for name in _LOGS[size]]
     users = _UserFeatures(source.require(f"user_features_{size}.csv"))
+    bad = BadEvents(on_bad_row)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.events.", dir=folder.parent) as place:
         expected = sum(file.size for file in files) // _LINE_BYTES
         partitions = UserPartitions(Path(place), _FIELDS, expected_events=expected)
         endless = 0
         for file in files:
-            for columns in _events(file):
+            for columns in _events(file, bad):
                 endless += int((columns.pop("duration_ms") == 0).sum())
                 partitions.add(columns)
         if not partitions.events:
@@ -104,7 +109,7 @@ def prepare_kuairand(size: str, source: Source, folder: Path) -> DataSchema:
         items = partitions.items
         writer = FolderWriter(folder, declared, item_cardinality=int(items[-1]) + 1)
         write_users(partitions, writer, users.columns)
-    notes = [str(file) for file in files]
+    notes = [*map(str, files), *filter(None, [bad.note()])]
     for count, what in (
         (endless, "events of videos of no length, watch_fraction 0"),
         (users.unknown, "users without features"),
@@ -179,7 +184,7 @@ def _header(file: SourceFile, needed: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _events(file: SourceFile) -> Iterator[dict[str, np.ndarray]]:
+def _events(file: SourceFile, bad: BadEvents) -> Iterator[dict[str, np.ndarray]]:
     """Blocks of columns [T] in file order: those of _FIELDS, user, time, item and duration_ms."""
     names = _header(file, _NEEDED)
     line = 2
@@ -188,30 +193,46 @@ def _events(file: SourceFile) -> Iterator[dict[str, np.ndarray]]:
         tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
     ):
         try:
-            for block in _blocks(stream):
-                raw = {name: block.column(name).to_numpy() for name in _NEEDED if not block.column(name).null_count}
-                if len(raw) < len(_NEEDED):
-                    raise _malformed(file, names)
+            for block in _blocks(stream, bad):
+                checks = Checks(bad, (file, "line", line), block.num_rows)
+                raw = {name: _integers(block.column(name), name, checks) for name in _NEEDED}
                 for name, (low, high) in _RANGES.items():
-                    check_range((str(file), "line", line), name, raw[name], low, high)
-                yield _columns(raw)
+                    checks.range(name, raw[name], low, high)
+                yield _columns({name: column[checks.good_T] for name, column in raw.items()})
                 line += block.num_rows
                 bar.update(block.num_rows * _LINE_BYTES)
         except pa.ArrowInvalid:
             raise _malformed(file, names) from None
 
 
-def _blocks(stream) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from csv.open_csv(
-            stream,
-            csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            csv.ParseOptions(ignore_empty_lines=False),
-            csv.ConvertOptions(column_types=dict.fromkeys(_NEEDED, pa.int64()), include_columns=list(_NEEDED)),
-        )
-    except pa.ArrowInvalid as error:
-        if "Empty CSV" not in str(error):
-            raise
+def _blocks(stream, bad: BadEvents) -> Iterator[pa.RecordBatch]:
+    """Columns of whole numbers; where bad lines are skipped of text, without lines of another number of fields."""
+
+    def skip(row: csv.InvalidRow) -> str:
+        bad.counts["(fields)"] += 1
+        return "skip"
+
+    yield from csv.open_csv(
+        stream,
+        csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+        csv.ParseOptions(ignore_empty_lines=False, invalid_row_handler=skip if bad.skip else None),
+        csv.ConvertOptions(
+            column_types=dict.fromkeys(_NEEDED, pa.string() if bad.skip else pa.int64()),
+            include_columns=list(_NEEDED),
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _integers(column: pa.Array, name: str, checks: Checks) -> np.ndarray:
+    """int64 [T]; of text, 0 where it is no whole number, which is noted. ArrowInvalid where a number is missing."""
+    if column.null_count:
+        raise pa.ArrowInvalid(f"{name} is missing")
+    if pa.types.is_integer(column.type):
+        return column.to_numpy()
+    whole = pc.match_substring_regex(column, r"^-?\d{1,18}$")
+    checks.wrong(name, ~whole.to_numpy(zero_copy_only=False), lambda place: "is no whole number")
+    return pc.if_else(whole, column, "0").cast(pa.int64()).to_numpy()
 
 
 def _columns(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

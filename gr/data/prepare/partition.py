@@ -7,15 +7,19 @@ B users, T events.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
 from gr.errors import DataError
+from gr.logging import get_logger
 
+log = get_logger(__name__)
 EVENTS_PER_PARTITION = 2_000_000
 EVENTS_PER_GROUP = 1_000_000  # of a row group, if it has more than one user
 Columns = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -73,18 +77,43 @@ class UserPartitions:
         self._seen[items_T] = True
 
 
-def check_range(where: tuple[str, str, int], name: str, values_T: np.ndarray, low: int, high: int) -> None:
-    """DataError naming file, place, column and value for the first of a block outside [low, high].
+class BadEvents:
+    """What to do with an event that is none: DataError, or it is left out and counted under its first bad column."""
 
-    where: the file, what its places are called (line, row) and the number of the block's first.
-    """
-    outside = (values_T < low) | (values_T > high)
-    if outside.any():
-        file, unit, start = where
-        place = int(outside.argmax())
-        raise DataError(
-            f"{file}, {unit} {start + place}, column {name}: is {values_T[place]}, allowed are {low} to {high}"
-        )
+    def __init__(self, policy: Literal["fail", "skip"]) -> None:
+        self.skip, self.counts = policy == "skip", Counter[str]()
+
+    def note(self) -> str | None:
+        """What was left out, for schema.json; also logged."""
+        if not self.counts:
+            return None
+        text = f"{self.counts.total()} bad events left out: {', '.join(f'{k} {n}' for k, n in self.counts.items())}"
+        log.warning(text)
+        return text
+
+
+class Checks:
+    """The checks of one block. where: its file, what its places are called (line, row) and the number of the first."""
+
+    def __init__(self, bad: BadEvents, where: tuple[object, str, int], events: int) -> None:
+        self._bad, self._where = bad, where
+        self.good_T = np.ones(events, dtype=bool)
+
+    def wrong(self, column: str, wrong_T: np.ndarray, problem: Callable[[int], str]) -> None:
+        """Raises DataError naming file, place, column and problem(place in the block), or counts and marks them."""
+        wrong_T = wrong_T & self.good_T
+        if not wrong_T.any():
+            return
+        file, unit, start = self._where
+        first = int(wrong_T.argmax())
+        if not self._bad.skip:
+            raise DataError(f"{file}, {unit} {start + first}, column {column}: {problem(first)}")
+        self._bad.counts[column] += int(wrong_T.sum())
+        self.good_T &= ~wrong_T
+
+    def range(self, column: str, values_T: np.ndarray, low: int, high: int) -> None:
+        outside_T = (values_T < low) | (values_T > high)
+        self.wrong(column, outside_T, lambda place: f"is {values_T[place]}, allowed are {low} to {high}")
 
 
 def write_users(

@@ -12,6 +12,7 @@ T events of a block.
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from gr.data.parts import read_footer
-from gr.data.prepare.partition import UserPartitions, check_range, write_users
+from gr.data.prepare.partition import BadEvents, Checks, UserPartitions, write_users
 from gr.data.prepare.write import FolderWriter
 from gr.errors import DataError
 from gr.logging import get_logger
@@ -49,8 +50,9 @@ _CONVENTIONS = (
 )
 
 
-def prepare_yambda(size: str, source: Path, folder: Path) -> DataSchema:
+def prepare_yambda(size: str, source: Path, folder: Path, on_bad_row: Literal["fail", "skip"] = "fail") -> DataSchema:
     """Write yambda-50m, -500m or -5b into an empty folder. size: 50m, 500m or 5b. source: the folder with flat/ in it.
+    on_bad_row: skip leaves bad rows of events out, counted.
 
     Reads flat/SIZE/multi_event.parquet, or where there is none the five files of single kinds, ties in their order;
     and the mappings of artists and albums. DataError for a missing or damaged file, a missing column, another type and
@@ -58,12 +60,13 @@ def prepare_yambda(size: str, source: Path, folder: Path) -> DataSchema:
     """
     files = _files(source / "flat" / size)
     artists, albums = (_mapping(source / f"{name}_item_mapping.parquet", f"{name}_id") for name in ("artist", "album"))
+    bad = BadEvents(on_bad_row)
     expected = sum(read_footer(file).num_rows for file in files)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.events.", dir=folder.parent) as place:
         partitions = UserPartitions(Path(place), _FIELDS, expected_events=expected)
         with tqdm(total=expected, unit="events", unit_scale=True, desc=f"yambda-{size}", disable=None) as bar:
             for file in files:
-                for columns in _events(file):
+                for columns in _events(file, bad):
                     partitions.add(columns)
                     bar.update(len(columns["user"]))
         if not partitions.events:
@@ -85,9 +88,8 @@ def prepare_yambda(size: str, source: Path, folder: Path) -> DataSchema:
             of_items=lambda items_T: {"artist": _of(artists, items_T), "album": _of(albums, items_T)},
         )
     unknown = {name: int((_of(ids, items) == 0).sum()) for name, ids in (("artist", artists), ("album", albums))}
-    notes = [str(file) for file in files] + [
-        f"{count} items without {name}" for name, count in unknown.items() if count
-    ]
+    notes = [*map(str, files), *filter(None, [bad.note()])]
+    notes += [f"{count} items without {name}" for name, count in unknown.items() if count]
     return writer.close(
         name=f"yambda-{size}",
         order="by timestamp within each user; ties in the order of the files in `source`, then of their rows (stable)",
@@ -114,9 +116,10 @@ def _mapping(file: Path, name: str) -> np.ndarray:
     if not file.is_file():
         raise DataError(f"{file}: no such file; --source needs it beside flat/")
     table = _columns_of(file, (name, "item_id"), lambda parquet: parquet.read(columns=[name, "item_id"]))
-    items, ids = (_whole(file, 0, table.column(column), column) for column in ("item_id", name))
+    checks = Checks(BadEvents("fail"), (file, "row", 0), table.num_rows)
+    items, ids = (_whole(file, table.column(column), column, checks) for column in ("item_id", name))
     for column, values in (("item_id", items), (name, ids)):
-        check_range((str(file), "row", 0), column, values, 0, 2**31 - 4)
+        checks.range(column, values, 0, 2**31 - 4)
     if not len(items):
         raise DataError(f"{file}: has no rows")
     least = np.full(int(items.max()) + 1, np.iinfo(np.int64).max)
@@ -141,7 +144,7 @@ def _columns_of(file: Path, needed: tuple[str, ...], read):
         raise DataError(f"{file}: cannot be decoded, it is damaged or cut off: {error}") from error
 
 
-def _events(file: Path) -> Iterator[dict[str, np.ndarray]]:
+def _events(file: Path, bad: BadEvents) -> Iterator[dict[str, np.ndarray]]:
     kind = EVENTS.get(file.stem)
     listens = kind in (None, "listen")
     needed = (*_WHOLE, *(["played_ratio_pct"] if listens else []), *(["event_type"] if kind is None else []))
@@ -150,26 +153,28 @@ def _events(file: Path) -> Iterator[dict[str, np.ndarray]]:
     try:
         with pq.ParquetFile(file) as parquet:
             for block in parquet.iter_batches(_ROWS, columns=list(needed)):
-                yield _block(file, row, block, kind)
+                checks = Checks(bad, (file, "row", row), block.num_rows)
+                columns = _block(file, block, kind, checks)
+                yield {name: column[checks.good_T] for name, column in columns.items()}
                 row += block.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be decoded after row {row}, it is damaged or cut off: {error}") from error
 
 
-def _block(file: Path, row: int, block: pa.RecordBatch, kind: str | None) -> dict[str, np.ndarray]:
-    raw = {name: _whole(file, row, block.column(name), name) for name in _WHOLE}
-    bits = np.full(block.num_rows, _BITS[kind or "listen"], dtype=np.int32)
+def _block(file: Path, block: pa.RecordBatch, kind: str | None, checks: Checks) -> dict[str, np.ndarray]:
+    raw = {name: _whole(file, block.column(name), name, checks) for name in _WHOLE}
     if kind is None:
-        bits = _kinds(file, row, block.column("event_type"))
+        bits = _kinds(file, block.column("event_type"), checks)
+    else:
+        bits = np.full(block.num_rows, _BITS[kind], dtype=np.int32)
     played = np.zeros(block.num_rows, dtype=np.int64)
     if "played_ratio_pct" in block.schema.names:
         column, is_listen = block.column("played_ratio_pct"), bits == _BITS["listen"]
         missing = column.is_null().to_numpy(zero_copy_only=False) & is_listen
-        if missing.any():
-            raise DataError(f"{file}, row {row + int(missing.argmax())}, column played_ratio_pct: is null for a listen")
-        played = np.where(is_listen, _whole(file, row, column.fill_null(0), "played_ratio_pct"), 0)
+        checks.wrong("played_ratio_pct", missing, lambda place: "is null for a listen")
+        played = np.where(is_listen, _whole(file, column.fill_null(0), "played_ratio_pct", checks), 0)
     for name, values in (*raw.items(), ("played_ratio_pct", played)):
-        check_range((str(file), "row", row), name, values, *_RANGES[name])
+        checks.range(name, values, *_RANGES[name])
     return {
         "user": raw["uid"],
         "time": raw["timestamp"],
@@ -180,25 +185,21 @@ def _block(file: Path, row: int, block: pa.RecordBatch, kind: str | None) -> dic
     }
 
 
-def _kinds(file: Path, row: int, column: pa.Array) -> np.ndarray:
+def _kinds(file: Path, column: pa.Array, checks: Checks) -> np.ndarray:
     """The bit of each event, int32 [T]. Text, or a dictionary of text."""
     names = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
     if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
         raise DataError(f"{file}: column event_type has type {column.type}, wanted text")
     place = pc.index_in(names, value_set=pa.array(list(_BITS), type=names.type)).fill_null(-1).to_numpy()
-    if (place < 0).any():
-        first = int((place < 0).argmax())
-        raise DataError(
-            f"{file}, row {row + first}, column event_type: is {names[first].as_py()!r}, allowed are {', '.join(_BITS)}"
-        )
+    allowed = ", ".join(_BITS)
+    checks.wrong("event_type", place < 0, lambda event: f"is {names[event].as_py()!r}, allowed are {allowed}")
     return np.array(list(_BITS.values()), dtype=np.int32)[place]
 
 
-def _whole(file: Path, row: int, column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
-    """int64 [T]. DataError for another type than whole numbers, and for nulls."""
+def _whole(file: Path, column: pa.Array | pa.ChunkedArray, name: str, checks: Checks) -> np.ndarray:
+    """int64 [T], nulls 0. DataError for another type than whole numbers."""
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
         raise DataError(f"{file}: column {name} has type {column.type}, wanted whole numbers")
     if column.null_count:
-        first = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise DataError(f"{file}, row {row + first}, column {name}: is null")
-    return column.cast(pa.int64()).to_numpy()
+        checks.wrong(name, column.is_null().to_numpy(zero_copy_only=False), lambda place: "is null")
+    return column.cast(pa.int64()).fill_null(0).to_numpy()

@@ -157,6 +157,17 @@ def test_bad_lines(tmp_path: Path, line: str, problem: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["k"], "nothing is left behind"
 
 
+def test_bad_lines_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
+    bad = ["7,3", event(7, 3, 1, click=2), event(7, 3, 1).replace("7,3,", "7,x3,"), event(7, -1, 1, click=2), ""]
+    source = put(tmp_path / "k", [FIRST, [bad[0], *SECOND, *bad[1:]], RANDOM], USERS)
+    assert prepare(source, tmp_path / "out").exit_code == 1
+    result = prepare(source, tmp_path / "out", "--on-bad-row", "skip")
+    assert result.exit_code == 0, result.exception
+    assert "5 bad events left out: (fields) 1, user_id 1, video_id 2, is_click 1" in result.output
+    assert prepare(put(tmp_path / "good", [FIRST, SECOND, RANDOM], USERS), tmp_path / "wanted").exit_code == 0
+    assert histories(tmp_path / "out") == histories(tmp_path / "wanted")
+
+
 def test_missing_columns_and_files(tmp_path: Path) -> None:
     source = put(tmp_path / "k", [FIRST, SECOND, RANDOM], USERS)
     file = source / "data" / "log_random_4_22_to_5_08_1k.csv"

@@ -57,7 +57,7 @@ def test_known_ids(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hots", "problem"),
     [
-        ((), r"multi-hot sizes \[3, 2, .*\] for 3 columns; give one of at least 1 for each column"),
+        ((), r"multi-hot sizes \[3, 2, .*\] for 3 columns; give one of at least 1 a column"),
         (("--hots", "3,1"), "multi-hot sizes .* for 3 columns"),
         (("--hots", "3,1,0"), "multi-hot sizes .* for 3 columns"),
     ],

@@ -127,6 +127,18 @@ def test_bad_values(tmp_path: Path, column: str, values: pa.Array, problem: str)
     assert [path.name for path in tmp_path.iterdir()] == ["y"], "nothing is left behind"
 
 
+def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
+    source = put(tmp_path / "y")
+    file = source / "flat/50m/multi_event.parquet"
+    rows = table([*EVENTS, (1, 5, 0, "listen", 10), (1, 5, 0, "like", 0), (1, 5, 3, "skip", 10)])
+    pq.write_table(rows, file)
+    assert f"{file}, row 9, column event_type: is 'skip'" in failure(source, tmp_path / "out")
+    result = prepare(source, tmp_path / "out", "--on-bad-row", "skip")
+    assert result.exit_code == 0 and "3 bad events left out: event_type 1, item_id 2" in result.output
+    assert prepare(put(tmp_path / "good"), tmp_path / "wanted").exit_code == 0
+    assert histories(tmp_path / "out") == histories(tmp_path / "wanted")
+
+
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     source = put(tmp_path / "y")
     file = source / "flat/50m/multi_event.parquet"
