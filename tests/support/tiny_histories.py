@@ -41,7 +41,8 @@ def write_histories(folder: Path, *, users: int = 96, longest: int = 24, seed: i
     taste = random.integers(0, 2, users).repeat(lengths)
     like = random.random(events) < 0.1 + 0.8 * taste
     share = like & (random.random(events) < 0.3)
-    seconds = 1_000_000 + np.arange(events) * 60 + random.integers(0, 50, events)
+    seconds = random.integers(1_000_000, 2_000_000, events)
+    seconds = seconds[np.lexsort((seconds, np.arange(users).repeat(lengths)))]
     columns = {
         "actions": like.astype(np.int32) | share.astype(np.int32) << 1,
         "watched": (0.5 * like + 0.5 * random.random(events)).astype(np.float32),

@@ -3,7 +3,8 @@
 from gr.train.callbacks.checkpointing import Checkpointing
 from gr.train.callbacks.evaluation import Evaluation
 from gr.train.callbacks.metrics import Metrics
+from gr.train.callbacks.next_window import NextWindow
 from gr.train.callbacks.profiler import Profiler
 from gr.train.callbacks.progressive import Progressive
 
-__all__ = ["Checkpointing", "Evaluation", "Metrics", "Profiler", "Progressive"]
+__all__ = ["Checkpointing", "Evaluation", "Metrics", "NextWindow", "Profiler", "Progressive"]

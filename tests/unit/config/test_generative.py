@@ -39,7 +39,7 @@ def test_the_shipped_configurations_load() -> None:
             ["model.dim=10", "model.tower.kind=sasrec", "model.tower.heads=3"],
             "dim=10 is not divisible by tower.heads=3",
         ),
-        (["data.stream.windows=3"], "set cut to newest and train_holdout to 0"),
+        (["data.stream.windows=3"], "set cut to newest, train_holdout to 0 and stoch"),
         (["data.stochastic_length.alpha=2.5"], "less than or equal to 2, got 2.5"),
         (["data.stochastic_length.selector=newest"], "allowed: greedy, random, weighted"),
     ],

@@ -82,3 +82,30 @@ def test_data_that_do_not_fit(data: Path, tmp_path: Path, alone: World) -> None:
     with pytest.raises(ConfigError, match=r"model.time is set, but .* has no timestamps: unset it"):
         train(generative_config(data, tmp_path / "run"), alone)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_is_predicted_before_it_is_trained_on(data: Path, tmp_path: Path, alone: World) -> None:
+    """Each window once, the first by the untrained model; resuming inside a window repeats the losses."""
+
+    def config(name: str, steps: int) -> GenerativeConfig:
+        given = {"path": str(data), "train_holdout": 0, "max_length": 30, "stream": {"windows": 3}}
+        trainer = {"steps": steps, "log_every": 1}
+        return generative_config(data, tmp_path / name, data=given, trainer=trainer, optimizer={"lr": 1e-2})
+
+    write_histories(data, users=400)
+    with pytest.raises(ConfigError, match=r"trainer.steps=99, but .* has 68 batches of 16 users for its one pass: set"):
+        train(config("whole", 99), alone)
+    runs = (("whole", 60), ("parts", 33), ("parts", 60))
+    reports = {name: train(config(name, steps), alone) for name, steps in runs}
+
+    def lines(name: str, kind: str) -> list[dict]:
+        found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in found if line["kind"] == kind]
+
+    windows, again = ([(w["step"], w["window"], w["like/ne"]) for w in lines(n, "next_window")] for n in reports)
+    assert windows == again
+    assert [window for _, window, _ in windows] == [0, 1, 2]
+    assert windows[0][0] == 0 and windows[2][2] < windows[0][2]
+    losses, again = ([line["loss"] for line in lines(name, "train")] for name in reports)
+    assert losses == again
+    assert reports["whole"] is not None and reports["whole"]["model"] == {}
