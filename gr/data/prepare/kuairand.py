@@ -3,8 +3,8 @@
 No event is left out: a user without a line in user_features has id 0 in its columns. An item id is the video id + 1, a
 user id the published one. Layout and ranges as the README of github.com/chongminggao/KuaiRand states them; the real
 files were not read in this project, only generated ones of that layout. Peak memory of those, with 1,000 users of whom
-one has a tenth of the events: 0.6 GB for 4 million, 0.8 GB for 16 million (benchmarks/prepare_histories.py). The
-item counts and items.parquet take 25 bytes a video, 0.8 GB for the 32 million of 27K.
+one has a tenth of the events: 0.6 GB for 4 million, 0.8 GB for 16 million (benchmarks/prepare_histories.py). Beside
+it there are a few int64 for each video, of which 27K has 32 million.
 
 T events of a block.
 """
