@@ -19,7 +19,7 @@ from gr.data.loader import TrainLoader, UserBatches
 from gr.data.stream import StreamLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
+from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
 from gr.metrics.tasks import MultiTaskMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.generative import GenerativeRanker
@@ -195,8 +195,7 @@ def _final_report(
     """Test metrics of the best checkpoint by validation, or of the last where there was none."""
     run_dir, world = Path(built.config.run_dir), built.world
     path, step = best_step(run_dir, state, world)
-    counted = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
-    report = _report(built, path, step, "test") | {"training_data": counted}
+    report = _report(built, path, step, "test") | {"training_data": counted(counters, world)}
     if writer is not None:
         writer.write(step, "test", report["model"])
         write_json(run_dir / "report.json", report)
