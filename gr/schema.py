@@ -177,6 +177,10 @@ class TabularSchema(_SchemaFile):
     sparse: list[SparseColumn] = Field(description="Sparse columns, in the order of the model's features.")
     rows: PositiveInt = Field(description="Rows over all parts.")
     threshold: PositiveInt = Field(description="Occurrences from which a value is in the vocabulary.")
+    max_rows: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Rows of a table at most: entry k of a vocabulary, from 1, has id 1 + (k - 1) % (max_rows - 1).",
+    )
     files: list[SourceRows] = Field(description="Files of the source, in the order of their rows.")
     bad_rows: dict[str, PositiveInt] = Field({}, description="Rows left out, by what was wrong with them.")
     negative_counts: dict[str, PositiveInt] = Field({}, description="Counts below 0 of each dense column.")

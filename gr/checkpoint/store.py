@@ -23,7 +23,11 @@ from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder, write_json
 from gr.dist import World
 from gr.errors import CheckpointError
 
-ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+DENSE_STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Adagrad: ("step", "sum"),
+    torch.optim.SGD: (),
+}
 
 
 class SavedTable(Protocol):
@@ -60,7 +64,7 @@ class ModelState:
     """The live tensors of a run; saving reads them and loading writes into them."""
 
     dense: dict[str, nn.Parameter]
-    dense_optimizer: torch.optim.AdamW | None
+    dense_optimizer: torch.optim.Optimizer | None
     tables: Tables
 
 
@@ -191,7 +195,7 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
         "tables": {entry.name: entry.value for entry in state.tables.entries()},
     }
     if state.dense_optimizer is not None:
-        tensors["dense_optimizer"] = dict(_adamw_states(state.dense, state.dense_optimizer))
+        tensors["dense_optimizer"] = dict(_dense_states(state.dense, state.dense_optimizer))
     return tensors
 
 
@@ -204,13 +208,14 @@ def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
     return True
 
 
-def _adamw_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:
+def _dense_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    kinds = DENSE_STATES[type(optimizer)]
     for name, parameter in dense.items():
         states = optimizer.state[parameter]
-        if not states:
-            states["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            states.update({kind: torch.zeros_like(parameter) for kind in ADAMW_STATES})
-        for kind in ("step", *ADAMW_STATES):
+        for kind in kinds:
+            if kind not in states:
+                scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                states[kind] = scalar if kind == "step" else torch.zeros_like(parameter)
             yield f"{name}.{kind}", states[kind]
 
 
@@ -237,7 +242,7 @@ def _saved_widths(saved: Metadata, weight: str) -> tuple[int, ...]:
 
 
 def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:
-    """What of the model the checkpoint has in another shape or not at all, and table states that would be dropped."""
+    """What of the model the checkpoint has in another shape or not at all, and states that would be dropped."""
     faults = []
     for group, tensors in wanted.items():
         for name, tensor in tensors.items():
@@ -251,6 +256,8 @@ def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container
         group, _, tensor_name = name.partition(".")
         if group == "tables" and tensor_name.split(".")[0] in here and tensor_name not in wanted["tables"]:
             faults.append(f"tables {tensor_name}: the checkpoint has it, the optimizer of the tables has none")
+        if group == "dense_optimizer" and group in wanted and tensor_name not in wanted[group]:
+            faults.append(f"{group} {tensor_name}: the checkpoint has it, the optimizer here has none")
     return faults
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -14,6 +14,9 @@ _RAW = [
     click.option("--source", required=True, help="Folder, zip archive or URL of the raw data, as published."),
     click.option("--sha256", help="Wanted digest of the archive; otherwise a download's digest is shown, not checked."),
 ]
+_ON_BAD_ROW = click.option(
+    "--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True, help="skip: counted."
+)
 _NAMES = {
     "movielens-100k": "u.data and u.item, or RecBole's ml-100k.inter and ml-100k.item.",
     "movielens-1m": "ratings.dat and movies.dat; or sequences.parquet (users already in order) and movies.dat.",
@@ -109,8 +112,9 @@ def _shared(function: Callable) -> Callable:
     type=click.Choice(["log1p_clip", "torchrec_minshift"]),
     help="Of the counts x: log(max(x, 0) + 1), or log(x - least of the file + 2). Default: log1p_clip.",
 )
+@click.option("--max-rows", type=click.IntRange(min=2), help="Of a table: values beyond share ids. Default: none.")
 @click.option("--vocabulary", type=click.Path(path_type=Path), help="Prepared folder whose ids and transform to use.")
-@click.option("--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
+@_ON_BAD_ROW
 @click.option(
     "--rows-per-part", type=click.IntRange(min=1), default=1 << 20, show_default=True, help="Of a Parquet file."
 )
@@ -161,6 +165,103 @@ def clicks(out: Path, force: bool, **options: Any) -> None:
         click.echo(f"{name}: auc {best['auc']:.4f}  ne {best['ne']:.4f}  log_loss {best['log_loss']:.4f}")
 
 
+@click.command("trace")
+@click.option("--source", type=click.Path(path_type=Path), required=True, help="Tabular folder to draw from.")
+@_shared
+@click.option("--rows", type=int, default=1_000_000, show_default=True, help="Rows to write.")
+@click.option("--block", type=int, default=1, show_default=True, help="Rows drawn together, in the source's order.")
+@click.option(
+    "--profile-rows", type=int, default=1_000_000, show_default=True, help="First rows of the source to read."
+)
+@click.option("--seed", type=int, default=1, show_default=True)
+def trace(source: Path, out: Path, force: bool, **options: int) -> None:
+    """Any number of rows with the skew and the missing columns of a tabular folder.
+
+    Ids are drawn column by column, where another row has one. With --block, whole runs of rows are: what occurs
+    together stays, and how soon an id comes again.
+    """
+    from gr.data.prepare.write import atomic_folder
+    from gr.data.synthetic_trace import TraceOptions, write_trace
+
+    wanted = TraceOptions(**options)
+    with atomic_folder(out, force) as folder:
+        schema = write_trace(source, folder, wanted)
+    click.echo(f"{out}: {schema.rows} rows in {len(schema.sparse)} columns of ids")
+
+
+def _hots(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers, like 3,1,2") from None
+
+
+@click.command("multi-hot")
+@click.option("--source", type=click.Path(path_type=Path), required=True, help="Tabular folder with one id a column.")
+@_shared
+@click.option(
+    "--hots", callback=_hots, help="Ids of a row in each column, like 3,1,2. Default: MLPerf's, for 26 columns."
+)
+def multi_hot(source: Path, out: Path, force: bool, hots: tuple[int, ...] | None) -> None:
+    """Several ids from each id of a tabular folder, as MLPerf's DLRM-v2 data has them.
+
+    The ids are those of the published recipe, bit for bit, for columns of the same sizes. While it runs, their tables
+    take 4 bytes an element on the disk of --out.
+    """
+    from gr.data.multi_hot import MLPERF_HOTS
+    from gr.data.prepare.multi_hot import prepare_multi_hot
+    from gr.data.prepare.write import atomic_folder
+
+    with atomic_folder(out, force) as folder:
+        schema = prepare_multi_hot(source, folder, hots or MLPERF_HOTS)
+    ids = sum(column.hots for column in schema.sparse)
+    click.echo(f"{out}: {schema.rows} rows, {ids} ids a row in {len(schema.sparse)} columns")
+
+
+def _told(out: Path, schema: Any) -> None:
+    click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} candidate items")
+    click.echo(f"order: {schema.order}")
+    click.echo(f"source: {schema.source}")
+
+
+def _kuairand_command(size: str) -> click.Command:
+    def run(source: str, out: Path, force: bool, sha256: str | None, on_bad_row: Literal["fail", "skip"]) -> None:
+        from gr.data.prepare.kuairand import prepare_kuairand
+        from gr.data.prepare.source import open_source
+        from gr.data.prepare.write import atomic_folder
+
+        with atomic_folder(out, force) as folder:
+            place = open_source(source, sha256=sha256, download_to=out.parent)
+            schema = prepare_kuairand(size, place, folder, on_bad_row)
+        _told(out, schema)
+
+    summary = f"Needs the logs and user_features_{size}.csv of KuaiRand-{size.upper()}, unpacked; all events are kept."
+    return click.command(f"kuairand-{size}", help=summary)(_with([*_RAW, *_SHARED, _ON_BAD_ROW], run))
+
+
+@click.command("yambda")
+@click.option(
+    "--source", type=click.Path(path_type=Path), required=True, help="Folder with flat/ and the mappings, as published."
+)
+@_shared
+@click.option("--size", type=click.Choice(["50m", "500m", "5b"]), default="50m", show_default=True)
+@_ON_BAD_ROW
+def yambda(source: Path, out: Path, force: bool, size: str, on_bad_row: Literal["fail", "skip"]) -> None:
+    """Needs flat/SIZE/multi_event.parquet of Yambda, and its mappings of artists and albums.
+
+    Listens, likes, dislikes and their withdrawals in one history, as actions. Without multi_event.parquet the files of
+    single kinds are read.
+    """
+    from gr.data.prepare.write import atomic_folder
+    from gr.data.prepare.yambda import prepare_yambda
+
+    with atomic_folder(out, force) as folder:
+        schema = prepare_yambda(size, source, folder, on_bad_row)
+    _told(out, schema)
+
+
 @click.command("streaming")
 @_shared
 @click.option("--users", type=click.IntRange(min=1), default=2_000, show_default=True)
@@ -188,6 +289,11 @@ def _listed(counts: dict[str, int]) -> str:
 command.add_command(clicks)
 command.add_command(streaming)
 command.add_command(criteo)
+command.add_command(multi_hot)
+command.add_command(trace)
+command.add_command(yambda)
+for _size in ("1k", "27k"):
+    command.add_command(_kuairand_command(_size))
 for _name, _files in _NAMES.items():
     command.add_command(_raw_command(_name, _files))
 for _name, (_summary, _sizes) in _SYNTHETIC.items():

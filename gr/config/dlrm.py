@@ -52,6 +52,9 @@ class DLRMConfig(Section):
     bottom: Widths = Field(description="Layer widths after the dense features; the last is dim.")
     top: Widths = Field(description="Layer widths after the interaction; the last is 1, the logit.")
     interaction: Interaction = DotInteraction()
+    row_weights: bool = Field(
+        False, description="Learn a weight for each row of a table, by which it is multiplied before rows are added."
+    )
     mlp_init: Literal["normal", "uniform"] = Field(
         "normal", description="normal: as facebookresearch/dlrm; uniform: as torch.nn.Linear, torchrec and MLPerf v2."
     )

@@ -188,22 +188,45 @@ class EmbeddingsConfig(Section):
 
 
 class ScheduleConfig(Section):
-    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after warm-up.")
+    kind: Literal["constant", "linear", "quadratic", "cosine"] = Field(
+        "constant",
+        description="Shape after warm-up and hold. quadratic: the square of linear, as facebookresearch/dlrm.",
+    )
     warmup_steps: NonNegativeInt = 0
+    hold_steps: NonNegativeInt = Field(0, description="At the peak rate, between warm-up and the shape.")
     final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Of the peak rate, reached after the last step."
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW for the dense parameters; the schedule also scales the tables' learning rate."""
+class DenseOptimizer(Section):
+    """What every optimizer of the dense parameters has; the schedule also scales the tables' learning rate."""
 
+    kind: str
     lr: PositiveFloat = 1e-3
+    clip_grad_norm: PositiveFloat | None = Field(None, description="Global norm of the dense gradients.")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class DenseAdamW(DenseOptimizer):
+    kind: Literal["adamw"] = "adamw"
     betas: tuple[Probability, Probability] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    clip_grad_norm: PositiveFloat | None = Field(None, description="Global norm of the dense gradients.")
-    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class DenseAdagrad(DenseOptimizer):
+    """As facebookresearch/dlrm takes for dense parameters under adagrad and under rwsadagrad."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    eps: PositiveFloat = 1e-8
+
+
+class DenseSGD(DenseOptimizer):
+    kind: Literal["sgd"] = "sgd"
+
+
+OptimizerConfig = Annotated[DenseAdamW | DenseAdagrad | DenseSGD, Field(discriminator="kind")]
 
 
 class PlannerConfig(Section):
@@ -267,7 +290,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = DenseAdamW()
     planner: PlannerConfig = PlannerConfig()
     trainer: TrainerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

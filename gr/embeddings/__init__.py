@@ -6,9 +6,11 @@ from gr.embeddings.collection import (
     build_bag_collection,
     build_collection,
     build_feature_collection,
+    build_row_weighted_collection,
     lookup,
     pooled_lookup,
     pooled_vectors,
+    row_weighted_vectors,
 )
 from gr.embeddings.init import initialise_tables
 from gr.embeddings.optimizers import TableOptimizer
@@ -23,10 +25,12 @@ __all__ = [
     "build_bag_collection",
     "build_collection",
     "build_feature_collection",
+    "build_row_weighted_collection",
     "initialise_tables",
     "local_shards",
     "lookup",
     "pooled_lookup",
     "pooled_vectors",
+    "row_weighted_vectors",
     "shard_tables",
 ]

@@ -12,6 +12,7 @@ from torchrec import (
     EmbeddingBagConfig,
     EmbeddingCollection,
     EmbeddingConfig,
+    JaggedTensor,
     KeyedJaggedTensor,
     KeyedTensor,
 )
@@ -62,6 +63,42 @@ def _sequence_table(
 
 def build_bag_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig) -> EmbeddingBagCollection:
     """The pooled tables, without storage. Raises ConfigError for a width that fbgemm cannot store, and for repeats."""
+    _check(tables)
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim,
+            feature_names=list(table.features),
+            pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+            data_type=_data_type(config),
+        )
+        for table in tables
+    ]
+    return EmbeddingBagCollection(configs, device=torch.device("meta"))
+
+
+def build_row_weighted_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig) -> EmbeddingCollection:
+    """As build_bag_collection, for sums in which every row of a table has a learned weight: see row_weighted_vectors.
+
+    Column dim of a table is a row's weight less one, so that a column of zeros weighs all rows alike. It makes the
+    table ROW_MULTIPLE columns wider; a row-wise optimizer has one state for the row and its weight together.
+    """
+    _check(tables)
+    configs = [
+        EmbeddingConfig(
+            name=table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim + ROW_MULTIPLE,
+            feature_names=list(table.features),
+            data_type=_data_type(config),
+        )
+        for table in tables
+    ]
+    return EmbeddingCollection(configs, device=torch.device("meta"))
+
+
+def _check(tables: Sequence[PooledTable]) -> None:
     for table in tables:
         if table.dim % ROW_MULTIPLE:
             raise ConfigError(
@@ -77,18 +114,6 @@ def build_bag_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig
                 f"pooled tables: {what} {', '.join(repeated)} is named more than once; the names of the tables must "
                 "differ, and so must the features that they read"
             )
-    configs = [
-        EmbeddingBagConfig(
-            name=table.name,
-            num_embeddings=table.rows,
-            embedding_dim=table.dim,
-            feature_names=list(table.features),
-            pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
-            data_type=_data_type(config),
-        )
-        for table in tables
-    ]
-    return EmbeddingBagCollection(configs, device=torch.device("meta"))
 
 
 def _data_type(config: EmbeddingsConfig) -> DataType:
@@ -127,3 +152,19 @@ def pooled_vectors(pooled: KeyedTensor, names: Sequence[str]) -> list[Tensor]:
     """Of what a collection returned. One split of all columns: by name, each would have a gradient as wide as all."""
     by_name = pooled.to_dict()
     return [by_name[name] for name in names]
+
+
+def row_weighted_vectors(rows: Mapping[str, JaggedTensor], names: Sequence[str], dim: int) -> list[Tensor]:
+    """Of what a row-weighted collection returned: the sum over each bag of its rows times their weights, [B, dim] each.
+
+    As facebookresearch/dlrm --weighted-pooling learned, whose weights start at one.
+    """
+    return [_weighted_sum(rows[name], dim) for name in names]
+
+
+def _weighted_sum(bag: JaggedTensor, dim: int) -> Tensor:
+    rows_T, lengths_B = bag.values(), bag.lengths()
+    weighted_TD = rows_T[:, :dim] * (1 + rows_T[:, dim : dim + 1])
+    examples = torch.arange(len(lengths_B), device=lengths_B.device)
+    example_T = torch.repeat_interleave(examples, lengths_B, output_size=len(rows_T))
+    return weighted_TD.new_zeros(len(lengths_B), dim).index_add(0, example_T, weighted_TD)

@@ -21,8 +21,8 @@ def initialise_tables(
 ) -> None:
     """Fills every local shard; TorchRec starts sequence tables at random and copies no weights into pooled ones.
 
-    std: of truncated_normal. dim: columns of sequence tables from it on are zero; None where there are none, and of
-    pooled tables, which are as wide as what is read.
+    std: of truncated_normal. dim: columns of sequence tables from it on are zero; None where there are none. Pooled
+    tables are as wide as what is read.
     """
     for shard in local_shards(model):
         key = _table_key(seed, shard.table)

@@ -61,7 +61,7 @@ def build(config: RankingConfig, world: World) -> Built:
     _check_data(train_data, evaluation_data)
     schema = train_data.schema
     inventory = ranking_inventory(config, schema)
-    sharded, plan = sharded_model(meta_model(config, schema), inventory, config, world, None)
+    sharded, plan = sharded_model(meta_model(config, schema), inventory, config, world, config.model.dim)
     return Built(config, world, train_data, evaluation_data, sharded, plan)
 
 

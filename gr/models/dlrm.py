@@ -13,7 +13,13 @@ from torchrec import KeyedJaggedTensor
 
 from gr.config.dlrm import DLRMConfig
 from gr.config.tree import EmbeddingsConfig
-from gr.embeddings import PooledTable, build_bag_collection, pooled_vectors
+from gr.embeddings import (
+    PooledTable,
+    build_bag_collection,
+    build_row_weighted_collection,
+    pooled_vectors,
+    row_weighted_vectors,
+)
 from gr.errors import ConfigError
 from gr.towers.dlrm import MLP, build_interaction, mlp_linear
 
@@ -49,9 +55,9 @@ class DLRM(nn.Module):
             )
         self.config = config
         self.features = [feature.name for feature in features]
-        self.tables = build_bag_collection(
-            [PooledTable(feature.name, feature.rows, config.dim, (feature.name,)) for feature in features], embeddings
-        )
+        tables = [PooledTable(feature.name, feature.rows, config.dim, (feature.name,)) for feature in features]
+        build = build_row_weighted_collection if config.row_weights else build_bag_collection
+        self.tables = build(tables, embeddings)
         linear = mlp_linear(config)
         self.bottom = MLP(dense_features, config.bottom, linear=linear)
         self.interaction = build_interaction(config, len(features) + 1)
@@ -59,7 +65,11 @@ class DLRM(nn.Module):
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector."""
-        pooled = self.tables(sparse)  # of sharded tables a promise: the bottom MLP runs beside their all-to-all
+        found = self.tables(sparse)  # of sharded tables a promise: the bottom MLP runs beside their all-to-all
         dense_BD = self.bottom(dense_BN)
-        vectors_BTD = torch.stack([dense_BD, *pooled_vectors(pooled, self.features)], dim=1)
+        if self.config.row_weights:
+            pooled = row_weighted_vectors(found, self.features, self.config.dim)
+        else:
+            pooled = pooled_vectors(found, self.features)
+        vectors_BTD = torch.stack([dense_BD, *pooled], dim=1)
         return self.top(self.interaction(vectors_BTD)).squeeze(1)

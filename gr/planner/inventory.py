@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from gr.config.faults import describe_faults
 from gr.config.generative import GenerativeConfig, GenerativeModelConfig, InterleavedInput
 from gr.config.inventory import (
+    ROW_MULTIPLE,
     DLRMDense,
     HSTUDense,
     InventoryConfig,
@@ -33,6 +34,7 @@ from gr.config.tree import (
     InBatchNegatives,
     ModelConfig,
     PerPositionNegatives,
+    RunConfig,
     SharedNegatives,
 )
 from gr.errors import ConfigError
@@ -217,6 +219,7 @@ def experiment_inventory(
         name=config.task.kind,
         global_batch_size=config.trainer.global_batch_size,
         precision=config.trainer.precision,
+        dense_optimizer=_dense_optimizer(config),
         tables=(table,),
         dense=_tower(config.model, length, N, other_parameters=N * config.model.dim),
         loss=loss,
@@ -258,6 +261,7 @@ def generative_inventory(config: GenerativeConfig, schema: DataSchema) -> Invent
         name=task.kind,
         global_batch_size=config.trainer.global_batch_size,
         precision=config.trainer.precision,
+        dense_optimizer=_dense_optimizer(config),
         tables=tables,
         dense=_tower(model, float(tokens), tokens, other_parameters=vectors * model.dim + head),
         loss=LossInventory(scores_per_example=predicted * len(task.tasks)),
@@ -266,7 +270,7 @@ def generative_inventory(config: GenerativeConfig, schema: DataSchema) -> Invent
 
 @_within_limits()
 def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> InventoryConfig:
-    """What a ranking experiment trains: a pooled table for each sparse column, and DLRM's dense part."""
+    """What a ranking experiment trains: a table for each sparse column, and DLRM's dense part."""
     model, interaction = config.model, config.model.interaction
     details = interaction.model_dump(exclude={"kind"})
     names = {"layers": "dcn_layers", "rank": "dcn_rank"}
@@ -274,8 +278,9 @@ def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> Inventory
         TableConfig(
             name=column.name,
             rows=column.cardinality,
-            dim=model.dim,
+            dim=model.dim + (ROW_MULTIPLE if model.row_weights else 0),
             dtype=config.embeddings.dtype,
+            kind="sequence" if model.row_weights else "pooled",
             ids_per_example=column.hots,
             optimizer=config.embeddings.optimizer.kind,
         )
@@ -285,6 +290,7 @@ def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> Inventory
         name=config.task.kind,
         global_batch_size=config.trainer.global_batch_size,
         precision=config.trainer.precision,
+        dense_optimizer=_dense_optimizer(config),
         tables=tables,
         dense=DLRMDense(
             dense_features=len(schema.dense),
@@ -296,6 +302,10 @@ def ranking_inventory(config: RankingConfig, schema: TabularSchema) -> Inventory
         ),
         loss=LossInventory(scores_per_example=1),
     )
+
+
+def _dense_optimizer(config: RunConfig) -> Literal["adam", "sgd", "adagrad"]:
+    return "adam" if config.optimizer.kind == "adamw" else config.optimizer.kind
 
 
 def _candidates(config: ExperimentConfig, corpus: int, length: float) -> tuple[LossInventory, float, float]:

@@ -1,12 +1,13 @@
 """What one training step is: forward, backward and update of a sharded model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
-from gr.config.tree import RunConfig
+from gr.config.tree import DenseAdagrad, DenseAdamW, DenseSGD, OptimizerConfig, RunConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer
 from gr.train.objectives import Objective
@@ -32,15 +33,7 @@ class TrainModule:
     def __init__(self, model: DistributedModelParallel, objective: Objective, config: RunConfig, world: World) -> None:
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.dense = dense_parameters(model)
-        optimizer = config.optimizer
-        self.dense_optimizer = torch.optim.AdamW(
-            self.dense.values(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self.dense_optimizer = dense_optimizer(self.dense.values(), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
 
     def forward(self, batch, step: int) -> StepLoss:
@@ -76,6 +69,24 @@ def dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]
     """Parameters by name, without the tables."""
     inner = get_unwrapped_module(model)
     return {name: p for name, p in inner.named_parameters() if not name.startswith("tables.")}
+
+
+def dense_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of that kind."""
+    match config:
+        case DenseAdamW():
+            return torch.optim.AdamW(
+                parameters,
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+        case DenseAdagrad():
+            return torch.optim.Adagrad(parameters, lr=config.lr, eps=config.eps)
+        case DenseSGD():
+            return torch.optim.SGD(parameters, lr=config.lr)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

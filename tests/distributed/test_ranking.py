@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gr.checkpoint import CheckpointFolder
+from gr.config.inventory import ROW_MULTIPLE
 from gr.config.ranking import RankingConfig
 from gr.dist import World
 from gr.embeddings.init import _table_key, uniform
@@ -28,13 +29,14 @@ from gr.metrics.ranking import RankingMetrics
 from gr.models.dlrm_checkpoint import to_facebook
 from gr.schema import TabularSchema
 from tests.support.dlrm_reference import ReferenceDLRM, Shape
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RankError, run_ranks
 from tests.support.tiny_tabular import COLUMNS, DENSE, tiny_ranking_config, write_tiny_tabular
 
 STEPS, HALF = 12, 6
 LOSS = 2e-5  # absolute; losses are 0.4 to 0.8 nats
 PLANS = ("table_wise", "row_wise", "column_wise", "data_parallel")
 RATES = {"sgd": 0.3, "adagrad": 0.05}
+DENSE_RATES = {"adamw": 0.01, "adagrad": 0.05, "sgd": 0.2}
 SIZES = (1, 2, 4)
 EXACT = ("examples", "base_rate")
 
@@ -49,12 +51,22 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def configured(data: Path, run_dir: Path, sharding: str, optimizer: str = "adagrad") -> RankingConfig:
+def configured(
+    data: Path,
+    run_dir: Path,
+    sharding: str,
+    optimizer: str = "adagrad",
+    *,
+    row_weights: bool = False,
+    dense: str = "adamw",
+) -> RankingConfig:
     return tiny_ranking_config(
         data / "train",
         run_dir,
+        model={"row_weights": row_weights},
         planner={"sharding": sharding},
         embeddings={"optimizer": {"kind": optimizer, "lr": RATES[optimizer]}},
+        optimizer={"kind": dense, "lr": DENSE_RATES[dense]},
         evaluation={"path": str(data / "five")},
         checkpoint={"every": HALF, "keep_last": 9},
     )
@@ -88,19 +100,26 @@ class Plain:
         model.to_empty(device="cpu")
         initialise_dense(model, config.seed)
         rows = tuple(column.cardinality for column in schema.sparse)
+        dlrm = config.model
+        stored = dlrm.dim + (ROW_MULTIPLE if dlrm.row_weights else 0)
+        shape = Shape(rows, len(DENSE), dlrm.dim, dlrm.bottom, dlrm.top, "dot", row_weights=dlrm.row_weights)
+        self.model = ReferenceDLRM(shape)
+        unweighted = meta_model(
+            config.model_copy(update={"model": dlrm.model_copy(update={"row_weights": False})}), schema
+        )
+        dense_weights = {name: p for name, p in model.state_dict().items() if not name.startswith("tables.")}
         with torch.no_grad():
             for column in schema.sparse:
-                counters = torch.arange(column.cardinality * config.model.dim).view(column.cardinality, -1)
+                counters = torch.arange(column.cardinality * stored).view(column.cardinality, -1)
                 drawn = uniform(counters, _table_key(config.seed, column.name), column.cardinality**-0.5)
-                model.tables.embedding_bags[column.name].weight.copy_(drawn)
-        dlrm = config.model
-        self.model = ReferenceDLRM(Shape(rows, len(DENSE), dlrm.dim, dlrm.bottom, dlrm.top, "dot"))
-        self.model.load_state_dict(to_facebook(model.state_dict(), model))
-        tables = list(self.model.emb_l.parameters())
+                dense_weights[f"tables.embedding_bags.{column.name}.weight"] = drawn[:, : dlrm.dim].float()
+        published = to_facebook(dense_weights, unweighted)
+        self.model.load_state_dict(published, strict=not dlrm.row_weights)  # row weights start at one
+        tables = [*self.model.emb_l.parameters(), *(self.model.v_W_l if dlrm.row_weights else ())]
         dense = [*self.model.bot_l.parameters(), *self.model.top_l.parameters()]
         kind, lr = config.embeddings.optimizer.kind, config.embeddings.optimizer.lr
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(dense, lr=config.optimizer.lr, betas=config.optimizer.betas, weight_decay=0.0),
+            plain_optimizer(config.optimizer.kind, dense, config.optimizer.lr),
             torch.optim.SGD(tables, lr=lr) if kind == "sgd" else torch.optim.Adagrad(tables, lr=lr, eps=1e-8),
         ]
 
@@ -131,6 +150,12 @@ class Plain:
         return self.model(dense, bags)
 
 
+def plain_optimizer(kind: str, parameters: list, lr: float) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return torch.optim.SGD(parameters, lr=lr) if kind == "sgd" else torch.optim.Adagrad(parameters, lr=lr, eps=1e-8)
+
+
 def read(folder: Path | str) -> pa.Table:
     return pa.concat_tables(pq.read_table(part) for part in sorted(Path(folder).glob("part-*.parquet")))
 
@@ -142,8 +167,8 @@ def labels_of(rows: pa.Table) -> Tensor:
 @pytest.fixture(scope="module")
 def plain(data):
     @cache
-    def trained(optimizer: str) -> tuple[Plain, list[float]]:
-        one = Plain(configured(data, data / "unused", "auto", optimizer))
+    def trained(optimizer: str, **settings: Any) -> tuple[Plain, list[float]]:
+        one = Plain(configured(data, data / "unused", "auto", optimizer, **settings))
         return one, one.train()
 
     return trained
@@ -161,6 +186,20 @@ def test_losses_and_metrics_are_those_of_the_published_equations(data, tmp_path,
         assert list(got.values()) == pytest.approx(expected, abs=LOSS), optimizer
         assert_near(report["model"], reference.metrics(data / "five"))
         assert report["training_data"] == {"dropped_examples": 293 - STEPS * 24}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sharding", PLANS)
+def test_row_weights_train_as_the_published_ones(data, tmp_path, plain, sharding, size):
+    """facebookresearch/dlrm --weighted-pooling learned."""
+    configs = [configured(data, tmp_path / optimizer, sharding, optimizer, row_weights=True) for optimizer in RATES]
+    reports = run_ranks(run, size, *configs)[0]
+    for optimizer, report in zip(RATES, reports, strict=True):
+        reference, expected = plain(optimizer, row_weights=True)
+        got = list(losses(tmp_path / optimizer).values())
+        assert got == pytest.approx(expected, abs=LOSS), optimizer
+        assert got != pytest.approx(plain(optimizer)[1], abs=10 * LOSS), "the weights made no difference"
+        assert_near(report["model"], reference.metrics(data / "five"))
 
 
 def test_what_is_compared_has_learnt(data, plain):
@@ -196,6 +235,29 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(data, tmp_path, sav
     (again,) = run_ranks(run, size, configured(data, part, "row_wise"))[0]
     assert losses(part) == {step: loss for step, loss in losses(saved[size]).items() if step > HALF}
     assert again["model"] == json.loads((saved[size] / "report.json").read_text())["model"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dense_optimizers_step_as_pytorch_s_do_and_resume_bitwise(data, tmp_path, plain, size):
+    for kind in ("adagrad", "sgd"):
+        full = tmp_path / kind
+        (report,) = run_ranks(run, size, configured(data, full, "row_wise", dense=kind))[0]
+        assert list(losses(full).values()) == pytest.approx(plain("adagrad", dense=kind)[1], abs=LOSS), kind
+        part = resumed_from_half(full, tmp_path / f"{kind}-part")
+        (again,) = run_ranks(run, size, configured(data, part, "row_wise", dense=kind))[0]
+        if size == 4:  # the sum over four ranks is not the same bits each time
+            assert losses(part)[STEPS] == pytest.approx(losses(full)[STEPS], abs=LOSS)
+            continue
+        assert losses(part) == {step: loss for step, loss in losses(full).items() if step > HALF}
+        assert again["model"] == report["model"]
+
+
+def test_another_dense_optimizer_does_not_resume(data, tmp_path, saved):
+    """Neither without the states it needs nor by dropping those there are."""
+    for kind in ("adagrad", "sgd"):
+        part = resumed_from_half(saved[1], tmp_path / kind)
+        with pytest.raises(RankError, match=r"is of another model:\n  dense_optimizer bottom.0.weight.*: the"):
+            run_ranks(run, 1, configured(data, part, "row_wise", dense=kind))
 
 
 @pytest.mark.parametrize(("size", "sharding"), [(1, "row_wise"), (4, "row_wise"), (4, "column_wise")])

@@ -84,6 +84,23 @@ def test_one_pass_learns_and_evaluate_repeats_its_report(trained: Path, capfd: p
 
 
 @pytest.mark.data
+@pytest.mark.parametrize("name", ["criteo-kaggle", "criteo-terabyte", "mlperf-dlrm-v2"])
+def test_debug_twins_of_the_published_recipes(prepared: Prepared, tmp_path: Path, name: str) -> None:
+    folders = dict(prepared)
+    if name == "mlperf-dlrm-v2":
+        for part in ("train", "test"):
+            folders[part] = tmp_path / part
+            call = ["prepare", "multi-hot", "--source", str(prepared[part]), "--out", str(folders[part])]
+            assert main(call) == 0
+    config = str(ROOT / f"configs/dlrm/{name}-debug.yaml")
+    assert (
+        main(["train", config, *overrides(folders, tmp_path / "run", "trainer.steps=20", "trainer.log_every=5")]) == 0
+    )
+    model = json.loads((tmp_path / "run/report.json").read_text())["model"]
+    assert model["examples"] == 10_000 and model["auc"] > 0.5, model
+
+
+@pytest.mark.data
 def test_the_plan_has_every_table(prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plan = tmp_path / "plan.json"
     call = ["plan", CONFIG, *overrides(prepared, tmp_path / "run"), "--topology", "cpux1", "--json", str(plan)]

@@ -1,9 +1,9 @@
 """DLRM as published, in plain PyTorch and with loops: nothing here is taken from gr.
 
-Names and order are those of facebookresearch/dlrm (dlrm_s_pytorch.py, DLRM_Net): emb_l, bot_l, top_l; the dot products
-of the lower triangle, row by row; a sigmoid at the end. The cross network is arXiv 2008.13535, Eq. 4, with a low-rank
-matrix; the projection is torchrec's DLRM_Projection written out. Initial weights are published too, the cross
-network's biases excepted, which would be zero and hide mistakes.
+Names and order are those of facebookresearch/dlrm (dlrm_s_pytorch.py, DLRM_Net): emb_l, v_W_l where rows have weights,
+bot_l, top_l; the dot products of the lower triangle, row by row; a sigmoid at the end. The cross network is arXiv
+2008.13535, Eq. 4, with a low-rank matrix; the projection is torchrec's DLRM_Projection written out. Initial weights are
+published too, the cross network's biases excepted, which would be zero and hide mistakes.
 """
 
 import math
@@ -30,6 +30,7 @@ class Shape:
     rank: int = 3
     branch1: tuple[int, ...] = ()
     branch2: tuple[int, ...] = ()
+    row_weights: bool = False
 
 
 class ReferenceDLRM(nn.Module):
@@ -39,6 +40,8 @@ class ReferenceDLRM(nn.Module):
         vectors = len(shape.rows) + 1
         flat = vectors * shape.dim
         self.emb_l = nn.ModuleList(nn.EmbeddingBag(n, shape.dim, mode="sum") for n in shape.rows)
+        if shape.row_weights:  # --weighted-pooling learned
+            self.v_W_l = nn.ParameterList(torch.ones(n) for n in shape.rows)
         self.bot_l = relu_layers(shape.dense_features, shape.bottom)
         width = flat
         if shape.pairs == "dot":
@@ -67,10 +70,11 @@ class ReferenceDLRM(nn.Module):
         """Probability of each example."""
         x = self.bot_l(dense)
         vectors = [x]
-        for table, examples in zip(self.emb_l, bags, strict=True):
+        for k, (table, examples) in enumerate(zip(self.emb_l, bags, strict=True)):
             ids = torch.tensor([i for example in examples for i in example], dtype=torch.int64)
             starts = [sum(len(example) for example in examples[:b]) for b in range(len(examples))]
-            vectors.append(table(ids, torch.tensor(starts)))
+            weights = self.v_W_l[k][ids] if self.shape.row_weights else None
+            vectors.append(table(ids, torch.tensor(starts), per_sample_weights=weights))
         return self.top_l(self.interact(vectors)).squeeze(1)
 
     def interact(self, vectors: list[Tensor]) -> Tensor:

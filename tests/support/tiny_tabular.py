@@ -65,7 +65,7 @@ def tiny_ranking_config(path: Path, run_dir: Path, /, **sections: object) -> Ran
         "model": {"dim": 8, "bottom": [12, 8], "top": [10, 1]},
         "task": {"kind": "ranking"},
         "embeddings": {"init": "uniform_rows", "optimizer": {"kind": "adagrad", "lr": 0.05}},
-        "optimizer": {"lr": 0.01},
+        "optimizer": {"kind": "adamw", "lr": 0.01},
         "trainer": {"steps": 12, "global_batch_size": 24, "log_every": 1},
         "evaluation": {"global_batch_size": 32},
     }

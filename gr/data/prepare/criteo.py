@@ -47,12 +47,14 @@ _TASK, _COUNTS, _WRITTEN = "task.json", "counts", "written"
 @dataclass(frozen=True)
 class CriteoOptions:
     """threshold: occurrences from which a value gets an id of its own; None: 1, or that of `vocabulary`.
-    transform: of the counts; None: log1p_clip, or that of `vocabulary`. vocabulary: a tabular folder whose vocabulary
-    to use. rows_per_part: of each Parquet file; every source file begins a new one.
+    transform: of the counts; None: log1p_clip, or that of `vocabulary`. max_rows: of a table, beyond which values share
+    ids; None: no limit, or that of `vocabulary`. vocabulary: a tabular folder whose vocabulary to use. rows_per_part:
+    of each Parquet file; every source file begins a new one.
     """
 
     threshold: int | None = None
     transform: Transform | None = None
+    max_rows: int | None = None
     vocabulary: Path | None = None
     on_bad_row: Literal["fail", "skip"] = "fail"
     rows_per_part: int = 1 << 20
@@ -95,25 +97,29 @@ class _Run:
         self._work, self._sources, self._options = work, list(sources), options
         self._bad = BadRows(options.on_bad_row)
         self._given = None if options.vocabulary is None else TabularSchema.load(options.vocabulary)
-        self._threshold, self._transform = self._settle()
+        self._threshold, self._transform, self._max_rows = self._settle()
         self._begin()
 
-    def _settle(self) -> tuple[int, DenseTransform]:
+    def _settle(self) -> tuple[int, DenseTransform, int | None]:
         options, given = self._options, self._given
         if given is None:
             transform = DenseTransform(name=options.transform or "log1p_clip", version=1)
-            return 1 if options.threshold is None else options.threshold, transform
-        if options.threshold is not None:
-            raise ConfigError(
-                f"--threshold and --vocabulary contradict each other: the vocabulary of {options.vocabulary} has "
-                f"threshold {given.threshold}; pass one of them"
-            )
+            return 1 if options.threshold is None else options.threshold, transform, options.max_rows
+        for name, mine, theirs in (
+            ("threshold", options.threshold, given.threshold),
+            ("max-rows", options.max_rows, given.max_rows),
+        ):
+            if mine is not None:
+                raise ConfigError(
+                    f"--{name} and --vocabulary contradict each other: the vocabulary of {options.vocabulary} has "
+                    f"{name} {theirs}; pass one of them"
+                )
         if options.transform not in (None, given.transform.name):
             raise ConfigError(
                 f"--transform {options.transform}: the data of --vocabulary {options.vocabulary} has "
                 f"{given.transform.name}, and one model needs one transform; leave --transform away"
             )
-        return given.threshold, given.transform
+        return given.threshold, given.transform, given.max_rows
 
     def _begin(self) -> None:
         """Make the folder, or see that what is there was begun with the same sources and options."""
@@ -121,6 +127,7 @@ class _Run:
             "sources": [str(file.resolve()) for file in self._sources],
             "threshold": self._threshold,
             "transform": self._transform.model_dump(),
+            "max_rows": self._max_rows,
             "vocabulary": None if self._options.vocabulary is None else str(self._options.vocabulary.resolve()),
             "rows_per_part": self._options.rows_per_part,
         }
@@ -192,7 +199,7 @@ class _Run:
                         partial / f"{name}.parquet", name, runs, kind=self._kind(), threshold=self._threshold
                     )
             partial.rename(folder)
-        vocabulary = Vocabulary(folder, SPARSE)
+        vocabulary = Vocabulary(folder, SPARSE, self._max_rows)
         if vocabulary.kind != self._kind():
             raise DataError(
                 f"{self._options.vocabulary}: its vocabulary has values of type {vocabulary.kind}, the source's are "
@@ -268,6 +275,7 @@ class _Run:
             ],
             rows=rows,
             threshold=self._threshold,
+            max_rows=self._max_rows,
             files=[SourceRows(name=n["name"], rows=n["rows"], minimum=n["minimum"]) for n in notes],
             bad_rows=dict(sorted(bad_rows.items())),
             negative_counts={name: count for name, count in negative if count},

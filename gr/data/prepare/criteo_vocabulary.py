@@ -90,14 +90,18 @@ def write_vocabulary(
 class Vocabulary:
     """The vocabulary of each column, in memory: 4 bytes a value (uint32) or 8 (int64)."""
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
-        """Read one file a column. DataError for one that is missing, damaged, or not ascending with ids from 1."""
+    def __init__(self, folder: Path, columns: Sequence[str], max_rows: int | None = None) -> None:
+        """Read one file a column. max_rows: see TabularSchema; None is no limit.
+
+        DataError for a file that is missing, damaged, or not ascending with ids from 1.
+        """
         self._values = [_read(folder / f"{name}.parquet") for name in columns]
+        self._max_rows = _LARGEST_VOCABULARY + 1 if max_rows is None else max_rows
 
     @property
     def cardinalities(self) -> list[int]:
         """Largest id + 1 of each column."""
-        return [len(values) + 1 for values in self._values]
+        return [min(len(values) + 1, self._max_rows) for values in self._values]
 
     @property
     def kind(self) -> pa.DataType:
@@ -106,7 +110,8 @@ class Vocabulary:
 
     def ids(self, categories: Sequence[Categories]) -> list[np.ndarray]:
         """Ids of a block, int32 [B] each; 0 for a missing value and for one that is not in the vocabulary."""
-        return [_ids(values, column) for values, column in zip(self._values, categories, strict=True)]
+        found = [_ids(values, column) for values, column in zip(self._values, categories, strict=True)]
+        return [np.where(ids_B < self._max_rows, ids_B, (ids_B - 1) % (self._max_rows - 1) + 1) for ids_B in found]
 
 
 def _ids(vocabulary: np.ndarray, column: Categories) -> np.ndarray:

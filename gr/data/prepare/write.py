@@ -84,7 +84,7 @@ class FolderWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, users: Users) -> None:
-        """Append users. Only the last call may give a number of users that is not a multiple of ROWS_PER_GROUP."""
+        """Append users, in row groups of ROWS_PER_GROUP; the last of a call may be smaller."""
         self._counts += np.bincount(users.item_ids[_fitted(users.offsets)], minlength=self._cardinality)
         offsets = pa.array(users.offsets.astype(np.int32))
         arrays = {"user_id": pa.array(users.user_ids.astype(np.int64))}

@@ -1,6 +1,7 @@
 """`gr plan`: what it prints and writes, its exit codes, and wrong calls."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,3 +166,16 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
 )
 def test_wrong_tables(refused: Refused, inventory: str, override: str, said: str) -> None:
     assert said in refused("plan", inventory, override, "--topology", "h100x8")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("criteo-kaggle", 541e6), ("criteo-terabyte", 24.0e9), ("mlperf-dlrm-v2", 26.15e9)]
+)
+def test_published_recipes_fit_the_cluster_that_their_header_names(name, parameters, monkeypatch, tmp_path):
+    """By the command in the header, which needs no data."""
+    monkeypatch.chdir(ROOT)
+    (call,) = re.findall(r"^#   gr (plan .*)$", (ROOT / f"configs/dlrm/{name}.yaml").read_text(), re.MULTILINE)
+    assert main([*call.split(), "--json", str(tmp_path / "plan.json")]) == 0
+    tables = json.loads((tmp_path / "plan.json").read_text())["inventory"]["tables"]
+    assert len(tables) == 26
+    assert sum(table["rows"] * table["dim"] for table in tables) == pytest.approx(parameters, rel=2e-3)

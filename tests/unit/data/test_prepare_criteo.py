@@ -120,6 +120,20 @@ def test_packaging_of_the_lines_does_not_matter(tmp_path: Path, monkeypatch: pyt
     assert all(each.equals(tables[0]) for each in tables)
 
 
+def test_values_beyond_max_rows_share_ids(tmp_path: Path) -> None:
+    rows = random_rows(5, 200)
+    (tmp_path / "day_0").write_bytes(text(rows))
+    assert prepare(tmp_path / "day_0", tmp_path / "whole").exit_code == 0
+    assert prepare(tmp_path / "day_0", tmp_path / "folded", "--max-rows", "20").exit_code == 0
+    assert prepare(tmp_path / "day_0", tmp_path / "given", "--vocabulary", str(tmp_path / "folded")).exit_code == 0
+    whole, folded = (TabularDataset.open(tmp_path / name) for name in ("whole", "folded"))
+    assert [c.cardinality for c in folded.schema.sparse] == [min(c.cardinality, 20) for c in whole.schema.sparse]
+    ids_BC = whole.read_row_group(0).ids_BH
+    expected = np.where(ids_BC > 0, (ids_BC - 1) % 19 + 1, 0)
+    np.testing.assert_array_equal(folded.read_row_group(0).ids_BH, expected)
+    assert contents(tmp_path / "given") | {"schema.json": b""} == contents(tmp_path / "folded") | {"schema.json": b""}
+
+
 def test_ids_of_a_given_vocabulary(tmp_path: Path) -> None:
     rows, later = random_rows(5, 100), random_rows(6, 100)
     (tmp_path / "day_0").write_bytes(text(rows))
@@ -135,6 +149,7 @@ def test_ids_of_a_given_vocabulary(tmp_path: Path) -> None:
     assert contents(tmp_path / "train" / "vocabulary") == contents(tmp_path / "test" / "vocabulary")
     for more, message in [
         (("--threshold", "3"), "contradict each other"),
+        (("--max-rows", "3"), "has max-rows None; pass one of them"),
         (("--transform", "torchrec_minshift"), "one model needs one transform"),
     ]:
         failed = prepare(tmp_path / "day_1", tmp_path / "other", *given, *more).exception

@@ -24,7 +24,11 @@ def longer(data: Path, run_dir: Path, **sections: object) -> GenerativeConfig:
     return generative_config(
         data,
         run_dir,
-        **{"trainer": {"steps": 120, "log_every": 40}, "evaluation": {"every": 40}, "optimizer": {"lr": 1e-2}}
+        **{
+            "trainer": {"steps": 120, "log_every": 40},
+            "evaluation": {"every": 40},
+            "optimizer": {"kind": "adamw", "lr": 1e-2},
+        }
         | sections,
     )
 
@@ -90,7 +94,9 @@ def test_a_stream_is_predicted_before_it_is_trained_on(data: Path, tmp_path: Pat
     def config(name: str, steps: int) -> GenerativeConfig:
         given = {"path": str(data), "train_holdout": 0, "max_length": 30, "stream": {"windows": 3}}
         trainer = {"steps": steps, "log_every": 1}
-        return generative_config(data, tmp_path / name, data=given, trainer=trainer, optimizer={"lr": 1e-2})
+        return generative_config(
+            data, tmp_path / name, data=given, trainer=trainer, optimizer={"kind": "adamw", "lr": 1e-2}
+        )
 
     write_histories(data, users=400)
     with pytest.raises(ConfigError, match=r"trainer.steps=99, but .* has 68 batches of 16 users for its one pass: set"):

@@ -128,7 +128,7 @@ def test_the_report_is_of_the_last_checkpoint(data: Path, test_rows: Path, tmp_p
         data,
         tmp_path / "run",
         evaluation={"path": str(test_rows), "every": 2},
-        optimizer={"lr": 0.3},
+        optimizer={"kind": "adamw", "lr": 0.3},
         checkpoint={"keep_last": 1},
     )
     report = train(config, alone)
