@@ -85,7 +85,7 @@ class HistoryColumns(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     timestamps: bool = Field(False, description="Whether the column timestamps exists.")
-    time_unit: Literal["s", "ms"] = Field("s", description="Unit of timestamps, since 1970.")
+    time_unit: Literal["s", "ms"] = Field("s", description="Unit of timestamps.")
     ratings: bool = Field(False, description="Whether the column ratings exists.")
     actions: list[str] = Field([], max_length=MAX_ACTIONS, description="Names of the bits of the column actions.")
     values: list[str] = Field([], description="Further columns of numbers, one an event.")

@@ -85,7 +85,8 @@ class FolderWriter:
 
     def write(self, users: Users) -> None:
         """Append users, in row groups of ROWS_PER_GROUP; the last of a call may be smaller."""
-        self._counts += np.bincount(users.item_ids[_fitted(users.offsets)], minlength=self._cardinality)
+        ids, counts = np.unique(users.item_ids[_fitted(users.offsets)], return_counts=True)
+        self._counts[ids] += counts
         offsets = pa.array(users.offsets.astype(np.int32))
         arrays = {"user_id": pa.array(users.user_ids.astype(np.int64))}
         for name in self._columns.event_columns:

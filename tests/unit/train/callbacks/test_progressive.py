@@ -43,7 +43,8 @@ def batches(steps: int) -> list[Batch]:
 
 def run(given: list[Batch], writer: Writer | None, *, window: int = 1000, every: int = 2) -> None:
     objective = RankingObjective(BCELoss())
-    callback = Progressive(objective, writer, ALONE, window=window, every=every)  # type: ignore[arg-type]
+    metrics = RankingMetrics("train", ALONE, window=window)
+    callback = Progressive(objective, metrics, writer, every=every)  # type: ignore[arg-type]
     trainer: Any = SimpleNamespace(step=0, steps=len(given))
     for objective.scored in given:
         trainer.step += 1
