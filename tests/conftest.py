@@ -5,11 +5,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before anything imports torch: several workers, and ranks under them, share few cores.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+
+# An example may take long where ranks of other tests share its cores; speed is the benchmarks' business.
+hypothesis.settings.register_profile("gr", deadline=None)
+hypothesis.settings.load_profile("gr")
 
 _SKIPPABLE = ("gpu", "data")
 

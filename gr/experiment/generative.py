@@ -20,7 +20,7 @@ from gr.data.stream import StreamLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
-from gr.metrics.tasks import MultiTaskMetrics
+from gr.metrics.tasks import MultiTaskMetrics, ProgressiveTaskMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.generative import GenerativeRanker
 from gr.planner.inventory import generative_inventory
@@ -135,7 +135,7 @@ def _callbacks(
     checkpointing: callbacks.Checkpointing,
 ) -> list[Callback]:
     config, first = built.config, built.first_task
-    metrics = MultiTaskMetrics(config.task.tasks, built.world, window=config.evaluation.window, grouped=False)
+    metrics = ProgressiveTaskMetrics(config.task.tasks, built.world, window=config.evaluation.window)
     shown = [f"{first}/{name}" for name in callbacks.progressive.SHOWN]
     chosen: list[Callback] = [
         callbacks.Progressive(objective, metrics, writer, every=config.trainer.log_every, shown=shown)

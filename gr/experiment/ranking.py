@@ -16,6 +16,7 @@ from gr.data.tabular_loader import TabularLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
+from gr.metrics.progressive import ProgressiveMetrics
 from gr.metrics.ranking import RankingMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.dlrm import DLRM, CategoricalFeature
@@ -110,7 +111,7 @@ def _callbacks(
 ) -> list[Callback]:
     config = built.config
     every, window = config.trainer.log_every, config.evaluation.window
-    metrics = RankingMetrics("train", built.world, window=window)
+    metrics = ProgressiveMetrics("train", built.world, window=window)
     chosen: list[Callback] = [callbacks.Progressive(objective, metrics, writer, every=every)]
     if config.evaluation.every:
         chosen.append(

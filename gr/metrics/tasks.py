@@ -8,6 +8,7 @@ from torch import Tensor
 from gr.config.generative import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
+from gr.metrics.progressive import ProgressiveMetrics
 from gr.metrics.ranking import RankingMetrics, compute_tasks
 
 
@@ -37,15 +38,11 @@ class RegressionMetrics:
 
 
 class MultiTaskMetrics:
-    """RankingMetrics or RegressionMetrics for each task."""
+    """Metrics of each task over all predictions since the start, GAUC by user among them."""
 
-    def __init__(
-        self, tasks: Sequence[ActionTask | ValueTask], world: World, *, window: int | None = None, grouped: bool = True
-    ) -> None:
-        """window, grouped: of the bce tasks, as in RankingMetrics; groups are users."""
-        self._grouped = grouped
+    def __init__(self, tasks: Sequence[ActionTask | ValueTask], world: World) -> None:
         self._tasks: Mapping[str, RankingMetrics | RegressionMetrics] = {
-            task.name: RankingMetrics(task.name, world, window=window, grouped=grouped)
+            task.name: RankingMetrics(task.name, world, grouped=True)
             if isinstance(task, ActionTask)
             else RegressionMetrics(task.name, world)
             for task in tasks
@@ -56,9 +53,31 @@ class MultiTaskMetrics:
             self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True
         ):
             if isinstance(metrics, RankingMetrics):
-                metrics.update(output_P, label_P, groups_B=user_P if self._grouped else None)
+                metrics.update(output_P, label_P, groups_B=user_P)
             else:
                 metrics.update(output_P, label_P)
+
+    def compute(self) -> dict[str, float]:
+        """As the tasks' own compute(). Collective."""
+        return compute_tasks(self._tasks)
+
+
+class ProgressiveTaskMetrics:
+    """As training goes: ProgressiveMetrics of the bce tasks, the squared error of the others since the start."""
+
+    def __init__(self, tasks: Sequence[ActionTask | ValueTask], world: World, *, window: int) -> None:
+        self._tasks: Mapping[str, ProgressiveMetrics | RegressionMetrics] = {
+            task.name: ProgressiveMetrics(task.name, world, window=window)
+            if isinstance(task, ActionTask)
+            else RegressionMetrics(task.name, world)
+            for task in tasks
+        }
+
+    def update(self, outputs_PC: Tensor, labels_PC: Tensor, user_P: Tensor) -> None:
+        """user_P is not looked at: a window rarely has enough of one user."""
+        columns = zip(self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True)
+        for metrics, output_P, label_P in columns:
+            metrics.update(output_P, label_P)
 
     def compute(self) -> dict[str, float]:
         """As the tasks' own compute(). Collective."""

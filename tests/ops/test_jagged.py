@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +16,6 @@ def offsets_of(lengths: list[int]) -> Tensor:
     return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
 
 
-@settings(deadline=None)
 @given(lengths=lengths_lists, extra=st.integers(0, 3), width=st.integers(1, 4))
 def test_padding_is_where_it_should_be(lengths: list[int], extra: int, width: int) -> None:
     offsets, longest = offsets_of(lengths), max(lengths, default=0) + extra
@@ -28,7 +27,6 @@ def test_padding_is_where_it_should_be(lengths: list[int], extra: int, width: in
         assert not row[len(sequence) :].any()
 
 
-@settings(deadline=None)
 @given(lengths=lengths_lists, extra=st.integers(0, 3))
 def test_round_trip_and_its_gradient(lengths: list[int], extra: int) -> None:
     offsets = offsets_of(lengths)
@@ -40,7 +38,6 @@ def test_round_trip_and_its_gradient(lengths: list[int], extra: int) -> None:
     assert torch.equal(torch.autograd.grad(back, values, grad)[0], grad)
 
 
-@settings(deadline=None)
 @given(lengths=lengths_lists)
 def test_the_two_are_adjoint(lengths: list[int]) -> None:
     """<pad(x), y> == <x, unpad(y)>, and autograd agrees: so padding gets no gradient and tokens get all of it."""

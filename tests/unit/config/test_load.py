@@ -334,8 +334,7 @@ class TestFiles:
 
 
 class TestDump:
-    @settings(deadline=None)
-    @given(
+        @given(
         st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")))
         | st.sampled_from(["1e-3", "no", "~", "1_0"]),
         st.floats(1e-12, 1e12),

@@ -50,7 +50,7 @@ def drawn(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[tuple[int, int]]
     return groups, picks, events
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=drawn(), max_length=st.integers(1, 6), holdout=st.integers(0, 3))
 def test_train(case: tuple, max_length: int, holdout: int) -> None:
     groups, picks, events = case
@@ -77,7 +77,7 @@ def test_train(case: tuple, max_length: int, holdout: int) -> None:
     assert {batch.features.values().dtype, batch.target_ids_T.dtype, batch.timestamps_T.dtype} == {torch.int64}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     case=drawn(),
     max_length=st.integers(1, 6),

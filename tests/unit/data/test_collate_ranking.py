@@ -49,7 +49,7 @@ def expected(dataset: Dataset, users: list[int], stop: int, length: int) -> dict
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 39), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 5))
 def test_windows_hold_the_newest(dataset: Dataset, users: list[int], max_length: int, holdout: int) -> None:
     data = {**CONFIG.data.model_dump(), "max_length": max_length, "train_holdout": holdout, "candidates": 1}

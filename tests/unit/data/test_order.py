@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.data.order import TrainingOrder, owned_lanes, permutation
@@ -12,7 +12,6 @@ row_counts = st.lists(st.integers(1, 9), min_size=1, max_size=8).filter(lambda c
 LANES = 8
 
 
-@settings(deadline=None)
 @given(counts=row_counts, seed=st.integers(0, 2**63), epoch=st.integers(0, 3))
 def test_each_row_once_an_epoch_of_its_lane(counts: list[int], seed: int, epoch: int) -> None:
     order = TrainingOrder(counts, lanes=LANES, seed=seed, shuffle=True)
@@ -22,7 +21,6 @@ def test_each_row_once_an_epoch_of_its_lane(counts: list[int], seed: int, epoch:
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(sum(counts)))
 
 
-@settings(deadline=None)
 @given(counts=row_counts, start=st.integers(0, 30), first=st.integers(1, 9), second=st.integers(1, 9))
 def test_position_is_the_whole_state(counts: list[int], start: int, first: int, second: int) -> None:
     order = TrainingOrder(counts, lanes=LANES, seed=3, shuffle=True)

@@ -193,7 +193,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(LINES, st.randoms(use_true_random=False))
 def test_any_order_of_lines_with_distinct_times_gives_the_same_folder(
     lines: list[tuple[int, int, int, int]], random: object
@@ -214,7 +214,7 @@ def test_any_order_of_lines_with_distinct_times_gives_the_same_folder(
     assert contents[0] == contents[1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(LINES, st.integers(1, 7), st.integers(1, 5))
 def test_partitions_and_row_groups_change_no_history(
     lines: list[tuple[int, int, int, int]], per_partition: int, per_group: int
@@ -233,7 +233,7 @@ def test_partitions_and_row_groups_change_no_history(
     assert all(lengths.sum() <= per_group or len(lengths) == 1 for lengths in largest)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(LINES, st.integers(1, 6))
 def test_a_window_keeps_the_newest_events(lines: list[tuple[int, int, int, int]], length: int) -> None:
     """The published trainer kept the oldest. All of one user: inputs are the newest before the last one."""

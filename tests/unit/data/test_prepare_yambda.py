@@ -164,7 +164,7 @@ RANDOM_EVENTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(RANDOM_EVENTS, st.randoms(use_true_random=False))
 def test_any_order_of_rows_with_distinct_times_gives_the_same_folder(events: list, random: object) -> None:
     ordered: list[Event] = [(u, 5 * place, i, kind, pct) for place, (u, i, kind, pct) in enumerate(events)]

@@ -21,7 +21,7 @@ def kept(lengths: list[int], selector: str, alpha: float = 1.6, seed: int = 1, f
     return np.split(keep_T, np.cumsum(length_B)[:-1])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=6), st.sampled_from(SELECTORS), st.integers(0, 9))
 def test_a_history_stays_whole_or_is_cut_to_one_length(lengths: list[int], selector: str, seed: int) -> None:
     longest = N ** (1.6 / 2)

@@ -7,8 +7,8 @@ import torch
 from gr.config.generative import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
-from gr.metrics.ranking import RankingMetrics
-from gr.metrics.tasks import MultiTaskMetrics, RegressionMetrics
+from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
+from gr.metrics.tasks import MultiTaskMetrics, ProgressiveTaskMetrics, RegressionMetrics
 from tests.support.ranks import run_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -37,6 +37,22 @@ def test_each_task_has_its_own() -> None:
             "watched/examples": 60,
         }
     )
+
+
+def test_as_training_goes_there_is_a_window_and_a_lifetime() -> None:
+    first, second = drawn(0), drawn(1)
+    found = ProgressiveTaskMetrics(TASKS, ALONE, window=60)
+    newest, all_of_them = RankingMetrics("like", ALONE), LifetimeMetrics("like", ALONE)
+    for outputs, labels, users in (first, second):
+        found.update(outputs, labels, users)
+        all_of_them.update(outputs[:, 0], labels[:, 0])
+    newest.update(second[0][:, 0], second[1][:, 0])
+    values = found.compute()
+    assert {name: values[f"like/{name}"] for name in newest.compute()} == pytest.approx(newest.compute())
+    lifetime = all_of_them.compute()
+    assert lifetime["examples"] == 120
+    assert {name: values[f"like/lifetime/{name}"] for name in lifetime} == pytest.approx(lifetime)
+    assert values["watched/examples"] == 120
 
 
 def halves(world: World) -> dict[str, float]:

@@ -86,7 +86,7 @@ def moved(before: Tensor, after: Tensor) -> list[bool]:
     return (before != after).any(1).tolist()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5), st.integers(0, 2), st.booleans()
 )

@@ -76,7 +76,7 @@ class TestTraffic:
         ids=st.floats(0.01, 1e4),
         skews=st.tuples(st.floats(0, 4), st.floats(0, 4)).map(sorted),
     )
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     def test_more_skew_never_means_more_distinct_rows(self, rows, ids, skews):
         tables = tuple(
             described(name=str(i), rows=rows, ids_per_example=ids, skew=skew) for i, skew in enumerate(skews)
@@ -122,7 +122,7 @@ class TestShards:
         dedup=st.booleans(),
         sharding_type=st.sampled_from(["row_wise", "table_row_wise"]),
     )
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     def test_row_shards_divide_the_ids_and_the_rows(self, rows, skew, kind, dedup, sharding_type):
         kind = "pooled" if sharding_type == "table_row_wise" else kind
         table = described(rows=rows, skew=skew, kind=kind)

@@ -66,7 +66,7 @@ def mixed(seed: int) -> Options:
 
 class TestPlacesAndLoads:
     @given(seed=st.integers(0, 10**9), spare=st.sampled_from([1.1, 1.5, 1e6]), effort=st.sampled_from([1.01, 1.3, 5.0]))
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_are_kept_by_filling_and_by_improving(self, seed, spare, effort):
         options = mixed(seed)
         least = sum(options.total_hbm_O[options.table_O == t].min() for t in range(options.tables))
@@ -103,7 +103,7 @@ class TestPlacesAndLoads:
                     assert len(set(hosts.tolist())) == 1
 
     @given(seed=st.integers(0, 10**9))
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     def test_improving_costs_nothing(self, seed):
         options = mixed(seed)
         capacity = Capacity(4, 2, ROOMY, ROOMY)

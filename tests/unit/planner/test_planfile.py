@@ -97,7 +97,7 @@ def refusal(text: str) -> str:
 
 class TestRoundTrip:
     @given(jobs(), st.sampled_from([machine(2), FOUR, machine(3), machine(1)]))
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_of_any_plan(self, inventory, topology):
         tables = tuple(t.model_copy(update={"ranks": None}) if topology.ranks == 1 else t for t in inventory.tables)
         plan = search(inventory.model_copy(update={"tables": tables}), topology)

@@ -114,7 +114,7 @@ def test_on_cuda_every_optimizer_is_fused() -> None:
         assert (plan.topology.ranks, plan.topology.ranks_per_host) == (2, 2), "the run's, not the hardware's"
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(
     st.sampled_from([*TYPES, "auto"]),
     st.integers(1, 8),

@@ -103,7 +103,7 @@ def found(inventory: InventoryConfig, topology: Topology) -> Plan | None:
 
 class TestAnyInventory:
     @given(jobs())
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_each_cell_of_each_table_is_placed_once(self, job):
         plan = found(*job)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True) if plan else ():
@@ -124,7 +124,7 @@ class TestAnyInventory:
             assert sum(shard.rows * shard.columns for shard in cut) == table.rows * table.dim
 
     @given(jobs())
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_constraints_are_kept(self, job):
         plan = found(*job)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True) if plan else ():
@@ -138,7 +138,7 @@ class TestAnyInventory:
             assert table.kind == "pooled" or len(set(column_blocks(table.dim, placement.column_width))) == 1
 
     @given(jobs())
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_memory_is_that_of_the_shards_and_fits(self, job):
         plan = found(*job)
         if plan is None:
@@ -162,7 +162,7 @@ class TestAnyInventory:
         assert evaluation.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
 
     @given(jobs())
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     def test_equal_inventories_have_equal_plans(self, job):
         assert found(*job) == found(*job)
 

@@ -73,7 +73,7 @@ PLACEMENTS: dict[str, tuple[Placement, Callable]] = {
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("sharding", PLACEMENTS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(rows=st.integers(1, 40))
 def test_the_rectangles_are_torchrecs(sharding: str, device: torch.device, rows: int) -> None:
     """Also with fewer rows than ranks. 256 columns: TorchRec's grid makes blocks of 128."""

@@ -180,7 +180,7 @@ class TestAgainstEveryPlacement:
                 assert (host <= problem.capacity.host_bytes).all()
 
     @given(st.integers(0, 10**9))
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_the_bound_is_below_the_best_for_any_problem(self, seed):
         problem = tiny(seed)
         best, groups = best_cost(problem), Relaxation(problem.options, problem.capacity).groups

@@ -78,7 +78,7 @@ def odd_ones(options: Options, option: int, topology: Topology) -> slice:
 
 class TestTotals:
     @given(jobs(), TOPOLOGIES)
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_bytes_are_the_sum_of_the_shards(self, job, topology):
         options = search_space(job, topology)
         for option in range(len(options.table_O)):
@@ -86,7 +86,7 @@ class TestTotals:
             assert options.total_hbm_O[option] == pytest.approx(costs.hbm.sum(), rel=1e-9)
 
     @given(jobs(), TOPOLOGIES)
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_seconds_are_never_above_the_sum_of_the_shards(self, job, topology):
         """A bound is made of them."""
         options = search_space(job, topology)
@@ -95,7 +95,7 @@ class TestTotals:
             assert 0.98 * seconds <= options.total_seconds_O[option] <= seconds * (1 + 1e-9)
 
     @given(jobs(), TOPOLOGIES)
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_seconds_are_the_sum_of_the_shards_where_rows_repeat(self, job, topology):
         """With ids enough, every shard reads some of its rows again."""
         busy = job.tables[0].model_copy(update={"ids_per_example": 2.0 * job.tables[0].rows, "skew": 0.0})
@@ -106,7 +106,7 @@ class TestTotals:
             assert options.total_seconds_O[option] == pytest.approx(seconds, rel=1e-9)
 
     @given(jobs(), TOPOLOGIES)
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_no_shard_takes_more_than_its_option_says(self, job, topology):
         options = search_space(job, topology)
         for option in range(len(options.table_O)):

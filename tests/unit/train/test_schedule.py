@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.config.tree import ScheduleConfig
@@ -19,7 +19,6 @@ schedules = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(schedules, st.integers(1, 60))
 def test_every_schedule(config: ScheduleConfig, steps: int) -> None:
     factors = [rate_factor(config, step, steps) for step in range(steps)]
