@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.config import ExperimentConfig, dump_config, json_schema, load_config
@@ -334,7 +334,7 @@ class TestFiles:
 
 
 class TestDump:
-        @given(
+    @given(
         st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")))
         | st.sampled_from(["1e-3", "no", "~", "1_0"]),
         st.floats(1e-12, 1e12),

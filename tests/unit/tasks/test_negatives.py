@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
@@ -54,7 +54,7 @@ def negative_ids(candidates: Candidates) -> Tensor:
 
 
 class TestUniformIntegers:
-        @given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 2**63), st.integers(0, 2**33))
+    @given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 2**63), st.integers(0, 2**33))
     def test_slices_equal_the_whole(self, start: int, count: int, seed: int, step: int) -> None:
         whole = uniform_integers((seed, step), 1000, start=0, count=90)
         assert torch.equal(uniform_integers((seed, step), 1000, start=start, count=count), whole[start : start + count])
