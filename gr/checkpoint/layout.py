@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import CheckpointError
+from gr.files import write_json
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
 PROGRESS = "progress.json"
@@ -77,16 +78,6 @@ class CheckpointFolder:
         """Removes what a killed run left half written."""
         for path in self.path.glob(".step-*"):
             shutil.rmtree(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` at once, so that a reader never sees half of it."""
-    draft = path.with_name(f".{path.name}")
-    with draft.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _sync_folder(path: Path) -> None:

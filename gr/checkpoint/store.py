@@ -19,9 +19,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder, write_json
+from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder
 from gr.dist import World
 from gr.errors import CheckpointError
+from gr.files import write_json
 
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
@@ -72,6 +73,7 @@ class CheckpointStore:
         self.state, self.config_yaml, self.world = state, config_yaml, world
         self.pending: Thread | None = None
         self.failure: Exception | None = None
+        self.complete = steps[-1] if (steps := self.folder.steps()) else None  # step of the newest, on the main rank
         # A save in the background must not share collectives with training.
         self.group = dist.new_group(backend="gloo") if asynchronous else None
         if world.is_main:
@@ -141,6 +143,7 @@ class CheckpointStore:
     def _commit(self, step: int, keep_last: int) -> None:
         if self.world.is_main:
             self.folder.commit(step)
+            self.complete = step
             self.folder.prune(keep_last)
 
 

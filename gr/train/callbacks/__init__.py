@@ -5,5 +5,6 @@ from gr.train.callbacks.evaluation import Evaluation
 from gr.train.callbacks.metrics import Metrics
 from gr.train.callbacks.profiler import Profiler
 from gr.train.callbacks.progressive import Progressive
+from gr.train.callbacks.status import Status
 
-__all__ = ["Checkpointing", "Evaluation", "Metrics", "Profiler", "Progressive"]
+__all__ = ["Checkpointing", "Evaluation", "Metrics", "Profiler", "Progressive", "Status"]
