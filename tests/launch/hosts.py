@@ -46,7 +46,7 @@ class Hosts:
         _ip("-n", ctl, "link", "add", "br0", "type", "bridge")
         _ip("-n", ctl, "addr", "add", f"{self.addresses['ctl']}/24", "dev", "br0")
         _ip("-n", ctl, "link", "set", "br0", "up")
-        for name in self._others():
+        for name in self.others():
             space, port = self._space(name), f"v{name}"
             _ip("-n", ctl, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
             _ip("-n", ctl, "link", "set", port, "master", "br0", "up")
@@ -73,6 +73,10 @@ class Hosts:
     def run(self, host: str, command: list[str], **options) -> subprocess.CompletedProcess:
         return subprocess.run(self._inside(host, command), capture_output=True, text=True, check=False, **options)
 
+    def running(self, host: str) -> list[subprocess.Popen]:
+        """What `start` started on `host` and `kill` has not ended."""
+        return self._running[host]
+
     def kill(self, host: str) -> None:
         """Everything that runs on `host` ends at once. Its network stays, and refuses connections."""
         for process in self._running[host]:
@@ -87,7 +91,8 @@ class Hosts:
     def _space(self, name: str) -> str:
         return f"{self._prefix}-{name}"
 
-    def _others(self) -> list[str]:
+    def others(self) -> list[str]:
+        """All hosts but ctl."""
         return [name for name in self.addresses if name != "ctl"]
 
     def _inside(self, host: str, command: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.launch import job
 from tests.launch.hosts import Hosts
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db")
@@ -79,9 +80,9 @@ class Slurm(Hosts):
             self._start_munge()
             self._start_accounting()
             self._daemon("ctl", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-            for node in self._others():
+            for node in self.others():
                 self.boot(node)
-            expected = {f"{node} idle" for node in self._others()}
+            expected = {f"{node} idle" for node in self.others()}
             self._await("idle nodes", lambda: set(self.slurm("sinfo", "-hN", "-o", "%N %t").split("\n")) >= expected)
         except BaseException:
             self.__exit__()
@@ -106,20 +107,24 @@ class Slurm(Hosts):
         done = self.run("ctl", list(command), env=self.environment, **options)
         return done.stdout.strip()
 
-    def state(self, job: str) -> str:
+    def login(self, folder: Path, *command: str) -> subprocess.CompletedProcess:
+        """`command` as a user types it on the login node, in `folder`."""
+        return self.run("ctl", list(command), cwd=folder, env=job.environment() | {"SLURM_CONF": self.environment["SLURM_CONF"]})
+
+    def state(self, job_id: str) -> str:
         """RUNNING, PENDING, COMPLETED ..., and the number of requeues, as `scontrol show job` has them."""
-        shown = dict(word.split("=", 1) for word in self.slurm("scontrol", "-o", "show", "job", job).split() if "=" in word)
+        shown = dict(word.split("=", 1) for word in self.slurm("scontrol", "-o", "show", "job", job_id).split() if "=" in word)
         return shown.get("JobState", "GONE")
 
     def _configure(self) -> None:
-        nodes = "\n".join(f"NodeName={name} NodeAddr={self.addresses[name]}" for name in self._others())
+        nodes = "\n".join(f"NodeName={name} NodeAddr={self.addresses[name]}" for name in self.others())
         (self.folder / "slurm.conf").write_text(_SLURM.format(folder=self.folder, nodes=nodes))
         # Nothing here uses cgroups, and looking for their kind fails inside a namespace.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         dbd = self.folder / "slurmdbd.conf"
         dbd.write_text(_ACCOUNTING.format(folder=self.folder))
         dbd.chmod(0o600)
-        for node in self._others():
+        for node in self.others():
             (self.folder / "spool" / node).mkdir(parents=True)
 
     def _start_munge(self) -> None:

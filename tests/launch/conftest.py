@@ -1,0 +1,56 @@
+"""One job, one uninterrupted run of it, one cluster for all tests here."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch import job
+from tests.launch.hosts import need_root
+from tests.launch.slurm import PROGRAMS, Slurm
+from tests.support import ROOT
+
+PATIENCE_SECONDS = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker at a time has a cluster: its network has one address."""
+    for item in items:
+        if {"cluster", "whole"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """A folder to submit from, with what the repository's has that jobs need."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("launch", "configs", ".torchxconfig"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory) -> Path:
+    return job.write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="session")
+def whole(experiment, workspace) -> dict[int, float]:
+    """Loss by step of a run of the job that nobody interrupts, on 2 ranks."""
+    run_dir = workspace / "whole"
+    command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "gr", "train", str(experiment), f"run_dir={run_dir}"]
+    done = subprocess.run(
+        command, cwd=workspace, env=job.environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(job.losses(run_dir))
+
+
+@pytest.fixture(scope="session")
+def cluster(workspace) -> Iterator[Slurm]:
+    need_root(*PROGRAMS)
+    with Slurm(["n1", "n2"]) as slurm:
+        os.chdir(workspace)
+        yield slurm
