@@ -209,12 +209,22 @@ class ProfilerConfig(Section):
     steps: PositiveInt = Field(5, description="Steps recorded.")
 
 
+class TimeoutsConfig(Section):
+    """Seconds after which a rank that stands still writes its stacks to run_dir/logs and ends."""
+
+    start: PositiveFloat = Field(1800, description="From the first process until training begins, with loading.")
+    step: PositiveFloat = Field(600, description="One step, with the wait for its batch.")
+    checkpoint: PositiveFloat = 1800
+    evaluation: PositiveFloat = 3600
+
+
 class TrainerConfig(Section):
     steps: PositiveInt
     global_batch_size: PositiveInt = Field(128, description="Examples a step, over all ranks.")
     log_every: PositiveInt = Field(20, description="Steps between lines of metrics.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the tower under autocast.")
     profiler: ProfilerConfig | None = None
+    timeouts: TimeoutsConfig = TimeoutsConfig()
 
 
 class CheckpointConfig(Section):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
+from gr import watchdog
 from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
 from gr.checkpoint.layout import CONFIG
 from gr.config import differences, dump_config, load_config
@@ -64,7 +65,9 @@ def sharded_model(
     model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World, dim: int | None
 ) -> tuple[DistributedModelParallel, Plan | None]:
     """`model` (on meta) planned, sharded and filled with its initial weights. dim: see initialise_tables."""
+    watchdog.enter("planning")
     plan, sharding = make_plan(model, inventory, config, world)
+    watchdog.enter("sharding")
     sharded = shard_tables(model, sharding, config.embeddings, world.device)
     embeddings = config.embeddings
     initialise_tables(sharded, seed=config.seed, std=embeddings.init_std, dim=dim, init=embeddings.init)
@@ -130,6 +133,7 @@ def _resume(job: Job, world: World) -> int:
     chosen = world.from_main(str(path or ""))
     if not chosen:
         return 0
+    watchdog.enter(f"loading {chosen}")
     saved = load_config(Path(chosen) / CONFIG)
     if type(saved) is not type(config):
         raise CheckpointError(f"{chosen} is of another kind of experiment (task.kind); use another run_dir")

@@ -73,7 +73,7 @@ def test_a_world_size_that_does_not_divide(refused: Refused, config: str, monkey
     """As one of 3 ranks that torchrun started."""
 
     @contextmanager
-    def of_three(device: str) -> Iterator[World]:
+    def of_three(device: str, **_: object) -> Iterator[World]:
         yield World(0, 3, 0, 3, torch.device("cpu"))
 
     monkeypatch.setattr("gr.dist.world", of_three)

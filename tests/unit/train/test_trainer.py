@@ -122,7 +122,7 @@ def test_a_resumed_run_does_what_is_left(done: int) -> None:
     assert diary[0] == ("a", "start", done) and diary[-1] == ("b", "end", max(done, 5))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     trainer, diary, _ = make(9, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
@@ -130,6 +130,13 @@ def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None
     assert trainer.stopped and trainer.step == 4
     assert diary[-5:] == [("backward", 3), ("a", "step", 4), ("b", "step", 4), ("a", "end", 4), ("b", "end", 4)]
     assert signal.getsignal(number) is before
+
+
+def test_a_rank_whose_torchrun_has_died_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    trainer, _, _ = make(9, lambda step: monkeypatch.setattr(os, "getppid", lambda: 1) if step == 3 else None)
+    trainer.run()
+    assert trainer.stopped and trainer.step == 4
 
 
 def test_a_second_signal_leaves_at_once() -> None:
