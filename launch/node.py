@@ -126,7 +126,7 @@ def environment(group: Group, nproc: int) -> dict[str, str]:
 
 
 def torchrun(group: Group, nproc: int, restarts: int, grace: int, log_dir: Path | None) -> list[str]:
-    """The agent's command, up to the module it runs. grace: seconds ranks have to save once asked to stop."""
+    """The agent's command, up to the arguments of a rank's Python. grace: seconds ranks have to save once asked to stop."""
     options = {
         "nnodes": str(group.least) if group.least == group.most else f"{group.least}:{group.most}",
         "nproc-per-node": str(nproc),
@@ -136,10 +136,14 @@ def torchrun(group: Group, nproc: int, restarts: int, grace: int, log_dir: Path 
         "rdzv-id": group.job_id,
         "rdzv-conf": f"join_timeout={RENDEZVOUS_SECONDS},last_call_timeout={LAST_CALL_SECONDS}",
         "shutdown-timeout": str(grace),
+        "signals-to-handle": "SIGUSR1",
     }
     if log_dir is not None:
         options |= {"log-dir": str(log_dir), "tee": "3"}
-    return [sys.executable, "-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
+    agent = [sys.executable, "-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
+    # Slurm signals every process of a step. A second signal would end the agent while its ranks save, so it is deaf to
+    # TERM, hears this node's USR1 alone, and passes that on; ranks know both.
+    return ["env", "--ignore-signal=TERM", *agent, "--no-python", "env", "--default-signal=TERM", sys.executable]
 
 
 def await_rendezvous(endpoint: str, seconds: float = RENDEZVOUS_SECONDS) -> None:
@@ -193,7 +197,7 @@ class Agent:
             os.killpg(self._child.pid, signal.SIGKILL)
         elif not self._asked:
             self._asked = True
-            self._child.send_signal(signal.SIGTERM)
+            self._child.send_signal(signal.SIGUSR1)
 
     def _wait(self) -> int:
         while True:
@@ -202,7 +206,7 @@ class Agent:
             except subprocess.TimeoutExpired:
                 if not self._asked and self._status is not None and self._status.outcome() == FAILED:
                     self._asked = True
-                    self._child.send_signal(signal.SIGTERM)
+                    self._child.send_signal(signal.SIGUSR1)
 
 
 @click.command(help=__doc__, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -129,11 +129,11 @@ def trainjob(job: Job, runtime: str) -> dict[str, Any]:
 
 
 def _claims(given: tuple[str, ...]) -> dict[str, str]:
-    claims = dict(each.partition(":")[::2] for each in given)
-    for name, path in claims.items():
+    for claim in given:
+        name, _, path = claim.partition(":")
         if not DNS_LABEL.fullmatch(name) or not path.startswith("/"):
-            raise LaunchError(f"--claim={name}:{path}: give NAME:/PATH, a PersistentVolumeClaim and where pods mount it")
-    return claims
+            raise LaunchError(f"--claim={claim}: give NAME:/PATH, a PersistentVolumeClaim and where pods mount it")
+    return dict(claim.split(":", 1) for claim in given)
 
 
 def _check(name: str, claims: dict[str, str], overrides: tuple[str, ...]) -> None:

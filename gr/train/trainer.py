@@ -18,6 +18,9 @@ from gr.train.module import StepLoss, TrainModule
 
 log = get_logger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Slurm signals every process of a step, and torchrun then passes its signal on: one request that arrives twice. The same
+# goes for Ctrl-C under torchrun.
+ONE_REQUEST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Loader(Protocol):
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    SIGINT, SIGTERM and SIGUSR1 to any rank finish the step under way on all; a second one ends the process at once. A
-    rank whose torchrun has died asks to stop too: nobody is left to start it again, or to end it.
+    SIGINT, SIGTERM and SIGUSR1 to any rank finish the step under way on all; one that comes ONE_REQUEST_SECONDS later or
+    after that ends the process at once. A rank whose torchrun has died asks to stop too: nobody is left to start it again, or to end it.
     """
 
     def __init__(
@@ -126,11 +129,15 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
+        first = math.inf
+
         def request(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested:
+            nonlocal first
+            if time.monotonic() - first >= ONE_REQUEST_SECONDS:
                 raise KeyboardInterrupt
-            self._stop_requested = True
-            log.warning("stopping after this step; once more to leave at once")
+            if not self._stop_requested:
+                self._stop_requested, first = True, time.monotonic()
+                log.warning("stopping after this step; once more, after %g s, to leave at once", ONE_REQUEST_SECONDS)
 
         before = {s: signal.signal(s, request) for s in STOP_SIGNALS}
         try:

@@ -12,6 +12,7 @@ import torch
 
 from gr.dist import World
 from gr.errors import TrainingError
+from gr.train import trainer as trainer_module
 from gr.train.module import StepLoss
 from gr.train.trainer import Callback, StepResult, Trainer
 from tests.support.ranks import run_ranks
@@ -139,9 +140,20 @@ def test_a_rank_whose_torchrun_has_died_stops(monkeypatch: pytest.MonkeyPatch) -
     assert trainer.stopped and trainer.step == 4
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+def test_a_signal_that_torchrun_passes_on_as_well_is_one_request() -> None:
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer, _, _ = make(9, twice)
+    trainer.run()
+    assert trainer.stopped and trainer.step == 1
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(trainer_module, "ONE_REQUEST_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM)

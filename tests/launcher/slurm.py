@@ -5,8 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.launch import job
-from tests.launch.hosts import Hosts
+from tests.launcher import job
+from tests.launcher.hosts import Hosts
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db")
 PATIENCE_SECONDS = 60
@@ -34,8 +34,8 @@ SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
-SlurmdTimeout=10
-KillWait=30
+SlurmdTimeout=6
+KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import job
-from tests.launch.hosts import need_root
-from tests.launch.slurm import PROGRAMS, Slurm
+from tests.launcher import job
+from tests.launcher.hosts import need_root
+from tests.launcher.slurm import PROGRAMS, Slurm
 from tests.support import ROOT
 
 PATIENCE_SECONDS = 300

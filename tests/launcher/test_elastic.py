@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from tests.launch import job
-from tests.launch.hosts import Hosts, need_root
-from tests.support.tolerances import LOSS_ACROSS_WORLDS
+from tests.launcher import job
+from tests.launcher.hosts import Hosts, need_root
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 240
 STEPS = 500
+LOSS_TOLERANCE = 1e-4  # summation order, as in gr smoke
 
 
 class Cluster(Hosts):
@@ -55,7 +55,7 @@ def test_three_hosts_two_three(workspace, experiment, whole, tmp_path):
     losses = dict(job.losses(run_dir))
     assert list(losses) == list(range(1, STEPS + 1))
     for step, loss in whole.items():
-        assert losses[step] == pytest.approx(loss, rel=LOSS_ACROSS_WORLDS), f"step {step}"
+        assert losses[step] == pytest.approx(loss, rel=LOSS_TOLERANCE), f"step {step}"
 
 
 def _world(run_dir) -> int:
