@@ -79,6 +79,11 @@ class World:
         dist.broadcast(letters, src=0)
         return bytes(letters[: int(length)].tolist()).decode()
 
+    def gather_text(self, text: str) -> list[str]:
+        """`text` of every rank, in rank order. Every rank must call it."""
+        letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        return [bytes(part.tolist()).decode() for part in self.all_gather_variable(letters)]
+
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank. Every rank must call it."""
         return self.all_reduce_sum([float(here)])[0] > 0

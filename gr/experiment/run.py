@@ -11,14 +11,14 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
 from gr import watchdog
-from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
+from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve, verify
 from gr.checkpoint.layout import CONFIG
 from gr.config import differences, dump_config, load_config
 from gr.config.inventory import InventoryConfig
 from gr.config.tree import RunConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from gr.experiment.folder import CHECKPOINTS, write_config
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
@@ -82,6 +82,7 @@ def without_plan(config: Config) -> Config:
 
 def load_weights(model: nn.Module, config: RunConfig, checkpoint: Path, world: World) -> int:
     """Fills the sharded `model` with the weights of `checkpoint` and returns its step. Collective."""
+    verify(checkpoint, world)
     state = ModelState(dense_parameters(model), None, TableOptimizer(model, config.embeddings.optimizer))
     return int(load_state(checkpoint, state, world)["step"])
 
@@ -127,10 +128,7 @@ def run(job: Job, world: World) -> dict[str, Any] | None:
 def _resume(job: Job, world: World) -> int:
     """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns the steps done."""
     config = job.config
-    path = CheckpointFolder(Path(config.run_dir) / CHECKPOINTS).latest() if world.is_main else None
-    if path is None and config.checkpoint.load_from and world.is_main:
-        path = resolve(config.checkpoint.load_from)
-    chosen = world.from_main(str(path or ""))
+    chosen = _undamaged(config, world)
     if not chosen:
         return 0
     watchdog.enter(f"loading {chosen}")
@@ -144,6 +142,32 @@ def _resume(job: Job, world: World) -> int:
     for name, (before, now) in differences(saved, config).items():
         log.info("  %s: %s there, %s now", name, before, now)
     return progress["step"]
+
+
+def _undamaged(config: RunConfig, world: World) -> str:
+    """The checkpoint to resume from, empty for none. Damaged ones of run_dir are set aside for the one before.
+
+    Raises DamagedCheckpointError where there is none before, or load_from is damaged.
+    """
+    folder = CheckpointFolder(Path(config.run_dir) / CHECKPOINTS)
+    steps = [int(step) for step in world.from_main(" ".join(map(str, folder.steps()))).split()]
+    for step in reversed(steps):
+        path = folder.final(step)
+        watchdog.enter(f"verifying {path}")
+        try:
+            verify(path, world)
+        except DamagedCheckpointError as error:
+            if step == steps[0]:
+                raise
+            aside = folder.set_aside(step) if world.is_main else path
+            log.warning("%s. Resuming from the one before; the damaged one is now %s", error, aside)
+            continue
+        return str(path)
+    if config.checkpoint.load_from is None:
+        return ""
+    path = Path(world.from_main(str(resolve(config.checkpoint.load_from)) if world.is_main else ""))
+    verify(path, world)
+    return str(path)
 
 
 def _callbacks(job: Job, store: CheckpointStore, writer: MetricsWriter | None) -> list[Callback]:
@@ -160,6 +184,7 @@ def _callbacks(job: Job, store: CheckpointStore, writer: MetricsWriter | None) -
 def best_step(run_dir: Path, state: ModelState, world: World) -> tuple[Path, int]:
     """Loads the best checkpoint of a run, or its last where none was chosen: (its path, its step)."""
     path = Path(world.from_main(str(resolve(run_dir)) if world.is_main else ""))
+    verify(path, world)
     return path, load_state(path, state, world)["step"]
 
 
