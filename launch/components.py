@@ -31,11 +31,15 @@ def host(name: str) -> specs.Resource:
     """NAME or NAMExCOUNT: h100x8 has 8 GPUs with their CPUs and memory, cpux4 4 CPUs. NAME alone is NAMEx8."""
     match = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d*))?", name)
     if match is None or match[1] not in _SHARES:
-        raise LaunchError(f"--resource={name} is not known: give NAME or NAMExCOUNT with NAME one of {', '.join(_SHARES)}")
+        raise LaunchError(
+            f"--resource={name} is not known: give NAME or NAMExCOUNT with NAME one of {', '.join(_SHARES)}"
+        )
     kind, count = match[1], int(match[2] or GPUS_OF_A_HOST)
     gpu = 0 if kind == "cpu" else count
     if gpu > GPUS_OF_A_HOST:
-        raise LaunchError(f"--resource={name}: a host has {GPUS_OF_A_HOST} GPUs; use {kind}x{GPUS_OF_A_HOST} and more nodes")
+        raise LaunchError(
+            f"--resource={name}: a host has {GPUS_OF_A_HOST} GPUs; use {kind}x{GPUS_OF_A_HOST} and more nodes"
+        )
     cpus, memory = _SHARES[kind]
     return specs.Resource(cpu=cpus * count, gpu=gpu, memMB=memory * count)
 
@@ -105,7 +109,9 @@ def train(
         mounts: for containers, as TorchX writes them: type=bind,src=/data,dst=/data
     """
     _, most = nodes(nnodes)
-    role = _role("train", [*_agents(nnodes, ranks(nproc, resource), retries), "train", config, *overrides], resource, image)
+    role = _role(
+        "train", [*_agents(nnodes, ranks(nproc, resource), retries), "train", config, *overrides], resource, image
+    )
     role.num_replicas, role.min_replicas = most, nodes(nnodes)[0]
     role.max_retries, role.retry_policy = retries, specs.RetryPolicy.APPLICATION
     role.mounts = specs.parse_mounts(mounts.split(",")) if mounts else []

@@ -186,7 +186,9 @@ class Agent:
     def __init__(self, command: list[str], environment: dict[str, str], status: StatusFile | None) -> None:
         self._status = status
         self._asked = False
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
         self._child = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
         self.code = self._wait()
         for number, action in before.items():
@@ -216,7 +218,7 @@ class Agent:
 @click.option("--id", "job_id", default="gr", show_default=True, help="The same on every node; another for each job.")
 @click.option("--restarts", default=3, show_default=True, help="Restarts of the ranks by torchrun after a crash.")
 @click.option("--grace", default=240, show_default=True, help="Seconds ranks have to save once asked to stop.")
-@click.option("--preflight/--no-preflight", default=True, show_default=True, help="Check nodes before training.")
+@click.option("--preflight/--no-preflight", default=False, show_default=True, help="Check nodes before training.")
 @click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="{train|evaluate} ARGUMENTS...")
 def command(
     nnodes: str, nproc: str, rendezvous: str, job_id: str, restarts: int, grace: int, preflight: bool, arguments
@@ -224,7 +226,9 @@ def command(
     group = parse_group(nnodes, rendezvous, job_id)
     verb, *rest = arguments
     if verb not in ("train", "evaluate") or (verb == "train" and not rest):
-        raise NodeError(f"what to run is {' '.join(arguments)!r}: give `train CONFIG ...` or `evaluate --checkpoint ...`")
+        raise NodeError(
+            f"what to run is {' '.join(arguments)!r}: give `train CONFIG ...` or `evaluate --checkpoint ...`"
+        )
     settings = resolved(rest[0], tuple(rest[1:])) if verb == "train" else {}
     run_dir = Path(settings["run_dir"]) if settings else None
     ranks = processes(nproc, settings.get("device", "auto"))

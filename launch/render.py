@@ -58,7 +58,10 @@ class Job:
     @property
     def mounts(self) -> list[dict]:
         # NCCL and gloo want more shared memory than the 64 MB of a pod.
-        return [{"name": "shm", "mountPath": "/dev/shm"}, *({"name": n, "mountPath": p} for n, p in self.claims.items())]
+        return [
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *({"name": n, "mountPath": p} for n, p in self.claims.items()),
+        ]
 
     @property
     def pod(self) -> dict[str, Any]:
@@ -152,7 +155,9 @@ _SHARED = [
     click.option("--config", required=True, help="The experiment, a path inside the image."),
     click.option("--nnodes", default="1", show_default=True, help="Nodes, a pod each."),
     click.option("--nproc", default=0, help="Ranks of a node; 0: one a GPU, or one on a CPU host."),
-    click.option("--resource", default="cpu", show_default=True, help="What a node offers, for example h100x8 or cpux4."),
+    click.option(
+        "--resource", default="cpu", show_default=True, help="What a node offers, for example h100x8 or cpux4."
+    ),
     click.option("--image", default="gr:latest", show_default=True, help="Image with gr and launch/ (docker/)."),
     click.option("--name", default="gr-train", show_default=True, help="Of the job."),
     click.option("--queue", default="", help="Kueue's LocalQueue, which then decides when the job starts."),
@@ -167,9 +172,7 @@ def _job(config: str, overrides: tuple[str, ...], nnodes: str, nproc: int, claim
         raise LaunchError(f"--nnodes={nnodes}: a JobSet has a fixed number of pods; give one number")
     mounted = _claims(claims)
     _check(rest["name"], mounted, overrides)
-    return Job(
-        arguments=(config, *overrides), nodes=most, nproc=ranks(nproc, rest["resource"]), claims=mounted, **rest
-    )
+    return Job(arguments=(config, *overrides), nodes=most, nproc=ranks(nproc, rest["resource"]), claims=mounted, **rest)
 
 
 def _shared(command: Any) -> Any:
@@ -184,7 +187,9 @@ def main() -> None: ...
 
 @main.command("jobset", help="A JobSet, with Kueue's label where --queue is given.")
 @_shared
-@click.option("--restarts", default=20, show_default=True, help="Restarts of the whole job, after crashes and evictions.")
+@click.option(
+    "--restarts", default=20, show_default=True, help="Restarts of the whole job, after crashes and evictions."
+)
 def _jobset(restarts: int, **options: Any) -> None:
     click.echo(yaml.safe_dump(jobset(_job(**options), restarts), sort_keys=False), nl=False)
 

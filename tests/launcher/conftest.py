@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 300
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker at a time has a cluster: its network has one address."""
+    """One worker at a time has a cluster: there are few cores."""
     for item in items:
         if {"cluster", "whole"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("cluster"))
@@ -40,7 +40,16 @@ def experiment(tmp_path_factory) -> Path:
 def whole(experiment, workspace) -> dict[int, float]:
     """Loss by step of a run of the job that nobody interrupts, on 2 ranks."""
     run_dir = workspace / "whole"
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "gr", "train", str(experiment), f"run_dir={run_dir}"]
+    command = [
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "gr",
+        "train",
+        str(experiment),
+        f"run_dir={run_dir}",
+    ]
     done = subprocess.run(
         command, cwd=workspace, env=job.environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )

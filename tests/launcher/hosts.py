@@ -65,7 +65,12 @@ class Hosts:
         """`command` as pid 1 of `host`; it and all it starts die with `kill`. Appends what it prints to `log`."""
         with log.open("a") as out:
             process = subprocess.Popen(
-                self._inside(host, command), stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True, **options
+                self._inside(host, command),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                **options,
             )
         self._running[host].append(process)
         return process

@@ -109,11 +109,15 @@ class Slurm(Hosts):
 
     def login(self, folder: Path, *command: str) -> subprocess.CompletedProcess:
         """`command` as a user types it on the login node, in `folder`."""
-        return self.run("ctl", list(command), cwd=folder, env=job.environment() | {"SLURM_CONF": self.environment["SLURM_CONF"]})
+        return self.run(
+            "ctl", list(command), cwd=folder, env=job.environment() | {"SLURM_CONF": self.environment["SLURM_CONF"]}
+        )
 
     def state(self, job_id: str) -> str:
         """RUNNING, PENDING, COMPLETED ..., and the number of requeues, as `scontrol show job` has them."""
-        shown = dict(word.split("=", 1) for word in self.slurm("scontrol", "-o", "show", "job", job_id).split() if "=" in word)
+        shown = dict(
+            word.split("=", 1) for word in self.slurm("scontrol", "-o", "show", "job", job_id).split() if "=" in word
+        )
         return shown.get("JobState", "GONE")
 
     def _configure(self) -> None:
@@ -141,8 +145,17 @@ class Slurm(Hosts):
         install = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-test-db"]
         subprocess.run([*install, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
         (self.folder / "database.sql").write_text(_DATABASE)
-        where = [f"--datadir={data}", f"--socket={self.folder}/database.socket", f"--pid-file={self.folder}/database.pid"]
-        small = ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--skip-log-bin", "--bind-address=127.0.0.1"]
+        where = [
+            f"--datadir={data}",
+            f"--socket={self.folder}/database.socket",
+            f"--pid-file={self.folder}/database.pid",
+        ]
+        small = [
+            "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=8M",
+            "--skip-log-bin",
+            "--bind-address=127.0.0.1",
+        ]
         self._daemon(
             "ctl", "mariadbd", "--no-defaults", "--user=root", f"--init-file={self.folder}/database.sql", *where, *small
         )

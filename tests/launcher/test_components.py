@@ -78,9 +78,15 @@ def test_kubernetes_request_needs_no_cluster(torchx):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--resource", "v100x8"], "--resource=v100x8 is not known: give NAME or NAMExCOUNT with NAME one of cpu, a100"),
+        (
+            ["--resource", "v100x8"],
+            "--resource=v100x8 is not known: give NAME or NAMExCOUNT with NAME one of cpu, a100",
+        ),
         (["--resource", "h100x16"], "a host has 8 GPUs; use h100x8 and more nodes"),
-        (["--resource", "h100x4", "--nproc", "8"], "--resource=h100x4 offers 4 GPUs a node: use --nproc=4 and more nodes"),
+        (
+            ["--resource", "h100x4", "--nproc", "8"],
+            "--resource=h100x4 offers 4 GPUs a node: use --nproc=4 and more nodes",
+        ),
         (["--resource", "cpux2", "--nproc", "3"], "--resource=cpux2 offers 2 CPUs a node"),
         (["--nproc=-1"], "--nproc=-1 ranks"),
         (["--nnodes", "3:2"], "--nnodes=3:2: give N, or MIN:MAX"),

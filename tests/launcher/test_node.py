@@ -17,7 +17,9 @@ from tests.support import ROOT
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.node", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=job.environment(), timeout=120, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=job.environment(), timeout=120, **options
+    )
 
 
 CPUS = len(os.sched_getaffinity(0))
@@ -27,7 +29,11 @@ CPUS = len(os.sched_getaffinity(0))
     ("arguments", "code", "said"),
     [
         (["train", "configs/none.yaml"], FAILED, "configs/none.yaml is not here, in "),
-        (["--nproc", str(CPUS + 1), "train", "configs/retrieval/smoke.yaml", "device=cpu"], FAILED, f"use --nproc={CPUS}"),
+        (
+            ["--nproc", str(CPUS + 1), "train", "configs/retrieval/smoke.yaml", "device=cpu"],
+            FAILED,
+            f"use --nproc={CPUS}",
+        ),
         (["--nproc", "many", "train", "configs/retrieval/smoke.yaml"], FAILED, "--nproc=many: give a number"),
         (["--nnodes", "4:2", "train", "x"], FAILED, "--nnodes=4:2: give N, or MIN:MAX"),
         (["--nnodes", "2", "train", "x"], FAILED, "names no host"),
@@ -50,7 +56,9 @@ def test_a_wrong_key_is_told_by_gr_itself():
 
 def test_an_unreachable_rendezvous_says_so():
     """192.0.2.0/24 is for documentation, and routed nowhere."""
-    with pytest.raises(node.NodeError, match=r"rendezvous 192\.0\.2\.1:29500 does not answer .* on that port\?") as refused:
+    with pytest.raises(
+        node.NodeError, match=r"rendezvous 192\.0\.2\.1:29500 does not answer .* on that port\?"
+    ) as refused:
         node.await_rendezvous("192.0.2.1:29500", seconds=0)
     assert refused.value.exit_code == CRASHED
 

@@ -51,9 +51,13 @@ def lost(before, after, path: str) -> list[str]:
     if isinstance(before, dict):
         known = after if isinstance(after, dict) else {}
         gone = [f"{path}.{key}: unknown" for key in before if key not in known]
-        return gone + [fault for key in before if key in known for fault in lost(before[key], known[key], f"{path}.{key}")]
+        return gone + [
+            fault for key in before if key in known for fault in lost(before[key], known[key], f"{path}.{key}")
+        ]
     if isinstance(before, list):
-        return [fault for i, (b, a) in enumerate(zip(before, after, strict=True)) for fault in lost(b, a, f"{path}[{i}]")]
+        return [
+            fault for i, (b, a) in enumerate(zip(before, after, strict=True)) for fault in lost(b, a, f"{path}[{i}]")
+        ]
     return []
 
 
