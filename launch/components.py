@@ -10,7 +10,7 @@ import re
 from torchx import specs
 
 GPUS_OF_A_HOST = 8
-# CPUs and memory (MB) that go with one GPU, or with one CPU: a little under what hosts have, since the system keeps some.
+# CPUs and memory (MB) that go with one GPU, or one CPU: a little under what hosts have, since the system keeps some.
 _SHARES = {
     "cpu": (1, 4_000),
     "a100": (11, 125_000),

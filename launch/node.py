@@ -37,11 +37,11 @@ POLL_SECONDS = 0.5
 
 
 class NodeError(click.ClickException):
-    """Shown as one line that begins with the node's name. exit_code 1 where another try may help."""
+    """Shown as one line that begins with the node's name. Code 1 where another try may help."""
 
-    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+    def __init__(self, message: str, outcome: int = FAILED) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = outcome  # type: ignore[misc]  # click declares it of the class
 
     def show(self, file: object = None) -> None:
         click.echo(f"error: {socket.gethostname()}: {self.format_message()}", err=True)
@@ -120,13 +120,13 @@ def environment(group: Group, nproc: int) -> dict[str, str]:
     """What the ranks get beyond the user's own environment, which wins. The one place for it."""
     ours = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
     if group.elastic:
-        # With the shared store a node that comes back waits for an address nobody publishes, and the job dies (torch 2.13).
+        # torch 2.13: with a shared store a node that comes back waits for an address nobody publishes, and all die.
         ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
 def torchrun(group: Group, nproc: int, restarts: int, grace: int, log_dir: Path | None) -> list[str]:
-    """The agent's command, up to the arguments of a rank's Python. grace: seconds ranks have to save once asked to stop."""
+    """The agent's command, up to the arguments of a rank's Python. grace: seconds ranks have to save."""
     options = {
         "nnodes": str(group.least) if group.least == group.most else f"{group.least}:{group.most}",
         "nproc-per-node": str(nproc),
@@ -163,7 +163,7 @@ def await_rendezvous(endpoint: str, seconds: float = RENDEZVOUS_SECONDS) -> None
             raise NodeError(
                 f"rendezvous {endpoint} does not answer ({fault}) after {seconds:.0f} s: is that node running, does "
                 "its name resolve here, and do the nodes let each other through on that port?",
-                exit_code=CRASHED,
+                outcome=CRASHED,
             )
         time.sleep(1)
 

@@ -73,7 +73,7 @@ class Job:
 
 
 def jobset(job: Job, restarts: int) -> dict[str, Any]:
-    """One indexed Job with a pod a node. Any pod's failure restarts all, up to `restarts` times, unless it is for good."""
+    """One indexed Job, a pod a node. A pod that fails restarts all, at most `restarts` times, unless it is for good."""
     container = {
         "name": "trainer",
         "image": job.image,

@@ -31,7 +31,8 @@ class StatusFile:
         status = self._parsed()
         error = status.get("error")
         why = f": rank {error['rank']} on {error['host']}: {error['message']}" if error else ""
-        return f"the run {status.get('state', 'left no status')} at step {status.get('step')} of {status.get('steps')}{why}"
+        state = status.get("state", "left no status")
+        return f"the run {state} at step {status.get('step')} of {status.get('steps')}{why}"
 
     def _outcome(self) -> int:
         return CRASHED if self._read() == self._before else _OUTCOMES.get(self._parsed().get("state", ""), CRASHED)

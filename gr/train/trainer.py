@@ -18,8 +18,7 @@ from gr.train.module import StepLoss, TrainModule
 
 log = get_logger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Slurm signals every process of a step, and torchrun then passes its signal on: one request that arrives twice. The same
-# goes for Ctrl-C under torchrun.
+# One request may arrive twice: Slurm and a terminal signal every process, and torchrun passes its own signal on.
 ONE_REQUEST_SECONDS = 3.0
 
 
@@ -63,8 +62,9 @@ class Loader(Protocol):
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    SIGINT, SIGTERM and SIGUSR1 to any rank finish the step under way on all; one that comes ONE_REQUEST_SECONDS later or
-    after that ends the process at once. A rank whose torchrun has died asks to stop too: nobody is left to start it again, or to end it.
+    SIGINT, SIGTERM and SIGUSR1 to any rank finish the step under way on all; one more, ONE_REQUEST_SECONDS or longer
+    after the first, ends the process at once. A rank whose torchrun has died asks to stop too: nobody is left to start
+    it again, or to end it.
     """
 
     def __init__(

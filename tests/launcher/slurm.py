@@ -1,4 +1,4 @@
-"""A real Slurm on namespace hosts: controller and accounting on ctl, one slurmd a host. Debian's packages, no systemd."""
+"""A real Slurm on namespace hosts: controller and accounting on ctl, a slurmd on each other. Debian's packages."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Manifests are what they were (golden files), and what Kubernetes, JobSet and Kubeflow Trainer accept, without a cluster."""
+"""Manifests are as reviewed (golden files), and as Kubernetes, JobSet and Kubeflow Trainer take them. No cluster."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def render(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("name", CASES)
 def test_manifest_is_as_reviewed(name):
-    """After a change that is meant: python -m launch.render ... > tests/launcher/golden/NAME.yaml, and review the difference."""
+    """After a change that is meant, write the golden file anew with launch.render, and review the difference."""
     pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     done = render(*CASES[name])
     assert done.returncode == 0, done.stderr
