@@ -20,7 +20,8 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -185,7 +186,7 @@ class Agent:
 
     def __init__(self, command: list[str], environment: dict[str, str], status: StatusFile | None) -> None:
         self._status = status
-        self._asked = False
+        self.stopped = False
         before = {
             number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         }
@@ -195,10 +196,10 @@ class Agent:
             signal.signal(number, action)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:  # a second Ctrl-C: leave at once
+        if self.stopped and number == signal.SIGINT:  # a second Ctrl-C: leave at once
             os.killpg(self._child.pid, signal.SIGKILL)
-        elif not self._asked:
-            self._asked = True
+        elif not self.stopped:
+            self.stopped = True
             self._child.send_signal(signal.SIGUSR1)
 
     def _wait(self) -> int:
@@ -206,9 +207,22 @@ class Agent:
             try:
                 return self._child.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                if not self._asked and self._status is not None and self._status.outcome() == FAILED:
-                    self._asked = True
+                if not self.stopped and self._status is not None and self._status.outcome() == FAILED:
+                    self.stopped = True
                     self._child.send_signal(signal.SIGUSR1)
+
+
+def check_nodes(group: Group, ranks: int, environment: dict[str, str], arguments: Sequence[str]) -> None:
+    """`gr doctor --cluster` on every rank of the job, before any of them trains. Raises NodeError."""
+    host, _, port = str(group.rendezvous).rpartition(":")
+    # A port of its own: the store of one may still be leaving when that of the other comes.
+    apart = replace(group, job_id=f"{group.job_id}-preflight", rendezvous=f"{host}:{int(port) + 1}")
+    agent = torchrun(apart, ranks, restarts=0, grace=LAST_CALL_SECONDS, log_dir=None)
+    check = Agent([*agent, "-m", "gr", "doctor", "--cluster", *arguments], environment, None)
+    if check.stopped:
+        sys.exit(CRASHED)
+    if check.code:
+        raise NodeError("these nodes are not fit to train together; FAULT above says why (--no-preflight skips this)")
 
 
 @click.command(help=__doc__, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -218,7 +232,7 @@ class Agent:
 @click.option("--id", "job_id", default="gr", show_default=True, help="The same on every node; another for each job.")
 @click.option("--restarts", default=3, show_default=True, help="Restarts of the ranks by torchrun after a crash.")
 @click.option("--grace", default=240, show_default=True, help="Seconds ranks have to save once asked to stop.")
-@click.option("--preflight/--no-preflight", default=False, show_default=True, help="Check nodes before training.")
+@click.option("--preflight/--no-preflight", default=True, show_default=True, help="Check a job's nodes first.")
 @click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="{train|evaluate} ARGUMENTS...")
 def command(
     nnodes: str, nproc: str, rendezvous: str, job_id: str, restarts: int, grace: int, preflight: bool, arguments
@@ -237,6 +251,8 @@ def command(
     click.echo(f"node {socket.gethostname()}: {said} " + " ".join(f"{k}={v}" for k, v in ours.items()), err=True)
     if group.rendezvous is not None:
         await_rendezvous(group.rendezvous)
+    if preflight and settings and group.rendezvous is not None and not group.elastic:
+        check_nodes(group, ranks, ours, rest)
     status = StatusFile(run_dir / "status.json") if run_dir else None
     agent = torchrun(group, ranks, restarts, grace, run_dir / "logs" if run_dir else None)
     code = Agent([*agent, "-m", "gr", *arguments], ours, status).code
