@@ -141,7 +141,7 @@ def torchrun(group: Group, nproc: int, restarts: int, grace: int, log_dir: Path 
     }
     if log_dir is not None:
         options |= {"log-dir": str(log_dir), "tee": "3"}
-    agent = [sys.executable, "-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
+    agent = [sys.executable, "-m", "launch.agent", *(f"--{name}={value}" for name, value in options.items())]
     # Slurm signals every process of a step. A second signal would end the agent while its ranks save, so it is deaf to
     # TERM, hears this node's USR1 alone, and passes that on; ranks know both.
     return ["env", "--ignore-signal=TERM", *agent, "--no-python", "env", "--default-signal=TERM", sys.executable]
