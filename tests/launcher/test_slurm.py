@@ -94,8 +94,8 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
 
 
 def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, tmp_path):
-    """Slurm counts limits in minutes: the first slot is one minute, and the warning comes 20 s before its end."""
-    slot = ["--time=1", "--signal=B:USR1@20"]
+    """Slurm counts limits in minutes: the first slot is one minute, and the warning comes 5 to 35 s before its end."""
+    slot = ["--time=1", "--signal=B:USR1@5"]
     ours = Submission(cluster, workspace, experiment, tmp_path / "run", "trainer.steps=100000", options=slot)
     ours.until("stopped by the time limit", lambda: "back into the queue" in ours.output)
     saved = job.status(ours.run_dir)
