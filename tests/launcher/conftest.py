@@ -1,7 +1,5 @@
 """One job, one uninterrupted run of it, one cluster for all tests here."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +10,11 @@ from tests.launcher.hosts import need_root
 from tests.launcher.slurm import PROGRAMS, Slurm
 from tests.support import ROOT
 
-PATIENCE_SECONDS = 300
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker at a time has a cluster: there are few cores."""
     for item in items:
-        if {"cluster", "whole"} & set(getattr(item, "fixturenames", ())):
+        if {"cluster", "experiment"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
@@ -39,27 +35,11 @@ def experiment(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whole(experiment, workspace) -> dict[int, float]:
     """Loss by step of a run of the job that nobody interrupts, on 2 ranks."""
-    run_dir = workspace / "whole"
-    command = [
-        "torchrun",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "gr",
-        "train",
-        str(experiment),
-        f"run_dir={run_dir}",
-    ]
-    done = subprocess.run(
-        command, cwd=workspace, env=job.environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(job.losses(run_dir))
+    return job.undisturbed(workspace, experiment, ranks=2, steps=job.STEPS)
 
 
 @pytest.fixture(scope="session")
-def cluster(workspace) -> Iterator[Slurm]:
+def cluster() -> Iterator[Slurm]:
     need_root(*PROGRAMS)
     with Slurm(["n1", "n2"]) as slurm:
-        os.chdir(workspace)
         yield slurm

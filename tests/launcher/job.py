@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from gr.config import dump_config
 from tests.support import ROOT
 from tests.support.tiny import tiny_config, write_tiny
 
-STEPS, EVERY = 300, 50
+STEPS, EVERY = 200, 40
+PATIENCE_SECONDS = 300
 
 
 def write_job(folder: Path, *, steps: int = STEPS) -> Path:
@@ -33,6 +35,22 @@ def environment() -> dict[str, str]:
     """As a user has it who activated the environment that runs these tests and stands in the repository."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def undisturbed(workspace: Path, experiment: Path, *, ranks: int, steps: int) -> dict[int, float]:
+    """Loss by step of a whole run by torchrun alone."""
+    run_dir = workspace / f"undisturbed-{ranks}"
+    command = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "gr", "train", str(experiment)]
+    done = subprocess.run(
+        [*command, f"run_dir={run_dir}", f"trainer.steps={steps}"],
+        cwd=workspace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(losses(run_dir))
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:

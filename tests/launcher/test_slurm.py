@@ -67,7 +67,7 @@ def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment
 
 def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, tmp_path):
     ours = Submission(cluster, workspace, experiment, tmp_path / "run")
-    ours.until("training", lambda: ours.step > EVERY)
+    ours.until("training", lambda: ours.step > 0)
     cluster.login(workspace, "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 2")
     assert ours.end() == "COMPLETED", ours.output
     assert "back into the queue" in ours.output and "attempt 1" in ours.output
