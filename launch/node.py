@@ -216,7 +216,9 @@ def check_nodes(group: Group, ranks: int, environment: dict[str, str], arguments
     """`gr doctor --cluster` on every rank of the job, before any of them trains. Raises NodeError."""
     host, _, port = str(group.rendezvous).rpartition(":")
     # A port of its own: the store of one may still be leaving when that of the other comes.
-    apart = replace(group, job_id=f"{group.job_id}-preflight", rendezvous=f"{host}:{int(port) + 1}")
+    endpoint = f"{host}:{int(port) + 1}"
+    await_rendezvous(endpoint)
+    apart = replace(group, job_id=f"{group.job_id}-preflight", rendezvous=endpoint)
     agent = torchrun(apart, ranks, restarts=0, grace=LAST_CALL_SECONDS, log_dir=None)
     check = Agent([*agent, "-m", "gr", "doctor", "--cluster", *arguments], environment, None)
     if check.stopped:
@@ -250,9 +252,9 @@ def command(
     said = f"nodes={nnodes} ranks_here={ranks} rendezvous={group.rendezvous or 'local'} id={job_id} run_dir={run_dir}"
     click.echo(f"node {socket.gethostname()}: {said} " + " ".join(f"{k}={v}" for k, v in ours.items()), err=True)
     if group.rendezvous is not None:
+        if preflight and settings and not group.elastic:
+            check_nodes(group, ranks, ours, rest)
         await_rendezvous(group.rendezvous)
-    if preflight and settings and group.rendezvous is not None and not group.elastic:
-        check_nodes(group, ranks, ours, rest)
     status = StatusFile(run_dir / "status.json") if run_dir else None
     agent = torchrun(group, ranks, restarts, grace, run_dir / "logs" if run_dir else None)
     code = Agent([*agent, "-m", "gr", *arguments], ours, status).code
