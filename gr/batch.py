@@ -61,6 +61,40 @@ class EvaluationBatch(_Movable):
 
 
 @dataclass(frozen=True)
+class HistoryBatch(_Movable):
+    """Histories with the actions taken, of which the newest events of each example are to be predicted.
+
+    features: KeyedJaggedTensor of stride B; ITEM_FEATURE and each event feature have the T events of the examples,
+    each contextual feature has one id an example, none where that has no event.
+    actions_T: int64, bit k: action k was taken. labels_TC: float32, what each of C tasks is to predict.
+    timestamps_T: int64 seconds, or None. numeric_BK: float32, K contextual numbers. user_B: int64 ids.
+    scored_B: int64, how many of an example's newest events are predicted. scored: their sum.
+    first_example: as in SequenceBatch.
+    """
+
+    features: KeyedJaggedTensor
+    actions_T: Tensor
+    labels_TC: Tensor
+    timestamps_T: Tensor | None
+    numeric_BK: Tensor
+    user_B: Tensor
+    scored_B: Tensor
+    scored: int
+    first_example: int
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Labels [P, C] and users [P] of the P = scored predictions."""
+        length_B = self.features[ITEM_FEATURE].lengths().long()
+        stop_B = length_B.cumsum(0)
+        example_P = torch.arange(len(length_B), device=stop_B.device).repeat_interleave(
+            self.scored_B, output_size=self.scored
+        )
+        before_B = stop_B - self.scored_B.cumsum(0)  # unpredicted events up to and with this example's
+        place_P = torch.arange(self.scored, device=stop_B.device) + before_B[example_P]
+        return self.labels_TC[place_P], self.user_B[example_P]
+
+
+@dataclass(frozen=True)
 class TabularBatch(_Movable):
     """Rows of dense features and ids, each with a label.
 

@@ -3,9 +3,11 @@
 A folder of user histories is
 
     schema.json          this file's `DataSchema`
-    part-00000.parquet   one row a user, in row groups: user_id int64, item_ids list<int32|int64> oldest first,
-                         optional timestamps list<int64> (seconds), optional ratings list<float32>,
-                         one integer column for each contextual feature
+    part-00000.parquet   one row a user, in row groups: user_id int64, item_ids list<int32|int64> oldest first, and,
+                         each with one element an event, optional timestamps list<int64>, ratings list<float32>,
+                         actions list<int32> (bit k of an element: whether action k was taken), a list<float32> for
+                         each of `values`, a list<int32|int64> for each of `event_features`; for each contextual
+                         feature one integer column, for each numeric one a float32 column
     items.parquet        the corpus of candidates, ids ascending: item_id, count (occurrences over all users, without
                          each user's newest two events)
 
@@ -73,7 +75,44 @@ class _SchemaFile(BaseModel):
         (Path(folder) / SCHEMA_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-class DataSchema(_SchemaFile):
+MAX_ACTIONS = 31
+_HISTORY_COLUMNS = ("user_id", "item_ids", "timestamps", "ratings", "actions")
+
+
+class HistoryColumns(BaseModel):
+    """What a folder of user histories holds beside users and items. Id 0 of a feature: missing or unknown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    timestamps: bool = Field(False, description="Whether the column timestamps exists.")
+    time_unit: Literal["s", "ms"] = Field("s", description="Unit of timestamps, since 1970.")
+    ratings: bool = Field(False, description="Whether the column ratings exists.")
+    actions: list[str] = Field([], max_length=MAX_ACTIONS, description="Names of the bits of the column actions.")
+    values: list[str] = Field([], description="Further columns of numbers, one an event.")
+    event_features: dict[str, PositiveInt] = Field({}, description="Columns of ids, one an event: cardinalities.")
+    contextual: dict[str, PositiveInt] = Field({}, description="Columns of ids, one a user: cardinalities.")
+    contextual_numeric: list[str] = Field([], description="Columns of numbers, one a user.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        _require_distinct(self.actions, "action")
+        named = [*self.values, *self.event_features, *self.contextual, *self.contextual_numeric]
+        _require_distinct([*_HISTORY_COLUMNS, *named], "column")
+        return self
+
+    @property
+    def user_columns(self) -> list[str]:
+        """Columns with one element a user."""
+        return [*self.contextual, *self.contextual_numeric]
+
+    @property
+    def event_columns(self) -> list[str]:
+        """Columns with one element an event, item_ids first."""
+        optional = [("timestamps", self.timestamps), ("ratings", self.ratings), ("actions", bool(self.actions))]
+        return ["item_ids", *(name for name, exists in optional if exists), *self.values, *self.event_features]
+
+
+class DataSchema(HistoryColumns, _SchemaFile):
     """Description of a folder of user histories. Item ids are embedding table rows as they are; id 0 is padding, never
     used.
     """
@@ -83,9 +122,8 @@ class DataSchema(_SchemaFile):
     item_feature: Literal["item_id"] = Field("item_id", description="Model feature of the items.")
     item_column: Literal["item_ids"] = Field("item_ids", description="Parquet column of the items.")
     item_cardinality: Annotated[int, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
-    timestamps: bool = Field(description="Whether the column timestamps (seconds) exists.")
+    timestamps: bool = Field(description="Whether the column timestamps exists.")
     ratings: bool = Field(description="Whether the column ratings exists.")
-    contextual: dict[str, PositiveInt] = Field({}, description="Contextual columns and their cardinalities.")
     order: str = Field(description="How events of a user are ordered, and the rule for ties.")
     users: PositiveInt = Field(description="Rows over all parts.")
     events: NonNegativeInt = Field(description="Events over all users.")
@@ -146,8 +184,11 @@ class TabularSchema(_SchemaFile):
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
-        names = [*self.labels, *self.dense, *(column.name for column in self.sparse)]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ValueError(f"column {twice[0]} is named twice")
+        _require_distinct([*self.labels, *self.dense, *(column.name for column in self.sparse)], "column")
         return self
+
+
+def _require_distinct(names: list[str], what: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what} {twice[0]} is named twice")

@@ -10,6 +10,8 @@ from rich.table import Table
 SHOWN = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
 RANKING_SHOWN = ("ne", "log_loss", "auc", "accuracy", "base_rate", "calibration")
 
+TASK_SHOWN = ("ne", "auc", "gauc", "accuracy", "base_rate", "calibration", "mse", "label_variance")
+
 
 def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
     """The model's metrics, with the baselines beside them."""
@@ -20,6 +22,15 @@ def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
             console.print(metrics_table(title, {"model": report["model"]}, RANKING_SHOWN))
         else:
             console.print("evaluation.path is unset: see the progressive metrics in metrics.jsonl")
+    elif report["kind"] == "generative_ranking":
+        for task in report["tasks"]:
+            metrics = {
+                name.removeprefix(f"{task}/"): value
+                for name, value in report["model"].items()
+                if name.startswith(f"{task}/")
+            }
+            title = f"{task}, {report['split']} split, {metrics['examples']:,.0f} predictions"
+            console.print(metrics_table(title, {"model": metrics}, tuple(n for n in TASK_SHOWN if n in metrics)))
     else:
         title = f"{report['split']} split, {report['users']:,} users, seen items filtered: {report['filter_seen']}"
         console.print(metrics_table(title, {"model": report["model"], **report["baselines"]}))

@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from gr.config.faults import default_kinds, describe_faults
+from gr.config.generative import GenerativeConfig
 from gr.config.ranking import RankingConfig
 from gr.config.section import Section
 from gr.config.source import SCALARS, Location, Node, Reader, describe
@@ -17,11 +18,11 @@ from gr.errors import ConfigError
 
 Config = TypeVar("Config", bound=Section)
 
-
-Experiment = ExperimentConfig | RankingConfig
-EXPERIMENTS: dict[str, type[ExperimentConfig] | type[RankingConfig]] = {
+Experiment = ExperimentConfig | RankingConfig | GenerativeConfig
+EXPERIMENTS: dict[str, type[ExperimentConfig] | type[RankingConfig] | type[GenerativeConfig]] = {
     "retrieval": ExperimentConfig,
     "ranking": RankingConfig,
+    "generative_ranking": GenerativeConfig,
 }
 
 

@@ -15,12 +15,31 @@ from gr.config.stu import STUConfig
 METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 
 
+class StochasticLength(Section):
+    """Train on a subsequence of long histories (arXiv 2402.17152, section 3.3 and App. D)."""
+
+    alpha: Annotated[float, Field(gt=1.0, le=2.0)] = Field(
+        1.6, description="A history longer than N^(alpha/2) is cut to that length, except at rate N^alpha / length^2."
+    )
+    selector: Literal["greedy", "random", "weighted"] = Field(
+        "weighted",
+        description="Which events stay: the newest, any, or any at a rate that falls with age (counted in events where "
+        "the data has no timestamps).",
+    )
+
+
 class DataConfig(Section):
     path: str = Field(description="Folder with schema.json and part-*.parquet, as written by `gr prepare`.")
     max_length: PositiveInt = Field(200, description="N: newest events of a user that the model sees, in tokens.")
     train_holdout: NonNegativeInt = Field(
         2, description="Newest events of each user kept out of training: 2 leaves validation and test, 1 only test."
     )
+    cut: Literal["newest", "uniform"] = Field(
+        "newest",
+        description="Where the example of a user ends: at the newest event, or at one drawn for each epoch, so that "
+        "each of the user's n events is the newest at rate 1/n (arXiv 2402.17152, section 2.3).",
+    )
+    stochastic_length: StochasticLength | None = None
     shuffle: bool = Field(True, description="False keeps file order, for one-pass streams.")
     lanes: PositiveInt = Field(8, description="Streams the global batch is dealt from; a multiple of the world size.")
     read_threads: PositiveInt = Field(1, description="Threads that decode row groups ahead of their use.")
@@ -192,6 +211,9 @@ class PlannerConfig(Section):
     sharding: Literal["auto"] | AnyShardingType = Field("auto", description="For every table; auto asks the planner.")
     tables: dict[str, AnyShardingType] = Field({}, description="Sharding type of single tables, by name.")
     plan: str | None = Field(None, description="Plan to train with, as written by `gr plan --json`; unset makes one.")
+    replan: bool = Field(
+        False, description="Make another plan where that of `plan` is for another machine: elastic runs change theirs."
+    )
     topology: str | None = Field(
         None,
         description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",
@@ -236,10 +258,13 @@ class CheckpointConfig(Section):
     load_from: str | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
 
 
-class EvaluationConfig(Section):
+class UserEvaluationConfig(Section):
     path: str | None = Field(None, description="Data folder to evaluate on; unset means data.path.")
     every: PositiveInt | None = Field(None, description="Steps between evaluations on the validation split.")
     global_batch_size: PositiveInt = 512
+
+
+class EvaluationConfig(UserEvaluationConfig):
     filter_seen: Literal["window", "all", "none"] = Field(
         "all",
         description="Items never recommended: those in the model's window, in the user's whole history, or none.",
@@ -261,13 +286,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
-class ExperimentConfig(RunConfig):
-    """Generative retrieval from user histories."""
+class HistoryRunConfig(RunConfig):
+    """What every experiment on user histories has."""
 
     data: DataConfig
-    model: ModelConfig = ModelConfig()
-    task: TaskConfig = TaskConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: UserEvaluationConfig = UserEvaluationConfig()
 
     @model_validator(mode="after")
     def _lanes_divide_batch(self):
@@ -277,6 +300,20 @@ class ExperimentConfig(RunConfig):
                 f"data.lanes={self.data.lanes}"
             )
         return self
+
+    @property
+    def evaluates_training_users(self) -> bool:
+        """Whether evaluation reads the users that training reads, so that their targets must be held out."""
+        path = self.evaluation.path
+        return path is None or os.path.realpath(path) == os.path.realpath(self.data.path)
+
+
+class ExperimentConfig(HistoryRunConfig):
+    """Generative retrieval from user histories."""
+
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _targets_are_held_out(self):
@@ -288,9 +325,3 @@ class ExperimentConfig(RunConfig):
                 + ", or evaluate on other users with evaluation.path"
             )
         return self
-
-    @property
-    def evaluates_training_users(self) -> bool:
-        """Whether evaluation reads the users that training reads, so that their targets must be held out."""
-        path = self.evaluation.path
-        return path is None or os.path.realpath(path) == os.path.realpath(self.data.path)

@@ -4,7 +4,7 @@ B examples, T packed tokens. A window of an example is (start, length) in events
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import ITEM_FEATURE, EvaluationBatch, SequenceBatch
+from gr.config.tree import DataConfig
 from gr.data.dataset import Histories
+from gr.data.subsequence import Draws, random_ends, stochastic_length
 
 
 @dataclass(frozen=True)
@@ -37,46 +39,105 @@ class Rows:
         return lengths
 
     def gather(self, column: str, start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-        """Packed values, int64 [sum(length_B)], of the window of each example."""
+        """Packed values [sum(length_B)] of the window of each example."""
+        return self.at(column, length_B, _ranges(start_B, length_B))
+
+    def at(self, column: str, length_B: np.ndarray, place_T: np.ndarray) -> np.ndarray:
+        """Packed values [T] of an event column: length_B events of each example, at these places in its history."""
         offsets = _offsets(length_B)
-        values = np.empty(offsets[-1], dtype=np.int64)
+        values = np.empty(offsets[-1], dtype=self._type(column))
         for index, group in enumerate(self.groups):
             chosen = np.flatnonzero(self.group_B == index)
-            lengths = length_B[chosen]
-            source = group.offsets[self.row_B[chosen]] + start_B[chosen]
-            values[_ranges(offsets[chosen], lengths)] = group.columns[column][_ranges(source, lengths)]
+            slots = _ranges(offsets[chosen], length_B[chosen])
+            first = np.repeat(group.offsets[self.row_B[chosen]], length_B[chosen])
+            values[slots] = group.columns[column][first + place_T[slots]]
         return values
+
+    def of_users(self, column: str) -> np.ndarray:
+        """Values [B] of a column of users; 0 where there is no row."""
+        values = np.zeros(len(self.row_B), dtype=self._type(column))
+        for index, group in enumerate(self.groups):
+            chosen = self.group_B == index
+            values[chosen] = group.columns[column][self.row_B[chosen]]
+        return values
+
+    def _type(self, column: str) -> np.dtype:
+        return self.groups[0].columns[column].dtype if self.groups else np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What collation left out. truncated_tokens: inputs older than the window. without_target: empty examples."""
+    """What collation left out, and what it kept.
+
+    truncated_tokens: inputs older than the window. without_target: empty examples. subsampled_tokens: left out by
+    stochastic length. tokens: kept.
+    """
 
     truncated_tokens: int = 0
     without_target: int = 0
+    subsampled_tokens: int = 0
+    tokens: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.truncated_tokens + other.truncated_tokens, self.without_target + other.without_target)
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def collate_train(rows: Rows, *, max_length: int, holdout: int, first_example: int) -> tuple[SequenceBatch, Counts]:
-    """Inputs and next items of each example, without its newest `holdout` events.
+def collate_train(rows: Rows, config: DataConfig, draws: Draws, *, first_example: int) -> tuple[SequenceBatch, Counts]:
+    """Inputs and next items of each example, without its newest config.train_holdout events.
 
-    With usable = items[:n - holdout], inputs are the newest max_length of usable[:-1] and targets the item after each.
-    An example with fewer than two usable events is empty.
+    With usable = items[:n - holdout], or fewer where config.cut is uniform, inputs are the newest max_length of
+    usable[:-1], or those of them that stochastic length keeps, and the target of an input is the input after it; the
+    last one's is usable[-1]. An example with fewer than two usable events is empty.
     """
-    inputs_B = rows.lengths_B() - holdout - 1
-    length_B = np.clip(inputs_B, 0, max_length)
-    start_B = np.maximum(inputs_B, 0) - length_B
-    times, next_times = _times(rows, start_B, length_B)
+    inputs_B = np.maximum(rows.lengths_B() - config.train_holdout - 1, 0)
+    empty = int((inputs_B < 1).sum())
+    if config.cut == "uniform":
+        inputs_B = random_ends(inputs_B, draws)
+    start_B, length_B, place_T, dropped = chosen_events(rows, inputs_B, config, draws)
+    next_T = _followers(length_B, place_T, inputs_B)
+    times = next_times = None
+    if rows.timestamps:
+        times = torch.from_numpy(rows.at("timestamps", length_B, place_T))
+        next_times = torch.from_numpy(rows.at("timestamps", length_B, next_T))
     batch = SequenceBatch(
-        features=_features(rows.gather("item_ids", start_B, length_B), length_B),
-        target_ids_T=torch.from_numpy(rows.gather("item_ids", start_B + 1, length_B)),
+        features=_features(rows.at("item_ids", length_B, place_T), length_B),
+        target_ids_T=torch.from_numpy(rows.at("item_ids", length_B, next_T)),
         timestamps_T=times,
         query_timestamps_T=next_times,
         first_example=first_example,
     )
-    return batch, Counts(int(start_B.sum()), int((inputs_B < 1).sum()))
+    return batch, Counts(int(start_B.sum()), empty, dropped, len(place_T))
+
+
+def chosen_events(
+    rows: Rows, stop_B: np.ndarray, config: DataConfig, draws: Draws
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The newest config.max_length of the first stop_B events of each example, or of them what stochastic length keeps.
+
+    (first place of the window [B], events [B], their places in the history [T], events that were left out).
+    """
+    window_B = np.minimum(stop_B, config.max_length)
+    start_B = stop_B - window_B
+    place_T = _ranges(start_B, window_B)
+    if config.stochastic_length is None:
+        return start_B, window_B, place_T, 0
+    order = "timestamps" if rows.timestamps else None
+    when_T = rows.at(order, window_B, place_T) if order else place_T
+    newest_B = np.zeros(len(window_B), dtype=np.int64)
+    newest_B[window_B > 0] = when_T[_offsets(window_B)[1:][window_B > 0] - 1]
+    ages_T = np.repeat(newest_B, window_B) - when_T
+    keep_T = stochastic_length(window_B, ages_T, config.stochastic_length, config.max_length, draws)
+    example_T = np.repeat(np.arange(len(window_B)), window_B)
+    length_B = np.bincount(example_T[keep_T], minlength=len(window_B))
+    return start_B, length_B, place_T[keep_T], int((~keep_T).sum())
+
+
+def _followers(length_B: np.ndarray, place_T: np.ndarray, last_B: np.ndarray) -> np.ndarray:
+    """Place of the event after each in its example; last_B after an example's last."""
+    next_T = np.append(place_T[1:], 0)[: len(place_T)]
+    some = length_B > 0
+    next_T[_offsets(length_B)[1:][some] - 1] = last_B[some]
+    return next_T
 
 
 def collate_evaluation(

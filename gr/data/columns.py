@@ -32,9 +32,16 @@ def expected_types(schema: DataSchema) -> dict[str, tuple[pa.DataType, ...]]:
     }
     if schema.timestamps:
         types["timestamps"] = (pa.list_(pa.int64()),)
-    if schema.ratings:
-        types["ratings"] = (pa.list_(pa.float32()),)
-    return types | {name: (pa.int32(), pa.int64()) for name in schema.contextual}
+    if schema.actions:
+        types["actions"] = (pa.list_(pa.int32()),)
+    numbers = [*["ratings"] * schema.ratings, *schema.values]
+    return (
+        types
+        | dict.fromkeys(numbers, (pa.list_(pa.float32()),))
+        | dict.fromkeys(schema.event_features, (pa.list_(pa.int32()), pa.list_(pa.int64())))
+        | dict.fromkeys(schema.contextual, (pa.int32(), pa.int64()))
+        | dict.fromkeys(schema.contextual_numeric, (pa.float32(),))
+    )
 
 
 def packed(column: pa.ChunkedArray) -> Packed:
@@ -58,7 +65,10 @@ def check_rows(lists: dict[str, Packed], flat: dict[str, pa.ChunkedArray], schem
             missing = values.is_null().to_numpy(zero_copy_only=False)
             faults.append(_event_fault(name, offsets, missing, lambda event: "is null"))
         faults.append(_check_counts(name, np.diff(offsets), np.diff(item_offsets), nulls))
-    faults.append(_check_items(lists["item_ids"], schema.item_cardinality))
+    bounds = {"item_ids": (1, schema.item_cardinality), "actions": (0, 1 << len(schema.actions))}
+    bounds |= {name: (0, size) for name, size in schema.event_features.items()}
+    faults += [_check_ids(name, lists[name], *bounds[name]) for name in lists if name in bounds]
+    faults += [_check_finite(name, lists[name]) for name in ("ratings", *schema.values) if name in lists]
     if "timestamps" in lists:
         faults.append(_check_times(lists["timestamps"]))
     for name, column in flat.items():
@@ -71,12 +81,18 @@ def _check_counts(name: str, counts_B: np.ndarray, items_B: np.ndarray, nulls_B:
     return _row_fault(name, wrong_B, lambda row: f"{counts_B[row]} values for {items_B[row]} items in item_ids")
 
 
-def _check_items(column: Packed, cardinality: int) -> Fault | None:
-    ids = column[1].fill_null(1).to_numpy(zero_copy_only=False)
-    outside = (ids < 1) | (ids >= cardinality)
+def _check_ids(name: str, column: Packed, low: int, stop: int) -> Fault | None:
+    ids = column[1].fill_null(low).to_numpy(zero_copy_only=False)
+    outside = (ids < low) | (ids >= stop)
+    what = "item id " if name == "item_ids" else ""
     return _event_fault(
-        "item_ids", column[0], outside, lambda event: f"is item id {ids[event]}, allowed are 1 to {cardinality - 1}"
+        name, column[0], outside, lambda event: f"is {what}{ids[event]}, allowed are {low} to {stop - 1}"
     )
+
+
+def _check_finite(name: str, column: Packed) -> Fault | None:
+    values = column[1].fill_null(0).to_numpy(zero_copy_only=False)
+    return _event_fault(name, column[0], ~np.isfinite(values), lambda event: f"is {values[event]}, not a finite number")
 
 
 def _check_times(column: Packed) -> Fault | None:
@@ -95,10 +111,12 @@ def _check_times(column: Packed) -> Fault | None:
 def _check_flat(name: str, column: pa.ChunkedArray, cardinality: int | None) -> list[Fault | None]:
     nulls = column.is_null().to_numpy()
     faults = [_row_fault(name, nulls, lambda row: "is null")]
+    values = column.fill_null(0).to_numpy()
     if cardinality is not None:
-        values = column.fill_null(0).to_numpy()
         outside = (values < 0) | (values >= cardinality)
         faults.append(_row_fault(name, outside, lambda row: f"is {values[row]}, allowed are 0 to {cardinality - 1}"))
+    if np.issubdtype(values.dtype, np.floating):
+        faults.append(_row_fault(name, ~np.isfinite(values), lambda row: f"is {values[row]}, not a finite number"))
     return faults
 
 

@@ -22,8 +22,8 @@ from gr.schema import ITEMS_FILE, DataSchema
 class Histories:
     """The users of one row group.
 
-    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (item_ids and timestamps int64,
-    ratings float32), and [B] for user_id and contextual columns.
+    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, all else
+    int64; timestamps in seconds whatever their unit on disk), and [B] for user_id and contextual columns.
     """
 
     offsets: np.ndarray
@@ -138,9 +138,11 @@ class Dataset:
             array = values.fill_null(0).to_numpy(zero_copy_only=False)
             if bad.any():
                 array = array[np.repeat(~bad, np.diff(offsets))]
-            columns[name] = array.astype(np.float32 if name == "ratings" else np.int64, copy=False)
+            columns[name] = array.astype(np.float32 if pa.types.is_floating(values.type) else np.int64, copy=False)
         for name, column in flat.items():
             columns[name] = column.fill_null(0).to_numpy()
+        if "timestamps" in columns and self.schema.time_unit == "ms":
+            columns["timestamps"] //= 1000
         if faults:
             self._bad_rows[index] = int(bad.sum())
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)

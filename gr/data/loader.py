@@ -1,33 +1,54 @@
-"""Batches for one rank: TrainLoader is endless and can resume, EvaluationBatches goes over the users once.
+"""Batches for one rank: TrainLoader is endless and can resume, UserBatches goes over the users once.
 
 Row groups are decoded ahead by a pool of threads; one more thread collates training batches into a bounded queue.
 """
 
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from gr.batch import EvaluationBatch, SequenceBatch
+from gr.batch import SequenceBatch
 from gr.config.tree import DataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Dataset, Histories
 from gr.data.order import TrainingOrder, owned_lanes
 from gr.data.prefetch import Ahead, RowGroupCache
+from gr.data.subsequence import Draws
 from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger, log_once
 
 log = get_logger(__name__)
 
 
-def _cache(dataset: Dataset, config: DataConfig, capacity: int) -> RowGroupCache[Histories]:
-    read = partial(dataset.read_row_group, columns=None, on_bad_row=config.on_bad_row)
+class TrainCollate(Protocol):
+    """Makes the batches of one kind of training. columns: those it reads; None: those of a sequence model."""
+
+    @property
+    def columns(self) -> Sequence[str] | None: ...
+
+    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[Any, Counts]: ...
+
+
+@dataclass(frozen=True)
+class RetrievalCollate:
+    config: DataConfig
+    columns: Sequence[str] | None = None
+
+    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[SequenceBatch, Counts]:
+        return collate_train(rows, self.config, draws, first_example=first_example)
+
+
+def _cache(
+    dataset: Dataset, config: DataConfig, capacity: int, columns: Sequence[str] | None = None
+) -> RowGroupCache[Histories]:
+    read = partial(dataset.read_row_group, columns=columns, on_bad_row=config.on_bad_row)
     return RowGroupCache(read, threads=config.read_threads, capacity=capacity)
 
 
@@ -61,27 +82,37 @@ class TrainLoader:
     """
 
     def __init__(
-        self, dataset: Dataset, config: DataConfig, *, seed: int, global_batch_size: int, rank: int, world_size: int
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        collate: TrainCollate | None = None,
     ) -> None:
+        """collate: unset makes batches for retrieval."""
         if global_batch_size % config.lanes:
             raise ConfigError(
                 f"trainer.global_batch_size={global_batch_size} is not divisible by data.lanes={config.lanes}; set one "
                 "to a multiple or divisor of the other"
             )
         self._dataset, self._config = dataset, config
+        self._collate = collate or RetrievalCollate(config)
         self._lanes = owned_lanes(config.lanes, rank, world_size)
         self._per_lane = global_batch_size // config.lanes
         self._order = TrainingOrder(dataset.row_counts, lanes=config.lanes, seed=seed, shuffle=config.shuffle)
         self._position = 0
         self._counts = Counts()
-        self._ahead: Ahead[tuple[SequenceBatch, Counts]] | None = None
+        self._ahead: Ahead[tuple[Any, Counts]] | None = None
         self._closed = False
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> SequenceBatch:
+    def __next__(self) -> Any:
         """The next batch. Time spent here waiting for it is added to wait_seconds."""
         if self._closed and (self._ahead is None or self._ahead.error is None):
             raise StopIteration
@@ -97,11 +128,13 @@ class TrainLoader:
 
     def counters(self) -> dict[str, int]:
         """Of this rank, since construction: distinct bad rows emptied (including read ahead), tokens older than the
-        window, and examples without a target."""
+        window, examples without a target; events that stochastic length left out, and all that were kept."""
         return {
             "bad_rows": self._dataset.bad_rows,
             "truncated_tokens": self._counts.truncated_tokens,
             "examples_without_target": self._counts.without_target,
+            "subsampled_tokens": self._counts.subsampled_tokens,
+            "tokens": self._counts.tokens,
         }
 
     def state_dict(self) -> dict[str, int]:
@@ -162,8 +195,9 @@ class TrainLoader:
         if self._dataset.bad_rows:
             log_once(log, f"{self._dataset.path} has bad rows; data.on_bad_row=skip empties them")
 
-    def _batches(self, position: int) -> Iterator[tuple[SequenceBatch, Counts]]:
-        cache = _cache(self._dataset, self._config, 2 * len(self._lanes) + self._config.read_threads)
+    def _batches(self, position: int) -> Iterator[tuple[Any, Counts]]:
+        capacity = 2 * len(self._lanes) + self._config.read_threads
+        cache = _cache(self._dataset, self._config, capacity, self._collate.columns)
         try:
             planned: deque[_Planned] = deque()
             while True:
@@ -171,12 +205,11 @@ class TrainLoader:
                     planned.append(self._plan_batch(cache, position + len(planned) * self._per_lane))
                 batch = planned.popleft()
                 position += self._per_lane
-                yield collate_train(
-                    batch.rows(self._dataset.schema.timestamps),
-                    max_length=self._config.max_length,
-                    holdout=self._config.train_holdout,
-                    first_example=batch.first * self._order.lanes,
-                )
+                first_example = batch.first * self._order.lanes
+                lane_B = np.repeat(np.asarray(self._lanes), self._per_lane)
+                within_B = np.tile(np.arange(self._per_lane), len(self._lanes))
+                draws = Draws(self._order.seed, first_example + lane_B * self._per_lane + within_B)
+                yield self._collate(batch.rows(self._dataset.schema.timestamps), draws, first_example)
         finally:
             cache.close()
 
@@ -186,45 +219,50 @@ class TrainLoader:
         return _plan(cache, position, group_B, row_B)
 
 
-class EvaluationBatches:
-    """One pass over the users: every iteration starts again, and has len() batches on every rank. See
-    evaluation_batches.
+class UserBatches:
+    """One pass over the users, in file order: every iteration starts again, and has len() batches on every rank.
+
+    A rank reads users [rank*N/R, (rank+1)*N/R). Every rank gets the same number of batches, filled up with rows that
+    do not exist (group -1). global_batch_size: users a step over all ranks. Raises ConfigError if the world size does
+    not divide it.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         config: DataConfig,
+        collate: Callable[[Rows], tuple[Any, Counts]],
         *,
-        target_from_end: Literal[1, 2],
-        rank_batch_size: int,
-        filter_seen: Literal["window", "all", "none"],
-        rows: tuple[int, int],
-        batches: int,
+        columns: Sequence[str] | None = None,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self._dataset, self._config = dataset, config
-        self._target_from_end, self._filter_seen = target_from_end, filter_seen
-        self._size, self._rows, self._batches = rank_batch_size, rows, batches
+        if global_batch_size % world_size:
+            raise ConfigError(
+                f"evaluation.global_batch_size={global_batch_size} is not divisible by the world size {world_size}; "
+                f"set it to a multiple of {world_size}"
+            )
+        self._dataset, self._config, self._collate, self._columns = dataset, config, collate, columns
+        self._size = global_batch_size // world_size
+        bounds = [r * dataset.rows // world_size for r in range(world_size + 1)]
+        self._rows = bounds[rank], bounds[rank + 1]
+        self._batches = max(-(-(stop - start) // self._size) for start, stop in pairwise(bounds))
         self._counts = Counts()
 
     def __len__(self) -> int:
         return self._batches
 
-    def __iter__(self) -> Iterator[EvaluationBatch]:
+    def __iter__(self) -> Iterator[Any]:
         self._counts = Counts()
-        cache = _cache(self._dataset, self._config, 1)
+        cache = _cache(self._dataset, self._config, 1, self._columns)
         starts = np.concatenate([[0], np.cumsum(self._dataset.row_counts)])
         try:
             planned: deque[_Planned] = deque()
             for number in range(self._batches):
                 while len(planned) <= self._config.read_threads and number + len(planned) < self._batches:
                     planned.append(self._plan_batch(cache, starts, number + len(planned)))
-                batch, counts = collate_evaluation(
-                    planned.popleft().rows(self._dataset.schema.timestamps),
-                    max_length=self._config.max_length,
-                    target_from_end=self._target_from_end,
-                    filter_seen=self._filter_seen,
-                )
+                batch, counts = self._collate(planned.popleft().rows(self._dataset.schema.timestamps))
                 self._counts += counts
                 if counts.without_target:
                     log_once(log, f"{self._dataset.path}: some users have no event before the target; not evaluated")
@@ -260,27 +298,11 @@ def evaluation_batches(
     filter_seen: Literal["window", "all", "none"],
     rank: int = 0,
     world_size: int = 1,
-) -> EvaluationBatches:
-    """Evaluation batches of this rank: users [rank*N/R, (rank+1)*N/R) in file order.
-
-    target_from_end: 1 ranks the newest event (test), 2 the one before (validation). global_batch_size: users a step
-    over all ranks. Every rank gets the same number of batches, filled up with rows that are not valid.
-    Raises ConfigError if the world size does not divide the batch size.
+) -> UserBatches:
+    """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
+    validation). Rows that only fill up a batch are not valid. Raises ConfigError as UserBatches does.
     """
-    if global_batch_size % world_size:
-        raise ConfigError(
-            f"evaluation.global_batch_size={global_batch_size} is not divisible by the world size {world_size}; set it "
-            f"to a multiple of {world_size}"
-        )
-    size = global_batch_size // world_size
-    bounds = [r * dataset.rows // world_size for r in range(world_size + 1)]
-    batches = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
-    return EvaluationBatches(
-        dataset,
-        config,
-        target_from_end=target_from_end,
-        rank_batch_size=size,
-        filter_seen=filter_seen,
-        rows=(bounds[rank], bounds[rank + 1]),
-        batches=batches,
+    collate = partial(
+        collate_evaluation, max_length=config.max_length, target_from_end=target_from_end, filter_seen=filter_seen
     )
+    return UserBatches(dataset, config, collate, global_batch_size=global_batch_size, rank=rank, world_size=world_size)

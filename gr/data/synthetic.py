@@ -30,6 +30,7 @@ from tqdm import tqdm
 from gr.data.oracle import averaged, by_protocol, seen_in_groups
 from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
 from gr.errors import ConfigError
+from gr.schema import HistoryColumns
 
 SLOTS = 5
 _CHUNK = (
@@ -136,7 +137,7 @@ def write_stream(options: StreamOptions, folder: Path, source: str = "gr prepare
     split = options.train_records
     with tqdm(total=options.records, unit="record", desc="synthetic", disable=None) as bar:
         for part, first, stop in (("train", 0, split), ("test", split, options.records)):
-            writer = FolderWriter(folder / part, item_cardinality=options.items + 1, timestamps=False, ratings=False)
+            writer = FolderWriter(folder / part, HistoryColumns(), item_cardinality=options.items + 1)
             for chunk in _whole_groups(stream, first, stop):
                 writer.write(as_users(chunk.first, chunk.items_BN))
                 bar.update(len(chunk.items_BN))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from gr.data.oracle import averaged, by_protocol, seen_in_groups
 from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter
 from gr.data.synthetic import ORACLE_FILE, StreamOptions, as_users
+from gr.schema import HistoryColumns
 
 _CHUNK = 8 * ROWS_PER_GROUP
 _LONG, _NOISE = 0.5, 0.1
@@ -83,7 +84,7 @@ def write_time_stream(options: StreamOptions, folder: Path, source: str = "gr pr
     corpus = np.arange(1, options.items + 1)
     with tqdm(total=options.records, unit="record", desc="synthetic-time", disable=None) as bar:
         for part in ("train", "test"):
-            writer = FolderWriter(folder / part, item_cardinality=options.items + 1, timestamps=True, ratings=False)
+            writer = FolderWriter(folder / part, HistoryColumns(timestamps=True), item_cardinality=options.items + 1)
             for first, items_BN, times_BN in stream.chunks(part):
                 writer.write(as_users(first, items_BN, times_BN))
                 bar.update(len(items_BN))

@@ -1,7 +1,7 @@
 """Tables on meta, sequence (EmbeddingCollection) and pooled (EmbeddingBagCollection), and a step's lookups in them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,14 +38,26 @@ class PooledTable:
 
 def build_collection(rows: int, dim: int, config: EmbeddingsConfig) -> EmbeddingCollection:
     """The item table, without storage: rows x stored_dim(dim), read by the history and by the candidates."""
-    table = EmbeddingConfig(
-        name=ITEM_FEATURE,
+    table = _sequence_table(ITEM_FEATURE, rows, dim, [ITEM_FEATURE, CANDIDATE_FEATURE], config)
+    return EmbeddingCollection([table], device=torch.device("meta"))
+
+
+def build_feature_collection(rows: Mapping[str, int], dim: int, config: EmbeddingsConfig) -> EmbeddingCollection:
+    """A table for each feature, without storage: rows x stored_dim(dim), of the feature's name."""
+    tables = [_sequence_table(name, count, dim, [name], config) for name, count in rows.items()]
+    return EmbeddingCollection(tables, device=torch.device("meta"))
+
+
+def _sequence_table(
+    name: str, rows: int, dim: int, features: Sequence[str], config: EmbeddingsConfig
+) -> EmbeddingConfig:
+    return EmbeddingConfig(
+        name=name,
         num_embeddings=rows,
         embedding_dim=stored_dim(dim),
-        feature_names=[ITEM_FEATURE, CANDIDATE_FEATURE],
+        feature_names=list(features),
         data_type=_data_type(config),
     )
-    return EmbeddingCollection([table], device=torch.device("meta"))
 
 
 def build_bag_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig) -> EmbeddingBagCollection:

@@ -1,11 +1,11 @@
-"""A run from its configuration: retrieval or ranking, trained or evaluated."""
+"""A run from its configuration: retrieval, ranking or generative ranking, trained or evaluated."""
 
 from pathlib import Path
 from typing import Any, Literal
 
-from gr.config import Experiment, RankingConfig
+from gr.config import Experiment, GenerativeConfig, RankingConfig
 from gr.dist import World
-from gr.experiment import ranking, retrieval
+from gr.experiment import generative, ranking, retrieval
 from gr.experiment.folder import run_folder
 
 
@@ -14,15 +14,19 @@ def train(config: Experiment, world: World) -> dict[str, Any] | None:
     with run_folder(config, world):
         if isinstance(config, RankingConfig):
             return ranking.train(config, world)
+        if isinstance(config, GenerativeConfig):
+            return generative.train(config, world)
         return retrieval.train(config, world)
 
 
 def evaluate(
     config: Experiment, checkpoint: Path, world: World, split: Literal["validation", "test"]
 ) -> dict[str, Any]:
-    """Metrics of a checkpoint, from the checkpoint and the data alone. split: of retrieval, by user."""
+    """Metrics of a checkpoint, from the checkpoint and the data alone. split: of users' newest events."""
     if isinstance(config, RankingConfig):
         return ranking.evaluate(config, checkpoint, world)
+    if isinstance(config, GenerativeConfig):
+        return generative.evaluate(config, checkpoint, world, split)
     return retrieval.evaluate(config, checkpoint, world, split)
 
 

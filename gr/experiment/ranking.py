@@ -110,7 +110,8 @@ def _callbacks(
 ) -> list[Callback]:
     config = built.config
     every, window = config.trainer.log_every, config.evaluation.window
-    chosen: list[Callback] = [callbacks.Progressive(objective, writer, built.world, window=window, every=every)]
+    metrics = RankingMetrics("train", built.world, window=window)
+    chosen: list[Callback] = [callbacks.Progressive(objective, metrics, writer, every=every)]
     if config.evaluation.every:
         chosen.append(
             callbacks.Evaluation(

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -250,7 +250,13 @@ class LifetimeMetrics:
         return means | {"auc": ((beaten + ties) / pairs).item(), "auc_error": (ties / pairs).item()}
 
 
-def compute_tasks(metrics: Mapping[str, RankingMetrics | LifetimeMetrics]) -> dict[str, float]:
+class TaskMetrics(Protocol):
+    """Of one task: an accumulator of this file, or another's."""
+
+    def compute(self) -> dict[str, float]: ...
+
+
+def compute_tasks(metrics: Mapping[str, TaskMetrics]) -> dict[str, float]:
     """All metrics as "name/metric", such as "click/ne" or "click/window/auc". Every rank passes the same names in the
     same order. Raises as compute() does."""
     return {f"{name}/{metric}": value for name, task in metrics.items() for metric, value in task.compute().items()}

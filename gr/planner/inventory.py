@@ -5,12 +5,14 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from gr.config.faults import describe_faults
+from gr.config.generative import GenerativeConfig, GenerativeModelConfig, InterleavedInput
 from gr.config.inventory import (
     DLRMDense,
     HSTUDense,
@@ -29,13 +31,15 @@ from gr.config.tree import (
     FullSoftmax,
     HSTUConfig,
     InBatchNegatives,
+    ModelConfig,
     PerPositionNegatives,
     SharedNegatives,
 )
 from gr.errors import ConfigError
-from gr.schema import TabularSchema
+from gr.schema import DataSchema, TabularSchema
 
 LISTS = (".json", ".parquet")
+ITEM_TABLE = "item_id"
 FAULTS_SHOWN = 20
 # As gr.tasks.negatives and gr.ops.linear_cross_entropy have them, which import torch.
 SMALL_CORPUS = 1 << 16
@@ -194,11 +198,12 @@ def experiment_inventory(
     mean_length: tokens of a mean example; unset: data.max_length, the most there can be. Negatives of each position
     from a large corpus count as drawn, though the sampler looks each distinct one up once.
     """
-    length = float(config.data.max_length) if mean_length is None else mean_length
+    N = config.data.max_length
+    length = float(N) if mean_length is None else mean_length
     corpus = item_rows - 1  # row 0 is padding
     loss, ids_per_example, ids_per_step = _candidates(config, corpus, length)
     table = TableConfig(
-        name="item_id",
+        name=ITEM_TABLE,
         rows=item_rows,
         dim=stored_dim(config.model.dim),
         dtype=config.embeddings.dtype,
@@ -213,8 +218,47 @@ def experiment_inventory(
         global_batch_size=config.trainer.global_batch_size,
         precision=config.trainer.precision,
         tables=(table,),
-        dense=_tower(config, length),
+        dense=_tower(config.model, length, N, other_parameters=N * config.model.dim),
         loss=loss,
+    )
+
+
+@_within_limits()
+def generative_inventory(config: GenerativeConfig, schema: DataSchema) -> InventoryConfig:
+    """What a generative ranking experiment trains: a table for each feature, its tower, its loss.
+
+    Every example counts as data.max_length events, the most there can be.
+    """
+    model, task, N = config.model, config.task, config.data.max_length
+    contextual = len(schema.contextual) + len(schema.contextual_numeric)
+    tokens = contextual + N * (2 if isinstance(model.input, InterleavedInput) else 1)
+    reads = {ITEM_TABLE: (schema.item_cardinality, N)}
+    reads |= {name: (rows, N) for name, rows in schema.event_features.items()}
+    reads |= {name: (rows, 1) for name, rows in schema.contextual.items()}
+    tables = tuple(
+        TableConfig(
+            name=name,
+            rows=rows,
+            dim=stored_dim(model.dim),
+            dtype=config.embeddings.dtype,
+            kind="sequence",
+            ids_per_example=ids,
+            optimizer=config.embeddings.optimizer.kind,
+        )
+        for name, (rows, ids) in reads.items()
+    )
+    vectors = N + 1 + contextual + (model.time.buckets if model.time else 0) + len(schema.actions) + 2
+    vectors += 2 * len(schema.contextual_numeric) + 2  # the last two: the norm of the head
+    widths = [model.dim, *model.head, len(task.tasks)]
+    head = sum((into + 1) * out for into, out in pairwise(widths))
+    predicted = N if task.supervision == "all" else config.data.candidates
+    return InventoryConfig(
+        name=task.kind,
+        global_batch_size=config.trainer.global_batch_size,
+        precision=config.trainer.precision,
+        tables=tables,
+        dense=_tower(model, float(tokens), tokens, other_parameters=vectors * model.dim + head),
+        loss=LossInventory(scores_per_example=predicted * len(task.tasks)),
     )
 
 
@@ -267,9 +311,11 @@ def _candidates(config: ExperimentConfig, corpus: int, length: float) -> tuple[L
             return LossInventory(scores_per_example=length * (1 + count)), length, count
 
 
-def _tower(config: ExperimentConfig, length: float) -> HSTUDense | TransformerDense:
-    """The layers as gr/towers has them, and what else RetrievalModel trains: one position embedding."""
-    tower, D, N = config.model.tower, config.model.dim, config.data.max_length
+def _tower(
+    model: ModelConfig | GenerativeModelConfig, length: float, N: int, *, other_parameters: int
+) -> HSTUDense | TransformerDense:
+    """The layers as gr/towers has them. other_parameters: what the model trains beside them."""
+    tower, D = model.tower, model.dim
     if isinstance(tower, HSTUConfig | STUConfig):
         if isinstance(tower, HSTUConfig):
             concat_ua, recompute = tower.concat_ua, False
@@ -290,7 +336,7 @@ def _tower(config: ExperimentConfig, length: float) -> HSTUDense | TransformerDe
             max_length=N,
             concat_ua=concat_ua,
             recompute=recompute,
-            other_parameters=N * D + tower.layers * others,
+            other_parameters=other_parameters + tower.layers * others,
         )
     # SASRec: biases of q, k and v, of both feed-forward layers and the output, and of two norms; the last norm's.
     biases = 4 * D + tower.ffn_dim + D + 2 * D
@@ -302,5 +348,5 @@ def _tower(config: ExperimentConfig, length: float) -> HSTUDense | TransformerDe
         gated=False,
         mean_length=length,
         max_length=N,
-        other_parameters=N * D + tower.layers * biases + D,
+        other_parameters=other_parameters + tower.layers * biases + D,
     )

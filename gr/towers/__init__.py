@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import nn
 
 from gr.config.stu import STUConfig
-from gr.config.tree import HSTUConfig, ModelConfig, SASRecConfig
+from gr.config.tree import HSTUConfig, SASRecConfig
 from gr.sequence import JaggedSequence
 from gr.towers.hstu import HSTU
 from gr.towers.sasrec import SASRec
@@ -21,7 +21,17 @@ class Tower(Protocol):
     def __call__(self, sequence: JaggedSequence) -> JaggedSequence: ...
 
 
-def build_tower(config: ModelConfig, max_length: int) -> nn.Module:
+class TowerChoice(Protocol):
+    """The part of a model's configuration that chooses its tower."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def tower(self) -> HSTUConfig | SASRecConfig | STUConfig: ...
+
+
+def build_tower(config: TowerChoice, max_length: int) -> nn.Module:
     """The tower that `config.tower.kind` names, on the default device, for sequences of at most max_length tokens."""
     match config.tower:
         case HSTUConfig() as tower:

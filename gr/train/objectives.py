@@ -5,10 +5,12 @@ from typing import Protocol
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from gr.batch import SequenceBatch, TabularBatch
+from gr.batch import HistoryBatch, SequenceBatch, TabularBatch
 from gr.config.dlrm import RankingLoss
+from gr.config.generative import GenerativeTaskConfig
 from gr.dist import World
 from gr.tasks import CandidateSampler
+from gr.tasks.multitask import multitask_loss
 from gr.tasks.ranking import ranking_loss
 
 
@@ -41,12 +43,18 @@ class RetrievalObjective:
         return model(batch, self.sampler.draw(batch, step, self.world, first))
 
 
+class ScoringObjective(Objective, Protocol):
+    """Keeps what the last batch was scored, before it was trained on: arguments of its metrics' update()."""
+
+    scored: tuple[Tensor, ...] | None
+
+
 class RankingObjective:
-    """The loss of each example's label. Keeps the last batch's logits: they were made before it was trained on."""
+    """The loss of each example's label. scored: logits, labels."""
 
     def __init__(self, loss: RankingLoss) -> None:
         self.loss = loss
-        self.scored: tuple[Tensor, Tensor] | None = None
+        self.scored: tuple[Tensor, ...] | None = None
 
     def losses(self, batch: TabularBatch) -> int:
         return len(batch.labels_B)
@@ -58,3 +66,23 @@ class RankingObjective:
         logits_B = model(batch.dense_BN, batch.sparse)
         self.scored = logits_B.detach(), batch.labels_B
         return ranking_loss(logits_B, batch.labels_B, self.loss).sum()
+
+
+class GenerativeObjective:
+    """The losses of all tasks at each predicted event. scored: outputs, labels, users."""
+
+    def __init__(self, task: GenerativeTaskConfig) -> None:
+        self.tasks = task.tasks
+        self.scored: tuple[Tensor, ...] | None = None
+
+    def losses(self, batch: HistoryBatch) -> int:
+        return batch.scored
+
+    def examples(self, batch: HistoryBatch) -> int:
+        return len(batch.user_B)
+
+    def total(self, model: DistributedModelParallel, batch: HistoryBatch, step: int, first: int) -> Tensor:
+        outputs_PC = model(batch)
+        labels_PC, user_P = batch.targets()
+        self.scored = outputs_PC.detach(), labels_PC, user_P
+        return multitask_loss(outputs_PC, labels_PC, self.tasks).sum()

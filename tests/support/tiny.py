@@ -6,6 +6,7 @@ import numpy as np
 
 from gr.config.tree import ExperimentConfig
 from gr.data.prepare.write import FolderWriter, Users
+from gr.schema import HistoryColumns
 
 ITEMS = 61
 
@@ -20,7 +21,7 @@ def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool
     walk = (start + age - 1) % (ITEMS - 1) + 1
     items = np.where(random.random(len(walk)) < 0.8, walk, random.integers(1, ITEMS, len(walk)))
     times = 1_000_000 + age * 60 if timestamps else None
-    writer = FolderWriter(folder, item_cardinality=ITEMS, timestamps=timestamps, ratings=False)
+    writer = FolderWriter(folder, HistoryColumns(timestamps=timestamps), item_cardinality=ITEMS)
     writer.write(Users(np.arange(users), offsets, items, times))
     writer.close(name="tiny", order="as generated", source="tests", corpus=np.arange(1, ITEMS))
     return folder

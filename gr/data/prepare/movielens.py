@@ -5,7 +5,7 @@ No filtering and no new ids: an item id is the movie id, the corpus is the whole
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from gr.data.prepare.parse import Format, check_in_catalogue, parse_catalogue, p
 from gr.data.prepare.source import Source, SourceFile
 from gr.data.prepare.write import Users, write_folder
 from gr.errors import DataError
-from gr.schema import DataSchema
+from gr.schema import DataSchema, HistoryColumns
 
 
 def _csv_id(line: str) -> int:
@@ -58,6 +58,7 @@ _LAYOUTS = {
     ],
 }
 _GROUPED = "sequences.parquet"
+_STARS = (2, 3, 4, 5)
 
 
 def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
@@ -85,10 +86,29 @@ def _from_ratings(name: str, source: Source, file: SourceFile, layout: Layout, f
     if len(events.items) == 0:
         raise DataError(f"{file}: has no events")
     check_in_catalogue(file, layout.form, events.items, movies)
-    users = group_users(events)
+    users, columns = _with_actions(group_users(events))
     return write_folder(
-        folder, users, corpus=movies, name=name, order=STABLE_ORDER.format(file=file.name), source=str(file)
+        folder,
+        users,
+        corpus=movies,
+        name=name,
+        order=STABLE_ORDER.format(file=file.name),
+        source=str(file),
+        columns=columns,
     )
+
+
+def _with_actions(users: Users) -> tuple[Users, HistoryColumns]:
+    """Stars as actions, rating_ge_2 to rating_ge_5, and the user id as a contextual feature."""
+    assert users.ratings is not None, "all layouts of ratings have them"
+    bits = [(users.ratings >= stars).astype(np.int32) << bit for bit, stars in enumerate(_STARS)]
+    columns = HistoryColumns(
+        timestamps=True,
+        ratings=True,
+        actions=[f"rating_ge_{stars}" for stars in _STARS],
+        contextual={"user": int(users.user_ids.max()) + 1},
+    )
+    return replace(users, columns={"actions": np.bitwise_or.reduce(bits), "user": users.user_ids}), columns
 
 
 def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> DataSchema:

@@ -5,9 +5,9 @@ B users, T events, packed user after user, oldest first.
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import DataError
-from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema
+from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema, HistoryColumns
 
 ROWS_PER_GROUP = 512
 GROUPS_PER_PART = 128
@@ -24,13 +24,21 @@ EVALUATION_EVENTS = 2  # newest events of each user left out of the counts in it
 
 @dataclass(frozen=True)
 class Users:
-    """Some users and their events. offsets: int64 [B + 1]. timestamps: int64 seconds [T]. ratings: float32 [T]."""
+    """Some users and their events. offsets: int64 [B + 1]. timestamps: int64 [T]. ratings: float32 [T].
+
+    columns: further ones by name, as HistoryColumns declares them: actions, values and event features [T], contextual
+    features [B].
+    """
 
     user_ids: np.ndarray
     offsets: np.ndarray
     item_ids: np.ndarray
     timestamps: np.ndarray | None = None
     ratings: np.ndarray | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.columns[name] if name in self.columns else getattr(self, name)
 
 
 @contextmanager
@@ -67,11 +75,10 @@ def _is_replaceable(out: Path) -> bool:
 class FolderWriter:
     """Writes parts as users come, in the order given, then items.parquet and schema.json. Memory: one part's group."""
 
-    def __init__(self, folder: Path, *, item_cardinality: int, timestamps: bool, ratings: bool) -> None:
+    def __init__(self, folder: Path, columns: HistoryColumns, *, item_cardinality: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._cardinality = folder, item_cardinality
-        self._columns = {"timestamps": timestamps, "ratings": ratings}
-        self._item_type = pa.int32() if item_cardinality <= np.iinfo(np.int32).max else pa.int64()
+        self._folder, self._cardinality, self._columns = folder, item_cardinality, columns
+        self._types = column_types(columns, item_cardinality)
         self._counts = np.zeros(item_cardinality, dtype=np.int64)
         self._users = self._events = self._groups = 0
         self._writer: pq.ParquetWriter | None = None
@@ -80,14 +87,11 @@ class FolderWriter:
         """Append users. Only the last call may give a number of users that is not a multiple of ROWS_PER_GROUP."""
         self._counts += np.bincount(users.item_ids[_fitted(users.offsets)], minlength=self._cardinality)
         offsets = pa.array(users.offsets.astype(np.int32))
-        arrays = {
-            "user_id": pa.array(users.user_ids.astype(np.int64)),
-            "item_ids": pa.ListArray.from_arrays(offsets, pa.array(users.item_ids).cast(self._item_type)),
-        }
-        if self._columns["timestamps"]:
-            arrays["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(users.timestamps, type=pa.int64()))
-        if self._columns["ratings"]:
-            arrays["ratings"] = pa.ListArray.from_arrays(offsets, pa.array(users.ratings, type=pa.float32()))
+        arrays = {"user_id": pa.array(users.user_ids.astype(np.int64))}
+        for name in self._columns.event_columns:
+            arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(users.column(name), type=self._types[name]))
+        for name in self._columns.user_columns:
+            arrays[name] = pa.array(users.column(name), type=self._types[name])
         table = pa.table(arrays)
         for start in range(0, table.num_rows, ROWS_PER_GROUP):
             self._part(table.schema).write_table(table.slice(start, ROWS_PER_GROUP), row_group_size=ROWS_PER_GROUP)
@@ -112,7 +116,7 @@ class FolderWriter:
             users=self._users,
             events=self._events,
             items=len(corpus),
-            **self._columns,
+            **self._columns.model_dump(),
         )
         schema.save(self._folder)
         return schema
@@ -126,28 +130,54 @@ class FolderWriter:
         return self._writer
 
 
-def write_folder(folder: Path, users: Users, *, corpus: np.ndarray, name: str, order: str, source: str) -> DataSchema:
-    """Write users that are in memory as a data folder; rows of the item table = largest id of the corpus + 1."""
-    writer = FolderWriter(
-        folder,
-        item_cardinality=int(corpus.max()) + 1,
-        timestamps=users.timestamps is not None,
-        ratings=users.ratings is not None,
-    )
+def column_types(columns: HistoryColumns, item_cardinality: int) -> dict[str, pa.DataType]:
+    """Type of an element of each column, as written."""
+
+    def ids(cardinality: int) -> pa.DataType:
+        return pa.int32() if cardinality <= np.iinfo(np.int32).max else pa.int64()
+
+    return {
+        "item_ids": ids(item_cardinality),
+        "timestamps": pa.int64(),
+        "ratings": pa.float32(),
+        "actions": pa.int32(),
+        **dict.fromkeys([*columns.values, *columns.contextual_numeric], pa.float32()),
+        **{name: ids(size) for name, size in (columns.event_features | columns.contextual).items()},
+    }
+
+
+def write_folder(
+    folder: Path,
+    users: Users,
+    *,
+    corpus: np.ndarray,
+    name: str,
+    order: str,
+    source: str,
+    columns: HistoryColumns | None = None,
+) -> DataSchema:
+    """Write users that are in memory as a data folder; rows of the item table = largest id of the corpus + 1.
+
+    columns: unset where users have no more than timestamps and ratings.
+    """
+    if columns is None:
+        columns = HistoryColumns(timestamps=users.timestamps is not None, ratings=users.ratings is not None)
+    writer = FolderWriter(folder, columns, item_cardinality=int(corpus.max()) + 1)
     step = ROWS_PER_GROUP * GROUPS_PER_PART
     for start in range(0, len(users.user_ids), step):
-        writer.write(_slice(users, start, min(start + step, len(users.user_ids))))
+        writer.write(_slice(users, start, min(start + step, len(users.user_ids)), columns))
     return writer.close(name=name, order=order, source=source, corpus=corpus)
 
 
-def _slice(users: Users, start: int, stop: int) -> Users:
-    first, last = users.offsets[start], users.offsets[stop]
+def _slice(users: Users, start: int, stop: int, columns: HistoryColumns) -> Users:
+    rows, events = slice(start, stop), slice(users.offsets[start], users.offsets[stop])
     return Users(
-        users.user_ids[start:stop],
-        users.offsets[start : stop + 1] - first,
-        users.item_ids[first:last],
-        None if users.timestamps is None else users.timestamps[first:last],
-        None if users.ratings is None else users.ratings[first:last],
+        users.user_ids[rows],
+        users.offsets[start : stop + 1] - users.offsets[start],
+        users.item_ids[events],
+        None if users.timestamps is None else users.timestamps[events],
+        None if users.ratings is None else users.ratings[events],
+        {name: c[rows if name in columns.user_columns else events] for name, c in users.columns.items()},
     )
 
 

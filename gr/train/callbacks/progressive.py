@@ -1,25 +1,41 @@
 """Progressive validation: every training example is scored before it is trained on (Blum et al., COLT 1999)."""
 
-from gr.dist import World
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.metrics.ranking import RankingMetrics
 from gr.metrics.writers import MetricsWriter
-from gr.train.objectives import RankingObjective
+from gr.train.objectives import ScoringObjective
 from gr.train.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
 SHOWN = ("ne", "auc", "calibration", "base_rate")
 
 
+class WindowedMetrics(Protocol):
+    """Of the newest examples: update() takes what the objective keeps as scored."""
+
+    @property
+    def update(self) -> Callable[..., None]: ...
+
+    def compute(self) -> dict[str, float]: ...
+
+
 class Progressive(Callback):
-    """Writes metrics of the newest `window` examples every `every` steps."""
+    """Writes metrics of the newest examples every `every` steps."""
 
     def __init__(
-        self, objective: RankingObjective, writer: MetricsWriter | None, world: World, *, window: int, every: int
+        self,
+        objective: ScoringObjective,
+        metrics: WindowedMetrics,
+        writer: MetricsWriter | None,
+        *,
+        every: int,
+        shown: Sequence[str] = SHOWN,
     ) -> None:
-        self.objective, self.writer, self.every = objective, writer, every
-        self.metrics = RankingMetrics("train", world, window=window)
+        self.objective, self.metrics, self.writer = objective, metrics, writer
+        self.every, self.shown = every, shown
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         assert self.objective.scored is not None, "a step scores its batch"
@@ -33,5 +49,5 @@ class Progressive(Callback):
             return
         if self.writer is not None:
             self.writer.write(trainer.step, "progressive", values)
-            shown = "  ".join(f"{name} {values[name]:.4f}" for name in SHOWN)
+            shown = "  ".join(f"{name} {values[name]:.4f}" for name in self.shown)
             log.info("step %d/%d  progressive  %s", trainer.step, trainer.steps, shown)

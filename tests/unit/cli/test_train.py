@@ -12,6 +12,7 @@ import torch
 from gr.cli import main
 from gr.data.prepare.write import FolderWriter, Users
 from gr.dist import World
+from gr.schema import HistoryColumns
 from gr.status import read_status
 from tests.support.tiny import write_tiny
 
@@ -99,7 +100,7 @@ def test_time_bias_without_timestamps(refused: Refused, config: str, run_dir: Pa
 
 def test_evaluation_data_of_other_items(refused: Refused, config: str, tmp_path: Path) -> None:
     """Without the check the first evaluation would look up rows that the table has not."""
-    writer = FolderWriter(tmp_path / "other", item_cardinality=100, timestamps=False, ratings=False)
+    writer = FolderWriter(tmp_path / "other", HistoryColumns(), item_cardinality=100)
     writer.write(Users(np.arange(4), np.arange(0, 21, 5), np.arange(80, 100)))
     writer.close(name="other", order="as given", source="a test", corpus=np.arange(1, 100))
     said = refused("train", config, f"evaluation.path={tmp_path}/other")

@@ -1,14 +1,18 @@
 """Batches against a slow definition, written out in Python lists."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.batch import ITEM_FEATURE
+from gr.batch import ITEM_FEATURE, SequenceBatch
+from gr.config.tree import DataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Histories
+from gr.data.subsequence import Draws
 
 histories = st.lists(st.lists(st.integers(1, 6), max_size=9), min_size=1, max_size=6)
 
@@ -21,6 +25,13 @@ def make_rows(groups: list[list[list[int]]], picks: list[tuple[int, int]]) -> Ro
         decoded.append(Histories(offsets, {"item_ids": items, "timestamps": items * 10 + np.arange(len(items))}))
     chosen = np.array(picks, dtype=np.int64).reshape(-1, 2)
     return Rows(decoded, chosen[:, 0], chosen[:, 1], timestamps=True)
+
+
+def train(
+    rows: Rows, *, max_length: int, holdout: int, first_example: int = 0, **options: Any
+) -> tuple[SequenceBatch, Counts]:
+    config = DataConfig(path="unread", max_length=max_length, train_holdout=holdout, **options)
+    return collate_train(rows, config, Draws(1, np.arange(len(rows.row_B))), first_example=first_example)
 
 
 @st.composite
@@ -43,7 +54,7 @@ def drawn(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[tuple[int, int]]
 @given(case=drawn(), max_length=st.integers(1, 6), holdout=st.integers(0, 3))
 def test_train(case: tuple, max_length: int, holdout: int) -> None:
     groups, picks, events = case
-    batch, counts = collate_train(make_rows(groups, picks), max_length=max_length, holdout=holdout, first_example=24)
+    batch, counts = train(make_rows(groups, picks), max_length=max_length, holdout=holdout, first_example=24)
     lengths, inputs, targets, cut, empty = [], [], [], 0, 0
     for row in events:
         usable = row[: max(len(row) - holdout, 0)]
@@ -62,7 +73,7 @@ def test_train(case: tuple, max_length: int, holdout: int) -> None:
     assert batch.timestamps_T.tolist() == [time for _, time in inputs]
     assert batch.query_timestamps_T.tolist() == [time for _, time in targets]
     assert batch.first_example == 24
-    assert counts == Counts(cut, empty)
+    assert counts == Counts(cut, empty, tokens=len(inputs))
     assert {batch.features.values().dtype, batch.target_ids_T.dtype, batch.timestamps_T.dtype} == {torch.int64}
 
 
@@ -101,7 +112,7 @@ def test_evaluation(case: tuple, max_length: int, from_end: int, filter_seen: st
 def test_no_timestamps() -> None:
     rows = make_rows([[[1, 2, 3]]], [(0, 0), (-1, 0)])
     rows = Rows(rows.groups, rows.group_B, rows.row_B, timestamps=False)
-    batch, _ = collate_train(rows, max_length=5, holdout=0, first_example=0)
+    batch, _ = train(rows, max_length=5, holdout=0, first_example=0)
     assert batch.timestamps_T is None and batch.query_timestamps_T is None
     assert batch.features.lengths().tolist() == [2, 0]
 

@@ -1,0 +1,159 @@
+"""The configuration of a generative ranking experiment: the actions a user takes on candidates, from their history."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from gr.config.dlrm import Widths
+from gr.config.section import PositiveFloat, Probability, Section
+from gr.config.stu import STUConfig
+from gr.config.tree import DataConfig, HistoryRunConfig, HSTUConfig, SASRecConfig, UserEvaluationConfig
+
+
+class StreamConfig(Section):
+    """One pass over the events in the order of time, the users of a window in the order of the files."""
+
+    windows: PositiveInt = Field(10, description="Equal parts of the time from the first event to the last.")
+
+
+class GenerativeDataConfig(DataConfig):
+    max_length: PositiveInt = Field(200, description="N: newest events of a user that the model sees, candidates too.")
+    train_holdout: Annotated[int, Field(ge=0)] = Field(
+        20, description="Newest events of each user kept out of training: those of validation and test."
+    )
+    candidates: PositiveInt = Field(
+        10, description="With task.supervision=candidates, newest events of an example that are its candidates."
+    )
+    stream: StreamConfig | None = Field(None, description="Train on windows of time; evaluates each before it.")
+
+    @model_validator(mode="after")
+    def _a_stream_has_its_own_order(self):
+        if self.stream is not None and (self.cut != "newest" or self.train_holdout):
+            raise ValueError("stream trains on every event once: set cut to newest and train_holdout to 0")
+        return self
+
+
+class AdditiveInput(Section):
+    """One token an event: vectors of its item and of its actions, added. A candidate has `no action` in their place."""
+
+    kind: Literal["additive"] = "additive"
+
+
+class InterleavedInput(Section):
+    """Two tokens an event, its item and then its actions (arXiv 2402.17152, Table 1). A candidate is an item alone."""
+
+    kind: Literal["interleaved"] = "interleaved"
+
+
+class TimeEncoding(Section):
+    """A vector for the bucket of an age in minutes, added to each token."""
+
+    scale: Literal["sqrt", "log"] = Field(
+        "sqrt", description="sqrt: floor(sqrt(m)); log: floor(ln(max(1, m)) / 0.301)."
+    )
+    buckets: PositiveInt = Field(2048, description="Ages beyond the last bucket are put in it.")
+
+
+class GenerativeModelConfig(Section):
+    kind: Literal["generative"] = "generative"
+    dim: PositiveInt = Field(64, description="D: width of embeddings and of the tower.")
+    input: Annotated[AdditiveInput | InterleavedInput, Field(discriminator="kind")] = InterleavedInput()
+    time: TimeEncoding | None = Field(TimeEncoding(), description="Unset: no encoding of time.")
+    input_dropout: Probability = 0.2
+    tower: Annotated[HSTUConfig | SASRecConfig | STUConfig, Field(discriminator="kind")] = STUConfig()
+    head: Widths = Field((64,), description="Hidden widths of the MLP from the tower's output to the tasks.")
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self):
+        if isinstance(self.tower, SASRecConfig) and self.dim % self.tower.heads:
+            raise ValueError(f"dim={self.dim} is not divisible by tower.heads={self.tower.heads}")
+        return self
+
+
+class ActionTask(Section):
+    """Whether an action is taken: binary cross entropy."""
+
+    kind: Literal["bce"] = "bce"
+    action: str = Field(description="A name in schema.json's actions; also the task's name.")
+    weight: PositiveFloat = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.action
+
+
+class ValueTask(Section):
+    """A number, such as the share watched: squared error."""
+
+    kind: Literal["mse"]
+    value: str = Field(description="ratings, or a name in schema.json's values; also the task's name.")
+    weight: PositiveFloat = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.value
+
+
+class GenerativeTaskConfig(Section):
+    kind: Literal["generative_ranking"]
+    tasks: tuple[Annotated[ActionTask | ValueTask, Field(discriminator="kind")], ...] = Field(min_length=1)
+    supervision: Literal["all", "candidates"] = Field(
+        "all",
+        description="all: every event is predicted from those before it, in one pass (needs interleaved input). "
+        "candidates: the newest data.candidates events, none of which sees another.",
+    )
+
+    @model_validator(mode="after")
+    def _tasks_differ(self):
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks={names} name one twice")
+        if not isinstance(self.tasks[0], ActionTask):
+            raise ValueError("tasks must begin with a bce task: its AUC chooses the checkpoint")
+        return self
+
+
+class GenerativeEvaluationConfig(UserEvaluationConfig):
+    newest: PositiveInt = Field(
+        10, description="Events of each user that are predicted: the newest in test, those before them in validation."
+    )
+    window: PositiveInt = Field(20_000, description="Newest predictions in the progressive metrics of training.")
+
+
+class GenerativeConfig(HistoryRunConfig):
+    """Ranking by what a user will do, from the sequence of what they did (arXiv 2402.17152)."""
+
+    data: GenerativeDataConfig
+    model: GenerativeModelConfig = GenerativeModelConfig()
+    task: GenerativeTaskConfig
+    evaluation: GenerativeEvaluationConfig = GenerativeEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _supervision_fits_the_model(self):
+        if self.task.supervision == "all" and not isinstance(self.model.input, InterleavedInput):
+            raise ValueError(
+                "task.supervision=all needs model.input.kind=interleaved: an additive token shows the action that is "
+                "to be predicted. Set one of them, task.supervision=candidates or model.input.kind=interleaved"
+            )
+        if self.task.supervision == "candidates" and not isinstance(self.model.tower, STUConfig):
+            raise ValueError(
+                f"task.supervision=candidates needs model.tower.kind=stu, not {self.model.tower.kind}, which has no "
+                "mask for candidates"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_are_held_out(self):
+        evaluation, data = self.evaluation, self.data
+        if max(evaluation.newest, data.candidates) > data.max_length:
+            raise ValueError(
+                f"evaluation.newest={evaluation.newest} and data.candidates={data.candidates} must be at most "
+                f"data.max_length={data.max_length}"
+            )
+        needed = evaluation.newest * (2 if evaluation.every else 1)
+        if data.stream is None and self.evaluates_training_users and data.train_holdout < needed:
+            raise ValueError(
+                f"data.train_holdout={data.train_holdout} trains on what is evaluated: set it to {needed}, "
+                f"lower evaluation.newest={evaluation.newest}, or evaluate on other users with evaluation.path"
+            )
+        return self

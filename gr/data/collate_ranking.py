@@ -1,0 +1,121 @@
+"""Rows of decoded row groups -> batches for generative ranking. B examples, T events, C tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gr.batch import ITEM_FEATURE, HistoryBatch
+from gr.config.generative import ActionTask, GenerativeDataConfig, GenerativeTaskConfig
+from gr.data.collate import Counts, Rows, chosen_events
+from gr.data.subsequence import Draws, random_ends
+from gr.errors import ConfigError
+from gr.schema import DataSchema
+
+
+@dataclass(frozen=True)
+class RankingCollate:
+    """Batches of one data folder. Raises ConfigError where a task names no column of it."""
+
+    schema: DataSchema
+    config: GenerativeDataConfig
+    task: GenerativeTaskConfig
+
+    def __post_init__(self) -> None:
+        numbers = [*["ratings"] * self.schema.ratings, *self.schema.values]
+        for place, task in enumerate(self.task.tasks):
+            key, known = ("action", self.schema.actions) if isinstance(task, ActionTask) else ("value", numbers)
+            if task.name not in known:
+                raise ConfigError(
+                    f"task.tasks.{place}.{key}={task.name}: {self.schema.name} has no such {key}; it has "
+                    f"{', '.join(known) or 'none'} (schema.json)"
+                )
+
+    @cached_property
+    def columns(self) -> Sequence[str]:
+        return ["user_id", *self.schema.event_columns, *self.schema.user_columns]
+
+    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[HistoryBatch, Counts]:
+        """Training examples, each without its newest config.train_holdout events."""
+        stop_B = np.maximum(rows.lengths_B() - self.config.train_holdout, 0)
+        if self.config.cut == "uniform":
+            stop_B = random_ends(stop_B, draws)
+        if self.task.supervision == "all":
+            start_B, length_B, place_T, dropped = chosen_events(rows, stop_B, self.config, draws)
+            scored_B = length_B
+        else:
+            wanted_B = np.minimum(stop_B, self.config.candidates)
+            start_B, length_B, place_T, dropped = self._with_scored(rows, stop_B, wanted_B, draws)
+            scored_B = np.minimum(wanted_B, length_B)
+        counts = Counts(int(start_B.sum()), int((stop_B < 1).sum()), dropped, len(place_T))
+        return self._batch(rows, length_B, place_T, scored_B, first_example), counts
+
+    def newest(self, rows: Rows, *, newest: int, before: int) -> tuple[HistoryBatch, Counts]:
+        """Evaluation examples: the `newest` events of each user that lie before its `before` newest ones."""
+        stop_B = np.maximum(rows.lengths_B() - before, 0)
+        return self.scored(rows, stop_B, np.minimum(stop_B, newest), 0)
+
+    def scored(
+        self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, first_example: int
+    ) -> tuple[HistoryBatch, Counts]:
+        """The first stop_B events of each user, of which the newest scored_B are predicted, as far as they fit."""
+        length_B = np.where(scored_B > 0, np.minimum(stop_B, self.config.max_length), 0)
+        start_B = stop_B - length_B
+        place_T = np.repeat(start_B - (np.cumsum(length_B) - length_B), length_B) + np.arange(int(length_B.sum()))
+        lost = int((scored_B - np.minimum(scored_B, length_B)).sum())
+        counts = Counts(lost, int(((scored_B < 1) & (rows.group_B >= 0)).sum()), 0, len(place_T))
+        return self._batch(rows, length_B, place_T, np.minimum(scored_B, length_B), first_example), counts
+
+    def _with_scored(
+        self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, draws: Draws
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """As chosen_events, but the newest scored_B always stay: stochastic length is for the history."""
+        room = self.config.model_copy(update={"max_length": max(1, self.config.max_length - self.config.candidates)})
+        start_B, history_B, place_T, dropped = chosen_events(rows, stop_B - scored_B, room, draws)
+        length_B = history_B + scored_B
+        places = np.empty(int(length_B.sum()), dtype=np.int64)
+        from_end = np.repeat(np.cumsum(length_B), length_B) - np.arange(len(places))
+        is_scored = from_end <= np.repeat(scored_B, length_B)
+        places[~is_scored] = place_T
+        places[is_scored] = (np.repeat(stop_B, length_B) - from_end)[is_scored]
+        return start_B, length_B, places, dropped
+
+    def _batch(
+        self, rows: Rows, length_B: np.ndarray, place_T: np.ndarray, scored_B: np.ndarray, first_example: int
+    ) -> HistoryBatch:
+        schema = self.schema
+
+        def events(column: str) -> np.ndarray:
+            return rows.at(column, length_B, place_T)
+
+        actions_T = events("actions") if schema.actions else np.zeros(len(place_T), dtype=np.int64)
+        labels = [
+            (actions_T >> schema.actions.index(task.action) & 1) if isinstance(task, ActionTask) else events(task.value)
+            for task in self.task.tasks
+        ]
+        some_B = length_B > 0
+        keys = [ITEM_FEATURE, *schema.event_features, *schema.contextual]
+        ids = [events("item_ids"), *(events(name) for name in schema.event_features)]
+        ids += [rows.of_users(name)[some_B] for name in schema.contextual]
+        lengths = [length_B] * (1 + len(schema.event_features)) + [some_B.astype(np.int64)] * len(schema.contextual)
+        numeric = [rows.of_users(name) * some_B for name in schema.contextual_numeric]
+        return HistoryBatch(
+            features=KeyedJaggedTensor(
+                keys=keys,
+                values=torch.from_numpy(np.concatenate(ids)),
+                lengths=torch.from_numpy(np.concatenate(lengths)),
+            ),
+            actions_T=torch.from_numpy(actions_T),
+            labels_TC=torch.from_numpy(np.stack(labels, axis=1).astype(np.float32)),
+            timestamps_T=torch.from_numpy(events("timestamps")) if schema.timestamps else None,
+            numeric_BK=torch.from_numpy(np.stack(numeric, axis=1).astype(np.float32))
+            if numeric
+            else torch.zeros(len(length_B), 0),
+            user_B=torch.from_numpy(rows.of_users("user_id")),
+            scored_B=torch.from_numpy(scored_B),
+            scored=int(scored_B.sum()),
+            first_example=first_example,
+        )

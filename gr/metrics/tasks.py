@@ -1,0 +1,65 @@
+"""Metrics of several tasks at once, named "task/metric". P predictions, C tasks."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gr.config.generative import ActionTask, ValueTask
+from gr.dist import World
+from gr.errors import DataError, TrainingError
+from gr.metrics.ranking import RankingMetrics, compute_tasks
+
+
+class RegressionMetrics:
+    """Squared error of one task over all examples since the start, in memory that does not grow."""
+
+    def __init__(self, task: str, world: World) -> None:
+        self.task, self.world = task, world
+        self._sums_5 = torch.zeros(5, dtype=torch.float64, device=world.device)
+
+    def update(self, outputs_P: Tensor, labels_P: Tensor) -> None:
+        outputs, labels = outputs_P.detach().double(), labels_P.double()
+        terms = (torch.ones_like(labels), labels, labels.square(), (outputs - labels).square(), outputs)
+        self._sums_5 += torch.stack([term.sum() for term in terms])
+
+    def compute(self) -> dict[str, float]:
+        """mse; label_variance, the mse of who predicts the mean label; examples. On every rank; collective.
+
+        Raises DataError for no example, TrainingError for outputs that are not finite.
+        """
+        count, label, square, error, output = self.world.all_reduce_sum(self._sums_5.tolist())
+        if not count:
+            raise DataError(f"task {self.task!r}: no example, so there is nothing to measure")
+        if not (torch.tensor([output, error]).isfinite().all()):
+            raise TrainingError(f"task {self.task!r}: predictions are not finite: the model has diverged")
+        return {"mse": error / count, "label_variance": square / count - (label / count) ** 2, "examples": count}
+
+
+class MultiTaskMetrics:
+    """RankingMetrics or RegressionMetrics for each task."""
+
+    def __init__(
+        self, tasks: Sequence[ActionTask | ValueTask], world: World, *, window: int | None = None, grouped: bool = True
+    ) -> None:
+        """window, grouped: of the bce tasks, as in RankingMetrics; groups are users."""
+        self._grouped = grouped
+        self._tasks: Mapping[str, RankingMetrics | RegressionMetrics] = {
+            task.name: RankingMetrics(task.name, world, window=window, grouped=grouped)
+            if isinstance(task, ActionTask)
+            else RegressionMetrics(task.name, world)
+            for task in tasks
+        }
+
+    def update(self, outputs_PC: Tensor, labels_PC: Tensor, user_P: Tensor) -> None:
+        for metrics, output_P, label_P in zip(
+            self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True
+        ):
+            if isinstance(metrics, RankingMetrics):
+                metrics.update(output_P, label_P, groups_B=user_P if self._grouped else None)
+            else:
+                metrics.update(output_P, label_P)
+
+    def compute(self) -> dict[str, float]:
+        """As the tasks' own compute(). Collective."""
+        return compute_tasks(self._tasks)
