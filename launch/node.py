@@ -186,30 +186,34 @@ class Agent:
 
     def __init__(self, command: list[str], environment: dict[str, str], status: StatusFile | None) -> None:
         self._status = status
-        self.stopped = False
-        before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        self._signals: list[int] = []
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._hear) for number in numbers}
         self._child = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
         self.code = self._wait()
         for number, action in before.items():
             signal.signal(number, action)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped and number == signal.SIGINT:  # a second Ctrl-C: leave at once
-            os.killpg(self._child.pid, signal.SIGKILL)
-        elif not self.stopped:
-            self.stopped = True
-            self._child.send_signal(signal.SIGUSR1)
+    @property
+    def stopped(self) -> bool:
+        """Whether this node was asked to stop."""
+        return bool(self._signals)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
 
     def _wait(self) -> int:
+        told = False
         while True:
             try:
                 return self._child.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                if not self.stopped and self._status is not None and self._status.outcome() == FAILED:
-                    self.stopped = True
+                for_good = self._status is not None and self._status.outcome() == FAILED
+                if not told and (self.stopped or for_good):
+                    told = True
                     self._child.send_signal(signal.SIGUSR1)
+                if self._signals.count(signal.SIGINT) > 1:  # a second Ctrl-C: leave at once
+                    os.killpg(self._child.pid, signal.SIGKILL)
 
 
 def check_nodes(group: Group, ranks: int, environment: dict[str, str], arguments: Sequence[str]) -> None:
