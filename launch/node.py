@@ -228,7 +228,10 @@ def check_nodes(group: Group, ranks: int, environment: dict[str, str], arguments
     if check.stopped:
         sys.exit(CRASHED)
     if check.code:
-        raise NodeError("these nodes are not fit to train together; FAULT above says why (--no-preflight skips this)")
+        # Worth another try: a scheduler may give other nodes, and one that was signalled fails the check of all.
+        raise NodeError(
+            "these nodes are not fit to train together; FAULT above says why (--no-preflight skips this)", CRASHED
+        )
 
 
 @click.command(help=__doc__, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
