@@ -34,7 +34,7 @@ class Hosts:
         self.folder.chmod(0o755)
         self.addresses = {"ctl": f"{NETWORK}.1"} | {name: f"{NETWORK}.{11 + i}" for i, name in enumerate(names)}
         self._running: dict[str, list[subprocess.Popen]] = {name: [] for name in self.addresses}
-        self._prefix = f"gr{os.getpid()}"
+        self._prefix = self.folder.name.rpartition("-")[2]  # two clusters may live at once
 
     def __enter__(self) -> "Hosts":
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
