@@ -6,6 +6,7 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -36,7 +37,16 @@ class Hosts:
         self._running: dict[str, list[subprocess.Popen]] = {name: [] for name in self.addresses}
         self._prefix = self.folder.name.rpartition("-")[2]  # two clusters may live at once
 
-    def __enter__(self) -> "Hosts":
+    def __enter__(self) -> Self:
+        try:
+            self.build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def build(self) -> None:
+        """Makes the hosts and the network between them."""
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         ctl = self._space("ctl")
@@ -52,7 +62,6 @@ class Hosts:
             _ip("-n", ctl, "link", "set", port, "master", "br0", "up")
             _ip("-n", space, "addr", "add", f"{self.addresses[name]}/24", "dev", "eth0")
             _ip("-n", space, "link", "set", "eth0", "up")
-        return self
 
     def __exit__(self, *_: object) -> None:
         for name in self.addresses:

@@ -73,21 +73,16 @@ GRANT ALL ON slurm_acct_db.* TO slurm@'localhost';
 class Slurm(Hosts):
     """Partitions debug (the default) and urgent, whose jobs preempt those of debug with 30 s of grace."""
 
-    def __enter__(self) -> "Slurm":
-        super().__enter__()
-        try:
-            self._configure()
-            self._start_munge()
-            self._start_accounting()
-            self._daemon("ctl", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-            for node in self.others():
-                self.boot(node)
-            expected = {f"{node} idle" for node in self.others()}
-            self._await("idle nodes", lambda: set(self.slurm("sinfo", "-hN", "-o", "%N %t").split("\n")) >= expected)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def build(self) -> None:
+        super().build()
+        self._configure()
+        self._start_munge()
+        self._start_accounting()
+        self._daemon("ctl", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        for node in self.others():
+            self.boot(node)
+        expected = {f"{node} idle" for node in self.others()}
+        self._await("idle nodes", lambda: set(self.slurm("sinfo", "-hN", "-o", "%N %t").split("\n")) >= expected)
 
     def __exit__(self, *_: object) -> None:
         pidfile = self.folder / "munged.pid"
