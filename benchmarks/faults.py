@@ -97,15 +97,18 @@ class Ranks:
         finally:
             os._exit(code)
 
+    def poll(self, rank: int) -> bool:
+        """Whether a rank has left."""
+        if rank not in self.codes:
+            done, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            if done:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return rank in self.codes
+
     def wait(self) -> list[int]:
         """Exit codes, as the shell has them: negative for a signal."""
         deadline = time.monotonic() + PATIENCE
-        while len(self.codes) < RANKS:
-            for rank, pid in enumerate(self.pids):
-                if rank not in self.codes:
-                    done, status = os.waitpid(pid, os.WNOHANG)
-                    if done:
-                        self.codes[rank] = os.waitstatus_to_exitcode(status)
+        while not all([self.poll(rank) for rank in range(RANKS)]):
             if time.monotonic() > deadline:
                 self.kill(signal.SIGKILL)
                 raise SystemExit(f"{self.run_dir}: ranks hang; see {self.logs}")
@@ -209,6 +212,23 @@ def full_disk(job: Job, run_dir: Path, whole: dict[int, float]) -> Row:
     return Row("disk full on rank 1", job.name, happened, *resumed(job, run_dir, before, whole))
 
 
+def hangs(job: Job, run_dir: Path, whole: dict[int, float]) -> Row:
+    """Rank 1 is stopped (SIGSTOP) and stands still; rank 0 finds out by itself."""
+    run = Ranks(job, run_dir, "trainer.timeouts.step=5")
+    run.wait_for_step(job.every + job.every // 2)
+    stopped = time.time()
+    run.kill(signal.SIGSTOP, 1)
+    wait_for(lambda: run.poll(0), "end of rank 0")
+    found = time.time() - stopped
+    run.kill(signal.SIGKILL, 1)  # as torchrun does once a rank has left
+    codes = run.wait()
+    before = last_step(run_dir)
+    line = next(line for line in (run.logs / "rank-0.txt").read_text().splitlines() if line.startswith("error: rank 0"))
+    where = line.partition(" is in ")[2].partition("; ")[0].partition(": ending it")[0]
+    happened = f"rank 0 ends after {found:.0f} s, exit codes {codes}, having said: in {where}"
+    return Row("rank 1 stands still, step limit 5 s", job.name, happened, *resumed(job, run_dir, before, whole))
+
+
 def damaged(job: Job, run_dir: Path, whole: dict[int, float], how: str) -> Row:
     run = Ranks(job, run_dir)
     run.wait_for_step(2 * job.every + job.every // 2)
@@ -286,9 +306,10 @@ def random_kills(job: Job, run_dir: Path, whole: dict[int, float], kills: int) -
         if draws.random() < 0.2:
             time.sleep(draws.uniform(0.0, 1.0))
         else:
-            wait_for(lambda run=run, first=first: run.reached(first), f"step {first} of kill {number}")
+            target = first + draws.randrange(16)
+            wait_for(lambda run=run, target=target: run.reached(target), f"step {target} of kill {number}")
             seconds.append(run.reached(first) - run.began)
-            time.sleep(draws.expovariate(1 / 0.5))
+            time.sleep(draws.uniform(0.0, 0.1))
         victims = draws.choice([(0,), (1,), (0, 1)])
         run.kill(signal.SIGKILL, *victims)
         if (codes := run.wait()) == [0] * RANKS:
@@ -345,6 +366,7 @@ def run_all(jobs: list[Job], folder: Path, only: set[str]) -> None:
             "usr1": lambda d, j=job, w=whole: signalled(j, d, w, signal.SIGUSR1, 0),
             "int": lambda d, j=job, w=whole: signalled(j, d, w, signal.SIGINT),
             "full": lambda d, j=job, w=whole: full_disk(j, d, w),
+            "hang": lambda d, j=job, w=whole: hangs(j, d, w),
             "flip": lambda d, j=job, w=whole: damaged(j, d, w, "one bit flipped"),
             "cut": lambda d, j=job, w=whole: damaged(j, d, w, "a file cut in half"),
             "data": lambda d, j=job, w=whole: parquet_vanishes(j, d, w),
@@ -369,7 +391,7 @@ if __name__ == "__main__":
     options.folder.mkdir(parents=True, exist_ok=True)
     print("| fault | job | what happened | steps lost | seconds to resume | losses |\n|---|---|---|---|---|---|")
     if options.kills:
-        job = prepared(options.folder, 20 * options.kills)[0]
+        job = prepared(options.folder, 8 * options.kills)[0]
         run_dir = options.folder / f"{job.name}-{options.kills}-kills"
         shutil.rmtree(run_dir, ignore_errors=True)
         print(random_kills(job, run_dir, undisturbed(job, options.folder), options.kills))

@@ -115,4 +115,4 @@ def test_a_host_goes_and_comes_back(tmp_path: Path) -> None:
     alone, elastic = dict(records(tmp_path / "whole")), dict(records(run_dir))
     assert elastic.keys() == alone.keys() == set(range(1, STEPS + 1))
     assert max(abs(elastic[step] - alone[step]) for step in alone) < LOSS
-    assert "is for 2 ranks, here are 1: making a plan" in agents[0].log.read_text()
+    assert "is for 2 ranks, and there are 1: making a plan" in agents[0].log.read_text()
