@@ -167,7 +167,8 @@ def _check_rendezvous(rank: int) -> None:
                     f"{socket.gethostname()} cannot reach rank 0 at {address}:{port}: {error}; check that name and "
                     "that port from here, or set torchrun's --rdzv-endpoint to an address that every host reaches"
                 ) from None
-            log_once(log, f"waiting for rank 0 at {address}:{port}: {error}")
+            if time.monotonic() > deadline - CONNECT_SECONDS + 10:
+                log_once(log, f"waiting for rank 0 at {address}:{port}: {error}")
             time.sleep(1)
 
 

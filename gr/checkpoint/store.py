@@ -167,7 +167,10 @@ class CheckpointStore:
         try:
             yield
         except (dcp.CheckpointException, OSError) as error:
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+            failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
+            cause = str(next(iter(failures.values()))[0] if failures else error)
+            if "inline_container" in cause:  # torch's writer keeps to itself why a write fell short
+                cause = "a write fell short, the disk or a quota is full"
             if self.world.is_main:
                 shutil.rmtree(self.folder.partial(step), ignore_errors=True)
             raise CheckpointError(

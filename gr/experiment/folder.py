@@ -17,7 +17,7 @@ from gr.config.tree import RunConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, TrainingError
 from gr.logging import get_logger
-from gr.status import RunError, RunStatus, StatusFile, read_status
+from gr.status import STATUS, RunError, RunStatus, StatusFile, read_status
 
 log = get_logger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -56,12 +56,10 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
             _record(run_dir, world, message)
             raise TrainingError(message) from error
         except RuntimeError as error:  # a collective broke, maybe because a rank left with a failure
-            status = read_status(run_dir)
-            if status.state != "failed" or status.error is None:
+            failure = _failure(run_dir)
+            if failure is None:
                 raise
-            raise TrainingError(
-                f"rank {status.error.rank} on {status.error.host} failed: {status.error.message}"
-            ) from error
+            raise TrainingError(f"rank {failure.rank} on {failure.host} failed: {failure.message}") from error
 
 
 def write_config(config: RunConfig) -> None:
@@ -87,10 +85,8 @@ def _start(config: RunConfig, world: World) -> None:
     """Raises TrainingError in a worker that torchrun restarted after a failure that a restart will not cure."""
     run_dir = Path(config.run_dir)
     status = StatusFile(run_dir)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        before = read_status(run_dir)
-        if before.state == "failed" and before.error is not None:
-            raise TrainingError(f"not tried again: {before.error.message}")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (failure := _failure(run_dir)):
+        raise TrainingError(f"not tried again: {failure.message}")
     saved = CheckpointFolder(run_dir / CHECKPOINTS).steps()
     status.start(
         RunStatus(
@@ -101,6 +97,14 @@ def _start(config: RunConfig, world: World) -> None:
             checkpoint=saved[-1] if saved else None,
         )
     )
+
+
+def _failure(run_dir: Path) -> RunError | None:
+    """What status.json says of a failure, if there is one."""
+    if not (run_dir / STATUS).exists():
+        return None
+    status = read_status(run_dir)
+    return status.error if status.state == "failed" else None
 
 
 def _record(run_dir: Path, world: World, message: str) -> None:
