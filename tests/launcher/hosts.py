@@ -21,7 +21,10 @@ def need_root(*programs: str) -> None:
         pytest.skip("needs root: hosts are made of namespaces")
     if missing := [name for name in ("ip", "nsenter", "unshare", *programs) if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}: the Debian packages in tests/launcher/packages.txt")
-    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True)
+    network = "ip link add a type veth peer name b && ip link add c type bridge && mkdir -p /run/netns"
+    probe = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "sh", "-c", network], capture_output=True
+    )
     if probe.returncode:
         pytest.skip(f"needs namespaces, which this machine refuses: {probe.stderr.decode().strip()}")
 
