@@ -21,7 +21,7 @@ def need_root(*programs: str) -> None:
         pytest.skip("needs root: hosts are made of namespaces")
     if missing := [name for name in ("ip", "nsenter", "unshare", *programs) if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}: the Debian packages in tests/launcher/packages.txt")
-    network = "ip link add a type veth peer name b && ip link add c type bridge && mkdir -p /run/netns"
+    network = "ip link add gr0 type veth peer name gr1 && ip link add gr2 type bridge"
     probe = subprocess.run(
         ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "sh", "-c", network], capture_output=True
     )
