@@ -203,7 +203,9 @@ def full_disk(job: Job, run_dir: Path, whole: dict[int, float]) -> Row:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))
 
-    first = Ranks(job, run_dir, f"trainer.steps={job.every}")
+    first = Ranks(job, run_dir)
+    first.wait_for_step(job.every + job.every // 2)
+    first.kill(signal.SIGTERM)
     first.wait()
     run = Ranks(job, run_dir, prepare=limit)
     codes = run.wait()

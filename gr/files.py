@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of."""
+"""Files that a reader never sees half of, and that survive a power failure."""
 
 import json
 import os
@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` at once, and makes what it holds survive a power failure."""
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` at once."""
     draft = path.with_name(f".{path.name}")
     with draft.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` at once."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

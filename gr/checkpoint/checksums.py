@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from gr.files import write_text
+
 SUMS = "rank-*.sha256"
 
 
@@ -16,7 +18,7 @@ def write_sums(folder: Path, rank: int, shared: Iterable[str]) -> None:
     if rank == 0:
         names += shared
     lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
-    (folder / f"rank-{rank}.sha256").write_text("".join(lines))
+    write_text(folder / f"rank-{rank}.sha256", "".join(lines))
 
 
 def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> str:

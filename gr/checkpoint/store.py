@@ -25,7 +25,7 @@ from gr.checkpoint.checksums import find_damage, write_sums
 from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
-from gr.files import write_json
+from gr.files import write_json, write_text
 
 SHARED = (CONFIG, PROGRESS, ".metadata")  # files that rank 0 writes for all
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
@@ -99,7 +99,7 @@ class CheckpointStore:
         partial = self.folder.partial(step)
         if self.world.is_main:
             partial.mkdir(exist_ok=True)
-            (partial / CONFIG).write_text(self.config_yaml)
+            write_text(partial / CONFIG, self.config_yaml)
             write_json(partial / PROGRESS, progress)
         if self.group is None:
             with self._explained(step):

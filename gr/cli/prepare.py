@@ -161,11 +161,32 @@ def clicks(out: Path, force: bool, **options: Any) -> None:
         click.echo(f"{name}: auc {best['auc']:.4f}  ne {best['ne']:.4f}  log_loss {best['log_loss']:.4f}")
 
 
+@click.command("streaming")
+@_shared
+@click.option("--users", type=click.IntRange(min=1), default=2_000, show_default=True)
+@click.option("--items", type=click.IntRange(min=1), default=10_000, show_default=True, help="Item ids 1..items.")
+@click.option("--categories", type=click.IntRange(min=1), default=128, show_default=True, help="Of the items.")
+@click.option("--user-categories", type=click.IntRange(min=1), default=5, show_default=True, help="Of a user.")
+@click.option("--times", type=click.IntRange(min=1), default=10, show_default=True, help="Days.")
+@click.option("--events", type=click.IntRange(min=1), default=20, show_default=True, help="Of a user at one time.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
+def streaming(out: Path, force: bool, **options: int) -> None:
+    """Rated histories whose tastes drift with time, after the streaming data of DLRM-v3."""
+    from gr.data.prepare.write import atomic_folder
+    from gr.data.synthetic_ratings import RatingOptions, write_ratings
+
+    wanted = RatingOptions(**options)
+    with atomic_folder(out, force) as folder:
+        schema = write_ratings(wanted, folder)
+    click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} items")
+
+
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 command.add_command(clicks)
+command.add_command(streaming)
 command.add_command(criteo)
 for _name, _files in _NAMES.items():
     command.add_command(_raw_command(_name, _files))

@@ -22,6 +22,8 @@ def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
             console.print(metrics_table(title, {"model": report["model"]}, RANKING_SHOWN))
         else:
             console.print("evaluation.path is unset: see the progressive metrics in metrics.jsonl")
+    elif report["kind"] == "generative_ranking" and not report["model"]:
+        console.print("every event was trained on: see next_window in metrics.jsonl, each window before its training")
     elif report["kind"] == "generative_ranking":
         for task in report["tasks"]:
             metrics = {

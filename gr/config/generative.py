@@ -28,8 +28,10 @@ class GenerativeDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _a_stream_has_its_own_order(self):
-        if self.stream is not None and (self.cut != "newest" or self.train_holdout):
-            raise ValueError("stream trains on every event once: set cut to newest and train_holdout to 0")
+        if self.stream is not None and (self.cut != "newest" or self.train_holdout or self.stochastic_length):
+            raise ValueError(
+                "stream trains on every event once: set cut to newest, train_holdout to 0 and stochastic_length to null"
+            )
         return self
 
 
@@ -149,6 +151,11 @@ class GenerativeConfig(HistoryRunConfig):
             raise ValueError(
                 f"evaluation.newest={evaluation.newest} and data.candidates={data.candidates} must be at most "
                 f"data.max_length={data.max_length}"
+            )
+        if data.stream is not None and evaluation.every and self.evaluates_training_users:
+            raise ValueError(
+                f"data.stream trains on every event, so evaluation.every={evaluation.every} has none to evaluate: "
+                "unset it, or evaluate on other users with evaluation.path"
             )
         needed = evaluation.newest * (2 if evaluation.every else 1)
         if data.stream is None and self.evaluates_training_users and data.train_holdout < needed:

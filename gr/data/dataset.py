@@ -142,7 +142,7 @@ class Dataset:
         for name, column in flat.items():
             columns[name] = column.fill_null(0).to_numpy()
         if "timestamps" in columns and self.schema.time_unit == "ms":
-            columns["timestamps"] //= 1000
+            columns["timestamps"] = columns["timestamps"] // 1000
         if faults:
             self._bad_rows[index] = int(bad.sum())
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)

@@ -16,6 +16,7 @@ from gr.config import dump_config
 from gr.config.tree import RunConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, TrainingError
+from gr.files import write_text
 from gr.logging import get_logger
 from gr.status import STATUS, RunError, RunStatus, StatusFile, read_status
 
@@ -64,7 +65,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
 
 def write_config(config: RunConfig) -> None:
     """config.yaml: the resolved configuration, under the commit it ran from."""
-    (Path(config.run_dir) / CONFIG).write_text(f"# gr {gr.__version__}{_commit()}\n{dump_config(config)}")
+    write_text(Path(config.run_dir) / CONFIG, f"# gr {gr.__version__}{_commit()}\n{dump_config(config)}")
 
 
 def _commit() -> str:

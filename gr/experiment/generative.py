@@ -1,6 +1,6 @@
 """A generative ranking run: what users will do with an item, from the sequence of what they did."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,15 +9,17 @@ from typing import Any, Literal
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from gr.batch import HistoryBatch
 from gr.checkpoint import ModelState
 from gr.checkpoint.layout import write_json
 from gr.config.generative import GenerativeConfig
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, UserBatches
+from gr.data.stream import StreamLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
+from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
 from gr.metrics.tasks import MultiTaskMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.generative import GenerativeRanker
@@ -76,22 +78,14 @@ def train(config: GenerativeConfig, world: World) -> dict[str, Any] | None:
     objective = GenerativeObjective(config.task)
     module = TrainModule(built.model, objective, config, world)
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
-    loader = TrainLoader(
-        built.train_data,
-        config.data,
-        seed=config.seed,
-        global_batch_size=config.trainer.global_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        collate=RankingCollate(built.train_data.schema, config.data, config.task),
-    )
+    loader = _loader(built)
     job = Job(
         config,
         built.plan,
         module,
         loader,
         state,
-        callbacks=lambda writer, checkpointing: _callbacks(built, objective, writer, checkpointing),
+        callbacks=lambda writer, checkpointing: _callbacks(built, loader, objective, writer, checkpointing),
         check_saved=lambda saved, path: _check_saved(saved, path, config),
         report=lambda writer: _final_report(built, state, loader.counters(), writer),
     )
@@ -108,8 +102,37 @@ def _check_saved(saved: GenerativeConfig, path: str, config: GenerativeConfig) -
         )
 
 
+def _loader(built: Built) -> TrainLoader | StreamLoader:
+    config, world = built.config, built.world
+    collate = RankingCollate(built.train_data.schema, config.data, config.task)
+    size = config.trainer.global_batch_size
+    if config.data.stream is None:
+        return TrainLoader(
+            built.train_data,
+            config.data,
+            seed=config.seed,
+            global_batch_size=size,
+            rank=world.rank,
+            world_size=world.size,
+            collate=collate,
+        )
+    stream = StreamLoader(
+        built.train_data, config.data, collate, global_batch_size=size, rank=world.rank, world_size=world.size
+    )
+    if config.trainer.steps > len(stream):
+        raise ConfigError(
+            f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(stream)} batches of {size} users "
+            f"for its one pass: set trainer.steps to {len(stream)} or fewer"
+        )
+    return stream
+
+
 def _callbacks(
-    built: Built, objective: GenerativeObjective, writer: MetricsWriter | None, checkpointing: callbacks.Checkpointing
+    built: Built,
+    loader: TrainLoader | StreamLoader,
+    objective: GenerativeObjective,
+    writer: MetricsWriter | None,
+    checkpointing: callbacks.Checkpointing,
 ) -> list[Callback]:
     config, first = built.config, built.first_task
     metrics = MultiTaskMetrics(config.task.tasks, built.world, window=config.evaluation.window, grouped=False)
@@ -117,6 +140,12 @@ def _callbacks(
     chosen: list[Callback] = [
         callbacks.Progressive(objective, metrics, writer, every=config.trainer.log_every, shown=shown)
     ]
+    if isinstance(loader, StreamLoader):
+        chosen.append(
+            callbacks.NextWindow(
+                loader.starting_window, lambda window: _metrics(built, loader.window(window)), writer, shown=shown
+            )
+        )
     if config.evaluation.every:
         chosen.append(
             callbacks.Evaluation(
@@ -131,10 +160,9 @@ def _callbacks(
     return chosen
 
 
-@torch.no_grad()
 def evaluate_split(built: Built, split: Split) -> dict[str, float]:
     """Metrics of the predictions of a split, by task; the same at every world size. Collective."""
-    config, world, data, model = built.config, built.world, built.evaluation_data, built.model
+    config, world, data = built.config, built.world, built.evaluation_data
     collate = RankingCollate(data.schema, config.data, config.task)
     newest = config.evaluation.newest
     batches = UserBatches(
@@ -146,11 +174,16 @@ def evaluate_split(built: Built, split: Split) -> dict[str, float]:
         rank=world.rank,
         world_size=world.size,
     )
-    metrics = MultiTaskMetrics(config.task.tasks, world)
+    return _metrics(built, batches)
+
+
+@torch.no_grad()
+def _metrics(built: Built, batches: Iterable[HistoryBatch]) -> dict[str, float]:
+    metrics, model = MultiTaskMetrics(built.config.task.tasks, built.world), built.model
     was_training = model.training
     model.eval()
     for batch in batches:
-        here = batch.to(world.device)
+        here = batch.to(built.world.device)
         metrics.update(model(here), *here.targets())
     model.train(was_training)
     return metrics.compute()
@@ -162,8 +195,7 @@ def _final_report(
     """Test metrics of the best checkpoint by validation, or of the last where there was none."""
     run_dir, world = Path(built.config.run_dir), built.world
     path, step = best_step(run_dir, state, world)
-    counted = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
-    report = _report(built, path, step, "test") | {"training_data": counted}
+    report = _report(built, path, step, "test") | {"training_data": counted(counters, world)}
     if writer is not None:
         writer.write(step, "test", report["model"])
         write_json(run_dir / "report.json", report)
@@ -178,14 +210,19 @@ def _report(built: Built, checkpoint: Path, step: int, split: Split) -> dict[str
         "split": split,
         "data": str(built.evaluation_data.path),
         "tasks": [task.name for task in built.config.task.tasks],
-        "model": evaluate_split(built, split),
+        "model": evaluate_split(built, split) if _can_evaluate(built.config, split) else {},
     }
+
+
+def _can_evaluate(config: GenerativeConfig, split: Split) -> bool:
+    """Whether the events of the split were kept out of training, or are of other users."""
+    needed = config.evaluation.newest * (1 + NEWER_PARTS[split])
+    return not config.evaluates_training_users or config.data.train_holdout >= needed
 
 
 def evaluate(config: GenerativeConfig, checkpoint: Path, world: World, split: Split) -> dict[str, Any]:
     """Metrics of a checkpoint on one split. Raises ConfigError when the split's events were trained on."""
-    needed = config.evaluation.newest * (1 + NEWER_PARTS[split])
-    if config.evaluates_training_users and config.data.train_holdout < needed:
+    if not _can_evaluate(config, split):
         raise ConfigError(
             f"the {split} events were trained on (data.train_holdout={config.data.train_holdout}, evaluation.newest="
             f"{config.evaluation.newest}): evaluate the test split, or other users with evaluation.path"
@@ -198,6 +235,7 @@ def evaluate(config: GenerativeConfig, checkpoint: Path, world: World, split: Sp
 def check_data(config: GenerativeConfig, train_data: Dataset, evaluation_data: Dataset) -> None:
     """Raises ConfigError or DataError when the model cannot read one of the data folders."""
     uses = {
+        "data.stream": config.data.stream is not None,
         "model.tower.time_bias": getattr(config.model.tower, "time_bias", False),
         "model.time": config.model.time is not None,
     }

@@ -19,9 +19,8 @@ from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
+from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
 from gr.files import write_json
-from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.baselines import evaluate_baselines
@@ -35,7 +34,6 @@ from gr.train.module import TrainModule
 from gr.train.objectives import RetrievalObjective
 from gr.train.trainer import Callback
 
-log = get_logger(__name__)
 Split = Literal["validation", "test"]
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
 
@@ -155,8 +153,7 @@ def _final_report(
     run_dir, world = Path(built.config.run_dir), built.world
     path, step = best_step(run_dir, state, world)
     ranks = evaluate_ranks(built, "test")
-    counted = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
-    report = _report(built, path, step, "test", ranks) | {"training_data": counted}
+    report = _report(built, path, step, "test", ranks) | {"training_data": counted(counters, world)}
     if writer is not None:
         writer.write(step, "test", report["model"])
         np.save(run_dir / "test-ranks.npy", ranks)
@@ -164,8 +161,6 @@ def _final_report(
         write_json(run_dir / "report.json", report)
         report["baselines"] = baseline_metrics(built, "test")
         write_json(run_dir / "report.json", report)
-        if bad := counted["bad_rows"]:
-            log.warning("data.on_bad_row=skip emptied %d bad rows; see training_data in report.json", bad)
     return report
 
 

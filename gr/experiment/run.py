@@ -188,6 +188,21 @@ def best_step(run_dir: Path, state: ModelState, world: World) -> tuple[Path, int
     return path, load_state(path, state, world)["step"]
 
 
+def counted(counters: Mapping[str, int], world: World) -> dict[str, float]:
+    """What the loaders of all ranks counted, for the report; what a user should know of it is logged. Collective.
+
+    Adds stochastic_length_sparsity where events were left out: their share of all that were in a window.
+    """
+    total = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
+    if dropped := total.get("subsampled_tokens"):
+        total["stochastic_length_sparsity"] = dropped / (dropped + total["tokens"])
+        if world.is_main:
+            log.info("stochastic length left out %.1f %% of the events", 100 * total["stochastic_length_sparsity"])
+    if total["bad_rows"] and world.is_main:
+        log.warning("data.on_bad_row=skip emptied %d bad rows; see training_data in report.json", total["bad_rows"])
+    return total
+
+
 def check_divisible(sizes: Mapping[str, int], world_size: int) -> None:
     """Raises ConfigError where a size cannot be dealt evenly to `world_size` ranks."""
     for name, value in sizes.items():

@@ -72,8 +72,9 @@ class RankingTokens(nn.Module):
         self.max_length = self.contextual + max_events * (2 if self.interleaved else 1)
         self.actions = nn.Parameter(torch.empty(actions, D))
         self.acted = nn.Parameter(torch.empty(D))  # of every known set of actions, the empty one too
-        self.candidate = nn.Parameter(torch.empty(D))
-        self.numeric = nn.Parameter(torch.empty(2, numeric, D))  # slope, offset
+        # None, and not empty, where it has no use: DDP waits for the gradient of every parameter.
+        self.candidate = None if self.interleaved else nn.Parameter(torch.empty(D))
+        self.numeric = nn.Parameter(torch.empty(2, numeric, D)) if numeric else None  # slope, offset
         self.position = nn.Parameter(torch.empty(max_events + 1 + self.contextual, D))
         self.age = None if config.time is None else nn.Parameter(torch.empty(config.time.buckets, D))
         self.reset_parameters()
@@ -95,7 +96,7 @@ class RankingTokens(nn.Module):
         acted_TD = bits_TA.to(items_TD.dtype) @ self.actions + self.acted
         place_TD = self._place(batch, layout, candidates_B)
         items_TD = items_TD * self.dim**0.5 + place_TD
-        if not self.interleaved:
+        if self.candidate is not None:
             known_T1 = (layout.place_T < layout.history_B[layout.example_T])[:, None]
             items_TD = items_TD + torch.where(known_T1, acted_TD, self.candidate)
         actions_AD = (acted_TD + place_TD)[layout.acting_A]
@@ -121,6 +122,8 @@ class RankingTokens(nn.Module):
         return sequence, layout
 
     def _numbers(self, numeric_BK: Tensor) -> list[Tensor]:
+        if self.numeric is None:
+            return []
         slope_KD, offset_KD = self.numeric
         return [
             x_B[:, None] * slope_D + offset_D
@@ -134,8 +137,9 @@ class RankingTokens(nn.Module):
         else:
             position_T = (layout.history_B[layout.example_T] - layout.place_T).clamp(min=0)
         place_TD = F.embedding(position_T, self.position)
-        if self.time is None or self.age is None or batch.timestamps_T is None:
+        if self.age is None or self.time is None:
             return place_TD
+        assert batch.timestamps_T is not None, "checked against the schema"
         first_T = layout.place_T == 0
         if candidates_B is None:
             seconds_T = batch.timestamps_T.diff(prepend=batch.timestamps_T[:1]).masked_fill(first_T, 0)

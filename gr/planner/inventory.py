@@ -231,7 +231,8 @@ def generative_inventory(config: GenerativeConfig, schema: DataSchema) -> Invent
     """
     model, task, N = config.model, config.task, config.data.max_length
     contextual = len(schema.contextual) + len(schema.contextual_numeric)
-    tokens = contextual + N * (2 if isinstance(model.input, InterleavedInput) else 1)
+    interleaved = isinstance(model.input, InterleavedInput)
+    tokens = contextual + N * (2 if interleaved else 1)
     reads = {ITEM_TABLE: (schema.item_cardinality, N)}
     reads |= {name: (rows, N) for name, rows in schema.event_features.items()}
     reads |= {name: (rows, 1) for name, rows in schema.contextual.items()}
@@ -247,8 +248,9 @@ def generative_inventory(config: GenerativeConfig, schema: DataSchema) -> Invent
         )
         for name, (rows, ids) in reads.items()
     )
-    vectors = N + 1 + contextual + (model.time.buckets if model.time else 0) + len(schema.actions) + 2
-    vectors += 2 * len(schema.contextual_numeric) + 2  # the last two: the norm of the head
+    # Positions, buckets of time, actions with their offset, `no action`, slopes and offsets of numbers, a norm.
+    vectors = N + 1 + contextual + (model.time.buckets if model.time else 0) + len(schema.actions) + 1
+    vectors += (not interleaved) + 2 * len(schema.contextual_numeric) + 2
     widths = [model.dim, *model.head, len(task.tasks)]
     head = sum((into + 1) * out for into, out in pairwise(widths))
     predicted = N if task.supervision == "all" else config.data.candidates

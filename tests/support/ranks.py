@@ -71,7 +71,7 @@ def _rank(function, args, rank: int, size: int, store: Path, results) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=180)
         )
         value = function(World(rank, size, rank, size, torch.device("cpu")), *args)
         results.put((rank, value, None))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.config import ExperimentConfig, dump_config, json_schema, load_config
+from gr.config.load import EXPERIMENTS
 from gr.errors import ConfigError
 
 BASE = """\
@@ -361,7 +362,7 @@ class TestSchema:
             of_kind = schema["$defs"][kind["$ref"].rpartition("/")[2]]
             assert of_kind["properties"]["base"]
             assert of_kind["additionalProperties"] is False
-        assert len(schema["anyOf"]) == 2
+        assert len(schema["anyOf"]) == len(EXPERIMENTS) == 3
 
     def test_refuses_nothing_that_loads(self):
         text = json.dumps(json_schema())

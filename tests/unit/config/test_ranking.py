@@ -41,8 +41,8 @@ def test_the_kind_of_task_decides(path: str) -> None:
     assert config.task.loss == BCELoss() and config.model.interaction == DotInteraction()
     assert not config.data.shuffle, "rows are in time order"
     said = fault(path, "task.kind=ranked")
-    assert "task.kind: expected one of retrieval, ranking, got 'ranked'" in said
-    assert fault(path, "task.kind=[ranking]").endswith("expected one of retrieval, ranking, got ['ranking']")
+    assert "task.kind: expected one of retrieval, ranking, generative_ranking, got 'ranked'" in said
+    assert fault(path, "task.kind=[ranking]").endswith("ranking, generative_ranking, got ['ranking']")
     Path(path).write_text("run_dir: runs/x\ndata: {path: data/ml}\ntrainer: {steps: 100}\n")
     assert isinstance(load_config(path), ExperimentConfig)
 

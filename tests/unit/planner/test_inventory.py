@@ -14,13 +14,23 @@ from gr.config.inventory import ROW_MULTIPLE, STEEPEST, InventoryConfig
 from gr.config.tree import ExperimentConfig
 from gr.embeddings import collection
 from gr.errors import ConfigError
+from gr.models.generative import GenerativeRanker
 from gr.models.retrieval import RetrievalModel
 from gr.ops.linear_cross_entropy import linear_cross_entropy
 from gr.planner.dense import dense_work
 from gr.planner.ids import MAX_SKEW
-from gr.planner.inventory import LOSS_CHUNK, SMALL_CORPUS, experiment_inventory, is_inventory, load_inventory
+from gr.planner.inventory import (
+    LOSS_CHUNK,
+    SMALL_CORPUS,
+    experiment_inventory,
+    generative_inventory,
+    is_inventory,
+    load_inventory,
+)
 from gr.tasks import negatives
 from tests.support.tiny import tiny_config
+from tests.support.tiny_histories import SCHEMA as HISTORIES
+from tests.support.tiny_histories import generative_config
 
 ROOT = Path(__file__).parents[3]
 SCALE = ROOT / "configs" / "scale"
@@ -185,6 +195,21 @@ class TestExperiments:
         ]
         dense = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("tables."))
         assert dense_work(inventory, 4).parameters == dense
+
+    @pytest.mark.parametrize("form", ["interleaved", "additive"])
+    @pytest.mark.parametrize("time", [None, {"buckets": 7}])
+    def test_generative_ranking(self, form, time):
+        given = {"dim": 12, "input": {"kind": form}, "time": time, "head": [5, 6]}
+        config = generative_config(model=given, task={"supervision": "candidates"})
+        with torch.device("meta"):
+            built = GenerativeRanker(config, HISTORIES)
+        inventory = generative_inventory(config, HISTORIES)
+        assert [(t.name, t.rows, t.dim) for t in inventory.tables] == [
+            (t.name, t.num_embeddings, t.embedding_dim) for t in built.tables.embedding_configs()
+        ]
+        dense = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("tables."))
+        assert dense_work(inventory, 4).parameters == dense
+        assert inventory.dense.max_length == built.tokens.max_length
 
     def test_our_own_configurations(self):
         for path in sorted((ROOT / "configs" / "retrieval").glob("ml-1m-*.yaml")):

@@ -1,0 +1,63 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gr.config.generative import ActionTask, ValueTask
+from gr.dist import World
+from gr.errors import DataError, TrainingError
+from gr.metrics.ranking import RankingMetrics
+from gr.metrics.tasks import MultiTaskMetrics, RegressionMetrics
+from tests.support.ranks import run_ranks
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+TASKS = (ActionTask(action="like"), ValueTask(kind="mse", value="watched"))
+
+
+def drawn(seed: int = 0, size: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(size, 2, generator=random)
+    labels = torch.stack([torch.rand(size, generator=random).round(), torch.rand(size, generator=random)], dim=1)
+    return outputs, labels, torch.randint(0, 5, (size,), generator=random)
+
+
+def test_each_task_has_its_own() -> None:
+    outputs, labels, users = drawn()
+    found = MultiTaskMetrics(TASKS, ALONE)
+    found.update(outputs, labels, users)
+    alone = RankingMetrics("like", ALONE, grouped=True)
+    alone.update(outputs[:, 0], labels[:, 0], groups_B=users)
+    error = (outputs[:, 1] - labels[:, 1]).double()
+    assert found.compute() == pytest.approx(
+        {f"like/{name}": value for name, value in alone.compute().items()}
+        | {
+            "watched/mse": float(error.square().mean()),
+            "watched/label_variance": float(np.var(labels[:, 1].double().numpy())),
+            "watched/examples": 60,
+        }
+    )
+
+
+def halves(world: World) -> dict[str, float]:
+    outputs, labels, users = drawn()
+    metrics = MultiTaskMetrics(TASKS, world)
+    mine = slice(0, 40) if world.rank == 0 else slice(40, 60)
+    metrics.update(outputs[mine], labels[mine], users[mine])
+    return metrics.compute()
+
+
+def test_ranks_agree() -> None:
+    metrics = MultiTaskMetrics(TASKS, ALONE)
+    metrics.update(*drawn())
+    for found in run_ranks(halves, 2):
+        assert found == pytest.approx(metrics.compute())
+
+
+def test_nothing_to_measure_and_divergence() -> None:
+    metrics = RegressionMetrics("watched", ALONE)
+    with pytest.raises(DataError, match="task 'watched': no example"):
+        metrics.compute()
+    metrics.update(torch.tensor([math.nan]), torch.tensor([1.0]))
+    with pytest.raises(TrainingError, match="task 'watched': predictions are not finite"):
+        metrics.compute()
