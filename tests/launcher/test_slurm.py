@@ -44,6 +44,9 @@ class Submission:
                 raise AssertionError(f"job {self.id}: not {what} after {PATIENCE_SECONDS} s\n{self.output}")
             time.sleep(0.1)
 
+    def limit(self, minutes: int) -> None:
+        self.cluster.slurm("scontrol", "update", f"jobid={self.id}", f"timelimit={minutes}")
+
     def end(self) -> str:
         """Its state once it has left the queue."""
         self.until("at an end", lambda: self.cluster.state(self.id) not in BUSY)
@@ -93,16 +96,19 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
     assert losses[-(STEPS - saved) :] == [(step, whole[step]) for step in range(saved + 1, STEPS + 1)]
 
 
-def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, tmp_path):
-    """Slurm counts limits in minutes: the first slot is one minute, and the warning comes 5 to 35 s before its end."""
-    slot = ["--time=1", "--signal=B:USR1@5"]
+def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, whole, tmp_path):
+    """Slurm counts limits in minutes, and looks at them every 30 s: the warning comes 5 to 35 s before the limit."""
+    slot = ["--time=30", "--signal=B:USR1@5"]
     ours = Submission(cluster, workspace, experiment, tmp_path / "run", "trainer.steps=100000", options=slot)
+    ours.until("started", lambda: "attempt 0" in ours.output)
+    began = time.monotonic()
+    ours.until("training", lambda: ours.step > 0)
+    ours.limit(minutes=int(time.monotonic() - began + 45) // 60 + 1)
     ours.until("stopped by the time limit", lambda: "back into the queue" in ours.output)
     saved = job.status(ours.run_dir)
+    assert "time is nearly up" in ours.output
     assert (saved["state"], saved["checkpoint"]) == ("stopped", saved["step"])
-    cluster.login(
-        workspace, "scontrol", "update", f"jobid={ours.id}", "timelimit=10"
-    )  # so that only scancel ends the next
+    ours.limit(minutes=30)
     ours.until("training again", lambda: ours.step > saved["step"])
     attempts = ours.output.count("attempt ")
     cluster.login(workspace, "scancel", ours.id)
@@ -110,8 +116,9 @@ def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspac
     assert job.status(ours.run_dir)["state"] == "stopped"
     time.sleep(8)  # longer than a requeued job waits here before it starts (cred_expire)
     assert cluster.state(ours.id) == "CANCELLED" and ours.output.count("attempt ") == attempts
-    steps = [step for step, _ in job.losses(ours.run_dir)]
-    assert steps == list(range(1, len(steps) + 1)), "every step once"
+    losses = job.losses(ours.run_dir)
+    assert [step for step, _ in losses] == list(range(1, len(losses) + 1)), "every step once"
+    assert losses[:STEPS] == list(whole.items())[: len(losses)]
 
 
 def test_a_fault_that_stays_is_not_tried_again(cluster, workspace, experiment, tmp_path):
