@@ -14,6 +14,7 @@ from gr.data.prepare.write import FolderWriter, Users
 from gr.dist import World
 from gr.schema import HistoryColumns
 from gr.status import read_status
+from tests.support.run_folder import reason_alone
 from tests.support.tiny import write_tiny
 
 Refused = Callable[..., str]
@@ -42,14 +43,6 @@ def test_a_run(config: str, run_dir: Path, capfd: pytest.CaptureFixture[str]) ->
     assert status.error is None and status.loss and status.seconds_per_step
 
 
-def failed_before_it_began(run_dir: Path, said: str) -> bool:
-    """The folder holds the reason, for whoever started the run, and nothing half made."""
-    status = read_status(run_dir)
-    files = sorted(path.name for path in run_dir.iterdir())
-    assert files == [".lock", ".status.json.lock", "status.json"]
-    return status.state == "failed" and status.error is not None and status.error.message == said
-
-
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
     assert refused("train", f"{tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: no such file"
 
@@ -67,7 +60,7 @@ def test_no_data_folder(refused: Refused, config: str, run_dir: Path, tmp_path: 
     (tmp_path / "empty").mkdir()
     assert refused("train", config, f"data.path={tmp_path}/empty").startswith(f"{tmp_path}/empty/schema.json: cannot")
     said = refused("train", config, f"evaluation.path={tmp_path}/none")
-    assert said.startswith(f"{tmp_path}/none: no such folder") and failed_before_it_began(run_dir, said)
+    assert said.startswith(f"{tmp_path}/none: no such folder") and reason_alone(run_dir) == said
 
 
 def test_a_world_size_that_does_not_divide(refused: Refused, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +88,7 @@ def test_time_bias_without_timestamps(refused: Refused, config: str, run_dir: Pa
     timed = write_tiny(tmp_path / "timed", timestamps=True)
     paths = [f"data.path={timed}", f"evaluation.path={tmp_path}/data"]
     assert refused("train", config, "model.tower.time_bias=true", *paths) == said, "it is the other folder's this time"
-    assert failed_before_it_began(run_dir, said)
+    assert reason_alone(run_dir) == said
 
 
 def test_evaluation_data_of_other_items(refused: Refused, config: str, tmp_path: Path) -> None:
