@@ -54,6 +54,7 @@ class Submission:
 
 
 def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment, whole, tmp_path):
+    pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     run_dir = tmp_path / "run"
     component = ["launch/components.py:train", "--config", str(experiment), "--nnodes", "2", "--resource", "cpux1"]
     options = ["-s", "slurm", "-cfg", "partition=debug,time=10", "--wait"]
