@@ -106,18 +106,12 @@ class Ranks:
 
     def wait(self) -> list[int]:
         """Exit codes, as the shell has them: negative for a signal."""
-        deadline = time.monotonic() + PATIENCE
-        while not all([self.poll(rank) for rank in range(RANKS)]):
-            if time.monotonic() > deadline:
-                self.kill(signal.SIGKILL)
-                raise SystemExit(f"{self.run_dir}: ranks hang; see {self.logs}")
-            time.sleep(0.01)
+        wait_for(lambda: all([self.poll(rank) for rank in range(RANKS)]), f"end of {self.run_dir}, see {self.logs}")
         return [self.codes[rank] for rank in range(RANKS)]
 
     def kill(self, number: signal.Signals, *ranks: int) -> None:
-        for rank in ranks or range(RANKS):
-            if rank not in self.codes:
-                os.kill(self.pids[rank], number)
+        for rank in set(ranks or range(RANKS)) - self.codes.keys():
+            os.kill(self.pids[rank], number)
 
     def reached(self, step: int) -> float:
         """When this attempt, not an earlier one, logged `step`; 0 for not yet."""
@@ -128,7 +122,7 @@ class Ranks:
         wait_for(lambda: last_step(self.run_dir) >= step, f"step {step} of {self.run_dir}")
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool | float], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
@@ -175,10 +169,10 @@ def resumed(job: Job, run_dir: Path, before: int, whole: dict[int, float]) -> tu
 
 
 def said(run: Ranks) -> str:
-    """The error lines of all ranks, without what they share."""
+    """The first rank's error line."""
     lines = [line for path in sorted(run.logs.glob("rank-*.txt")) for line in path.read_text().splitlines()]
-    found = dict.fromkeys(line for line in lines if line.startswith("error: "))
-    return next(iter(found), "").removeprefix("error: ").replace(str(run.run_dir), "RUN").replace("|", "/")
+    found = next((line for line in lines if line.startswith("error: ")), "")
+    return found.removeprefix("error: ").replace(str(run.run_dir), "RUN").replace("|", "/")
 
 
 def signalled(job: Job, run_dir: Path, whole: dict[int, float], number: signal.Signals, *ranks: int) -> Row:
@@ -189,8 +183,11 @@ def signalled(job: Job, run_dir: Path, whole: dict[int, float], number: signal.S
     codes = run.wait()
     before = last_step(run_dir)
     state = read_status(run_dir).state
-    whom = f"rank {ranks[0]}" if ranks else "all ranks"
-    row = f"{number.name} to {whom}", job.name, f"exit codes {codes}, status {state}"
+    row = (
+        f"{number.name} to {f'rank {ranks[0]}' if ranks else 'all ranks'}",
+        job.name,
+        f"exit codes {codes}, status {state}",
+    )
     return Row(*row, *resumed(job, run_dir, before, whole))
 
 
@@ -206,8 +203,7 @@ def full_disk(job: Job, run_dir: Path, whole: dict[int, float]) -> Row:
     first.wait_for_step(job.every + job.every // 2)
     first.kill(signal.SIGTERM)
     first.wait()
-    run = Ranks(job, run_dir, prepare=limit)
-    codes = run.wait()
+    codes = (run := Ranks(job, run_dir, prepare=limit)).wait()
     before, status = last_step(run_dir), read_status(run_dir)
     happened = f"exit codes {codes}, status {status.state}: {said(run)}"
     return Row("disk full on rank 1", job.name, happened, *resumed(job, run_dir, before, whole))
@@ -300,8 +296,8 @@ def under_torchrun(job: Job, run_dir: Path, whole: dict[int, float], victim: str
 def random_kills(job: Job, run_dir: Path, whole: dict[int, float], kills: int) -> Row:
     """kill -9 of one rank or of both at a random moment, start-up and saving included, until there were `kills`."""
     draws, lost, seconds, before = random.Random(0), 0, [], 0
+    folder = CheckpointFolder(run_dir / "checkpoints")
     for number in range(kills):
-        folder = CheckpointFolder(run_dir / "checkpoints")
         first = (folder.steps() or [0])[-1] + 1
         run = Ranks(job, run_dir)
         if draws.random() < 0.2:
@@ -313,6 +309,10 @@ def random_kills(job: Job, run_dir: Path, whole: dict[int, float], kills: int) -
             time.sleep(draws.uniform(0.0, 0.1))
         victims = draws.choice([(0,), (1,), (0, 1)])
         run.kill(signal.SIGKILL, *victims)
+        give_up = time.monotonic() + 5  # torchrun ends the others too; one that still waits to join would wait long
+        while time.monotonic() < give_up and not all([run.poll(rank) for rank in range(RANKS)]):
+            time.sleep(0.01)
+        run.kill(signal.SIGKILL)
         if (codes := run.wait()) == [0] * RANKS:
             raise SystemExit(f"finished after {number} kills: give the job more steps")
         before, saved = last_step(run_dir), (folder.steps() or [0])[-1]
@@ -320,9 +320,8 @@ def random_kills(job: Job, run_dir: Path, whole: dict[int, float], kills: int) -
         print(f"  kill {number + 1}: {victims}, exit codes {codes}, at step {before}, saved {saved}", flush=True)
     happened = f"resumed {kills} times; median start {sorted(seconds)[len(seconds) // 2]:.1f} s"
     last = resumed(job, run_dir, before, whole)
-    for step in CheckpointFolder(run_dir / "checkpoints").steps():
-        if damage := find_damage(CheckpointFolder(run_dir / "checkpoints").final(step), SHARED, 0, 1):
-            raise SystemExit(damage)
+    if damage := [text for step in folder.steps() if (text := find_damage(folder.final(step), SHARED, 0, 1))]:
+        raise SystemExit(damage[0])
     return Row(f"{kills} random kill -9", job.name, happened, f"{lost / kills:.1f} a kill", last[1], last[2])
 
 
@@ -390,7 +389,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", default=[], help="Only these rows: kill, full, flip, data, agent ...")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    print("| fault | job | what happened | steps lost | seconds to resume | losses |\n|---|---|---|---|---|---|")
+    print("| fault | job | what happened | steps lost | seconds to resume | losses |\n" + "|---" * 6 + "|")
     if options.kills:
         job = replace(prepared(options.folder, 3 * options.kills)[0], every=5)
         run_dir = options.folder / f"{job.name}-{options.kills}-kills"

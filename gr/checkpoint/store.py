@@ -28,6 +28,7 @@ from gr.errors import CheckpointError, DamagedCheckpointError
 from gr.files import write_json, write_text
 
 SHARED = (CONFIG, PROGRESS, ".metadata")  # files that rank 0 writes for all
+SHOWN_FAULTS = 3
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -206,9 +207,12 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     resharded = _rowwise_of_other_blocks(saved, state)
     faults = _misfits(saved, wanted, skip=resharded)
     if world.any(bool(faults)):
+        faults.sort(key=lambda fault: not fault.startswith("tables"))
+        shown = "; ".join(faults[:SHOWN_FAULTS]) or "another rank says which tensors"
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise CheckpointError(
-            f"{path} is of another model:\n  " + "\n  ".join(faults or ["another rank says which tensors"]) + "\n"
-            "use another run_dir, or the configuration saved in the checkpoint (config.yaml)"
+            f"{path} is of another model: {shown}{more}; use another run_dir, or the configuration saved in the "
+            "checkpoint (config.yaml)"
         )
     for name in resharded:
         wanted["tables"].pop(name)
