@@ -10,24 +10,28 @@ WORKERS ?= 2
 
 .PHONY: smoke test lint venv clean
 
+# In an activated environment: torchx run -s local_cwd launch/components.py:smoke
 smoke: $(STAMP)
-	$(BIN)/gr smoke
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/torchx run -s local_cwd launch/components.py:smoke
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy gr
+	$(BIN)/mypy gr launch
+	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/lint-imports
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints/cpu.txt packaging/fbgemm-gpu-cpu/pyproject.toml
+$(STAMP): pyproject.toml constraints/cpu.txt constraints/torchx-nightly.txt packaging/fbgemm-gpu-cpu/pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu -e ".[cpu,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu -e ".[cpu,dev,launch]"
 	$(BIN)/python -m pip check
+	$(PYTHON) -m venv $(VENV)/torchx-nightly
+	$(VENV)/torchx-nightly/bin/python -m pip install --quiet -r constraints/torchx-nightly.txt
 	touch $@
 
 clean:

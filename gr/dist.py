@@ -1,19 +1,28 @@
 """Where a process stands among its peers: rank, world size, device, process group."""
 
+import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
+import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch import Tensor
 
+from gr import watchdog
 from gr.errors import ConfigError
+from gr.logging import get_logger, log_once
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+TIMEOUT_SECONDS = 600.0  # of collectives, where no configuration sets it
+CONNECT_SECONDS = 120.0
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,11 @@ class World:
         dist.broadcast(letters, src=0)
         return bytes(letters[: int(length)].tolist()).decode()
 
+    def gather_text(self, text: str) -> list[str]:
+        """`text` of every rank, in rank order. Every rank must call it."""
+        letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        return [bytes(part.tolist()).decode() for part in self.all_gather_variable(letters)]
+
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank. Every rank must call it."""
         return self.all_reduce_sum([float(here)])[0] > 0
@@ -85,19 +99,96 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
 
 
 @contextmanager
-def world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
-    """Joins the process group that torchrun describes in the environment, or makes one of a single process."""
+def world(
+    device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout: float = TIMEOUT_SECONDS, logs: Path | None = None
+) -> Iterator[World]:
+    """Joins the process group that torchrun describes in the environment, or makes one of a single process.
+
+    timeout: seconds after which a collective fails. logs: where NCCL writes its flight record when one does. Raises
+    ConfigError: more ranks than this host has CPUs or GPUs, an environment that is incomplete, or no way to the others.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     chosen = resolve_device(device, local_rank)
+    check_room(chosen.type, local_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        _record_flights(logs)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     store = None if size > 1 else dist.HashStore()
+    if size > 1:
+        _check_rendezvous(rank)
     # TorchRec reads the local world size from the environment and assumes 8 where it is missing.
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(local_size))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    watchdog.enter("joining the other ranks")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise ConfigError(f"rank {rank} on {socket.gethostname()} cannot join: {str(error).splitlines()[0]}") from error
+    watchdog.add_detail(_collectives)
     try:
         yield World(rank, size, local_rank, local_size, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def check_room(device: str, local_size: int) -> None:
+    """Raises ConfigError when this host has fewer GPUs (device cuda) or CPUs than ranks."""
+    room = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    if local_size > room:
+        kind = "GPUs" if device == "cuda" else "CPUs"
+        raise ConfigError(
+            f"{local_size} ranks on {socket.gethostname()}, which has {room} {kind}: start at most {room} a host "
+            f"(torchrun --nproc-per-node {room})"
+        )
+
+
+def _check_rendezvous(rank: int) -> None:
+    """Raises ConfigError where the address that the ranks meet at is missing, or does not answer for CONNECT_SECONDS.
+
+    Without torchrun rank 0 listens there, and may come later than the others.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise ConfigError(
+            "WORLD_SIZE is set, but MASTER_ADDR or MASTER_PORT is not: start the ranks with torchrun, or unset "
+            "WORLD_SIZE to run one process"
+        )
+    if rank == 0:
+        return
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((address, int(port)), timeout=CONNECT_SECONDS).close()
+            return
+        except (OSError, ValueError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{socket.gethostname()} cannot reach rank 0 at {address}:{port}: {error}; check that name and "
+                    "that port from here, or set torchrun's --rdzv-endpoint to an address that every host reaches"
+                ) from None
+            if time.monotonic() > deadline - CONNECT_SECONDS + 10:
+                log_once(log, f"waiting for rank 0 at {address}:{port}: {error}")
+            time.sleep(1)
+
+
+def _record_flights(logs: Path | None) -> None:
+    """NCCL keeps its last collectives, and writes them where one times out. What a user set stays."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if logs is not None:
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-rank-"))
+
+
+def _collectives(folder: Path) -> str:
+    """The collective that this rank is in or was in last; writes all that torch remembers to folder."""
+    on_gpu = dist.get_backend() == "nccl"
+    record = c10d._dump_nccl_trace_json() if on_gpu else c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
+    entries = json.loads(record).get("entries", [])
+    if not entries:
+        return "no collective yet"
+    path = folder / f"collectives-rank-{dist.get_rank()}.json"
+    path.write_bytes(record)
+    last = entries[-1]
+    when = "after" if last["retired"] else "in"
+    return f"{when} collective {last['collective_seq_id']}, {last['profiling_name']} of {last['input_sizes']}"

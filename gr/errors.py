@@ -21,6 +21,10 @@ class CheckpointError(GRError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, cut off or not what was written."""
+
+
 class TrainingError(GRError):
     """Training cannot go on, for example because the loss is not finite."""
 

@@ -1,6 +1,6 @@
 """Checkpoints: torch.distributed.checkpoint under a layout that never shows a half-written one."""
 
 from gr.checkpoint.layout import CheckpointFolder, resolve
-from gr.checkpoint.store import CheckpointStore, ModelState, load_state
+from gr.checkpoint.store import CheckpointStore, ModelState, load_state, verify
 
-__all__ = ["CheckpointFolder", "CheckpointStore", "ModelState", "load_state", "resolve"]
+__all__ = ["CheckpointFolder", "CheckpointStore", "ModelState", "load_state", "resolve", "verify"]

@@ -1,6 +1,7 @@
 """Checkpoints on disk.
 
-    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml
+    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml, rank-*.sha256
+    run_dir/checkpoints/step-00000100.damaged/   found not to be what was written; kept for whoever wants to know
     run_dir/checkpoints/.step-00000140/    being written: never looked at, removed at the next start
     run_dir/checkpoints/best.json          {"step": 120, "metric": "ndcg@10", "value": 0.17}
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import CheckpointError
+from gr.files import write_json
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
 PROGRESS = "progress.json"
@@ -73,20 +75,17 @@ class CheckpointFolder:
             if step not in spared:
                 shutil.rmtree(self.final(step))
 
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is not looked at again; returns where it is then."""
+        aside = self.path / f"{self.final(step).name}.damaged"
+        if aside.exists():
+            shutil.rmtree(aside)
+        return self.final(step).rename(aside)
+
     def remove_partial(self) -> None:
         """Removes what a killed run left half written."""
         for path in self.path.glob(".step-*"):
             shutil.rmtree(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` at once, so that a reader never sees half of it."""
-    draft = path.with_name(f".{path.name}")
-    with draft.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _sync_folder(path: Path) -> None:

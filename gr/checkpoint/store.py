@@ -4,8 +4,10 @@ Schedules and random draws are functions of (seed, step, rank), so the step is a
 """
 
 import json
+import shutil
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -19,15 +21,19 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder, write_json
+from gr.checkpoint.checksums import find_damage, write_sums
+from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder
 from gr.dist import World
-from gr.errors import CheckpointError
+from gr.errors import CheckpointError, DamagedCheckpointError
+from gr.files import write_json, write_text
 
 DENSE_STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Adagrad: ("step", "sum"),
     torch.optim.SGD: (),
 }
+SHARED = (CONFIG, PROGRESS, ".metadata")  # files that rank 0 writes for all
+SHOWN_FAULTS = 3
 
 
 class SavedTable(Protocol):
@@ -75,7 +81,8 @@ class CheckpointStore:
         self.folder = CheckpointFolder(folder)
         self.state, self.config_yaml, self.world = state, config_yaml, world
         self.pending: Thread | None = None
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # of a save in the background
+        self.complete = steps[-1] if (steps := self.folder.steps()) else None  # step of the newest, on the main rank
         # A save in the background must not share collectives with training.
         self.group = dist.new_group(backend="gloo") if asynchronous else None
         if world.is_main:
@@ -97,18 +104,18 @@ class CheckpointStore:
         partial = self.folder.partial(step)
         if self.world.is_main:
             partial.mkdir(exist_ok=True)
-            (partial / CONFIG).write_text(self.config_yaml)
+            write_text(partial / CONFIG, self.config_yaml)
             write_json(partial / PROGRESS, progress)
         if self.group is None:
-            dcp.save(tensors, checkpoint_id=partial)
-            self._commit(step, keep_last)
+            with self._explained(step):
+                dcp.save(tensors, checkpoint_id=partial)
+                self._commit(step, keep_last)
             # No rank may look for the checkpoint before it has its name.
             dist.barrier()
             return
         future = dcp.async_save(
             tensors, checkpoint_id=partial, process_group=self.group, async_stager=BlockingAsyncStager()
         )
-        # The main rank's save ends after every rank's has, so it can commit alone, while training goes on.
         self.pending = Thread(target=self._commit_later, args=(future, step, keep_last), name="checkpoint-commit")
         self.pending.start()
 
@@ -120,7 +127,7 @@ class CheckpointStore:
         self.pending = None
         dist.barrier(group=self.group)
         if self.failure is not None:
-            raise CheckpointError(f"saving in the background failed: {self.failure}") from self.failure
+            raise self.failure
 
     def best_value(self, metric: str) -> float:
         """The best value of `metric` so far, on every rank; minus infinity where another metric chose, or none did."""
@@ -137,22 +144,59 @@ class CheckpointStore:
 
     def _commit_later(self, future: Future, step: int, keep_last: int) -> None:
         try:
-            future.result()
-            self._commit(step, keep_last)
+            with self._explained(step):
+                future.result()
+                self._commit(step, keep_last)
         except Exception as error:  # raised by finish(), in the thread that trains
             self.failure = error
 
     def _commit(self, step: int, keep_last: int) -> None:
+        """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError."""
+        fault: OSError | None = None
+        try:
+            write_sums(self.folder.partial(step), self.world.rank, SHARED)
+        except OSError as error:
+            fault = error
+        faults = torch.tensor([float(fault is not None)], device=self.world.device if self.group is None else "cpu")
+        dist.all_reduce(faults, group=self.group)
+        if faults.item():
+            raise fault or OSError("another rank could not write its checksums")
         if self.world.is_main:
             self.folder.commit(step)
+            self.complete = step
             self.folder.prune(keep_last)
+
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turns what goes wrong in a save into a CheckpointError, and makes room again."""
+        try:
+            yield
+        except (dcp.CheckpointException, OSError) as error:
+            failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
+            cause = str(next(iter(failures.values()))[0] if failures else error)
+            if "inline_container" in cause:  # torch's writer keeps to itself why a write fell short
+                cause = "a write fell short, the disk or a quota is full"
+            if self.world.is_main:
+                shutil.rmtree(self.folder.partial(step), ignore_errors=True)
+            raise CheckpointError(
+                f"step {step} cannot be saved under {self.folder.path}: {cause}; {self.folder.describe_latest()}. Make "
+                "room there, or set another run_dir with checkpoint.load_from, then start again"
+            ) from error
+
+
+def verify(path: Path, world: World) -> None:
+    """Raises DamagedCheckpointError on every rank where a file of a checkpoint is not what was written. Collective."""
+    damage = world.gather_text(find_damage(path, SHARED, world.rank, world.size))
+    if faults := [fault for fault in damage if fault]:
+        raise DamagedCheckpointError(f"{faults[0]}; restore that file, or remove {path} to use the one before")
 
 
 def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     """Loads a checkpoint into the live tensors, under whatever plan and world size; returns its progress.
 
-    Raises CheckpointError naming both shapes where a tensor does not fit, for an optimizer state that the model has no
-    use for, and for a checkpoint that cannot be read; on every rank, whichever found the fault.
+    Checksums are not compared here: see verify(). Raises CheckpointError naming both shapes where a tensor does not
+    fit, for an optimizer state that the model has no use for, and for a checkpoint that cannot be read; on every rank,
+    whichever found the fault.
     """
     try:
         progress = json.loads((path / PROGRESS).read_text())
@@ -167,9 +211,12 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     resharded = _rowwise_of_other_blocks(saved, state)
     faults = _misfits(saved, wanted, skip=resharded)
     if world.any(bool(faults)):
+        faults.sort(key=lambda fault: not fault.startswith("tables"))
+        shown = "; ".join(faults[:SHOWN_FAULTS]) or "another rank says which tensors"
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise CheckpointError(
-            f"{path} is of another model:\n  " + "\n  ".join(faults or ["another rank says which tensors"]) + "\n"
-            "use another run_dir, or the configuration saved in the checkpoint (config.yaml)"
+            f"{path} is of another model: {shown}{more}; use another run_dir, or the configuration saved in the "
+            "checkpoint (config.yaml)"
         )
     for name in resharded:
         wanted["tables"].pop(name)
@@ -266,4 +313,4 @@ def _saved_size(saved: Metadata, name: str) -> torch.Size | None:
     return entry.size if isinstance(entry, TensorStorageMetadata) else None
 
 
-__all__ = ["CheckpointStore", "ModelState", "load_state"]
+__all__ = ["CheckpointStore", "ModelState", "load_state", "verify"]

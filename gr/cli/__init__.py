@@ -20,6 +20,7 @@ from gr.errors import GRError
 
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
+    "status": ("gr.cli.status:command", "Show how a run stands, from its folder."),
     "evaluate": ("gr.cli.evaluate:command", "Evaluate a checkpoint on held-out data."),
     "plan": ("gr.cli.plan:command", "Plan where tables go; predict memory and step time."),
     "calibrate": ("gr.cli.calibrate:command", "Measure this machine and write a topology file for `gr plan`."),

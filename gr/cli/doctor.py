@@ -13,6 +13,9 @@ from fnmatch import fnmatch
 
 import click
 
+from gr.config import load_config
+from gr.errors import ConfigError
+
 # The one set that loads together: fbgemm's binaries are built against one minor version of torch.
 WANTED = {"torch": "2.13.*", "torchrec": "1.8.0", "fbgemm": "1.8.0", "torchmetrics": "1.0.3"}
 SHOWN = (
@@ -65,9 +68,18 @@ class Fault:
     remedy: str
 
 
-@click.command()
-def command() -> int:
-    """Check that the installed packages fit together; exit code 1 and a remedy when they do not."""
+@click.command(
+    help="Check that the installed packages fit together; exit code 1 and a remedy when they do not. With --cluster, "
+    "under torchrun: check all hosts for the run of CONFIG, name the one that is at fault."
+)
+@click.option("--cluster", is_flag=True, help="Versions, devices, clocks, run folder and links of all ranks.")
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def command(cluster: bool, config: str | None, overrides: tuple[str, ...]) -> int:
+    if cluster:
+        return _check_cluster(config, overrides)
+    if config is not None:
+        raise ConfigError(f"{config}: a configuration is for the checks of all hosts: add --cluster")
     found = inspect_machine()
     for line in describe(found):
         click.echo(line)
@@ -78,16 +90,49 @@ def command() -> int:
     return 1 if faults else 0
 
 
-def inspect_machine() -> Installed:
+def _check_cluster(config: str | None, overrides: tuple[str, ...]) -> int:
+    """One line a check, from rank 0; exit code 1 on every rank when a check finds a fault."""
+    loaded = load_config(config, overrides) if config is not None else None
+    import torch
+
+    from gr import logging
+    from gr.dist import world
+    from gr.experiment.preflight import preflight
+
+    logging.configure(int(os.environ.get("RANK", 0)))
+    # Without the probe: what this process could not import, it would have said already.
+    misfits = diagnose(Installed(_versions(), cuda=torch.version.cuda))
+    pairing = "; ".join(f"{fault.problem}: {fault.remedy}" for fault in misfits)
+    faults = 0
+    try:
+        with world("cpu", timeout=_TIMEOUT_S) as here:
+            for finding in preflight(loaded, here, pairing):
+                faults += len(finding.faults)
+                if here.is_main:
+                    for fault in finding.faults:
+                        click.echo(f"FAULT  {finding.check:<11} {fault}")
+                    if not finding.faults:
+                        click.echo(f"ok     {finding.check:<11} {finding.summary}")
+    except ConfigError as error:  # a rank that cannot join has only its own voice
+        click.echo(f"FAULT  {'rendezvous':<11} {error}")
+        return 1
+    return 1 if faults else 0
+
+
+def _versions() -> dict[str, str]:
     versions = {}
     for name in SHOWN:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def inspect_machine() -> Installed:
     probe = _probe_imports()
     return Installed(
-        versions=versions,
+        versions=_versions(),
         errors=probe.get("errors", {}),
         cuda=probe.get("cuda"),
         gpus=tuple(probe.get("devices", ())),

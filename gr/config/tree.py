@@ -234,6 +234,9 @@ class PlannerConfig(Section):
     sharding: Literal["auto"] | AnyShardingType = Field("auto", description="For every table; auto asks the planner.")
     tables: dict[str, AnyShardingType] = Field({}, description="Sharding type of single tables, by name.")
     plan: str | None = Field(None, description="Plan to train with, as written by `gr plan --json`; unset makes one.")
+    replan: bool = Field(
+        False, description="Make another plan where that of `plan` is for another machine: elastic runs change theirs."
+    )
     topology: str | None = Field(
         None,
         description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",
@@ -251,12 +254,22 @@ class ProfilerConfig(Section):
     steps: PositiveInt = Field(5, description="Steps recorded.")
 
 
+class TimeoutsConfig(Section):
+    """Seconds after which a rank that stands still writes its stacks to run_dir/logs and ends."""
+
+    start: PositiveFloat = Field(1800, description="From the first process until training begins, with loading.")
+    step: PositiveFloat = Field(600, description="One step, with the wait for its batch.")
+    checkpoint: PositiveFloat = 1800
+    evaluation: PositiveFloat = 3600
+
+
 class TrainerConfig(Section):
     steps: PositiveInt
     global_batch_size: PositiveInt = Field(128, description="Examples a step, over all ranks.")
     log_every: PositiveInt = Field(20, description="Steps between lines of metrics.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the tower under autocast.")
     profiler: ProfilerConfig | None = None
+    timeouts: TimeoutsConfig = TimeoutsConfig()
 
 
 class CheckpointConfig(Section):

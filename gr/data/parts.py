@@ -60,6 +60,10 @@ class Parts:
         try:
             with pq.ParquetFile(group.file, metadata=self.metadata[group.file]) as file:
                 return group, file.read_row_group(group.index, columns=columns, use_threads=False)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{group}: the file has gone since the run began: put it back, then start the same command"
+            ) from error
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{group}: cannot be decoded, the file is damaged or cut off: {error}") from error
 

@@ -6,15 +6,17 @@ from typing import Any, Literal
 from gr.config import Experiment, GenerativeConfig, RankingConfig
 from gr.dist import World
 from gr.experiment import generative, ranking, retrieval
+from gr.experiment.folder import run_folder
 
 
 def train(config: Experiment, world: World) -> dict[str, Any] | None:
     """Trains, resuming where run_dir has a checkpoint; the final report, or None when a signal stopped the run."""
-    if isinstance(config, RankingConfig):
-        return ranking.train(config, world)
-    if isinstance(config, GenerativeConfig):
-        return generative.train(config, world)
-    return retrieval.train(config, world)
+    with run_folder(config, world):
+        if isinstance(config, RankingConfig):
+            return ranking.train(config, world)
+        if isinstance(config, GenerativeConfig):
+            return generative.train(config, world)
+        return retrieval.train(config, world)
 
 
 def evaluate(

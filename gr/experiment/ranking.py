@@ -9,13 +9,13 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from gr.checkpoint import ModelState
-from gr.checkpoint.layout import write_json
 from gr.config.ranking import RankingConfig
 from gr.data.tabular import TabularDataset
 from gr.data.tabular_loader import TabularLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import Job, best_step, check_divisible, load_weights, run, sharded_model, without_plan
+from gr.files import write_json
 from gr.metrics.progressive import ProgressiveMetrics
 from gr.metrics.ranking import RankingMetrics
 from gr.metrics.writers import MetricsWriter

@@ -14,13 +14,13 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
 from gr.checkpoint import ModelState
-from gr.checkpoint.layout import write_json
 from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
+from gr.files import write_json
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.baselines import evaluate_baselines

@@ -1,8 +1,7 @@
 """What the kinds of experiments share: the sharded model, the run folder, resuming, the trainer's run."""
 
-import fcntl
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -11,19 +10,22 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
-from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve
+from gr import watchdog
+from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state, resolve, verify
 from gr.checkpoint.layout import CONFIG
 from gr.config import differences, dump_config, load_config
 from gr.config.inventory import InventoryConfig
 from gr.config.tree import RunConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from gr.experiment.folder import CHECKPOINTS, write_config
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
 from gr.planner.plan import Plan
 from gr.planner.planfile import dump_plan
 from gr.planner.run import make_plan
+from gr.status import StatusFile
 from gr.train import callbacks
 from gr.train.module import TrainModule, dense_parameters
 from gr.train.trainer import Callback, Loader, Trainer
@@ -63,7 +65,9 @@ def sharded_model(
     model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World, dim: int | None
 ) -> tuple[DistributedModelParallel, Plan | None]:
     """`model` (on meta) planned, sharded and filled with its initial weights. dim: see initialise_tables."""
+    watchdog.enter("planning")
     plan, sharding = make_plan(model, inventory, config, world)
+    watchdog.enter("sharding")
     sharded = shard_tables(model, sharding, config.embeddings, world.device)
     embeddings = config.embeddings
     initialise_tables(sharded, seed=config.seed, std=embeddings.init_std, dim=dim, init=embeddings.init)
@@ -78,6 +82,7 @@ def without_plan(config: Config) -> Config:
 
 def load_weights(model: nn.Module, config: RunConfig, checkpoint: Path, world: World) -> int:
     """Fills the sharded `model` with the weights of `checkpoint` and returns its step. Collective."""
+    verify(checkpoint, world)
     state = ModelState(dense_parameters(model), None, TableOptimizer(model, config.embeddings.optimizer))
     return int(load_state(checkpoint, state, world)["step"])
 
@@ -97,14 +102,13 @@ def run(job: Job, world: World) -> dict[str, Any] | None:
     Returns None when the run was stopped by a signal before its last step.
     """
     config, run_dir = job.config, Path(job.config.run_dir)
-    with closing(job.loader), _locked(run_dir, world):
+    with closing(job.loader):
         step = _resume(job, world)
-        config_yaml = dump_config(config)
         store = CheckpointStore(
-            run_dir / "checkpoints", job.state, config_yaml, world, asynchronous=config.checkpoint.asynchronous
+            run_dir / CHECKPOINTS, job.state, dump_config(config), world, asynchronous=config.checkpoint.asynchronous
         )
         if world.is_main:
-            (run_dir / CONFIG).write_text(config_yaml)
+            write_config(config)
             if job.plan is not None:
                 (run_dir / PLAN).write_text(dump_plan(job.plan))
         with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
@@ -113,38 +117,21 @@ def run(job: Job, world: World) -> dict[str, Any] | None:
             trainer.run()
             if trainer.stopped and trainer.step < trainer.steps:
                 log.info("stopped after step %d; the same command resumes there", trainer.step)
-                return None
-            return job.report(writer)
-
-
-@contextmanager
-def _locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Makes run_dir, and keeps a second run out of it. Raises ConfigError."""
-    if not world.is_main:
-        yield
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"run_dir={run_dir} is in use by another run: stop it, or set another one") from error
-        yield
+                report = None
+            else:
+                report = job.report(writer)
+        if world.is_main:
+            StatusFile(run_dir).update(state="stopped" if report is None else "done")
+        return report
 
 
 def _resume(job: Job, world: World) -> int:
     """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns the steps done."""
     config = job.config
-    path = CheckpointFolder(Path(config.run_dir) / "checkpoints").latest() if world.is_main else None
-    if path is None and config.checkpoint.load_from and world.is_main:
-        path = resolve(config.checkpoint.load_from)
-    chosen = world.from_main(str(path or ""))
+    chosen = _undamaged(config, world)
     if not chosen:
         return 0
+    watchdog.enter(f"loading {chosen}")
     saved = load_config(Path(chosen) / CONFIG)
     if type(saved) is not type(config):
         raise CheckpointError(f"{chosen} is of another kind of experiment (task.kind); use another run_dir")
@@ -157,6 +144,32 @@ def _resume(job: Job, world: World) -> int:
     return progress["step"]
 
 
+def _undamaged(config: RunConfig, world: World) -> str:
+    """The checkpoint to resume from, empty for none. Damaged ones of run_dir are set aside for the one before.
+
+    Raises DamagedCheckpointError where there is none before, or load_from is damaged.
+    """
+    folder = CheckpointFolder(Path(config.run_dir) / CHECKPOINTS)
+    steps = [int(step) for step in world.from_main(" ".join(map(str, folder.steps()))).split()]
+    for step in reversed(steps):
+        path = folder.final(step)
+        watchdog.enter(f"verifying {path}")
+        try:
+            verify(path, world)
+        except DamagedCheckpointError as error:
+            if step == steps[0]:
+                raise
+            aside = folder.set_aside(step) if world.is_main else path
+            log.warning("%s. Resuming from the one before; the damaged one is now %s", error, aside)
+            continue
+        return str(path)
+    if config.checkpoint.load_from is None:
+        return ""
+    path = Path(world.from_main(str(resolve(config.checkpoint.load_from)) if world.is_main else ""))
+    verify(path, world)
+    return str(path)
+
+
 def _callbacks(job: Job, store: CheckpointStore, writer: MetricsWriter | None) -> list[Callback]:
     config = job.config
     checkpointing = callbacks.Checkpointing(store, config.checkpoint)
@@ -164,12 +177,14 @@ def _callbacks(job: Job, store: CheckpointStore, writer: MetricsWriter | None) -
     if config.trainer.profiler:
         rank = job.module.world.rank
         chosen.append(callbacks.Profiler(config.trainer.profiler, Path(config.run_dir), rank))
-    return [*chosen, *job.callbacks(writer, checkpointing), checkpointing]
+    status = callbacks.Status(StatusFile(Path(config.run_dir)), store, config.trainer.log_every)
+    return [*chosen, *job.callbacks(writer, checkpointing), checkpointing, status]
 
 
 def best_step(run_dir: Path, state: ModelState, world: World) -> tuple[Path, int]:
     """Loads the best checkpoint of a run, or its last where none was chosen: (its path, its step)."""
     path = Path(world.from_main(str(resolve(run_dir)) if world.is_main else ""))
+    verify(path, world)
     return path, load_state(path, state, world)["step"]
 
 

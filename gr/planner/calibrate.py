@@ -69,7 +69,7 @@ def measure(world: World, load: Load) -> Measurement:
     bf16, fp32 = (gemm_flops(world.device, dtype, load) for dtype in (torch.bfloat16, torch.float32))
     links = {}
     for where, group in (("intra", intra), ("inter", inter)):
-        for name, collective in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
+        for name, collective in (("all_to_all", all_to_all), ("all_reduce", all_reduce)):
             if group is not None:
                 _log.info("measuring %s_%s", where, name)
                 links[f"{where}_{name}"] = fit_link(*_times(collective, group, world, load))
@@ -84,7 +84,7 @@ def lookup_bandwidth(device: torch.device, load: Load) -> float:
     table = torch.ones(load.table_rows, ROW_DIM, device=device)
     out = torch.empty(load.lookups, ROW_DIM, device=device)
     ids = torch.randint(load.table_rows, (load.repeats + 1, load.lookups), device=device)
-    seconds = _median_seconds(lambda turn: torch.index_select(table, 0, ids[turn], out=out), device, load.repeats)
+    seconds = median_seconds(lambda turn: torch.index_select(table, 0, ids[turn], out=out), device, load.repeats)
     return 2 * out.nbytes / seconds
 
 
@@ -94,7 +94,7 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, load: Load) -> float:
     size = load.gemm_size
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    return 2 * size**3 / _median_seconds(lambda _: torch.mm(left, right, out=out), device, load.repeats)
+    return 2 * size**3 / median_seconds(lambda _: torch.mm(left, right, out=out), device, load.repeats)
 
 
 def fit_link(sent: list[float], seconds: list[float]) -> Link:
@@ -168,7 +168,7 @@ def _groups(world: World) -> tuple[ProcessGroup | None, ProcessGroup | None]:
     return intra, inter
 
 
-def _all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
+def all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
     """The collective, and the bytes that leave each rank in it."""
     ranks = dist.get_world_size(group)
     mine = torch.zeros(ranks, max(1, size // (4 * ranks)), device=device)
@@ -176,7 +176,7 @@ def _all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[C
     return lambda _: dist.all_to_all_single(out, mine, group=group), mine.nbytes * (ranks - 1) / ranks
 
 
-def _all_reduce(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
+def all_reduce(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
     """As a ring or a halving tree does it: reduce-scatter, then all-gather."""
     ranks = dist.get_world_size(group)
     mine = torch.zeros(max(1, size // 4), device=device)
@@ -191,11 +191,11 @@ def _times(
 ) -> tuple[list[float], list[float]]:
     """Bytes sent and seconds for each message size. All groups measure side by side and come to the same figures."""
     works = [collective(group, world.device, size) for size in load.message_bytes]
-    seconds = [_median_seconds(work, world.device, load.repeats, lambda: dist.barrier(group)) for work, _ in works]
+    seconds = [median_seconds(work, world.device, load.repeats, lambda: dist.barrier(group)) for work, _ in works]
     return [sent for _, sent in works], _mean(world, seconds)
 
 
-def _median_seconds(
+def median_seconds(
     work: Callable[[int], object],
     device: torch.device,
     repeats: int,

@@ -256,6 +256,7 @@ def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> No
     for what, of_plan, here in differences(plan, inventory, topology):
         raise PlanError(
             f"the plan is for another {what}: {of_plan}, and this run has {here}; make one with `gr plan CONFIG --json`"
+            + (", or let the run make one with planner.replan=true" if what == "topology" else "")
         )
     evaluation, own = evaluate(plan), plan.topology
     if not evaluation.fits:

@@ -11,8 +11,9 @@ from gr.config.tree import PlannerConfig, RunConfig
 from gr.dist import World
 from gr.embeddings.optimizers import FUSED_ON_CPU
 from gr.errors import ConfigError, GRError, PlanError
+from gr.logging import get_logger
 from gr.planner.plan import Plan
-from gr.planner.planfile import check_plan, dump_plan, load_plan, parse_plan
+from gr.planner.planfile import check_plan, differences, dump_plan, load_plan, parse_plan
 from gr.planner.search import search
 from gr.planner.sharding_plan import to_sharding_plan
 from gr.planner.topology import Topology, parse_topology
@@ -29,6 +30,7 @@ HARDWARE_BY_GPU = {
     "AMD Instinct MI300X": "mi300x",
 }
 REFUSED = "refused: "
+log = get_logger(__name__)
 
 
 def make_plan(
@@ -68,6 +70,11 @@ def _plan(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> P
     if planner.plan is None:
         return search(inventory, topology)
     plan = load_plan(Path(planner.plan))
+    if planner.replan and [what for what, _, _ in differences(plan, inventory, topology)] == ["topology"]:
+        log.warning(
+            "%s is for %d ranks, and there are %d: making a plan", planner.plan, plan.topology.ranks, world.size
+        )
+        return search(inventory, topology)
     check_plan(plan, inventory, topology)
     for placement in plan.placements:
         if (wanted := _wanted(planner, placement.table)) not in ("auto", placement.sharding_type):

@@ -1,6 +1,7 @@
 """The training loop. It knows steps, batches and callbacks; what a step does is the train module's."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -9,12 +10,16 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
+from gr import watchdog
 from gr.dist import World
 from gr.errors import DataError, TrainingError
-from gr.logging import get_logger
+from gr.logging import get_logger, log_once
 from gr.train.module import StepLoss, TrainModule
 
 log = get_logger(__name__)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# One request may arrive twice: Slurm and a terminal signal every process, and torchrun passes its own signal on.
+ONE_REQUEST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Loader(Protocol):
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    SIGINT and SIGTERM finish the step under way; a second one ends the process at once.
+    SIGINT, SIGTERM and SIGUSR1 to any rank finish the step under way on all; one more, ONE_REQUEST_SECONDS or longer
+    after the first, ends the process at once. A rank whose torchrun has died asks to stop too: nobody is left to start
+    it again, or to end it.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class Trainer:
         self.step = 0
         self.stopped = False
         self._stop_requested = False
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def run(self) -> None:
         """Trains. Raises TrainingError when the loss is not finite, before anything is updated with it."""
@@ -77,6 +85,7 @@ class Trainer:
             while self.step < self.steps and not self.stopped:
                 result = self._one_step()
                 self.step += 1
+                watchdog.enter(f"callbacks after step {self.step}")
                 for callback in self.callbacks:
                     callback.on_step(self, result)
             for callback in self.callbacks:
@@ -84,12 +93,14 @@ class Trainer:
 
     def _one_step(self) -> StepResult:
         began, waited = time.perf_counter(), self.loader.wait_seconds
+        watchdog.enter(f"data of step {self.step}", "step")
         batch = next(self.loader)
         waited = self.loader.wait_seconds - waited
         batch = batch.to(self.world.device)
+        watchdog.enter(f"forward of step {self.step}")
         loss = self.module.forward(batch, self.step)
         # One collective a step: the global loss, and whether any rank was asked to stop after this step.
-        total, stop = self.world.all_reduce_sum([loss.total, float(self._stop_requested)])
+        total, stop = self.world.all_reduce_sum([loss.total, float(self._stop_requested or self._is_orphan())])
         self.stopped = stop > 0
         if not loss.tokens:
             raise DataError(
@@ -98,9 +109,16 @@ class Trainer:
             )
         if not math.isfinite(total):
             self._refuse(loss, batch.first_example)
+        watchdog.enter(f"backward of step {self.step}")
         self.module.backward(loss, self.step)
         seconds = time.perf_counter() - began
         return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds)
+
+    def _is_orphan(self) -> bool:
+        if self._agent is None or os.getppid() == self._agent:
+            return False
+        log_once(log, "the torchrun that started this rank has died: stopping after this step")
+        return True
 
     def _refuse(self, loss: StepLoss, first_example: int) -> None:
         raise TrainingError(
@@ -111,13 +129,17 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        def request(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested:
-                raise KeyboardInterrupt
-            self._stop_requested = True
-            log.warning("stopping after this step; once more to leave at once")
+        first = math.inf
 
-        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        def request(number: int, frame: FrameType | None) -> None:
+            nonlocal first
+            if time.monotonic() - first >= ONE_REQUEST_SECONDS:
+                raise KeyboardInterrupt
+            if not self._stop_requested:
+                self._stop_requested, first = True, time.monotonic()
+                log.warning("stopping after this step; once more, after %g s, to leave at once", ONE_REQUEST_SECONDS)
+
+        before = {s: signal.signal(s, request) for s in STOP_SIGNALS}
         try:
             yield
         finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from . import rules
-from .source import ROOT, modules, parse
+from .source import ROOT, imported, modules, parse
 
 RULES = (
     rules.file_size,
@@ -26,6 +26,14 @@ def test_gr_keeps_the_rule(rule):
 @pytest.mark.parametrize("rule", (rules.file_size, rules.functions, rules.names), ids=lambda rule: rule.__name__)
 def test_everything_else_keeps_the_budgets(rule):
     assert [fault for module in modules("launch", "benchmarks", "tests") for fault in rule(module)] == []
+
+
+def test_launch_imports_no_gr():
+    """A launcher runs where gr need not be installed, and TorchX executes components.py by itself."""
+    found = [
+        (str(module), line) for module in modules("launch") for line, name in imported(module.tree) if name == "gr"
+    ]
+    assert found == []
 
 
 def test_every_folder_of_gr_is_a_package():

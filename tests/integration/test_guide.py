@@ -1,4 +1,4 @@
-"""The commands of docs/guide.md, run in order as written."""
+"""The commands of docs/guide.md and docs/launch.md, run in order as written."""
 
 import os
 import re
@@ -9,22 +9,26 @@ import pytest
 
 from tests.support import ROOT
 
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.DOTALL)
-    for line in block.strip().splitlines()
-]
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.strip().splitlines()]
 
 
 @pytest.mark.slow
-def test_every_command_of_the_guide_runs(tmp_path):
-    assert len(COMMANDS) >= 9
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    # `gr` and `torchrun` as a user's activated environment would find them.
+@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("launch.md", 5)])
+def test_every_command_of_the_page_runs(tmp_path, page, least):
+    if page == "launch.md":
+        pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+    assert len(commands(page)) >= least
+    for name in ("configs", "launch", ".torchxconfig"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    # As a user's activated environment would find them.
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, module in {"gr": "gr", "torchrun": "torch.distributed.run"}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+    modules = {"python": "", "gr": "-m gr", "torchrun": "-m torch.distributed.run", "torchx": "-m torchx.cli.main"}
+    for name, module in modules.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         (programs / name).chmod(0o755)
     environment = {
         **os.environ,
@@ -32,7 +36,7 @@ def test_every_command_of_the_guide_runs(tmp_path):
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    for command in COMMANDS:
+    for command in commands(page):
         result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         assert "Traceback" not in result.stderr

@@ -145,3 +145,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     failed_at = int(message.split("at step ")[1].split(":")[0])
     assert all(step <= failed_at for step in CheckpointFolder(run_dir / "checkpoints").steps())
     assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(config, tmp_path, uninterrupted):
+    run_dir = tmp_path / "damaged"
+    process = start(config, run_dir, 2)
+    wait_for_step(process, run_dir, 3 * EVERY + 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    folder = CheckpointFolder(run_dir / "checkpoints")
+    before, last = folder.steps()[-2:]
+    file = sorted(folder.final(last).glob("__1_*.distcp"))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = start(config, run_dir, 2)
+    output, _ = again.communicate(timeout=PATIENCE_SECONDS)
+    assert again.returncode == 0, output
+    assert f"warning: {file}: is not what was written (checksum)" in output
+    assert f"resumed from {folder.final(before)}" in output
+    assert (folder.path / f"step-{last:08d}.damaged").is_dir()
+    assert dict(records(run_dir)) == uninterrupted[2]

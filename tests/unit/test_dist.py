@@ -1,10 +1,14 @@
 """World: sums and gathers over ranks, and the device of a process."""
 
+import os
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from gr.dist import World, resolve_device, world
+import gr.dist
+from gr.dist import World, check_room, resolve_device, world
 from gr.errors import ConfigError
 from tests.support.ranks import run_ranks
 
@@ -49,6 +53,51 @@ def test_the_group_ends_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuntimeError, match="of the body"), world("cpu"):
         raise RuntimeError("of the body")
     assert not dist.is_initialized()
+
+
+class TestJoining:
+    """What a launcher can get wrong, said before anything hangs."""
+
+    def joined(self, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+        monkeypatch.setattr(gr.dist, "CONNECT_SECONDS", 0.2)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError) as refusal, world("cpu"):
+            pass
+        return str(refusal.value)
+
+    def test_more_ranks_than_cpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        said = self.joined(monkeypatch, RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+        assert said.startswith("3 ranks on ") and "2 CPUs: start at most 2 a host (torchrun --nproc-per-node 2)" in said
+
+    def test_more_ranks_than_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(ConfigError, match="has 1 GPUs: start at most 1 a host"):
+            check_room("cuda", 2)
+
+    def test_half_an_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        said = self.joined(monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
+        assert said.startswith(
+            "WORLD_SIZE is set, but MASTER_ADDR or MASTER_PORT is not: start the ranks with torchrun"
+        )
+
+    @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+    def test_no_way_to_rank_0(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+        said = self.joined(
+            monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=address, MASTER_PORT="1"
+        )
+        assert f"cannot reach rank 0 at {address}:1: " in said and "--rdzv-endpoint" in said
+
+    def test_a_port_that_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            said = self.joined(
+                monkeypatch, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            )
+        assert said.startswith("rank 0 on ") and "cannot join: " in said and port in said
 
 
 class TestDevice:

@@ -1,5 +1,6 @@
 """Saves on a schedule, at the end, and when the run is asked to stop."""
 
+from gr import watchdog
 from gr.checkpoint import CheckpointStore
 from gr.config.tree import CheckpointConfig
 from gr.train.trainer import Callback, StepResult, Trainer
@@ -21,11 +22,13 @@ class Checkpointing(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         self.save(trainer)
+        watchdog.enter("the end of the last checkpoint", "checkpoint")
         self.store.finish()
 
     def save(self, trainer: Trainer) -> None:
         """Saves the present step, once."""
         if self.saved_step != trainer.step:
+            watchdog.enter(f"checkpoint of step {trainer.step}", "checkpoint")
             progress = {"step": trainer.step, "data": trainer.loader.state_dict()}
             self.store.save(progress, self.config.keep_last)
             self.saved_step = trainer.step

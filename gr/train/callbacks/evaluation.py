@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from gr import watchdog
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
 from gr.train.callbacks.checkpointing import Checkpointing
@@ -46,6 +47,7 @@ class Evaluation(Callback):
             self.checkpointing.store.mark_best(trainer.step, self.select_by, value)
 
     def _measure(self, trainer: Trainer) -> Mapping[str, float]:
+        watchdog.enter(f"evaluation after step {trainer.step}", "evaluation")
         metrics = self.evaluate()
         if self.writer is not None:
             self.writer.write(trainer.step, "validation", metrics)

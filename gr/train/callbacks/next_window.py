@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from gr import watchdog
 from gr.errors import DataError
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
@@ -36,6 +37,7 @@ class NextWindow(Callback):
         window = self.starting_window(trainer.step)
         if window is None or trainer.step >= trainer.steps:
             return
+        watchdog.enter(f"evaluation of window {window}", "evaluation")
         try:
             metrics = self.evaluate(window)
         except DataError as error:  # a window may hold one class only, which is not the end of training

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from gr.checkpoint import CheckpointFolder, resolve
-from gr.checkpoint.layout import write_json
 from gr.errors import CheckpointError
 
 
@@ -119,10 +118,3 @@ def test_best_is_replaced(folder: CheckpointFolder) -> None:
     folder.mark_best(9, "mrr", 0.1)
     folder.mark_best(20, "mrr", 0.2)
     assert folder.best() == {"step": 20, "metric": "mrr", "value": 0.2}
-
-
-def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "best.json", {"step": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "best.json", {"step": object()})
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 1}

@@ -42,7 +42,8 @@ def test_after_training(config: str, run_dir: Path, refused: Refused, capfd: pyt
     assert said.startswith("/none: no such folder")
     checkpoint = run_dir / "checkpoints" / "step-00000004"
     (checkpoint / ".metadata").rename(run_dir / "metadata")
-    assert refused("evaluate", "--checkpoint", str(run_dir)).startswith(f"{checkpoint}: cannot be read as a checkpoint")
+    said = refused("evaluate", "--checkpoint", str(run_dir))
+    assert said.startswith(f"{checkpoint}/.metadata: cannot be read: No such file") and "restore that file" in said
     (run_dir / "metadata").rename(checkpoint / ".metadata")
     (checkpoint / "config.yaml").unlink()
     assert refused("evaluate", "--checkpoint", str(run_dir)) == f"{checkpoint}/config.yaml: no such file"

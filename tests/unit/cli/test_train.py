@@ -13,6 +13,8 @@ from gr.cli import main
 from gr.data.prepare.write import FolderWriter, Users
 from gr.dist import World
 from gr.schema import HistoryColumns
+from gr.status import read_status
+from tests.support.run_folder import reason_alone
 from tests.support.tiny import write_tiny
 
 Refused = Callable[..., str]
@@ -25,15 +27,20 @@ def test_a_run(config: str, run_dir: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "test split, " in shown.out and f"checkpoint: {run_dir}/checkpoints/step-00000004 (step 4)" in shown.out
     assert sorted(path.name for path in run_dir.iterdir()) == [
         ".lock",
+        ".status.json.lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "plan.json",
         "report.json",
+        "status.json",
         "tensorboard",
         "test-ranks.npy",
     ]
     assert json.loads((run_dir / "report.json").read_text())["step"] == 4
+    status = read_status(run_dir)
+    assert (status.state, status.step, status.steps, status.checkpoint) == ("done", 4, 4, 4)
+    assert status.error is None and status.loss and status.seconds_per_step
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
@@ -52,18 +59,19 @@ def test_no_data_folder(refused: Refused, config: str, run_dir: Path, tmp_path: 
     assert said == f"{tmp_path}/none: no such folder; write a data folder with `gr prepare ... --out {tmp_path}/none`"
     (tmp_path / "empty").mkdir()
     assert refused("train", config, f"data.path={tmp_path}/empty").startswith(f"{tmp_path}/empty/schema.json: cannot")
-    assert refused("train", config, f"evaluation.path={tmp_path}/none").startswith(f"{tmp_path}/none: no such folder")
-    assert not run_dir.exists()
+    said = refused("train", config, f"evaluation.path={tmp_path}/none")
+    assert said.startswith(f"{tmp_path}/none: no such folder") and reason_alone(run_dir) == said
 
 
 def test_a_world_size_that_does_not_divide(refused: Refused, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one of 3 ranks that torchrun started."""
 
     @contextmanager
-    def of_three(device: str) -> Iterator[World]:
+    def of_three(device: str, **_: object) -> Iterator[World]:
         yield World(0, 3, 0, 3, torch.device("cpu"))
 
     monkeypatch.setattr("gr.dist.world", of_three)
+    monkeypatch.setattr(World, "from_main", lambda self, text: text)  # there are no others
     assert refused("train", config).startswith("data.lanes=4 is not divisible by the 3 ranks of this run: use a number")
     said = refused("train", config, "data.lanes=6", "trainer.global_batch_size=12")
     assert said.startswith("evaluation.global_batch_size=16 is not divisible by the 3 ranks of this run: use a number")
@@ -80,7 +88,7 @@ def test_time_bias_without_timestamps(refused: Refused, config: str, run_dir: Pa
     timed = write_tiny(tmp_path / "timed", timestamps=True)
     paths = [f"data.path={timed}", f"evaluation.path={tmp_path}/data"]
     assert refused("train", config, "model.tower.time_bias=true", *paths) == said, "it is the other folder's this time"
-    assert not run_dir.exists()
+    assert reason_alone(run_dir) == said
 
 
 def test_evaluation_data_of_other_items(refused: Refused, config: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment import evaluate, train
 from gr.schema import DataSchema
+from tests.support.run_folder import reason_alone
 from tests.support.tiny_histories import generative_config, write_histories
 
 
@@ -85,7 +86,7 @@ def test_data_that_do_not_fit(data: Path, tmp_path: Path, alone: World) -> None:
     DataSchema.load(data).model_copy(update={"timestamps": False}).save(data)
     with pytest.raises(ConfigError, match=r"model.time is set, but .* has no timestamps: unset it"):
         train(generative_config(data, tmp_path / "run"), alone)
-    assert not (tmp_path / "run").exists()
+    assert reason_alone(tmp_path / "run")
 
 
 def test_a_stream_is_predicted_before_it_is_trained_on(data: Path, tmp_path: Path, alone: World) -> None:

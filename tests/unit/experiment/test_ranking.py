@@ -14,6 +14,7 @@ from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment import evaluate, train
 from gr.experiment.ranking import Built, build, check_world, evaluate_data, meta_model
 from gr.schema import SparseColumn, TabularSchema
+from tests.support.run_folder import reason_alone
 from tests.support.tiny_tabular import COLUMNS, tiny_ranking_config, write_tiny_tabular
 
 
@@ -75,7 +76,7 @@ def test_more_steps_than_the_pass_has_batches(data: Path, tmp_path: Path, alone:
     config = tiny_ranking_config(data, tmp_path / "run", trainer={"steps": 13})
     with pytest.raises(ConfigError, match=r"^trainer.steps=13, but .* has 12 batches of 24 rows for its one pass: set"):
         train(config, alone)
-    assert not (tmp_path / "run").exists()
+    assert reason_alone(tmp_path / "run")
 
 
 def test_a_batch_larger_than_the_data(data: Path, tmp_path: Path, alone: World) -> None:
@@ -106,7 +107,7 @@ def test_evaluation_data_that_mean_something_else(
         train(config, alone)
     said = f"{data} and {test_rows} differ in {name} (schema.json): prepare both with the same columns"
     assert str(caught.value).startswith(said)
-    assert not (tmp_path / "run").exists()
+    assert reason_alone(tmp_path / "run")
 
 
 def test_a_run_without_data_to_evaluate_on(data: Path, tmp_path: Path, alone: World) -> None:

@@ -393,4 +393,5 @@ class TestAnotherRun:
         assert str(error.value) == (
             f"the plan is for another topology: {topology_hash(FOUR)} (cpu, 4 ranks of 2 a host), and this run has "
             f"{topology_hash(other)} (cuda, 8 ranks of 4 a host); make one with `gr plan CONFIG --json`"
+            ", or let the run make one with planner.replan=true"
         )

@@ -12,6 +12,7 @@ import torch
 
 from gr.dist import World
 from gr.errors import TrainingError
+from gr.train import trainer as trainer_module
 from gr.train.module import StepLoss
 from gr.train.trainer import Callback, StepResult, Trainer
 from tests.support.ranks import run_ranks
@@ -122,7 +123,7 @@ def test_a_resumed_run_does_what_is_left(done: int) -> None:
     assert diary[0] == ("a", "start", done) and diary[-1] == ("b", "end", max(done, 5))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     trainer, diary, _ = make(9, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
@@ -132,9 +133,27 @@ def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+def test_a_rank_whose_torchrun_has_died_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    trainer, _, _ = make(9, lambda step: monkeypatch.setattr(os, "getppid", lambda: 1) if step == 3 else None)
+    trainer.run()
+    assert trainer.stopped and trainer.step == 4
+
+
+def test_a_signal_that_torchrun_passes_on_as_well_is_one_request() -> None:
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer, _, _ = make(9, twice)
+    trainer.run()
+    assert trainer.stopped and trainer.step == 1
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(trainer_module, "ONE_REQUEST_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM)

@@ -1,0 +1,180 @@
+"""TorchX components: `torchx run -s SCHEDULER launch/components.py:train --config ... [-- key=value ...]`.
+
+TorchX executes this file by itself and reads each function's annotations and docstring to make its `--help`; so it
+imports nothing of the project, and has no `from __future__ import annotations`, which TorchX cannot read.
+"""
+
+import os
+import re
+
+from torchx import specs
+
+GPUS_OF_A_HOST = 8
+# CPUs and memory (MB) that go with one GPU, or one CPU: a little under what hosts have, since the system keeps some.
+_SHARES = {
+    "cpu": (1, 4_000),
+    "a100": (11, 125_000),
+    "h100": (22, 230_000),
+    "h200": (22, 230_000),
+    "b200": (22, 230_000),
+}
+
+
+class LaunchError(SystemExit):
+    """A mistake in the command, shown as one line; nothing was submitted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"error: {message}")
+
+
+def host(name: str) -> specs.Resource:
+    """NAME or NAMExCOUNT: h100x8 has 8 GPUs with their CPUs and memory, cpux4 4 CPUs. NAME alone is NAMEx8."""
+    match = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d*))?", name)
+    if match is None or match[1] not in _SHARES:
+        raise LaunchError(
+            f"--resource={name} is not known: give NAME or NAMExCOUNT with NAME one of {', '.join(_SHARES)}"
+        )
+    kind, count = match[1], int(match[2] or GPUS_OF_A_HOST)
+    gpu = 0 if kind == "cpu" else count
+    if gpu > GPUS_OF_A_HOST:
+        raise LaunchError(
+            f"--resource={name}: a host has {GPUS_OF_A_HOST} GPUs; use {kind}x{GPUS_OF_A_HOST} and more nodes"
+        )
+    cpus, memory = _SHARES[kind]
+    return specs.Resource(cpu=cpus * count, gpu=gpu, memMB=memory * count)
+
+
+def ranks(nproc: int, resource: str) -> int:
+    """Ranks of a node: `nproc`, or where that is 0 one a GPU and one on a CPU host."""
+    offered = host(resource)
+    limit, what = (offered.gpu, "GPUs") if offered.gpu else (offered.cpu, "CPUs")
+    if not 0 <= nproc <= limit:
+        raise LaunchError(
+            f"--nproc={nproc} ranks, but --resource={resource} offers {limit} {what} a node: use --nproc={limit} and "
+            "more nodes, or a larger resource"
+        )
+    return nproc or offered.gpu or 1
+
+
+def nodes(nnodes: str) -> tuple[int, int]:
+    """N or MIN:MAX as two numbers."""
+    match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", nnodes)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if least > most:
+        raise LaunchError(f"--nnodes={nnodes}: give N, or MIN:MAX with 1 <= MIN <= MAX")
+    return least, most
+
+
+def _role(name: str, arguments: list[str], resource: str, image: str) -> specs.Role:
+    return specs.Role(
+        name=name,
+        image=image or os.getcwd(),
+        entrypoint="python",
+        args=["-m", *arguments],
+        resource=host(resource),
+    )
+
+
+def _agents(nnodes: str, nproc: int, retries: int) -> list[str]:
+    return [
+        "launch.node",
+        f"--nnodes={nnodes}",
+        f"--nproc={nproc}",
+        f"--rendezvous=env:{specs.macros.rank0_env}",
+        f"--id={specs.macros.app_id}",
+        f"--restarts={retries}",
+    ]
+
+
+def train(
+    *overrides: str,
+    config: str,
+    nnodes: str = "1",
+    nproc: int = 0,
+    resource: str = "cpu",
+    retries: int = 3,
+    image: str = "",
+    mounts: str = "",
+) -> specs.AppDef:
+    """Train an experiment, on one node or many; resumes by itself where its run_dir has a checkpoint.
+
+    Args:
+        overrides: values of the configuration, after --, for example `-- trainer.steps=100 run_dir=runs/a`
+        config: the experiment, a path that every node can read, relative to the workspace
+        nnodes: nodes, N or MIN:MAX (elastic, where the scheduler can)
+        nproc: ranks of a node; 0 means one a GPU, or one on a CPU host
+        resource: what a node offers: cpu, a100, h100, h200, b200, each with a count, for example h100x8 or cpux4
+        retries: restarts of the ranks by torchrun, and of the job by the scheduler, after a crash
+        image: container image, where the scheduler runs containers; it has to hold gr and launch/
+        mounts: for containers, as TorchX writes them: type=bind,src=/data,dst=/data
+    """
+    _, most = nodes(nnodes)
+    role = _role(
+        "train", [*_agents(nnodes, ranks(nproc, resource), retries), "train", config, *overrides], resource, image
+    )
+    role.num_replicas, role.min_replicas = most, nodes(nnodes)[0]
+    role.max_retries, role.retry_policy = retries, specs.RetryPolicy.APPLICATION
+    role.mounts = specs.parse_mounts(mounts.split(",")) if mounts else []
+    return specs.AppDef(name="gr-train", roles=[role])
+
+
+def evaluate(
+    *overrides: str,
+    checkpoint: str,
+    split: str = "test",
+    nnodes: str = "1",
+    nproc: int = 0,
+    resource: str = "cpu",
+    image: str = "",
+) -> specs.AppDef:
+    """Evaluate a checkpoint, on as many ranks as it needs to fit.
+
+    Args:
+        overrides: values of the saved configuration to change, after --
+        checkpoint: run folder (its best, or else its latest checkpoint) or one checkpoint's folder
+        split: validation or test
+        nnodes: nodes
+        nproc: ranks of a node; 0 means one a GPU, or one on a CPU host
+        resource: what a node offers, for example h100x8 or cpux4
+        image: container image, where the scheduler runs containers
+    """
+    arguments = ["evaluate", "--checkpoint", checkpoint, "--split", split, *overrides]
+    role = _role("evaluate", [*_agents(nnodes, ranks(nproc, resource), 0), *arguments], resource, image)
+    role.num_replicas = nodes(nnodes)[1]
+    return specs.AppDef(name="gr-evaluate", roles=[role])
+
+
+def plan(*overrides: str, config: str, topology: str, resource: str = "cpu", image: str = "") -> specs.AppDef:
+    """Plan where tables go on a machine this one need not be; no GPU, one process.
+
+    Args:
+        overrides: values of the configuration, after --
+        config: an experiment, an inventory (configs/scale) or a list of tables
+        topology: the machine and its ranks, for example h100x64, or a file of `gr calibrate`
+        resource: what the planning itself runs on
+        image: container image, where the scheduler runs containers
+    """
+    role = _role("plan", ["gr", "plan", config, f"--topology={topology}", *overrides], resource, image)
+    return specs.AppDef(name="gr-plan", roles=[role])
+
+
+def prepare(*arguments: str, resource: str = "cpu", image: str = "") -> specs.AppDef:
+    """Turn raw data into a data folder, as `gr prepare` does.
+
+    Args:
+        arguments: those of `gr prepare`, after --, for example `-- synthetic --out data/stream`
+        resource: what it runs on
+        image: container image, where the scheduler runs containers
+    """
+    return specs.AppDef(name="gr-prepare", roles=[_role("prepare", ["gr", "prepare", *arguments], resource, image)])
+
+
+def smoke(*arguments: str, resource: str = "cpux2", image: str = "") -> specs.AppDef:
+    """Prepare, plan, train on 2 ranks, resume on 1, compare: a minute on two cores.
+
+    Args:
+        arguments: those of `gr smoke`, after --
+        resource: what it runs on
+        image: container image, where the scheduler runs containers
+    """
+    return specs.AppDef(name="gr-smoke", roles=[_role("smoke", ["gr", "smoke", *arguments], resource, image)])

@@ -1,0 +1,44 @@
+"""Two agents on this machine, as two nodes would be: torchx's local_cwd scheduler."""
+
+import subprocess
+
+import pytest
+
+from tests.launcher import job
+
+pytestmark = pytest.mark.slow
+
+
+def torchx(workspace, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["torchx", "run", "-s", "local_cwd", *arguments],
+        cwd=workspace,
+        env=job.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_agents_train_as_one_torchrun_does(workspace, experiment, whole, tmp_path):
+    pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+    run_dir = tmp_path / "run"
+    component = ["launch/components.py:train", "--config", str(experiment), "--nnodes", "2", "--nproc", "1"]
+    done = torchx(workspace, *component, "--", f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert dict(job.losses(run_dir)) == whole
+    logs = [log.read_text() for log in sorted((run_dir / "logs").rglob("stderr.log"))]
+    assert len(logs) == 2 and any(f"step {job.STEPS}/{job.STEPS}" in log for log in logs)
+    evaluated = torchx(workspace, "launch/components.py:evaluate", "--checkpoint", str(run_dir))
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "ndcg@10" in evaluated.stderr
+
+
+def test_a_run_that_fails_fails_the_job(workspace, experiment, tmp_path):
+    pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+    run_dir = tmp_path / "run"
+    diverges = [f"run_dir={run_dir}", "optimizer.lr=1e30", "task.l2_norm=false"]
+    done = torchx(workspace, "launch/components.py:train", "--config", str(experiment), "--", *diverges)
+    assert done.returncode == 1
+    assert "the run failed at step" in done.stderr and "loss is not finite" in done.stderr
+    assert done.stderr.count("loss is not finite at step 1:") <= 4, "it is not started again"

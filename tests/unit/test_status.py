@@ -1,0 +1,58 @@
+"""status.json: what is written, what stays, what is refused."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gr.errors import GRError
+from gr.status import RunError, RunStatus, StatusFile, read_status
+
+BEGUN = RunStatus("running", step=20, steps=100, world_size=2, checkpoint=20, updated=1.0)
+LOST = RunError(rank=1, host="h2", message="part-0 has gone")
+
+
+@pytest.fixture
+def status(tmp_path: Path) -> StatusFile:
+    status = StatusFile(tmp_path)
+    status.start(BEGUN)
+    return status
+
+
+def test_the_fields_of_the_contract(status: StatusFile) -> None:
+    assert json.loads((status.run_dir / "status.json").read_text()) == {
+        "state": "running",
+        "step": 20,
+        "steps": 100,
+        "world_size": 2,
+        "loss": None,
+        "seconds_per_step": None,
+        "checkpoint": 20,
+        "updated": 1.0,
+        "error": None,
+    }
+    assert read_status(status.run_dir) == BEGUN
+
+
+def test_an_update_keeps_what_it_does_not_name(status: StatusFile) -> None:
+    status.update(step=30, loss=2.5)
+    now = read_status(status.run_dir)
+    assert (now.step, now.loss, now.checkpoint, now.state) == (30, 2.5, 20, "running") and now.updated > 1.0
+
+
+def test_the_first_failure_stays_until_the_next_start(status: StatusFile) -> None:
+    status.fail(LOST)
+    status.fail(RunError(rank=0, host="h1", message="connection closed"))
+    status.update(step=40)
+    now = read_status(status.run_dir)
+    assert (now.state, now.error, now.step) == ("failed", LOST, 20)
+    status.start(BEGUN)
+    assert read_status(status.run_dir) == BEGUN
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(asdict(BEGUN) | {"state": "fine"})])
+def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(GRError, match=r"status\.json: not a status of this version"):
+        read_status(tmp_path)
