@@ -11,7 +11,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from gr.batch import HistoryBatch
 from gr.checkpoint import ModelState
-from gr.checkpoint.layout import write_json
 from gr.config.generative import GenerativeConfig
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
@@ -20,6 +19,7 @@ from gr.data.stream import StreamLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
+from gr.files import write_json
 from gr.metrics.tasks import MultiTaskMetrics, ProgressiveTaskMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.generative import GenerativeRanker
