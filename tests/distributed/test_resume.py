@@ -35,7 +35,7 @@ def configured(data: Path, run_dir: Path, *, sharding: str = "row_wise", optimiz
             "input_dropout": 0.2,
             "tower": {"kind": "hstu", "layers": 1, "heads": 2, "qk_dim": 4, "v_dim": 4, "dropout": 0.2},
         },
-        optimizer={"schedule": {"kind": "cosine", "warmup_steps": 3}, "clip_grad_norm": 1.0},
+        optimizer={"kind": "adamw", "schedule": {"kind": "cosine", "warmup_steps": 3}, "clip_grad_norm": 1.0},
         embeddings={"optimizer": {"kind": optimizer, "lr": 0.02}},
         trainer={"steps": STEPS},
         **{"checkpoint": {"every": HALF, "keep_last": 9}, **sections},
