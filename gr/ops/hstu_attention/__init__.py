@@ -3,12 +3,13 @@
 T packed tokens, B examples, H heads, Q width of q and k per head, V width of v per head, N max_length.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
@@ -18,7 +19,7 @@ from gr.ops.jagged import check_offsets
 
 __all__ = ["AttentionMask", "TimeBuckets", "hstu_attention", "time_bucket_ids"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def hstu_attention(
@@ -38,7 +39,7 @@ def hstu_attention(
 ) -> Tensor:
     """out_i = sum over the j <= i of the same sequence of silu(alpha q_i . k_j + bias_ij) / divisor_i * v_j.
 
-    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16 or float64, any strides.
+    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16, float16 or float64, any strides.
     offsets_B1: int64 [B + 1], the bounds of the sequences; empty ones are fine.
     max_length: no sequence is longer, in tokens.
     divisor: positive; one number, or a float tensor [T] with one for each query. Gets no gradient.
@@ -52,7 +53,7 @@ def hstu_attention(
     time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is, and not with a contextual
         prefix, which sees keys ahead of it.
     Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
-    CPU results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
+    Results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
     float64 runs the definition (reference.py), which is slow and meant for checks.
     Raises ValueError if shapes, dtypes or lengths do not fit.
     Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor is that of the public code.
@@ -68,7 +69,7 @@ def hstu_attention(
             raise ValueError("contextual_len and time_bias do not combine: the prefix sees keys ahead, without buckets")
     if output is not None and (output.shape, output.dtype) != (v_THV.shape, v_THV.dtype):
         raise ValueError(f"output must be {v_THV.dtype} {list(v_THV.shape)}, not {output.dtype} {list(output.shape)}")
-    return _path(q_THQ)(
+    return _path(q_THQ, max_length)(
         q_THQ,
         k_THQ,
         v_THV,
@@ -83,12 +84,18 @@ def hstu_attention(
     )
 
 
-def _path(q_THQ: Tensor) -> Callable[..., Tensor]:
+def _path(q_THQ: Tensor, max_length: int) -> Callable[..., Tensor]:
     if q_THQ.dtype == torch.float64:
         return hstu_attention_reference
-    if q_THQ.device.type == "cpu" and cpu_backend() == "native":
-        return hstu_attention_native
-    return hstu_attention_blocked
+    match backend_for(q_THQ.device):
+        case "native":
+            return hstu_attention_native
+        case "triton":
+            from gr.ops.hstu_attention.triton import hstu_attention_triton  # no triton on CPU machines
+
+            return functools.partial(hstu_attention_triton, max_length=max_length)
+        case "torch":
+            return hstu_attention_blocked
 
 
 def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
@@ -127,13 +134,12 @@ def _check_biases(
 
 def _check_buckets(time_buckets: TimeBuckets, offsets_B1: Tensor) -> None:
     """Buckets of another batch would be read out of bounds."""
-    pairs_B1 = time_buckets.pair_offsets_B1
-    if pairs_B1.device != offsets_B1.device:
-        raise ValueError(f"time_buckets are on {pairs_B1.device}, offsets_B1 on {offsets_B1.device}")
-    if pairs_B1.shape != offsets_B1.shape:
-        raise ValueError(f"time_buckets have {pairs_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}")
-    lengths_B = offsets_B1.diff()
-    if offsets_B1.device.type == "cpu" and not torch.equal(pairs_B1.diff(), lengths_B * (lengths_B + 1) // 2):
+    made_for_B1 = time_buckets.offsets_B1
+    if made_for_B1.device != offsets_B1.device:
+        raise ValueError(f"time_buckets are on {made_for_B1.device}, offsets_B1 on {offsets_B1.device}")
+    if made_for_B1.shape != offsets_B1.shape:
+        raise ValueError(f"time_buckets have {made_for_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}")
+    if offsets_B1.device.type == "cpu" and not torch.equal(made_for_B1, offsets_B1):
         raise ValueError("time_buckets were made for sequences of other lengths than offsets_B1 has")
 
 

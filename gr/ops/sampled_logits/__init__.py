@@ -6,7 +6,7 @@ T tokens, S samples of each, K items, D width.
 import torch
 from torch import Tensor
 
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.ops.sampled_logits.chunked import sampled_logits_chunked
 from gr.ops.sampled_logits.native import sampled_logits_native
 from gr.ops.sampled_logits.reference import sampled_logits_reference
@@ -29,7 +29,7 @@ def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Te
     _check(queries_TD, items_KD, index_TS)
     if queries_TD.dtype == torch.float64:
         return sampled_logits_reference(queries_TD, items_KD, index_TS)
-    if queries_TD.device.type == "cpu" and cpu_backend() == "native":
+    if backend_for(queries_TD.device) == "native":
         return sampled_logits_native(queries_TD, items_KD, index_TS)
     return sampled_logits_chunked(queries_TD, items_KD, index_TS)
 
