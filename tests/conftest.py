@@ -11,6 +11,9 @@ import pytest
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+# They run in a process of their own, which tests/ops/test_triton.py starts.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
 _SKIPPABLE = ("gpu", "data")
 
 

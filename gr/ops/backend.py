@@ -1,7 +1,8 @@
 """The one rule that says which implementation of an operator runs.
 
-"native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch on
-any device, where the other cannot be had. Operators ask backend_for() at each call; nothing is configured in modules.
+"native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
+on any device, where the other cannot be had. Operators ask backend_for() at each call; nothing is configured in
+modules.
 """
 
 import contextlib

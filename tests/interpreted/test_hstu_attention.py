@@ -179,5 +179,5 @@ def test_few_tokens(lengths: list[int]) -> None:
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 129), (torch.float16, 257)], ids=str)
 def test_heads_too_wide_for_a_gpu(dtype: torch.dtype, width: int) -> None:
     x = torch.zeros(3, 1, width, dtype=dtype)
-    with force_backend("triton"), pytest.raises(ValueError, match="q_THQ and v_THV .* at most"):
+    with force_backend("triton"), pytest.raises(ValueError, match=r"q_THQ and v_THV .* at most"):
         hstu_attention(x, x, x, offsets_of([3]), max_length=3, divisor=1.0)

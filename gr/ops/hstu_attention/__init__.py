@@ -53,7 +53,7 @@ def hstu_attention(
     time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is, and not with a contextual
         prefix, which sees keys ahead of it.
     Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
-    Results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
+    C++ and Triton give the same bits every time, on any number of threads, whatever the other sequences of the batch.
     float64 runs the definition (reference.py), which is slow and meant for checks.
     Raises ValueError if shapes, dtypes or lengths do not fit.
     Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor is that of the public code.

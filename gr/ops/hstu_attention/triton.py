@@ -8,8 +8,8 @@ The score of query i and key j is s; kernels hold h = s / 2, since silu(s) = h t
 instruction. A tile is masked before its activation (silu(0) = 0): masking the rounded weights costs a scalar conversion
 each. Tiles in which a row sees all keys are computed in a loop of their own, without a mask.
 
-Letters as in reference.py; M rows of a tile of queries, N of keys. Inside a sequence of n tokens, of which `past` are no
-candidates, i and j are positions.
+Letters as in reference.py; M rows of a tile of queries, N of keys. Inside a sequence of n tokens, of which `past` are
+no candidates, i and j are positions.
 """
 
 import math

@@ -22,7 +22,7 @@ def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Te
     queries_TD [T, D], items_KD [K, D]: float32, bfloat16, float16 or float64 (the last runs the definition). Half
     precisions are accumulated in float32. index_TS: int64 [T, S], rows of items_KD.
     Returns [T, S] in the dtype of queries. Gradients: queries and items (dense), neither through a [T, S, D] tensor.
-    Results are the same bits every time, and on any number of threads.
+    Results of the C++ and Triton paths are the same bits every time, and on any number of threads.
     Raises ValueError if shapes or dtypes do not fit, IndexError if an index lies outside [0, K).
     Source: the sampled softmax of arXiv 2402.17152, as in the public research code (uniform negatives per position).
     """

@@ -1,7 +1,7 @@
 """Sampled logits in Triton, for CUDA tensors; runs under TRITON_INTERPRET=1 on CPU tensors, for tests.
 
-A program owns what it writes: a token's logits, a token's gradient, an item's gradient. The last finds its samples in the
-sorted index, so nothing is added atomically and results are the same bits each time. Letters as in reference.py.
+A program owns what it writes: a token's logits, a token's gradient, an item's gradient. The last finds its samples in
+the sorted index, so nothing is added atomically and results are the same bits each time. Letters as in reference.py.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gr.config.stu import STUConfig
 from gr.config.tree import ModelConfig
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.sequence import JaggedSequence
 from gr.towers import build_tower
 from gr.towers.stu import STU
@@ -180,7 +180,7 @@ def test_same_bits_every_time_and_on_two_threads(recompute: str) -> None:
     torch.set_num_threads(2)
     twice, again = gradients(tower, seq), gradients(tower, seq)
     assert all(torch.equal(x, y) for x, y in zip(twice, again, strict=True))
-    if cpu_backend() == "native":
+    if backend_for(torch.device("cpu")) == "native":
         assert torch.equal(once[0], twice[0]) and torch.equal(once[1], twice[1])
     for (name, _), one, two in zip(tower.named_parameters(), once[2:], twice[2:], strict=True):
         assert relative_error(two, one) < 1e-5, name
@@ -221,7 +221,7 @@ def test_activation_bytes_of_a_token(recompute: str, wanted: int) -> None:
 
 
 def test_attention_is_computed_once() -> None:
-    if cpu_backend() != "native":
+    if backend_for(torch.device("cpu")) != "native":
         pytest.skip("no C++ operators here")
     for recompute in RECOMPUTE:
         tower = build(layers=3, recompute=recompute)

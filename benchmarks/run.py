@@ -1,0 +1,158 @@
+"""Measures gr and its alternatives in turns, in one run, and reports it.
+
+    python -m benchmarks.run hstu_attention|layer|loss|train_step|all [--device cpu|cuda] [--data DIR] [--peer DIR]
+
+--data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
+measured beside the rest. A benchmark whose correctness tests fail is not measured. On CPU everything is one thread and
+CPU time, so that ratios hold on a busy machine. Writes a dated report, a picture and rows of results.csv to --out.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from benchmarks import attention, layer, loss, train_step
+from benchmarks.case import Case, Options
+from benchmarks.compare import Timing, compare
+from benchmarks.machine import Peaks, describe, peak_kib, peaks, reset_peak
+from benchmarks.picture import draw
+from benchmarks.results import Row, append_csv, table
+
+BENCHMARKS: dict[str, ModuleType] = {
+    "hstu_attention": attention,
+    "layer": layer,
+    "loss": loss,
+    "train_step": train_step,
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(1) if arguments.device == "cpu" else None
+    options = Options(arguments.device, arguments.data, arguments.peer)
+    if arguments.peak_of:
+        _print_peak(BENCHMARKS[arguments.benchmark].cases(options), *arguments.peak_of)
+        return
+    for name in BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]:
+        _run(name, options, arguments.out)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU here")
+    return arguments
+
+
+def _run(name: str, options: Options, out: Path) -> None:
+    module = BENCHMARKS[name]
+    cases = module.cases(options)
+    _require_green(name, module.TESTS)
+    machine, found = describe(options.device), peaks(options.device)
+    print(f"{machine}\n{_peak_line(found)}", flush=True)
+    rows: list[Row] = []
+    for case in cases:
+        timings = compare(case.variants, rounds=case.rounds, device=options.device)
+        memory = {variant: _peak_of(name, case.name, variant, options) for variant in case.variants if case.memory}
+        rows += _rows(name, case, timings, memory, found)
+        print(f"\n{table(rows[-len(timings) :])}", flush=True)
+    lines = list(module.notes(options)) if hasattr(module, "notes") else []
+    _write(name, machine, found, cases, rows, lines, out)
+
+
+def _require_green(name: str, tests: Sequence[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout[-3000:]}\n{name} is not measured: its tests fail")
+
+
+def _rows(name: str, case: Case, timings: dict[str, Timing], memory: dict[str, float], found: Peaks) -> Iterator[Row]:
+    base = timings[case.baseline].median
+    for variant, timing in timings.items():
+        rate = case.work / timing.median
+        yield Row(
+            benchmark=name,
+            case=case.name,
+            variant=variant,
+            seconds=timing,
+            ratio=base / timing.median,
+            rate=rate,
+            fraction=rate / found.of(variant),
+            mebibytes=memory.get(variant),
+        )
+
+
+def _peak_of(name: str, case: str, variant: str, options: Options) -> float:
+    """MiB that calls of one variant add to a process of its own, over building its inputs."""
+    command = [sys.executable, "-m", "benchmarks.run", name, "--device", options.device, "--peak-of", case, variant]
+    for flag, value in (("--data", options.data), ("--peer", options.peer)):
+        command += [flag, str(value)] if value else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"measuring the memory of {variant} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def _print_peak(cases: list[Case], case: str, variant: str) -> None:
+    run = next(each for each in cases if each.name == case).variants[variant]
+    run()  # builds inputs and libraries
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    reset_peak()
+    before = peak_kib()
+    run()
+    print((peak_kib() - before) / 1024)
+
+
+def _peak_line(found: Peaks) -> str:
+    return (
+        f"Measured peaks: {found.float32 / 1e9:,.0f} GFLOP/s in float32, {found.bfloat16 / 1e9:,.0f} in bfloat16 "
+        f"(square products), {found.copy / 1e9:.1f} GB/s copying."
+    )
+
+
+def _write(
+    name: str, machine: str, found: Peaks, cases: list[Case], rows: list[Row], lines: list[str], out: Path
+) -> None:
+    today = f"{date.today()}"
+    stem = f"{today}-{name.replace('_', '-')}"
+    text = [
+        f"# {today}, {name}",
+        f"    {' '.join(['python -m benchmarks.run', *sys.argv[1:]])}",
+        BENCHMARKS[name].__doc__ or "",
+    ]
+    text += [f"{machine}. {_peak_line(found)} Medians of turns, quartiles in brackets.", *lines]
+    for case in cases:
+        text += [f"## {case.name}", table([row for row in rows if row.case == case.name])]
+    if draw(cases, rows, found, out / f"{stem}.png"):
+        text.append(f"![length, batch and memory]({stem}.png)")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.md").write_text("\n\n".join(part.strip("\n") for part in text) + "\n")
+    append_csv(out / "results.csv", today, machine, rows)
+    print(f"\nwrote {out / stem}.md and rows of {out / 'results.csv'}")
+
+
+if __name__ == "__main__":
+    main()
