@@ -40,7 +40,7 @@ def compare(
     seconds = _cpu_seconds if device == "cpu" else _gpu_seconds
     calls = {}
     for name, variant in variants.items():
-        for _ in range(warmups):
+        for _ in range(warmups - 1):
             variant()
         calls[name] = max(1, int(round_seconds / max(seconds(variant, 1), 1e-6)))
     samples: dict[str, list[float]] = {name: [] for name in variants}

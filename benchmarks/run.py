@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import attention, layer, loss, train_step
 from benchmarks.case import Case, Options
-from benchmarks.compare import Timing, compare
+from benchmarks.compare import Timing, Variant, compare
 from benchmarks.machine import Peaks, describe, peak_kib, peaks, reset_peak
 from benchmarks.picture import draw
 from benchmarks.results import Row, append_csv, table
@@ -36,9 +36,6 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1) if arguments.device == "cpu" else None
     options = Options(arguments.device, arguments.data, arguments.peer)
-    if arguments.peak_of:
-        _print_peak(BENCHMARKS[arguments.benchmark].cases(options), *arguments.peak_of)
-        return
     for name in BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]:
         _run(name, options, arguments.out)
 
@@ -50,7 +47,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU here")
@@ -66,11 +62,11 @@ def _run(name: str, options: Options, out: Path) -> None:
     rows: list[Row] = []
     for case in cases:
         timings = compare(case.variants, rounds=case.rounds, device=options.device)
-        memory = {variant: _peak_of(name, case.name, variant, options) for variant in case.variants if case.memory}
+        memory = {name: _peak_of(run, options.device) for name, run in case.variants.items() if case.memory}
         rows += _rows(name, case, timings, memory, found)
         print(f"\n{table(rows[-len(timings) :])}", flush=True)
     lines = list(module.notes(options)) if hasattr(module, "notes") else []
-    _write(name, machine, found, cases, rows, lines, out)
+    _write(name, options, (machine, found), cases, rows, lines, out)
 
 
 def _require_green(name: str, tests: Sequence[str]) -> None:
@@ -100,30 +96,17 @@ def _rows(name: str, case: Case, timings: dict[str, Timing], memory: dict[str, f
         )
 
 
-def _peak_of(name: str, case: str, variant: str, options: Options) -> float:
-    """MiB that calls of one variant add to a process of its own, over building its inputs."""
-    command = [sys.executable, "-m", "benchmarks.run", name, "--device", options.device, "--peak-of", case, variant]
-    for flag, value in (("--data", options.data), ("--peer", options.peer)):
-        command += [flag, str(value)] if value else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"measuring the memory of {variant} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
-
-
-def _print_peak(cases: list[Case], case: str, variant: str) -> None:
-    run = next(each for each in cases if each.name == case).variants[variant]
-    run()  # builds inputs and libraries
-    if torch.cuda.is_available():
+def _peak_of(run: Variant, device: str) -> float:
+    """MiB that a call adds, over its inputs, to what the process holds."""
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     reset_peak()
     before = peak_kib()
     run()
-    print((peak_kib() - before) / 1024)
+    return (peak_kib() - before) / 1024
 
 
 def _peak_line(found: Peaks) -> str:
@@ -133,14 +116,27 @@ def _peak_line(found: Peaks) -> str:
     )
 
 
+def _flags(options: Options) -> str:
+    """Without the folders, which are of no use elsewhere."""
+    device = f" --device {options.device}" if options.device != "cpu" else ""
+    return device + " --data DIR" * (options.data is not None) + " --peer DIR" * (options.peer is not None)
+
+
 def _write(
-    name: str, machine: str, found: Peaks, cases: list[Case], rows: list[Row], lines: list[str], out: Path
+    name: str,
+    options: Options,
+    on: tuple[str, Peaks],
+    cases: list[Case],
+    rows: list[Row],
+    lines: list[str],
+    out: Path,
 ) -> None:
+    machine, found = on
     today = f"{date.today()}"
     stem = f"{today}-{name.replace('_', '-')}"
     text = [
         f"# {today}, {name}",
-        f"    {' '.join(['python -m benchmarks.run', *sys.argv[1:]])}",
+        f"    python -m benchmarks.run {name}{_flags(options)}",
         BENCHMARKS[name].__doc__ or "",
     ]
     text += [f"{machine}. {_peak_line(found)} Medians of turns, quartiles in brackets.", *lines]

@@ -40,7 +40,7 @@ def cases(options: Options) -> list[Case]:
     config = _config(options)
     own = own_backend(options.device)
     variants: dict[str, Callable[[], object]] = {
-        "naive padded PyTorch": _lazy(lambda: _naive(config, _batches(config, options))),
+        "naive padded PyTorch": _lazy(lambda: _naive(config, _batches(options))),
         "gr without a kernel float32": on_backend("torch", _lazy(lambda: _ours(config, options))),
         f"gr {own} float32": on_backend(own, _lazy(lambda: _ours(config, options))),
         f"gr {own} bfloat16": on_backend(own, _lazy(lambda: _ours(_config(options, "bf16"), options))),
@@ -52,7 +52,7 @@ def cases(options: Options) -> list[Case]:
 def notes(options: Options) -> Iterator[str]:
     """How much of the padded work is real, and where gr's step spends its time."""
     config = _config(options)
-    lengths = torch.cat([batch.features.lengths() for batch in _batches(config, options)]).double()
+    lengths = torch.cat([batch.features.lengths() for batch in _batches(options)]).double()
     N = config.data.max_length
     tokens = lengths.sum() / (len(lengths) * N)
     pairs = (lengths * (lengths + 1) / 2).sum() / (len(lengths) * N * N)
@@ -91,7 +91,8 @@ def _world(device: str) -> World:
 
 
 @functools.cache
-def _batches(config: ExperimentConfig, options: Options) -> list[SequenceBatch]:
+def _batches(options: Options) -> list[SequenceBatch]:
+    config = _config(options)
     built = build(config, _world(options.device))
     size = config.trainer.global_batch_size
     loader = TrainLoader(built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1)
@@ -105,7 +106,7 @@ def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
     built = build(config, here)
     sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
     module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
-    batches = [batch.to(here.device) for batch in _batches(_config(options), options)]
+    batches = [batch.to(here.device) for batch in _batches(options)]
     steps = itertools.count()
 
     def step() -> None:

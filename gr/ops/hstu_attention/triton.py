@@ -503,36 +503,51 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By kernel, bytes of an element, and padded width of a head up to which they hold. Compiled for sm_80, sm_90 and sm_100
-# by tests/ops/test_triton_compiled.py, which looks for spills; not timed on a GPU.
+# By kernel, bytes of an element, padded width of a head up to which they hold, and whether there is a bias, which takes
+# registers. tests/ops/test_triton_compiled.py compiles them and looks for spills. Not timed on a GPU.
 TILES = {
-    ("forward", 2, 64): Tiles(128, 64, 8, 3),
-    ("forward", 2, 128): Tiles(128, 64, 8, 2),
-    ("forward", 2, 256): Tiles(64, 32, 4, 2),
-    ("forward", 4, 64): Tiles(64, 32, 4, 2),
-    ("forward", 4, 128): Tiles(32, 32, 4, 2),
-    ("query_gradient", 2, 64): Tiles(128, 64, 8, 3),
-    ("query_gradient", 2, 128): Tiles(64, 64, 4, 2),
-    ("query_gradient", 2, 256): Tiles(64, 32, 8, 1),
-    ("query_gradient", 4, 64): Tiles(64, 32, 4, 2),
-    ("query_gradient", 4, 128): Tiles(32, 32, 4, 1),
-    ("key_gradient", 2, 64): Tiles(128, 64, 8, 2),
-    ("key_gradient", 2, 128): Tiles(64, 64, 8, 2),
-    ("key_gradient", 2, 256): Tiles(64, 32, 8, 1),
-    ("key_gradient", 4, 64): Tiles(32, 32, 4, 2),
-    ("key_gradient", 4, 128): Tiles(32, 32, 8, 1),
-    ("table_gradient", 2, 64): Tiles(64, 64, 8, 2),
-    ("table_gradient", 2, 128): Tiles(64, 64, 8, 1),
-    ("table_gradient", 2, 256): Tiles(64, 64, 8, 1),
-    ("table_gradient", 4, 64): Tiles(32, 32, 4, 1),
-    ("table_gradient", 4, 128): Tiles(32, 32, 8, 1),
+    ("forward", 2, 64, False): Tiles(128, 64, 8, 3),
+    ("forward", 2, 64, True): Tiles(128, 64, 8, 3),
+    ("forward", 2, 128, False): Tiles(128, 64, 8, 2),
+    ("forward", 2, 128, True): Tiles(64, 64, 8, 2),
+    ("forward", 2, 256, False): Tiles(64, 32, 8, 2),
+    ("forward", 2, 256, True): Tiles(64, 32, 8, 2),
+    ("forward", 4, 64, False): Tiles(32, 32, 4, 2),
+    ("forward", 4, 64, True): Tiles(32, 32, 8, 2),
+    ("forward", 4, 128, False): Tiles(32, 32, 8, 2),
+    ("forward", 4, 128, True): Tiles(16, 32, 4, 2),
+    ("query_gradient", 2, 64, False): Tiles(128, 64, 8, 3),
+    ("query_gradient", 2, 64, True): Tiles(64, 64, 8, 2),
+    ("query_gradient", 2, 128, False): Tiles(64, 64, 8, 2),
+    ("query_gradient", 2, 128, True): Tiles(64, 64, 8, 2),
+    ("query_gradient", 2, 256, False): Tiles(64, 32, 8, 2),
+    ("query_gradient", 2, 256, True): Tiles(32, 32, 8, 2),
+    ("query_gradient", 4, 64, False): Tiles(32, 32, 4, 2),
+    ("query_gradient", 4, 64, True): Tiles(32, 32, 8, 2),
+    ("query_gradient", 4, 128, False): Tiles(16, 32, 8, 2),
+    ("query_gradient", 4, 128, True): Tiles(16, 32, 8, 2),
+    ("key_gradient", 2, 64, False): Tiles(128, 32, 8, 2),
+    ("key_gradient", 2, 64, True): Tiles(64, 32, 8, 2),
+    ("key_gradient", 2, 128, False): Tiles(64, 64, 8, 2),
+    ("key_gradient", 2, 128, True): Tiles(32, 32, 8, 2),
+    ("key_gradient", 2, 256, False): Tiles(32, 32, 8, 1),
+    ("key_gradient", 2, 256, True): Tiles(16, 32, 8, 1),
+    ("key_gradient", 4, 64, False): Tiles(32, 32, 8, 2),
+    ("key_gradient", 4, 64, True): Tiles(32, 16, 8, 2),
+    ("key_gradient", 4, 128, False): Tiles(16, 16, 8, 2),
+    ("key_gradient", 4, 128, True): Tiles(16, 16, 8, 2),
+    ("table_gradient", 2, 64, True): Tiles(64, 64, 8, 2),
+    ("table_gradient", 2, 128, True): Tiles(64, 64, 8, 1),
+    ("table_gradient", 2, 256, True): Tiles(32, 32, 8, 1),
+    ("table_gradient", 4, 64, True): Tiles(32, 32, 8, 1),
+    ("table_gradient", 4, 128, True): Tiles(32, 32, 8, 1),
 }
 
 
-def tiles_of(kernel: str, dtype: torch.dtype, width: int) -> Tiles:
+def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool) -> Tiles:
     """The row of TILES for heads of `width`, padded; ValueError if there is none."""
-    for (name, size, widest), tiles in TILES.items():
-        if name == kernel and size == dtype.itemsize and width <= widest:
+    for (name, size, widest, bias), tiles in TILES.items():
+        if (name, size, bias) == (kernel, dtype.itemsize, biased) and width <= widest:
             return tiles
     raise ValueError(
         f"q_THQ and v_THV have up to {width} elements a head (padded to a power of two); on a GPU in {dtype} at most "
@@ -577,8 +592,9 @@ class _Call:
             return None, None, None, None, middle
         return (*self.buckets.seconds, time, middle)
 
-    def tiles(self, kernel: str, q: Tensor, v: Tensor) -> Tiles:
-        return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])))
+    def tiles(self, kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
+        biased = any(table is not None for table in tables)
+        return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
 
 
 def hstu_attention_triton(
@@ -640,7 +656,7 @@ class _Triton(torch.autograd.Function):
         call: _Call,
         output: Tensor | None,
     ) -> Tensor:
-        tiles = call.tiles("forward", q, v)
+        tiles = call.tiles("forward", q, v, position, time)
         ctx.save_for_backward(q, k, v, position, time)
         ctx.call = call
         if output is not None:
@@ -681,7 +697,7 @@ _Operands = tuple[Tensor, ...]  # q, k, v and the gradient of the output
 
 def _query_gradient(call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor) -> None:
     q, _, v, _ = operands
-    tiles, heads = call.tiles("query_gradient", q, v), q.shape[1]
+    tiles, heads = call.tiles("query_gradient", q, v, position, time), q.shape[1]
     grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
     query_gradient_kernel[grid](
         *(*operands, dq, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
@@ -697,7 +713,7 @@ def _key_gradient(
 ) -> Tensor | None:
     """Fills dk and dv; returns dcandidates [T, H] of key_gradient_kernel, or None."""
     q, _, v, _ = operands
-    tiles, heads = call.tiles("key_gradient", q, v), q.shape[1]
+    tiles, heads = call.tiles("key_gradient", q, v, position, time), q.shape[1]
     wanted = position is not None and call.targets_B is not None
     dcandidates_TH = q.new_empty(q.shape[:2], dtype=torch.float32) if wanted else None
     grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
@@ -715,7 +731,11 @@ def _table_gradients(
     call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dcandidates_TH: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     q, _, v, _ = operands
-    tiles, heads, sequences = call.tiles("table_gradient", q, v), q.shape[1], call.offsets_B1.numel() - 1
+    tiles, heads, sequences = (
+        call.tiles("table_gradient", q, v, position, time),
+        q.shape[1],
+        call.offsets_B1.numel() - 1,
+    )
     below = triton.cdiv(call.max_length, tiles.outer)
     ahead = below - 1 if call.contextual else 0
     parts = min(sequences, triton.cdiv(_TABLE_PROGRAMS, (below + ahead) * heads))

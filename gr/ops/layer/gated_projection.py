@@ -54,8 +54,8 @@ def _numbers(gate: Gate) -> tuple[int | float | bool, ...]:
     return gate.groups, gate.eps, gate.silu, gate.concat, gate.dropout, gate.seed
 
 
-def _gated(u: Tensor, a: Tensor, affine: _Affine, gate: Gate) -> Tensor:
-    match _path(u):
+def _gated(path: Backend, u: Tensor, a: Tensor, affine: _Affine, gate: Gate) -> Tensor:
+    match path:
         case "native":
             return torch.ops.gr.gate(u, a, *(None if p is None else p.float() for p in affine), *_numbers(gate))
         case "triton":
@@ -66,9 +66,11 @@ def _gated(u: Tensor, a: Tensor, affine: _Affine, gate: Gate) -> Tensor:
             return gate_reference(u, a, *affine, gate)
 
 
-def _gated_backward(dy: Tensor, u: Tensor, a: Tensor, affine: _Affine, gate: Gate) -> tuple[Tensor | None, ...]:
+def _gated_backward(
+    path: Backend, dy: Tensor, u: Tensor, a: Tensor, affine: _Affine, gate: Gate
+) -> tuple[Tensor | None, ...]:
     """Gradients of u, a and the two tensors of the norm, the latter in float32 or better."""
-    match _path(u):
+    match path:
         case "native":
             norms = (None if p is None else p.float() for p in affine)
             du, da, dnorm_2U = torch.ops.gr.gate_backward(dy, u, a, *norms, *_numbers(gate))
@@ -99,8 +101,9 @@ class _GatedProjection(torch.autograd.Function):
         gate: Gate,
     ) -> Tensor:
         ctx.save_for_backward(u, a, weight, bias, norm_weight, norm_bias)
-        ctx.gate = gate
-        y = _gated(_operand(u), _operand(a), (norm_weight, norm_bias), gate)
+        # The backward pass may run in another thread, which knows of no forced backend.
+        ctx.gate, ctx.path = gate, _path(u)
+        y = _gated(ctx.path, _operand(u), _operand(a), (norm_weight, norm_bias), gate)
         out = y @ weight.to(y.dtype)
         return out if bias is None else out.add_(bias.to(y.dtype))
 
@@ -109,9 +112,9 @@ class _GatedProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, a, weight, bias, *affine = ctx.saved_tensors
         u_rows, a_rows, norms = _operand(u), _operand(a), (affine[0], affine[1])
-        dweight = (_gated(u_rows, a_rows, norms, ctx.gate).T @ grad).to(weight.dtype)
+        dweight = (_gated(ctx.path, u_rows, a_rows, norms, ctx.gate).T @ grad).to(weight.dtype)
         dbias = None if bias is None else grad.sum(0).to(bias.dtype)
         dy = (grad @ weight.to(grad.dtype).T).contiguous()
-        du, da, *dnorms = _gated_backward(dy, u_rows, a_rows, norms, ctx.gate)
+        du, da, *dnorms = _gated_backward(ctx.path, dy, u_rows, a_rows, norms, ctx.gate)
         cast = (None if p is None or dp is None else dp.to(p.dtype) for p, dp in zip(affine, dnorms, strict=True))
         return du, da, dweight, dbias, *cast, None
