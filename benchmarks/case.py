@@ -33,6 +33,7 @@ class Case:
     baseline: str
     work: float = 0.0
     rounds: int = 7
+    warmups: int = 2
     series: str = ""
     at: int = 0
     memory: bool = False

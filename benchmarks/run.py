@@ -61,7 +61,7 @@ def _run(name: str, options: Options, out: Path) -> None:
     print(f"{machine}\n{_peak_line(found)}", flush=True)
     rows: list[Row] = []
     for case in cases:
-        timings = compare(case.variants, rounds=case.rounds, device=options.device)
+        timings = compare(case.variants, rounds=case.rounds, warmups=case.warmups, device=options.device)
         memory = {name: _peak_of(run, options.device) for name, run in case.variants.items() if case.memory}
         rows += _rows(name, case, timings, memory, found)
         print(f"\n{table(rows[-len(timings) :])}", flush=True)
