@@ -1,8 +1,9 @@
 """Where a process stands among its peers: rank, world size, device, process group."""
 
+import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gr.errors import ConfigError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -82,6 +84,31 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+def use_cpu_well(world: World) -> None:
+    """For the entry point of a process that trains on CPU: threads for the box, and an allocator that keeps memory.
+
+    Each rank of a machine takes its share of the cores this process may use. OMP_NUM_THREADS decides where it is set,
+    but for the 1 that torchrun sets for its own ranks, whatever the box.
+    By default glibc maps and gives back every large temporary: page faults were half the time of large tensors.
+    """
+    if world.device.type != "cpu":
+        return
+    torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
+    with suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:
+    """Threads of one of `local_size` ranks on a machine with `cores`."""
+    wanted = environment.get("OMP_NUM_THREADS", "")
+    set_by_torchrun = wanted == "1" and "TORCHELASTIC_RUN_ID" in environment
+    if wanted.isdecimal() and int(wanted) > 0 and not set_by_torchrun:
+        return int(wanted)
+    return max(1, cores // local_size)
 
 
 @contextmanager

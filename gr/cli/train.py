@@ -17,11 +17,12 @@ def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
         overrides = (*overrides, f"planner.plan={json.dumps(plan)}")
     loaded = load_config(config, overrides)
     from gr import logging
-    from gr.dist import world
+    from gr.dist import use_cpu_well, world
     from gr.experiment import train
 
     with world(loaded.device) as here:
         logging.configure(here.rank)
+        use_cpu_well(here)
         report = train(loaded, here)
         if report is not None and here.is_main:
             print_report(report, loaded.run_dir)

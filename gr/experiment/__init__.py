@@ -6,22 +6,25 @@ from typing import Any, Literal
 from gr.config import Experiment, RankingConfig
 from gr.dist import World
 from gr.experiment import ranking, retrieval
+from gr.ops.backend import force_backend
 
 
 def train(config: Experiment, world: World) -> dict[str, Any] | None:
     """Trains, resuming where run_dir has a checkpoint; the final report, or None when a signal stopped the run."""
-    if isinstance(config, RankingConfig):
-        return ranking.train(config, world)
-    return retrieval.train(config, world)
+    with force_backend(config.trainer.operators):
+        if isinstance(config, RankingConfig):
+            return ranking.train(config, world)
+        return retrieval.train(config, world)
 
 
 def evaluate(
     config: Experiment, checkpoint: Path, world: World, split: Literal["validation", "test"]
 ) -> dict[str, Any]:
     """Metrics of a checkpoint, from the checkpoint and the data alone. split: of retrieval, by user."""
-    if isinstance(config, RankingConfig):
-        return ranking.evaluate(config, checkpoint, world)
-    return retrieval.evaluate(config, checkpoint, world, split)
+    with force_backend(config.trainer.operators):
+        if isinstance(config, RankingConfig):
+            return ranking.evaluate(config, checkpoint, world)
+        return retrieval.evaluate(config, checkpoint, world, split)
 
 
 __all__ = ["evaluate", "train"]

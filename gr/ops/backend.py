@@ -31,12 +31,15 @@ def backend_for(device: torch.device) -> Backend:
 
 
 @contextlib.contextmanager
-def force_backend(name: Backend) -> Iterator[None]:
-    """Use one implementation inside a `with` block, for tests and comparisons.
+def force_backend(name: Backend | Literal["auto"]) -> Iterator[None]:
+    """Use one implementation inside a `with` block; "auto" changes nothing.
 
     Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs a CUDA
     device, or TRITON_INTERPRET=1 in the environment, which runs its kernels slowly on CPU tensors.
     """
+    if name == "auto":
+        yield
+        return
     if name not in get_args(Backend):
         raise ValueError(f"backend must be 'native', 'torch' or 'triton', not {name!r}")
     if name == "native":

@@ -1,10 +1,12 @@
 """World: sums and gathers over ranks, and the device of a process."""
 
+import resource
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from gr.dist import World, resolve_device, world
+from gr.dist import World, cpu_threads, resolve_device, use_cpu_well, world
 from gr.errors import ConfigError
 from tests.support.ranks import run_ranks
 
@@ -62,3 +64,43 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert resolve_device("auto", 3) == resolve_device("cuda", 3) == torch.device("cuda", 3)
         assert resolve_device("cpu", 3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "environment", "threads"),
+    [
+        (1, 2, {}, 2),
+        (2, 2, {}, 1),
+        (4, 2, {}, 1),
+        (1, 100, {}, 100),
+        (8, 100, {}, 12),
+        (8, 100, {"OMP_NUM_THREADS": "3"}, 3),
+        (8, 100, {"OMP_NUM_THREADS": "1"}, 1),
+        (8, 100, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 12),
+        (8, 100, {"OMP_NUM_THREADS": "4", "TORCHELASTIC_RUN_ID": "none"}, 4),
+        (8, 100, {"OMP_NUM_THREADS": "many"}, 12),
+    ],
+)
+def test_threads_of_a_rank(ranks, cores, environment, threads):
+    assert cpu_threads(ranks, cores, environment) == threads
+
+
+def faults_of_large_tensors() -> float:
+    """Page faults of one 64 MiB temporary, after a first one."""
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24).sum()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(faults[1:])
+
+
+def tuned(here: World) -> tuple[float, float]:
+    before = faults_of_large_tensors()
+    use_cpu_well(here)
+    return before, faults_of_large_tensors()
+
+
+def test_the_allocator_keeps_what_it_has():
+    before, after = run_ranks(tuned, 1)[0]
+    assert before > 1000 and after < 100
