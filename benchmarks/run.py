@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1) if arguments.device == "cpu" else None
     options = Options(arguments.device, arguments.data, arguments.peer)
     for name in BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]:
-        _run(name, options, arguments.out)
+        _run(name, options, arguments.case, arguments.out)
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,6 +46,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--peer", type=Path)
+    parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -53,9 +54,11 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _run(name: str, options: Options, out: Path) -> None:
+def _run(name: str, options: Options, only: str, out: Path) -> None:
     module = BENCHMARKS[name]
-    cases = module.cases(options)
+    cases = [case for case in module.cases(options) if only in case.name]
+    if not cases:
+        raise SystemExit(f"{name} has no case with {only!r}; there are {[each.name for each in module.cases(options)]}")
     _require_green(name, module.TESTS)
     machine, found = describe(options.device), peaks(options.device)
     print(f"{machine}\n{_peak_line(found)}", flush=True)

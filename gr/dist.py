@@ -1,9 +1,8 @@
 """Where a process stands among its peers: rank, world size, device, process group."""
 
-import ctypes
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from gr.errors import ConfigError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -87,19 +85,12 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
 
 
 def use_cpu_well(world: World) -> None:
-    """For the entry point of a process that trains on CPU: threads for the box, and an allocator that keeps memory.
+    """For the entry point of a process that trains on CPU: a rank takes its share of the cores it may use.
 
-    Each rank of a machine takes its share of the cores this process may use. OMP_NUM_THREADS decides where it is set,
-    but for the 1 that torchrun sets for its own ranks, whatever the box.
-    By default glibc maps and gives back every large temporary: page faults were half the time of large tensors.
+    OMP_NUM_THREADS decides where it is set, but for the 1 that torchrun sets by itself on any box.
     """
-    if world.device.type != "cpu":
-        return
-    torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
-    with suppress(AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    if world.device.type == "cpu":
+        torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
 
 
 def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:

@@ -116,4 +116,4 @@ def test_the_widest_heads_have_tiles() -> None:
     for kernel in ("forward", "query_gradient", "key_gradient"):
         for biased in (False, True):
             assert attention.tiles_of(kernel, torch.bfloat16, attention.MAX_WIDTH, biased)
-            assert attention.tiles_of(kernel, torch.float32, attention.MAX_WIDTH // 2, biased)
+            assert attention.tiles_of(kernel, torch.float32, attention.MAX_WIDTH, biased)

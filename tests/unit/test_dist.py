@@ -1,7 +1,5 @@
 """World: sums and gathers over ranks, and the device of a process."""
 
-import resource
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -85,22 +83,12 @@ def test_threads_of_a_rank(ranks, cores, environment, threads):
     assert cpu_threads(ranks, cores, environment) == threads
 
 
-def faults_of_large_tensors() -> float:
-    """Page faults of one 64 MiB temporary, after a first one."""
-    faults = []
-    for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 24).sum()
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return min(faults[1:])
-
-
-def tuned(here: World) -> tuple[float, float]:
-    before = faults_of_large_tensors()
+def threads_after(here: World) -> int:
     use_cpu_well(here)
-    return before, faults_of_large_tensors()
+    return torch.get_num_threads()
 
 
-def test_the_allocator_keeps_what_it_has():
-    before, after = run_ranks(tuned, 1)[0]
-    assert before > 1000 and after < 100
+def test_the_share_of_a_rank_is_set(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    assert run_ranks(threads_after, 2) == [3, 3]

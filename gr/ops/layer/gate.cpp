@@ -31,61 +31,83 @@ struct Gate {
   double dropout;
   uint32_t seed;
   const float *weight, *bias;  // of the norm, or null
+  int64_t padded() const { return round_up(width, kLanes); }
   int64_t part() const { return width / groups; }
   int64_t columns() const { return concat ? 3 * width : width; }
-  // x <- x / (1 - dropout) or 0.
-  void drop(int64_t row, float* __restrict x) const {
+  // x <- x / (1 - dropout) or 0, for the columns [first, first + width) of a row.
+  void drop(int64_t row, int64_t first, float* __restrict x) const {
     if (dropout == 0) return;
     const uint32_t key = mix(mix(static_cast<uint32_t>(row)) ^ seed);
+    const uint32_t start = key + static_cast<uint32_t>(first) * 0x9e3779b1u;
     const uint32_t dropped = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
     const float scale = static_cast<float>(1.0 / (1.0 - dropout));
-    const int64_t n = columns();
+    const int64_t n = padded();
     for (int64_t c = 0; c < n; ++c)
-      x[c] = mix(key + static_cast<uint32_t>(c) * 0x9e3779b1u) >= dropped ? x[c] * scale : 0.f;
+      x[c] = mix(start + static_cast<uint32_t>(c) * 0x9e3779b1u) >= dropped ? x[c] * scale : 0.f;
   }
 };
 
-// One row in float: u after its activation, the slope of that, a as (a - mean) / deviation, and 1 / deviation.
+// One row in float, in buffers of whole vectors: u after its activation, the slope of that, a, a as (a - mean) /
+// deviation, the affine map of the norm (one and zero without one), the three parts of y or of its gradient, and
+// 1 / deviation of each group. Padding is zero where a row is read.
 struct Row {
-  float *u, *slope, *a, *hat, *y;
-  float* rstd;
+  float *u, *slope, *a, *hat, *weight, *bias, *y[3], *rstd;
   Row(const Gate& gate, Scratch& scratch) {
     scratch.reset();
-    u = scratch.take<float>(gate.width), slope = scratch.take<float>(gate.width), a = scratch.take<float>(gate.width);
-    hat = scratch.take<float>(gate.width), y = scratch.take<float>(gate.columns());
+    for (float** buffer : {&u, &slope, &a, &hat, &weight, &bias, &y[0], &y[1], &y[2]}) {
+      *buffer = scratch.take<float>(gate.padded());
+      std::fill(*buffer, *buffer + gate.padded(), 0.f);
+    }
     rstd = scratch.take<float>(gate.groups);
+    std::fill(slope, slope + gate.padded(), 1.f);
+    std::fill(weight, weight + gate.width, 1.f);
+    if (gate.weight) {
+      std::copy(gate.weight, gate.weight + gate.width, weight);
+      std::copy(gate.bias, gate.bias + gate.width, bias);
+    }
   }
 };
 
-template <typename S> void read(const S* in, float* __restrict out, int64_t n) {
+template <typename S> void read(const S* __restrict in, float* __restrict out, int64_t n) {
   for (int64_t c = 0; c < n; ++c) out[c] = static_cast<float>(in[c]);
+}
+template <typename S> void write(const float* __restrict in, S* __restrict out, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<S>(in[c]);
+}
+
+inline void activate_row(float* __restrict u, float* __restrict slope, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) {
+    const float x = u[c], g = sigmoid(x), y = x * g;
+    u[c] = y;
+    slope[c] = g + y * (1.f - g);
+  }
+}
+
+// hat <- (x - mean) / deviation; returns 1 / deviation.
+inline float normalise(const float* __restrict x, float* __restrict hat, int64_t n, float eps) {
+  float sum = 0.f, squares = 0.f;
+  for (int64_t c = 0; c < n; ++c) sum += x[c];
+  const float mean = sum / static_cast<float>(n);
+  for (int64_t c = 0; c < n; ++c) squares += (x[c] - mean) * (x[c] - mean);
+  const float rstd = 1.f / std::sqrt(squares / static_cast<float>(n) + eps);
+  for (int64_t c = 0; c < n; ++c) hat[c] = (x[c] - mean) * rstd;
+  return rstd;
 }
 
 template <typename S> void prepare(const Gate& gate, const S* u, const S* a, const Row& row) {
   read(u, row.u, gate.width);
   read(a, row.a, gate.width);
-  if (gate.silu) {
-    for (int64_t c = 0; c < gate.width; ++c) {
-      const float x = row.u[c], g = sigmoid(x), y = x * g;
-      row.u[c] = y;
-      row.slope[c] = g + y * (1.f - g);
-    }
-  }
+  if (gate.silu) activate_row(row.u, row.slope, gate.padded());
   const int64_t part = gate.part();
-  for (int64_t g = 0; g < gate.groups; ++g) {
-    const float* __restrict x = row.a + g * part;
-    float sum = 0.f, squares = 0.f;
-    for (int64_t c = 0; c < part; ++c) sum += x[c];
-    const float mean = sum / static_cast<float>(part);
-    for (int64_t c = 0; c < part; ++c) squares += (x[c] - mean) * (x[c] - mean);
-    const float rstd = 1.f / std::sqrt(squares / static_cast<float>(part) + gate.eps);
-    for (int64_t c = 0; c < part; ++c) row.hat[g * part + c] = (x[c] - mean) * rstd;
-    row.rstd[g] = rstd;
-  }
+  for (int64_t g = 0; g < gate.groups; ++g)
+    row.rstd[g] = normalise(row.a + g * part, row.hat + g * part, part, gate.eps);
 }
 
-inline float normed(const Gate& gate, const Row& row, int64_t c) {
-  return gate.weight ? row.hat[c] * gate.weight[c] + gate.bias[c] : row.hat[c];
+// y <- u (hat weight + bias)
+inline void gate_row(const Row& row, int64_t n) {
+  const float *__restrict u = row.u, *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias;
+  float* __restrict y = row.y[2];
+  for (int64_t c = 0; c < n; ++c) y[c] = u[c] * (hat[c] * w[c] + b[c]);
 }
 
 using Optional = std::optional<at::Tensor>;
@@ -107,45 +129,46 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
       for (int64_t t = begin; t < end; ++t) {
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
                 row);
-        float* __restrict last = row.y + gate.columns() - gate.width;
-        for (int64_t c = 0; c < gate.width; ++c) last[c] = row.u[c] * normed(gate, row, c);
-        if (gate.concat) {
-          std::copy(row.u, row.u + gate.width, row.y);
-          std::copy(row.a, row.a + gate.width, row.y + gate.width);
-        }
-        gate.drop(t, row.y);
+        gate_row(row, gate.padded());
         scalar_t* to = out.mutable_data_ptr<scalar_t>() + t * gate.columns();
-        for (int64_t c = 0; c < gate.columns(); ++c) to[c] = static_cast<scalar_t>(row.y[c]);
+        if (gate.concat) {
+          gate.drop(t, 0, row.u);
+          gate.drop(t, gate.width, row.a);
+          write(row.u, to, gate.width);
+          write(row.a, to + gate.width, gate.width);
+        }
+        gate.drop(t, gate.columns() - gate.width, row.y[2]);
+        write(row.y[2], to + gate.columns() - gate.width, gate.width);
       }
     });
   });
   return out;
 }
 
-// row.y holds the gradient of y. Leaves that of u in row.u and of a in row.a; adds those of the norm to sums [2, width].
+// row.y holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and that
+// of a in row.a; adds those of the norm to sums [2, width], if it has any.
 void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
-  const int64_t width = gate.width, part = gate.part();
-  float* __restrict dlast = row.y + gate.columns() - width;
-  for (int64_t c = 0; c < width; ++c) {
-    const float dnormed = dlast[c] * row.u[c];
-    float du = dlast[c] * normed(gate, row, c);
-    if (gate.concat) du += row.y[c];
-    row.u[c] = gate.silu ? du * row.slope[c] : du;
-    if (gate.weight) {
-      sums[c] += dnormed * row.hat[c];
-      sums[width + c] += dnormed;
-    }
-    dlast[c] = gate.weight ? dnormed * gate.weight[c] : dnormed;
+  const int64_t n = gate.padded(), part = gate.part();
+  float *__restrict u = row.u, *__restrict dlast = row.y[2];
+  const float *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias, *__restrict du = row.y[0];
+  const float* __restrict slope = row.slope;
+  if (sums) {
+    float *__restrict dweight = sums, *__restrict dbias = sums + gate.width;
+    for (int64_t c = 0; c < gate.width; ++c) dweight[c] += dlast[c] * u[c] * hat[c];
+    for (int64_t c = 0; c < gate.width; ++c) dbias[c] += dlast[c] * u[c];
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    const float dnormed = dlast[c] * u[c];
+    u[c] = (du[c] + dlast[c] * (hat[c] * w[c] + b[c])) * slope[c];
+    dlast[c] = dnormed * w[c];
   }
   for (int64_t g = 0; g < gate.groups; ++g) {
-    const float *__restrict d = dlast + g * part, *__restrict hat = row.hat + g * part;
-    float sum = 0.f, along = 0.f;
-    for (int64_t c = 0; c < part; ++c) sum += d[c], along += d[c] * hat[c];
-    const float mean = sum / static_cast<float>(part), slope = along / static_cast<float>(part);
-    for (int64_t c = 0; c < part; ++c) {
-      const float da = row.rstd[g] * (d[c] - mean - hat[c] * slope);
-      row.a[g * part + c] = gate.concat ? da + row.y[width + g * part + c] : da;
-    }
+    const float *__restrict d = row.y[2] + g * part, *__restrict x = row.hat + g * part;
+    const float* __restrict direct = row.y[1] + g * part;
+    float *__restrict da = row.a + g * part, sum = 0.f, along = 0.f;
+    for (int64_t c = 0; c < part; ++c) sum += d[c], along += d[c] * x[c];
+    const float mean = sum / static_cast<float>(part), rate = along / static_cast<float>(part), rstd = row.rstd[g];
+    for (int64_t c = 0; c < part; ++c) da[c] = direct[c] + rstd * (d[c] - mean - x[c] * rate);
   }
 }
 
@@ -164,13 +187,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
       for (int64_t t = first * kRows; t < std::min(last * kRows, u.size(0)); ++t) {
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
                 row);
-        read(dy.const_data_ptr<scalar_t>() + t * gate.columns(), row.y, gate.columns());
-        gate.drop(t, row.y);
+        const scalar_t* from = dy.const_data_ptr<scalar_t>() + t * gate.columns();
+        for (int64_t p = gate.concat ? 0 : 2; p < 3; ++p) {
+          const int64_t first = gate.concat ? p * gate.width : 0;
+          read(from + first, row.y[p], gate.width);
+          gate.drop(t, first, row.y[p]);
+        }
         backward_row(gate, row, weight ? sums.mutable_data_ptr<float>() + t / kRows * 2 * gate.width : nullptr);
-        scalar_t* to_u = du.mutable_data_ptr<scalar_t>() + t * gate.width;
-        scalar_t* to_a = da.mutable_data_ptr<scalar_t>() + t * gate.width;
-        for (int64_t c = 0; c < gate.width; ++c) to_u[c] = static_cast<scalar_t>(row.u[c]);
-        for (int64_t c = 0; c < gate.width; ++c) to_a[c] = static_cast<scalar_t>(row.a[c]);
+        write(row.u, du.mutable_data_ptr<scalar_t>() + t * gate.width, gate.width);
+        write(row.a, da.mutable_data_ptr<scalar_t>() + t * gate.width, gate.width);
       }
     });
   });
