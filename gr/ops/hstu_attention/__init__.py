@@ -59,10 +59,10 @@ def hstu_attention(
     Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor is that of the public code.
     """
     _check_values(q_THQ, k_THQ, v_THV)
+    _check_devices(q_THQ.device, offsets_B1, divisor, position_bias, time_bias)
     check_offsets(offsets_B1, q_THQ.shape[0], max_length)
     _check_biases(position_bias, time_bias, time_buckets, max_length)
-    if time_buckets is not None:
-        _check_buckets(time_buckets, offsets_B1)
+    _check_buckets(time_buckets, offsets_B1)
     if mask is not None:
         mask.check(offsets_B1)
         if mask.contextual_len and time_bias is not None:
@@ -115,6 +115,12 @@ def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
         raise ValueError(f"q_THQ, k_THQ and v_THV differ in device: {q_THQ.device}, {k_THQ.device}, {v_THV.device}")
 
 
+def _check_devices(device: torch.device, *others: object) -> None:
+    for name, value in zip(("offsets_B1", "divisor", "position_bias", "time_bias"), others, strict=True):
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, q_THQ on {device}")
+
+
 def _check_biases(
     position_bias: Tensor | None,
     time_bias: Tensor | None,
@@ -132,8 +138,10 @@ def _check_biases(
         raise ValueError(f"time_bias must be [num_buckets + 1] = [{entries}], not {list(time_bias.shape)}")
 
 
-def _check_buckets(time_buckets: TimeBuckets, offsets_B1: Tensor) -> None:
+def _check_buckets(time_buckets: TimeBuckets | None, offsets_B1: Tensor) -> None:
     """Buckets of another batch would be read out of bounds."""
+    if time_buckets is None:
+        return
     made_for_B1 = time_buckets.offsets_B1
     if made_for_B1.device != offsets_B1.device:
         raise ValueError(f"time_buckets are on {made_for_B1.device}, offsets_B1 on {offsets_B1.device}")

@@ -515,7 +515,7 @@ TILES = {
     ("forward", 4, 128, False): Tiles(32, 32, 8, 2),
     ("forward", 4, 128, True): Tiles(16, 32, 4, 2),
     ("query_gradient", 2, 64, False): Tiles(128, 64, 8, 3),
-    ("query_gradient", 2, 64, True): Tiles(64, 64, 8, 2),
+    ("query_gradient", 2, 64, True): Tiles(32, 32, 4, 2),
     ("query_gradient", 2, 128, False): Tiles(64, 64, 4, 2),
     ("query_gradient", 2, 128, True): Tiles(64, 64, 8, 2),
     ("query_gradient", 4, 64, False): Tiles(32, 32, 4, 2),
