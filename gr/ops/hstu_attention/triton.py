@@ -526,14 +526,14 @@ TILES = {
     ("key_gradient", 2, 64, True): Tiles(32, 32, 4, 2),
     ("key_gradient", 2, 128, False): Tiles(32, 32, 4, 2),
     ("key_gradient", 2, 128, True): Tiles(32, 32, 8, 2),
-    ("key_gradient", 4, 64, False): Tiles(32, 32, 8, 2),
+    ("key_gradient", 4, 64, False): Tiles(32, 32, 8, 1),
     ("key_gradient", 4, 64, True): Tiles(32, 16, 8, 2),
-    ("key_gradient", 4, 128, False): Tiles(16, 16, 8, 2),
+    ("key_gradient", 4, 128, False): Tiles(16, 16, 8, 1),
     ("key_gradient", 4, 128, True): Tiles(16, 16, 8, 2),
-    ("table_gradient", 2, 64, True): Tiles(64, 64, 8, 2),
-    ("table_gradient", 2, 128, True): Tiles(64, 64, 8, 1),
-    ("table_gradient", 4, 64, True): Tiles(32, 32, 8, 1),
-    ("table_gradient", 4, 128, True): Tiles(32, 32, 8, 1),
+    ("table_gradient", 2, 64, True): Tiles(32, 32, 4, 1),
+    ("table_gradient", 2, 128, True): Tiles(32, 32, 4, 1),
+    ("table_gradient", 4, 64, True): Tiles(16, 16, 4, 1),
+    ("table_gradient", 4, 128, True): Tiles(16, 16, 4, 1),
 }
 
 
