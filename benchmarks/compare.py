@@ -1,6 +1,6 @@
 """Ratios that hold on a busy machine: variants take turns, CPU time is counted instead of wall time, medians are kept.
 
-Only use it with one thread: CPU time adds up over threads.
+Only use it with one thread: CPU time adds up over threads. On a GPU it is the device's time between two events.
 """
 
 import os
@@ -19,7 +19,7 @@ Variant = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """CPU seconds of one call: the median and the quartiles over the rounds."""
+    """Seconds of one call: the median and the quartiles over the rounds."""
 
     median: float
     low: float
@@ -27,20 +27,26 @@ class Timing:
 
 
 def compare(
-    variants: Mapping[str, Variant], *, rounds: int = 7, round_seconds: float = 0.15, warmups: int = 2
+    variants: Mapping[str, Variant],
+    *,
+    rounds: int = 7,
+    round_seconds: float = 0.15,
+    warmups: int = 2,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Time the variants round-robin. Each takes about `round_seconds` of CPU time, at least one call, a round."""
-    if torch.get_num_threads() != 1:
+    """Time the variants round-robin. Each takes about `round_seconds`, at least one call, a round."""
+    if device == "cpu" and torch.get_num_threads() != 1:
         raise RuntimeError(f"compare counts CPU time: call torch.set_num_threads(1), not {torch.get_num_threads()}")
+    seconds = _cpu_seconds if device == "cpu" else _gpu_seconds
     calls = {}
     for name, variant in variants.items():
-        for _ in range(warmups):
+        for _ in range(warmups - 1):
             variant()
-        calls[name] = max(1, int(round_seconds / max(_cpu_seconds(variant, 1), 1e-6)))
+        calls[name] = max(1, int(round_seconds / max(seconds(variant, 1), 1e-6)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, variant in variants.items():
-            samples[name].append(_cpu_seconds(variant, calls[name]))
+            samples[name].append(seconds(variant, calls[name]))
     return {name: _summary(times) for name, times in samples.items()}
 
 
@@ -56,7 +62,7 @@ def report(title: str, timings: Mapping[str, Timing], *, baseline: str) -> None:
 def print_machine() -> None:
     """The line without which a number means nothing."""
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread")
-    print(f"{_cpu_model()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {' '.join(sys.argv)}")
+    print(f"{cpu_model()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {' '.join(sys.argv)}")
 
 
 def _cpu_seconds(variant: Variant, calls: int) -> float:
@@ -66,6 +72,16 @@ def _cpu_seconds(variant: Variant, calls: int) -> float:
     return (time.process_time() - started) / calls
 
 
+def _gpu_seconds(variant: Variant, calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        variant()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
 def _summary(times: list[float]) -> Timing:
     if len(times) < 2:
         return Timing(times[0], times[0], times[0])
@@ -73,7 +89,7 @@ def _summary(times: list[float]) -> Timing:
     return Timing(median, low, high)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """The model, and the family numbers too, since virtual machines often hide the name."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():

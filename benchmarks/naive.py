@@ -20,10 +20,10 @@ class NaiveLayer(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         N = x_BND.shape[1]
         u, v, q, k = F.silu(F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6) @ self.uvqk).chunk(4, dim=-1)
-        place = torch.arange(N)
+        place = torch.arange(N, device=x_BND.device)
         bias_NN = self.position_bias[(place[None] - place[:, None]) + self.max_length - 1]
         scores_BNN = F.silu(torch.einsum("bnd,bmd->bnm", q, k) + bias_NN) / self.divisor
-        scores_BNN = scores_BNN * torch.ones(N, N).tril()
+        scores_BNN = scores_BNN * torch.ones(N, N, device=x_BND.device).tril()
         a = F.layer_norm(torch.einsum("bnm,bmd->bnd", scores_BNN, v), v.shape[-1:], eps=1e-6)
         return x_BND + self.output(F.dropout(u * a, self.dropout, self.training))
 
@@ -53,6 +53,4 @@ class NaiveRetriever(nn.Module):
         positive = (queries * F.normalize(self.items(targets), dim=-1, eps=1e-6)).sum(-1, keepdim=True)
         vectors_TSD = F.normalize(self.items(negatives), dim=-1, eps=1e-6)
         logits = torch.einsum("td,tsd->ts", queries, vectors_TSD).masked_fill(negatives == targets[:, None], -5e4)
-        return F.cross_entropy(
-            torch.cat([positive, logits], dim=1) / temperature, torch.zeros(len(targets), dtype=torch.long)
-        )
+        return F.cross_entropy(torch.cat([positive, logits], dim=1) / temperature, torch.zeros_like(targets))

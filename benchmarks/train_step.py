@@ -1,23 +1,18 @@
 """One training step of configs/retrieval/ml-1m-hstu.yaml against the naive padded model (naive.py).
 
-    python -m benchmarks.train_step DATA_DIR        # DATA_DIR: what `gr prepare movielens-1m` wrote
-
-Forward, loss, backward and update, on the same batches, both fp32 on one thread, in turns; then where gr's step spends
-its time, and how much work on padding and above the diagonal a jagged, causal step leaves out.
+Forward, loss, backward and update, on the same batches: `gr prepare movielens-1m` wrote them, --data names the folder.
 """
 
+import functools
 import itertools
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.compare import compare, print_machine, report
+from benchmarks.case import Case, Options, on_backend, own_backend
 from benchmarks.naive import NaiveRetriever
 from gr.batch import SequenceBatch
 from gr.config import load_config
@@ -25,62 +20,100 @@ from gr.config.tree import ExperimentConfig, PerPositionNegatives
 from gr.data.loader import TrainLoader
 from gr.dist import World, world
 from gr.experiment.retrieval import build
-from gr.ops.backend import cpu_backend, force_backend
 from gr.ops.jagged import jagged_to_padded
 from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
 from gr.train.objectives import RetrievalObjective
 
+TESTS = (
+    "tests/ops/test_hstu_attention.py",
+    "tests/ops/test_sampled_logits.py",
+    "tests/unit/models/test_retrieval.py",
+    "tests/unit/towers/test_hstu.py",
+)
 CONFIG = "configs/retrieval/ml-1m-hstu.yaml"
 BATCHES = 8
-PEAK_OF = "--peak-of"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    arguments = sys.argv[1:]
-    peak_of = arguments[arguments.index(PEAK_OF) + 1] if PEAK_OF in arguments else None
-    overrides = [f"data.path={arguments[0]}"] if arguments and arguments[0] != PEAK_OF else []
+def cases(options: Options) -> list[Case]:
+    """Building a model takes seconds and memory: each variant's is built when it first runs."""
+    config = _config(options)
+    own = own_backend(options.device)
+    variants: dict[str, Callable[[], object]] = {
+        "naive padded PyTorch": _lazy(lambda: _naive(config, _batches(options))),
+        "gr without a kernel float32": on_backend("torch", _lazy(lambda: _ours(config, options))),
+        f"gr {own} float32": on_backend(own, _lazy(lambda: _ours(config, options))),
+        f"gr {own} bfloat16": on_backend(own, _lazy(lambda: _ours(_config(options, "bf16"), options))),
+    }
+    name = f"training step, batch {config.trainer.global_batch_size}, N {config.data.max_length}"
+    return [Case(name, variants, "naive padded PyTorch", rounds=9, memory=True)]
+
+
+def notes(options: Options) -> Iterator[str]:
+    """How much of the padded work is real, and where gr's step spends its time."""
+    config = _config(options)
+    lengths = torch.cat([batch.features.lengths() for batch in _batches(options)]).double()
+    N = config.data.max_length
+    tokens = lengths.sum() / (len(lengths) * N)
+    pairs = (lengths * (lengths + 1) / 2).sum() / (len(lengths) * N * N)
+    yield f"Of the padded batch {tokens:.0%} of the tokens are real, and {pairs:.0%} of the attention scores."
+    step = _lazy(lambda: _ours(config, options))
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as recording:
+        for _ in range(BATCHES):
+            step()
+    rows = sorted(recording.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    shares = (f"{row.key} {row.self_cpu_time_total / total:.1%}" for row in rows[:16])
+    yield f"Where the float32 step spends its CPU time: {', '.join(shares)}."
+
+
+def _config(options: Options, precision: str = "fp32") -> ExperimentConfig:
+    if options.data is None:
+        raise SystemExit("train_step needs --data FOLDER, as `gr prepare movielens-1m --out FOLDER` writes it")
+    overrides = [f"data.path={options.data}", f"trainer.precision={precision}", f"device={options.device}"]
     config = load_config(CONFIG, overrides)
-    with world("cpu") as here:
-        ours, batches = _ours(config, here)
-        naive = _naive(config, batches)
-        if peak_of:
-            _print_peak(peak_of, {"gr": ours, "naive": naive}[peak_of])
-            return
-        _print_times(config, ours, naive)
-        _print_work(batches, config)
-        _print_profile(ours)
-    _print_peaks()
+    assert isinstance(config, ExperimentConfig)
+    return config
 
 
-def _print_times(config: ExperimentConfig, ours: Callable[[], object], naive: Callable[[], object]) -> None:
-    print_machine()
-    variants: dict[str, Callable[[], object]] = {"naive padded PyTorch": naive, f"gr ({cpu_backend()})": ours}
-    if cpu_backend() == "native":
-        variants["gr (torch, no compiler)"] = partial(_without_compiler, ours)
-    examples = config.trainer.global_batch_size
-    timings = compare(variants, rounds=9, round_seconds=0.1)
-    report(f"training step, batch {examples}, N {config.data.max_length}", timings, baseline="naive padded PyTorch")
-    for name, timing in timings.items():
-        print(f"  {name:34s} {examples / timing.median:9.0f} examples per CPU second")
+def _lazy(build_step: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    built = functools.cache(build_step)
+    return lambda: built()()
 
 
-def _ours(config: ExperimentConfig, here: World) -> tuple[Callable[[], object], list[SequenceBatch]]:
-    built = build(config, here)
-    sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
-    module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
+_open = ExitStack()  # the process group lives as long as the process
+
+
+@functools.cache
+def _world(device: str) -> World:
+    return _open.enter_context(world("cpu" if device == "cpu" else "cuda"))
+
+
+@functools.cache
+def _batches(options: Options) -> list[SequenceBatch]:
+    config = _config(options)
+    built = build(config, _world(options.device))
     size = config.trainer.global_batch_size
     loader = TrainLoader(built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1)
     batches = [next(loader) for _ in range(BATCHES)]
     loader.close()
+    return batches
+
+
+def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
+    here = _world(options.device)
+    built = build(config, here)
+    sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
+    module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
+    batches = [batch.to(here.device) for batch in _batches(options)]
     steps = itertools.count()
 
     def step() -> None:
         number = next(steps)
         module.backward(module.forward(batches[number % BATCHES], number), number)
 
-    return step, batches
+    return step
 
 
 def _naive(config: ExperimentConfig, batches: list[SequenceBatch]) -> Callable[[], object]:
@@ -107,49 +140,3 @@ def _padded(batch: SequenceBatch, length: int) -> tuple[Tensor, Tensor]:
     offsets = batch.features.offsets().long()
     ids, targets = batch.features.values()[:, None], batch.target_ids_T[:, None]
     return tuple(jagged_to_padded(x, offsets, length).squeeze(-1) for x in (ids, targets))  # type: ignore[return-value]
-
-
-def _without_compiler(step: Callable[[], object]) -> None:
-    with force_backend("torch"):
-        step()
-
-
-def _print_work(batches: list[SequenceBatch], config: ExperimentConfig) -> None:
-    lengths = torch.cat([batch.features.lengths() for batch in batches]).double()
-    N = config.data.max_length
-    tokens = lengths.sum() / (len(lengths) * N)
-    pairs = (lengths * (lengths + 1) / 2).sum() / (len(lengths) * N * N)
-    print(f"\nwork of the padded model that is real: {tokens:.0%} of the tokens, {pairs:.0%} of the attention scores")
-
-
-def _print_profile(step: Callable[[], object]) -> None:
-    with profile(activities=[ProfilerActivity.CPU]) as recording:
-        for _ in range(BATCHES):
-            step()
-    print("\nwhere gr's step spends its time (8 steps)")
-    print(recording.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=60))
-
-
-def _print_peaks() -> None:
-    """Each variant in a process of its own."""
-    print("\npeak memory that four steps add to a process, over building the model and the batches")
-    for name in ("naive", "gr"):
-        subprocess.run([sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], PEAK_OF, name], check=True)
-
-
-def _print_peak(name: str, step: Callable[[], object]) -> None:
-    # Starts the high-water mark anew: a process inherits its parent's (proc(5), clear_refs).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _peak_kib()
-    for _ in range(4):
-        step()
-    print(f"  {name:34s} {(_peak_kib() - before) / 1024:9.0f} MiB")
-
-
-def _peak_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,6 +96,24 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+def use_cpu_well(world: World) -> None:
+    """For the entry point of a process that trains on CPU: a rank takes its share of the cores it may use.
+
+    OMP_NUM_THREADS decides where it is set, but for the 1 that torchrun sets by itself on any box.
+    """
+    if world.device.type == "cpu":
+        torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
+
+
+def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:
+    """Threads of one of `local_size` ranks on a machine with `cores`."""
+    wanted = environment.get("OMP_NUM_THREADS", "")
+    set_by_torchrun = wanted == "1" and "TORCHELASTIC_RUN_ID" in environment
+    if wanted.isdecimal() and int(wanted) > 0 and not set_by_torchrun:
+        return int(wanted)
+    return max(1, cores // local_size)
 
 
 @contextmanager

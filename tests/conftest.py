@@ -15,6 +15,8 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 # An example may take long where ranks of other tests share its cores; speed is the benchmarks' business.
 hypothesis.settings.register_profile("gr", deadline=None)
 hypothesis.settings.load_profile("gr")
+# They run in a process of their own, which tests/ops/test_triton.py starts.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 _SKIPPABLE = ("gpu", "data")
 

@@ -16,13 +16,14 @@ def command(checkpoint: str, split: Literal["validation", "test"], overrides: tu
     from gr import logging
     from gr.checkpoint import resolve
     from gr.checkpoint.layout import CONFIG
-    from gr.dist import world
+    from gr.dist import use_cpu_well, world
     from gr.experiment import evaluate
 
     path = resolve(checkpoint)
     loaded = load_config(str(path / CONFIG), overrides)
     with world(loaded.device) as here:
         logging.configure(here.rank)
+        use_cpu_well(here)
         report = evaluate(loaded, path, here, split)
         if here.is_main:
             print_report(report, None)

@@ -19,7 +19,7 @@ def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
         overrides = (*overrides, f"planner.plan={json.dumps(plan)}")
     loaded = load_config(config, overrides)
     from gr import logging, watchdog
-    from gr.dist import world
+    from gr.dist import use_cpu_well, world
     from gr.experiment import train
 
     rank, logs = int(os.environ.get("RANK", 0)), Path(loaded.run_dir) / "logs"
@@ -28,6 +28,7 @@ def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
     # The watchdog reports first; the process group ends what it does not watch, such as the final report.
     slowest = max(limits.values()) + 2 * watchdog.GRACE_SECONDS
     with watchdog.watching(limits, logs, rank), world(loaded.device, timeout=slowest, logs=logs) as here:
+        use_cpu_well(here)
         report = train(loaded, here)
         if report is not None and here.is_main:
             print_report(report, loaded.run_dir)

@@ -26,10 +26,10 @@ class STUConfig(Section):
     min_full_attn_seq_len: NonNegativeInt = Field(
         0, description="Newest tokens of the history, beside the candidates, that see everything despite max_attn_len."
     )
-    recompute: Literal["none", "gate", "layer"] = Field(
+    recompute: Literal["gate", "layer"] = Field(
         "gate",
-        description="What the backward pass builds again instead of keeping: nothing; the input of the output "
-        "projection; that, the normalised input and u, v, q, k. Attention itself is never computed twice.",
+        description="What the backward pass builds again instead of keeping: the normalised input and the input of the "
+        "output projection; or those and u, v, q, k. Attention itself is never computed twice.",
     )
 
     @model_validator(mode="after")

@@ -1,40 +1,51 @@
-"""The one rule that says which implementation of an operator runs on CPU tensors.
+"""The one rule that says which implementation of an operator runs.
 
-"native": C++ built on this machine (gr.ops.native). "torch": plain PyTorch, where that cannot be built. Operators ask
-cpu_backend() at each call; nothing is configured in modules.
+"native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
+on any device, where the other cannot be had. Operators ask backend_for() at each call; nothing is configured in
+modules.
 """
 
 import contextlib
 import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from gr.errors import InstallError
 from gr.logging import get_logger, log_once
 from gr.ops import native
 
-Backend = Literal["native", "torch"]
+Backend = Literal["native", "torch", "triton"]
 
 _logger = get_logger(__name__)
 _forced: ContextVar[Backend | None] = ContextVar("gr.ops forced backend", default=None)
 
 
-def cpu_backend() -> Backend:
-    """The implementation that CPU tensors use now. The first call may build the C++ operators (about 20 seconds)."""
-    return _forced.get() or _detected()
+def backend_for(device: torch.device) -> Backend:
+    """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds)."""
+    return _forced.get() or _detected(device.type)
 
 
 @contextlib.contextmanager
-def force_backend(name: Backend) -> Iterator[None]:
-    """Use one implementation inside a `with` block, for tests and comparisons.
+def force_backend(name: Backend | Literal["auto"]) -> Iterator[None]:
+    """Use one implementation inside a `with` block; "auto" changes nothing.
 
-    Raises ValueError for another name, and InstallError if "native" cannot be had on this machine.
+    Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs a CUDA
+    device, or TRITON_INTERPRET=1 in the environment, which runs its kernels slowly on CPU tensors.
     """
-    if name not in ("native", "torch"):
-        raise ValueError(f"backend must be 'native' or 'torch', not {name!r}")
+    if name == "auto":
+        yield
+        return
+    if name not in get_args(Backend):
+        raise ValueError(f"backend must be 'native', 'torch' or 'triton', not {name!r}")
     if name == "native":
         native.load()
+    elif name == "triton":
+        _require_triton()
     token = _forced.set(name)
     try:
         yield
@@ -42,11 +53,23 @@ def force_backend(name: Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _require_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise InstallError("triton is not installed: it comes with CUDA builds of torch, or pip install triton==3.7.1")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InstallError("backend 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set before Python starts")
+
+
 @functools.cache
-def _detected() -> Backend:
+def _detected(device_type: str) -> Backend:
     try:
-        native.load()
+        if device_type == "cpu":
+            native.load()
+            return "native"
+        if device_type == "cuda":
+            _require_triton()
+            return "triton"
     except InstallError as error:
-        log_once(_logger, f"CPU operators fall back to plain PyTorch, which is several times slower: {error}")
-        return "torch"
-    return "native"
+        kind = "CPU" if device_type == "cpu" else "CUDA"
+        log_once(_logger, f"{kind} operators fall back to plain PyTorch, which is several times slower: {error}")
+    return "torch"

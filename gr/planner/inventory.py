@@ -333,7 +333,7 @@ def _tower(
             concat_ua, recompute = tower.concat_ua, False
             others = (2 * N - 1 if tower.position_bias else 0) + (tower.time_buckets + 1 if tower.time_bias else 0)
         else:
-            concat_ua, recompute = True, tower.recompute != "none"
+            concat_ua, recompute = True, True
             HQ, HV = tower.heads * tower.qk_dim, tower.heads * tower.v_dim
             norms = 2 * D + 2 * (tower.heads if tower.group_norm else HV)
             # W_o has no bias, which HSTUDense counts; U V Q K have one.

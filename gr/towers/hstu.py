@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gr.config.tree import HSTUConfig
 from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
+from gr.ops.layer import gated_projection, norm_linear
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
 
@@ -86,8 +87,7 @@ class HSTULayer(nn.Module):
         self, x_TD: Tensor, sequence: JaggedSequence, divisor: float | Tensor, buckets: TimeBuckets | None
     ) -> Tensor:
         H = self.config.heads
-        normed_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=NORM_EPS)
-        u, v, q, k = F.silu(normed_TD @ self.uvqk).split(self.splits, dim=-1)
+        u, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
         q_THQ, k_THQ, v_THV = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
         if self.config.attention == "softmax":
             a_THV = softmax_attention(q_THQ, k_THQ, v_THV, sequence.offsets_B1, max_length=sequence.max_length)
@@ -103,6 +103,9 @@ class HSTULayer(nn.Module):
                 time_bias=self.time_bias,
                 time_buckets=buckets,
             )
-        a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
-        gated = torch.cat([u, a, u * a], dim=-1) if self.config.concat_ua else u * a
-        return x_TD + self.output(dropout(gated, self.config.dropout, self.training))
+        dropped = self.config.dropout if self.training else 0.0
+        if self.config.concat_ua:
+            a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
+            return x_TD + self.output(dropout(torch.cat([u, a, u * a], dim=-1), dropped, self.training))
+        weight, bias = self.output.weight.T, self.output.bias
+        return x_TD + gated_projection(u, a_THV.flatten(1), weight, bias_D=bias, eps=NORM_EPS, dropout=dropped)

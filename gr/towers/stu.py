@@ -5,16 +5,14 @@ Source: modules/stu.py of meta-recsys/generative-recommenders; arXiv 2402.17152,
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gr.config.stu import STUConfig
-from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import AttentionMask, hstu_attention
+from gr.ops.layer import gated_projection, norm_linear
 from gr.sequence import JaggedSequence
 
 NORM_EPS = 1e-6
@@ -79,22 +77,25 @@ class STULayer(nn.Module):
         def layer(x_TD: Tensor) -> Tensor:
             return self._gate(x_TD, *attend(x_TD))
 
-        recompute = self.config.recompute if torch.is_grad_enabled() else "none"
-        if recompute == "layer":
-            return self._checkpoint(layer, x_TD)
-        if recompute == "gate":
-            return self._checkpoint(self._gate, x_TD, *attend(x_TD))
+        if self.config.recompute == "layer" and torch.is_grad_enabled():
+            random = self.training and self.config.dropout > 0
+            return checkpoint(layer, x_TD, use_reentrant=False, preserve_rng_state=random)
         return layer(x_TD)
-
-    def _checkpoint(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        random = self.training and self.config.dropout > 0
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
 
     def _attend(
         self, x_TD: Tensor, sequence: JaggedSequence, mask: AttentionMask, known_THV: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """u before its SiLU, [T, H V], and the attention, [T, H, V]."""
-        u_TU, v, q, k = self.uvqk(self.input_norm(x_TD)).split(self.splits, dim=-1)
+        norm = self.input_norm
+        uvqk = norm_linear(
+            x_TD,
+            self.uvqk.weight.T,
+            bias_O=self.uvqk.bias,
+            norm_weight_D=norm.weight,
+            norm_bias_D=norm.bias,
+            eps=NORM_EPS,
+        )
+        u_TU, v, q, k = uvqk.split(self.splits, dim=-1)
         q_THQ, k_THQ, v_THV = (t.unflatten(-1, (self.config.heads, -1)) for t in (q, k, v))
         a_THV = hstu_attention(
             q_THQ,
@@ -110,7 +111,18 @@ class STULayer(nn.Module):
         return u_TU, a_THV
 
     def _gate(self, x_TD: Tensor, u_TU: Tensor, a_THV: Tensor) -> Tensor:
-        u_TU = F.silu(u_TU)
-        normed_TU = self.output_norm(a_THV if self.config.group_norm else a_THV.flatten(1)).flatten(1)
-        y = torch.cat([u_TU, a_THV.flatten(1), u_TU * normed_TU], dim=-1)
-        return x_TD + self.output(dropout(y, self.config.dropout, self.training))
+        # Of a group norm each head has one weight, which all its columns share.
+        shared = self.config.v_dim if self.config.group_norm else 1
+        weight_U, bias_U = (p.repeat_interleave(shared) for p in (self.output_norm.weight, self.output_norm.bias))
+        return x_TD + gated_projection(
+            u_TU,
+            a_THV.flatten(1),
+            self.output.weight.T,
+            norm_weight_U=weight_U,
+            norm_bias_U=bias_U,
+            groups=self.config.heads if self.config.group_norm else 1,
+            eps=NORM_EPS,
+            silu=True,
+            concat=True,
+            dropout=self.config.dropout if self.training else 0.0,
+        )

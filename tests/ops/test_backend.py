@@ -11,22 +11,43 @@ import torch
 from gr.errors import InstallError
 from gr.ops import backend as backend_module
 from gr.ops import native
-from gr.ops.backend import Backend, cpu_backend, force_backend
+from gr.ops.backend import Backend, backend_for, force_backend
+
+CPU = torch.device("cpu")
 
 
 def test_forcing_is_scoped(backend: Backend) -> None:
-    before = cpu_backend()
+    before = backend_for(CPU)
     with force_backend(backend):
-        assert cpu_backend() == backend
+        assert backend_for(CPU) == backend
         with force_backend("torch"):
-            assert cpu_backend() == "torch"
-        assert cpu_backend() == backend
-    assert cpu_backend() == before
+            assert backend_for(CPU) == "torch"
+        assert backend_for(CPU) == backend
+    assert backend_for(CPU) == before
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="'native' or 'torch', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'native', 'torch' or 'triton', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
         pass
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InstallError, match="triton"), force_backend("triton"):
+        pass
+
+
+def test_cuda_takes_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend_module._detected.cache_clear()
+    try:
+        for installed, expected in ((object(), "triton"), (None, "torch")):
+            monkeypatch.setattr(backend_module.importlib.util, "find_spec", lambda name, found=installed: found)
+            assert backend_for(torch.device("cuda", 1)) == expected
+            backend_module._detected.cache_clear()
+    finally:
+        backend_module._detected.cache_clear()
 
 
 def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -40,7 +61,7 @@ def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     backend_module._detected.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="gr"):
-            assert [cpu_backend(), cpu_backend()] == ["torch", "torch"]
+            assert [backend_for(CPU), backend_for(CPU)] == ["torch", "torch"]
         assert sum("no C++ compiler (this test)" in record.message for record in caplog.records) == 1
         with pytest.raises(InstallError), force_backend("native"):
             pass
@@ -92,5 +113,5 @@ def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_loading_leaves_denormals_alone() -> None:
     """-ffast-math in the link would flush them to zero in the whole process."""
-    with force_backend(cpu_backend()):
+    with force_backend(backend_for(CPU)):
         assert float(torch.tensor(1e-40) * 1.0) > 0

@@ -21,6 +21,7 @@ LENGTHS = [200, 0, 1, 64, 2, 63, 130, 0, 65]
 MAX_LENGTH = 200
 NUM_BUCKETS = 128
 WIDTHS = [(1, 50, 50), (2, 25, 25), (1, 16, 16), (1, 64, 64), (2, 16, 50), (1, 50, 25)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv", "dposition_bias", "dtime_bias")
 
 
@@ -126,7 +127,7 @@ def test_reference_is_the_formula_written_out() -> None:
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_path_matches_reference(backend: Backend, widths: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_case(make_case(LENGTHS, widths, dtype), dtype, backend)
 
@@ -135,6 +136,12 @@ def test_path_matches_reference(backend: Backend, widths: tuple[int, int, int], 
 @pytest.mark.usefixtures("bfloat16_kernel")
 def test_bfloat16_kernel_matches_reference(widths: tuple[int, int, int]) -> None:
     assert_case(make_case(LENGTHS, widths, torch.bfloat16), torch.bfloat16, "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_thousand_tokens(backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "MAX_LENGTH", 1000)
+    assert_case(make_case([1000, 200, 0, 1], (1, 32, 32), dtype), dtype, backend)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
@@ -272,6 +279,9 @@ def test_double_runs_the_definition(backend: Backend) -> None:
         ({"v_THV": torch.zeros(4, 1, 4)}, "v_THV"),
         ({"q_THQ": torch.zeros(5, 1, 4, dtype=torch.int64)}, "q_THQ must be one of"),
         ({"q_THQ": torch.zeros(5, 1, 4).double()}, "differ in dtype"),
+        ({"offsets_B1": torch.tensor([0, 5], device="meta")}, "offsets_B1 is on meta, q_THQ on cpu"),
+        ({"divisor": torch.ones(5, device="meta")}, "divisor is on meta"),
+        ({"position_bias": torch.zeros(9, device="meta")}, "position_bias is on meta"),
         ({"offsets_B1": torch.tensor([0, 4])}, "end at T = 5"),
         ({"offsets_B1": torch.tensor([0, 6, 5])}, "decrease"),
         ({"offsets_B1": torch.tensor([0, 5], dtype=torch.int32)}, "int64"),

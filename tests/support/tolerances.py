@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Norm of the difference over norm of the reference.
-RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float64: 1e-12}
+RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float64: 1e-12}
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:

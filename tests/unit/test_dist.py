@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import gr.dist
-from gr.dist import World, check_room, resolve_device, world
+from gr.dist import World, check_room, cpu_threads, resolve_device, use_cpu_well, world
 from gr.errors import ConfigError
 from tests.support.ranks import run_ranks
 
@@ -111,3 +111,33 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert resolve_device("auto", 3) == resolve_device("cuda", 3) == torch.device("cuda", 3)
         assert resolve_device("cpu", 3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "environment", "threads"),
+    [
+        (1, 2, {}, 2),
+        (2, 2, {}, 1),
+        (4, 2, {}, 1),
+        (1, 100, {}, 100),
+        (8, 100, {}, 12),
+        (8, 100, {"OMP_NUM_THREADS": "3"}, 3),
+        (8, 100, {"OMP_NUM_THREADS": "1"}, 1),
+        (8, 100, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 12),
+        (8, 100, {"OMP_NUM_THREADS": "4", "TORCHELASTIC_RUN_ID": "none"}, 4),
+        (8, 100, {"OMP_NUM_THREADS": "many"}, 12),
+    ],
+)
+def test_threads_of_a_rank(ranks, cores, environment, threads):
+    assert cpu_threads(ranks, cores, environment) == threads
+
+
+def threads_after(here: World) -> int:
+    use_cpu_well(here)
+    return torch.get_num_threads()
+
+
+def test_the_share_of_a_rank_is_set(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    assert run_ranks(threads_after, 2) == [3, 3]

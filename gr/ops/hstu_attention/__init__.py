@@ -3,12 +3,13 @@
 T packed tokens, B examples, H heads, Q width of q and k per head, V width of v per head, N max_length.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
@@ -18,7 +19,7 @@ from gr.ops.jagged import check_offsets
 
 __all__ = ["AttentionMask", "TimeBuckets", "hstu_attention", "time_bucket_ids"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def hstu_attention(
@@ -38,7 +39,7 @@ def hstu_attention(
 ) -> Tensor:
     """out_i = sum over the j <= i of the same sequence of silu(alpha q_i . k_j + bias_ij) / divisor_i * v_j.
 
-    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16 or float64, any strides.
+    q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16, float16 or float64, any strides.
     offsets_B1: int64 [B + 1], the bounds of the sequences; empty ones are fine.
     max_length: no sequence is longer, in tokens.
     divisor: positive; one number, or a float tensor [T] with one for each query. Gets no gradient.
@@ -52,23 +53,23 @@ def hstu_attention(
     time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is, and not with a contextual
         prefix, which sees keys ahead of it.
     Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
-    CPU results are the same bits on any number of threads, and do not depend on the other sequences of the batch.
+    C++ and Triton give the same bits every time, on any number of threads, whatever the other sequences of the batch.
     float64 runs the definition (reference.py), which is slow and meant for checks.
     Raises ValueError if shapes, dtypes or lengths do not fit.
     Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor is that of the public code.
     """
     _check_values(q_THQ, k_THQ, v_THV)
+    _check_devices(q_THQ.device, offsets_B1, divisor, position_bias, time_bias)
     check_offsets(offsets_B1, q_THQ.shape[0], max_length)
     _check_biases(position_bias, time_bias, time_buckets, max_length)
-    if time_buckets is not None:
-        _check_buckets(time_buckets, offsets_B1)
+    _check_buckets(time_buckets, offsets_B1)
     if mask is not None:
         mask.check(offsets_B1)
         if mask.contextual_len and time_bias is not None:
             raise ValueError("contextual_len and time_bias do not combine: the prefix sees keys ahead, without buckets")
     if output is not None and (output.shape, output.dtype) != (v_THV.shape, v_THV.dtype):
         raise ValueError(f"output must be {v_THV.dtype} {list(v_THV.shape)}, not {output.dtype} {list(output.shape)}")
-    return _path(q_THQ)(
+    return _path(q_THQ, max_length)(
         q_THQ,
         k_THQ,
         v_THV,
@@ -83,12 +84,18 @@ def hstu_attention(
     )
 
 
-def _path(q_THQ: Tensor) -> Callable[..., Tensor]:
+def _path(q_THQ: Tensor, max_length: int) -> Callable[..., Tensor]:
     if q_THQ.dtype == torch.float64:
         return hstu_attention_reference
-    if q_THQ.device.type == "cpu" and cpu_backend() == "native":
-        return hstu_attention_native
-    return hstu_attention_blocked
+    match backend_for(q_THQ.device):
+        case "native":
+            return hstu_attention_native
+        case "triton":
+            from gr.ops.hstu_attention.triton import hstu_attention_triton  # no triton on CPU machines
+
+            return functools.partial(hstu_attention_triton, max_length=max_length)
+        case "torch":
+            return hstu_attention_blocked
 
 
 def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
@@ -108,6 +115,12 @@ def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
         raise ValueError(f"q_THQ, k_THQ and v_THV differ in device: {q_THQ.device}, {k_THQ.device}, {v_THV.device}")
 
 
+def _check_devices(device: torch.device, *others: object) -> None:
+    for name, value in zip(("offsets_B1", "divisor", "position_bias", "time_bias"), others, strict=True):
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, q_THQ on {device}")
+
+
 def _check_biases(
     position_bias: Tensor | None,
     time_bias: Tensor | None,
@@ -125,15 +138,16 @@ def _check_biases(
         raise ValueError(f"time_bias must be [num_buckets + 1] = [{entries}], not {list(time_bias.shape)}")
 
 
-def _check_buckets(time_buckets: TimeBuckets, offsets_B1: Tensor) -> None:
+def _check_buckets(time_buckets: TimeBuckets | None, offsets_B1: Tensor) -> None:
     """Buckets of another batch would be read out of bounds."""
-    pairs_B1 = time_buckets.pair_offsets_B1
-    if pairs_B1.device != offsets_B1.device:
-        raise ValueError(f"time_buckets are on {pairs_B1.device}, offsets_B1 on {offsets_B1.device}")
-    if pairs_B1.shape != offsets_B1.shape:
-        raise ValueError(f"time_buckets have {pairs_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}")
-    lengths_B = offsets_B1.diff()
-    if offsets_B1.device.type == "cpu" and not torch.equal(pairs_B1.diff(), lengths_B * (lengths_B + 1) // 2):
+    if time_buckets is None:
+        return
+    made_for_B1 = time_buckets.offsets_B1
+    if made_for_B1.device != offsets_B1.device:
+        raise ValueError(f"time_buckets are on {made_for_B1.device}, offsets_B1 on {offsets_B1.device}")
+    if made_for_B1.shape != offsets_B1.shape:
+        raise ValueError(f"time_buckets have {made_for_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}")
+    if offsets_B1.device.type == "cpu" and not torch.equal(made_for_B1, offsets_B1):
         raise ValueError("time_buckets were made for sequences of other lengths than offsets_B1 has")
 
 

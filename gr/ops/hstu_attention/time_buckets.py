@@ -7,26 +7,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.ops.jagged import check_offsets
 
 BUCKET_WIDTH = 0.301  # in ln(seconds): a bucket spans a factor of 1.35
 MAX_BUCKETS = 255  # ids are uint8
-_LARGEST_INT64 = 2**63 - 1
+_LARGEST_INT64, _LARGEST_INT32 = 2**63 - 1, 2**31 - 1
 
 
 @dataclass(frozen=True)
 class TimeBuckets:
-    """Bucket ids of every visible pair of a batch, made once and shared by all layers and heads.
+    """The times of a batch for all its layers and heads; what a path reads of them is made once, when first asked for.
 
-    ids_P: uint8, P = sum of n (n + 1) / 2 over sequences of length n. The id of query i and key j <= i, counted in
-    sequence b, lies at pair_offsets_B1[b] + i (i + 1) / 2 + j.
-    pair_offsets_B1: int64. num_buckets: ids lie in [0, num_buckets].
+    timestamps_T, query_timestamps_T: int64 seconds. offsets_B1: int64. num_buckets: ids lie in [0, num_buckets].
     """
 
-    ids_P: Tensor
-    pair_offsets_B1: Tensor
+    timestamps_T: Tensor
+    query_timestamps_T: Tensor
+    offsets_B1: Tensor
     num_buckets: int
+
+    @functools.cached_property
+    def pair_offsets_B1(self) -> Tensor:
+        """int64: where the pairs of each sequence start in ids_P."""
+        lengths_B = self.offsets_B1.diff()
+        return torch.nn.functional.pad((lengths_B * (lengths_B + 1) // 2).cumsum(0), (1, 0))
+
+    @functools.cached_property
+    def ids_P(self) -> Tensor:
+        """uint8, P = sum of n (n + 1) / 2 over sequences of length n: the id of every visible pair.
+
+        That of query i and key j <= i, counted in sequence b, lies at pair_offsets_B1[b] + i (i + 1) / 2 + j.
+        """
+        edges = torch.tensor(_edges(self.num_buckets), dtype=torch.int64, device=self.timestamps_T.device)
+        if backend_for(self.timestamps_T.device) != "native":
+            return _bucket_ids(self.timestamps_T, self.query_timestamps_T, self.offsets_B1, edges)
+        times = (self.timestamps_T.contiguous(), self.query_timestamps_T.contiguous())
+        return torch.ops.gr.time_bucket_ids(*times, self.offsets_B1.contiguous(), self.pair_offsets_B1, edges)
+
+    @functools.cached_property
+    def seconds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For kernels that find buckets themselves, in int32: query_timestamps_T and timestamps_T from the earliest of
+        the batch on, and the smallest difference of each bucket, with one that is never reached at the end.
+
+        Raises ValueError if the times of the batch span 68 years or more; on a GPU that stops the device instead.
+        """
+        times = torch.stack([self.query_timestamps_T, self.timestamps_T])
+        if times.numel():
+            times = times - times.min()
+            if times.device.type != "cpu":
+                torch._assert_async((times.max() < _LARGEST_INT32).all(), "timestamps of a batch span 68 years or more")
+            elif int(times.max()) >= _LARGEST_INT32:
+                raise ValueError(f"timestamps of a batch span {int(times.max())} seconds, 68 years or more")
+        edges = [0, *(min(edge, _LARGEST_INT32) for edge in _edges(self.num_buckets)), _LARGEST_INT32]
+        asked_T, happened_T = times.int().unbind()
+        return asked_T, happened_T, torch.tensor(edges, dtype=torch.int32, device=times.device)
 
 
 def time_bucket_ids(
@@ -48,16 +83,7 @@ def time_bucket_ids(
         if value.dtype != torch.int64 or value.shape != (tokens,):
             raise ValueError(f"{name} must be int64 of shape [{tokens}], not {value.dtype} of {list(value.shape)}")
     check_offsets(offsets_B1, tokens, max_length=tokens)
-    lengths_B = offsets_B1.diff()
-    pair_offsets_B1 = torch.nn.functional.pad((lengths_B * (lengths_B + 1) // 2).cumsum(0), (1, 0))
-    edges = torch.tensor(_edges(num_buckets), dtype=torch.int64, device=timestamps_T.device)
-    if timestamps_T.device.type == "cpu" and cpu_backend() == "native":
-        ids_P = torch.ops.gr.time_bucket_ids(
-            timestamps_T.contiguous(), query_timestamps_T.contiguous(), offsets_B1.contiguous(), pair_offsets_B1, edges
-        )
-    else:
-        ids_P = _bucket_ids(timestamps_T, query_timestamps_T, offsets_B1, edges)
-    return TimeBuckets(ids_P, pair_offsets_B1, num_buckets)
+    return TimeBuckets(timestamps_T, query_timestamps_T, offsets_B1, num_buckets)
 
 
 @functools.cache

@@ -6,32 +6,38 @@ T tokens, S samples of each, K items, D width.
 import torch
 from torch import Tensor
 
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.ops.sampled_logits.chunked import sampled_logits_chunked
 from gr.ops.sampled_logits.native import sampled_logits_native
 from gr.ops.sampled_logits.reference import sampled_logits_reference
 
 __all__ = ["sampled_logits"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
     """logits[t, s] = queries[t] . items[index[t, s]], without a [T, S, D] tensor.
 
-    queries_TD [T, D], items_KD [K, D]: float32, bfloat16 or float64 (the last runs the definition). bfloat16 is
-    accumulated in float32. index_TS: int64 [T, S], rows of items_KD.
+    queries_TD [T, D], items_KD [K, D]: float32, bfloat16, float16 or float64 (the last runs the definition). Half
+    precisions are accumulated in float32. index_TS: int64 [T, S], rows of items_KD.
     Returns [T, S] in the dtype of queries. Gradients: queries and items (dense), neither through a [T, S, D] tensor.
-    CPU results are the same bits on any number of threads with the C++ operators.
+    Results of the C++ and Triton paths are the same bits every time, and on any number of threads.
     Raises ValueError if shapes or dtypes do not fit, IndexError if an index lies outside [0, K).
     Source: the sampled softmax of arXiv 2402.17152, as in the public research code (uniform negatives per position).
     """
     _check(queries_TD, items_KD, index_TS)
     if queries_TD.dtype == torch.float64:
         return sampled_logits_reference(queries_TD, items_KD, index_TS)
-    if queries_TD.device.type == "cpu" and cpu_backend() == "native":
-        return sampled_logits_native(queries_TD, items_KD, index_TS)
-    return sampled_logits_chunked(queries_TD, items_KD, index_TS)
+    match backend_for(queries_TD.device):
+        case "native":
+            return sampled_logits_native(queries_TD, items_KD, index_TS)
+        case "triton":
+            from gr.ops.sampled_logits.triton import sampled_logits_triton  # no triton on CPU machines
+
+            return sampled_logits_triton(queries_TD, items_KD, index_TS)
+        case "torch":
+            return sampled_logits_chunked(queries_TD, items_KD, index_TS)
 
 
 def _check(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> None:
@@ -43,6 +49,11 @@ def _check(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> None:
         raise ValueError(
             f"queries_TD and items_KD must share a dtype of {', '.join(map(str, _DTYPES))}; "
             f"they are {queries_TD.dtype} and {items_KD.dtype}"
+        )
+    if not queries_TD.device == items_KD.device == index_TS.device:
+        raise ValueError(
+            f"queries_TD, items_KD and index_TS differ in device: {queries_TD.device}, {items_KD.device}, "
+            f"{index_TS.device}"
         )
     if index_TS.dtype != torch.int64 or index_TS.dim() != 2 or index_TS.shape[0] != queries_TD.shape[0]:
         raise ValueError(

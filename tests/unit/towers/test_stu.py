@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gr.config.stu import STUConfig
 from gr.config.tree import ModelConfig
-from gr.ops.backend import cpu_backend
+from gr.ops.backend import backend_for
 from gr.sequence import JaggedSequence
 from gr.towers import build_tower
 from gr.towers.stu import STU
@@ -24,7 +24,7 @@ from tests.support.towers import D, N, check_against, randomised, sequence, to_p
 
 LENGTHS = [4, 0, 3, 9, 5]
 TARGETS = torch.tensor([1, 0, 0, 4, 2])
-RECOMPUTE = ("none", "gate", "layer")
+RECOMPUTE = ("gate", "layer")
 
 
 def build(*, dim: int = D, max_length: int = N, **fields: object) -> STU:
@@ -180,20 +180,17 @@ def test_same_bits_every_time_and_on_two_threads(recompute: str) -> None:
     torch.set_num_threads(2)
     twice, again = gradients(tower, seq), gradients(tower, seq)
     assert all(torch.equal(x, y) for x, y in zip(twice, again, strict=True))
-    if cpu_backend() == "native":
+    if backend_for(torch.device("cpu")) == "native":
         assert torch.equal(once[0], twice[0]) and torch.equal(once[1], twice[1])
     for (name, _), one, two in zip(tower.named_parameters(), once[2:], twice[2:], strict=True):
         assert relative_error(two, one) < 1e-5, name
 
 
-@pytest.mark.parametrize("recompute", ["gate", "layer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_recomputation_changes_no_bit(recompute: str, dtype: torch.dtype) -> None:
+def test_recomputation_changes_no_bit(dtype: torch.dtype) -> None:
     """With dropout, whose draws are made again."""
     seq = replace(random_batch([70, 0, 30], D, dtype), num_targets_B=torch.tensor([9, 0, 5]), contextual_len=2)
-    wanted, got = (
-        gradients(randomised(build(dropout=0.4, recompute=name), dtype).train(), seq) for name in ("none", recompute)
-    )
+    wanted, got = (gradients(randomised(build(dropout=0.4, recompute=name), dtype).train(), seq) for name in RECOMPUTE)
     assert all(torch.equal(x, y) for x, y in zip(wanted, got, strict=True))
 
 
@@ -208,20 +205,20 @@ def kept_bytes(tower: STU, tokens: int) -> int:
     return total
 
 
-@pytest.mark.parametrize(("recompute", "wanted"), [("none", 30), ("gate", 14), ("layer", 4)])
+@pytest.mark.parametrize(("recompute", "wanted"), [("gate", 12), ("layer", 4)])
 def test_activation_bytes_of_a_token(recompute: str, wanted: int) -> None:
     """In bfloat16 with H Q = H V = D = d. arXiv 2402.17152, section 3.3, counts 14 d for x (2 d), its norm (2 d),
-    u, v, q, k (8 d) and the attention (2 d): what "gate" keeps. "layer" keeps x and the attention."""
+    u, v, q, k (8 d) and the attention (2 d). "gate" keeps all but the norm; "layer" keeps x and the attention."""
     dim = 64
     tower = build(dim=dim, layers=1, heads=2, qk_dim=32, v_dim=32, dropout=0.1, recompute=recompute).bfloat16()
     kept_bytes(tower, 512)
     a_token = (kept_bytes(tower, 1024) - kept_bytes(tower, 512)) / 512
-    statistics = 16  # mean and 1 / standard deviation of two norms
+    statistics = 8  # mean and 1 / standard deviation of the first norm
     assert wanted * dim <= a_token <= wanted * dim + statistics
 
 
 def test_attention_is_computed_once() -> None:
-    if cpu_backend() != "native":
+    if backend_for(torch.device("cpu")) != "native":
         pytest.skip("no C++ operators here")
     for recompute in RECOMPUTE:
         tower = build(layers=3, recompute=recompute)

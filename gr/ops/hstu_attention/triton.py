@@ -1,0 +1,768 @@
+"""HSTU attention in Triton, for CUDA tensors; runs under TRITON_INTERPRET=1 on CPU tensors, for tests.
+
+Forward, and a backward in mirrored kernels: queries outer for dq, keys outer for dk and dv, distances outer for the
+tables. Every sum has one owner and one order, so results are the same bits each time, and a sequence's do not depend on
+its batch. There is no softmax, so nothing but the inputs is kept, and no [n, n] tensor exists at any time.
+
+The score of query i and key j is s; kernels hold h = s / 2, since silu(s) = h tanh(h) + h takes one special-function
+instruction. A tile is masked before its activation (silu(0) = 0): masking the rounded weights costs a scalar conversion
+each. Tiles in which a row sees all keys are computed in a loop of their own, without a mask.
+
+Letters as in reference.py; M rows of a tile of queries, N of keys. Inside a sequence of n tokens, of which `past` are
+no candidates, i and j are positions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gr.ops.hstu_attention.mask import AttentionMask
+from gr.ops.hstu_attention.time_buckets import BUCKET_WIDTH, TimeBuckets
+
+MAX_WIDTH = 128  # of q, k and v per head; wider tiles spill registers
+_TABLE_PROGRAMS = 1024  # how many programs share the gradient of the tables, at least
+_BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / BUCKET_WIDTH)
+
+
+@triton.jit
+def _load_rows(ptr, stride, rows, n, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr):
+    """[len(rows), DP] of a row-major matrix [n, D]; zero outside of it."""
+    columns = tl.arange(0, DP)
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    if MASK and D != DP:
+        return tl.load(at, mask=(rows < n)[:, None] & (columns < D)[None, :], other=0.0)
+    elif MASK:
+        return tl.load(at, mask=(rows < n)[:, None], other=0.0)
+    elif D != DP:
+        return tl.load(at, mask=(columns < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _store_rows(ptr, stride, rows, n, x, D: tl.constexpr, DP: tl.constexpr):
+    columns = tl.arange(0, DP)
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=(rows < n)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def _activation(h, FAST: tl.constexpr):
+    """silu(2 h), and its derivative there."""
+    if FAST:  # absolute error 2^-11: below the rounding of half precision
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], tl.float32, is_pure=True, pack=1)
+    else:
+        t = 2.0 * tl.sigmoid(2.0 * h) - 1.0
+    weight = h * t + h
+    gate = 0.5 * t + 0.5
+    return weight, gate + weight * (1.0 - gate)
+
+
+@triton.jit
+def _sequence(offsets, targets, heads, TARGETS: tl.constexpr):
+    """(sequence start, n, past, head) of this program."""
+    sequence = tl.program_id(0) // heads
+    start = tl.load(offsets + sequence)
+    n = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
+    past = n
+    if TARGETS:
+        past = n - tl.load(targets + sequence).to(tl.int32)
+    return start, n, past, (tl.program_id(0) % heads).to(tl.int64)
+
+
+@triton.jit
+def _seen_keys(i, past, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr):
+    """Query i sees the keys [begin, end), and itself."""
+    place = tl.minimum(i, past)
+    begin = tl.zeros_like(i)
+    end = tl.minimum(i + 1, past)
+    if CONTEXT:
+        end = tl.where(i < CONTEXT, past, end)
+    if WINDOW:
+        begin = place - WINDOW
+        sees_all = begin < CONTEXT
+        if FULL:
+            sees_all = sees_all | (place >= past - FULL)
+        begin = tl.where(sees_all, 0, begin)
+    return begin, end
+
+
+@triton.jit
+def _seen(i, j, past, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr):
+    begin, end = _seen_keys(i, past, WINDOW, CONTEXT, FULL)
+    return ((j >= begin) & (j < end)) | (j == i)
+
+
+@triton.jit
+def _bucket(apart, edges, last):
+    """How many edges are <= apart, as in time_buckets.py: a guess by the logarithm, set right by the edges themselves.
+
+    edges[0] is 0, edges[last + 1] is never reached.
+    """
+    guess = (tl.log2(tl.maximum(apart, 1).to(tl.float32)) * _BUCKETS_PER_OCTAVE).to(tl.int32)
+    guess = tl.minimum(guess, last)
+    guess -= (apart < tl.load(edges + guess)).to(tl.int32)
+    return guess + (apart >= tl.load(edges + guess + 1)).to(tl.int32)
+
+
+@triton.jit
+def _bucket_range(asked, happened, edges, last):
+    """The first and the last bucket that a tile can meet, whatever the order of its times."""
+    least = tl.min(asked) - tl.max(happened)
+    most = tl.max(asked) - tl.min(happened)
+    nearest = tl.maximum(tl.maximum(least, -most), 0)
+    return _bucket(nearest, edges, last), _bucket(tl.maximum(most, -least), edges, last)
+
+
+@triton.jit
+def _half_bias(
+    h, i, j, n, past, asked_at, happened_at, edges, last, time, position,
+    ORIENTATION: tl.constexpr, MASK: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    CONTEXT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """h plus half of the bias of queries i and keys j, both vectors. ORIENTATION 0: [queries, keys], 1: turned.
+
+    position: the entry of distance 0. Where log buckets are wide, far from the diagonal, a tile has one bucket.
+    """
+    i2, j2 = tl.expand_dims(i, 1 - ORIENTATION), tl.expand_dims(j, ORIENTATION)
+    if POSITION:
+        at = position + tl.minimum(j2, past) - tl.minimum(i2, past)
+        if MASK:
+            near = _seen(i2, j2, past, WINDOW, CONTEXT, FULL) & (i2 < n)
+            h += 0.5 * tl.load(at, mask=near, other=0.0)
+        else:
+            h += 0.5 * tl.load(at)
+    if TIME:
+        asked = tl.load(asked_at + tl.minimum(i, n - 1))
+        happened = tl.load(happened_at + tl.minimum(j, n - 1))
+        first_bucket, last_bucket = _bucket_range(asked, happened, edges, last)
+        if first_bucket == last_bucket:
+            h += 0.5 * tl.load(time + first_bucket)
+        else:
+            apart = tl.abs(tl.expand_dims(asked, 1 - ORIENTATION) - tl.expand_dims(happened, ORIENTATION))
+            h += 0.5 * tl.load(time + _bucket(apart, edges, last))
+    return h
+
+
+@triton.jit
+def _key_tiles(
+    first, n, past, M: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, WINDOW: tl.constexpr,
+    CONTEXT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The keys that rows [first, first + M) of queries meet: (lead, plain, tail, own), and three counts.
+
+    Masked tiles from `lead`, plain ones from `plain`, masked ones from `tail`, and from `own` for candidates, which see
+    themselves beyond the end of the history.
+    """
+    begin, end = _seen_keys(tl.minimum(first + tl.arange(0, M), n - 1), past, WINDOW, CONTEXT, FULL)
+    lead = tl.min(begin) // N * N
+    plain = tl.cdiv(tl.max(begin), N) * N
+    tail = tl.maximum(plain, tl.min(end) // N * N)
+    tails = tl.cdiv(tl.maximum(tl.max(end) - tail, 0), N)
+    own = tl.maximum(tl.maximum(first, past), tail + tails * N)
+    owns = 0
+    if TARGETS:
+        owns = tl.cdiv(tl.maximum(tl.minimum(first + M, n) - own, 0), N)
+    return lead, plain, tail, own, (plain - lead) // N, tails, owns
+
+
+@triton.jit
+def _forward_tile(
+    acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at, edges, last, time, position,
+    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+    TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    j = j0 + tl.arange(0, N)
+    k = _load_rows(k_ptr, k_row, j, n, Q, QP, MASK)
+    h = tl.dot(q, tl.trans(k), input_precision="tf32x3") * half_alpha
+    h = _half_bias(h, i, j, n, past, asked_at, happened_at, edges, last, time, position, 0, MASK, TIME, POSITION,
+                   WINDOW, CONTEXT, FULL)  # fmt: skip
+    if MASK:
+        h = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), h, 0.0)
+    weight, _ = _activation(h, FAST)
+    v = _load_rows(v_ptr, v_row, j, n, V, VP, MASK)
+    return tl.dot(weight.to(v.dtype), v, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges, time, position,
+    q_row, k_row, v_row, out_row, q_head, k_head, v_head, out_head, heads, last, half_alpha,
+    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    start, n, past, head = _sequence(offsets, targets, heads, TARGETS)
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # the longest rows start first
+    if first >= n:
+        return
+    q_ptr += start * q_row + head * q_head
+    k_ptr += start * k_row + head * k_head
+    v_ptr += start * v_row + head * v_head
+    out_ptr += start * out_row + head * out_head
+    if TIME:
+        asked_at += start
+        happened_at += start
+    i = first + tl.arange(0, M)
+    q = _load_rows(q_ptr, q_row, i, n, Q, QP, True)
+    acc = tl.zeros([M, VP], tl.float32)
+    lead, plain, tail, own, leads, tails, owns = _key_tiles(first, n, past, M, N, TARGETS, WINDOW, CONTEXT, FULL)
+    for j0 in range(plain, tail, N):
+        acc = _forward_tile(acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at,
+                            edges, last, time, position, Q, V, QP, VP, N, False, TIME, POSITION, WINDOW, CONTEXT, FULL,
+                            FAST)  # fmt: skip
+    for t in range(0, leads + tails + owns):
+        j0 = tl.where(t < leads, lead + t * N, tail + (t - leads) * N)
+        if TARGETS:
+            j0 = tl.where(t < leads + tails, j0, own + (t - leads - tails) * N)
+        acc = _forward_tile(acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at,
+                            edges, last, time, position, Q, V, QP, VP, N, True, TIME, POSITION, WINDOW, CONTEXT, FULL,
+                            FAST)  # fmt: skip
+    if ROW_SCALE:
+        acc *= tl.load(scale_ptr + start + i, mask=i < n, other=0.0)[:, None]
+    else:
+        acc *= tl.load(scale_ptr)
+    _store_rows(out_ptr, out_row, i, n, acc, V, VP)
+
+
+@triton.jit
+def _query_gradient_tile(
+    acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at, edges, last, time,
+    position, Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr,
+    FULL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    j = j0 + tl.arange(0, N)
+    k = _load_rows(k_ptr, k_row, j, n, Q, QP, MASK)
+    h = tl.dot(q, tl.trans(k), input_precision="tf32x3") * half_alpha
+    h = _half_bias(h, i, j, n, past, asked_at, happened_at, edges, last, time, position, 0, MASK, TIME, POSITION,
+                   WINDOW, CONTEXT, FULL)  # fmt: skip
+    _, slope = _activation(h, FAST)
+    if MASK:
+        slope = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), slope, 0.0)
+    v = _load_rows(v_ptr, v_row, j, n, V, VP, MASK)
+    dscore = tl.dot(g, tl.trans(v), input_precision="tf32x3") * slope
+    return tl.dot(dscore.to(k.dtype), k, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges, time, position,
+    q_row, k_row, v_row, g_row, dq_row, q_head, k_head, v_head, g_head, dq_head, heads, last, half_alpha,
+    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    start, n, past, head = _sequence(offsets, targets, heads, TARGETS)
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    if first >= n:
+        return
+    q_ptr += start * q_row + head * q_head
+    k_ptr += start * k_row + head * k_head
+    v_ptr += start * v_row + head * v_head
+    g_ptr += start * g_row + head * g_head
+    dq_ptr += start * dq_row + head * dq_head
+    if TIME:
+        asked_at += start
+        happened_at += start
+    i = first + tl.arange(0, M)
+    q = _load_rows(q_ptr, q_row, i, n, Q, QP, True)
+    g = _load_rows(g_ptr, g_row, i, n, V, VP, True)
+    acc = tl.zeros([M, QP], tl.float32)
+    lead, plain, tail, own, leads, tails, owns = _key_tiles(first, n, past, M, N, TARGETS, WINDOW, CONTEXT, FULL)
+    for j0 in range(plain, tail, N):
+        acc = _query_gradient_tile(acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at,
+                                   happened_at, edges, last, time, position, Q, V, QP, VP, N, False, TIME, POSITION,
+                                   WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
+    for t in range(0, leads + tails + owns):
+        j0 = tl.where(t < leads, lead + t * N, tail + (t - leads) * N)
+        if TARGETS:
+            j0 = tl.where(t < leads + tails, j0, own + (t - leads - tails) * N)
+        acc = _query_gradient_tile(acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at,
+                                   happened_at, edges, last, time, position, Q, V, QP, VP, N, True, TIME, POSITION,
+                                   WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
+    if ROW_SCALE:
+        acc *= tl.load(scale_ptr + start + i, mask=i < n, other=0.0)[:, None]
+    else:
+        acc *= tl.load(scale_ptr)
+    _store_rows(dq_ptr, dq_row, i, n, acc * (2.0 * half_alpha), Q, QP)
+
+
+@triton.jit
+def _query_tiles(
+    first, n, past, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr
+):
+    """The queries that keys [first, first + N) meet: (lead, plain, tail, late) and four counts, all in whole tiles.
+
+    Masked tiles from 0 for the prefix, masked ones from `lead`, plain ones from `plain`, masked ones from `tail`, and
+    from `late` for the rows that see past their window.
+    """
+    lead = first // M * M
+    plain = tl.cdiv(first + N - 1, M) * M
+    tail = plain
+    stop = n
+    if first + N <= past:
+        tail = tl.maximum(plain, n // M * M)
+        if WINDOW:
+            tail = tl.maximum(plain, tl.minimum(past, first + WINDOW + 1) // M * M)
+    if WINDOW:
+        stop = tl.maximum(first + N, CONTEXT) + WINDOW
+        stop = tl.where(stop > past, n, tl.minimum(stop, n))
+    if first >= past:  # candidates are seen by themselves alone
+        stop = tl.minimum(first + N, n)
+    tails = tl.cdiv(tl.maximum(stop - tail, 0), M)
+    prefixes = 0
+    late = n
+    if CONTEXT:
+        prefixes = tl.where(first < past, tl.cdiv(tl.minimum(CONTEXT, lead), M), 0)
+    if FULL:
+        late = tl.maximum(tail + tails * M, tl.maximum(past - FULL, 0) // M * M)
+        late = tl.where(first < past, late, n)
+    return lead, plain, tail, late, prefixes, (plain - lead) // M, tails, tl.cdiv(tl.maximum(n - late, 0), M)
+
+
+@triton.jit
+def _key_gradient_tile(
+    dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, asked_at,
+    happened_at, edges, last, time, position, Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr,
+    M: tl.constexpr, MASK: tl.constexpr, ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr,
+    POSITION: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """On the turned tile [keys, queries], so that no computed tile is ever transposed."""
+    i = i0 + tl.arange(0, M)
+    q = _load_rows(q_ptr, q_row, i, n, Q, QP, MASK)
+    h = tl.dot(k, tl.trans(q), input_precision="tf32x3") * half_alpha
+    h = _half_bias(h, i, j, n, past, asked_at, happened_at, edges, last, time, position, 1, MASK, TIME, POSITION,
+                   WINDOW, CONTEXT, FULL)  # fmt: skip
+    if MASK:
+        seen = _seen(i[None, :], j[:, None], past, WINDOW, CONTEXT, FULL)
+        h = tl.where(seen, h, 0.0)
+    weight, slope = _activation(h, FAST)
+    if MASK:
+        slope = tl.where(seen, slope, 0.0)
+    if ROW_SCALE:
+        scale = tl.load(scale_ptr + i, mask=i < n, other=0.0)[None, :]
+        weight *= scale
+        slope *= scale
+    g = _load_rows(g_ptr, g_row, i, n, V, VP, MASK)
+    dscore = tl.dot(v, tl.trans(g), input_precision="tf32x3") * slope
+    if TARGETS and POSITION:
+        dcandidates += tl.sum(tl.where(i[None, :] >= past, dscore, 0.0), 1)
+    dv = tl.dot(weight.to(g.dtype), g, dv, input_precision="tf32x3")
+    dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="tf32x3")
+    return dk, dv, dcandidates
+
+
+@triton.jit
+def key_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, dcandidates_ptr, offsets, targets, scale_ptr, asked_at, happened_at,
+    edges, time, position, q_row, k_row, v_row, g_row, dk_row, dv_row, q_head, k_head, v_head, g_head, dk_head,
+    dv_head, heads, last, half_alpha,
+    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """dcandidates [T, H]: of each key, the sum over its sequence's candidates of d loss / d score, if asked for."""
+    start, n, past, head = _sequence(offsets, targets, heads, TARGETS)
+    first = tl.program_id(1) * N
+    if first >= n:
+        return
+    q_ptr += start * q_row + head * q_head
+    k_ptr += start * k_row + head * k_head
+    v_ptr += start * v_row + head * v_head
+    g_ptr += start * g_row + head * g_head
+    dk_ptr += start * dk_row + head * dk_head
+    dv_ptr += start * dv_row + head * dv_head
+    if TIME:
+        asked_at += start
+        happened_at += start
+    if ROW_SCALE:
+        scale_ptr += start
+    j = first + tl.arange(0, N)
+    k = _load_rows(k_ptr, k_row, j, n, Q, QP, True)
+    v = _load_rows(v_ptr, v_row, j, n, V, VP, True)
+    dk, dv = tl.zeros([N, QP], tl.float32), tl.zeros([N, VP], tl.float32)
+    dcandidates = tl.zeros([N], tl.float32)
+    lead, plain, tail, late, prefixes, leads, tails, lates = _query_tiles(first, n, past, M, N, WINDOW, CONTEXT, FULL)
+    for i0 in range(plain, tail, M):
+        dk, dv, dcandidates = _key_gradient_tile(
+            dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, asked_at,
+            happened_at, edges, last, time, position, Q, V, QP, VP, M, False, ROW_SCALE, TARGETS, TIME, POSITION,
+            WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
+    for t in range(0, prefixes + leads + tails + lates):
+        i0 = tl.where(t < prefixes + leads, lead + (t - prefixes) * M, tail + (t - prefixes - leads) * M)
+        if CONTEXT:
+            i0 = tl.where(t < prefixes, t * M, i0)
+        if FULL:
+            i0 = tl.where(t < prefixes + leads + tails, i0, late + (t - prefixes - leads - tails) * M)
+        dk, dv, dcandidates = _key_gradient_tile(
+            dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, asked_at,
+            happened_at, edges, last, time, position, Q, V, QP, VP, M, True, ROW_SCALE, TARGETS, TIME, POSITION,
+            WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
+    if not ROW_SCALE:
+        scale = tl.load(scale_ptr)
+        dk *= scale
+        dv *= scale
+        dcandidates *= scale
+    _store_rows(dk_ptr, dk_row, j, n, dk * (2.0 * half_alpha), Q, QP)
+    _store_rows(dv_ptr, dv_row, j, n, dv, V, VP)
+    if TARGETS and POSITION:
+        tl.store(dcandidates_ptr + (start + j) * heads + head, dcandidates, mask=j < n)
+
+
+@triton.jit
+def _add_bucket_sums(
+    dscore, i, j, n, asked_at, happened_at, edges, last, sums,
+):  # fmt: skip
+    """Adds the sum of dscore over every bucket of the tile to this program's own row of sums.
+
+    The atomic is for order, not for sharing: one thread makes all of a program's additions to an address, one by one.
+    """
+    asked = tl.load(asked_at + tl.minimum(i, n - 1))
+    happened = tl.load(happened_at + tl.minimum(j, n - 1))
+    apart = tl.abs(asked[:, None] - happened[None, :])
+    first_bucket, last_bucket = _bucket_range(asked, happened, edges, last)
+    for bucket in range(first_bucket, last_bucket + 1):
+        inside = (apart >= tl.load(edges + bucket)) & (apart < tl.load(edges + bucket + 1))
+        tl.atomic_add(sums + bucket, tl.sum(tl.where(inside, dscore, 0.0)), sem="relaxed")
+
+
+@triton.jit
+def table_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, dposition_ptr, dtime_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges,
+    time, position, q_row, k_row, v_row, g_row, q_head, k_head, v_head, g_head, sequences, ahead, last, half_alpha,
+    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr,
+    ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A program adds up the M x M tiles at one distance from the diagonal, of one head and every so many sequences.
+
+    In such tiles an element always has the same distance, so they are added up whole: dposition [programs, M, M].
+    Candidates, whose distances differ from sequence to sequence, are left to key_gradient_kernel. dtime [programs,
+    last + 1] starts at zero. ahead: how many tile distances lie above the diagonal, where only a prefix looks.
+    """
+    away = tl.program_id(0) - ahead
+    head = tl.program_id(2).to(tl.int64)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    acc = tl.zeros([M, M], tl.float32)
+    for sequence in range(tl.program_id(1), sequences, tl.num_programs(1)):
+        start = tl.load(offsets + sequence)
+        n = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
+        past = n
+        if TARGETS:
+            past = n - tl.load(targets + sequence).to(tl.int32)
+        stop = n
+        if CONTEXT:
+            stop = tl.where(away < 0, tl.minimum(n, CONTEXT), n)
+        for i0 in range(tl.maximum(away, 0) * M, stop, M):
+            j0 = i0 - away * M
+            i, j = i0 + tl.arange(0, M), j0 + tl.arange(0, M)
+            begin, end = _seen_keys(tl.minimum(i, n - 1), past, WINDOW, CONTEXT, FULL)
+            if (away == 0) | ((j0 < tl.max(end)) & (j0 + M > tl.min(begin))):
+                q = _load_rows(q_ptr + start * q_row + head * q_head, q_row, i, n, Q, QP, True)
+                k = _load_rows(k_ptr + start * k_row + head * k_head, k_row, j, n, Q, QP, True)
+                h = tl.dot(q, tl.trans(k), input_precision="tf32x3") * half_alpha
+                asked, happened = asked_at, happened_at
+                if TIME:
+                    asked += start
+                    happened += start
+                h = _half_bias(h, i, j, n, past, asked, happened, edges, last, time, position, 0, True, TIME, POSITION,
+                               WINDOW, CONTEXT, FULL)  # fmt: skip
+                _, slope = _activation(h, FAST)
+                slope = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), slope, 0.0)
+                if ROW_SCALE:
+                    slope *= tl.load(scale_ptr + start + i, mask=i < n, other=0.0)[:, None]
+                else:
+                    slope *= tl.load(scale_ptr)
+                g = _load_rows(g_ptr + start * g_row + head * g_head, g_row, i, n, V, VP, True)
+                v = _load_rows(v_ptr + start * v_row + head * v_head, v_row, j, n, V, VP, True)
+                dscore = tl.dot(g, tl.trans(v), input_precision="tf32x3") * slope
+                if TIME:
+                    sums = dtime_ptr + program.to(tl.int64) * (last + 1)
+                    _add_bucket_sums(dscore, i, j, n, asked, happened, edges, last, sums)
+                if POSITION:
+                    acc += tl.where(i[:, None] < past, dscore, 0.0)
+    if POSITION:
+        at = tl.arange(0, M)[:, None] * M + tl.arange(0, M)[None, :]
+        tl.store(dposition_ptr + program.to(tl.int64) * (M * M) + at, acc)
+
+
+class Tiles(NamedTuple):
+    """Rows and columns of a tile of scores (the latter along the loop), warps and pipeline stages of a program."""
+
+    outer: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# By kernel, bytes of an element, padded width of a head up to which they hold, and whether there is a bias, which takes
+# registers. tests/ops/test_triton_compiled.py compiles them and looks for spills. Not timed on a GPU.
+TILES = {
+    ("forward", 2, 64, False): Tiles(128, 64, 8, 3),
+    ("forward", 2, 64, True): Tiles(128, 64, 8, 3),
+    ("forward", 2, 128, False): Tiles(64, 64, 4, 2),
+    ("forward", 2, 128, True): Tiles(32, 32, 4, 2),
+    ("forward", 4, 64, False): Tiles(32, 32, 4, 2),
+    ("forward", 4, 64, True): Tiles(32, 32, 8, 2),
+    ("forward", 4, 128, False): Tiles(32, 32, 8, 2),
+    ("forward", 4, 128, True): Tiles(16, 32, 4, 2),
+    ("query_gradient", 2, 64, False): Tiles(128, 64, 8, 3),
+    ("query_gradient", 2, 64, True): Tiles(32, 32, 4, 2),
+    ("query_gradient", 2, 128, False): Tiles(64, 32, 4, 2),
+    ("query_gradient", 2, 128, True): Tiles(64, 64, 8, 2),
+    ("query_gradient", 4, 64, False): Tiles(32, 32, 4, 2),
+    ("query_gradient", 4, 64, True): Tiles(32, 32, 8, 2),
+    ("query_gradient", 4, 128, False): Tiles(16, 32, 8, 2),
+    ("query_gradient", 4, 128, True): Tiles(16, 32, 8, 2),
+    ("key_gradient", 2, 64, False): Tiles(128, 32, 8, 2),
+    ("key_gradient", 2, 64, True): Tiles(32, 32, 4, 2),
+    ("key_gradient", 2, 128, False): Tiles(32, 32, 4, 2),
+    ("key_gradient", 2, 128, True): Tiles(32, 32, 8, 2),
+    ("key_gradient", 4, 64, False): Tiles(32, 32, 8, 1),
+    ("key_gradient", 4, 64, True): Tiles(32, 16, 8, 2),
+    ("key_gradient", 4, 128, False): Tiles(16, 16, 8, 1),
+    ("key_gradient", 4, 128, True): Tiles(16, 16, 8, 2),
+    ("table_gradient", 2, 64, True): Tiles(32, 32, 4, 1),
+    ("table_gradient", 2, 128, True): Tiles(32, 32, 4, 1),
+    ("table_gradient", 4, 64, True): Tiles(16, 16, 4, 1),
+    ("table_gradient", 4, 128, True): Tiles(16, 16, 4, 1),
+}
+
+
+def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool) -> Tiles:
+    """The row of TILES for heads of `width`, padded; ValueError if there is none."""
+    for (name, size, widest, bias), tiles in TILES.items():
+        if (name, size, bias) == (kernel, dtype.itemsize, biased) and width <= widest:
+            return tiles
+    raise ValueError(
+        f"q_THQ and v_THV have up to {width} elements a head, padded to a power of two; on a GPU at most {MAX_WIDTH} "
+        "are supported. Use more heads, or gr.ops.backend.force_backend('torch')"
+    )
+
+
+def padded_width(width: int) -> int:
+    """The width of a tile: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the kernels of one call share beside q, k and v."""
+
+    offsets_B1: Tensor
+    targets_B: Tensor | None
+    scale: Tensor
+    buckets: TimeBuckets | None
+    alpha: float
+    max_length: int
+    window: int
+    contextual: int
+    full: int
+
+    def features(self, q: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> dict[str, Any]:
+        """The compile-time part of a launch."""
+        return {
+            **{"Q": q.shape[2], "V": v.shape[2], "QP": padded_width(q.shape[2]), "VP": padded_width(v.shape[2])},
+            **{"ROW_SCALE": self.scale.numel() > 1, "TARGETS": self.targets_B is not None},
+            **{"TIME": time is not None, "POSITION": position is not None},
+            **{"WINDOW": self.window, "CONTEXT": self.contextual, "FULL": self.full},
+            "FAST": q.dtype.itemsize == 2 and not triton.knobs.runtime.interpret,
+        }
+
+    def tables(self, position: Tensor | None, time: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Times in int32 seconds, edges, time bias, and position bias from the entry of distance 0 on."""
+        middle = None if position is None else position[position.numel() // 2 :]
+        if self.buckets is None or time is None:
+            return None, None, None, None, middle
+        return (*self.buckets.seconds, time, middle)
+
+    def tiles(self, kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
+        biased = any(table is not None for table in tables)
+        return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
+
+
+def hstu_attention_triton(
+    q_THQ: Tensor,
+    k_THQ: Tensor,
+    v_THV: Tensor,
+    offsets_B1: Tensor,
+    *,
+    max_length: int,
+    scale_T: Tensor,
+    alpha: float = 1.0,
+    mask: AttentionMask | None = None,
+    output: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    time_buckets: TimeBuckets | None = None,
+) -> Tensor:
+    """As hstu_attention_reference, for float32, bfloat16 and float16; the same bits every time.
+
+    max_length: no sequence is longer; the grids depend on it, so that nothing waits for the device.
+    output: what an earlier call with the same arguments returned, which is then not computed again.
+    """
+    mask = AttentionMask() if mask is None else mask
+    targets_B = None if mask.num_targets_B is None else mask.num_targets_B.contiguous()
+    call = _Call(
+        offsets_B1.contiguous(),
+        targets_B,
+        scale_T.float().contiguous(),
+        time_buckets,
+        alpha,
+        max_length,
+        mask.max_attn_len,
+        mask.contextual_len,
+        mask.min_full_attn_seq_len,
+    )
+    position = None if position_bias is None else position_bias.float().contiguous()
+    time = None if time_bias is None else time_bias.float().contiguous()
+    return _Triton.apply(q_THQ, k_THQ, v_THV, position, time, call, output)
+
+
+def _operand(x_THD: Tensor) -> Tensor:
+    """Rows and heads may be strided; the elements of a head must be neighbours."""
+    return x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return *(x.stride(0) for x in tensors), *(x.stride(1) for x in tensors)
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor | None,
+        time: Tensor | None,
+        call: _Call,
+        output: Tensor | None,
+    ) -> Tensor:
+        tiles = call.tiles("forward", q, v, position, time)
+        ctx.save_for_backward(q, k, v, position, time)
+        ctx.call = call
+        if output is not None:
+            return output.view_as(output)
+        q, k, v = (_operand(x) for x in (q, k, v))
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        heads = q.shape[1]
+        grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+        if q.numel():
+            with torch.cuda.device_of(q):
+                forward_kernel[grid](
+                    *(q, k, v, out, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
+                    *(*_strides(q, k, v, out), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
+                    **{"M": tiles.outer, "N": tiles.inner, **call.features(q, v, position, time)},
+                    num_warps=tiles.warps,
+                    num_stages=tiles.stages,
+                )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, position, time = ctx.saved_tensors
+        operands = tuple(_operand(x) for x in (q, k, v, grad))
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dposition, dtime = (None if x is None else torch.zeros_like(x) for x in (position, time))
+        if q.numel():
+            with torch.cuda.device_of(q):
+                _query_gradient(ctx.call, operands, position, time, dq)
+                dcandidates_TH = _key_gradient(ctx.call, operands, position, time, dk, dv)
+                if position is not None or time is not None:
+                    dposition, dtime = _table_gradients(ctx.call, operands, position, time, dcandidates_TH)
+        return dq, dk, dv, dposition, dtime, None, None
+
+
+_Operands = tuple[Tensor, ...]  # q, k, v and the gradient of the output
+
+
+def _query_gradient(call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor) -> None:
+    q, _, v, _ = operands
+    tiles, heads = call.tiles("query_gradient", q, v, position, time), q.shape[1]
+    grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+    query_gradient_kernel[grid](
+        *(*operands, dq, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
+        *(*_strides(*operands, dq), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
+        **{"M": tiles.outer, "N": tiles.inner, **call.features(q, v, position, time)},
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def _key_gradient(
+    call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dk: Tensor, dv: Tensor
+) -> Tensor | None:
+    """Fills dk and dv; returns dcandidates [T, H] of key_gradient_kernel, or None."""
+    q, _, v, _ = operands
+    tiles, heads = call.tiles("key_gradient", q, v, position, time), q.shape[1]
+    wanted = position is not None and call.targets_B is not None
+    dcandidates_TH = q.new_empty(q.shape[:2], dtype=torch.float32) if wanted else None
+    grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+    key_gradient_kernel[grid](
+        *(*operands, dk, dv, dcandidates_TH, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
+        *(*_strides(*operands, dk, dv), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
+        **{"M": tiles.inner, "N": tiles.outer, **call.features(q, v, position, time)},
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return dcandidates_TH
+
+
+def _table_gradients(
+    call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dcandidates_TH: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    q, _, v, _ = operands
+    tiles, heads, sequences = (
+        call.tiles("table_gradient", q, v, position, time),
+        q.shape[1],
+        call.offsets_B1.numel() - 1,
+    )
+    below = triton.cdiv(call.max_length, tiles.outer)
+    ahead = below - 1 if call.contextual else 0
+    parts = min(sequences, triton.cdiv(_TABLE_PROGRAMS, (below + ahead) * heads))
+    grid = (below + ahead, parts, heads)
+    squares = None if position is None else q.new_empty(*reversed(grid), tiles.outer, tiles.outer, dtype=torch.float32)
+    sums = None if time is None else q.new_zeros(*reversed(grid), time.numel(), dtype=torch.float32)
+    table_gradient_kernel[grid](
+        *(*operands, squares, sums, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
+        *(*_strides(*operands), sequences, ahead, 0 if time is None else time.numel() - 1, call.alpha / 2),
+        **{"M": tiles.outer, **call.features(q, v, position, time)},
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    dtime = None if sums is None else sums.sum((0, 1, 2), dtype=torch.float64).float()
+    if position is None or squares is None:
+        return None, dtime
+    return _along_diagonals(call, position, squares.sum((0, 1), dtype=torch.float64), ahead, dcandidates_TH), dtime
+
+
+def _along_diagonals(
+    call: _Call, position: Tensor, squares_AMM: Tensor, ahead: int, dcandidates_TH: Tensor | None
+) -> Tensor:
+    """The gradient of the position table from the summed tiles of each of A distances from the diagonal."""
+    away = torch.arange(squares_AMM.shape[0], device=position.device)[:, None, None] - ahead
+    m = torch.arange(squares_AMM.shape[1], device=position.device)
+    middle = position.numel() // 2
+    # Beyond the table there are only zeros. index_put_ with accumulate sorts, so its sums have one order.
+    index_AMM = (middle - away * m.numel() + m[None, :] - m[:, None]).clamp(0, position.numel() - 1)
+    total = squares_AMM.new_zeros(position.numel()).index_put_((index_AMM,), squares_AMM, accumulate=True)
+    if dcandidates_TH is not None and call.targets_B is not None:
+        offsets, tokens = call.offsets_B1, dcandidates_TH.shape[0]
+        lengths_B = offsets.diff()
+        history_B = lengths_B - call.targets_B
+        # Key j of a sequence is j - history from its candidates; a candidate is 0 from itself.
+        ends_T = (offsets[:-1] + history_B).repeat_interleave(lengths_B, output_size=tokens)
+        from_end_T = (torch.arange(tokens, device=offsets.device) - ends_T).clamp(max=0)
+        total.index_put_((middle + from_end_T,), dcandidates_TH.sum(1, dtype=torch.float64), accumulate=True)
+    return total.float()

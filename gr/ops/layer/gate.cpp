@@ -1,0 +1,220 @@
+// The element-wise part of the right half of an HSTU layer, forward and backward: y = dropout([u, a, u norm(a)]), or of
+// the last part alone. One pass over the rows; nothing is kept between the passes, the dropout mask is a hash.
+#include "../hstu_attention/tile.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace gr {
+namespace {
+
+constexpr int64_t kRows = 64;  // of a task: the gradients of the norm are summed by task, then in the order of tasks
+
+// The mask of gate.py: element c of row t is dropped if mix(mix(mix(t) ^ seed) + c step) < dropped.
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = (x ^ (x >> 15)) * 0x735a2d97u;
+  return x ^ (x >> 15);
+}
+
+struct Gate {
+  int64_t width, groups;
+  float eps;
+  bool silu, concat;
+  double dropout;
+  uint32_t seed;
+  const float *weight, *bias;  // of the norm, or null
+  int64_t padded() const { return round_up(width, kLanes); }
+  int64_t part() const { return width / groups; }
+  int64_t columns() const { return concat ? 3 * width : width; }
+  // x <- x / (1 - dropout) or 0, for the columns [first, first + width) of a row.
+  void drop(int64_t row, int64_t first, float* __restrict x) const {
+    if (dropout == 0) return;
+    const uint32_t key = mix(mix(static_cast<uint32_t>(row)) ^ seed);
+    const uint32_t start = key + static_cast<uint32_t>(first) * 0x9e3779b1u;
+    const uint32_t dropped = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
+    const float scale = static_cast<float>(1.0 / (1.0 - dropout));
+    const int64_t n = padded();
+    for (int64_t c = 0; c < n; ++c)
+      x[c] = mix(start + static_cast<uint32_t>(c) * 0x9e3779b1u) >= dropped ? x[c] * scale : 0.f;
+  }
+};
+
+// One row in float, in buffers of whole vectors: u after its activation, the slope of that, a, a as (a - mean) /
+// deviation, the affine map of the norm (one and zero without one), the three parts of y or of its gradient, and
+// 1 / deviation of each group. Padding is zero where a row is read.
+struct Row {
+  float *u, *slope, *a, *hat, *weight, *bias, *y[3], *rstd;
+  Row(const Gate& gate, Scratch& scratch) {
+    scratch.reset();
+    for (float** buffer : {&u, &slope, &a, &hat, &weight, &bias, &y[0], &y[1], &y[2]}) {
+      *buffer = scratch.take<float>(gate.padded());
+      std::fill(*buffer, *buffer + gate.padded(), 0.f);
+    }
+    rstd = scratch.take<float>(gate.groups);
+    std::fill(slope, slope + gate.padded(), 1.f);
+    std::fill(weight, weight + gate.width, 1.f);
+    if (gate.weight) {
+      std::copy(gate.weight, gate.weight + gate.width, weight);
+      std::copy(gate.bias, gate.bias + gate.width, bias);
+    }
+  }
+};
+
+template <typename S> void read(const S* __restrict in, float* __restrict out, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<float>(in[c]);
+}
+template <typename S> void write(const float* __restrict in, S* __restrict out, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<S>(in[c]);
+}
+
+inline void activate_row(float* __restrict u, float* __restrict slope, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) {
+    const float x = u[c], g = sigmoid(x), y = x * g;
+    u[c] = y;
+    slope[c] = g + y * (1.f - g);
+  }
+}
+
+// hat <- (x - mean) / deviation; returns 1 / deviation.
+inline float normalise(const float* __restrict x, float* __restrict hat, int64_t n, float eps) {
+  float sum = 0.f, squares = 0.f;
+  for (int64_t c = 0; c < n; ++c) sum += x[c];
+  const float mean = sum / static_cast<float>(n);
+  for (int64_t c = 0; c < n; ++c) squares += (x[c] - mean) * (x[c] - mean);
+  const float rstd = 1.f / std::sqrt(squares / static_cast<float>(n) + eps);
+  for (int64_t c = 0; c < n; ++c) hat[c] = (x[c] - mean) * rstd;
+  return rstd;
+}
+
+template <typename S> void prepare(const Gate& gate, const S* u, const S* a, const Row& row) {
+  read(u, row.u, gate.width);
+  read(a, row.a, gate.width);
+  if (gate.silu) activate_row(row.u, row.slope, gate.padded());
+  const int64_t part = gate.part();
+  for (int64_t g = 0; g < gate.groups; ++g)
+    row.rstd[g] = normalise(row.a + g * part, row.hat + g * part, part, gate.eps);
+}
+
+// y <- u (hat weight + bias)
+inline void gate_row(const Row& row, int64_t n) {
+  const float *__restrict u = row.u, *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias;
+  float* __restrict y = row.y[2];
+  for (int64_t c = 0; c < n; ++c) y[c] = u[c] * (hat[c] * w[c] + b[c]);
+}
+
+using Optional = std::optional<at::Tensor>;
+
+Gate gate_of(const at::Tensor& u, const Optional& weight, const Optional& bias, int64_t groups, double eps, bool silu,
+             bool concat, double dropout, int64_t seed) {
+  return {u.size(1), groups, static_cast<float>(eps), silu, concat, dropout, static_cast<uint32_t>(seed),
+          weight ? weight->const_data_ptr<float>() : nullptr, bias ? bias->const_data_ptr<float>() : nullptr};
+}
+
+at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& weight, const Optional& bias,
+                   int64_t groups, double eps, bool silu, bool concat, double dropout, int64_t seed) {
+  const Gate gate = gate_of(u, weight, bias, groups, eps, silu, concat, dropout, seed);
+  auto out = at::empty({u.size(0), gate.columns()}, u.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, u.scalar_type(), "gate", [&] {
+    at::parallel_for(0, u.size(0), kRows, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      const Row row(gate, scratch);
+      for (int64_t t = begin; t < end; ++t) {
+        prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
+                row);
+        gate_row(row, gate.padded());
+        scalar_t* to = out.mutable_data_ptr<scalar_t>() + t * gate.columns();
+        if (gate.concat) {
+          gate.drop(t, 0, row.u);
+          gate.drop(t, gate.width, row.a);
+          write(row.u, to, gate.width);
+          write(row.a, to + gate.width, gate.width);
+        }
+        gate.drop(t, gate.columns() - gate.width, row.y[2]);
+        write(row.y[2], to + gate.columns() - gate.width, gate.width);
+      }
+    });
+  });
+  return out;
+}
+
+// row.y holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and that
+// of a in row.a; adds those of the norm to sums [2, width], if it has any.
+void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
+  const int64_t n = gate.padded(), part = gate.part();
+  float *__restrict u = row.u, *__restrict dlast = row.y[2];
+  const float *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias, *__restrict du = row.y[0];
+  const float* __restrict slope = row.slope;
+  if (sums) {
+    float *__restrict dweight = sums, *__restrict dbias = sums + gate.width;
+    for (int64_t c = 0; c < gate.width; ++c) dweight[c] += dlast[c] * u[c] * hat[c];
+    for (int64_t c = 0; c < gate.width; ++c) dbias[c] += dlast[c] * u[c];
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    const float dnormed = dlast[c] * u[c];
+    u[c] = (du[c] + dlast[c] * (hat[c] * w[c] + b[c])) * slope[c];
+    dlast[c] = dnormed * w[c];
+  }
+  for (int64_t g = 0; g < gate.groups; ++g) {
+    const float *__restrict d = row.y[2] + g * part, *__restrict x = row.hat + g * part;
+    const float* __restrict direct = row.y[1] + g * part;
+    float *__restrict da = row.a + g * part, sum = 0.f, along = 0.f;
+    for (int64_t c = 0; c < part; ++c) sum += d[c], along += d[c] * x[c];
+    const float mean = sum / static_cast<float>(part), rate = along / static_cast<float>(part), rstd = row.rstd[g];
+    for (int64_t c = 0; c < part; ++c) da[c] = direct[c] + rstd * (d[c] - mean - x[c] * rate);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& u, const at::Tensor& a,
+                                                        const Optional& weight, const Optional& bias, int64_t groups,
+                                                        double eps, bool silu, bool concat, double dropout,
+                                                        int64_t seed) {
+  const Gate gate = gate_of(u, weight, bias, groups, eps, silu, concat, dropout, seed);
+  auto du = at::empty(u.sizes(), u.options()), da = at::empty(u.sizes(), u.options());
+  const int64_t tasks = (u.size(0) + kRows - 1) / kRows;
+  auto sums = at::zeros({weight ? tasks : 0, 2, gate.width}, u.options().dtype(at::kFloat));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, u.scalar_type(), "gate_backward", [&] {
+    at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      Scratch scratch;
+      const Row row(gate, scratch);
+      for (int64_t t = first * kRows; t < std::min(last * kRows, u.size(0)); ++t) {
+        prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
+                row);
+        const scalar_t* from = dy.const_data_ptr<scalar_t>() + t * gate.columns();
+        for (int64_t p = gate.concat ? 0 : 2; p < 3; ++p) {
+          const int64_t first = gate.concat ? p * gate.width : 0;
+          read(from + first, row.y[p], gate.width);
+          gate.drop(t, first, row.y[p]);
+        }
+        backward_row(gate, row, weight ? sums.mutable_data_ptr<float>() + t / kRows * 2 * gate.width : nullptr);
+        write(row.u, du.mutable_data_ptr<scalar_t>() + t * gate.width, gate.width);
+        write(row.a, da.mutable_data_ptr<scalar_t>() + t * gate.width, gate.width);
+      }
+    });
+  });
+  return {du, da, sums.sum(0, false, at::kDouble)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gr, m) {
+  m.def(
+      "gate(Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, bool silu, bool concat, "
+      "float dropout, int seed) -> Tensor");
+  m.def(
+      "gate_backward(Tensor grad, Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, "
+      "bool silu, bool concat, float dropout, int seed) -> (Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(gr, CPU, m) {
+  m.impl("gate", &forward);
+  m.impl("gate_backward", &backward);
+}
+
+}  // namespace gr

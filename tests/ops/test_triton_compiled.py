@@ -1,0 +1,121 @@
+"""Every Triton kernel in every shape that is launched, compiled for three generations of GPUs, and read: no GPU needed.
+
+A kernel that spills registers, misses the tensor cores, or loads without a pipeline is correct and slow; here it fails.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets in this process"),
+]
+if importlib.util.find_spec("triton") is not None:
+    from gr.ops.hstu_attention import triton as attention
+    from gr.ops.layer import triton as layer
+    from gr.ops.layer.gate import Gate
+    from gr.ops.sampled_logits import triton as logits
+    from tests.support.compiled import Compiled, compile_for
+
+    TILES = attention.TILES
+else:
+    TILES = {}
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+
+ATTENTION_TYPES = {
+    **{name: "*i64" for name in ("offsets", "targets")},
+    **{name: "*i32" for name in ("asked_at", "happened_at", "edges")},
+    **{name: "*fp32" for name in ("scale_ptr", "time", "position", "dcandidates_ptr", "dposition_ptr", "dtime_ptr")},
+    **{name: "i32" for name in ("heads", "last", "sequences", "ahead")},
+    **{f"{name}_{of}": "i32" for name in ("q", "k", "v", "g", "out", "dq", "dk", "dv") for of in ("row", "head")},
+    "half_alpha": "fp32",
+}
+
+
+def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: int) -> "Compiled":
+    """As the towers call it: candidates without a bias (STU), both biases without candidates (HSTU)."""
+    tiles = TILES[kernel, size, width, biased]
+    outer_is_keys = kernel == "key_gradient"
+    constants: dict[str, Any] = {
+        **{"Q": width, "V": width, "QP": width, "VP": width, "ROW_SCALE": False},
+        **{"TARGETS": not biased, "TIME": biased, "POSITION": biased, "WINDOW": 0, "CONTEXT": 0, "FULL": 0},
+        **{"FAST": size == 2, "M": tiles.inner if outer_is_keys else tiles.outer},
+        **{"N": tiles.outer if outer_is_keys else tiles.inner, "dcandidates_ptr": None},
+    }
+    absent = ("targets",) if biased else ("asked_at", "happened_at", "edges", "time", "position")
+    constants |= dict.fromkeys(absent)
+    element = "*bf16" if size == 2 else "*fp32"
+    values = {f"{name}_ptr": element for name in ("q", "k", "v", "g", "out", "dq", "dk", "dv")}
+    return compile_for(
+        getattr(attention, f"{kernel}_kernel"),
+        arch,
+        ATTENTION_TYPES | values,
+        constants,
+        warps=tiles.warps,
+        stages=tiles.stages,
+        unaligned=frozenset({"position"}),
+    )
+
+
+# On the neighbours of sm_90, half precision alone: float32 is for checks on a GPU.
+LAUNCHED = [(*key, arch) for key in TILES for arch in SHARED if arch == 90 or key[1] == 2]
+
+
+@pytest.mark.parametrize(("kernel", "size", "width", "biased", "arch"), LAUNCHED, ids=str)
+def test_attention(kernel: str, size: int, width: int, biased: bool, arch: int) -> None:
+    tiles = TILES[kernel, size, width, biased]
+    done = compile_attention(kernel, size, width, biased, arch)
+    # No tiles were found for the tables' kernel, whose addresses outlive two loops, without any.
+    allowed = 64 if kernel == "table_gradient" else 0
+    assert done.spills <= allowed, f"{done.spills} spills, {done.registers} registers"
+    assert done.shared <= SHARED[arch]
+    assert any(done.counts[name] for name in TENSOR_CORES[arch])
+    assert done.counts["F2F"] == 0  # a conversion by element, as slow as the activation
+    if tiles.stages > 1:
+        assert done.pipelined_loads > 0
+    if size == 2 and arch == 90 and not biased:
+        # One special-function instruction an element and loop, and one reciprocal of a division.
+        elements = tiles.outer * tiles.inner // (32 * tiles.warps)
+        assert done.counts["MUFU"] <= 2 * elements + 2
+        if tiles.outer >= 64:
+            assert done.counts["HGMMA"] > 0
+
+
+@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize("width", [50, 64, 256])
+@pytest.mark.parametrize("kernel", ["logits_kernel", "query_gradient_kernel", "item_gradient_kernel"])
+def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
+    floats = ("queries", "items", "logits", "grad", "dqueries", "ditems")
+    types = {name: "*bf16" for name in floats} | {name: "*i64" for name in ("index", "order", "bounds")}
+    types |= {name: "i32" for name in ("samples", "query_row", "item_row")}
+    shape = logits.shape_of(width)
+    done = compile_for(getattr(logits, kernel), arch, types, shape, warps=logits.WARPS)
+    assert done.spills == 0 and done.shared <= SHARED[arch]
+
+
+@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize(("width", "groups", "concat"), [(50, 1, False), (512, 1, True), (1024, 8, True)], ids=str)
+@pytest.mark.parametrize("kernel", ["gate_kernel", "gate_backward_kernel"])
+def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
+    types = {name: "*bf16" for name in ("u_ptr", "a_ptr", "y_ptr", "dy_ptr", "du_ptr", "da_ptr")}
+    types |= {name: "*fp32" for name in ("weight", "bias", "sums")} | {"eps": "fp32", "keep_scale": "fp32"}
+    types |= {"rows": "i32", "u_row": "i32", "a_row": "i32", "seed": "i32", "dropped": "i64"}
+    gate = Gate(groups=groups, eps=1e-6, silu=concat, concat=concat, dropout=0.2)
+    constants: dict[str, Any] = {**layer.shape_of(width, concat, gate)}
+    constants |= {} if concat else {"weight": None, "bias": None}
+    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.WARPS)
+    assert done.spills == 0 and done.shared <= SHARED[arch]
+
+
+def test_the_widest_heads_have_tiles() -> None:
+    for kernel in ("forward", "query_gradient", "key_gradient"):
+        for biased in (False, True):
+            assert attention.tiles_of(kernel, torch.bfloat16, attention.MAX_WIDTH, biased)
+            assert attention.tiles_of(kernel, torch.float32, attention.MAX_WIDTH, biased)
