@@ -81,7 +81,8 @@ def _problem(config: str, overrides: tuple[str, ...], topology: str | None) -> t
 
 def _of_experiment(experiment: Experiment, topology: Topology) -> InventoryConfig:
     from gr.config import GenerativeConfig, RankingConfig
-    from gr.experiment import generative, ranking, retrieval
+    from gr.experiment import ranking
+    from gr.experiment.run import check_history_world
     from gr.planner.inventory import experiment_inventory, generative_inventory, ranking_inventory
     from gr.planner.run import constrained
     from gr.schema import DataSchema, TabularSchema
@@ -90,10 +91,10 @@ def _of_experiment(experiment: Experiment, topology: Topology) -> InventoryConfi
         ranking.check_world(experiment, topology.ranks)
         inventory = ranking_inventory(experiment, TabularSchema.load(experiment.data.path))
     elif isinstance(experiment, GenerativeConfig):
-        generative.check_world(experiment, topology.ranks)
+        check_history_world(experiment, topology.ranks)
         inventory = generative_inventory(experiment, DataSchema.load(experiment.data.path))
     else:
-        retrieval.check_world(experiment, topology.ranks)
+        check_history_world(experiment, topology.ranks)
         inventory = experiment_inventory(experiment, DataSchema.load(experiment.data.path).item_cardinality)
     return constrained(inventory, experiment.planner, topology.device)
 

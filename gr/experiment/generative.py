@@ -18,9 +18,18 @@ from gr.data.loader import TrainLoader, UserBatches
 from gr.data.stream import StreamLoader
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
+from gr.experiment.run import (
+    Job,
+    best_step,
+    check_history_world,
+    counted,
+    load_weights,
+    run,
+    sharded_model,
+    without_plan,
+)
 from gr.files import write_json
-from gr.metrics.tasks import MultiTaskMetrics, ProgressiveTaskMetrics
+from gr.metrics.tasks import MultiTaskMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.generative import GenerativeRanker
 from gr.planner.inventory import generative_inventory
@@ -59,7 +68,7 @@ def meta_model(config: GenerativeConfig, schema: DataSchema) -> GenerativeRanker
 
 def build(config: GenerativeConfig, world: World) -> Built:
     """Opens the data, plans, shards and fills the model with its initial weights."""
-    check_world(config, world.size)
+    check_history_world(config, world.size)
     train_data = Dataset.open(config.data.path)
     evaluation_data = Dataset.open(config.evaluation.path) if config.evaluation.path else train_data
     check_data(config, train_data, evaluation_data)
@@ -135,7 +144,7 @@ def _callbacks(
     checkpointing: callbacks.Checkpointing,
 ) -> list[Callback]:
     config, first = built.config, built.first_task
-    metrics = ProgressiveTaskMetrics(config.task.tasks, built.world, window=config.evaluation.window)
+    metrics = MultiTaskMetrics(config.task.tasks, built.world, window=config.evaluation.window)
     shown = [f"{first}/{name}" for name in callbacks.progressive.SHOWN]
     chosen: list[Callback] = [
         callbacks.Progressive(objective, metrics, writer, every=config.trainer.log_every, shown=shown)
@@ -249,13 +258,3 @@ def check_data(config: GenerativeConfig, train_data: Dataset, evaluation_data: D
             raise DataError(
                 f"{train_data.path} and {evaluation_data.path} differ in {name} (schema.json): prepare both alike"
             )
-
-
-def check_world(config: GenerativeConfig, world_size: int) -> None:
-    """Raises ConfigError when the batches cannot be dealt evenly to `world_size` ranks."""
-    sizes = {
-        "data.lanes": config.data.lanes,
-        "trainer.global_batch_size": config.trainer.global_batch_size,
-        "evaluation.global_batch_size": config.evaluation.global_batch_size,
-    }
-    check_divisible(sizes, world_size)

@@ -19,7 +19,16 @@ from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment.run import Job, best_step, check_divisible, counted, load_weights, run, sharded_model, without_plan
+from gr.experiment.run import (
+    Job,
+    best_step,
+    check_history_world,
+    counted,
+    load_weights,
+    run,
+    sharded_model,
+    without_plan,
+)
 from gr.files import write_json
 from gr.metrics.retrieval import retrieval_metrics
 from gr.metrics.writers import MetricsWriter
@@ -67,7 +76,7 @@ def meta_model(config: ExperimentConfig, item_rows: int) -> RetrievalModel:
 
 def build(config: ExperimentConfig, world: World) -> Built:
     """Opens the data, plans, shards and fills the model with its initial weights."""
-    check_world(config, world.size)
+    check_history_world(config, world.size)
     train_data = Dataset.open(config.data.path)
     evaluation_data = Dataset.open(config.evaluation.path) if config.evaluation.path else train_data
     check_data(config, train_data, evaluation_data)
@@ -227,13 +236,3 @@ def check_data(config: ExperimentConfig, train_data: Dataset, evaluation_data: D
             f"{train_data.path} has item_cardinality {trained}, {evaluation_data.path} has {evaluated}: evaluate on "
             "data with the same items"
         )
-
-
-def check_world(config: ExperimentConfig, world_size: int) -> None:
-    """Raises ConfigError when the batches cannot be dealt evenly to `world_size` ranks."""
-    sizes = {
-        "data.lanes": config.data.lanes,
-        "trainer.global_batch_size": config.trainer.global_batch_size,
-        "evaluation.global_batch_size": config.evaluation.global_batch_size,
-    }
-    check_divisible(sizes, world_size)

@@ -15,7 +15,7 @@ from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_st
 from gr.checkpoint.layout import CONFIG
 from gr.config import differences, dump_config, load_config
 from gr.config.inventory import InventoryConfig
-from gr.config.tree import RunConfig
+from gr.config.tree import HistoryRunConfig, RunConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, shard_tables
 from gr.errors import CheckpointError, ConfigError, DamagedCheckpointError
@@ -201,6 +201,16 @@ def counted(counters: Mapping[str, int], world: World) -> dict[str, float]:
     if total["bad_rows"] and world.is_main:
         log.warning("data.on_bad_row=skip emptied %d bad rows; see training_data in report.json", total["bad_rows"])
     return total
+
+
+def check_history_world(config: HistoryRunConfig, world_size: int) -> None:
+    """Raises ConfigError when the batches of user histories cannot be dealt evenly to `world_size` ranks."""
+    sizes = {
+        "data.lanes": config.data.lanes,
+        "trainer.global_batch_size": config.trainer.global_batch_size,
+        "evaluation.global_batch_size": config.evaluation.global_batch_size,
+    }
+    check_divisible(sizes, world_size)
 
 
 def check_divisible(sizes: Mapping[str, int], world_size: int) -> None:

@@ -1,6 +1,6 @@
 """Metrics of several tasks at once, named "task/metric". P predictions, C tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,20 +38,15 @@ class RegressionMetrics:
 
 
 class MultiTaskMetrics:
-    """Metrics of each task over all predictions since the start, GAUC by user among them."""
+    """Metrics of each task, named "task/metric"."""
 
-    def __init__(self, tasks: Sequence[ActionTask | ValueTask], world: World) -> None:
-        self._tasks: Mapping[str, RankingMetrics | RegressionMetrics] = {
-            task.name: RankingMetrics(task.name, world, grouped=True)
-            if isinstance(task, ActionTask)
-            else RegressionMetrics(task.name, world)
-            for task in tasks
-        }
+    def __init__(self, tasks: Sequence[ActionTask | ValueTask], world: World, *, window: int | None = None) -> None:
+        """window: for bce tasks ProgressiveMetrics over it; unset, exact metrics of all, with GAUC by user."""
+        self._tasks = {task.name: _of_task(task, world, window) for task in tasks}
 
     def update(self, outputs_PC: Tensor, labels_PC: Tensor, user_P: Tensor) -> None:
-        for metrics, output_P, label_P in zip(
-            self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True
-        ):
+        columns = zip(self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True)
+        for metrics, output_P, label_P in columns:
             if isinstance(metrics, RankingMetrics):
                 metrics.update(output_P, label_P, groups_B=user_P)
             else:
@@ -62,23 +57,11 @@ class MultiTaskMetrics:
         return compute_tasks(self._tasks)
 
 
-class ProgressiveTaskMetrics:
-    """As training goes: ProgressiveMetrics of the bce tasks, the squared error of the others since the start."""
-
-    def __init__(self, tasks: Sequence[ActionTask | ValueTask], world: World, *, window: int) -> None:
-        self._tasks: Mapping[str, ProgressiveMetrics | RegressionMetrics] = {
-            task.name: ProgressiveMetrics(task.name, world, window=window)
-            if isinstance(task, ActionTask)
-            else RegressionMetrics(task.name, world)
-            for task in tasks
-        }
-
-    def update(self, outputs_PC: Tensor, labels_PC: Tensor, user_P: Tensor) -> None:
-        """user_P is not looked at: a window rarely has enough of one user."""
-        columns = zip(self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True)
-        for metrics, output_P, label_P in columns:
-            metrics.update(output_P, label_P)
-
-    def compute(self) -> dict[str, float]:
-        """As the tasks' own compute(). Collective."""
-        return compute_tasks(self._tasks)
+def _of_task(
+    task: ActionTask | ValueTask, world: World, window: int | None
+) -> RankingMetrics | ProgressiveMetrics | RegressionMetrics:
+    if isinstance(task, ValueTask):
+        return RegressionMetrics(task.name, world)
+    if window is None:
+        return RankingMetrics(task.name, world, grouped=True)
+    return ProgressiveMetrics(task.name, world, window=window)

@@ -8,7 +8,7 @@ from gr.config.generative import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
-from gr.metrics.tasks import MultiTaskMetrics, ProgressiveTaskMetrics, RegressionMetrics
+from gr.metrics.tasks import MultiTaskMetrics, RegressionMetrics
 from tests.support.ranks import run_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -41,7 +41,7 @@ def test_each_task_has_its_own() -> None:
 
 def test_as_training_goes_there_is_a_window_and_a_lifetime() -> None:
     first, second = drawn(0), drawn(1)
-    found = ProgressiveTaskMetrics(TASKS, ALONE, window=60)
+    found = MultiTaskMetrics(TASKS, ALONE, window=60)
     newest, all_of_them = RankingMetrics("like", ALONE), LifetimeMetrics("like", ALONE)
     for outputs, labels, users in (first, second):
         found.update(outputs, labels, users)
