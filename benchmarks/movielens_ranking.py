@@ -3,9 +3,9 @@
     python -m benchmarks.movielens_ranking --data data/ml-100k [--seeds 1 2 3] [KEY=VALUE ...]
 
 Each model predicts the ten newest ratings of every user (4 stars or more?); the ten before them choose its checkpoint,
-or number of passes; all older ones are trained on. item mean and user + item are counts, smoothed towards the mean
-label; dlrm reads the user, the film, hour and weekday (configs/ranking/movielens-dlrm.yaml), and no history. Further
-arguments override configs/ranking/movielens-hstu.yaml.
+or number of passes; the older ones are trained on (by hstu data.max_length of each user). item mean and user + item are
+counts, smoothed towards the mean label; dlrm reads the user, the film, hour and weekday
+(configs/ranking/movielens-dlrm.yaml), and no history. Further arguments override configs/ranking/movielens-hstu.yaml.
 """
 
 import argparse

@@ -22,7 +22,9 @@ class GenerativeDataConfig(DataConfig):
         20, description="Newest events of each user kept out of training: those of validation and test."
     )
     candidates: PositiveInt = Field(
-        10, description="With task.supervision=candidates, newest events of an example that are its candidates."
+        10,
+        description="With task.supervision=candidates, newest events of an example that are its candidates; a stream "
+        "takes all of a window instead.",
     )
     stream: StreamConfig | None = Field(None, description="Train on windows of time; evaluates each before it.")
 
@@ -137,9 +139,20 @@ class GenerativeConfig(HistoryRunConfig):
                 "task.supervision=all needs model.input.kind=interleaved: an additive token shows the action that is "
                 "to be predicted. Set one of them, task.supervision=candidates or model.input.kind=interleaved"
             )
-        if self.task.supervision == "candidates" and not isinstance(self.model.tower, STUConfig):
+        tower = self.model.tower
+        if self.task.supervision == "all":
+            for name, telling in (
+                ("divisor=actual_len", isinstance(tower, HSTUConfig) and tower.divisor == "actual_len"),
+                ("min_full_attn_seq_len", isinstance(tower, STUConfig) and tower.min_full_attn_seq_len > 0),
+            ):
+                if telling:
+                    raise ValueError(
+                        f"model.tower.{name} tells a predicted event how many events come after it: unset it, or use "
+                        "task.supervision=candidates"
+                    )
+        if self.task.supervision == "candidates" and not isinstance(tower, STUConfig):
             raise ValueError(
-                f"task.supervision=candidates needs model.tower.kind=stu, not {self.model.tower.kind}, which has no "
+                f"task.supervision=candidates needs model.tower.kind=stu, not {tower.kind}, which has no "
                 "mask for candidates"
             )
         return self
@@ -147,10 +160,11 @@ class GenerativeConfig(HistoryRunConfig):
     @model_validator(mode="after")
     def _predictions_are_held_out(self):
         evaluation, data = self.evaluation, self.data
-        if max(evaluation.newest, data.candidates) > data.max_length:
+        if evaluation.newest > data.max_length:
+            raise ValueError(f"evaluation.newest={evaluation.newest} must be at most data.max_length={data.max_length}")
+        if self.task.supervision == "candidates" and data.candidates >= data.max_length:
             raise ValueError(
-                f"evaluation.newest={evaluation.newest} and data.candidates={data.candidates} must be at most "
-                f"data.max_length={data.max_length}"
+                f"data.candidates={data.candidates} leaves no room for history in data.max_length={data.max_length}"
             )
         if data.stream is not None and evaluation.every and self.evaluates_training_users:
             raise ValueError(

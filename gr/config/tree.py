@@ -59,10 +59,12 @@ class HSTUConfig(Section):
     attention: Literal["pointwise", "softmax"] = Field("pointwise", description="softmax is the paper's ablation.")
     divisor: Literal["constant", "max_len", "actual_len"] = Field(
         "constant",
-        description="What SiLU attention is divided by: divisor_value, data.max_length, or the sequence's own length.",
+        description="What SiLU attention is divided by: divisor_value, the longest sequence there can be, or the "
+        "sequence's own length, in tokens.",
     )
     divisor_value: PositiveFloat | None = Field(
-        None, description="Used when divisor is constant; unset: data.max_length + 11, as the published code has it."
+        None,
+        description="Used when divisor is constant; unset: the longest sequence + 11, as the published code has it.",
     )
     concat_ua: bool = Field(False, description="Feed [u, a, u*a] to the output projection instead of u*a.")
     position_bias: bool = True

@@ -40,7 +40,7 @@ class Rows:
 
     def gather(self, column: str, start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
         """Packed values [sum(length_B)] of the window of each example."""
-        return self.at(column, length_B, _ranges(start_B, length_B))
+        return self.at(column, length_B, ranges(start_B, length_B))
 
     def at(self, column: str, length_B: np.ndarray, place_T: np.ndarray) -> np.ndarray:
         """Packed values [T] of an event column: length_B events of each example, at these places in its history."""
@@ -48,7 +48,7 @@ class Rows:
         values = np.empty(offsets[-1], dtype=self._type(column))
         for index, group in enumerate(self.groups):
             chosen = np.flatnonzero(self.group_B == index)
-            slots = _ranges(offsets[chosen], length_B[chosen])
+            slots = ranges(offsets[chosen], length_B[chosen])
             first = np.repeat(group.offsets[self.row_B[chosen]], length_B[chosen])
             values[slots] = group.columns[column][first + place_T[slots]]
         return values
@@ -70,13 +70,14 @@ class Counts:
     """What collation left out, and what it kept.
 
     truncated_tokens: inputs older than the window. without_target: empty examples. subsampled_tokens: left out by
-    stochastic length. tokens: kept.
+    stochastic length. tokens: kept. unpredicted: events older than the window that were to be predicted.
     """
 
     truncated_tokens: int = 0
     without_target: int = 0
     subsampled_tokens: int = 0
     tokens: int = 0
+    unpredicted: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -118,7 +119,7 @@ def chosen_events(
     """
     window_B = np.minimum(stop_B, config.max_length)
     start_B = stop_B - window_B
-    place_T = _ranges(start_B, window_B)
+    place_T = ranges(start_B, window_B)
     if config.stochastic_length is None:
         return start_B, window_B, place_T, 0
     order = "timestamps" if rows.timestamps else None
@@ -200,6 +201,6 @@ def _offsets(length_B: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(length_B)]).astype(np.int64)
 
 
-def _ranges(start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+def ranges(start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
     """start[0] .. start[0] + length[0] - 1, then the same of 1, ..."""
     return np.repeat(start_B - _offsets(length_B)[:-1], length_B) + np.arange(int(length_B.sum()))

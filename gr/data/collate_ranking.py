@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import ITEM_FEATURE, HistoryBatch
 from gr.config.generative import ActionTask, GenerativeDataConfig, GenerativeTaskConfig
-from gr.data.collate import Counts, Rows, chosen_events
+from gr.data.collate import Counts, Rows, chosen_events, ranges
 from gr.data.subsequence import Draws, random_ends
 from gr.errors import ConfigError
 from gr.schema import DataSchema
@@ -64,16 +64,20 @@ class RankingCollate:
         """The first stop_B events of each user, of which the newest scored_B are predicted, as far as they fit."""
         length_B = np.where(scored_B > 0, np.minimum(stop_B, self.config.max_length), 0)
         start_B = stop_B - length_B
-        place_T = np.repeat(start_B - (np.cumsum(length_B) - length_B), length_B) + np.arange(int(length_B.sum()))
-        lost = int((scored_B - np.minimum(scored_B, length_B)).sum())
-        counts = Counts(lost, int(((scored_B < 1) & (rows.group_B >= 0)).sum()), 0, len(place_T))
+        place_T = ranges(start_B, length_B)
+        counts = Counts(
+            truncated_tokens=int(start_B[scored_B > 0].sum()),
+            without_target=int(((scored_B < 1) & (rows.group_B >= 0)).sum()),
+            tokens=len(place_T),
+            unpredicted=int((scored_B - np.minimum(scored_B, length_B)).sum()),
+        )
         return self._batch(rows, length_B, place_T, np.minimum(scored_B, length_B), first_example), counts
 
     def _with_scored(
         self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, draws: Draws
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """As chosen_events, but the newest scored_B always stay: stochastic length is for the history."""
-        room = self.config.model_copy(update={"max_length": max(1, self.config.max_length - self.config.candidates)})
+        room = self.config.model_copy(update={"max_length": self.config.max_length - self.config.candidates})
         start_B, history_B, place_T, dropped = chosen_events(rows, stop_B - scored_B, room, draws)
         length_B = history_B + scored_B
         places = np.empty(int(length_B.sum()), dtype=np.int64)

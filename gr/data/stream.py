@@ -23,6 +23,9 @@ from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset, Histories
 from gr.data.prefetch import Ahead, RowGroupCache
 from gr.errors import CheckpointError, ConfigError, DataError
+from gr.logging import get_logger, log_once
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,23 @@ class StreamLoader:
         self.wait_seconds += self._ahead.wait_seconds - waited
         self._step += 1
         self._counts += counts
+        if counts.unpredicted:
+            log_once(
+                log,
+                f"some users have more events in a window than data.max_length={self._config.max_length}: their oldest "
+                "are not trained on",
+            )
         return batch
 
     def counters(self) -> dict[str, int]:
-        """Of this rank, since construction: distinct bad rows emptied, and events of a window that did not fit into
-        data.max_length and so were not trained on.
+        """Of this rank, since construction: distinct bad rows emptied, events older than data.max_length, and those of
+        them that lie in the window and so were never trained on.
         """
-        return {"bad_rows": self._dataset.bad_rows, "truncated_tokens": self._counts.truncated_tokens}
+        return {
+            "bad_rows": self._dataset.bad_rows,
+            "truncated_tokens": self._counts.truncated_tokens,
+            "unpredicted": self._counts.unpredicted,
+        }
 
     def state_dict(self) -> dict[str, int]:
         """step: batches handed out. The rest identifies the pass; the same on all ranks."""

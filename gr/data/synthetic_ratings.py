@@ -61,8 +61,8 @@ class RatingOptions:
             timestamps=True,
             ratings=True,
             actions=["like", "love"],
-            event_features={"item_category_id": self.categories},
-            contextual={"user": self.users},
+            event_features={"item_category_id": self.categories + 1},
+            contextual={"user": self.users + 1},
         )
 
 
@@ -119,8 +119,8 @@ def _draw(options: RatingOptions, item_rating: np.ndarray, first: int, users: in
         ratings=rating,
         columns={
             "actions": (rating > 3).astype(np.int32) | (rating > 4).astype(np.int32) << 1,
-            "item_category_id": (item - 1) // size,
-            "user": np.arange(first, first + users),
+            "item_category_id": (item - 1) // size + 1,
+            "user": np.arange(first, first + users) + 1,
         },
     )
 

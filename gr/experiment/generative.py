@@ -1,6 +1,6 @@
 """A generative ranking run: what users will do with an item, from the sequence of what they did."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from gr.batch import HistoryBatch
 from gr.checkpoint import ModelState
+from gr.checkpoint.layout import CONFIG
+from gr.config import load_config
 from gr.config.generative import GenerativeConfig
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
@@ -29,7 +31,9 @@ from gr.experiment.run import (
     without_plan,
 )
 from gr.files import write_json
-from gr.metrics.tasks import MultiTaskMetrics
+from gr.metrics.progressive import ProgressiveMetrics
+from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
+from gr.metrics.tasks import BinaryMetrics, MultiTaskMetrics
 from gr.metrics.writers import MetricsWriter
 from gr.models.generative import GenerativeRanker
 from gr.planner.inventory import generative_inventory
@@ -109,6 +113,8 @@ def _check_saved(saved: GenerativeConfig, path: str, config: GenerativeConfig) -
             f"{path} was trained with data.train_holdout={saved.data.train_holdout}, not "
             f"{config.data.train_holdout}: other events are held out. Use another run_dir"
         )
+    if (saved.data.stream is None) != (config.data.stream is None):
+        raise CheckpointError(f"{path} was trained {'without' if saved.data.stream is None else 'with'} data.stream")
 
 
 def _loader(built: Built) -> TrainLoader | StreamLoader:
@@ -144,7 +150,11 @@ def _callbacks(
     checkpointing: callbacks.Checkpointing,
 ) -> list[Callback]:
     config, first = built.config, built.first_task
-    metrics = MultiTaskMetrics(config.task.tasks, built.world, window=config.evaluation.window)
+    metrics = MultiTaskMetrics(
+        config.task.tasks,
+        built.world,
+        lambda name: ProgressiveMetrics(name, built.world, window=config.evaluation.window),
+    )
     shown = [f"{first}/{name}" for name in callbacks.progressive.SHOWN]
     chosen: list[Callback] = [
         callbacks.Progressive(objective, metrics, writer, every=config.trainer.log_every, shown=shown)
@@ -152,7 +162,10 @@ def _callbacks(
     if isinstance(loader, StreamLoader):
         chosen.append(
             callbacks.NextWindow(
-                loader.starting_window, lambda window: _metrics(built, loader.window(window)), writer, shown=shown
+                loader.starting_window,
+                lambda window: _metrics(built, loader.window(window), lambda name: LifetimeMetrics(name, built.world)),
+                writer,
+                shown=shown,
             )
         )
     if config.evaluation.every:
@@ -163,7 +176,7 @@ def _callbacks(
                 writer,
                 every=config.evaluation.every,
                 select_by=f"{first}/auc",
-                shown=[f"{first}/{name}" for name in ("auc", "gauc", "ne")],
+                shown=[f"{first}/{name}" for name in ("auc", "ne")],
             )
         )
     return chosen
@@ -183,12 +196,12 @@ def evaluate_split(built: Built, split: Split) -> dict[str, float]:
         rank=world.rank,
         world_size=world.size,
     )
-    return _metrics(built, batches)
+    return _metrics(built, batches, lambda name: RankingMetrics(name, world, grouped=True))
 
 
 @torch.no_grad()
-def _metrics(built: Built, batches: Iterable[HistoryBatch]) -> dict[str, float]:
-    metrics, model = MultiTaskMetrics(built.config.task.tasks, built.world), built.model
+def _metrics(built: Built, batches: Iterable[HistoryBatch], binary: Callable[[str], BinaryMetrics]) -> dict[str, float]:
+    metrics, model = MultiTaskMetrics(built.config.task.tasks, built.world, binary), built.model
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -231,10 +244,15 @@ def _can_evaluate(config: GenerativeConfig, split: Split) -> bool:
 
 def evaluate(config: GenerativeConfig, checkpoint: Path, world: World, split: Split) -> dict[str, Any]:
     """Metrics of a checkpoint on one split. Raises ConfigError when the split's events were trained on."""
+    saved = load_config(checkpoint / CONFIG)
+    assert isinstance(saved, GenerativeConfig), "the caller chose by the checkpoint's own configuration"
+    _check_saved(saved, str(checkpoint), config)
     if not _can_evaluate(config, split):
+        others = "other users with evaluation.path"
+        remedy = f"the test split, or {others}" if _can_evaluate(config, "test") else others
         raise ConfigError(
             f"the {split} events were trained on (data.train_holdout={config.data.train_holdout}, evaluation.newest="
-            f"{config.evaluation.newest}): evaluate the test split, or other users with evaluation.path"
+            f"{config.evaluation.newest}): evaluate {remedy}"
         )
     built = build(without_plan(config), world)
     step = load_weights(built.model, config, checkpoint, world)

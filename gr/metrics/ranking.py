@@ -146,7 +146,8 @@ class RankingMetrics:
 
         ne: log_loss (nats) over the entropy of base_rate, so 1 for who predicts the base rate (He et al., ADKDD 2014,
         section 2). auc. gauc: mean of the AUC of groups, weighted by their impressions (Zhou et al., KDD 2018,
-        section on metrics); gauc_groups are in it, gauc_groups_skipped have one class. accuracy: at probability 0.5.
+        section on metrics); gauc_groups are in it, gauc_groups_skipped have one class; without any there
+        is no gauc. accuracy: at probability 0.5.
         base_rate: mean label. calibration: mean prediction / mean label. examples: how many counted.
 
         Raises DataError for no example, labels of one class or not 0 and 1, bad weights; TrainingError for predictions
@@ -170,10 +171,7 @@ class RankingMetrics:
         scored_G = ~auc_G.isnan()
         groups = int(scored_G.sum())
         if not groups:
-            raise DataError(
-                f"task {self._intake.task!r}: labels are of one class in each of the {len(auc_G)} groups, so there is "
-                "no GAUC; measure more examples of each group, or set grouped=False"
-            )
+            return {"gauc_groups": 0, "gauc_groups_skipped": len(auc_G)}
         mean = (auc_G[scored_G] * weight_G[scored_G]).sum() / weight_G[scored_G].sum()
         return {"gauc": mean.item(), "gauc_groups": groups, "gauc_groups_skipped": len(auc_G) - groups}
 

@@ -1,6 +1,6 @@
 """Metrics of several tasks at once, named "task/metric". P predictions, C tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,8 +8,11 @@ from torch import Tensor
 from gr.config.generative import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
+from gr.logging import get_logger, log_once
 from gr.metrics.progressive import ProgressiveMetrics
-from gr.metrics.ranking import RankingMetrics, compute_tasks
+from gr.metrics.ranking import LifetimeMetrics, RankingMetrics, compute_tasks
+
+log = get_logger(__name__)
 
 
 class RegressionMetrics:
@@ -37,12 +40,20 @@ class RegressionMetrics:
         return {"mse": error / count, "label_variance": square / count - (label / count) ** 2, "examples": count}
 
 
+BinaryMetrics = RankingMetrics | LifetimeMetrics | ProgressiveMetrics
+
+
 class MultiTaskMetrics:
     """Metrics of each task, named "task/metric"."""
 
-    def __init__(self, tasks: Sequence[ActionTask | ValueTask], world: World, *, window: int | None = None) -> None:
-        """window: for bce tasks ProgressiveMetrics over it; unset, exact metrics of all, with GAUC by user."""
-        self._tasks = {task.name: _of_task(task, world, window) for task in tasks}
+    def __init__(
+        self, tasks: Sequence[ActionTask | ValueTask], world: World, binary: Callable[[str], BinaryMetrics]
+    ) -> None:
+        """binary: makes the metrics of a bce task, given its name; RankingMetrics are grouped by user."""
+        self._tasks = {
+            task.name: binary(task.name) if isinstance(task, ActionTask) else RegressionMetrics(task.name, world)
+            for task in tasks
+        }
 
     def update(self, outputs_PC: Tensor, labels_PC: Tensor, user_P: Tensor) -> None:
         columns = zip(self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True)
@@ -53,15 +64,15 @@ class MultiTaskMetrics:
                 metrics.update(output_P, label_P)
 
     def compute(self) -> dict[str, float]:
-        """As the tasks' own compute(). Collective."""
-        return compute_tasks(self._tasks)
+        """As the tasks' own compute(). Collective.
 
-
-def _of_task(
-    task: ActionTask | ValueTask, world: World, window: int | None
-) -> RankingMetrics | ProgressiveMetrics | RegressionMetrics:
-    if isinstance(task, ValueTask):
-        return RegressionMetrics(task.name, world)
-    if window is None:
-        return RankingMetrics(task.name, world, grouped=True)
-    return ProgressiveMetrics(task.name, world, window=window)
+        A task that cannot be measured, as where all its labels are of one class, is left out and said once; the first
+        one raises.
+        """
+        found = compute_tasks({name: self._tasks[name] for name in list(self._tasks)[:1]})
+        for name in list(self._tasks)[1:]:
+            try:
+                found |= compute_tasks({name: self._tasks[name]})
+            except DataError as error:
+                log_once(log, f"left out: {error}")
+        return found

@@ -256,7 +256,7 @@ def generative_inventory(config: GenerativeConfig, schema: DataSchema) -> Invent
     vectors += (not interleaved) + 2 * len(schema.contextual_numeric) + 2
     widths = [model.dim, *model.head, len(task.tasks)]
     head = sum((into + 1) * out for into, out in pairwise(widths))
-    predicted = N if task.supervision == "all" else config.data.candidates
+    predicted = config.data.candidates if task.supervision == "candidates" and config.data.stream is None else N
     return InventoryConfig(
         name=task.kind,
         global_batch_size=config.trainer.global_batch_size,

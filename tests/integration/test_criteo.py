@@ -9,6 +9,7 @@ import pytest
 from gr.cli import main
 from gr.config import dump_config
 from tests.support import ROOT
+from tests.support.run_folder import reason_alone
 from tests.support.tiny import tiny_config, write_tiny
 
 CONFIG = str(ROOT / "configs/dlrm/criteo-debug.yaml")
@@ -118,7 +119,7 @@ def test_more_steps_than_one_pass(prepared: Prepared, refused: Refused, tmp_path
         f"trainer.steps=79, but {prepared['train']} has 78 batches of 256 rows for its one pass: set trainer.steps to "
         "78 or fewer"
     )
-    assert not (tmp_path / "run").exists()
+    assert reason_alone(tmp_path / "run")
 
 
 @pytest.mark.data
@@ -129,7 +130,7 @@ def test_evaluation_data_of_another_vocabulary(
     other = f"evaluation.path={prepared['other']}"
     expected = f"{prepared['train']} and {prepared['other']} differ in sparse (schema.json): prepare both with the same"
     assert refused("train", CONFIG, *overrides(prepared, tmp_path / "run", other)).startswith(expected)
-    assert not (tmp_path / "run").exists()
+    assert reason_alone(tmp_path / "run")
     assert refused("evaluate", "--checkpoint", str(trained), other).startswith(expected)
 
 

@@ -26,7 +26,7 @@ class NextWindow(Callback):
         self.starting_window, self.evaluate, self.writer, self.shown = starting_window, evaluate, writer, shown
 
     def on_start(self, trainer: Trainer) -> None:
-        """A run that resumes at a window has measured it before it saved."""
+        """A run that resumes where a window starts has measured it before it saved, also where it was to end there."""
         if trainer.step == 0:
             self._measure(trainer)
 
@@ -35,7 +35,7 @@ class NextWindow(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         window = self.starting_window(trainer.step)
-        if window is None or trainer.step >= trainer.steps:
+        if window is None:
             return
         watchdog.enter(f"evaluation of window {window}", "evaluation")
         try:

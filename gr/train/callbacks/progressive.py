@@ -1,4 +1,7 @@
-"""Progressive validation: every training example is scored before it is trained on (Blum et al., COLT 1999)."""
+"""Progressive validation: every training example is scored before it is trained on (Blum et al., COLT 1999).
+
+In one pass, that is; from a second epoch on it has been trained on before. Scores are those of training, with dropout.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

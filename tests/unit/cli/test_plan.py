@@ -179,3 +179,12 @@ def test_published_recipes_fit_the_cluster_that_their_header_names(name, paramet
     tables = json.loads((tmp_path / "plan.json").read_text())["inventory"]["tables"]
     assert len(tables) == 26
     assert sum(table["rows"] * table["dim"] for table in tables) == pytest.approx(parameters, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("dlrm-v3", 514.6e9), ("dlrm-v4-hstu", 7.7e9)])
+def test_published_rankers_fit_the_cluster_that_their_header_names(name, parameters, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (call,) = re.findall(r"^#   gr (plan .*)$", (ROOT / f"configs/ranking/{name}.yaml").read_text(), re.MULTILINE)
+    assert main([*call.split(), "--json", str(tmp_path / "plan.json")]) == 0
+    tables = json.loads((tmp_path / "plan.json").read_text())["inventory"]["tables"]
+    assert sum(table["rows"] * table["dim"] for table in tables) == pytest.approx(parameters, rel=2e-3)

@@ -34,6 +34,9 @@ def test_the_shipped_configurations_load() -> None:
         (["data.train_holdout=9"], r"data.train_holdout=9 trains on what is evaluated: set it to 10"),
         (["data.train_holdout=19", "evaluation.every=3"], "set it to 20"),
         (["evaluation.newest=300"], r"must be at most data.max_length=200"),
+        (["model.tower.kind=hstu", "model.tower.divisor=actual_len"], "divisor=actual_len tells a predicted event how"),
+        (["model.tower.max_attn_len=4", "model.tower.min_full_attn_seq_len=2"], "min_full_attn_seq_len tells a predic"),
+        (["task.supervision=candidates", "data.candidates=200"], "data.candidates=200 leaves no room for history in"),
         (["data.lanes=7"], "is not divisible by data.lanes=7"),
         (
             ["model.dim=10", "model.tower.kind=sasrec", "model.tower.heads=3"],

@@ -68,7 +68,7 @@ def test_every_event_once_and_windows_in_order(folder: Path) -> None:
         found += mine
     assert window == WINDOWS - 1 and step + 1 == len(source)
     assert sorted(found) == sorted(events(folder)) and len(found) > 5000
-    assert source.counters() == {"bad_rows": 0, "truncated_tokens": 0}
+    assert source.counters() == {"bad_rows": 0, "truncated_tokens": 0, "unpredicted": 0}
 
 
 def test_a_window_is_what_training_will_read(folder: Path) -> None:
@@ -115,7 +115,7 @@ def test_long_histories_lose_their_oldest_and_it_is_counted(folder: Path) -> Non
         by_user.setdefault(user, []).append(time)
     assert len(source_events) == sum(min(5, len(times)) for times in by_user.values())
     assert all(time in by_user[user][-5:] for user, _, time in source_events)
-    assert source.counters()["truncated_tokens"] == sum(max(0, len(times) - 5) for times in by_user.values())
+    assert source.counters()["unpredicted"] == sum(max(0, len(times) - 5) for times in by_user.values())
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:

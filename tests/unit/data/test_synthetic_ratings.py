@@ -22,7 +22,7 @@ def read(folder: Path) -> Histories:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Histories:
     folder = tmp_path_factory.mktemp("ratings")
     schema = write_ratings(OPTIONS, folder)
-    assert (schema.users, schema.items, schema.event_features) == (300, 800, {"item_category_id": 40})
+    assert (schema.users, schema.items, schema.event_features) == (300, 800, {"item_category_id": 41})
     return read(folder)
 
 
@@ -36,7 +36,7 @@ def test_seven_users_of_ten_take_part_at_a_time(written: Histories) -> None:
 def test_items_appear_with_time_and_users_keep_to_their_categories(written: Histories) -> None:
     days = (written.columns["timestamps"] - 978_307_200) // 86_400
     items, categories = written.columns["item_ids"] - 1, written.columns["item_category_id"]
-    assert (categories == items // 20).all()
+    assert (categories == items // 20 + 1).all()
     assert (items % 20 < np.maximum(1, 20 * (days + 1) // 8)).all()
     for start, stop in zip(written.offsets[:-1], written.offsets[1:], strict=True):
         assert len(set(categories[start:stop].tolist())) <= 5

@@ -65,6 +65,9 @@ def test_events_that_were_trained_on_are_not_evaluated(data: Path, tmp_path: Pat
     assert train(config, alone) is not None
     with pytest.raises(ConfigError, match=r"the validation events were trained on \(data.train_holdout=2"):
         evaluate(config, resolve(tmp_path / "run"), alone, "validation")
+    kept = generative_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 4})
+    with pytest.raises(CheckpointError, match=r"was trained with data.train_holdout=2, not 4"):
+        evaluate(kept, resolve(tmp_path / "run"), alone, "validation")
 
 
 def test_another_model_or_holdout_is_refused(data: Path, tmp_path: Path, alone: World) -> None:

@@ -7,6 +7,7 @@ import torch
 from gr.config.generative import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
+from gr.metrics.progressive import ProgressiveMetrics
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
 from gr.metrics.tasks import MultiTaskMetrics, RegressionMetrics
 from tests.support.ranks import run_ranks
@@ -22,9 +23,13 @@ def drawn(seed: int = 0, size: int = 60) -> tuple[torch.Tensor, torch.Tensor, to
     return outputs, labels, torch.randint(0, 5, (size,), generator=random)
 
 
+def by_user(world: World, tasks: tuple = TASKS) -> MultiTaskMetrics:
+    return MultiTaskMetrics(tasks, world, lambda name: RankingMetrics(name, world, grouped=True))
+
+
 def test_each_task_has_its_own() -> None:
     outputs, labels, users = drawn()
-    found = MultiTaskMetrics(TASKS, ALONE)
+    found = by_user(ALONE)
     found.update(outputs, labels, users)
     alone = RankingMetrics("like", ALONE, grouped=True)
     alone.update(outputs[:, 0], labels[:, 0], groups_B=users)
@@ -41,7 +46,7 @@ def test_each_task_has_its_own() -> None:
 
 def test_as_training_goes_there_is_a_window_and_a_lifetime() -> None:
     first, second = drawn(0), drawn(1)
-    found = MultiTaskMetrics(TASKS, ALONE, window=60)
+    found = MultiTaskMetrics(TASKS, ALONE, lambda name: ProgressiveMetrics(name, ALONE, window=60))
     newest, all_of_them = RankingMetrics("like", ALONE), LifetimeMetrics("like", ALONE)
     for outputs, labels, users in (first, second):
         found.update(outputs, labels, users)
@@ -57,14 +62,14 @@ def test_as_training_goes_there_is_a_window_and_a_lifetime() -> None:
 
 def halves(world: World) -> dict[str, float]:
     outputs, labels, users = drawn()
-    metrics = MultiTaskMetrics(TASKS, world)
+    metrics = by_user(world)
     mine = slice(0, 40) if world.rank == 0 else slice(40, 60)
     metrics.update(outputs[mine], labels[mine], users[mine])
     return metrics.compute()
 
 
 def test_ranks_agree() -> None:
-    metrics = MultiTaskMetrics(TASKS, ALONE)
+    metrics = by_user(ALONE)
     metrics.update(*drawn())
     for found in run_ranks(halves, 2):
         assert found == pytest.approx(metrics.compute())
@@ -77,3 +82,23 @@ def test_nothing_to_measure_and_divergence() -> None:
     metrics.update(torch.tensor([math.nan]), torch.tensor([1.0]))
     with pytest.raises(TrainingError, match="task 'watched': predictions are not finite"):
         metrics.compute()
+
+
+def test_a_later_task_of_one_class_is_left_out_and_the_first_is_not() -> None:
+    outputs, labels, users = drawn()
+    labels[:, 1] = 0
+    rare = ActionTask(action="rare")
+    metrics = by_user(ALONE, (TASKS[0], rare))
+    metrics.update(outputs, labels, users)
+    assert {name.split("/")[0] for name in metrics.compute()} == {"like"}
+    metrics = by_user(ALONE, (rare, TASKS[0]))
+    metrics.update(outputs.flip(1), labels.flip(1), users)
+    with pytest.raises(DataError, match="task 'rare': all 60 labels are 0"):
+        metrics.compute()
+
+
+def test_users_of_one_class_each_leave_no_gauc() -> None:
+    metrics = by_user(ALONE)
+    metrics.update(torch.tensor([[0.1, 0.0], [0.2, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 2]))
+    found = metrics.compute()
+    assert "like/gauc" not in found and (found["like/gauc_groups"], found["like/gauc_groups_skipped"]) == (0, 2)

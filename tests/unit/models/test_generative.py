@@ -128,6 +128,27 @@ class TestSupervisionOfAll:
         old = replace(batch, numeric_BK=batch.numeric_BK + 1)
         assert all(moved(before, model(old)))
 
+    @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("all")])
+    @torch.no_grad()
+    def test_nor_that_anything_comes_after(self, form: str) -> None:
+        model, batch = model_of(form), batch_of([9], [9])
+        ids, kept = batch.features.values(), [0, 1, 2, 3, 4]
+        assert batch.timestamps_T is not None
+        shorter = replace(
+            batch,
+            features=KeyedJaggedTensor(
+                keys=batch.features.keys(),
+                values=torch.cat([ids[kept], ids[9:18][kept], ids[18:]]),
+                lengths=torch.tensor([5, 5, 1]),
+            ),
+            actions_T=batch.actions_T[kept],
+            labels_TC=batch.labels_TC[kept],
+            timestamps_T=batch.timestamps_T[kept],
+            scored_B=torch.tensor([5]),
+            scored=5,
+        )
+        torch.testing.assert_close(model(batch)[:5], model(shorter), rtol=1e-5, atol=1e-6)
+
     @torch.no_grad()
     def test_scoring_the_newest_gives_the_same_as_scoring_all(self) -> None:
         model, batch = model_of("all"), batch_of([6, 0, 3], [6, 0, 3])
