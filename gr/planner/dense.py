@@ -81,9 +81,11 @@ def _hstu(dense: HSTUDense, element: int, scores: float) -> _PerExample:
     # The paper's 2d + 2d + 4 h d_qk + 4 h d_v + 2 h d_v bytes in bf16: input, its norm, U V Q K, attention's output.
     kept = element * (2 * D + 2 * HQ + 3 * HV)
     if not dense.recompute:
-        # What autograd keeps beside: silu of U V Q K, the norm of attention's output, what enters W_o, and dropout's
-        # mask, a byte an element on CUDA.
-        kept += element * (2 * HQ + 2 * HV + HV + gated) + gated
+        # The research form: the input, U V Q K before and after SiLU, attention's output. Where W_o reads three parts,
+        # also the norm of that output, what enters W_o, and dropout's mask, a byte an element on CUDA.
+        kept = element * (D + 2 * (2 * HQ + 2 * HV) + HV)
+        if dense.concat_ua:
+            kept += element * (HV + gated) + gated
     n = dense.mean_length
     return _PerExample(
         parameters=dense.layers * (matrices + D) + dense.other_parameters,
