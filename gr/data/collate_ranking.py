@@ -47,9 +47,8 @@ class RankingCollate:
             start_B, length_B, place_T, dropped = chosen_events(rows, stop_B, self.config, draws)
             scored_B = length_B
         else:
-            wanted_B = np.minimum(stop_B, self.config.candidates)
-            start_B, length_B, place_T, dropped = self._with_scored(rows, stop_B, wanted_B, draws)
-            scored_B = np.minimum(wanted_B, length_B)
+            scored_B = np.minimum(stop_B, self.config.candidates)
+            start_B, length_B, place_T, dropped = self._with_scored(rows, stop_B, scored_B, draws)
         counts = Counts(int(start_B.sum()), int((stop_B < 1).sum()), dropped, len(place_T))
         return self._batch(rows, length_B, place_T, scored_B, first_example), counts
 
@@ -65,13 +64,14 @@ class RankingCollate:
         length_B = np.where(scored_B > 0, np.minimum(stop_B, self.config.max_length), 0)
         start_B = stop_B - length_B
         place_T = ranges(start_B, length_B)
+        fitting_B = np.minimum(scored_B, length_B)
         counts = Counts(
             truncated_tokens=int(start_B[scored_B > 0].sum()),
             without_target=int(((scored_B < 1) & (rows.group_B >= 0)).sum()),
             tokens=len(place_T),
-            unpredicted=int((scored_B - np.minimum(scored_B, length_B)).sum()),
+            unpredicted=int((scored_B - fitting_B).sum()),
         )
-        return self._batch(rows, length_B, place_T, np.minimum(scored_B, length_B), first_example), counts
+        return self._batch(rows, length_B, place_T, fitting_B, first_example), counts
 
     def _with_scored(
         self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, draws: Draws

@@ -66,11 +66,7 @@ class _Planned:
 
 
 def _plan(cache: RowGroupCache, first: int, group_B: np.ndarray, row_B: np.ndarray) -> _Planned:
-    used, index_B = np.unique(group_B, return_inverse=True)
-    groups = [cache.request(group) for group in used.tolist() if group >= 0]
-    if len(groups) < len(used):  # -1 comes first: rows that only fill up the batch
-        index_B = index_B - 1
-    return _Planned(first, groups, index_B, row_B)
+    return _Planned(first, *cache.request_all(group_B), row_B)
 
 
 class TrainLoader:

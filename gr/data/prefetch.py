@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,12 @@ class RowGroupCache(Generic[T]):
         while len(self._groups) > self._capacity:
             self._groups.popitem(last=False)
         return self._groups[group]
+
+    def request_all(self, group_B: np.ndarray) -> "tuple[list[Future[T]], np.ndarray]":
+        """The distinct row groups of a batch, and the index among them of each example; -1 (no row) stays -1."""
+        used, index_B = np.unique(group_B, return_inverse=True)
+        groups = [self.request(group) for group in used.tolist() if group >= 0]
+        return groups, index_B - (len(groups) < len(used))  # -1 comes first
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -50,18 +50,26 @@ class Windows:
             raise DataError(f"{dataset.path}: has no events to stream")
         bounds = first + (last + 1 - first) * np.arange(windows + 1) // windows
         counts = [
-            np.bincount(_active(read(group), bounds)[0], minlength=windows)
+            (events_by_window(read(group), bounds) > 0).sum(axis=0)
             for group in tqdm(groups, desc="windows", unit="row group", disable=None)
         ]
         return cls(bounds, np.stack(counts, axis=1))
 
 
-def _active(histories: Histories, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(window, row) of every user with an event in a window, ordered by both."""
+def events_by_window(histories: Histories, bounds: np.ndarray) -> np.ndarray:
+    """How many events each user has in each window, int64 [B, W]. Times ascend within a user."""
+    users, windows = len(histories.lengths_B), len(bounds) - 1
     window_T = np.searchsorted(bounds, histories.columns["timestamps"], side="right") - 1
-    row_T = np.repeat(np.arange(len(histories.lengths_B)), histories.lengths_B)
-    pairs = np.unique(window_T * len(histories.lengths_B) + row_T)
-    return np.divmod(pairs, max(1, len(histories.lengths_B)))
+    row_T = np.repeat(np.arange(users), histories.lengths_B)
+    return np.bincount(row_T * windows + window_T, minlength=users * windows).reshape(users, windows)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A decoded row group, and what events_by_window says of it."""
+
+    histories: Histories
+    events_BW: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class _Planned:
     """A batch whose row groups are being decoded: example b is the nth_B[b]-th active user of groups[group_B[b]]."""
 
     window: int
-    groups: "list[Future[Histories]]"
+    groups: "list[Future[_Group]]"
     group_B: np.ndarray
     nth_B: np.ndarray
 
@@ -188,8 +196,7 @@ class StreamLoader:
         }
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[HistoryBatch, Counts]]:
-        read = partial(self._dataset.read_row_group, columns=self._collate.columns, on_bad_row=self._config.on_bad_row)
-        cache = RowGroupCache(read, threads=self._config.read_threads, capacity=1 + self._config.read_threads)
+        cache = RowGroupCache(self._read, threads=self._config.read_threads, capacity=1 + self._config.read_threads)
         try:
             planned: deque[_Planned] = deque()
             for step in range(start, stop):
@@ -199,30 +206,29 @@ class StreamLoader:
         finally:
             cache.close()
 
-    def _plan(self, cache: "RowGroupCache[Histories]", step: int) -> _Planned:
+    def _read(self, group: int) -> _Group:
+        histories = self._dataset.read_row_group(group, self._collate.columns, self._config.on_bad_row)
+        return _Group(histories, events_by_window(histories, self._windows.bounds))
+
+    def _plan(self, cache: RowGroupCache[_Group], step: int) -> _Planned:
         window = int(np.searchsorted(self._first_step, step, side="right")) - 1
         ends_G = np.cumsum(self._windows.users_WG[window])
         place_B = (step - self._first_step[window]) * self._size + self._offset + np.arange(self._share)
         real_B = place_B < ends_G[-1]
         group_B = np.where(real_B, np.searchsorted(ends_G, place_B, side="right"), -1)
         starts_G = ends_G - self._windows.users_WG[window]
-        used, index_B = np.unique(group_B, return_inverse=True)
-        groups = [cache.request(group) for group in used.tolist() if group >= 0]
-        index_B = index_B - (len(groups) < len(used))  # -1 comes first
-        return _Planned(window, groups, index_B, np.where(real_B, place_B - starts_G[group_B], 0))
+        return _Planned(window, *cache.request_all(group_B), np.where(real_B, place_B - starts_G[group_B], 0))
 
     def _collated(self, planned: _Planned, step: int) -> tuple[HistoryBatch, Counts]:
-        bounds, window = self._windows.bounds, planned.window
+        window = planned.window
         groups = [future.result() for future in planned.groups]
         row_B, stop_B, scored_B = (np.zeros(self._share, dtype=np.int64) for _ in range(3))
-        for index, histories in enumerate(groups):
-            chosen = np.flatnonzero(planned.group_B == index)
-            active, of_row = _active(histories, bounds)
-            row_B[chosen] = of_row[active == window][planned.nth_B[chosen]]
-            # Times ascend within a user, so what lies before a bound is as many as a running count says.
-            for counts_B, bound in ((stop_B, bounds[window + 1]), (scored_B, bounds[window])):
-                before = np.concatenate([[0], np.cumsum(histories.columns["timestamps"] < bound)])
-                counts_B[chosen] = (before[histories.offsets[1:]] - before[histories.offsets[:-1]])[row_B[chosen]]
-        rows = Rows(groups, planned.group_B, row_B, timestamps=True)
+        for index, group in enumerate(groups):
+            chosen = planned.group_B == index
+            rows = np.flatnonzero(group.events_BW[:, window])[planned.nth_B[chosen]]
+            row_B[chosen] = rows
+            stop_B[chosen] = group.events_BW[rows, : window + 1].sum(axis=1)
+            scored_B[chosen] = group.events_BW[rows, window]
+        rows_of_groups = Rows([group.histories for group in groups], planned.group_B, row_B, timestamps=True)
         first = self._first_example[window] + (step - self._first_step[window]) * self._size
-        return self._collate.scored(rows, stop_B, stop_B - scored_B, int(first))
+        return self._collate.scored(rows_of_groups, stop_B, scored_B, int(first))

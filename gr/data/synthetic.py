@@ -92,7 +92,7 @@ class Stream:
 
     def __init__(self, options: StreamOptions) -> None:
         self.options = options
-        random = _random(options.seed, 0)
+        random = random_stream(options.seed, 0)
         one_of_each = random.permutation(options.categories)
         rest = random.integers(0, options.categories, options.items - options.categories)
         self.category_of_item = np.concatenate([[-1], one_of_each, rest])  # [items + 1], id 0 is in none
@@ -109,7 +109,7 @@ class Stream:
             yield Chunk(chunk.first + keep.start, **kept)
 
     def _draw(self, number: int) -> Chunk:
-        options, random = self.options, _random(self.options.seed, number + 1)
+        options, random = self.options, random_stream(self.options.seed, number + 1)
         first = number * _CHUNK
         record_B = np.minimum(np.arange(first, first + _CHUNK), options.records - 1)
         used_BG = np.arange(SLOTS) < random.integers(1, SLOTS + 1, _CHUNK)[:, None]
@@ -235,5 +235,6 @@ def _distinct(random: np.random.Generator, records: int, categories: int) -> np.
     return random.permuted(out, axis=1)
 
 
-def _random(seed: int, stream: int) -> np.random.Generator:
+def random_stream(seed: int, stream: int) -> np.random.Generator:
+    """Numbers of their own for each (seed, stream)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))

@@ -36,7 +36,7 @@ from scipy.special import expit
 from tqdm import tqdm
 
 from gr.data.prepare.criteo import ROWS_PER_GROUP, dense_feature
-from gr.data.synthetic import ORACLE_FILE
+from gr.data.synthetic import ORACLE_FILE, random_stream
 from gr.errors import ConfigError
 from gr.schema import FORMAT_VERSION, DenseTransform, SourceRows, SparseColumn, TabularSchema
 
@@ -285,5 +285,4 @@ def _least_log_loss(score_B: np.ndarray, probability_B: np.ndarray, bias: float)
 
 
 def _random(seed: int, stream: str, number: int) -> np.random.Generator:
-    key = np.array([seed, number * len(_STREAMS) + _STREAMS.index(stream)], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
+    return random_stream(seed, number * len(_STREAMS) + _STREAMS.index(stream))

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
+from gr.data.synthetic import random_stream
 from gr.errors import ConfigError
 from gr.schema import DataSchema, HistoryColumns
 
@@ -68,7 +69,7 @@ class RatingOptions:
 
 def write_ratings(options: RatingOptions, folder: Path) -> DataSchema:
     """Write a data folder of user histories."""
-    item_rating = _random(options.seed, 0).uniform(1, 5, options.items + 1)
+    item_rating = random_stream(options.seed, 0).uniform(1, 5, options.items + 1)
     writer = FolderWriter(folder, options.columns, item_cardinality=options.items + 1)
     with tqdm(total=options.users, unit="user", desc="streaming", disable=None) as bar:
         for users in _chunks(options, item_rating):
@@ -88,7 +89,7 @@ def _chunks(options: RatingOptions, item_rating: np.ndarray) -> Iterator[Users]:
 
 
 def _draw(options: RatingOptions, item_rating: np.ndarray, first: int, users: int, number: int) -> Users:
-    random = _random(options.seed, 1 + number)
+    random = random_stream(options.seed, 1 + number)
     K, size = options.user_categories, options.items // options.categories
     mine_BK = np.argsort(random.random((users, options.categories)), axis=1)[:, :K]
     phase_BK = random.uniform(0, 2 * math.pi, (users, K))
@@ -123,7 +124,3 @@ def _draw(options: RatingOptions, item_rating: np.ndarray, first: int, users: in
             "user": np.arange(first, first + users) + 1,
         },
     )
-
-
-def _random(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))

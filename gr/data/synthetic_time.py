@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gr.data.oracle import averaged, by_protocol, seen_in_groups
 from gr.data.prepare.write import ROWS_PER_GROUP, FolderWriter
-from gr.data.synthetic import ORACLE_FILE, StreamOptions, as_users
+from gr.data.synthetic import ORACLE_FILE, StreamOptions, as_users, random_stream
 from gr.schema import HistoryColumns
 
 _CHUNK = 8 * ROWS_PER_GROUP
@@ -40,7 +40,7 @@ class TimeStream:
 
     def __init__(self, options: StreamOptions) -> None:
         self.options = options
-        order = _random(options.seed, 0).permutation(options.items) + 1
+        order = random_stream(options.seed, 0).permutation(options.items) + 1
         self.cluster_of_item = np.full(options.items + 1, -1)
         self.cluster_of_item[order] = np.arange(options.items) % options.categories
         self._by_cluster = np.argsort(self.cluster_of_item[1:], kind="stable") + 1
@@ -52,7 +52,7 @@ class TimeStream:
         train, records = self.options.train_records, self.options.records
         first, stop = (0, train) if part == "train" else (train, records)
         for number, start in enumerate(range(first, stop, _CHUNK)):
-            random = _random(self.options.seed, 1 + 2 * number + (part == "test"))
+            random = random_stream(self.options.seed, 1 + 2 * number + (part == "test"))
             yield start, *self._draw(random, min(_CHUNK, stop - start))
 
     def _draw(self, random: np.random.Generator, records: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +134,3 @@ def time_oracles(stream: TimeStream) -> dict:
 def _log_uniform(bounds: tuple[int, int], fraction: np.ndarray) -> np.ndarray:
     low, high = bounds
     return low * (high / low) ** fraction
-
-
-def _random(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))

@@ -8,14 +8,7 @@ import pytest
 
 from gr.train.callbacks import Metrics, metrics
 from gr.train.trainer import StepResult
-
-
-class Writer:
-    def __init__(self) -> None:
-        self.records: list[tuple[int, str, dict[str, float]]] = []
-
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        self.records.append((step, kind, dict(values)))
+from tests.support.writer import Writer
 
 
 @pytest.fixture

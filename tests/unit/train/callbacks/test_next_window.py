@@ -8,17 +8,10 @@ import pytest
 from gr.errors import DataError
 from gr.train.callbacks import NextWindow, next_window
 from gr.train.trainer import StepResult
+from tests.support.writer import Writer
 
 RESULT = StepResult(0.5, examples=1, tokens=1, wait=0.0, seconds=1.0)
 STARTS = {0: 0, 3: 1, 5: 2}
-
-
-class Writer:
-    def __init__(self) -> None:
-        self.records: list[tuple[int, str, dict[str, float]]] = []
-
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        self.records.append((step, kind, dict(values)))
 
 
 def run(first: int, last: int, evaluate: Any) -> list[tuple[int, str, dict[str, float]]]:

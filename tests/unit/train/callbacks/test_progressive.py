@@ -13,19 +13,12 @@ from gr.metrics.ranking import RankingMetrics
 from gr.train.callbacks import Progressive, progressive
 from gr.train.objectives import RankingObjective
 from gr.train.trainer import StepResult
+from tests.support.writer import Writer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 B = 4
 RESULT = StepResult(0.5, examples=B, tokens=B, wait=0.0, seconds=1.0)
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class Writer:
-    def __init__(self) -> None:
-        self.records: list[tuple[int, str, dict[str, float]]] = []
-
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        self.records.append((step, kind, dict(values)))
 
 
 @pytest.fixture
