@@ -130,7 +130,7 @@ def ours(kind: str, rows: int, batch: int, here: World) -> Ours:
         module.dense_optimizer.zero_grad()
         module.table_optimizer.step()
 
-    return Ours(module, Step(lambda batch: module.forward(batch, 0).loss, update))
+    return Ours(module, Step(lambda batch: module.forward(module.prepare(batch, 0)).loss, update))
 
 
 def plain(model: Plain, dense: type[torch.optim.Optimizer]) -> Step:

@@ -126,7 +126,7 @@ def _predicted(built: Built, batch: SequenceBatch, here: World) -> dict[str, flo
 
 
 def _step(module: TrainModule, batch: SequenceBatch, number: int) -> None:
-    module.backward(module.forward(batch, number), number)
+    module.backward(module.forward(module.prepare(batch, number)), number)
 
 
 def _kept_for_backward(module: TrainModule, batch: SequenceBatch) -> int:
@@ -142,7 +142,7 @@ def _kept_for_backward(module: TrainModule, batch: SequenceBatch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = module.forward(batch, WARMUPS)
+        loss = module.forward(module.prepare(batch, WARMUPS))
     module.backward(loss, WARMUPS)
     return sum(saved.values())
 

@@ -111,7 +111,7 @@ def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
 
     def step() -> None:
         number = next(steps)
-        module.backward(module.forward(batches[number % BATCHES], number), number)
+        module.backward(module.forward(module.prepare(batches[number % BATCHES], number)), number)
 
     return step
 

@@ -3,8 +3,9 @@
 B examples, T packed tokens (sum of lengths). Token arrays are packed example after example, oldest event first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +16,54 @@ ITEM_FEATURE = "item_id"
 
 
 @dataclass(frozen=True)
-class _Movable:
-    def to(self, device: torch.device, non_blocking: bool = False):
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
+class Movable:
+    """Fields, of which those that are tensors live on one device."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in self._tensors()})
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """As Tensor.record_stream, of all tensors."""
+        for _, tensor in self._tensors():
+            tensor.record_stream(stream)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor | KeyedJaggedTensor]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, Tensor | KeyedJaggedTensor):
-                moved[name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)
+                yield field.name, value
+
+
+class Packed(NamedTuple):
+    """All of a batch as integers, so that examples can be taken out and put together. int64.
+
+    lengths_B: tokens of each example. examples_BG: what an example has; tokens_TF: what its tokens have. Float32 values
+    stand as the bits of the float64 that equals them.
+    """
+
+    lengths_B: Tensor
+    examples_BG: Tensor
+    tokens_TF: Tensor
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    return x.double().view(torch.int64)
+
+
+def _as_floats(bits: Tensor) -> Tensor:
+    return bits.contiguous().view(torch.float64).float()
 
 
 @dataclass(frozen=True)
-class SequenceBatch(_Movable):
+class SequenceBatch(Movable):
     """Histories and, for every position, the item that came next.
 
     features: KeyedJaggedTensor with the key ITEM_FEATURE and stride B; its values are the T input item ids.
     target_ids_T: int64, the next item of each position.
     timestamps_T, query_timestamps_T: int64 seconds, of the event and of the next one; None where the data has none.
     first_example: index, in the training order, of the first example of the global batch that this is part of.
+    first_token_B: int64, number of each example's first token in the global batch, where examples have changed ranks;
+    None: ranks and their examples follow one another.
     """
 
     features: KeyedJaggedTensor
@@ -39,10 +71,29 @@ class SequenceBatch(_Movable):
     timestamps_T: Tensor | None
     query_timestamps_T: Tensor | None
     first_example: int
+    first_token_B: Tensor | None = None
+
+    def pack(self) -> Packed:
+        columns = [self.features.values(), self.target_ids_T, self.timestamps_T, self.query_timestamps_T]
+        tokens_TF = torch.stack([column for column in columns if column is not None], dim=1)
+        lengths_B = self.features.lengths().long()
+        return Packed(lengths_B, lengths_B.new_empty(len(lengths_B), 0), tokens_TF)
+
+    def unpack(self, packed: Packed) -> Self:
+        """The batch of other examples, packed as this one's."""
+        items_T, targets_T, *times = packed.tokens_TF.unbind(1)
+        timestamps_T, query_timestamps_T = times or (None, None)
+        return replace(
+            self,
+            features=KeyedJaggedTensor(keys=[ITEM_FEATURE], values=items_T.contiguous(), lengths=packed.lengths_B),
+            target_ids_T=targets_T,
+            timestamps_T=timestamps_T,
+            query_timestamps_T=query_timestamps_T,
+        )
 
 
 @dataclass(frozen=True)
-class EvaluationBatch(_Movable):
+class EvaluationBatch(Movable):
     """Histories and the one held-out item of each.
 
     features, timestamps_T: as in SequenceBatch. query_timestamps_T: time of the next event, which for the last token
@@ -61,7 +112,7 @@ class EvaluationBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class HistoryBatch(_Movable):
+class HistoryBatch(Movable):
     """Histories with the actions taken, of which the newest events of each example are to be predicted.
 
     features: KeyedJaggedTensor of stride B; ITEM_FEATURE and each event feature have the T events of the examples,
@@ -69,7 +120,7 @@ class HistoryBatch(_Movable):
     actions_T: int64, bit k: action k was taken. labels_TC: float32, what each of C tasks is to predict.
     timestamps_T: int64 seconds, or None. numeric_BK: float32, K contextual numbers. user_B: int64 ids.
     scored_B: int64, how many of an example's newest events are predicted. scored: their sum.
-    first_example: as in SequenceBatch.
+    first_example: as in SequenceBatch. contextual: how many features are, the last ones.
     """
 
     features: KeyedJaggedTensor
@@ -81,6 +132,50 @@ class HistoryBatch(_Movable):
     scored_B: Tensor
     scored: int
     first_example: int
+    contextual: int = 0
+
+    def pack(self) -> Packed:
+        lengths_B = self.features[ITEM_FEATURE].lengths().long()
+        events, contextual = self._keys()
+        of_tokens = [self.actions_T, *(self.features[key].values() for key in events)]
+        if self.timestamps_T is not None:
+            of_tokens.append(self.timestamps_T)
+        nothing_B = torch.zeros_like(lengths_B)
+        ids = [nothing_B.masked_scatter(lengths_B > 0, self.features[key].values()) for key in contextual]
+        return Packed(
+            lengths_B,
+            torch.cat([torch.stack([self.user_B, self.scored_B, *ids], 1), _as_integers(self.numeric_BK)], 1),
+            torch.cat([torch.stack(of_tokens, 1), _as_integers(self.labels_TC)], 1),
+        )
+
+    def unpack(self, packed: Packed) -> Self:
+        """The batch of other examples, packed as this one's."""
+        events, contextual = self._keys()
+        tasks, numbers = self.labels_TC.shape[1], self.numeric_BK.shape[1]
+        tokens_TF, labels_TC = packed.tokens_TF.split([packed.tokens_TF.shape[1] - tasks, tasks], 1)
+        actions_T, *of_tokens = tokens_TF.unbind(1)
+        examples_BG, numeric_BK = packed.examples_BG.split([2 + len(contextual), numbers], 1)
+        user_B, scored_B, *ids = examples_BG.unbind(1)
+        some_B = packed.lengths_B > 0
+        values = [*of_tokens[: len(events)], *(column[some_B] for column in ids)]
+        lengths = [packed.lengths_B] * len(events) + [some_B.long()] * len(ids)
+        return replace(
+            self,
+            features=KeyedJaggedTensor([*events, *contextual], torch.cat(values), lengths=torch.cat(lengths)),
+            actions_T=actions_T,
+            labels_TC=_as_floats(labels_TC),
+            timestamps_T=None if self.timestamps_T is None else of_tokens[-1],
+            numeric_BK=_as_floats(numeric_BK),
+            user_B=user_B,
+            scored_B=scored_B,
+            scored=int(scored_B.sum()),
+        )
+
+    def _keys(self) -> tuple[list[str], list[str]]:
+        """Of event features, and of contextual ones, which come last."""
+        keys = self.features.keys()
+        events = len(keys) - self.contextual
+        return keys[:events], keys[events:]
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """Labels [P, C] and users [P] of the P = scored predictions."""
@@ -95,7 +190,7 @@ class HistoryBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class TabularBatch(_Movable):
+class TabularBatch(Movable):
     """Rows of dense features and ids, each with a label.
 
     dense_BN: float32. sparse: KeyedJaggedTensor, int64 ids, keys in the order of the schema, stride B; every example

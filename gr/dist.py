@@ -27,13 +27,17 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run. `group` is the default process group; there always is one, also for one process."""
+    """One process of a run. There always is a default process group, also for one process.
+
+    host_group: for numbers that the host decides with, so that no GPU is waited for; None: the default group.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -43,17 +47,17 @@ class World:
         """Sums of `values` over ranks, in float64. Every rank must call it."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
 
     def all_gather_ints(self, values: list[int]) -> list[list[int]]:
         """`values` of every rank, in rank order. Every rank must call it with as many values."""
         if self.size == 1:
             return [values]
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        mine = torch.tensor(values, dtype=torch.int64)
         out = mine.new_empty(self.size * len(values))
-        dist.all_gather_single(out, mine)
+        dist.all_gather_single(out, mine, group=self.host_group)
         return out.view(self.size, -1).tolist()
 
     def all_gather_variable(self, values: Tensor) -> list[Tensor]:
@@ -64,24 +68,37 @@ class World:
         padded = values.new_zeros(max(lengths))
         padded[: len(values)] = values
         out = padded.new_empty(self.size * len(padded))
-        dist.all_gather_single(out, padded)
+        dist.all_gather_single(out, padded, group=self._group_of(values))
         return [row[:length] for row, length in zip(out.view(self.size, -1), lengths, strict=True)]
+
+    def exchange_rows(self, rows_NF: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """The first send[0] rows go to rank 0, the next to rank 1, ...; returns what came, in rank order.
+
+        receive: rows from each rank. Every rank must call it.
+        """
+        out = rows_NF.new_empty(sum(receive), rows_NF.shape[1])
+        if rows_NF.shape[1]:
+            dist.all_to_all_single(out, rows_NF, receive, send, group=self._group_of(rows_NF))
+        return out
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self.host_group if tensor.device.type == "cpu" else None
 
     def from_main(self, text: str) -> str:
         """The main rank's `text`, on every rank: for what one rank has to decide, such as what is on disk."""
         if self.size == 1:
             return text
-        letters = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self.device)
-        length = torch.tensor([len(text.encode())], device=self.device)
-        dist.broadcast(length, src=0)
+        letters = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        length = torch.tensor([len(text.encode())])
+        dist.broadcast(length, src=0, group=self.host_group)
         if not self.is_main:
-            letters = torch.empty(max(1, int(length)), dtype=torch.uint8, device=self.device)
-        dist.broadcast(letters, src=0)
+            letters = torch.empty(max(1, int(length)), dtype=torch.uint8)
+        dist.broadcast(letters, src=0, group=self.host_group)
         return bytes(letters[: int(length)].tolist()).decode()
 
     def gather_text(self, text: str) -> list[str]:
         """`text` of every rank, in rank order. Every rank must call it."""
-        letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        letters = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(part.tolist()).decode() for part in self.all_gather_variable(letters)]
 
     def any(self, here: bool) -> bool:
@@ -144,8 +161,9 @@ def world(
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise ConfigError(f"rank {rank} on {socket.gethostname()} cannot join: {str(error).splitlines()[0]}") from error
     watchdog.add_detail(_collectives)
+    host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if backend == "nccl" else None
     try:
-        yield World(rank, size, local_rank, local_size, chosen)
+        yield World(rank, size, local_rank, local_size, chosen, host)
     finally:
         dist.destroy_process_group()
 

@@ -42,6 +42,9 @@ class DataConfig(Section):
     stochastic_length: StochasticLength | None = None
     shuffle: bool = Field(True, description="False keeps file order, for one-pass streams.")
     lanes: PositiveInt = Field(8, description="Streams the global batch is dealt from; a multiple of the world size.")
+    balance: bool = Field(
+        True, description="Deal the examples of a batch to the ranks so that each has as many FLOPs of the tower."
+    )
     read_threads: PositiveInt = Field(1, description="Threads that decode row groups ahead of their use.")
     prefetch: PositiveInt = Field(4, description="Batches collated ahead of training.")
     on_bad_row: Literal["fail", "skip"] = Field("fail", description="skip counts a bad row and trains on none of it.")

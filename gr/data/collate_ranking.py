@@ -122,4 +122,5 @@ class RankingCollate:
             scored_B=torch.from_numpy(scored_B),
             scored=int(scored_B.sum()),
             first_example=first_example,
+            contextual=len(schema.contextual),
         )

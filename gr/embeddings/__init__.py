@@ -11,15 +11,20 @@ from gr.embeddings.collection import (
     pooled_lookup,
     pooled_vectors,
     row_weighted_vectors,
+    sequence_vectors,
+    with_candidates,
 )
 from gr.embeddings.init import initialise_tables
 from gr.embeddings.optimizers import TableOptimizer
 from gr.embeddings.sharding import shard_tables
 from gr.embeddings.shards import TableShard, local_shards
+from gr.embeddings.staged import Found, StagedLookup
 
 __all__ = [
     "CANDIDATE_FEATURE",
+    "Found",
     "PooledTable",
+    "StagedLookup",
     "TableOptimizer",
     "TableShard",
     "build_bag_collection",
@@ -32,5 +37,7 @@ __all__ = [
     "pooled_lookup",
     "pooled_vectors",
     "row_weighted_vectors",
+    "sequence_vectors",
     "shard_tables",
+    "with_candidates",
 ]

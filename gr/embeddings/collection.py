@@ -123,21 +123,28 @@ def _data_type(config: EmbeddingsConfig) -> DataType:
 def lookup(
     collection: torch.nn.Module, history: KeyedJaggedTensor, candidates_K: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Vectors of the history's tokens and of the candidates, in one pass over the (sharded) table.
+    """Vectors of the history's tokens and of the candidates, float [T, dim] and [K, dim], from the (sharded) table."""
+    return sequence_vectors(collection(with_candidates(history, candidates_K)), dim)
 
-    Returns float [T, dim] and float [K, dim]. One KJT carries both, so that there is one all-to-all a step; the
-    candidates belong to no example and are filed under the first.
+
+def with_candidates(history: KeyedJaggedTensor, candidates_K: Tensor) -> KeyedJaggedTensor:
+    """The ids of both, so that there is one pass over the table and one all-to-all a step.
+
+    Candidates belong to no example and are filed under the first.
     """
     lengths = history.lengths()
     filed = torch.zeros_like(lengths)
     filed[0] = candidates_K.numel()
-    both = KeyedJaggedTensor(
+    return KeyedJaggedTensor(
         keys=[ITEM_FEATURE, CANDIDATE_FEATURE],
         values=torch.cat([history.values(), candidates_K]),
         lengths=torch.cat([lengths, filed]),
     )
-    rows = collection(both)
-    return rows[ITEM_FEATURE].values()[:, :dim], rows[CANDIDATE_FEATURE].values()[:, :dim]
+
+
+def sequence_vectors(found: Mapping[str, JaggedTensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Of what was found with_candidates: vectors of the history's tokens [T, dim] and of the candidates [K, dim]."""
+    return found[ITEM_FEATURE].values()[:, :dim], found[CANDIDATE_FEATURE].values()[:, :dim]
 
 
 def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, names: Sequence[str]) -> list[Tensor]:

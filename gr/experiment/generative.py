@@ -13,7 +13,7 @@ from gr.batch import HistoryBatch
 from gr.checkpoint import ModelState
 from gr.checkpoint.layout import CONFIG
 from gr.config import load_config
-from gr.config.generative import GenerativeConfig
+from gr.config.generative import GenerativeConfig, InterleavedInput
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, UserBatches
@@ -22,6 +22,7 @@ from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import (
     Job,
+    balance_of,
     best_step,
     check_history_world,
     counted,
@@ -89,7 +90,9 @@ def train(config: GenerativeConfig, world: World) -> dict[str, Any] | None:
     """
     built = build(config, world)
     objective = GenerativeObjective(config.task)
-    module = TrainModule(built.model, objective, config, world)
+    tokens = 2 if isinstance(config.model.input, InterleavedInput) else 1
+    balance = balance_of(generative_inventory(config, built.train_data.schema), config, world, tokens)
+    module = TrainModule(built.model, objective, config, world, balance)
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     loader = _loader(built)
     job = Job(

@@ -21,6 +21,7 @@ from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment.run import (
     Job,
+    balance_of,
     best_step,
     check_history_world,
     counted,
@@ -93,7 +94,8 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     """
     built = build(config, world)
     objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), world)
-    module = TrainModule(built.model, objective, config, world)
+    balance = balance_of(experiment_inventory(config, built.train_data.schema.item_cardinality), config, world)
+    module = TrainModule(built.model, objective, config, world, balance)
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     loader = TrainLoader(
         built.train_data,

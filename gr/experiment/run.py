@@ -22,13 +22,16 @@ from gr.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from gr.experiment.folder import CHECKPOINTS, write_config
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
+from gr.planner.dense import sequence_flops
 from gr.planner.plan import Plan
 from gr.planner.planfile import dump_plan
 from gr.planner.run import make_plan
 from gr.status import StatusFile
 from gr.train import callbacks
+from gr.train.balance import Balance
+from gr.train.feed import Loader
 from gr.train.module import TrainModule, dense_parameters
-from gr.train.trainer import Callback, Loader, Trainer
+from gr.train.trainer import Callback, Trainer
 
 log = get_logger(__name__)
 PLAN = "plan.json"
@@ -73,6 +76,13 @@ def sharded_model(
     initialise_tables(sharded, seed=config.seed, std=embeddings.init_std, dim=dim, init=embeddings.init)
     initialise_dense(get_unwrapped_module(sharded), config.seed)
     return sharded, plan
+
+
+def balance_of(inventory: InventoryConfig, config: HistoryRunConfig, world: World, tokens: int = 1) -> Balance | None:
+    """What deals the examples to the ranks by their FLOPs; None where nothing is dealt. tokens: of an event."""
+    if world.size == 1 or not config.data.balance:
+        return None
+    return Balance(lambda events_N: sequence_flops(inventory, tokens * events_N), world)
 
 
 def without_plan(config: Config) -> Config:

@@ -14,6 +14,7 @@ from torchrec import KeyedJaggedTensor
 from gr.config.dlrm import DLRMConfig
 from gr.config.tree import EmbeddingsConfig
 from gr.embeddings import (
+    Found,
     PooledTable,
     build_bag_collection,
     build_row_weighted_collection,
@@ -63,9 +64,13 @@ class DLRM(nn.Module):
         self.interaction = build_interaction(config, len(features) + 1)
         self.top = MLP(self.interaction.width, config.top, linear=linear, logit=True)
 
-    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
-        """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector."""
-        found = self.tables(sparse)  # of sharded tables a promise: the bottom MLP runs beside their all-to-all
+    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, found: Found | None = None) -> Tensor:
+        """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector.
+
+        found: what the tables have for `sparse`; None: look it up. Of sharded tables it is a promise: the bottom MLP
+        runs beside their all-to-all.
+        """
+        found = self.tables(sparse) if found is None else found
         dense_BD = self.bottom(dense_BN)
         if self.config.row_weights:
             pooled = row_weighted_vectors(found, self.features, self.config.dim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gr.batch import ITEM_FEATURE, HistoryBatch
 from gr.config.generative import GenerativeConfig
-from gr.embeddings import build_feature_collection
+from gr.embeddings import Found, build_feature_collection
 from gr.models.tokens import RankingTokens
 from gr.ops.dropout import dropout
 from gr.schema import DataSchema
@@ -41,9 +41,12 @@ class GenerativeRanker(nn.Module):
         self.tower = build_tower(model, self.tokens.max_length)
         self.head = Head(model.dim, model.head, len(config.task.tasks))
 
-    def forward(self, batch: HistoryBatch) -> Tensor:
-        """Outputs [P, C] for the newest batch.scored_B events of each example, in order: logits, or numbers."""
-        found = self.tables(batch.features)
+    def forward(self, batch: HistoryBatch, found: Found | None = None) -> Tensor:
+        """Outputs [P, C] for the newest batch.scored_B events of each example, in order: logits, or numbers.
+
+        found: what the tables have for batch.features; None: look it up.
+        """
+        found = self.tables(batch.features) if found is None else found
         item_TD = torch.stack([found[name].values()[:, : self.dim] for name in self.event_features]).sum(0)
         context = [found[name].values()[:, : self.dim] for name in self.contextual]
         candidates_B = batch.scored_B if self.uses_candidates else None

@@ -12,7 +12,7 @@ from torchrec import KeyedJaggedTensor
 
 from gr.batch import EvaluationBatch, SequenceBatch
 from gr.config.tree import ExperimentConfig
-from gr.embeddings import build_collection, lookup
+from gr.embeddings import Found, build_collection, lookup, sequence_vectors, with_candidates
 from gr.ops.dropout import dropout
 from gr.sequence import JaggedSequence
 from gr.tasks import Candidates, build_similarity, retrieval_loss
@@ -36,9 +36,14 @@ class RetrievalModel(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.position)
 
-    def forward(self, batch: SequenceBatch, candidates: Candidates) -> Tensor:
-        """Sum of -log p(next item) over the T positions, a scalar in nats."""
-        history_TD, items_KD = lookup(self.tables, batch.features, candidates.ids_K, self.dim)
+    def forward(self, batch: SequenceBatch, candidates: Candidates, found: Found | None = None) -> Tensor:
+        """Sum of -log p(next item) over the T positions, a scalar in nats.
+
+        found: what the tables have for with_candidates(batch.features, candidates.ids_K); None: look it up.
+        """
+        if found is None:
+            found = self.tables(with_candidates(batch.features, candidates.ids_K))
+        history_TD, items_KD = sequence_vectors(found, self.dim)
         queries_TD = self._run_tower(history_TD, batch)
         return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
 

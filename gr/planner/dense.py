@@ -7,12 +7,16 @@ mean length: with lengths that vary, the mean of n^2 is above the square of the 
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
 
 from gr.config.inventory import DLRMDense, GivenDense, HSTUDense, InventoryConfig, LossInventory, TransformerDense
 
 BYTES = {"fp32": 4, "bf16": 2}
 BACKWARD_OF_MATMUL = 2.0
 BACKWARD_OF_ATTENTION = 2.5
+Length = TypeVar("Length", float, np.ndarray)
 SCORE_BYTES = 4  # losses are computed in fp32
 
 
@@ -42,19 +46,7 @@ class _PerExample:
 
 def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
     """What `rank_batch_size` examples cost."""
-    element, scores = BYTES[inventory.precision], inventory.loss.scores_per_example
-    match inventory.dense:
-        case HSTUDense() as dense:
-            one = _hstu(dense, element, scores)
-        case TransformerDense() as dense:
-            one = _transformer(dense, element, scores)
-        case DLRMDense() as dense:
-            pooled = sum(table.features for table in inventory.tables if table.kind == "pooled")
-            one = _dlrm(dense, pooled, element)
-        case GivenDense() as dense:
-            one = _PerExample(
-                dense.parameters, dense.forward_flops_per_example, 0.0, dense.activation_bytes_per_example, 0.0
-            )
+    one = _per_example(inventory)
     matmul = one.matmul_flops + one.score_flops
     return DenseWork(
         parameters=one.parameters,
@@ -64,6 +56,30 @@ def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
         tokens=rank_batch_size * one.tokens,
         logits_bytes=_logits_bytes(inventory.loss, rank_batch_size, one.tokens),
     )
+
+
+def sequence_flops(inventory: InventoryConfig, lengths_B: np.ndarray) -> np.ndarray:
+    """FLOPs of sequences of these lengths in tokens, forward and backward, float64 [B]. The dense part is a tower."""
+    one = _per_example(inventory)
+    matmul = (1 + BACKWARD_OF_MATMUL) * (one.matmul_flops + one.score_flops)
+    attention = (1 + BACKWARD_OF_ATTENTION) * one.attention_flops
+    return lengths_B * (matmul / one.tokens) + _causal_scores(lengths_B) * (attention / _causal_scores(one.tokens))
+
+
+def _per_example(inventory: InventoryConfig) -> _PerExample:
+    element, scores = BYTES[inventory.precision], inventory.loss.scores_per_example
+    match inventory.dense:
+        case HSTUDense() as dense:
+            return _hstu(dense, element, scores)
+        case TransformerDense() as dense:
+            return _transformer(dense, element, scores)
+        case DLRMDense() as dense:
+            pooled = sum(table.features for table in inventory.tables if table.kind == "pooled")
+            return _dlrm(dense, pooled, element)
+        case GivenDense() as dense:
+            return _PerExample(
+                dense.parameters, dense.forward_flops_per_example, 0.0, dense.activation_bytes_per_example, 0.0
+            )
 
 
 def _logits_bytes(loss: LossInventory, rank_batch_size: int, tokens: float) -> float:
@@ -118,7 +134,7 @@ def _transformer(dense: TransformerDense, element: int, scores: float) -> _PerEx
     )
 
 
-def _causal_scores(length: float) -> float:
+def _causal_scores(length: Length) -> Length:
     return length * (length + 1.0) / 2.0
 
 

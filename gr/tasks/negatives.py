@@ -3,13 +3,14 @@
 T tokens of this rank, S negatives a token, K distinct items looked up, C items in the corpus.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gr.batch import SequenceBatch
+from gr.batch import Movable, SequenceBatch
 from gr.config.tree import (
     FullSoftmax,
     InBatchNegatives,
@@ -27,7 +28,7 @@ DRAWS_PER_COUNTER = 4
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(Movable):
     """The items of a step, each looked up once, and how the positions of this rank refer to them.
 
     ids_K: int64, distinct. positive_T: int64, index into ids_K of each position's target.
@@ -57,23 +58,24 @@ class CandidateSampler:
         self.frequency_C = torch.from_numpy(frequency / frequency.sum())
 
     def draw(self, batch: SequenceBatch, step: int, world: World, tokens_before: int) -> Candidates:
-        """Candidates of one step. `tokens_before` counts the tokens of lower ranks in this global batch."""
+        """Candidates of one step. tokens_before: tokens of lower ranks in the global batch, as loaders made it."""
         targets_T = batch.target_ids_T.cpu()
         match self.negatives:
             case FullSoftmax():
                 drawn = Candidates(self.corpus_C, self._corpus_index(targets_T))
             case PerPositionNegatives(count=count):
-                drawn = self._per_position(targets_T, count, step, tokens_before)
+                drawn = self._per_position(targets_T, count, step, list(_runs(batch, tokens_before)))
             case SharedNegatives(count=count):
                 drawn = self._shared(targets_T, count, step)
             case InBatchNegatives():
                 drawn = self._in_batch(targets_T, world)
-        return _to(drawn, batch.target_ids_T.device)
+        return drawn.to(batch.target_ids_T.device)
 
-    def _per_position(self, targets_T: Tensor, count: int, step: int, tokens_before: int) -> Candidates:
-        T, C = len(targets_T), len(self.corpus_C)
-        drawn_TS = uniform_integers((self.seed, 2 * step), C, start=tokens_before * count, count=T * count)
-        drawn_TS = drawn_TS.view(T, count)
+    def _per_position(self, targets_T: Tensor, count: int, step: int, runs: list[tuple[int, int]]) -> Candidates:
+        C = len(self.corpus_C)
+        key = (self.seed, 2 * step)
+        drawn = [uniform_integers(key, C, start=first * count, count=tokens * count) for first, tokens in runs]
+        drawn_TS = torch.cat(drawn).view(len(targets_T), count)
         if C <= SMALL_CORPUS:
             return Candidates(self.corpus_C, self._corpus_index(targets_T), drawn_TS)
         both = torch.cat([self._corpus_index(targets_T)[:, None], drawn_TS], dim=1)
@@ -86,8 +88,7 @@ class CandidateSampler:
         return Candidates(self.corpus_C[distinct_K], index[: len(targets_T)], shared_S=index[len(targets_T) :])
 
     def _in_batch(self, targets_T: Tensor, world: World) -> Candidates:
-        # Gathered on the device of the process group, which for NCCL is not the CPU.
-        everyone = torch.cat(world.all_gather_variable(targets_T.to(world.device))).cpu()
+        everyone = torch.cat(world.all_gather_variable(targets_T))
         if not len(everyone):  # no example of the global batch has a target; the softmax still needs an item
             everyone = self.corpus_C[:1]
         distinct_K = everyone.unique()
@@ -104,16 +105,23 @@ class CandidateSampler:
         return index
 
 
+def _runs(batch: SequenceBatch, tokens_before: int) -> Iterator[tuple[int, int]]:
+    """(number of the first token in the global batch, tokens) of each stretch of tokens that follow one another."""
+    if batch.first_token_B is None:
+        yield tokens_before, len(batch.target_ids_T)
+        return
+    start, stop = 0, 0
+    for first, length in zip(batch.first_token_B.tolist(), batch.features.lengths().tolist(), strict=True):
+        if length and first != stop:
+            yield start, stop - start
+            start = stop = first
+        stop += length
+    yield start, stop - start
+
+
 def uniform_integers(key: tuple[int, int], high: int, *, start: int, count: int) -> Tensor:
     """int64 [count]: elements start .. start+count of the stream of uniform integers in [0, high) that `key` names."""
     skipped = start // DRAWS_PER_COUNTER
     generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)).advance(skipped))
     uniform = generator.random(start - skipped * DRAWS_PER_COUNTER + count)[start - skipped * DRAWS_PER_COUNTER :]
     return torch.from_numpy(np.minimum((uniform * high).astype(np.int64), high - 1))
-
-
-def _to(candidates: Candidates, device: torch.device) -> Candidates:
-    if device.type == "cpu":
-        return candidates
-    moved = {k: v.to(device, non_blocking=True) for k, v in vars(candidates).items() if v is not None}
-    return Candidates(**moved)

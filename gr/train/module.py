@@ -9,8 +9,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel, get_un
 
 from gr.config.tree import DenseAdagrad, DenseAdamW, DenseSGD, OptimizerConfig, RunConfig
 from gr.dist import World
-from gr.embeddings import TableOptimizer
-from gr.train.objectives import Objective
+from gr.embeddings import StagedLookup, TableOptimizer
+from gr.train.balance import Balance
+from gr.train.objectives import Inputs, Objective
 from gr.train.schedule import rate_factor
 
 
@@ -27,25 +28,58 @@ class StepLoss:
     examples: int
 
 
-class TrainModule:
-    """A sharded model with its optimizers. The trainer sees forward(), backward() and the state to save."""
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of this rank, on its device, and all that its step needs to know of the other ranks' batches.
 
-    def __init__(self, model: DistributedModelParallel, objective: Objective, config: RunConfig, world: World) -> None:
+    tokens: losses of each rank. examples: of all ranks.
+    """
+
+    step: int
+    inputs: Inputs
+    lookup: StagedLookup
+    tokens: tuple[int, ...]
+    examples: int
+
+
+class TrainModule:
+    """A sharded model with its optimizers. The trainer sees prepare(), forward(), backward() and the state to save."""
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        objective: Objective,
+        config: RunConfig,
+        world: World,
+        balance: Balance | None = None,
+    ) -> None:
+        """balance: deals examples to the ranks; None: each keeps those of its loader."""
         self.model, self.objective, self.config, self.world = model, objective, config, world
+        self.balance = balance
+        self.tables = get_unwrapped_module(model).tables
         self.dense = dense_parameters(model)
         self.dense_optimizer = dense_optimizer(self.dense.values(), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
 
-    def forward(self, batch, step: int) -> StepLoss:
-        """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them."""
-        self.model.train()
+    def prepare(self, batch, step: int) -> Prepared:
+        """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead."""
+        if self.balance is not None:
+            batch = self.balance(batch)
         counts = self.world.all_gather_ints([self.objective.losses(batch), self.objective.examples(batch)])
         tokens, examples = zip(*counts, strict=True)
-        torch.manual_seed(_step_seed(self.config.seed, step, self.world.rank))
-        total = self.objective.total(self.model, batch, step, sum(tokens[: self.world.rank]))
+        inputs = self.objective.inputs(batch, step, sum(tokens[: self.world.rank])).to(self.world.device)
+        return Prepared(step, inputs, StagedLookup(self.tables, inputs.lookups), tokens, sum(examples))
+
+    def forward(self, prepared: Prepared) -> StepLoss:
+        """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them."""
+        self.model.train()
+        found = prepared.lookup.rows()
+        torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
+        total = self.objective.total(self.model, prepared.inputs, found)
         # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
-        loss = total * (self.world.size / max(1, sum(tokens)))
-        return StepLoss(loss, float(total.detach()), sum(tokens), sum(examples))
+        tokens = sum(prepared.tokens)
+        loss = total * (self.world.size / max(1, tokens))
+        return StepLoss(loss, float(total.detach()), tokens, prepared.examples)
 
     def backward(self, loss: StepLoss, step: int) -> None:
         """Gradients and updates; fused tables are updated inside backward, so rates are set first."""

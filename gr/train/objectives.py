@@ -1,17 +1,41 @@
 """What a step minimises: how many losses a batch has, and their sum."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from gr.batch import HistoryBatch, SequenceBatch, TabularBatch
 from gr.config.dlrm import RankingLoss
 from gr.config.generative import GenerativeTaskConfig
 from gr.dist import World
-from gr.tasks import CandidateSampler
+from gr.embeddings import Found, with_candidates
+from gr.tasks import Candidates, CandidateSampler
 from gr.tasks.multitask import multitask_loss
 from gr.tasks.ranking import ranking_loss
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass reads. lookups: the ids that the tables are asked for."""
+
+    batch: Any
+    lookups: KeyedJaggedTensor
+    candidates: Candidates | None = None
+
+    def to(self, device: torch.device) -> "Inputs":
+        candidates = None if self.candidates is None else self.candidates.to(device)
+        return Inputs(self.batch.to(device), self.lookups.to(device), candidates)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """As Tensor.record_stream, of all that is in it."""
+        self.batch.record_stream(stream)
+        self.lookups.record_stream(stream)
+        if self.candidates is not None:
+            self.candidates.record_stream(stream)
 
 
 class Objective(Protocol):
@@ -23,8 +47,11 @@ class Objective(Protocol):
     def examples(self, batch) -> int:
         """Examples of this rank's batch."""
 
-    def total(self, model: DistributedModelParallel, batch, step: int, first: int) -> Tensor:
-        """Sum of the losses, a scalar in nats. first: losses on the ranks before this one, for draws by position."""
+    def inputs(self, batch, step: int, first: int) -> Inputs:
+        """Those of a step. first: losses on the ranks before this one, for draws by position."""
+
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+        """Sum of the losses, a scalar in nats. found: what the tables have for inputs.lookups."""
 
 
 class RetrievalObjective:
@@ -39,8 +66,12 @@ class RetrievalObjective:
     def examples(self, batch: SequenceBatch) -> int:
         return batch.features.stride()
 
-    def total(self, model: DistributedModelParallel, batch: SequenceBatch, step: int, first: int) -> Tensor:
-        return model(batch, self.sampler.draw(batch, step, self.world, first))
+    def inputs(self, batch: SequenceBatch, step: int, first: int) -> Inputs:
+        candidates = self.sampler.draw(batch, step, self.world, first)
+        return Inputs(batch, with_candidates(batch.features, candidates.ids_K), candidates)
+
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+        return model(inputs.batch, inputs.candidates, found)
 
 
 class ScoringObjective(Objective, Protocol):
@@ -62,8 +93,12 @@ class RankingObjective:
     def examples(self, batch: TabularBatch) -> int:
         return len(batch.labels_B)
 
-    def total(self, model: DistributedModelParallel, batch: TabularBatch, step: int, first: int) -> Tensor:
-        logits_B = model(batch.dense_BN, batch.sparse)
+    def inputs(self, batch: TabularBatch, step: int, first: int) -> Inputs:
+        return Inputs(batch, batch.sparse)
+
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+        batch: TabularBatch = inputs.batch
+        logits_B = model(batch.dense_BN, batch.sparse, found)
         self.scored = logits_B.detach(), batch.labels_B
         return ranking_loss(logits_B, batch.labels_B, self.loss).sum()
 
@@ -81,8 +116,12 @@ class GenerativeObjective:
     def examples(self, batch: HistoryBatch) -> int:
         return len(batch.user_B)
 
-    def total(self, model: DistributedModelParallel, batch: HistoryBatch, step: int, first: int) -> Tensor:
-        outputs_PC = model(batch)
+    def inputs(self, batch: HistoryBatch, step: int, first: int) -> Inputs:
+        return Inputs(batch, batch.features)
+
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+        batch: HistoryBatch = inputs.batch
+        outputs_PC = model(batch, found)
         labels_PC, user_P = batch.targets()
         self.scored = outputs_PC.detach(), labels_PC, user_P
         return multitask_loss(outputs_PC, labels_PC, self.tasks).sum()

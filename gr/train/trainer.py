@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
 
 from gr import watchdog
 from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
+from gr.train.feed import Feed, Loader
 from gr.train.module import StepLoss, TrainModule
 
 log = get_logger(__name__)
@@ -47,18 +47,6 @@ class Callback:
         """After the last step, or after the step at which the run was asked to stop."""
 
 
-class Loader(Protocol):
-    """What the trainer needs of a loader: batches, its position, and the time it kept the trainer waiting."""
-
-    wait_seconds: float
-
-    def __next__(self): ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
-
-
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
@@ -70,7 +58,8 @@ class Trainer:
     def __init__(
         self, module: TrainModule, loader: Loader, callbacks: Sequence[Callback], world: World, *, steps: int
     ) -> None:
-        self.module, self.loader, self.callbacks, self.world = module, loader, callbacks, world
+        self.module, self.callbacks, self.world = module, callbacks, world
+        self.feed = Feed(loader, module, world, steps=steps)
         self.steps = steps
         self.step = 0
         self.stopped = False
@@ -92,13 +81,12 @@ class Trainer:
                 callback.on_end(self)
 
     def _one_step(self) -> StepResult:
-        began, waited = time.perf_counter(), self.loader.wait_seconds
+        began, waited = time.perf_counter(), self.feed.wait_seconds
         watchdog.enter(f"data of step {self.step}", "step")
-        batch = next(self.loader)
-        waited = self.loader.wait_seconds - waited
-        batch = batch.to(self.world.device)
+        prepared = self.feed.take(self.step)
         watchdog.enter(f"forward of step {self.step}")
-        loss = self.module.forward(batch, self.step)
+        loss = self.module.forward(prepared)
+        self.feed.send_next()
         # One collective a step: the global loss, and whether any rank was asked to stop after this step.
         total, stop = self.world.all_reduce_sum([loss.total, float(self._stop_requested or self._is_orphan())])
         self.stopped = stop > 0
@@ -108,10 +96,13 @@ class Trainer:
                 "data.train_holdout allows?"
             )
         if not math.isfinite(total):
-            self._refuse(loss, batch.first_example)
+            self._refuse(loss, prepared.inputs.batch.first_example)
         watchdog.enter(f"backward of step {self.step}")
         self.module.backward(loss, self.step)
-        seconds = time.perf_counter() - began
+        if not self.stopped:
+            watchdog.enter(f"data after step {self.step}")
+            self.feed.fill(self.step)
+        waited, seconds = self.feed.wait_seconds - waited, time.perf_counter() - began
         return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds)
 
     def _is_orphan(self) -> bool:

@@ -20,6 +20,8 @@ from gr.experiment.retrieval import build
 from gr.experiment.run import initialise_dense
 from gr.models.retrieval import RetrievalModel
 from gr.tasks import CandidateSampler
+from gr.train.balance import Balance
+from gr.train.feed import Feed
 from gr.train.module import TrainModule
 from gr.train.objectives import RetrievalObjective
 from tests.support.ranks import run_ranks
@@ -68,21 +70,27 @@ def sampler_for(config: ExperimentConfig) -> CandidateSampler:
     return CandidateSampler(config.task, *Dataset.open(config.data.path).corpus(), config.seed)
 
 
-def sharded(world: World, config: ExperimentConfig) -> tuple[list[float], list, dict]:
+def sharded(
+    world: World, config: ExperimentConfig, ahead: int = 0, balanced: bool = False
+) -> tuple[list[float], list, dict]:
     built = build(config, world)
-    module = TrainModule(built.model, RetrievalObjective(sampler_for(config), world), config, world)
+    balance = Balance(lambda lengths_N: lengths_N**2.0, world) if balanced else None
+    module = TrainModule(built.model, RetrievalObjective(sampler_for(config), world), config, world, balance)
     loader, losses = loader_for(config, world), []
+    feed = Feed(loader, module, world, steps=STEPS, ahead=ahead)
     for step in range(STEPS):
-        loss = module.forward(next(loader), step)
+        loss = module.forward(feed.take(step))
+        feed.send_next()
         losses.append(world.all_reduce_sum([loss.total])[0] / loss.tokens)
         module.backward(loss, step)
+        feed.fill(step)
     loader.close()
     shards = [(s.row_offset, s.column_offset, s.weight.numpy().copy()) for s in module.table_optimizer.shards]
     return losses, shards, {name: p.detach().numpy().copy() for name, p in module.dense.items()}
 
 
-def run_sharded(size: int, config: ExperimentConfig) -> Outcome:
-    ranks = run_ranks(sharded, size, config)
+def run_sharded(size: int, config: ExperimentConfig, ahead: int = 0, balanced: bool = False) -> Outcome:
+    ranks = run_ranks(sharded, size, config, ahead, balanced)
     table = torch.full((61, 8), torch.nan)
     for _, shards, _ in ranks:
         for row, column, weight in shards:
@@ -203,3 +211,21 @@ def test_one_rank_equals_unsharded_and_the_planner_may_choose(data, unsharded):
     for size in (1, 2):
         outcome = run_sharded(size, configured(data, "auto", "rowwise_adagrad"))
         assert max(largest_difference(outcome, unsharded("rowwise_adagrad"))) < WEIGHT
+
+
+@pytest.mark.parametrize("sharding", SHARDING)
+def test_ids_sent_ahead_change_no_bit(data, sharding):
+    """As on a GPU: the ids of a step are on their way while the one before is computed and updates the tables."""
+    config = configured(data, sharding, "rowwise_adagrad")
+    plain, ahead = (run_sharded(2, config, depth) for depth in (0, 2))
+    assert plain.losses == ahead.losses and torch.equal(plain.table, ahead.table)
+    assert all(torch.equal(plain.dense[name], ahead.dense[name]) for name in plain.dense)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("negatives", ["per_position", "shared", "in_batch", "full"])
+def test_examples_may_change_ranks(data, unsharded, negatives, size):
+    """Balanced, and ahead: the draws of a token go with it."""
+    config = configured(data, "row_wise", "adam", negatives)
+    loss, table, dense = largest_difference(run_sharded(size, config, 2, True), unsharded("adam", negatives))
+    assert loss < LOSS and table < WEIGHT and dense < WEIGHT, (loss, table, dense)

@@ -29,6 +29,6 @@ class Checkpointing(Callback):
         """Saves the present step, once."""
         if self.saved_step != trainer.step:
             watchdog.enter(f"checkpoint of step {trainer.step}", "checkpoint")
-            progress = {"step": trainer.step, "data": trainer.loader.state_dict()}
+            progress = {"step": trainer.step, "data": trainer.feed.state_dict()}
             self.store.save(progress, self.config.keep_last)
             self.saved_step = trainer.step

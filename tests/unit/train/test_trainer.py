@@ -13,7 +13,8 @@ import torch
 from gr.dist import World
 from gr.errors import TrainingError
 from gr.train import trainer as trainer_module
-from gr.train.module import StepLoss
+from gr.train.module import Prepared, StepLoss
+from gr.train.objectives import Inputs
 from gr.train.trainer import Callback, StepResult, Trainer
 from tests.support.ranks import run_ranks
 
@@ -23,9 +24,6 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 class FakeBatch:
     first_example = 320
-
-    def to(self, device: torch.device) -> "FakeBatch":
-        return self
 
 
 class FakeLoader:
@@ -52,9 +50,12 @@ class FakeModule:
     def __init__(self, diary: Diary, on_forward: Callable[[int], float | None] = lambda step: None) -> None:
         self.diary, self.on_forward = diary, on_forward
 
-    def forward(self, batch: FakeBatch, step: int) -> StepLoss:
-        self.diary.append(("forward", step))
-        total = self.on_forward(step)
+    def prepare(self, batch: FakeBatch, step: int) -> Prepared:
+        return Prepared(step, Inputs(batch, None), None, (4,), 32)  # type: ignore[arg-type]
+
+    def forward(self, prepared: Prepared) -> StepLoss:
+        self.diary.append(("forward", prepared.step))
+        total = self.on_forward(prepared.step)
         return StepLoss(torch.zeros(()), 8.0 if total is None else total, tokens=4, examples=32)
 
     def backward(self, loss: StepLoss, step: int) -> None:

@@ -49,8 +49,8 @@ class FakeWriter:
 
 
 def trainer_at(step: int, steps: int, world: World) -> Any:
-    loader = SimpleNamespace(state_dict=lambda: {"position": 10 * trainer.step})
-    trainer = SimpleNamespace(step=step, steps=steps, loader=loader, world=world, stopped=False)
+    feed = SimpleNamespace(state_dict=lambda: {"position": 10 * trainer.step})
+    trainer = SimpleNamespace(step=step, steps=steps, feed=feed, world=world, stopped=False)
     return trainer
 
 

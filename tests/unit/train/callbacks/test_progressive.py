@@ -100,7 +100,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, dense_BN: torch.Tensor, sparse: None) -> torch.Tensor:
+    def forward(self, dense_BN: torch.Tensor, sparse: None, found: None) -> torch.Tensor:
         return dense_BN[:, 0] + self.weight
 
 
@@ -110,7 +110,7 @@ def test_an_example_is_scored_before_it_is_trained_on() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batch: Any = SimpleNamespace(dense_BN=torch.zeros(B, 1), sparse=None, labels_B=torch.ones(B))
     for before in (0.0, 2.0):
-        loss = objective.total(model, batch, 0, 0)
+        loss = objective.total(model, objective.inputs(batch, 0, 0), None)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
