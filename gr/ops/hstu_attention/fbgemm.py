@@ -37,7 +37,7 @@ def hstu_attention_fbgemm(
     """As hstu_attention_reference, in bfloat16 or float16, for Q = V of 32, 64, 128 or 256, without biases.
 
     Gradients of q are sums of atomic additions: not the same bits every time. output is not used.
-    Raises ValueError for what the kernels do not have, a bias and a window beside candidates or a prefix among it.
+    Raises ValueError for what the kernels do not have: the rest, and a window beside candidates or a prefix.
     """
     mask = mask or AttentionMask()
     _check(q_THQ, v_THV, mask, position_bias, time_bias)
@@ -66,7 +66,7 @@ def hstu_attention_fbgemm(
 def _check(
     q_THQ: Tensor, v_THV: Tensor, mask: AttentionMask, position_bias: Tensor | None, time_bias: Tensor | None
 ) -> None:
-    widths = (q_THQ.shape[2], v_THV.shape[2])
+    widths, window = (q_THQ.shape[2], v_THV.shape[2]), mask.max_attn_len
     for wrong, problem in (
         (position_bias is not None, "position_bias is not among what it has"),
         (time_bias is not None, "time_bias is not among what it has"),
@@ -78,11 +78,9 @@ def _check(
             widths[0] != widths[1] or widths[0] not in WIDTHS,
             f"q_THQ and v_THV must be equally wide, 32, 64, 128 or 256 a head, not {widths[0]} and {widths[1]}",
         ),
-        *(
-            (mask.max_attn_len and getattr(mask, name), f"max_attn_len does not combine with {name}")
-            for name in ("contextual_len", "min_full_attn_seq_len")
-        ),
-        (mask.max_attn_len and mask.num_targets_B is not None, "max_attn_len does not combine with num_targets_B"),
+        (window and mask.num_targets_B is not None, "max_attn_len does not combine with num_targets_B"),
+        (window and mask.contextual_len, "max_attn_len does not combine with contextual_len"),
+        (window and mask.min_full_attn_seq_len, "max_attn_len does not combine with min_full_attn_seq_len"),
     ):
         if wrong:
             raise ValueError(f"HSTU attention by fbgemm: {problem}; or use trainer.operators: triton")
