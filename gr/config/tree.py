@@ -273,10 +273,10 @@ class TrainerConfig(Section):
     global_batch_size: PositiveInt = Field(128, description="Examples a step, over all ranks.")
     log_every: PositiveInt = Field(20, description="Steps between lines of metrics.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the tower under autocast.")
-    operators: Literal["auto", "native", "triton", "torch"] = Field(
+    operators: Literal["auto", "native", "triton", "torch", "fbgemm"] = Field(
         "auto",
         description="Which implementation of gr.ops runs: C++ on CPU and Triton on CUDA where they can be had (auto); "
-        "one of them, or an error; or plain PyTorch.",
+        "one of them, or an error; plain PyTorch; or Triton with FBGEMM's CUTLASS kernels for HSTU attention.",
     )
     profiler: ProfilerConfig | None = None
     timeouts: TimeoutsConfig = TimeoutsConfig()

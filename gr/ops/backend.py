@@ -1,8 +1,8 @@
 """The one rule that says which implementation of an operator runs.
 
 "native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
-on any device, where the other cannot be had. Operators ask backend_for() at each call; nothing is configured in
-modules.
+on any device, where the other cannot be had. "fbgemm": HSTU attention by FBGEMM's CUTLASS kernels, and everything else
+as under "triton"; only when forced. Operators ask backend_for() at each call; nothing is configured in modules.
 """
 
 import contextlib
@@ -17,34 +17,45 @@ import torch
 
 from gr.errors import InstallError
 from gr.logging import get_logger, log_once
-from gr.ops import native
+from gr.ops import fbgemm, native
 
 Backend = Literal["native", "torch", "triton"]
+Forced = Literal[Backend, "fbgemm"]
 
 _logger = get_logger(__name__)
-_forced: ContextVar[Backend | None] = ContextVar("gr.ops forced backend", default=None)
+_forced: ContextVar[Forced | None] = ContextVar("gr.ops forced backend", default=None)
 
 
 def backend_for(device: torch.device) -> Backend:
     """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds)."""
-    return _forced.get() or _detected(device.type)
+    forced = _forced.get()
+    return "triton" if forced == "fbgemm" else forced or _detected(device.type)
+
+
+def fbgemm_forced() -> bool:
+    """Whether HSTU attention is to run by FBGEMM's kernels. They have no other operator, so no other asks."""
+    return _forced.get() == "fbgemm"
 
 
 @contextlib.contextmanager
-def force_backend(name: Backend | Literal["auto"]) -> Iterator[None]:
+def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
     """Use one implementation inside a `with` block; "auto" changes nothing.
 
     Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs a CUDA
-    device, or TRITON_INTERPRET=1 in the environment, which runs its kernels slowly on CPU tensors.
+    device, or TRITON_INTERPRET=1 in the environment, which runs its kernels slowly on CPU tensors; "fbgemm" needs what
+    gr.ops.fbgemm.load() says, too.
     """
     if name == "auto":
         yield
         return
-    if name not in get_args(Backend):
-        raise ValueError(f"backend must be 'native', 'torch' or 'triton', not {name!r}")
+    if name not in get_args(Forced):
+        raise ValueError(f"backend must be 'native', 'torch', 'triton' or 'fbgemm', not {name!r}")
     if name == "native":
         native.load()
     elif name == "triton":
+        _require_triton()
+    elif name == "fbgemm":
+        fbgemm.load()
         _require_triton()
     token = _forced.set(name)
     try:

@@ -27,7 +27,7 @@ def test_forcing_is_scoped(backend: Backend) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="'native', 'torch' or 'triton', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'native', 'torch', 'triton' or 'fbgemm', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
         pass
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gr.ops.backend import backend_for
+from gr.ops.backend import backend_for, fbgemm_forced
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
+from gr.ops.hstu_attention.fbgemm import hstu_attention_fbgemm
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
 from gr.ops.hstu_attention.reference import hstu_attention_reference
@@ -46,7 +47,7 @@ def hstu_attention(
     alpha: what q_i . k_j is multiplied by; 1/sqrt(Q) in the production layer.
     mask: which j a query sees, if not all j <= i.
     output: what an earlier call with the same arguments returned. It is returned again, with gradients, and not
-        computed again (except in float64): for layers that rebuild their activations in the backward pass.
+        computed again (but in float64 and by fbgemm): for layers that rebuild their activations in the backward pass.
     position_bias: [2 N - 1], entry (N - 1) + (j - i) is added to score (i, j), N = max_length; all
         candidates of a mask count as the token after the history.
     time_bias: [num_buckets + 1], entry time_buckets[i, j] is added to score (i, j). Heads share both tables.
@@ -87,6 +88,8 @@ def hstu_attention(
 def _path(q_THQ: Tensor, max_length: int) -> Callable[..., Tensor]:
     if q_THQ.dtype == torch.float64:
         return hstu_attention_reference
+    if fbgemm_forced():
+        return functools.partial(hstu_attention_fbgemm, max_length=max_length)
     match backend_for(q_THQ.device):
         case "native":
             return hstu_attention_native
