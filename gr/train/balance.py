@@ -4,6 +4,7 @@ The global batch stays what the loaders made of it: examples change ranks, not s
 tokens.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,28 +17,31 @@ from gr.dist import World
 
 
 def deal(cost_N: np.ndarray, ranks: int) -> np.ndarray:
-    """The rank of each example, int64 [N]; every rank gets N / ranks of them.
+    """The rank of each example, int64 [N]: the dearest first, each to the rank that has the least so far.
 
-    Round after round the dearest examples left go one to each rank, the dearest to the rank with the least so far.
+    Every rank gets an example where there are as many.
     """
     owner_N = np.empty(len(cost_N), dtype=np.int64)
-    load_R = np.zeros(ranks)
-    for round_R in np.argsort(-cost_N, kind="stable").reshape(-1, ranks):
-        takers_R = np.argsort(load_R, kind="stable")
-        owner_N[round_R] = takers_R
-        load_R[takers_R] += cost_N[round_R]
+    least = [(0.0, 0, rank) for rank in range(ranks)]  # cost, and examples, which tell among empty ones
+    for example in np.argsort(-cost_N, kind="stable").tolist():
+        cost, examples, rank = least[0]
+        owner_N[example] = rank
+        heapq.heapreplace(least, (cost + float(cost_N[example]), examples + 1, rank))
     return owner_N
 
 
 class Balance:
-    """Exchanges the examples of a batch on the CPU. Every rank must call it, with as many examples."""
+    """Exchanges the examples of a batch on the CPU. Every rank must call it, with as many examples.
+
+    Afterwards ranks may differ in their number of examples, as tables for sequences, unlike pooled ones, allow.
+    """
 
     def __init__(self, flops: Callable[[np.ndarray], np.ndarray], world: World) -> None:
         """flops: of examples by their lengths in tokens of the batch, int64 [N] -> float64 [N]."""
         self.flops, self.world = flops, world
 
     def __call__(self, batch: Any) -> Any:
-        """batch: a SequenceBatch or a HistoryBatch. Returns as many examples of the global batch, in its order."""
+        """batch: a SequenceBatch or a HistoryBatch. Returns this rank's examples of the global batch, in its order."""
         world, packed = self.world, batch.pack()
         lengths_RB = np.array(world.all_gather_ints(packed.lengths_B.tolist()))
         owner_RB = deal(self.flops(lengths_RB.ravel()), world.size).reshape(lengths_RB.shape)

@@ -1,0 +1,105 @@
+"""What dealing examples to ranks by FLOPs is worth, on the histories of a configuration.
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.balance CONFIG [key=value ...]
+
+First, without training: the work of the busiest rank over the mean, as loaders deal and as gr.train.balance does, for
+batches of the data's lengths. Then training steps of these ranks, each batch both ways in turns: CPU seconds of the
+busier rank, which are what the others wait for.
+"""
+
+import statistics
+import sys
+import time
+
+import numpy as np
+from torch import distributed
+
+from gr.config import load_config
+from gr.config.tree import ExperimentConfig
+from gr.data.dataset import Dataset
+from gr.data.loader import TrainLoader
+from gr.dist import World, use_cpu_well, world
+from gr.experiment.retrieval import build
+from gr.planner.dense import sequence_flops
+from gr.planner.inventory import experiment_inventory
+from gr.tasks import CandidateSampler
+from gr.train.balance import Balance, deal
+from gr.train.module import TrainModule
+from gr.train.objectives import RetrievalObjective
+
+RANKS, EXAMPLES, DRAWS = (2, 8, 64, 512), (4, 16, 64), 100
+STEPS, WARMUPS = 24, 2
+
+
+def main() -> None:
+    config = load_config(sys.argv[1], sys.argv[2:])
+    assert isinstance(config, ExperimentConfig), "a retrieval configuration"
+    with world("cpu") as here:
+        use_cpu_well(here)
+        built = build(config, here)
+        inventory = experiment_inventory(config, built.train_data.schema.item_cardinality)
+        balance = Balance(lambda lengths_N: sequence_flops(inventory, lengths_N), here)
+        if here.is_main:
+            simulate(training_lengths(built.train_data, config), balance)
+        objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), here)
+        measure(TrainModule(built.model, objective, config, here), balance, config, here)
+
+
+def training_lengths(data: Dataset, config: ExperimentConfig) -> np.ndarray:
+    groups = (data.read_row_group(group, ["item_ids"]).lengths_B for group in range(len(data.row_groups)))
+    return np.clip(np.concatenate(list(groups)) - config.data.train_holdout - 1, 0, config.data.max_length)
+
+
+def simulate(lengths_N: np.ndarray, balance: Balance) -> None:
+    random = np.random.default_rng(1)
+    quantiles = ", ".join(f"{np.quantile(lengths_N, q):.0f}" for q in (0.1, 0.5, 0.9, 1.0))
+    print(f"{len(lengths_N)} histories; lengths at 10, 50, 90, 100 %: {quantiles}")
+    print(
+        "| ranks | examples a rank | busiest rank / mean: as loaded | dealt | longest example alone |\n"
+        + "|---" * 5
+        + "|"
+    )
+    for ranks in RANKS:
+        for examples in EXAMPLES:
+            found = []
+            for _ in range(DRAWS):
+                cost_N = balance.flops(random.choice(lengths_N, ranks * examples))
+                owner_N = deal(cost_N, ranks)
+                dealt = np.bincount(owner_N, cost_N, ranks)
+                loaded = cost_N.reshape(ranks, examples).sum(axis=1)
+                found.append([load.max() / loaded.mean() for load in (loaded, dealt, cost_N)])
+            print(f"| {ranks} | {examples} | " + " | ".join(f"{ratio:.2f}" for ratio in np.mean(found, axis=0)) + " |")
+
+
+def measure(module: TrainModule, balance: Balance, config: ExperimentConfig, here: World) -> None:
+    data = Dataset.open(config.data.path)
+    size = config.trainer.global_batch_size
+    with TrainLoader(data, config.data, seed=1, global_batch_size=size, rank=here.rank, world_size=here.size) as loader:
+        batches = [next(loader) for _ in range(STEPS)]
+    cpu: dict[bool, list[float]] = {False: [], True: []}
+    wall: dict[bool, list[float]] = {False: [], True: []}
+    for number, batch in enumerate(batches[:WARMUPS] + batches):
+        for balanced in (False, True) if number % 2 else (True, False):
+            module.balance = balance if balanced else None
+            distributed.barrier()
+            began, used = time.perf_counter(), time.process_time()
+            module.backward(module.forward(module.prepare(batch, number)), number)
+            mine = [time.process_time() - used, time.perf_counter() - began]
+            if number >= WARMUPS:
+                everyone = np.array(here.all_gather_ints([round(seconds * 1e6) for seconds in mine])) / 1e6
+                cpu[balanced].append(everyone[:, 0].max())
+                wall[balanced].append(everyone[:, 1].max())
+    if here.is_main:
+        print(f"\n{here.size} ranks, global batch {size}, {STEPS} steps each way")
+        for name, seconds in (("CPU seconds of the busier rank", cpu), ("wall seconds", wall)):
+            ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            means = [statistics.fmean(seconds[balanced]) for balanced in (False, True)]
+            print(
+                f"{name} a step: as loaded {means[0]:.3f}, dealt {means[1]:.3f}, {means[0] / means[1]:.2f} times; "
+                f"by batch, median {middle:.2f}, quartiles {low:.2f} to {high:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
