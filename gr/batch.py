@@ -81,11 +81,11 @@ class SequenceBatch(Movable):
 
     def unpack(self, packed: Packed) -> Self:
         """The batch of other examples, packed as this one's."""
-        items_T, targets_T, *times = packed.tokens_TF.unbind(1)
+        items_T, targets_T, *times = packed.tokens_TF.T.contiguous()
         timestamps_T, query_timestamps_T = times or (None, None)
         return replace(
             self,
-            features=KeyedJaggedTensor(keys=[ITEM_FEATURE], values=items_T.contiguous(), lengths=packed.lengths_B),
+            features=KeyedJaggedTensor(keys=[ITEM_FEATURE], values=items_T, lengths=packed.lengths_B),
             target_ids_T=targets_T,
             timestamps_T=timestamps_T,
             query_timestamps_T=query_timestamps_T,
@@ -153,9 +153,9 @@ class HistoryBatch(Movable):
         events, contextual = self._keys()
         tasks, numbers = self.labels_TC.shape[1], self.numeric_BK.shape[1]
         tokens_TF, labels_TC = packed.tokens_TF.split([packed.tokens_TF.shape[1] - tasks, tasks], 1)
-        actions_T, *of_tokens = tokens_TF.unbind(1)
+        actions_T, *of_tokens = tokens_TF.T.contiguous()
         examples_BG, numeric_BK = packed.examples_BG.split([2 + len(contextual), numbers], 1)
-        user_B, scored_B, *ids = examples_BG.unbind(1)
+        user_B, scored_B, *ids = examples_BG.T.contiguous()
         some_B = packed.lengths_B > 0
         values = [*of_tokens[: len(events)], *(column[some_B] for column in ids)]
         lengths = [packed.lengths_B] * len(events) + [some_B.long()] * len(ids)

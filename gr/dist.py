@@ -1,5 +1,6 @@
 """Where a process stands among its peers: rank, world size, device, process group."""
 
+import ctypes
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from gr.logging import get_logger, log_once
 
 TIMEOUT_SECONDS = 600.0  # of collectives, where no configuration sets it
 CONNECT_SECONDS = 120.0
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 log = get_logger(__name__)
 
 
@@ -118,10 +120,15 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
 def use_cpu_well(world: World) -> None:
     """For the entry point of a process that trains on CPU: a rank takes its share of the cores it may use.
 
-    OMP_NUM_THREADS decides where it is set, but for the 1 that torchrun sets by itself on any box.
+    OMP_NUM_THREADS decides where it is set, but for the 1 that torchrun sets by itself on any box. glibc is told to
+    keep what is freed: by default it maps each large tensor of each step anew, and the kernel clears its pages.
     """
     if world.device.type == "cpu":
         torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:

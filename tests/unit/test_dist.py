@@ -1,6 +1,8 @@
 """World: sums and gathers over ranks, and the device of a process."""
 
 import os
+import platform
+import resource
 import socket
 
 import pytest
@@ -24,11 +26,23 @@ def exchange(here: World) -> dict[str, list]:
         # 2^24 + 1 has no float32: the sums must be float64.
         "sums": here.all_reduce_sum([float(here.rank + 1), 2.0**24 + here.rank, 0.1]),
         "ints": here.all_gather_ints([here.rank, 2**60 + here.rank]),
+        # Rank 0 keeps one row and sends two, rank 1 sends one and keeps none.
+        "rows": here.exchange_rows(
+            torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8]]][here.rank]),
+            [[1, 2], [1, 0]][here.rank],
+            [[1, 1], [2, 0]][here.rank],
+        ).tolist(),
+        "no columns": here.exchange_rows(
+            torch.empty(1, 0), [1 - here.rank, here.rank], [1 - here.rank, here.rank]
+        ).shape,
     }
 
 
 def test_two_ranks() -> None:
-    for got in run_ranks(exchange, 2):
+    first, second = run_ranks(exchange, 2)
+    assert first["rows"] == [[1, 2], [7, 8]] and second["rows"] == [[3, 4], [5, 6]]
+    for got in (first, second):
+        assert got["no columns"] == (2, 0)
         assert got["gathered"] == [list(pair) for pair in PAIRS]
         assert got["dtypes"] == [torch.float16, torch.float16]
         assert got["sums"] == [3.0, 2.0**25 + 1, 0.2]
@@ -141,3 +155,23 @@ def test_the_share_of_a_rank_is_set(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
     assert run_ranks(threads_after, 2) == [3, 3]
+
+
+def faults_after(here: World) -> list[int]:
+    """Pages that the kernel had to clear for a tensor of 32 MiB that is made and freed again and again."""
+    counts = []
+    for prepare in (lambda: None, lambda: use_cpu_well(here)):
+        prepare()
+        for _ in range(4):
+            torch.ones(1 << 23)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(1 << 23)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return counts
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept() -> None:
+    before, after = run_ranks(faults_after, 1)[0]
+    assert after < before / 4, (before, after)
