@@ -4,9 +4,9 @@
 
 Ceilings of the device; correctness of every dtype, bias and mask against float64 with poisoned outputs; a sweep of
 tiles on shapes from recommenders' lengths to 8,192; softmax attention of equal shape and, where they are installed,
-FBGEMM's CUTLASS kernels of HSTU attention; the layer, the loss and, with --data, the training step. Stops starting new
-work after --seconds. Not yet run on a GPU: with TRITON_INTERPRET=1 and no GPU it goes through the same steps on tiny
-shapes and the CPU, which checks the plumbing and times nothing of interest.
+FBGEMM's CUTLASS kernels of HSTU attention; the tower of a published run, the layer, the loss and, with --data, the
+training step. Stops starting new work after --seconds. Not yet run on a GPU: with TRITON_INTERPRET=1 and no GPU it goes
+through the same steps on tiny shapes and the CPU, which checks the plumbing and times nothing of interest.
 """
 
 import argparse
@@ -29,12 +29,17 @@ from benchmarks import layer, loss, train_step
 from benchmarks.case import Options
 from benchmarks.compare import compare
 from benchmarks.machine import describe, peaks
+from gr.config.inventory import HSTUDense, InventoryConfig, TableConfig
+from gr.config.stu import STUConfig
 from gr.errors import InstallError
 from gr.ops import fbgemm
 from gr.ops.backend import Forced, force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import triton as kernels
 from gr.ops.hstu_attention.triton import Tiles
+from gr.planner.dense import dense_work
+from gr.sequence import JaggedSequence
+from gr.towers.stu import STU
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # tf32x3 products in float32
 SWEEP = [Tiles(m, n, w, s) for m, n, w in ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8)) for s in (2, 3)]
@@ -200,6 +205,37 @@ def softmax(run: Run, name: str, count: int, length: int, heads: int, width: int
         run.note("softmax", f"{name}, {backend.name}", {part: f"{value:.3f} ms" for part, value in ms.items()})
 
 
+def fixed_shape(run: Run) -> None:
+    """One layer, and the whole tower with its update, of NVIDIA's published end-to-end run (recsys-examples,
+    E2E_BENCHMARK.md): 32 histories of 4,099 tokens, 8 layers, D 1,024, 4 heads of 256. FLOPs as gr plan counts them.
+    """
+    count, length, dim, heads, width = (2, 40, 32, 2, 16) if run.small else (32, 4099, 1024, 4, 256)
+    width = min(width, kernels.MAX_WIDTH)
+    heads = max(heads, dim // width)
+    offsets = torch.arange(count + 1, device=run.device) * length
+    x_TD = torch.randn(count * length, dim, device=run.device, requires_grad=True)
+    peak = peaks(run.device).bfloat16
+    for layers in (1,) if run.small else (1, 8):
+        shape = {"layers": layers, "heads": heads, "qk_dim": width, "v_dim": width}
+        tower = STU(STUConfig(dropout=0.0, **shape), dim=dim, max_length=length).to(run.device)
+        optimizer = torch.optim.AdamW(tower.parameters(), fused=True)
+
+        def step(tower: STU = tower, optimizer: torch.optim.Optimizer = optimizer, layers: int = layers) -> None:
+            with force_backend("triton"), torch.autocast(run.device, torch.bfloat16, enabled=not run.small):
+                tower(JaggedSequence(x_TD, offsets, length)).values_TD.float().sum().backward()
+            if layers > 1:
+                optimizer.step()
+            optimizer.zero_grad()
+
+        dense = HSTUDense(dim=dim, mean_length=length, max_length=length, concat_ua=True, **shape)
+        table = TableConfig(name="items", rows=1, dim=dim)
+        work = dense_work(InventoryConfig(rank_batch_size=count, tables=(table,), dense=dense), count)
+        ms = run.time({"step": step})["step"]
+        rate = (work.forward_flops + work.backward_flops) / ms * 1e3
+        name = f"{layers} layers of {heads} x {width}, {'with' if layers > 1 else 'without'} update"
+        run.note("fixed shape", name, f"{ms:.1f} ms, {rate / 1e12:.0f} TFLOP/s, {rate / peak:.1%} of the measured peak")
+
+
 def end_to_end(run: Run, data: Path | None) -> None:
     if run.small:
         return  # its variants take seconds an operation under the interpreter
@@ -223,6 +259,7 @@ def main() -> None:
         torch.set_num_threads(1)
     run.note("ceilings", "FLOP/s and bytes/s", asdict(peaks(run.device)))
     correctness(run)
+    fixed_shape(run)
     sweep(run)
     end_to_end(run, arguments.data)
     arguments.out.write_text(json.dumps(run.found, indent=1) + "\n")
