@@ -15,6 +15,7 @@ from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader
 from gr.dist import World
+from gr.dist import world as make_world
 from gr.embeddings.init import _table_key, truncated_normal
 from gr.experiment.retrieval import build
 from gr.experiment.run import initialise_dense
@@ -85,8 +86,8 @@ def sharded(
         module.backward(loss, step)
         feed.fill(step)
     loader.close()
-    shards = [(s.row_offset, s.column_offset, s.weight.numpy().copy()) for s in module.table_optimizer.shards]
-    return losses, shards, {name: p.detach().numpy().copy() for name, p in module.dense.items()}
+    shards = [(s.row_offset, s.column_offset, s.weight.cpu().numpy().copy()) for s in module.table_optimizer.shards]
+    return losses, shards, {name: p.detach().cpu().numpy().copy() for name, p in module.dense.items()}
 
 
 def run_sharded(size: int, config: ExperimentConfig, ahead: int = 0, balanced: bool = False) -> Outcome:
@@ -220,6 +221,14 @@ def test_ids_sent_ahead_change_no_bit(data, sharding):
     plain, ahead = (run_sharded(2, config, depth) for depth in (0, 2))
     assert plain.losses == ahead.losses and torch.equal(plain.table, ahead.table)
     assert all(torch.equal(plain.dense[name], ahead.dense[name]) for name in plain.dense)
+
+
+@pytest.mark.gpu
+def test_ids_sent_ahead_on_a_gpu(data):
+    config = configured(data, "table_wise", "rowwise_adagrad").model_copy(update={"device": "cuda"})
+    with make_world("cuda") as here:
+        plain, ahead = (sharded(here, config, depth)[0] for depth in (0, 2))
+    assert ahead == pytest.approx(plain, abs=LOSS)
 
 
 @pytest.mark.parametrize("size", [2, 4])
