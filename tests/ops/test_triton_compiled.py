@@ -47,7 +47,7 @@ def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: in
         **{"Q": width, "V": width, "QP": width, "VP": width, "ROW_SCALE": False},
         **{"TARGETS": not biased, "TIME": biased, "POSITION": biased, "WINDOW": 0, "CONTEXT": 0, "FULL": 0},
         **{"FAST": size == 2, "M": tiles.inner if outer_is_keys else tiles.outer},
-        **{"N": tiles.outer if outer_is_keys else tiles.inner, "dcandidates_ptr": None},
+        **{"N": tiles.outer if outer_is_keys else tiles.inner, "C": tiles.inner, "dcandidates_ptr": None},
     }
     absent = ("targets",) if biased else ("asked_at", "happened_at", "edges", "time", "position")
     constants |= dict.fromkeys(absent)
@@ -72,9 +72,7 @@ LAUNCHED = [(*key, arch) for key in TILES for arch in SHARED if arch == 90 or ke
 def test_attention(kernel: str, size: int, width: int, biased: bool, arch: int) -> None:
     tiles = TILES[kernel, size, width, biased]
     done = compile_attention(kernel, size, width, biased, arch)
-    # No tiles were found for the tables' kernel, whose addresses outlive two loops, without any.
-    allowed = 64 if kernel == "table_gradient" else 0
-    assert done.spills <= allowed, f"{done.spills} spills, {done.registers} registers"
+    assert done.spills == 0, f"{done.spills} spills, {done.registers} registers"
     assert done.shared <= SHARED[arch]
     assert any(done.counts[name] for name in TENSOR_CORES[arch])
     assert done.counts["F2F"] == 0  # a conversion by element, as slow as the activation
