@@ -86,7 +86,7 @@ def test_attention(kernel: str, size: int, width: int, biased: bool, arch: int) 
             assert done.counts["HGMMA"] > 0
 
 
-@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("width", [50, 64, 256])
 @pytest.mark.parametrize("kernel", ["logits_kernel", "query_gradient_kernel", "item_gradient_kernel"])
 def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
@@ -98,7 +98,7 @@ def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
     assert done.spills == 0 and done.shared <= SHARED[arch]
 
 
-@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize(("width", "groups", "concat"), [(50, 1, False), (512, 1, True), (1024, 8, True)], ids=str)
 @pytest.mark.parametrize("kernel", ["gate_kernel", "gate_backward_kernel"])
 def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
