@@ -99,16 +99,20 @@ def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize(("width", "groups", "concat"), [(50, 1, False), (512, 1, True), (1024, 8, True)], ids=str)
+@pytest.mark.parametrize(
+    ("width", "groups", "concat"),
+    [(50, 1, False), (512, 1, True), (1024, 8, True), (2048, 8, True), (4096, 1, True), (4096, 8, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("kernel", ["gate_kernel", "gate_backward_kernel"])
 def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
     types = {name: "*bf16" for name in ("u_ptr", "a_ptr", "y_ptr", "dy_ptr", "du_ptr", "da_ptr")}
     types |= {name: "*fp32" for name in ("weight", "bias", "sums")} | {"eps": "fp32", "keep_scale": "fp32"}
     types |= {"rows": "i32", "u_row": "i32", "a_row": "i32", "seed": "i32", "dropped": "i64"}
     gate = Gate(groups=groups, eps=1e-6, silu=concat, concat=concat, dropout=0.2)
-    constants: dict[str, Any] = {**layer.shape_of(width, concat, gate)}
-    constants |= {} if concat else {"weight": None, "bias": None}
-    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.WARPS)
+    shape = layer.shape_of(width, concat, gate)
+    constants: dict[str, Any] = shape | ({} if concat else {"weight": None, "bias": None})
+    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.warps_of(shape))
     assert done.spills == 0 and done.shared <= SHARED[arch]
 
 
