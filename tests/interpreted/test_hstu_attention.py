@@ -13,7 +13,7 @@ from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import hstu_attention
 from gr.ops.hstu_attention import triton as kernels
 from gr.ops.hstu_attention.triton import Tiles
-from tests.ops.test_hstu_attention import MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
+from tests.ops.test_hstu_attention import DTYPES, MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
 from tests.ops.test_hstu_masks import mask_of, masked_case
 from tests.support.tolerances import assert_near
 
@@ -38,7 +38,7 @@ def assert_kernels(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("widths", [(1, 16, 16), (2, 25, 50), (1, 72, 128)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shipped_tiles(widths: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_kernels(make_case([65, 0, 1, 34], widths, dtype), dtype)
 
