@@ -1,11 +1,10 @@
-"""Triton kernels on CPU tensors. Only in a process started with TRITON_INTERPRET=1: tests/ops/test_triton.py starts it.
-
-bfloat16 is left to a GPU: the interpreter multiplies its raw bits (triton issue 11584).
-"""
+"""Triton kernels on CPU tensors, in a process started with TRITON_INTERPRET=1: tests/ops/test_triton.py starts it."""
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,3 +17,31 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of values, added up in float32; float32 rounded to the nearest, ties to even.
+
+    The interpreter keeps bfloat16 as its bits. It multiplies those bits (triton issue 11584), and rounds towards zero.
+    """
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        return dot(self, widened(a), widened(b), d, *options)
+
+    def cast_impl(self: Any, x: Any, to: Any) -> Any:
+        if (x.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
+            return TensorHandle(torch.tensor(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, widened(x), to)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)

@@ -13,7 +13,7 @@ from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import hstu_attention
 from gr.ops.hstu_attention import triton as kernels
 from gr.ops.hstu_attention.triton import Tiles
-from tests.ops.test_hstu_attention import MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
+from tests.ops.test_hstu_attention import DTYPES, MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
 from tests.ops.test_hstu_masks import mask_of, masked_case
 from tests.support.tolerances import assert_near
 
@@ -37,8 +37,8 @@ def assert_kernels(case: Case, dtype: torch.dtype) -> None:
         assert_near(actual, expected, dtype, f"{name} under {case.mask}")
 
 
-@pytest.mark.parametrize("widths", [(1, 16, 16), (2, 25, 50)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("widths", [(1, 16, 16), (2, 25, 50), (1, 72, 128)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shipped_tiles(widths: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_kernels(make_case([65, 0, 1, 34], widths, dtype), dtype)
 
@@ -59,6 +59,15 @@ def test_tiles_that_are_not_square(tiles: tuple[int, int], monkeypatch: pytest.M
     use_tiles(monkeypatch, *tiles)
     assert_kernels(masked_case(mask_of([60, 0, 33], 40, 0, 20), [130, 33, 64]), torch.float32)
     assert_kernels(masked_case(mask_of([60, 0, 33], 0, 31), [130, 33, 64]), torch.float32)
+
+
+@pytest.mark.parametrize(("window", "prefix"), [(0, 0), (40, 0), (0, 70)], ids=str)
+@pytest.mark.usefixtures("large_tiles")
+def test_tables_summed_over_many_sequences(window: int, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program of the tables takes all sequences in turn, empty and short ones among them."""
+    monkeypatch.setattr(kernels, "_TABLE_PROGRAMS", 1)
+    mask = mask_of([28, 0, 0, 0, 0, 60], window, prefix)
+    assert_kernels(masked_case(mask, [98, 0, 0, 70, 0, 130]), torch.float32)
 
 
 @pytest.mark.parametrize("removed", ["position_bias", "time_bias", "both"])

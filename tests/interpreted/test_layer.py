@@ -11,7 +11,7 @@ from gr.ops.layer.gate import kept
 from tests.ops.test_layer import GATE, assert_gate, gate_case, run_gate
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("concat", [False, True], ids=["", "concat"])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gate_matches_definition(groups: int, concat: bool, dtype: torch.dtype) -> None:

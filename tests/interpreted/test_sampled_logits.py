@@ -13,7 +13,7 @@ from tests.support.tolerances import assert_near
     ("tokens", "samples", "items", "width"),
     [(30, 33, 40, 50), (20, 9, 100, 16), (9, 1, 3, 128), (7, 130, 5, 300), (5, 3, 4, 1), (0, 4, 5, 8), (6, 0, 5, 8)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_kernels_match_reference(tokens: int, samples: int, items: int, width: int, dtype: torch.dtype) -> None:
     queries, table = (torch.randn(rows, width).to(dtype).double() for rows in (tokens, items))
     index = torch.randint(0, items, (tokens, samples))

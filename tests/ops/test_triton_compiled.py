@@ -47,7 +47,7 @@ def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: in
         **{"Q": width, "V": width, "QP": width, "VP": width, "ROW_SCALE": False},
         **{"TARGETS": not biased, "TIME": biased, "POSITION": biased, "WINDOW": 0, "CONTEXT": 0, "FULL": 0},
         **{"FAST": size == 2, "M": tiles.inner if outer_is_keys else tiles.outer},
-        **{"N": tiles.outer if outer_is_keys else tiles.inner, "dcandidates_ptr": None},
+        **{"N": tiles.outer if outer_is_keys else tiles.inner, "C": tiles.inner, "dcandidates_ptr": None},
     }
     absent = ("targets",) if biased else ("asked_at", "happened_at", "edges", "time", "position")
     constants |= dict.fromkeys(absent)
@@ -72,9 +72,7 @@ LAUNCHED = [(*key, arch) for key in TILES for arch in SHARED if arch == 90 or ke
 def test_attention(kernel: str, size: int, width: int, biased: bool, arch: int) -> None:
     tiles = TILES[kernel, size, width, biased]
     done = compile_attention(kernel, size, width, biased, arch)
-    # No tiles were found for the tables' kernel, whose addresses outlive two loops, without any.
-    allowed = 64 if kernel == "table_gradient" else 0
-    assert done.spills <= allowed, f"{done.spills} spills, {done.registers} registers"
+    assert done.spills == 0, f"{done.spills} spills, {done.registers} registers"
     assert done.shared <= SHARED[arch]
     assert any(done.counts[name] for name in TENSOR_CORES[arch])
     assert done.counts["F2F"] == 0  # a conversion by element, as slow as the activation
@@ -88,7 +86,7 @@ def test_attention(kernel: str, size: int, width: int, biased: bool, arch: int) 
             assert done.counts["HGMMA"] > 0
 
 
-@pytest.mark.parametrize("arch", [90])
+@pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("width", [50, 64, 256])
 @pytest.mark.parametrize("kernel", ["logits_kernel", "query_gradient_kernel", "item_gradient_kernel"])
 def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
@@ -100,17 +98,21 @@ def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
     assert done.spills == 0 and done.shared <= SHARED[arch]
 
 
-@pytest.mark.parametrize("arch", [90])
-@pytest.mark.parametrize(("width", "groups", "concat"), [(50, 1, False), (512, 1, True), (1024, 8, True)], ids=str)
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(
+    ("width", "groups", "concat"),
+    [(50, 1, False), (512, 1, True), (1024, 8, True), (2048, 8, True), (4096, 1, True), (4096, 8, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("kernel", ["gate_kernel", "gate_backward_kernel"])
 def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
     types = {name: "*bf16" for name in ("u_ptr", "a_ptr", "y_ptr", "dy_ptr", "du_ptr", "da_ptr")}
     types |= {name: "*fp32" for name in ("weight", "bias", "sums")} | {"eps": "fp32", "keep_scale": "fp32"}
     types |= {"rows": "i32", "u_row": "i32", "a_row": "i32", "seed": "i32", "dropped": "i64"}
     gate = Gate(groups=groups, eps=1e-6, silu=concat, concat=concat, dropout=0.2)
-    constants: dict[str, Any] = {**layer.shape_of(width, concat, gate)}
-    constants |= {} if concat else {"weight": None, "bias": None}
-    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.WARPS)
+    shape = layer.shape_of(width, concat, gate)
+    constants: dict[str, Any] = shape | ({} if concat else {"weight": None, "bias": None})
+    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.warps_of(shape))
     assert done.spills == 0 and done.shared <= SHARED[arch]
 
 

@@ -31,15 +31,15 @@ _BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / BUCKET_WIDTH)
 
 
 @triton.jit
-def _load_rows(ptr, stride, rows, n, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr):
-    """[len(rows), DP] of a row-major matrix [n, D]; zero outside of it."""
-    columns = tl.arange(0, DP)
+def _load_rows(ptr, stride, rows, n, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, first=0):
+    """[len(rows), DP] of a row-major matrix [n, D], from its column `first` on; zero outside of it."""
+    columns = first + tl.arange(0, DP)
     at = ptr + rows[:, None] * stride + columns[None, :]
-    if MASK and D != DP:
+    if MASK and D % DP:
         return tl.load(at, mask=(rows < n)[:, None] & (columns < D)[None, :], other=0.0)
     elif MASK:
         return tl.load(at, mask=(rows < n)[:, None], other=0.0)
-    elif D != DP:
+    elif D % DP:
         return tl.load(at, mask=(columns < D)[None, :], other=0.0)
     else:
         return tl.load(at)
@@ -435,10 +435,24 @@ def _add_bucket_sums(
 
 
 @triton.jit
+def _products(
+    x_ptr, x_row, i, y_ptr, y_row, j, n, M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """[M, M]: rows i of x times rows j of y, C columns at a time: whole rows take up to twice the registers."""
+    W: tl.constexpr = DP if DP < C else C
+    products = tl.zeros([M, M], tl.float32)
+    for first in range(0, D, W):
+        x = _load_rows(x_ptr, x_row, i, n, D, W, True, first)
+        y = _load_rows(y_ptr, y_row, j, n, D, W, True, first)
+        products = tl.dot(x, tl.trans(y), products, input_precision="tf32x3")
+    return products
+
+
+@triton.jit
 def table_gradient_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, dposition_ptr, dtime_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges,
     time, position, q_row, k_row, v_row, g_row, q_head, k_head, v_head, g_head, sequences, ahead, last, half_alpha,
-    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr,
+    Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -447,12 +461,14 @@ def table_gradient_kernel(
     In such tiles an element always has the same distance, so they are added up whole: dposition [programs, M, M].
     Candidates, whose distances differ from sequence to sequence, are left to key_gradient_kernel. dtime [programs,
     last + 1] starts at zero. ahead: how many tile distances lie above the diagonal, where only a prefix looks.
+    One loop goes over the tiles of all its sequences: of two nested ones, each keeps registers for the sum.
     """
     away = tl.program_id(0) - ahead
     head = tl.program_id(2).to(tl.int64)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    program = (head * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     acc = tl.zeros([M, M], tl.float32)
-    for sequence in range(tl.program_id(1), sequences, tl.num_programs(1)):
+    sequence, i0 = tl.program_id(1), tl.maximum(away, 0) * M
+    while sequence < sequences:
         start = tl.load(offsets + sequence)
         n = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
         past = n
@@ -461,41 +477,44 @@ def table_gradient_kernel(
         stop = n
         if CONTEXT:
             stop = tl.where(away < 0, tl.minimum(n, CONTEXT), n)
-        for i0 in range(tl.maximum(away, 0) * M, stop, M):
-            j0 = i0 - away * M
-            i, j = i0 + tl.arange(0, M), j0 + tl.arange(0, M)
-            begin, end = _seen_keys(tl.minimum(i, n - 1), past, WINDOW, CONTEXT, FULL)
-            if (away == 0) | ((j0 < tl.max(end)) & (j0 + M > tl.min(begin))):
-                q = _load_rows(q_ptr + start * q_row + head * q_head, q_row, i, n, Q, QP, True)
-                k = _load_rows(k_ptr + start * k_row + head * k_head, k_row, j, n, Q, QP, True)
-                h = tl.dot(q, tl.trans(k), input_precision="tf32x3") * half_alpha
-                asked, happened = asked_at, happened_at
-                if TIME:
-                    asked += start
-                    happened += start
-                h = _half_bias(h, i, j, n, past, asked, happened, edges, last, time, position, 0, True, TIME, POSITION,
-                               WINDOW, CONTEXT, FULL)  # fmt: skip
-                _, slope = _activation(h, FAST)
-                slope = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), slope, 0.0)
-                if ROW_SCALE:
-                    slope *= tl.load(scale_ptr + start + i, mask=i < n, other=0.0)[:, None]
-                else:
-                    slope *= tl.load(scale_ptr)
-                g = _load_rows(g_ptr + start * g_row + head * g_head, g_row, i, n, V, VP, True)
-                v = _load_rows(v_ptr + start * v_row + head * v_head, v_row, j, n, V, VP, True)
-                dscore = tl.dot(g, tl.trans(v), input_precision="tf32x3") * slope
-                if TIME:
-                    sums = dtime_ptr + program.to(tl.int64) * (last + 1)
-                    _add_bucket_sums(dscore, i, j, n, asked, happened, edges, last, sums)
-                if POSITION:
-                    acc += tl.where(i[:, None] < past, dscore, 0.0)
+        j0 = i0 - away * M
+        i, j = i0 + tl.arange(0, M), j0 + tl.arange(0, M)
+        begin, end = _seen_keys(tl.minimum(i, n - 1), past, WINDOW, CONTEXT, FULL)
+        if (i0 < stop) & ((away == 0) | ((j0 < tl.max(end)) & (j0 + M > tl.min(begin)))):
+            q, k = q_ptr + start * q_row + head * q_head, k_ptr + start * k_row + head * k_head
+            h = _products(q, q_row, i, k, k_row, j, n, M, C, Q, QP) * half_alpha
+            asked, happened = asked_at, happened_at
+            if TIME:
+                asked += start
+                happened += start
+            h = _half_bias(h, i, j, n, past, asked, happened, edges, last, time, position, 0, True, TIME, POSITION,
+                           WINDOW, CONTEXT, FULL)  # fmt: skip
+            _, slope = _activation(h, FAST)
+            slope = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), slope, 0.0)
+            if ROW_SCALE:
+                slope *= tl.load(scale_ptr + start + i, mask=i < n, other=0.0)[:, None]
+            else:
+                slope *= tl.load(scale_ptr)
+            g, v = g_ptr + start * g_row + head * g_head, v_ptr + start * v_row + head * v_head
+            dscore = _products(g, g_row, i, v, v_row, j, n, M, C, V, VP) * slope
+            if TIME:
+                _add_bucket_sums(dscore, i, j, n, asked, happened, edges, last, dtime_ptr + program * (last + 1))
+            if POSITION:
+                acc += tl.where(i[:, None] < past, dscore, 0.0)
+        i0 += M
+        done = i0 >= stop
+        sequence = tl.where(done, sequence + tl.num_programs(1), sequence)
+        i0 = tl.where(done, tl.maximum(away, 0) * M, i0)
     if POSITION:
         at = tl.arange(0, M)[:, None] * M + tl.arange(0, M)[None, :]
-        tl.store(dposition_ptr + program.to(tl.int64) * (M * M) + at, acc)
+        tl.store(dposition_ptr + program * (M * M) + at, acc)
 
 
 class Tiles(NamedTuple):
-    """Rows and columns of a tile of scores (the latter along the loop), warps and pipeline stages of a program."""
+    """Rows and columns of a tile of scores (the latter along the loop), warps and pipeline stages of a program.
+
+    Tiles of the tables are square; inner is then how many elements of a head are multiplied at a time.
+    """
 
     outer: int
     inner: int
@@ -531,9 +550,9 @@ TILES = {
     ("key_gradient", 4, 128, False): Tiles(16, 16, 8, 1),
     ("key_gradient", 4, 128, True): Tiles(16, 16, 8, 2),
     ("table_gradient", 2, 64, True): Tiles(32, 32, 4, 1),
-    ("table_gradient", 2, 128, True): Tiles(32, 32, 4, 1),
-    ("table_gradient", 4, 64, True): Tiles(16, 16, 4, 1),
-    ("table_gradient", 4, 128, True): Tiles(16, 16, 4, 1),
+    ("table_gradient", 2, 128, True): Tiles(32, 64, 4, 1),
+    ("table_gradient", 4, 64, True): Tiles(32, 32, 8, 1),
+    ("table_gradient", 4, 128, True): Tiles(32, 32, 8, 1),
 }
 
 
@@ -737,7 +756,7 @@ def _table_gradients(
     table_gradient_kernel[grid](
         *(*operands, squares, sums, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
         *(*_strides(*operands), sequences, ahead, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.outer, **call.features(q, v, position, time)},
+        **{"M": tiles.outer, "C": tiles.inner, **call.features(q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

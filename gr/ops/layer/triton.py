@@ -4,6 +4,8 @@ A program takes a row (forward) or every so many rows (backward, with the gradie
 partial sums, so that they have one order). A row is a tile [G, V]: groups of the norm, elements of a group.
 """
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from gr.ops.layer.gate import FIRST, SECOND, STEP, Gate
 
-WARPS = 4
 _PROGRAMS = 1024  # of the backward pass, at most
 _MAX_TILE = 16384  # elements of a row, padded
 _C_STEP, _C_FIRST, _C_SECOND = tl.constexpr(STEP), tl.constexpr(FIRST), tl.constexpr(SECOND)
@@ -145,6 +146,11 @@ def shape_of(width: int, affine: bool, gate: Gate) -> dict[str, int | bool]:
     return {"G": gate.groups, "V": part, **padded, **flags}
 
 
+def warps_of(shape: Mapping[str, int]) -> int:
+    """Eight elements of a row a thread, which spill no register; 16 warps at most, so rows beyond 4096 columns do."""
+    return min(max(shape["GP"] * shape["VP"] // 256, 4), 16)
+
+
 def _numbers(u: Tensor, a: Tensor, gate: Gate) -> tuple[int | float, ...]:
     return u.stride(0), a.stride(0), gate.eps, gate.seed, gate.dropped, 1 / (1 - gate.dropout)
 
@@ -155,7 +161,7 @@ def gate_triton(u: Tensor, a: Tensor, affine: tuple[Tensor | None, Tensor | None
     if u.numel():
         shape = shape_of(u.shape[1], affine[0] is not None, gate)
         with torch.cuda.device_of(u):
-            gate_kernel[(u.shape[0],)](u, a, *affine, y, *_numbers(u, a, gate), **shape, num_warps=WARPS)
+            gate_kernel[(u.shape[0],)](u, a, *affine, y, *_numbers(u, a, gate), **shape, num_warps=warps_of(shape))
     return y
 
 
@@ -171,6 +177,6 @@ def gate_backward_triton(
         shape = shape_of(width, affine[0] is not None, gate)
         with torch.cuda.device_of(u):
             gate_backward_kernel[(programs,)](
-                *(dy, u, a, *affine, du, da, sums, rows, *_numbers(u, a, gate)), **shape, num_warps=WARPS
+                *(dy, u, a, *affine, du, da, sums, rows, *_numbers(u, a, gate)), **shape, num_warps=warps_of(shape)
             )
     return du, da, sums.sum(0, dtype=torch.float64)
