@@ -106,7 +106,7 @@ def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
     built = build(config, here)
     sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
     module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
-    batches = [batch.to(here.device) for batch in _batches(options)]
+    batches = _batches(options)
     steps = itertools.count()
 
     def step() -> None:

@@ -15,12 +15,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 ITEM_FEATURE = "item_id"
 
 
+def move_ids(ids: KeyedJaggedTensor, device: torch.device) -> KeyedJaggedTensor:
+    """`ids` on `device`, with the numbers of ids of each key counted before, so that the device is not asked."""
+    return ids if ids.values().device == device else ids.sync().to(device)
+
+
 @dataclass(frozen=True)
 class Movable:
-    """Fields, of which those that are tensors live on one device."""
+    """A batch, or a part of one, whose tensors live on one device."""
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in self._tensors()})
+    def to(self, device: torch.device) -> Self:
+        moved = {name: x.to(device) if isinstance(x, Tensor) else move_ids(x, device) for name, x in self._tensors()}
+        return replace(self, **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """As Tensor.record_stream, of all tensors."""
@@ -120,7 +126,7 @@ class HistoryBatch(Movable):
     actions_T: int64, bit k: action k was taken. labels_TC: float32, what each of C tasks is to predict.
     timestamps_T: int64 seconds, or None. numeric_BK: float32, K contextual numbers. user_B: int64 ids.
     scored_B: int64, how many of an example's newest events are predicted. scored: their sum.
-    first_example: as in SequenceBatch. contextual: how many features are, the last ones.
+    first_example: as in SequenceBatch. contextual: how many of the features, the last ones, are contextual.
     """
 
     features: KeyedJaggedTensor

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -168,11 +168,28 @@ def world(
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise ConfigError(f"rank {rank} on {socket.gethostname()} cannot join: {str(error).splitlines()[0]}") from error
     watchdog.add_detail(_collectives)
-    host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if backend == "nccl" else None
     try:
-        yield World(rank, size, local_rank, local_size, chosen, host)
+        yield World(rank, size, local_rank, local_size, chosen, _host_group(timeout))
     finally:
         dist.destroy_process_group()
+
+
+def _host_group(timeout: float) -> dist.ProcessGroup | None:
+    """See World. Raises ConfigError where gloo finds no way to the others."""
+    if dist.get_backend() == "gloo":
+        return None
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{socket.gethostname()}: the hosts of the ranks cannot talk by gloo, beside NCCL: "
+            f"{str(error).splitlines()[0]}; set GLOO_SOCKET_IFNAME to the network interface between them"
+        ) from error
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:
+    """What is done inside is queued on `stream`; None: where it would be anyway, and CUDA is not even looked for."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def check_room(device: str, local_size: int) -> None:
@@ -224,13 +241,20 @@ def _record_flights(logs: Path | None) -> None:
 
 
 def _collectives(folder: Path) -> str:
-    """The collective that this rank is in or was in last; writes all that torch remembers to folder."""
-    on_gpu = dist.get_backend() == "nccl"
-    record = c10d._dump_nccl_trace_json() if on_gpu else c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
+    """The collective that this rank is in or was in last; writes all that torch remembers to folder.
+
+    On GPUs, that of NCCL and that of gloo, in which the host talks.
+    """
+    records = {"collectives": c10d._dump_fr_trace_json()}  # type: ignore[attr-defined]
+    if dist.get_backend() == "nccl":
+        records["collectives-nccl"] = c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
+    return "; ".join(_last(record, folder / f"{name}-rank-{dist.get_rank()}.json") for name, record in records.items())
+
+
+def _last(record: bytes, path: Path) -> str:
     entries = json.loads(record).get("entries", [])
     if not entries:
         return "no collective yet"
-    path = folder / f"collectives-rank-{dist.get_rank()}.json"
     path.write_bytes(record)
     last = entries[-1]
     when = "after" if last["retired"] else "in"

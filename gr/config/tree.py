@@ -43,7 +43,7 @@ class DataConfig(Section):
     shuffle: bool = Field(True, description="False keeps file order, for one-pass streams.")
     lanes: PositiveInt = Field(8, description="Streams the global batch is dealt from; a multiple of the world size.")
     balance: bool = Field(
-        True, description="Deal the examples of a batch to the ranks so that each has as many FLOPs of the tower."
+        True, description="Deal the examples of a batch to the ranks so that each has as many FLOPs of tower and loss."
     )
     read_threads: PositiveInt = Field(1, description="Threads that decode row groups ahead of their use.")
     prefetch: PositiveInt = Field(4, description="Batches collated ahead of training.")

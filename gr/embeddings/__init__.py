@@ -18,11 +18,10 @@ from gr.embeddings.init import initialise_tables
 from gr.embeddings.optimizers import TableOptimizer
 from gr.embeddings.sharding import shard_tables
 from gr.embeddings.shards import TableShard, local_shards
-from gr.embeddings.staged import Found, StagedLookup
+from gr.embeddings.staged import StagedLookup
 
 __all__ = [
     "CANDIDATE_FEATURE",
-    "Found",
     "PooledTable",
     "StagedLookup",
     "TableOptimizer",

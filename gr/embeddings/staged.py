@@ -1,13 +1,12 @@
 """A lookup in sharded tables by its stages, so that ids can travel between ranks while an earlier step is computed."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torchrec import JaggedTensor, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.types import ShardedModule
 
-Found = Mapping[str, JaggedTensor] | Any  # what a collection returns, or a promise of it
+from gr.dist import on_stream
 
 
 class StagedLookup:
@@ -28,20 +27,20 @@ class StagedLookup:
         """Begins to tell the other ranks how many ids will come."""
         if self._context is None:
             self._context = self._tables.create_context()
-            with torch.cuda.stream(self._stream):
+            with on_stream(self._stream):
                 self._counts = self._tables.input_dist(self._context, self._features)
 
     def send(self) -> None:
         """Waits for the counts, and lets the ids go."""
         self.start()
         if self._ids is None:
-            with torch.cuda.stream(self._stream):
+            with on_stream(self._stream):
                 self._ids = self._counts.wait()
 
-    def rows(self) -> Found:
-        """Waits for the ids and looks them up; the rows are on their way back. Once."""
+    def rows(self) -> Any:
+        """Waits for the ids and looks them up: what the tables' forward returns, a promise of it. Once."""
         self.send()
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             ids = self._ids.wait()
         if self._stream is not None:
             now = torch.cuda.current_stream()

@@ -90,8 +90,14 @@ def train(config: GenerativeConfig, world: World) -> dict[str, Any] | None:
     """
     built = build(config, world)
     objective = GenerativeObjective(config.task)
-    tokens = 2 if isinstance(config.model.input, InterleavedInput) else 1
-    balance = balance_of(generative_inventory(config, built.train_data.schema), config, world, tokens)
+    schema = built.train_data.schema
+    balance = balance_of(
+        generative_inventory(config, schema),
+        config,
+        world,
+        tokens=2 if isinstance(config.model.input, InterleavedInput) else 1,
+        context=len(schema.contextual) + len(schema.contextual_numeric),
+    )
     module = TrainModule(built.model, objective, config, world, balance)
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     loader = _loader(built)

@@ -78,11 +78,16 @@ def sharded_model(
     return sharded, plan
 
 
-def balance_of(inventory: InventoryConfig, config: HistoryRunConfig, world: World, tokens: int = 1) -> Balance | None:
-    """What deals the examples to the ranks by their FLOPs; None where nothing is dealt. tokens: of an event."""
+def balance_of(
+    inventory: InventoryConfig, config: HistoryRunConfig, world: World, *, tokens: int = 1, context: int = 0
+) -> Balance | None:
+    """What deals the examples to the ranks by their FLOPs; None where nothing is dealt.
+
+    tokens: of an event. context: those before the events of an example that has any.
+    """
     if world.size == 1 or not config.data.balance:
         return None
-    return Balance(lambda events_N: sequence_flops(inventory, tokens * events_N), world)
+    return Balance(lambda events_N: sequence_flops(inventory, tokens * events_N + context * (events_N > 0)), world)
 
 
 def without_plan(config: Config) -> Config:

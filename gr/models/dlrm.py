@@ -5,7 +5,7 @@ B examples, N dense features, F categorical features, T = F + 1 vectors an examp
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torchrec import KeyedJaggedTensor
 from gr.config.dlrm import DLRMConfig
 from gr.config.tree import EmbeddingsConfig
 from gr.embeddings import (
-    Found,
     PooledTable,
     build_bag_collection,
     build_row_weighted_collection,
@@ -64,7 +63,7 @@ class DLRM(nn.Module):
         self.interaction = build_interaction(config, len(features) + 1)
         self.top = MLP(self.interaction.width, config.top, linear=linear, logit=True)
 
-    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, found: Found | None = None) -> Tensor:
+    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, found: Any = None) -> Tensor:
         """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector.
 
         found: what the tables have for `sparse`; None: look it up. Of sharded tables it is a promise: the bottom MLP

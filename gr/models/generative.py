@@ -4,14 +4,16 @@ B examples, T events, S tokens, P predictions, C tasks, D width.
 Source: arXiv 2402.17152, section 2.2 and Table 1; the form with candidates is that of its public production code.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torchrec import JaggedTensor
 
 from gr.batch import ITEM_FEATURE, HistoryBatch
 from gr.config.generative import GenerativeConfig
-from gr.embeddings import Found, build_feature_collection
+from gr.embeddings import build_feature_collection
 from gr.models.tokens import RankingTokens
 from gr.ops.dropout import dropout
 from gr.schema import DataSchema
@@ -41,7 +43,7 @@ class GenerativeRanker(nn.Module):
         self.tower = build_tower(model, self.tokens.max_length)
         self.head = Head(model.dim, model.head, len(config.task.tasks))
 
-    def forward(self, batch: HistoryBatch, found: Found | None = None) -> Tensor:
+    def forward(self, batch: HistoryBatch, found: Mapping[str, JaggedTensor] | None = None) -> Tensor:
         """Outputs [P, C] for the newest batch.scored_B events of each example, in order: logits, or numbers.
 
         found: what the tables have for batch.features; None: look it up.

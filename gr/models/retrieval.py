@@ -4,15 +4,16 @@ B examples, T packed tokens, D width, K candidates, N max length.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor
+from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from gr.batch import EvaluationBatch, SequenceBatch
 from gr.config.tree import ExperimentConfig
-from gr.embeddings import Found, build_collection, lookup, sequence_vectors, with_candidates
+from gr.embeddings import build_collection, lookup, sequence_vectors, with_candidates
 from gr.ops.dropout import dropout
 from gr.sequence import JaggedSequence
 from gr.tasks import Candidates, build_similarity, retrieval_loss
@@ -36,7 +37,9 @@ class RetrievalModel(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.position)
 
-    def forward(self, batch: SequenceBatch, candidates: Candidates, found: Found | None = None) -> Tensor:
+    def forward(
+        self, batch: SequenceBatch, candidates: Candidates, found: Mapping[str, JaggedTensor] | None = None
+    ) -> Tensor:
         """Sum of -log p(next item) over the T positions, a scalar in nats.
 
         found: what the tables have for with_candidates(batch.features, candidates.ids_K); None: look it up.

@@ -8,6 +8,8 @@ from gr.planner.dense import dense_work
 from gr.planner.topology import Topology
 
 PARAMETER_BYTES = 4  # fp32 weights and gradients; bf16 is autocast
+# A step's ids, before and after their exchange; on a GPU also those of two later steps, and of one after its exchange.
+BATCHES_OF_IDS = {"cpu": 2, "cuda": 5}
 DENSE_STATES = {"adam": 2, "adagrad": 1, "sgd": 0}
 
 
@@ -28,7 +30,7 @@ def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, fl
     vectors = np.where(pooled, np.array([table.features * batch for table in tables]), read)
     dims = np.array([table.dim for table in tables])
     return {
-        "inputs": float(2 * read.sum() * ID_BYTES),
+        "inputs": float(BATCHES_OF_IDS[topology.device] * read.sum() * ID_BYTES),
         "embeddings": float(2 * (vectors * dims).sum() * OUTPUT_BYTES),
         "dense_parameters": weights + gathered,
         # DDP's buckets are the gradients (gradient_as_bucket_view), so they are counted once.

@@ -58,18 +58,19 @@ class CandidateSampler:
         self.frequency_C = torch.from_numpy(frequency / frequency.sum())
 
     def draw(self, batch: SequenceBatch, step: int, world: World, tokens_before: int) -> Candidates:
-        """Candidates of one step. tokens_before: tokens of lower ranks in the global batch, as loaders made it."""
-        targets_T = batch.target_ids_T.cpu()
+        """Candidates of one step, on the CPU. tokens_before: tokens of lower ranks; not used where the batch has
+        first_token_B.
+        """
+        targets_T = batch.target_ids_T
         match self.negatives:
             case FullSoftmax():
-                drawn = Candidates(self.corpus_C, self._corpus_index(targets_T))
+                return Candidates(self.corpus_C, self._corpus_index(targets_T))
             case PerPositionNegatives(count=count):
-                drawn = self._per_position(targets_T, count, step, list(_runs(batch, tokens_before)))
+                return self._per_position(targets_T, count, step, list(_runs(batch, tokens_before)))
             case SharedNegatives(count=count):
-                drawn = self._shared(targets_T, count, step)
+                return self._shared(targets_T, count, step)
             case InBatchNegatives():
-                drawn = self._in_batch(targets_T, world)
-        return drawn.to(batch.target_ids_T.device)
+                return self._in_batch(targets_T, world)
 
     def _per_position(self, targets_T: Tensor, count: int, step: int, runs: list[tuple[int, int]]) -> Candidates:
         C = len(self.corpus_C)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gr.dist import World
+from gr.dist import World, on_stream
 from gr.train.module import Prepared, TrainModule
 
 AHEAD_ON_GPU = 2
@@ -38,7 +38,8 @@ class Feed:
         on_gpu = world.device.type == "cuda"
         self._loader, self._module, self._steps = loader, module, steps
         self._ahead = (AHEAD_ON_GPU if on_gpu else 0) if ahead is None else ahead
-        self._stream = torch.cuda.Stream() if on_gpu else None
+        # Its small kernels are waited for by the host, and so come before those of the steps.
+        self._stream = torch.cuda.Stream(priority=-1) if on_gpu else None
         self._prepared: deque[tuple[Prepared, dict[str, Any]]] = deque()
         self._state = loader.state_dict()
 
@@ -69,7 +70,10 @@ class Feed:
             self._prepared[0][0].lookup.send()
 
     def fill(self, step: int) -> None:
-        """Prepares batches of steps after `step`, when the backward pass is under way."""
+        """Prepares batches of steps after `step`, when the backward pass is under way.
+
+        What is wrong with them is raised here, up to two steps early, and before the callbacks of `step`.
+        """
         first = step + 1 + len(self._prepared)
         for later in range(first, min(step + 1 + self._ahead, self._steps)):
             self._prepare(later)
@@ -77,5 +81,5 @@ class Feed:
     def _prepare(self, step: int) -> None:
         batch = next(self._loader)
         state = self._loader.state_dict()
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             self._prepared.append((self._module.prepare(batch, step), state))

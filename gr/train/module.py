@@ -17,13 +17,13 @@ from gr.train.schedule import rate_factor
 
 @dataclass(frozen=True)
 class StepLoss:
-    """loss: the scalar to run backward on. total: sum of this rank's losses, nats.
+    """loss: the scalar to run backward on. total: sum of this rank's losses, nats, without a gradient.
 
     tokens: losses that were summed, over all ranks (tokens of sequences, or examples). examples: of all ranks.
     """
 
     loss: Tensor
-    total: float
+    total: Tensor
     tokens: int
     examples: int
 
@@ -32,13 +32,13 @@ class StepLoss:
 class Prepared:
     """A batch of this rank, on its device, and all that its step needs to know of the other ranks' batches.
 
-    tokens: losses of each rank. examples: of all ranks.
+    tokens, examples: losses and examples of all ranks.
     """
 
     step: int
     inputs: Inputs
     lookup: StagedLookup
-    tokens: tuple[int, ...]
+    tokens: int
     examples: int
 
 
@@ -67,19 +67,22 @@ class TrainModule:
             batch = self.balance(batch)
         counts = self.world.all_gather_ints([self.objective.losses(batch), self.objective.examples(batch)])
         tokens, examples = zip(*counts, strict=True)
-        inputs = self.objective.inputs(batch, step, sum(tokens[: self.world.rank])).to(self.world.device)
-        return Prepared(step, inputs, StagedLookup(self.tables, inputs.lookups), tokens, sum(examples))
+        before = sum(tokens[: self.world.rank])
+        inputs = self.objective.inputs(batch, step, before, self.world.device)
+        return Prepared(step, inputs, StagedLookup(self.tables, inputs.lookups), sum(tokens), sum(examples))
 
     def forward(self, prepared: Prepared) -> StepLoss:
-        """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them."""
+        """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them.
+
+        A GPU is not waited for.
+        """
         self.model.train()
         found = prepared.lookup.rows()
         torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
         total = self.objective.total(self.model, prepared.inputs, found)
         # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
-        tokens = sum(prepared.tokens)
-        loss = total * (self.world.size / max(1, tokens))
-        return StepLoss(loss, float(total.detach()), tokens, prepared.examples)
+        loss = total * (self.world.size / max(1, prepared.tokens))
+        return StepLoss(loss, total.detach(), prepared.tokens, prepared.examples)
 
     def backward(self, loss: StepLoss, step: int) -> None:
         """Gradients and updates; fused tables are updated inside backward, so rates are set first."""

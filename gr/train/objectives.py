@@ -8,11 +8,11 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from gr.batch import HistoryBatch, SequenceBatch, TabularBatch
+from gr.batch import HistoryBatch, SequenceBatch, TabularBatch, move_ids
 from gr.config.dlrm import RankingLoss
 from gr.config.generative import GenerativeTaskConfig
 from gr.dist import World
-from gr.embeddings import Found, with_candidates
+from gr.embeddings import with_candidates
 from gr.tasks import Candidates, CandidateSampler
 from gr.tasks.multitask import multitask_loss
 from gr.tasks.ranking import ranking_loss
@@ -20,15 +20,11 @@ from gr.tasks.ranking import ranking_loss
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward pass reads. lookups: the ids that the tables are asked for."""
+    """What a forward pass reads, on its device. lookups: the ids that the tables are asked for."""
 
     batch: Any
     lookups: KeyedJaggedTensor
     candidates: Candidates | None = None
-
-    def to(self, device: torch.device) -> "Inputs":
-        candidates = None if self.candidates is None else self.candidates.to(device)
-        return Inputs(self.batch.to(device), self.lookups.to(device), candidates)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """As Tensor.record_stream, of all that is in it."""
@@ -47,10 +43,12 @@ class Objective(Protocol):
     def examples(self, batch) -> int:
         """Examples of this rank's batch."""
 
-    def inputs(self, batch, step: int, first: int) -> Inputs:
-        """Those of a step. first: losses on the ranks before this one, for draws by position."""
+    def inputs(self, batch, step: int, first: int, device: torch.device) -> Inputs:
+        """Those of a step, from a batch on the CPU. first: losses on the ranks before this one, for draws by position,
+        where the batch does not number them itself.
+        """
 
-    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Any) -> Tensor:
         """Sum of the losses, a scalar in nats. found: what the tables have for inputs.lookups."""
 
 
@@ -66,11 +64,12 @@ class RetrievalObjective:
     def examples(self, batch: SequenceBatch) -> int:
         return batch.features.stride()
 
-    def inputs(self, batch: SequenceBatch, step: int, first: int) -> Inputs:
+    def inputs(self, batch: SequenceBatch, step: int, first: int, device: torch.device) -> Inputs:
         candidates = self.sampler.draw(batch, step, self.world, first)
-        return Inputs(batch, with_candidates(batch.features, candidates.ids_K), candidates)
+        lookups = move_ids(with_candidates(batch.features, candidates.ids_K), device)
+        return Inputs(batch.to(device), lookups, candidates.to(device))
 
-    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Any) -> Tensor:
         return model(inputs.batch, inputs.candidates, found)
 
 
@@ -93,10 +92,11 @@ class RankingObjective:
     def examples(self, batch: TabularBatch) -> int:
         return len(batch.labels_B)
 
-    def inputs(self, batch: TabularBatch, step: int, first: int) -> Inputs:
+    def inputs(self, batch: TabularBatch, step: int, first: int, device: torch.device) -> Inputs:
+        batch = batch.to(device)
         return Inputs(batch, batch.sparse)
 
-    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Any) -> Tensor:
         batch: TabularBatch = inputs.batch
         logits_B = model(batch.dense_BN, batch.sparse, found)
         self.scored = logits_B.detach(), batch.labels_B
@@ -116,10 +116,11 @@ class GenerativeObjective:
     def examples(self, batch: HistoryBatch) -> int:
         return len(batch.user_B)
 
-    def inputs(self, batch: HistoryBatch, step: int, first: int) -> Inputs:
+    def inputs(self, batch: HistoryBatch, step: int, first: int, device: torch.device) -> Inputs:
+        batch = batch.to(device)
         return Inputs(batch, batch.features)
 
-    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Found) -> Tensor:
+    def total(self, model: DistributedModelParallel, inputs: Inputs, found: Any) -> Tensor:
         batch: HistoryBatch = inputs.batch
         outputs_PC = model(batch, found)
         labels_PC, user_P = batch.targets()

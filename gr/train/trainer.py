@@ -88,7 +88,7 @@ class Trainer:
         loss = self.module.forward(prepared)
         self.feed.send_next()
         # One collective a step: the global loss, and whether any rank was asked to stop after this step.
-        total, stop = self.world.all_reduce_sum([loss.total, float(self._stop_requested or self._is_orphan())])
+        total, stop = self.world.all_reduce_sum([float(loss.total), float(self._stop_requested or self._is_orphan())])
         self.stopped = stop > 0
         if not loss.tokens:
             raise DataError(

@@ -82,7 +82,7 @@ def sharded(
     for step in range(STEPS):
         loss = module.forward(feed.take(step))
         feed.send_next()
-        losses.append(world.all_reduce_sum([loss.total])[0] / loss.tokens)
+        losses.append(world.all_reduce_sum([float(loss.total)])[0] / loss.tokens)
         module.backward(loss, step)
         feed.fill(step)
     loader.close()
@@ -232,9 +232,12 @@ def test_ids_sent_ahead_on_a_gpu(data):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("negatives", ["per_position", "shared", "in_batch", "full"])
-def test_examples_may_change_ranks(data, unsharded, negatives, size):
-    """Balanced, and ahead: the draws of a token go with it."""
-    config = configured(data, "row_wise", "adam", negatives)
+@pytest.mark.parametrize(
+    ("negatives", "sharding"),
+    [*((kind, "row_wise") for kind in ("shared", "in_batch", "full")), *(("per_position", kind) for kind in SHARDING)],
+)
+def test_examples_may_change_ranks(data, unsharded, negatives, sharding, size):
+    """Balanced, and ahead: the draws of a token go with it, and ranks differ in their number of examples."""
+    config = configured(data, sharding, "adam", negatives)
     loss, table, dense = largest_difference(run_sharded(size, config, 2, True), unsharded("adam", negatives))
     assert loss < LOSS and table < WEIGHT and dense < WEIGHT, (loss, table, dense)

@@ -1,5 +1,6 @@
 """Parameters, FLOPs and activations of dense parts against published and built models."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from gr.config.inventory import (
     TransformerDense,
 )
 from gr.config.tree import HSTUConfig
-from gr.planner.dense import DenseWork, dense_work
+from gr.planner.dense import DenseWork, dense_work, sequence_flops
 from gr.sequence import JaggedSequence
 from gr.towers.hstu import HSTU
 
@@ -30,6 +31,19 @@ LLAMA_70B = TransformerDense(
 def work(dense, batch: int = 1, **fields) -> DenseWork:
     tables = CRITEO if isinstance(dense, DLRMDense) else SEQUENCE
     return dense_work(InventoryConfig(rank_batch_size=batch, tables=tables, dense=dense, **fields), batch)
+
+
+@pytest.mark.parametrize("dense", [H100_RUN, LLAMA_7B], ids=["hstu", "transformer"])
+def test_flops_by_length(dense: HSTUDense | TransformerDense) -> None:
+    """Examples of the mean length cost what dense_work says; scores grow with the square of a length, the rest not."""
+    inventory = InventoryConfig(
+        rank_batch_size=3, tables=SEQUENCE, dense=dense, loss=LossInventory(scores_per_example=1e6)
+    )
+    whole = dense_work(inventory, 3)
+    n = dense.mean_length
+    assert sequence_flops(inventory, np.full(3, n)).sum() == pytest.approx(whole.forward_flops + whole.backward_flops)
+    none, half, one = sequence_flops(inventory, np.array([0, n / 2, n]))
+    assert none == 0 and one / 4 < half < one / 2
 
 
 class TestHSTU:

@@ -51,12 +51,12 @@ class FakeModule:
         self.diary, self.on_forward = diary, on_forward
 
     def prepare(self, batch: FakeBatch, step: int) -> Prepared:
-        return Prepared(step, Inputs(batch, None), None, (4,), 32)  # type: ignore[arg-type]
+        return Prepared(step, Inputs(batch, None), None, 4, 32)  # type: ignore[arg-type]
 
     def forward(self, prepared: Prepared) -> StepLoss:
         self.diary.append(("forward", prepared.step))
         total = self.on_forward(prepared.step)
-        return StepLoss(torch.zeros(()), 8.0 if total is None else total, tokens=4, examples=32)
+        return StepLoss(torch.zeros(()), torch.tensor(8.0 if total is None else total), tokens=4, examples=32)
 
     def backward(self, loss: StepLoss, step: int) -> None:
         self.diary.append(("backward", step))

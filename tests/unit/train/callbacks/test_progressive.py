@@ -108,9 +108,9 @@ def test_an_example_is_scored_before_it_is_trained_on() -> None:
     model: Any = Model()
     objective = RankingObjective(BCELoss())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    batch: Any = SimpleNamespace(dense_BN=torch.zeros(B, 1), sparse=None, labels_B=torch.ones(B))
+    batch: Any = SimpleNamespace(dense_BN=torch.zeros(B, 1), sparse=None, labels_B=torch.ones(B), to=lambda _: batch)
     for before in (0.0, 2.0):
-        loss = objective.total(model, objective.inputs(batch, 0, 0), None)
+        loss = objective.total(model, objective.inputs(batch, 0, 0, torch.device("cpu")), None)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
