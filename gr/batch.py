@@ -44,12 +44,13 @@ class Packed(NamedTuple):
     """All of a batch as integers, so that examples can be taken out and put together. int64.
 
     lengths_B: tokens of each example. examples_BG: what an example has; tokens_TF: what its tokens have. Float32 values
-    stand as the bits of the float64 that equals them.
+    stand as the bits of the float64 that equals them. first_token_B: as in SequenceBatch.
     """
 
     lengths_B: Tensor
     examples_BG: Tensor
     tokens_TF: Tensor
+    first_token_B: Tensor | None = None
 
 
 def _as_integers(x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class SequenceBatch(Movable):
         columns = [self.features.values(), self.target_ids_T, self.timestamps_T, self.query_timestamps_T]
         tokens_TF = torch.stack([column for column in columns if column is not None], dim=1)
         lengths_B = self.features.lengths().long()
-        return Packed(lengths_B, lengths_B.new_empty(len(lengths_B), 0), tokens_TF)
+        return Packed(lengths_B, lengths_B.new_empty(len(lengths_B), 0), tokens_TF, self.first_token_B)
 
     def unpack(self, packed: Packed) -> Self:
         """The batch of other examples, packed as this one's."""
@@ -95,6 +96,7 @@ class SequenceBatch(Movable):
             target_ids_T=targets_T,
             timestamps_T=timestamps_T,
             query_timestamps_T=query_timestamps_T,
+            first_token_B=packed.first_token_B,
         )
 
 

@@ -6,14 +6,16 @@ tokens.
 
 import heapq
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from gr.batch import Packed, SequenceBatch
+from gr.batch import HistoryBatch, Packed, SequenceBatch
+from gr.data.collate import ranges
 from gr.dist import World
+
+Histories = TypeVar("Histories", SequenceBatch, HistoryBatch)
 
 
 def deal(cost_N: np.ndarray, ranks: int) -> np.ndarray:
@@ -40,33 +42,24 @@ class Balance:
         """flops: of examples by their lengths in tokens of the batch, int64 [N] -> float64 [N]."""
         self.flops, self.world = flops, world
 
-    def __call__(self, batch: Any) -> Any:
-        """batch: a SequenceBatch or a HistoryBatch. Returns this rank's examples of the global batch, in its order."""
+    def __call__(self, batch: Histories) -> Histories:
+        """This rank's examples of the global batch, in its order."""
         world, packed = self.world, batch.pack()
         lengths_RB = np.array(world.all_gather_ints(packed.lengths_B.tolist()))
         owner_RB = deal(self.flops(lengths_RB.ravel()), world.size).reshape(lengths_RB.shape)
         to_B, mine_RB = owner_RB[world.rank], owner_RB == world.rank
-        order_B = torch.from_numpy(np.argsort(to_B, kind="stable"))
+        mine_B, order_B = lengths_RB[world.rank], np.argsort(to_B, kind="stable")
+        places_T = ranges((np.cumsum(mine_B) - mine_B)[order_B], mine_B[order_B])
         examples_BG = world.exchange_rows(
-            packed.examples_BG[order_B],
+            packed.examples_BG[torch.from_numpy(order_B)],
             np.bincount(to_B, minlength=world.size).tolist(),
             mine_RB.sum(axis=1).tolist(),
         )
         tokens_TF = world.exchange_rows(
-            packed.tokens_TF[_tokens_of(packed.lengths_B, order_B)],
-            np.bincount(to_B, lengths_RB[world.rank], minlength=world.size).astype(np.int64).tolist(),
+            packed.tokens_TF[torch.from_numpy(places_T)],
+            np.bincount(to_B, mine_B, minlength=world.size).astype(np.int64).tolist(),
             (lengths_RB * mine_RB).sum(axis=1).tolist(),
         )
-        dealt = batch.unpack(Packed(torch.from_numpy(lengths_RB[mine_RB]), examples_BG, tokens_TF))
-        if not isinstance(dealt, SequenceBatch):
-            return dealt
         first_RB = (np.cumsum(lengths_RB) - lengths_RB.ravel()).reshape(lengths_RB.shape)
-        return replace(dealt, first_token_B=torch.from_numpy(first_RB[mine_RB]))
-
-
-def _tokens_of(lengths_B: torch.Tensor, order_B: torch.Tensor) -> torch.Tensor:
-    """Places of the tokens of the examples order_B, one after the other."""
-    before_B = (lengths_B.cumsum(0) - lengths_B)[order_B]
-    taken_B = lengths_B[order_B]
-    shift_B = before_B - (taken_B.cumsum(0) - taken_B)
-    return shift_B.repeat_interleave(taken_B) + torch.arange(int(taken_B.sum()))
+        lengths_B, first_B = (torch.from_numpy(of_RB[mine_RB]) for of_RB in (lengths_RB, first_RB))
+        return batch.unpack(Packed(lengths_B, examples_BG, tokens_TF, first_B))
