@@ -119,5 +119,5 @@ def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> 
 def test_the_widest_heads_have_tiles() -> None:
     for kernel in ("forward", "query_gradient", "key_gradient"):
         for biased in (False, True):
-            assert attention.tiles_of(kernel, torch.bfloat16, attention.MAX_WIDTH, biased)
-            assert attention.tiles_of(kernel, torch.float32, attention.MAX_WIDTH, biased)
+            for dtype in (torch.bfloat16, torch.float32):
+                assert attention.tiles_of(kernel, dtype, attention.MAX_WIDTH[dtype.itemsize], biased)

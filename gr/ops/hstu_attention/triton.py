@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.time_buckets import BUCKET_WIDTH, TimeBuckets
 
-MAX_WIDTH = 128  # of q, k and v per head; wider tiles spill registers
+MAX_WIDTH = {2: 256, 4: 128}  # of q, k and v per head, by bytes of an element; wider float32 tiles spill registers
 _TABLE_PROGRAMS = 1024  # how many programs share the gradient of the tables, at least
 _BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / BUCKET_WIDTH)
 
@@ -529,6 +529,8 @@ TILES = {
     ("forward", 2, 64, True): Tiles(128, 64, 8, 3),
     ("forward", 2, 128, False): Tiles(64, 64, 4, 2),
     ("forward", 2, 128, True): Tiles(32, 32, 4, 2),
+    ("forward", 2, 256, False): Tiles(64, 16, 4, 2),
+    ("forward", 2, 256, True): Tiles(32, 64, 8, 2),
     ("forward", 4, 64, False): Tiles(32, 32, 4, 2),
     ("forward", 4, 64, True): Tiles(32, 32, 8, 2),
     ("forward", 4, 128, False): Tiles(32, 32, 8, 2),
@@ -537,6 +539,8 @@ TILES = {
     ("query_gradient", 2, 64, True): Tiles(32, 32, 4, 2),
     ("query_gradient", 2, 128, False): Tiles(64, 32, 4, 2),
     ("query_gradient", 2, 128, True): Tiles(64, 64, 8, 2),
+    ("query_gradient", 2, 256, False): Tiles(32, 32, 4, 2),
+    ("query_gradient", 2, 256, True): Tiles(32, 64, 8, 2),
     ("query_gradient", 4, 64, False): Tiles(32, 32, 4, 2),
     ("query_gradient", 4, 64, True): Tiles(32, 32, 8, 2),
     ("query_gradient", 4, 128, False): Tiles(16, 32, 8, 2),
@@ -545,12 +549,15 @@ TILES = {
     ("key_gradient", 2, 64, True): Tiles(32, 32, 4, 2),
     ("key_gradient", 2, 128, False): Tiles(32, 32, 4, 2),
     ("key_gradient", 2, 128, True): Tiles(32, 32, 8, 2),
+    ("key_gradient", 2, 256, False): Tiles(32, 64, 8, 2),
+    ("key_gradient", 2, 256, True): Tiles(32, 32, 8, 2),
     ("key_gradient", 4, 64, False): Tiles(32, 32, 8, 1),
     ("key_gradient", 4, 64, True): Tiles(32, 16, 8, 2),
     ("key_gradient", 4, 128, False): Tiles(16, 16, 8, 1),
     ("key_gradient", 4, 128, True): Tiles(16, 16, 8, 2),
     ("table_gradient", 2, 64, True): Tiles(32, 32, 4, 1),
     ("table_gradient", 2, 128, True): Tiles(32, 64, 4, 1),
+    ("table_gradient", 2, 256, True): Tiles(64, 64, 8, 1),
     ("table_gradient", 4, 64, True): Tiles(32, 32, 8, 1),
     ("table_gradient", 4, 128, True): Tiles(32, 32, 8, 1),
 }
@@ -562,8 +569,9 @@ def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool) -> Tiles
         if (name, size, bias) == (kernel, dtype.itemsize, biased) and width <= widest:
             return tiles
     raise ValueError(
-        f"q_THQ and v_THV have up to {width} elements a head, padded to a power of two; on a GPU at most {MAX_WIDTH} "
-        "are supported. Use more heads, or gr.ops.backend.force_backend('torch')"
+        f"q_THQ and v_THV have up to {width} elements a head, padded to a power of two; on a GPU at most "
+        f"{MAX_WIDTH[2]} are supported in bfloat16 and float16, {MAX_WIDTH[4]} in float32. Use half precision, more "
+        "heads, or gr.ops.backend.force_backend('torch')"
     )
 
 
