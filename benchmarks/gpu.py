@@ -42,7 +42,9 @@ from gr.sequence import JaggedSequence
 from gr.towers.stu import STU
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # tf32x3 products in float32
-SWEEP = [Tiles(m, n, w, s) for m, n, w in ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8)) for s in (2, 3)]
+SWEEP = [
+    Tiles(m, n, w, s) for m, n, w in ((32, 64, 8), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8)) for s in (2, 3)
+]
 
 
 class Run:
@@ -151,6 +153,7 @@ def shapes(run: Run) -> list[tuple[str, list[int], int, int]]:
         ("B 32 n 2048", [2048] * 32, 4, 64),
         ("B 16 n 8192", [8192] * 16, 4, 64),
         ("B 16 n 8192 d 128", [8192] * 16, 4, 128),
+        ("B 32 n 4099 d 256", [4099] * 32, 4, 256),
         ("B 64 n 1024 to 8192", [1024 + 997 * i % 7169 for i in range(64)], 4, 64),
     ]
 
