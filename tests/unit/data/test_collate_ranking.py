@@ -21,8 +21,9 @@ CANDIDATES = {"supervision": "candidates"}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    write_histories(tmp_path_factory.mktemp("data"), users=40)
-    return Dataset.open(tmp_path_factory.getbasetemp() / "data0")
+    folder = tmp_path_factory.mktemp("data")
+    write_histories(folder, users=40)
+    return Dataset.open(folder)
 
 
 def read(dataset: Dataset) -> Histories:
