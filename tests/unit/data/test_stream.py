@@ -19,8 +19,9 @@ WINDOWS, G = 4, 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """700 users, so more than one row group."""
-    write_histories(tmp_path_factory.mktemp("stream"), users=700)
-    return tmp_path_factory.getbasetemp() / "stream0"
+    made = tmp_path_factory.mktemp("stream")
+    write_histories(made, users=700)
+    return made
 
 
 def loader(folder: Path, *, rank: int = 0, world_size: int = 1, size: int = G, **data: object) -> StreamLoader:
