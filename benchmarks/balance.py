@@ -14,18 +14,14 @@ import time
 import numpy as np
 from torch import distributed
 
+from benchmarks.retrieval import do_step, first_batches, training
 from gr.config import load_config
 from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader
 from gr.dist import World, use_cpu_well, world
-from gr.experiment.retrieval import build
 from gr.planner.dense import sequence_flops
-from gr.planner.inventory import experiment_inventory
-from gr.tasks import CandidateSampler
 from gr.train.balance import Balance, deal
 from gr.train.module import TrainModule
-from gr.train.objectives import RetrievalObjective
 
 RANKS, EXAMPLES, DRAWS = (2, 8, 64, 512), (4, 16, 64), 100
 STEPS, WARMUPS = 24, 2
@@ -36,13 +32,11 @@ def main() -> None:
     assert isinstance(config, ExperimentConfig), "a retrieval configuration"
     with world("cpu") as here:
         use_cpu_well(here)
-        built = build(config, here)
-        inventory = experiment_inventory(config, built.train_data.schema.item_cardinality)
-        balance = Balance(lambda lengths_N: sequence_flops(inventory, lengths_N), here)
+        built, module = training(config, here)
+        balance = Balance(lambda lengths_N: sequence_flops(built.inventory, lengths_N), here)
         if here.is_main:
             simulate(training_lengths(built.train_data, config), balance)
-        objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), here)
-        measure(TrainModule(built.model, objective, config, here), balance, config, here)
+        measure(module, balance, config, here)
 
 
 def training_lengths(data: Dataset, config: ExperimentConfig) -> np.ndarray:
@@ -72,10 +66,7 @@ def simulate(lengths_N: np.ndarray, balance: Balance) -> None:
 
 
 def measure(module: TrainModule, balance: Balance, config: ExperimentConfig, here: World) -> None:
-    data = Dataset.open(config.data.path)
-    size = config.trainer.global_batch_size
-    with TrainLoader(data, config.data, seed=1, global_batch_size=size, rank=here.rank, world_size=here.size) as loader:
-        batches = [next(loader) for _ in range(STEPS)]
+    batches = first_batches(config, here, STEPS)
     cpu: dict[bool, list[float]] = {False: [], True: []}
     wall: dict[bool, list[float]] = {False: [], True: []}
     for number, batch in enumerate(batches[:WARMUPS] + batches):
@@ -83,14 +74,14 @@ def measure(module: TrainModule, balance: Balance, config: ExperimentConfig, her
             module.balance = balance if balanced else None
             distributed.barrier()
             began, used = time.perf_counter(), time.process_time()
-            module.backward(module.forward(module.prepare(batch, number)), number)
+            do_step(module, batch, number)
             mine = [time.process_time() - used, time.perf_counter() - began]
             if number >= WARMUPS:
                 everyone = np.array(here.all_gather_ints([round(seconds * 1e6) for seconds in mine])) / 1e6
                 cpu[balanced].append(everyone[:, 0].max())
                 wall[balanced].append(everyone[:, 1].max())
     if here.is_main:
-        print(f"\n{here.size} ranks, global batch {size}, {STEPS} steps each way")
+        print(f"\n{here.size} ranks, global batch {config.trainer.global_batch_size}, {STEPS} steps each way")
         for name, seconds in (("CPU seconds of the busier rank", cpu), ("wall seconds", wall)):
             ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)

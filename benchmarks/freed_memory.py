@@ -13,14 +13,10 @@ import time
 
 import torch
 
+from benchmarks.retrieval import do_step, first_batches, training
 from gr.config import load_config
 from gr.config.tree import ExperimentConfig
-from gr.data.loader import TrainLoader
 from gr.dist import use_cpu_well, world
-from gr.experiment.retrieval import build
-from gr.tasks import CandidateSampler
-from gr.train.module import TrainModule
-from gr.train.objectives import RetrievalObjective
 
 ROUNDS, STEPS, WARMUPS, BATCHES = 4, 24, 4, 8
 WAYS = ("as it is", "kept")
@@ -51,16 +47,12 @@ def steps(way: str, arguments: list[str]) -> tuple[float, float]:
         if way == "kept":
             use_cpu_well(here)
         torch.set_num_threads(1)
-        built = build(config, here)
-        objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), here)
-        module = TrainModule(built.model, objective, config, here)
-        size = config.trainer.global_batch_size
-        with TrainLoader(built.train_data, config.data, seed=1, global_batch_size=size, rank=0, world_size=1) as loader:
-            batches = [next(loader) for _ in range(BATCHES)]
+        _, module = training(config, here)
+        batches = first_batches(config, here, BATCHES)
         seconds = []
         for number in range(STEPS):
             used = time.process_time()
-            module.backward(module.forward(module.prepare(batches[number % BATCHES], number)), number)
+            do_step(module, batches[number % BATCHES], number)
             seconds.append(time.process_time() - used)
     return statistics.median(seconds[WARMUPS:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -23,18 +23,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import print_machine
+from benchmarks.retrieval import do_step, first_batches, training
 from gr.batch import SequenceBatch
 from gr.config import load_config
 from gr.config.tree import ExperimentConfig
-from gr.data.loader import TrainLoader
 from gr.data.synthetic import StreamOptions, write_stream
 from gr.dist import World, world
-from gr.experiment.retrieval import Built, build
+from gr.experiment.retrieval import Built
 from gr.planner.evaluate import MEMORY, evaluate
 from gr.planner.inventory import experiment_inventory
-from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
-from gr.train.objectives import RetrievalObjective
 
 SMOKE = "configs/retrieval/smoke.yaml"
 SMOKE_DATA = StreamOptions(items=2000, categories=20, records=2000, length=64)
@@ -85,21 +83,10 @@ def _launch(arguments: list[str]) -> None:
 
 def _compare(config: ExperimentConfig, here: World) -> tuple[dict[str, float], dict[str, float]]:
     """Predicted and measured bytes of this rank by the names in COMPARED."""
-    built = build(config, here)
-    sampler = CandidateSampler(config.task, *built.corpus, config.seed)
-    module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
-    loader = TrainLoader(
-        built.train_data,
-        config.data,
-        seed=config.seed,
-        global_batch_size=config.trainer.global_batch_size,
-        rank=here.rank,
-        world_size=here.size,
-    )
-    batch = next(loader)
-    loader.close()
+    built, module = training(config, here)
+    (batch,) = first_batches(config, here, 1)
     for step in range(WARMUPS):
-        _step(module, batch, step)
+        do_step(module, batch, step)
     optimizer = module.table_optimizer
     dense_states = [t for state in module.dense_optimizer.state.values() for t in state.values() if t.dim()]
     held = {
@@ -123,10 +110,6 @@ def _predicted(built: Built, batch: SequenceBatch, here: World) -> dict[str, flo
     memory_MR = evaluate(replace(built.plan, inventory=inventory)).memory_MR
     of_kind = {kind: float(memory_MR[row, here.rank]) for row, kind in enumerate(MEMORY)}
     return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
-
-
-def _step(module: TrainModule, batch: SequenceBatch, number: int) -> None:
-    module.backward(module.forward(module.prepare(batch, number)), number)
 
 
 def _kept_for_backward(module: TrainModule, batch: SequenceBatch) -> int:
@@ -158,7 +141,7 @@ def _peak(module: TrainModule, batch: SequenceBatch, here: World, held: int) -> 
         Path("/proc/self/clear_refs").write_text("5")
     between = _resident("VmRSS")
     for step in range(STEPS):
-        _step(module, batch, WARMUPS + 1 + step)
+        do_step(module, batch, WARMUPS + 1 + step)
     if on_cuda:
         return torch.cuda.max_memory_allocated(here.device)
     return held + _resident("VmHWM") - between

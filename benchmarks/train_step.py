@@ -14,16 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.case import Case, Options, on_backend, own_backend
 from benchmarks.naive import NaiveRetriever
+from benchmarks.retrieval import do_step, first_batches, training
 from gr.batch import SequenceBatch
 from gr.config import load_config
 from gr.config.tree import ExperimentConfig, PerPositionNegatives
-from gr.data.loader import TrainLoader
 from gr.dist import World, world
-from gr.experiment.retrieval import build
 from gr.ops.jagged import jagged_to_padded
-from gr.tasks import CandidateSampler
-from gr.train.module import TrainModule
-from gr.train.objectives import RetrievalObjective
 
 TESTS = (
     "tests/ops/test_hstu_attention.py",
@@ -92,26 +88,17 @@ def _world(device: str) -> World:
 
 @functools.cache
 def _batches(options: Options) -> list[SequenceBatch]:
-    config = _config(options)
-    built = build(config, _world(options.device))
-    size = config.trainer.global_batch_size
-    loader = TrainLoader(built.train_data, config.data, seed=config.seed, global_batch_size=size, rank=0, world_size=1)
-    batches = [next(loader) for _ in range(BATCHES)]
-    loader.close()
-    return batches
+    return first_batches(_config(options), _world(options.device), BATCHES)
 
 
 def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
-    here = _world(options.device)
-    built = build(config, here)
-    sampler = CandidateSampler(config.task, *built.train_data.corpus(), config.seed)
-    module = TrainModule(built.model, RetrievalObjective(sampler, here), config, here)
+    _, module = training(config, _world(options.device))
     batches = _batches(options)
     steps = itertools.count()
 
     def step() -> None:
         number = next(steps)
-        module.backward(module.forward(module.prepare(batches[number % BATCHES], number)), number)
+        do_step(module, batches[number % BATCHES], number)
 
     return step
 

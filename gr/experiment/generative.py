@@ -14,6 +14,7 @@ from gr.checkpoint import ModelState
 from gr.checkpoint.layout import CONFIG
 from gr.config import load_config
 from gr.config.generative import GenerativeConfig, InterleavedInput
+from gr.config.inventory import InventoryConfig
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, UserBatches
@@ -58,6 +59,7 @@ class Built:
     train_data: Dataset
     evaluation_data: Dataset
     model: DistributedModelParallel
+    inventory: InventoryConfig
     plan: Plan | None
 
     @property
@@ -80,7 +82,7 @@ def build(config: GenerativeConfig, world: World) -> Built:
     schema = train_data.schema
     inventory = generative_inventory(config, schema)
     sharded, plan = sharded_model(meta_model(config, schema), inventory, config, world, config.model.dim)
-    return Built(config, world, train_data, evaluation_data, sharded, plan)
+    return Built(config, world, train_data, evaluation_data, sharded, inventory, plan)
 
 
 def train(config: GenerativeConfig, world: World) -> dict[str, Any] | None:
@@ -92,7 +94,7 @@ def train(config: GenerativeConfig, world: World) -> dict[str, Any] | None:
     objective = GenerativeObjective(config.task)
     schema = built.train_data.schema
     balance = balance_of(
-        generative_inventory(config, schema),
+        built.inventory,
         config,
         world,
         tokens=2 if isinstance(config.model.input, InterleavedInput) else 1,

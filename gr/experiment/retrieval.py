@@ -14,6 +14,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
 from gr.checkpoint import ModelState
+from gr.config.inventory import InventoryConfig
 from gr.config.tree import ExperimentConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
@@ -57,6 +58,7 @@ class Built:
     train_data: Dataset
     evaluation_data: Dataset
     model: DistributedModelParallel
+    inventory: InventoryConfig
     plan: Plan | None
 
     @cached_property
@@ -84,7 +86,7 @@ def build(config: ExperimentConfig, world: World) -> Built:
     rows = train_data.schema.item_cardinality
     inventory = experiment_inventory(config, rows)
     sharded, plan = sharded_model(meta_model(config, rows), inventory, config, world, config.model.dim)
-    return Built(config, world, train_data, evaluation_data, sharded, plan)
+    return Built(config, world, train_data, evaluation_data, sharded, inventory, plan)
 
 
 def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
@@ -94,8 +96,7 @@ def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     """
     built = build(config, world)
     objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), world)
-    balance = balance_of(experiment_inventory(config, built.train_data.schema.item_cardinality), config, world)
-    module = TrainModule(built.model, objective, config, world, balance)
+    module = TrainModule(built.model, objective, config, world, balance_of(built.inventory, config, world))
     state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer)
     loader = TrainLoader(
         built.train_data,

@@ -69,10 +69,12 @@ class MultiTaskMetrics:
         A task that cannot be measured, as where all its labels are of one class, is left out and said once; the first
         one raises.
         """
-        found = compute_tasks({name: self._tasks[name] for name in list(self._tasks)[:1]})
-        for name in list(self._tasks)[1:]:
+        found: dict[str, float] = {}
+        for number, (name, metrics) in enumerate(self._tasks.items()):
             try:
-                found |= compute_tasks({name: self._tasks[name]})
+                found |= compute_tasks({name: metrics})
             except DataError as error:
+                if number == 0:
+                    raise
                 log_once(log, f"left out: {error}")
         return found
