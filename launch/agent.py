@@ -1,12 +1,45 @@
-"""torchrun, whose end by a signal is no traceback: launch.node asked for it, and says what became of the run."""
+"""torchrun in a process of its own: launch.node's child, which hears that node's USR1 and nothing else.
 
+Slurm signals every process of a step. A second signal would end torchrun while its ranks save, so it is deaf to TERM;
+a handler that does nothing, and not SIG_IGN, which the ranks would inherit.
+
+exit code   2 where a rank left with 2 (gr's, for what another try will not cure), else torchrun's
+"""
+
+import ctypes
+import signal
+import socket
 import sys
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.run import main
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    # Should launch.node be killed, the ranks save and leave, instead of holding their GPUs for nobody.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun()
+    except SignalException as end:  # launch.node asked for it, and says what became of the run
+        return 128 + end.sigval
+    except ChildFailedError as error:
+        if any(failure.exitcode == 2 for failure in error.failures.values()):
+            return 2
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except RendezvousError as error:  # without its traceback
+        sys.stderr.write(
+            f"error: {socket.gethostname()}: not all nodes came together: {error or type(error).__name__}\n"
+        )
+        return 1
+    return 0
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SignalException as end:
-        sys.exit(128 + end.sigval)
+    sys.exit(main())

@@ -14,7 +14,8 @@ import click
 import yaml
 
 from launch.components import LaunchError, host, nodes, ranks
-from launch.node import FAILED, PORTS
+from launch.outcome import FAILED
+from launch.rendezvous import PORTS
 
 WORKSPACE = "/workspace"  # of docker/*.Dockerfile
 # Ranks save within the first; the rest of the pod's grace period is for the agents to leave.

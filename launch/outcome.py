@@ -1,0 +1,72 @@
+"""What an attempt of a job came to: exit codes, and RUN_DIR as launchers read it (docs/design/run-contract.md)."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import click
+
+DONE, CRASHED, FAILED, STOPPED = 0, 1, 2, 75
+_OUTCOMES = {"done": DONE, "failed": FAILED, "stopped": STOPPED}
+SETTLE_SECONDS = 10.0
+
+
+class NodeError(click.ClickException):
+    """Shown as one line that begins with the node's name. outcome: CRASHED where another try may help."""
+
+    def __init__(self, message: str, outcome: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = outcome  # type: ignore[misc]  # click declares it of the class
+
+    def show(self, file: object = None) -> None:
+        click.echo(f"error: {socket.gethostname()}: {self.format_message()}", err=True)
+
+
+class Attempt:
+    """One attempt of the run in run_dir: what it wrote to status.json, and whether it left a new checkpoint.
+
+    What was there before is remembered, and counts for nothing. (Times would not do: the clocks of two nodes differ.)
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._before, self._saved_before = self._read(), self._saved()
+
+    def outcome(self, *, settle: bool = False) -> int:
+        """DONE, FAILED, STOPPED, or CRASHED for anything else. settle: wait for a shared folder to show the end."""
+        deadline = time.monotonic() + (SETTLE_SECONDS if settle else 0)
+        while (outcome := self._outcome()) == CRASHED and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return outcome
+
+    def sentence(self) -> str:
+        """The end of the run in words, with the error where there was one."""
+        status = self._parsed()
+        error = status.get("error")
+        why = f": rank {error['rank']} on {error['host']}: {error['message']}" if error else ""
+        return f"the run {status.get('state')} at step {status.get('step')} of {status.get('steps')}{why}"
+
+    def crashes(self, job_id: str) -> int:
+        """Records that this attempt crashed; returns how many of this job have, in a row, without a new checkpoint."""
+        path = self._run_dir / "logs" / "crashes.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        earlier = known["crashes"] if known.get("job") == job_id and self._saved() <= self._saved_before else 0
+        path.write_text(json.dumps({"job": job_id, "crashes": earlier + 1}))
+        return earlier + 1
+
+    def _outcome(self) -> int:
+        return CRASHED if self._read() == self._before else _OUTCOMES.get(self._parsed().get("state", ""), CRASHED)
+
+    def _parsed(self) -> dict:
+        text = self._read()
+        return json.loads(text) if text else {}
+
+    def _read(self) -> str:
+        try:
+            return (self._run_dir / "status.json").read_text()
+        except OSError:  # not there yet; or a network folder that does not answer, which is no news
+            return ""
+
+    def _saved(self) -> set[str]:
+        return {path.name for path in self._run_dir.glob("checkpoints/step-*")}
