@@ -109,11 +109,15 @@ class Slurm(Hosts):
         )
 
     def state(self, job_id: str) -> str:
-        """RUNNING, PENDING, COMPLETED ..., and the number of requeues, as `scontrol show job` has them."""
+        """RUNNING, PENDING, COMPLETED ..., GONE."""
+        return self.field(job_id, "JobState")
+
+    def field(self, job_id: str, name: str) -> str:
+        """What `scontrol show job` has under that name, GONE where Slurm has forgotten the job."""
         shown = dict(
             word.split("=", 1) for word in self.slurm("scontrol", "-o", "show", "job", job_id).split() if "=" in word
         )
-        return shown.get("JobState", "GONE")
+        return shown.get(name, "GONE")
 
     def _configure(self) -> None:
         nodes = "\n".join(f"NodeName={name} NodeAddr={self.addresses[name]}" for name in self.others())

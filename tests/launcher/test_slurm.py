@@ -1,6 +1,8 @@
 """A real Slurm of two hosts takes our jobs, and they survive what it does to them."""
 
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.launcher.slurm import Slurm
 pytestmark = pytest.mark.slow
 # Slurm may end the new task of a host that is back for the old one's sake: the other then waits launch.node's 300 s.
 PATIENCE_SECONDS = 540
+SLOT = ("--time=30", "--signal=B:USR1@5")  # the warning comes 5 to 35 s before the limit
 BUSY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED", "CONFIGURING")
 
 
@@ -21,12 +24,18 @@ class Submission:
     """A job of the cluster: train.sbatch on both hosts, one rank each."""
 
     def __init__(
-        self, cluster: Slurm, workspace: Path, config: Path | str, run_dir: Path, *overrides: str, options=()
+        self,
+        cluster: Slurm,
+        workspace: Path,
+        config: Path | str,
+        run_dir: Path,
+        *overrides: str,
+        options=(),
+        environment=("GR_NODE_OPTIONS=--no-preflight",),
     ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
         script = ["--nodes=2", *options, "launch/slurm/train.sbatch", str(config), f"run_dir={run_dir}", *overrides]
-        submit = ["env", "GR_NODE_OPTIONS=--no-preflight", "sbatch", "--parsable", *script]
-        self.id = cluster.login(workspace, *submit).stdout.strip()
+        self.id = cluster.login(workspace, "env", *environment, "sbatch", "--parsable", *script).stdout.strip()
         assert self.id.isdigit(), self.id
         self._output = workspace / f"slurm-{self.id}.out"
 
@@ -47,6 +56,11 @@ class Submission:
 
     def limit(self, minutes: int) -> None:
         self.cluster.slurm("scontrol", "update", f"jobid={self.id}", f"timelimit={minutes}")
+
+    def limit_soon(self) -> None:
+        """To the minute that is 45 s away at least: Slurm counts whole ones, and looks at them every 30 s."""
+        hours, minutes, seconds = map(int, self.cluster.field(self.id, "RunTime").split(":"))
+        self.limit(minutes=60 * hours + minutes + (seconds + 45) // 60 + 1)
 
     def end(self) -> str:
         """Its state once it has left the queue."""
@@ -99,13 +113,9 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
 
 
 def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, whole, tmp_path):
-    """Slurm counts limits in minutes, and looks at them every 30 s: the warning comes 5 to 35 s before the limit."""
-    slot = ["--time=30", "--signal=B:USR1@5"]
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", "trainer.steps=100000", options=slot)
-    ours.until("started", lambda: "attempt 0" in ours.output)
-    began = time.monotonic()
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", "trainer.steps=100000", options=SLOT)
     ours.until("training", lambda: ours.step > 0)
-    ours.limit(minutes=int(time.monotonic() - began + 45) // 60 + 1)
+    ours.limit_soon()
     ours.until("stopped by the time limit", lambda: "back into the queue" in ours.output)
     saved = job.status(ours.run_dir)
     assert "time is nearly up" in ours.output
@@ -123,9 +133,32 @@ def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspac
     assert losses[:STEPS] == list(whole.items())[: len(losses)]
 
 
+def test_a_save_that_never_ends_costs_steps_and_not_the_job(cluster, workspace, experiment, whole, tmp_path):
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", options=SLOT)
+    ours.until("past a checkpoint", lambda: ours.step > EVERY)
+    for process in Path("/proc").glob("[0-9]*"):
+        if _is_rank(process, ours.run_dir):
+            os.kill(int(process.name), signal.SIGSTOP)
+    stood = ours.step
+    ours.limit_soon()
+    ours.until("queued again", lambda: "not saved in time: back into the queue" in ours.output)
+    assert "time is nearly up" in ours.output and stood < STEPS
+    ours.limit(minutes=30)
+    assert ours.end() == "COMPLETED", ours.output
+    assert dict(job.losses(ours.run_dir)) == whole
+
+
+def _is_rank(process: Path, run_dir: Path) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().decode().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return words[1:5] == ["-u", "-m", "gr", "train"] and f"run_dir={run_dir}" in words
+
+
 def test_a_fault_that_stays_is_not_tried_again(cluster, workspace, experiment, tmp_path):
     diverges = ["optimizer.lr=1e30", "task.l2_norm=false"]
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", *diverges)
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", *diverges, environment=())
     assert ours.end() == "FAILED", ours.output
     assert "failed: not queued again" in ours.output and "attempt 1" not in ours.output
     assert "loss is not finite" in job.status(ours.run_dir)["error"]["message"]
@@ -136,3 +169,13 @@ def test_a_configuration_that_the_nodes_do_not_have(cluster, workspace, tmp_path
     assert ours.end() == "FAILED", ours.output
     assert f"error: n2: configs/none.yaml is not here, in {workspace}" in ours.output
     assert "Traceback" not in ours.output
+
+
+def test_a_folder_that_the_nodes_do_not_have(cluster, workspace, experiment, tmp_path):
+    """Nor the environment: there is no launch.node to import."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "slurm").symlink_to(workspace / "launch" / "slurm")
+    ours = Submission(cluster, tmp_path, experiment, tmp_path / "run", environment=("-u", "PYTHONPATH"))
+    assert ours.end() == "FAILED", ours.output
+    assert f"error: n2: no launch.node in {tmp_path} with " in ours.output
+    assert "failed: not queued again" in ours.output
