@@ -1,7 +1,8 @@
 """The one rule that says which implementation of an operator runs.
 
 "native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
-on any device, where the other cannot be had. "fbgemm": HSTU attention by FBGEMM's CUTLASS kernels, and everything else
+on any device, taken for CPU tensors where there is no C++ compiler, which is said. On a GPU nothing is taken instead of
+Triton unless forced: CUDA builds of torch bring it, and hours of a GPU cost more than its remedy. "fbgemm": HSTU attention by FBGEMM's CUTLASS kernels, and everything else
 as under "triton"; only when forced. Operators ask backend_for() at each call; nothing is configured in modules.
 """
 
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import subprocess
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Literal, get_args
@@ -27,7 +29,10 @@ _forced: ContextVar[Forced | None] = ContextVar("gr.ops forced backend", default
 
 
 def backend_for(device: torch.device) -> Backend:
-    """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds)."""
+    """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds).
+
+    Raises InstallError for CUDA tensors where Triton does not run.
+    """
     forced = _forced.get()
     return "triton" if forced == "fbgemm" else forced or _detected(device.type)
 
@@ -67,20 +72,31 @@ def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
 def _require_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise InstallError("triton is not installed: it comes with CUDA builds of torch, or pip install triton==3.7.1")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if not torch.cuda.is_available():
         raise InstallError("backend 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set before Python starts")
+    from triton.runtime import driver
+
+    try:
+        driver.active  # noqa: B018 (builds a C module, or takes it from Triton's cache, as the first kernel would)
+    except (RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError) as error:
+        raise InstallError(
+            f"triton does not start on this machine ({' '.join(str(error).split())}): it builds a C module when it does, "
+            "so install a C compiler with the headers of C and of Python (Debian: gcc libc6-dev libpython3-dev), or take "
+            "slower operators with trainer.operators=torch"
+        ) from error
 
 
 @functools.cache
 def _detected(device_type: str) -> Backend:
-    try:
-        if device_type == "cpu":
+    if device_type == "cuda":
+        _require_triton()
+        return "triton"
+    if device_type == "cpu":
+        try:
             native.load()
             return "native"
-        if device_type == "cuda":
-            _require_triton()
-            return "triton"
-    except InstallError as error:
-        kind = "CPU" if device_type == "cpu" else "CUDA"
-        log_once(_logger, f"{kind} operators fall back to plain PyTorch, which is several times slower: {error}")
+        except InstallError as error:
+            log_once(_logger, f"CPU operators fall back to plain PyTorch, which is several times slower: {error}")
     return "torch"
