@@ -1,16 +1,14 @@
 """The one rule that says which implementation of an operator runs.
 
 "native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
-on any device, taken for CPU tensors where there is no C++ compiler, which is said. On a GPU nothing is taken instead of
-Triton unless forced: CUDA builds of torch bring it, and hours of a GPU cost more than its remedy. "fbgemm": HSTU attention by FBGEMM's CUTLASS kernels, and everything else
-as under "triton"; only when forced. Operators ask backend_for() at each call; nothing is configured in modules.
+on any device, and for CPU tensors where the C++ cannot be had, which is said. On a GPU nothing but Triton is taken
+unless forced: CUDA builds of torch bring it, and what it may lack costs less than slow steps. "fbgemm": HSTU attention
+by FBGEMM's CUTLASS kernels, and everything else as under "triton"; only when forced. Operators ask backend_for() at
+each call; nothing is configured in modules.
 """
 
 import contextlib
 import functools
-import importlib.util
-import os
-import subprocess
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Literal, get_args
@@ -19,7 +17,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.logging import get_logger, log_once
-from gr.ops import fbgemm, native
+from gr.ops import fbgemm, native, triton
 
 Backend = Literal["native", "torch", "triton"]
 Forced = Literal[Backend, "fbgemm"]
@@ -46,9 +44,8 @@ def fbgemm_forced() -> bool:
 def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
     """Use one implementation inside a `with` block; "auto" changes nothing.
 
-    Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs a CUDA
-    device, or TRITON_INTERPRET=1 in the environment, which runs its kernels slowly on CPU tensors; "fbgemm" needs what
-    gr.ops.fbgemm.load() says, too.
+    Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs what
+    gr.ops.triton.load() says, "fbgemm" what gr.ops.fbgemm.load() says, too.
     """
     if name == "auto":
         yield
@@ -58,10 +55,10 @@ def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
     if name == "native":
         native.load()
     elif name == "triton":
-        _require_triton()
+        triton.load()
     elif name == "fbgemm":
         fbgemm.load()
-        _require_triton()
+        triton.load()
     token = _forced.set(name)
     try:
         yield
@@ -69,29 +66,10 @@ def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _require_triton() -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise InstallError("triton is not installed: it comes with CUDA builds of torch, or pip install triton==3.7.1")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    if not torch.cuda.is_available():
-        raise InstallError("backend 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set before Python starts")
-    from triton.runtime import driver
-
-    try:
-        driver.active  # noqa: B018 (builds a C module, or takes it from Triton's cache, as the first kernel would)
-    except (RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError) as error:
-        raise InstallError(
-            f"triton does not start on this machine ({' '.join(str(error).split())}): it builds a C module when it does, "
-            "so install a C compiler with the headers of C and of Python (Debian: gcc libc6-dev libpython3-dev), or take "
-            "slower operators with trainer.operators=torch"
-        ) from error
-
-
 @functools.cache
 def _detected(device_type: str) -> Backend:
     if device_type == "cuda":
-        _require_triton()
+        triton.load()
         return "triton"
     if device_type == "cpu":
         try:
