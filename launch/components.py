@@ -6,11 +6,13 @@ imports nothing of the project, and has no `from __future__ import annotations`,
 
 import os
 import re
+import sys
 
 from torchx import specs
 
 GPUS_OF_A_HOST = 8
 # CPUs and memory (MB) that go with one GPU, or one CPU: a little under what hosts have, since the system keeps some.
+# Clouds differ: cpu= and memory= say what theirs have.
 _SHARES = {
     "cpu": (1, 4_000),
     "a100": (11, 125_000),
@@ -21,19 +23,32 @@ _SHARES = {
 
 
 class LaunchError(SystemExit):
-    """A mistake in the command, shown as one line; nothing was submitted."""
+    """A mistake in the command, shown as one line; nothing was submitted. Exit code 2, as of every such mistake."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"error: {message}")
+        sys.stderr.write(f"error: {message}\n")  # of itself, SystemExit with a message exits with 1
+        super().__init__(2)
 
 
 def host(name: str) -> specs.Resource:
-    """NAME or NAMExCOUNT: h100x8 has 8 GPUs with their CPUs and memory, cpux4 4 CPUs. NAME alone is NAMEx8."""
-    match = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d*))?", name)
+    """NAME or NAMExCOUNT: h100x8 has 8 GPUs with their CPUs and memory, cpux4 4 CPUs. NAME alone is NAMEx8.
+
+    After it, with commas: cpu=COUNT and memory=GB of the node in place of those, VENDOR/DEVICE=COUNT for more devices.
+    """
+    kind_and_count, *more = name.split(",")
+    match = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d*))?", kind_and_count)
     if match is None or match[1] not in _SHARES:
         raise LaunchError(
             f"--resource={name} is not known: give NAME or NAMExCOUNT with NAME one of {', '.join(_SHARES)}"
         )
+    said: dict[str, int] = {}
+    for each in more:
+        key, _, value = each.rpartition("=")
+        if not (key in ("cpu", "memory") or "/" in key) or key in said or not re.fullmatch(r"[1-9]\d*", value):
+            raise LaunchError(
+                f"--resource={name}: {each}: after the name go cpu=COUNT, memory=GB and VENDOR/DEVICE=COUNT, each once"
+            )
+        said[key] = int(value)
     kind, count = match[1], int(match[2] or GPUS_OF_A_HOST)
     gpu = 0 if kind == "cpu" else count
     if gpu > GPUS_OF_A_HOST:
@@ -41,7 +56,8 @@ def host(name: str) -> specs.Resource:
             f"--resource={name}: a host has {GPUS_OF_A_HOST} GPUs; use {kind}x{GPUS_OF_A_HOST} and more nodes"
         )
     cpus, memory = _SHARES[kind]
-    return specs.Resource(cpu=cpus * count, gpu=gpu, memMB=memory * count)
+    cpus, memory = said.pop("cpu", cpus * count), said.pop("memory", 0) * 1_000 or memory * count
+    return specs.Resource(cpu=cpus, gpu=gpu, memMB=memory, devices=said)
 
 
 def ranks(nproc: int, resource: str) -> int:
@@ -63,6 +79,14 @@ def nodes(nnodes: str) -> tuple[int, int]:
     if least > most:
         raise LaunchError(f"--nnodes={nnodes}: give N, or MIN:MAX with 1 <= MIN <= MAX")
     return least, most
+
+
+def device(resource: str) -> list[str]:
+    """The first override on GPU hosts: a rank that finds no GPU is to fail, and not to train on CPU at a GPU's price.
+
+    A device= of the user's own comes later, and wins.
+    """
+    return ["device=cuda"] if host(resource).gpu else []
 
 
 def _role(name: str, arguments: list[str], resource: str, image: str) -> specs.Role:
@@ -103,18 +127,23 @@ def train(
         config: the experiment, a path that every node can read, relative to the workspace
         nnodes: nodes, N or MIN:MAX (elastic, where the scheduler can)
         nproc: ranks of a node; 0 means one a GPU, or one on a CPU host
-        resource: what a node offers: cpu, a100, h100, h200, b200, each with a count, for example h100x8 or cpux4
+        resource: what a node offers: cpu, a100, h100, h200, b200, each with a count, for example h100x8 or cpux4;
+            its CPUs and GB of memory where the usual ones do not fit: h100x8,cpu=96,memory=900
         retries: restarts of the ranks by torchrun, and of the job by the scheduler, after a crash
         image: container image, where the scheduler runs containers; it has to hold gr and launch/
         mounts: for containers, as TorchX writes them: type=bind,src=/data,dst=/data
     """
-    _, most = nodes(nnodes)
-    role = _role(
-        "train", [*_agents(nnodes, ranks(nproc, resource), retries), "train", config, *overrides], resource, image
-    )
-    role.num_replicas, role.min_replicas = most, nodes(nnodes)[0]
+    least, most = nodes(nnodes)
+    if retries < 0:
+        raise LaunchError(f"--retries={retries}: give 0 or more")
+    arguments = ["train", config, *device(resource), *overrides]
+    role = _role("train", [*_agents(nnodes, ranks(nproc, resource), retries), *arguments], resource, image)
+    role.num_replicas, role.min_replicas = most, least
     role.max_retries, role.retry_policy = retries, specs.RetryPolicy.APPLICATION
-    role.mounts = specs.parse_mounts(mounts.split(",")) if mounts else []
+    try:
+        role.mounts = specs.parse_mounts(mounts.split(",")) if mounts else []
+    except (KeyError, ValueError) as error:
+        raise LaunchError(f"--mounts={mounts}: give type=bind,src=/data,dst=/data ({error.args[0]})") from None
     return specs.AppDef(name="gr-train", roles=[role])
 
 
@@ -138,7 +167,7 @@ def evaluate(
         resource: what a node offers, for example h100x8 or cpux4
         image: container image, where the scheduler runs containers
     """
-    arguments = ["evaluate", "--checkpoint", checkpoint, "--split", split, *overrides]
+    arguments = ["evaluate", "--checkpoint", checkpoint, "--split", split, *device(resource), *overrides]
     role = _role("evaluate", [*_agents(nnodes, ranks(nproc, resource), 0), *arguments], resource, image)
     role.num_replicas = nodes(nnodes)[1]
     return specs.AppDef(name="gr-evaluate", roles=[role])

@@ -8,21 +8,33 @@ Every pod runs launch.node, as under every launcher.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
 import yaml
 
-from launch.components import LaunchError, host, nodes, ranks
-from launch.outcome import FAILED
+from launch.outcome import FAILED, STOPPED
 from launch.rendezvous import PORTS
 
-WORKSPACE = "/workspace"  # of docker/*.Dockerfile
+try:
+    from launch.components import LaunchError, device, host, nodes, ranks
+except ModuleNotFoundError as error:  # one table of hosts serves both, and stands where TorchX reads it
+    click.echo(
+        f"error: launch.render needs {error.name}: pip install 'torchx>=0.7', which is the extra launch", err=True
+    )
+    raise SystemExit(FAILED) from None
+
+WORKSPACE, GROUP = "/workspace", 10001  # of docker/Dockerfile
+OCCUPIED = (f"{WORKSPACE}/launch", "/opt/gr", "/dev/shm")  # no volume may hide them
 # Ranks save within the first; the rest of the pod's grace period is for the agents to leave.
 SAVE_SECONDS, LEAVE_SECONDS = 240, 60
+JOIN_SECONDS = 1800  # pods of a job start as nodes and images arrive
 PORT = PORTS[0]  # a pod has its ports to itself
 LONGEST_NAME = 40  # a pod's name is longer, and has to stay a DNS label
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+MOUNT_PATH = re.compile(r"(/[\w-][\w.-]*)+/?")
+OVERRIDE = re.compile(r"[A-Za-z_][^=]*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Job:
     def command(self, rendezvous: str) -> list[str]:
         """What a pod runs."""
         options = {"nnodes": self.nodes, "nproc": self.nproc, "rendezvous": rendezvous, "id": self.name}
-        options["grace"] = SAVE_SECONDS
+        options |= {"join-timeout": JOIN_SECONDS, "grace": SAVE_SECONDS}
         words = [f"--{name}={value}" for name, value in options.items()]
         return ["python", "-m", "launch.node", *words, "train", *self.arguments]
 
@@ -54,7 +66,7 @@ class Job:
     def limits(self) -> dict[str, Any]:
         offered = host(self.resource)
         gpus = {"nvidia.com/gpu": offered.gpu} if offered.gpu else {}
-        return {"cpu": offered.cpu, "memory": f"{offered.memMB}M", **gpus}
+        return {"cpu": offered.cpu, "memory": f"{offered.memMB}M", **gpus, **offered.devices}
 
     @property
     def mounts(self) -> list[dict]:
@@ -69,8 +81,28 @@ class Job:
         claimed = [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in self.claims]
         return {
             "terminationGracePeriodSeconds": SAVE_SECONDS + LEAVE_SECONDS,
+            # Volumes come with root as their owner, and the image's user is another.
+            "securityContext": {"fsGroup": GROUP, "fsGroupChangePolicy": "OnRootMismatch"},
             "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}, *claimed],
         }
+
+
+def failure_policies(restarts: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the Job and of the JobSet: a failure for good ends all, an eviction restarts all and is not counted.
+
+    All that a Job says when its podFailurePolicy ends it is that, and a message. One that is not known here ends the
+    JobSet, rather than restarting it for ever.
+    """
+    ends = {"containerName": "trainer", "operator": "In", "values": [FAILED, STOPPED]}
+    disrupted = {"type": "DisruptionTarget", "status": "True"}
+    of_job = [{"action": "FailJob", "onExitCodes": ends}, {"action": "FailJob", "onPodConditions": [disrupted]}]
+    evicted = [f"failed with exit code {STOPPED} ", "has condition DisruptionTarget "]
+    of_set: list[dict[str, Any]] = [
+        {"name": "evicted", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureMessagePatterns": evicted},
+        {"name": "failed_for_good", "action": "FailJobSet"},
+    ]
+    rules = [{**rule, "onJobFailureReasons": ["PodFailurePolicy"]} for rule in of_set]
+    return {"rules": of_job}, {"maxRestarts": restarts, "rules": rules}
 
 
 def jobset(job: Job, restarts: int) -> dict[str, Any]:
@@ -84,17 +116,15 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
         "resources": {"limits": job.limits},
         "volumeMounts": job.mounts,
     }
-    for_good = {"containerName": "trainer", "operator": "In", "values": [FAILED]}
+    of_job, of_set = failure_policies(restarts)
     indexed = {
         "parallelism": job.nodes,
         "completions": job.nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": for_good}]},
+        "podFailurePolicy": of_job,
         "template": {"spec": {"restartPolicy": "Never", **job.pod, "containers": [container]}},
     }
-    # The reason of a Job that its podFailurePolicy ended, and so of no other.
-    end = {"name": "failed_for_good", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -102,7 +132,7 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
         "spec": {
             "suspend": bool(job.queue),  # Kueue starts it once every pod has a place
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {"maxRestarts": restarts, "rules": [end]},
+            "failurePolicy": of_set,
             "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": indexed}}],
         },
     }
@@ -133,21 +163,50 @@ def trainjob(job: Job, runtime: str) -> dict[str, Any]:
 
 
 def _claims(given: tuple[str, ...]) -> dict[str, str]:
+    claims: dict[str, str] = {}
     for claim in given:
         name, _, path = claim.partition(":")
-        if not DNS_LABEL.fullmatch(name) or not path.startswith("/"):
+        if not DNS_LABEL.fullmatch(name) or not MOUNT_PATH.fullmatch(path):
             raise LaunchError(f"--claim={claim}: give NAME:/PATH, a PersistentVolumeClaim and where pods mount it")
-    return dict(claim.split(":", 1) for claim in given)
+        path = path.rstrip("/")
+        hidden = [each for each in OCCUPIED if PurePosixPath(each).is_relative_to(path)]
+        if hidden:
+            raise LaunchError(f"--claim={claim} would hide {hidden[0]} of the pod: mount it elsewhere, {name}:/mnt say")
+        if name in (*claims, "shm") or path in claims.values():
+            raise LaunchError(f"--claim={claim}: its name or its path is taken; give each once, and shm is the pod's")
+        claims[name] = path
+    return claims
 
 
-def _check(name: str, claims: dict[str, str], overrides: tuple[str, ...]) -> None:
+def _run_dir(config: str, overrides: tuple[str, ...]) -> str | None:
+    """Of the last override that says it, or of the file. None where that is only in the image, or does not say it."""
+    said = [value.strip() for key, _, value in (each.partition("=") for each in overrides) if key.strip() == "run_dir"]
+    if said or not Path(config).is_file():
+        return said[-1] if said else None
+    try:
+        read = yaml.safe_load(Path(config).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LaunchError(f"{config} cannot be read: {' '.join(str(error).split())}") from None
+    return str(read["run_dir"]) if isinstance(read, dict) and "run_dir" in read else None
+
+
+def _check(name: str, claims: dict[str, str], config: str, overrides: tuple[str, ...]) -> None:
     if not DNS_LABEL.fullmatch(name) or len(name) > LONGEST_NAME:
         raise LaunchError(f"--name={name}: give at most {LONGEST_NAME} of a-z, 0-9 and -, beginning with a letter")
-    run_dirs = [each.removeprefix("run_dir=") for each in overrides if each.startswith("run_dir=")]
-    if not any(run_dir.startswith(f"{path.rstrip('/')}/") for run_dir in run_dirs for path in claims.values()):
+    for each in overrides:
+        if not OVERRIDE.fullmatch(each):
+            raise LaunchError(f"{each!r} is no override: give KEY.PATH=VALUE")
+    run_dir = _run_dir(config, overrides)
+    kept = run_dir and any((PurePosixPath(WORKSPACE) / run_dir).is_relative_to(path) for path in claims.values())
+    if not kept:
+        seen = (
+            f"run_dir={run_dir} is on no --claim, so"
+            if run_dir
+            else f"{config} says no run_dir here; unless it is on a --claim,"
+        )
         click.echo(
-            "warning: run_dir is on no --claim, so checkpoints and status end with their pod and nothing can be "
-            f"resumed: add --claim=NAME:/mnt run_dir=/mnt/{name}",
+            f"warning: {seen} checkpoints and status end with their pod and nothing can be resumed: add "
+            f"--claim=NAME:/mnt run_dir=/mnt/{name}",
             err=True,
         )
 
@@ -157,7 +216,11 @@ _SHARED = [
     click.option("--nnodes", default="1", show_default=True, help="Nodes, a pod each."),
     click.option("--nproc", default=0, help="Ranks of a node; 0: one a GPU, or one on a CPU host."),
     click.option(
-        "--resource", default="cpu", show_default=True, help="What a node offers, for example h100x8 or cpux4."
+        "--resource",
+        default="cpu",
+        show_default=True,
+        help="What a node offers, for example h100x8 or "
+        "h100x8,cpu=96,memory=900,rdma/ib=8 (CPUs, GB and devices of its own).",
     ),
     click.option("--image", default="gr:latest", show_default=True, help="Image with gr and launch/ (docker/)."),
     click.option("--name", default="gr-train", show_default=True, help="Of the job."),
@@ -172,8 +235,9 @@ def _job(config: str, overrides: tuple[str, ...], nnodes: str, nproc: int, claim
     if least != most:
         raise LaunchError(f"--nnodes={nnodes}: a JobSet has a fixed number of pods; give one number")
     mounted = _claims(claims)
-    _check(rest["name"], mounted, overrides)
-    return Job(arguments=(config, *overrides), nodes=most, nproc=ranks(nproc, rest["resource"]), claims=mounted, **rest)
+    _check(rest["name"], mounted, config, overrides)
+    arguments, nproc = (config, *device(rest["resource"]), *overrides), ranks(nproc, rest["resource"])
+    return Job(arguments=arguments, nodes=most, nproc=nproc, claims=mounted, **rest)
 
 
 def _shared(command: Any) -> Any:
@@ -189,7 +253,7 @@ def main() -> None: ...
 @main.command("jobset", help="A JobSet, with Kueue's label where --queue is given.")
 @_shared
 @click.option(
-    "--restarts", default=20, show_default=True, help="Restarts of the whole job, after crashes and evictions."
+    "--restarts", default=20, show_default=True, type=click.IntRange(0), help="Restarts of the whole job after crashes."
 )
 def _jobset(restarts: int, **options: Any) -> None:
     click.echo(yaml.safe_dump(jobset(_job(**options), restarts), sort_keys=False), nl=False)

@@ -275,7 +275,7 @@ class TrainerConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the tower under autocast.")
     operators: Literal["auto", "native", "triton", "torch", "fbgemm"] = Field(
         "auto",
-        description="Which implementation of gr.ops runs: C++ on CPU and Triton on CUDA where they can be had (auto); "
+        description="Which implementation of gr.ops runs: C++ on CPU where it can be built, Triton on CUDA (auto); "
         "one of them, or an error; plain PyTorch; or Triton with FBGEMM's CUTLASS kernels for HSTU attention.",
     )
     profiler: ProfilerConfig | None = None

@@ -1,14 +1,14 @@
 """The one rule that says which implementation of an operator runs.
 
 "native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
-on any device, where the other cannot be had. "fbgemm": HSTU attention by FBGEMM's CUTLASS kernels, and everything else
-as under "triton"; only when forced. Operators ask backend_for() at each call; nothing is configured in modules.
+on any device, and for CPU tensors where the C++ cannot be had, which is said. On a GPU nothing but Triton is taken
+unless forced: CUDA builds of torch bring it, and what it may lack costs less than slow steps. "fbgemm": HSTU attention
+by FBGEMM's CUTLASS kernels, and everything else as under "triton"; only when forced. Operators ask backend_for() at
+each call; nothing is configured in modules.
 """
 
 import contextlib
 import functools
-import importlib.util
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Literal, get_args
@@ -17,7 +17,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.logging import get_logger, log_once
-from gr.ops import fbgemm, native
+from gr.ops import fbgemm, native, triton
 
 Backend = Literal["native", "torch", "triton"]
 Forced = Literal[Backend, "fbgemm"]
@@ -27,7 +27,10 @@ _forced: ContextVar[Forced | None] = ContextVar("gr.ops forced backend", default
 
 
 def backend_for(device: torch.device) -> Backend:
-    """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds)."""
+    """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds).
+
+    Raises InstallError for CUDA tensors where Triton does not run.
+    """
     forced = _forced.get()
     return "triton" if forced == "fbgemm" else forced or _detected(device.type)
 
@@ -41,9 +44,8 @@ def fbgemm_forced() -> bool:
 def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
     """Use one implementation inside a `with` block; "auto" changes nothing.
 
-    Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs a CUDA
-    device, or TRITON_INTERPRET=1 in the environment, which runs its kernels slowly on CPU tensors; "fbgemm" needs what
-    gr.ops.fbgemm.load() says, too.
+    Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs what
+    gr.ops.triton.load() says, "fbgemm" what gr.ops.fbgemm.load() says, too.
     """
     if name == "auto":
         yield
@@ -53,10 +55,10 @@ def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
     if name == "native":
         native.load()
     elif name == "triton":
-        _require_triton()
+        triton.load()
     elif name == "fbgemm":
         fbgemm.load()
-        _require_triton()
+        triton.load()
     token = _forced.set(name)
     try:
         yield
@@ -64,23 +66,15 @@ def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _require_triton() -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise InstallError("triton is not installed: it comes with CUDA builds of torch, or pip install triton==3.7.1")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InstallError("backend 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set before Python starts")
-
-
 @functools.cache
 def _detected(device_type: str) -> Backend:
-    try:
-        if device_type == "cpu":
+    if device_type == "cuda":
+        triton.load()
+        return "triton"
+    if device_type == "cpu":
+        try:
             native.load()
             return "native"
-        if device_type == "cuda":
-            _require_triton()
-            return "triton"
-    except InstallError as error:
-        kind = "CPU" if device_type == "cpu" else "CUDA"
-        log_once(_logger, f"{kind} operators fall back to plain PyTorch, which is several times slower: {error}")
+        except InstallError as error:
+            log_once(_logger, f"CPU operators fall back to plain PyTorch, which is several times slower: {error}")
     return "torch"

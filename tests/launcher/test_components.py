@@ -1,5 +1,6 @@
 """launch/components.py as a user of torchx meets it, under every TorchX that is installed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,18 @@ def torchx(request):
     if not program.exists():
         pytest.skip(f"needs {program}: run `make venv`")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, **variables}
+        return subprocess.run(
+            [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
 
     return run
 
 
-def request(torchx, *arguments: str) -> str:
+def request(torchx, *arguments: str, **variables: str) -> str:
     """What the scheduler would be asked to do."""
-    done = torchx("run", "--dryrun", *arguments)
+    done = torchx("run", "--dryrun", *arguments, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.partition("=== SCHEDULER REQUEST ===\n")[2]
 
@@ -75,6 +79,35 @@ def test_kubernetes_request_needs_no_cluster(torchx):
     assert {"name": "TORCHX_RANK0_HOST", "value": "localhost"} in tasks[0]["env"]
 
 
+def test_a_host_of_other_shape_and_devices(torchx):
+    component = ["launch/components.py:train", "--config", "c.yaml"]
+    own = "a100x8,cpu=64,memory=500,rdma/ib=4"
+    script = request(torchx, "-s", "slurm", *component, "--resource", own)
+    assert "--cpus-per-task=64 --mem=500000 --gpus-per-task=8" in script
+    manifest = yaml.safe_load(request(torchx, "-s", "kubernetes", *component, "--resource", own))
+    limits = manifest["spec"]["tasks"][0]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "64000m", "memory": "500000M", "nvidia.com/gpu": "8", "rdma/ib": "4"}
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_gpu_hosts_train_on_gpus_or_not_at_all(torchx, name):
+    asked = {"train": ["--config", "c.yaml"], "evaluate": ["--checkpoint", "runs/a"]}[name]
+    component = ["-s", "slurm", f"launch/components.py:{name}", *asked]
+    assert "device=" not in request(torchx, *component, "--", "a.b=1")
+    script = request(torchx, *component, "--resource", "h100x8", "--", "device=cpu")
+    assert script.index("device=cuda") < script.index("device=cpu"), "the later one wins in gr, and it is the user's"
+
+
+def test_agents_on_one_machine_share_its_gpus_out(torchx, tmp_path):
+    """As docs/launch.md says; without it each would take them all."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    local = ["-s", "local_cwd", "-cfg", "auto_set_cuda_visible_devices=true", "launch/components.py:train"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    shown = request(torchx, *local, "--config", "c.yaml", "--nnodes", "2", "--resource", "h100x2", PATH=path)
+    assert "'CUDA_VISIBLE_DEVICES': '0,1'" in shown and "'CUDA_VISIBLE_DEVICES': '2,3'" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -91,10 +124,16 @@ def test_kubernetes_request_needs_no_cluster(torchx):
         (["--nproc=-1"], "--nproc=-1 ranks"),
         (["--nnodes", "3:2"], "--nnodes=3:2: give N, or MIN:MAX"),
         (["--nnodes", "0"], "--nnodes=0: give N"),
+        (["--resource", "h100x8,cpus=9"], "cpus=9: after the name go cpu=COUNT, memory=GB and VENDOR/DEVICE=COUNT"),
+        (["--resource", "h100x8,cpu=9,cpu=8"], "cpu=8: after the name go cpu=COUNT"),
+        (["--retries=-1"], "--retries=-1: give 0 or more"),
+        (["--mounts", "nonsense"], "--mounts=nonsense: give type=bind,src=/data,dst=/data (unknown mount option"),
+        (["--mounts", "type=bind,src=/a"], "--mounts=type=bind,src=/a: give type=bind,src=/data,dst=/data (dst)"),
+        (["--mounts", "type=tape,src=/a"], "(invalid mount type 'tape'"),
     ],
 )
 def test_a_mistake_is_one_line(torchx, arguments, said):
     done = torchx("run", "-s", "local_cwd", "launch/components.py:train", "--config", "c.yaml", *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert line.startswith("error: ") and said in line

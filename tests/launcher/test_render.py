@@ -1,6 +1,7 @@
 """Manifests are as reviewed (golden files), and as Kubernetes, JobSet and Kubeflow Trainer take them. No cluster."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.status import FAILED, STOPPED
 from tests.support import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -107,6 +109,61 @@ def test_pods_get_longer_to_leave_than_ranks_to_save(name):
     assert pod >= grace + 30
 
 
+def golden(name: str) -> dict:
+    return yaml.safe_load((GOLDEN / f"{name}.yaml").read_text())
+
+
+# The messages are those of Kubernetes' Job controller.
+ENDED = "Container trainer for pod ns/hstu-node-0-3-x7k2p failed with exit code {} matching FailJob rule at index 0"
+DISRUPTED = "Pod ns/hstu-node-0-3-x7k2p has condition DisruptionTarget matching FailJob rule at index 1"
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "action"),
+    [
+        ("PodFailurePolicy", ENDED.format(2), "FailJobSet"),
+        ("PodFailurePolicy", ENDED.format(75), "RestartJobSetAndIgnoreMaxRestarts"),
+        ("PodFailurePolicy", DISRUPTED, "RestartJobSetAndIgnoreMaxRestarts"),
+        ("PodFailurePolicy", "in words of another release", "FailJobSet"),
+        ("BackoffLimitExceeded", "Job has reached the specified backoff limit", None),  # a restart that counts
+    ],
+)
+def test_what_a_jobset_does_when_its_job_fails(reason, message, action):
+    rules = golden("jobset")["spec"]["failurePolicy"]["rules"]
+    applies = [
+        rule["action"]
+        for rule in rules
+        if reason in rule["onJobFailureReasons"]
+        and any(re.search(each, message) for each in rule.get("onJobFailureMessagePatterns", [""]))
+    ]
+    assert (applies[0] if applies else None) == action
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs kubeflow-trainer-api: the extra dev")
+    known = models.JobsetV1alpha2FailurePolicyRule.model_fields["action"].description
+    assert all(re.search(rf"\b{rule['action']}\b", known) for rule in rules)
+
+
+def test_which_ends_of_a_pod_end_its_job():
+    (job,) = golden("jobset")["spec"]["replicatedJobs"]
+    codes, conditions = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert (codes["action"], codes["onExitCodes"]["values"]) == ("FailJob", [FAILED, STOPPED])
+    assert (conditions["action"], conditions["onPodConditions"][0]["type"]) == ("FailJob", "DisruptionTarget")
+
+
+@pytest.mark.parametrize("name", ["jobset", "trainjob"])
+def test_volumes_are_made_writable(name):
+    assert "securityContext:\n" in (text := (GOLDEN / f"{name}.yaml").read_text())
+    assert "fsGroup: 10001\n" in text
+
+
+def test_a_host_of_other_shape_and_devices():
+    pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+    own = "a100x8,cpu=64,memory=500,rdma/ib=4"
+    manifest = yaml.safe_load(render("trainjob", "--config", "c.yaml", "--resource", own).stdout)
+    limits = {"cpu": 64, "memory": "500000M", "nvidia.com/gpu": 8, "rdma/ib": 4}
+    assert manifest["spec"]["trainer"]["resourcesPerNode"]["limits"] == limits
+    assert faults(manifest) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -115,15 +172,52 @@ def test_pods_get_longer_to_leave_than_ranks_to_save(name):
         (["--resource", "h100x8", "--nproc", "9"], "--resource=h100x8 offers 8 GPUs a node"),
         (["--name", "Train_1"], "--name=Train_1: give at most 40 of a-z"),
         (["--claim", "runs"], "--claim=runs: give NAME:/PATH"),
+        (["--claim", "runs:mnt"], "--claim=runs:mnt: give NAME:/PATH"),
+        (["--claim", "runs:/mnt/../etc"], "--claim=runs:/mnt/../etc: give NAME:/PATH"),
+        (["--claim", "runs:/"], "--claim=runs:/: give NAME:/PATH"),
+        (["--claim", "runs:/workspace"], "--claim=runs:/workspace would hide /workspace/launch of the pod"),
+        (["--claim", "runs:/opt/"], "--claim=runs:/opt/ would hide /opt/gr of the pod"),
+        (["--claim", "runs:/mnt", "--claim", "runs:/data"], "--claim=runs:/data: its name or its path is taken"),
+        (["--claim", "runs:/mnt", "--claim", "data:/mnt/"], "--claim=data:/mnt/: its name or its path is taken"),
+        (["--claim", "shm:/x"], "--claim=shm:/x: its name or its path is taken"),
+        (["not_an_override"], "'not_an_override' is no override: give KEY.PATH=VALUE"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):
     done = render("jobset", "--config", "c.yaml", *arguments)
-    assert done.returncode and not done.stdout
+    assert done.returncode == 2 and not done.stdout
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: ") and said in line
 
 
-def test_checkpoints_that_end_with_their_pod_are_warned_of():
-    assert "warning: run_dir is on no --claim" in render("jobset", "--config", "c.yaml").stderr
-    assert "warning" not in render("jobset", "--config", "c.yaml", *CLAIMED).stderr
+def test_restarts_are_no_fewer_than_none():
+    pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+    done = render("jobset", "--config", "c.yaml", "--restarts", "-3")
+    assert done.returncode == 2 and "'--restarts': -3 is not in the range x>=0" in done.stderr
+
+
+def test_without_torchx_one_line_says_so():
+    hidden = "import runpy, sys; sys.modules['torchx'] = None; runpy.run_module('launch.render', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: launch.render needs torchx: pip install") and done.stderr.count("\n") == 1
+
+
+def test_checkpoints_that_end_with_their_pod_are_warned_of(tmp_path):
+    pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+
+    def warned(*arguments: str, config: str = "c.yaml") -> str:
+        done = render("jobset", "--config", config, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    claim = ("--claim", "runs:/mnt")
+    assert "warning: run_dir=runs/a is on no --claim" in warned("run_dir=runs/a", *claim)
+    assert "warning: run_dir=/mnt/a is on no --claim" in warned("run_dir=/mnt/a")
+    assert "warning: c.yaml says no run_dir here; unless it is on a --claim" in warned(*claim)
+    assert warned(*CLAIMED) == ""
+    assert warned("--claim", "runs:/workspace/runs", "run_dir=runs/a") == "", "from the folder that pods work in"
+    own = tmp_path / "own.yaml"
+    own.write_text("run_dir: /mnt/a\n")
+    assert warned(*claim, config=str(own)) == ""
+    assert "warning: run_dir=/data/b is on no --claim" in warned(*claim, "run_dir=/data/b", config=str(own))

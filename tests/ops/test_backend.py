@@ -1,9 +1,13 @@
 """Which implementation runs, and building the C++ operators."""
 
+import importlib.util
 import logging
 import multiprocessing
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,16 +42,44 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
-def test_cuda_takes_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A CUDA device as far as torch says; nothing about its operators is remembered."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend_module._detected.cache_clear()
-    try:
-        for installed, expected in ((object(), "triton"), (None, "torch")):
-            monkeypatch.setattr(backend_module.importlib.util, "find_spec", lambda name, found=installed: found)
-            assert backend_for(torch.device("cuda", 1)) == expected
-            backend_module._detected.cache_clear()
-    finally:
-        backend_module._detected.cache_clear()
+    yield torch.device("cuda", 1)
+    backend_module._detected.cache_clear()
+
+
+def test_cuda_takes_triton_or_nothing(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InstallError, match="triton is not installed"):
+        backend_for(gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=SimpleNamespace(active="started")))
+    assert backend_for(gpu) == "triton"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("compiler", [None, "/nowhere/cc", "false"])
+def test_a_gpu_without_a_compiler_is_one_line_and_no_slower_run(
+    gpu: torch.device, compiler: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton itself looks for one, after its own cache and the driver's library; "false" has no headers, say."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        monkeypatch.setenv("CC", compiler)
+    for use in (lambda: backend_for(gpu), force_backend("triton").__enter__):
+        with pytest.raises(InstallError, match=r"gcc libc6-dev libpython3-dev\).*trainer.operators=torch") as refused:
+            use()
+        assert "\n" not in str(refused.value)
+    with force_backend("torch"):
+        assert backend_for(gpu) == "torch"
 
 
 def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

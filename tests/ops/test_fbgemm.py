@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gr.errors import InstallError
-from gr.ops import backend as backend_module
-from gr.ops import fbgemm
+from gr.ops import fbgemm, triton
 from gr.ops.backend import backend_for, fbgemm_forced, force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import fbgemm as path
@@ -43,7 +42,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None,
     """A machine with a GPU of this capability, or none, where these modules are installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(backend_module, "_require_triton", lambda: None)
+    monkeypatch.setattr(triton, "load", lambda: None)
     for name in fbgemm._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     for module in modules:
