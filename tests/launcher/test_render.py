@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.status import FAILED, STOPPED
+from launch.outcome import FAILED, STOPPED
 from tests.support import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
