@@ -265,6 +265,11 @@ def run(options: Options, arguments: tuple[str, ...], stop: Stop) -> int:
     settings = resolved(rest[0], tuple(rest[1:])) if verb == "train" else {}
     device = settings.get("device", "auto")
     gpus = visible_gpus() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise NodeError(
+            "device=cuda, but no GPU is visible here: ask the scheduler for some (sbatch --gpus-per-node, --resource), "
+            "look at CUDA_VISIBLE_DEVICES, or set device=cpu"
+        )
     ranks = processes(options.nproc, gpus)
     if gpus and device == "auto" and not any(word.startswith("device=") for word in rest):
         rest.append("device=cuda")  # else ranks that find no GPU would train on CPU

@@ -82,6 +82,12 @@ def test_a_refusal_of_gr_is_not_tried_again(tmp_path):
     assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
 
 
+def test_a_node_without_gpus_says_so():
+    done = run("--nproc", "8", "train", "configs/retrieval/smoke.yaml", "device=cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == FAILED
+    assert "device=cuda, but no GPU is visible here" in done.stderr
+
+
 def test_ranks_that_find_no_gpu_do_not_train_on_cpu(tmp_path):
     pytest.importorskip("torch")
     done = run("train", "configs/retrieval/smoke.yaml", f"run_dir={tmp_path / 'run'}", CUDA_VISIBLE_DEVICES="9")
