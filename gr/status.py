@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gr.errors import GRError
-from gr.files import write_json
+from gr.files import may_pass, write_json
 
 STATUS = "status.json"
 State = Literal["running", "stopped", "done", "failed"]
@@ -49,11 +49,13 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises GRError where `run_dir` has no status.json, or one that is not ours."""
+    """Raises GRError where `run_dir` has no status.json or one that is not ours, OSError where another try may help."""
     path = run_dir / STATUS
     try:
         text = path.read_text()
     except OSError as error:
+        if may_pass(error):
+            raise
         raise GRError(
             f"{path}: {error.strerror}; expected the run_dir of a `gr train` that has started, for example runs/smoke"
         ) from None

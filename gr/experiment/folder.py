@@ -1,6 +1,5 @@
 """The run folder: one run at a time writes into it, and status.json says what became of that run."""
 
-import errno
 import fcntl
 import os
 import socket
@@ -16,13 +15,12 @@ from gr.config import dump_config
 from gr.config.tree import RunConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, TrainingError
-from gr.files import write_text
+from gr.files import DISK_FULL, may_pass, write_text
 from gr.logging import get_logger
 from gr.status import STATUS, RunError, RunStatus, StatusFile, read_status
 
 log = get_logger(__name__)
 CHECKPOINTS = "checkpoints"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -41,6 +39,10 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
                 _start(config, world)
             except GRError as error:
                 refusal = str(error)
+            except OSError as error:
+                if may_pass(error):
+                    raise
+                refusal = f"run_dir={run_dir} cannot be written: {error.strerror}; set another one"
         # Also a barrier: no rank may fail before its status is there to say so.
         refusal = world.from_main(refusal)
         if refusal:
@@ -121,6 +123,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; set another one") from error
     with lock:
         try:
