@@ -9,9 +9,16 @@ from typing import Any
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FOR_GOOD = {
     *DISK_FULL,
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),  # another path is needed
+    *(
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    ),  # another path is needed
     *(errno.EACCES, errno.EPERM, errno.EROFS),  # another owner or mount
-    *(errno.ENOSYS, errno.EOPNOTSUPP),  # a file system that has no locks
+    *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),  # another file system: this one has no locks
 }
 
 

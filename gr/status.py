@@ -34,7 +34,8 @@ class RunError:
 @dataclass(frozen=True)
 class RunStatus:
     """step: steps done, of `steps`. loss: mean of the last log interval. seconds_per_step: its mean, without
-    evaluations and checkpoints. checkpoint: step of the last complete one. updated: Unix seconds.
+    evaluations and checkpoints. checkpoint: step of the last complete one. save_seconds: that the last save of this
+    attempt took. updated: Unix seconds.
     """
 
     state: State
@@ -44,6 +45,7 @@ class RunStatus:
     loss: float | None = None
     seconds_per_step: float | None = None
     checkpoint: int | None = None
+    save_seconds: float | None = None
     updated: float = field(default_factory=time.time)
     error: RunError | None = None
 

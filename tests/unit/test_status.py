@@ -30,6 +30,7 @@ def test_the_fields_of_the_contract(status: StatusFile) -> None:
         "loss": None,
         "seconds_per_step": None,
         "checkpoint": 20,
+        "save_seconds": None,
         "updated": 1.0,
         "error": None,
     }
