@@ -83,9 +83,11 @@ class CheckpointFolder:
         return self.final(step).rename(aside)
 
     def remove_partial(self) -> None:
-        """Removes what a killed run left half written."""
+        """Removes what a killed run left half written, but for files that NFS keeps for their readers (.nfsXXXX)."""
         for path in self.path.glob(".step-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
+            if any(path.glob("*.distcp")):  # it would be taken for a part of the step when that is saved again
+                shutil.rmtree(path)
 
 
 def _sync_folder(path: Path) -> None:

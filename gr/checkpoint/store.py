@@ -278,8 +278,8 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
             dcp.load({"tables": fulls}, checkpoint_id=path, no_dist=True)
     except dcp.CheckpointException as error:
         fault = _cause(error)
-        if may_pass(fault):
-            raise fault from error
+        if may_pass(fault) or not isinstance(fault, Exception):  # the latter: a rank was asked to stop
+            raise fault from None
         raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
     for entry in state.tables.entries():
         if entry.name in fulls:

@@ -52,7 +52,8 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            if asked:  # whatever the interruption became on its way: torch wraps what ends a load
+            # Whatever the interruption became on its way: torch wraps what ends a load, and tells all ranks.
+            if asked or isinstance(error, Interrupted):
                 _record_stop(run_dir)
                 return
             failure = _failure_of(error, run_dir, world)

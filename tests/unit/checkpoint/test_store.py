@@ -100,6 +100,21 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, alone: World, a
     verify(store.folder.final(7), alone)
 
 
+class AskedToStop(BaseException): ...
+
+
+def test_a_load_that_a_signal_ends_is_no_damage(tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, alone, state_of(1.0)).folder.final(7)
+
+    def asked(*_: object) -> None:
+        raise AskedToStop
+
+    monkeypatch.setattr(FileSystem, "create_stream", asked)
+    monkeypatch.setattr(store_module.dcp.FileSystemReader, "read_data", asked)
+    with pytest.raises(AskedToStop):
+        load_state(path, state_of(0.0), alone)
+
+
 def refuse_data(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every write to and read of a data file by torch ends so."""
 

@@ -17,6 +17,7 @@ from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError, GRError, TrainingError
 from gr.experiment.folder import run_folder, write_config
 from gr.status import RunError, RunStatus, StatusFile, read_status
+from gr.train.stop import Interrupted
 from tests.support import ROOT
 from tests.support.tiny import tiny_config
 
@@ -108,6 +109,12 @@ def test_a_stop_outside_the_steps(
             if error is None:
                 raise
             raise error from None
+    assert read_status(run_dir).state == "stopped"
+
+
+def test_a_stop_of_another_rank_that_torch_tells_of(config: ExperimentConfig, run_dir: Path, alone: World) -> None:
+    with run_folder(config, alone):
+        raise Interrupted
     assert read_status(run_dir).state == "stopped"
 
 
