@@ -161,7 +161,7 @@ class CheckpointStore:
         lines = self._on_all(lambda: sums_of(partial, self.world.rank, SHARED))
         # It has its name on every rank's return: none may look for it before.
         self._on_all(lambda: self._name(step, lines) if self.world.is_main else "")
-        self.complete, self.seconds = step, time.monotonic() - began
+        self.seconds, self.complete = time.monotonic() - began, step
         if self.world.is_main:
             try:
                 self.folder.prune(keep_last)

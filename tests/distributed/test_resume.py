@@ -80,9 +80,9 @@ def test_same_world_size_resumes_bitwise(data, tmp_path, size, asynchronous):
     assert again["model"] == whole["model"]
 
 
-def stopped_after_half(world: World, config) -> dict | None:
+def stopped_after(world: World, config, step: int) -> dict | None:
     if world.rank == 1:
-        Trainer._is_orphan = lambda self: self.step == HALF - 1
+        Trainer._is_orphan = lambda self: self.step == step - 1
     return train(config, world)
 
 
@@ -93,14 +93,15 @@ def records(run_dir: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
 
-def test_a_stop_where_an_evaluation_is_due_costs_neither_it_nor_the_best(data, tmp_path):
-    """The stopped run saves and leaves; the resumed one evaluates before it goes on. Then all is as without a stop."""
+@pytest.mark.parametrize("step", [HALF, STEPS])
+def test_a_stop_where_an_evaluation_is_due_costs_neither_it_nor_the_best(data, tmp_path, step):
+    """The stopped run saves and leaves; the resumed one evaluates before it goes on, or before its final report."""
     full, part = tmp_path / "full", tmp_path / "part"
     due = {"evaluation": {"every": HALF // 2}, "checkpoint": {"keep_last": 1}}
     whole = run_ranks(run, 2, configured(data, full, **due))[0]
-    assert run_ranks(stopped_after_half, 2, configured(data, part, **due)) == [None, None]
+    assert run_ranks(stopped_after, 2, configured(data, part, **due), step) == [None, None]
     assert read_status(part).state == "stopped"
-    assert records(part)[-1] == {"kind": "train", **records(part)[-1], "step": HALF}, "no evaluation before it left"
+    assert records(part)[-1] == {"kind": "train", **records(part)[-1], "step": step}, "no evaluation before it left"
     again = run_ranks(run, 2, configured(data, part, **due))[0]
     assert again["model"] == whole["model"] and records(part) == records(full)
     folders = [CheckpointFolder(run_dir / "checkpoints") for run_dir in (full, part)]

@@ -95,7 +95,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, alone: World, a
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     said = str(refusal.value)
-    assert said.startswith(f"step 8 cannot be saved under {tmp_path}: ") and "step-00000007. Make room there" in said
+    assert (
+        said.startswith(f"step 8 cannot be saved under {tmp_path}: ")
+        and "step-00000007. Make room there" in said
+        and "File too large" in said
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000007"], "half of one would fill the disk"
     verify(store.folder.final(7), alone)
 
@@ -208,6 +212,25 @@ def failing_on_rank_1(world: World, folder: Path, asynchronous: bool, number: in
 def test_all_ranks_know_why_one_could_not_save(tmp_path: Path, number: int, asynchronous: bool, raised: str) -> None:
     assert run_ranks(failing_on_rank_1, 2, tmp_path, asynchronous, number) == [raised] * 2
     assert list(tmp_path.iterdir()) == []
+
+
+def full_on_rank_1(world: World, folder: Path) -> str:
+    state = ModelState({name: torch.nn.Parameter(torch.ones(1 << 16)) for name in "ab"}, None, NoTables())
+    store = CheckpointStore(folder, state, "config: 1\n", world, asynchronous=False)
+    if world.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        store.save({"step": 8, "data": {}}, keep_last=1)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_all_ranks_know_that_the_disk_of_one_is_full(tmp_path: Path) -> None:
+    """torch's own error for it does not say so, and nothing but its text comes to the other ranks."""
+    for said in run_ranks(full_on_rank_1, 2, tmp_path):
+        assert ": File too large; there is no checkpoint yet. Make room there" in said
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
