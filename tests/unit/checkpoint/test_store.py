@@ -113,7 +113,6 @@ def test_a_load_that_a_signal_ends_is_no_damage(tmp_path: Path, alone: World, mo
     def asked(*_: object) -> None:
         raise AskedToStop
 
-    monkeypatch.setattr(FileSystem, "create_stream", asked)
     monkeypatch.setattr(store_module.dcp.FileSystemReader, "read_data", asked)
     with pytest.raises(AskedToStop):
         load_state(path, state_of(0.0), alone)

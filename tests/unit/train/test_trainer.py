@@ -171,7 +171,10 @@ def test_a_signal_that_a_launcher_passes_on_late_is_the_same_request(monkeypatch
     monkeypatch.setattr(stop, "ONE_REQUEST_SECONDS", 0.0)
     for numbers in ([signal.SIGTERM, signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM]):
         trainer, _, _ = make(9, lambda step, numbers=numbers: [os.kill(os.getpid(), n) for n in numbers] and None)
-        trainer.run()
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            pytest.fail("it left at once")
         assert trainer.stopped and trainer.step == 1
 
 
