@@ -1,6 +1,7 @@
 """Where a process stands among its peers: rank, world size, device, process group."""
 
 import ctypes
+import glob
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gr import watchdog
-from gr.errors import ConfigError
+from gr.errors import ConfigError, JoinError
 from gr.logging import get_logger, log_once
 
 TIMEOUT_SECONDS = 600.0  # of collectives, where no configuration sets it
@@ -108,6 +109,16 @@ class World:
         return self.all_reduce_sum([float(here)])[0] > 0
 
 
+def gpus_out_of_reach() -> int:
+    """NVIDIA GPUs that this machine offers, where torch can use none of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        offered = len(glob.glob("/dev/nvidia[0-9]*"))
+    else:
+        offered = len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
+    return 0 if torch.cuda.is_available() else offered
+
+
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
     """The device of this process. Raises ConfigError when cuda is asked for and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -147,11 +158,18 @@ def world(
     """Joins the process group that torchrun describes in the environment, or makes one of a single process.
 
     timeout: seconds after which a collective fails. logs: where NCCL writes its flight record when one does. Raises
-    ConfigError: more ranks than this host has CPUs or GPUs, an environment that is incomplete, or no way to the others.
+    ConfigError: more ranks than this host has CPUs or GPUs, an environment that is incomplete; JoinError: no way to the
+    others.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     chosen = resolve_device(device, local_rank)
+    if device == "auto" and not local_rank and (lost := gpus_out_of_reach()):
+        log.warning(
+            "running on CPU: %s offers %d GPU(s), and torch %s can use none: `gr doctor` says why; set device=cpu if "
+            "CPU is meant",
+            *(socket.gethostname(), lost, torch.__version__),
+        )
     check_room(chosen.type, local_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -166,7 +184,7 @@ def world(
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise ConfigError(f"rank {rank} on {socket.gethostname()} cannot join: {str(error).splitlines()[0]}") from error
+        raise JoinError(f"rank {rank} on {socket.gethostname()} cannot join: {str(error).splitlines()[0]}") from error
     watchdog.add_detail(_collectives)
     try:
         yield World(rank, size, local_rank, local_size, chosen, _host_group(timeout))
@@ -204,7 +222,8 @@ def check_room(device: str, local_size: int) -> None:
 
 
 def _check_rendezvous(rank: int) -> None:
-    """Raises ConfigError where the address that the ranks meet at is missing, or does not answer for CONNECT_SECONDS.
+    """Raises ConfigError where the address that the ranks meet at is missing, JoinError where it does not answer for
+    CONNECT_SECONDS.
 
     Without torchrun rank 0 listens there, and may come later than the others.
     """
@@ -223,7 +242,7 @@ def _check_rendezvous(rank: int) -> None:
             return
         except (OSError, ValueError, OverflowError) as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
+                raise JoinError(
                     f"{socket.gethostname()} cannot reach rank 0 at {address}:{port}: {error}; check that name and "
                     "that port from here, or set torchrun's --rdzv-endpoint to an address that every host reaches"
                 ) from None

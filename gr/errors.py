@@ -9,6 +9,10 @@ class ConfigError(GRError):
     """The experiment's configuration is wrong."""
 
 
+class JoinError(GRError):
+    """The other ranks of a run cannot be reached, which another try may cure."""
+
+
 class DataError(GRError):
     """Input data is missing, malformed or does not match its schema."""
 

@@ -28,6 +28,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from gr.errors import DataError
+from gr.files import may_pass
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
@@ -47,6 +48,8 @@ class _SchemaFile(BaseModel):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
+            if may_pass(error):
+                raise
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); write a data folder with `gr prepare`"
             ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gr.errors import GRError
-from gr.files import write_json
+from gr.files import may_pass, write_json
 
 STATUS = "status.json"
 State = Literal["running", "stopped", "done", "failed"]
@@ -34,7 +34,8 @@ class RunError:
 @dataclass(frozen=True)
 class RunStatus:
     """step: steps done, of `steps`. loss: mean of the last log interval. seconds_per_step: its mean, without
-    evaluations and checkpoints. checkpoint: step of the last complete one. updated: Unix seconds.
+    evaluations and checkpoints. checkpoint: step of the last complete one. save_seconds: that the last save of this
+    attempt took. updated: Unix seconds.
     """
 
     state: State
@@ -44,16 +45,19 @@ class RunStatus:
     loss: float | None = None
     seconds_per_step: float | None = None
     checkpoint: int | None = None
+    save_seconds: float | None = None
     updated: float = field(default_factory=time.time)
     error: RunError | None = None
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises GRError where `run_dir` has no status.json, or one that is not ours."""
+    """Raises GRError where `run_dir` has no status.json or one that is not ours, OSError where another try may help."""
     path = run_dir / STATUS
     try:
         text = path.read_text()
     except OSError as error:
+        if may_pass(error):
+            raise
         raise GRError(
             f"{path}: {error.strerror}; expected the run_dir of a `gr train` that has started, for example runs/smoke"
         ) from None

@@ -1,6 +1,6 @@
 """Checksums of a checkpoint's files, which torch.distributed.checkpoint does not keep.
 
-Each rank writes rank-R.sha256 for the files it wrote, as `sha256sum` does: `sha256sum -c *.sha256` checks them too.
+One list of them all, written when the checkpoint is complete, in the form of `sha256sum`: `sha256sum -c SHA256SUMS`.
 """
 
 import hashlib
@@ -9,27 +9,32 @@ from pathlib import Path
 
 from gr.files import write_text
 
-SUMS = "rank-*.sha256"
+SUMS = "SHA256SUMS"
 
 
-def write_sums(folder: Path, rank: int, shared: Iterable[str]) -> None:
-    """Of this rank's data files, and of the `shared` files on rank 0, which wrote them."""
+def sums_of(folder: Path, rank: int, shared: Iterable[str]) -> str:
+    """The lines for this rank's data files, and for the `shared` files on rank 0, which wrote them."""
     names = sorted(path.name for path in folder.glob(f"__{rank}_*.distcp"))
     if rank == 0:
         names += shared
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
-    write_text(folder / f"rank-{rank}.sha256", "".join(lines))
+    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+
+
+def write_sums(folder: Path, lines: Iterable[str]) -> None:
+    """lines: those of every rank."""
+    write_text(folder / SUMS, "".join(lines))
 
 
 def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> str:
     """The first damaged file of this rank's share, with what is wrong; empty where all are as they were written.
 
-    The ranks of a world of `size` go over the files of all the ranks that wrote them.
+    The ranks of a world of `size` go over the files of all the ranks that wrote them. Raises OSError where a file is
+    there and cannot be read: that is no damage.
     """
     sums: dict[str, str] = {}
-    for path in sorted(folder.glob(SUMS)):
-        # A damaged list of sums may hold anything, also bytes that are no text and names that are no names.
-        for line in path.read_bytes().decode(errors="replace").splitlines():
+    if (folder / SUMS).exists():
+        # A damaged list may hold anything, also bytes that are no text and names that are no names.
+        for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
             digest, _, name = line.partition("  ")
             sums[Path(name.replace("\0", "?")).name] = digest
     names = sorted({*sums, *shared, *(path.name for path in folder.glob("*.distcp"))})
@@ -39,7 +44,7 @@ def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> st
         try:
             if _digest(folder / name) != sums[name]:
                 return f"{folder / name}: is not what was written (checksum)"
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             return f"{folder / name}: cannot be read: {error.strerror}"
     return ""
 

@@ -1,8 +1,8 @@
 """Checkpoints on disk.
 
-    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml, rank-*.sha256
+    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml, SHA256SUMS
     run_dir/checkpoints/step-00000100.damaged/   found not to be what was written; kept for whoever wants to know
-    run_dir/checkpoints/.step-00000140/    being written: never looked at, removed at the next start
+    run_dir/checkpoints/.step-00000140/    being written or removed: never looked at, gone at the next start
     run_dir/checkpoints/best.json          {"step": 120, "metric": "ndcg@10", "value": 0.17}
 
 A folder gets its final name by one rename, after every rank has written.
@@ -68,12 +68,12 @@ class CheckpointFolder:
         _sync_folder(self.path)
 
     def prune(self, keep_last: int) -> None:
-        """Removes all but the newest `keep_last` and the best."""
+        """Removes all but the newest `keep_last` and the best. Raises OSError; what is left is no checkpoint then."""
         best = self.best()
         spared = {*self.steps()[-keep_last:], *([best["step"]] if best else [])}
         for step in self.steps():
             if step not in spared:
-                shutil.rmtree(self.final(step))
+                shutil.rmtree(self.final(step).rename(self.partial(step)))
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it is not looked at again; returns where it is then."""
@@ -83,9 +83,11 @@ class CheckpointFolder:
         return self.final(step).rename(aside)
 
     def remove_partial(self) -> None:
-        """Removes what a killed run left half written."""
+        """Removes what a killed run left half written, but for files that NFS keeps for their readers (.nfsXXXX)."""
         for path in self.path.glob(".step-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
+            if any(path.glob("*.distcp")):  # it would be taken for a part of the step when that is saved again
+                shutil.rmtree(path)
 
 
 def _sync_folder(path: Path) -> None:

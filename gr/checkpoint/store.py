@@ -5,10 +5,11 @@ Schedules and random draws are functions of (seed, step, rank), so the step is a
 
 import json
 import shutil
-from collections.abc import Container, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -21,12 +22,14 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from gr.checkpoint.checksums import find_damage, write_sums
+from gr.checkpoint.checksums import find_damage, sums_of, write_sums
 from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
-from gr.files import write_json, write_text
+from gr.files import DISK_FULL, may_pass, write_json, write_text
+from gr.logging import get_logger
 
+log = get_logger(__name__)
 DENSE_STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Adagrad: ("step", "sum"),
@@ -82,9 +85,12 @@ class CheckpointStore:
         self.state, self.config_yaml, self.world = state, config_yaml, world
         self.pending: Thread | None = None
         self.failure: Exception | None = None  # of a save in the background
-        self.complete = steps[-1] if (steps := self.folder.steps()) else None  # step of the newest, on the main rank
+        newest = world.from_main(" ".join(map(str, self.folder.steps()[-1:])))
+        self.complete = int(newest) if newest else None  # step of the newest
+        self.seconds: float | None = None  # that the last save took
         # A save in the background must not share collectives with training.
         self.group = dist.new_group(backend="gloo") if asynchronous else None
+        self.savers = replace(world, host_group=self.group) if asynchronous else world
         if world.is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.remove_partial()
@@ -92,10 +98,11 @@ class CheckpointStore:
     def save(self, progress: dict[str, Any], keep_last: int) -> None:
         """Saves the state as of progress["step"]. Asynchronous saves return once the tensors are copied.
 
-        Raises CheckpointError on every rank, and saves nothing, when a weight or state of any rank is not finite.
+        Raises CheckpointError on every rank, and saves nothing, when a weight or state of any rank is not finite, and
+        where a fault of the disk will stay; OSError where it may pass.
         """
         self.finish()
-        step = progress["step"]
+        step, began = progress["step"], time.monotonic()
         tensors = _tensors(self.state)
         if self.world.any(not _all_finite(tensors)):
             raise CheckpointError(
@@ -108,15 +115,14 @@ class CheckpointStore:
             write_json(partial / PROGRESS, progress)
         if self.group is None:
             with self._explained(step):
-                dcp.save(tensors, checkpoint_id=partial)
-                self._commit(step, keep_last)
-            # No rank may look for the checkpoint before it has its name.
-            dist.barrier()
+                dcp.save(tensors, storage_writer=_Writer(partial))
+                self._commit(step, keep_last, began)
             return
         future = dcp.async_save(
-            tensors, checkpoint_id=partial, process_group=self.group, async_stager=BlockingAsyncStager()
+            tensors, storage_writer=_Writer(partial), process_group=self.group, async_stager=BlockingAsyncStager()
         )
-        self.pending = Thread(target=self._commit_later, args=(future, step, keep_last), name="checkpoint-commit")
+        parameters = future, step, keep_last, began
+        self.pending = Thread(target=self._commit_later, args=parameters, name="checkpoint-commit")
         self.pending.start()
 
     def finish(self) -> None:
@@ -125,7 +131,6 @@ class CheckpointStore:
             return
         self.pending.join()
         self.pending = None
-        dist.barrier(group=self.group)
         if self.failure is not None:
             raise self.failure
 
@@ -142,51 +147,95 @@ class CheckpointStore:
             self.folder.mark_best(step, metric, value)
         dist.barrier()
 
-    def _commit_later(self, future: Future, step: int, keep_last: int) -> None:
+    def _commit_later(self, future: Future, step: int, keep_last: int, began: float) -> None:
         try:
             with self._explained(step):
                 future.result()
-                self._commit(step, keep_last)
+                self._commit(step, keep_last, began)
         except Exception as error:  # raised by finish(), in the thread that trains
             self.failure = error
 
-    def _commit(self, step: int, keep_last: int) -> None:
-        """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError."""
-        fault: OSError | None = None
-        try:
-            write_sums(self.folder.partial(step), self.world.rank, SHARED)
-        except OSError as error:
-            fault = error
-        faults = torch.tensor([float(fault is not None)], device=self.world.device if self.group is None else "cpu")
-        dist.all_reduce(faults, group=self.group)
-        if faults.item():
-            raise fault or OSError("another rank could not write its checksums")
+    def _commit(self, step: int, keep_last: int, began: float) -> None:
+        """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError, on every rank."""
+        partial = self.folder.partial(step)
+        lines = self._on_all(lambda: sums_of(partial, self.world.rank, SHARED))
+        # It has its name on every rank's return: none may look for it before.
+        self._on_all(lambda: self._name(step, lines) if self.world.is_main else "")
+        self.seconds, self.complete = time.monotonic() - began, step
         if self.world.is_main:
-            self.folder.commit(step)
-            self.complete = step
-            self.folder.prune(keep_last)
+            try:
+                self.folder.prune(keep_last)
+            except OSError as error:
+                log.warning(
+                    "an older checkpoint cannot be removed: %s; what is left of it goes at the next start", error
+                )
+
+    def _name(self, step: int, lines: Sequence[str]) -> str:
+        write_sums(self.folder.partial(step), lines)
+        self.folder.commit(step)
+        return ""
+
+    def _on_all(self, work: Callable[[], str]) -> list[str]:
+        """What `work` returns on each rank. Raises the OSError of one on all of them. Collective."""
+        try:
+            said: list[Any] = [work()]
+        except OSError as error:
+            said = [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
+        everyone = [json.loads(text) for text in self.savers.gather_text(json.dumps(said))]
+        if faults := [OSError(*each) for each in everyone if len(each) > 1]:
+            raise next((fault for fault in faults if not may_pass(fault)), faults[0])
+        return [text for (text,) in everyone]
 
     @contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Turns what goes wrong in a save into a CheckpointError, and makes room again."""
+        """Turns a fault of the disk that will stay into a CheckpointError, and makes room again."""
         try:
             yield
         except (dcp.CheckpointException, OSError) as error:
-            failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
-            cause = str(next(iter(failures.values()))[0] if failures else error)
-            if "inline_container" in cause:  # torch's writer keeps to itself why a write fell short
-                cause = "a write fell short, the disk or a quota is full"
             if self.world.is_main:
                 shutil.rmtree(self.folder.partial(step), ignore_errors=True)
+            fault = _cause(error)
+            if may_pass(fault) or not isinstance(fault, OSError):
+                raise fault from None
+            why, remedy = fault.strerror or fault, "Make room there" if fault.errno in DISK_FULL else "Mend that"
             raise CheckpointError(
-                f"step {step} cannot be saved under {self.folder.path}: {cause}; {self.folder.describe_latest()}. Make "
-                "room there, or set another run_dir with checkpoint.load_from, then start again"
+                f"step {step} cannot be saved under {self.folder.path}: {why}; {self.folder.describe_latest()}. "
+                f"{remedy}, or set another run_dir with checkpoint.load_from, then start again"
             ) from error
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Says why a write failed: torch's own error for a file cut short hides the file system's."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on a rank: what will stay before what may pass."""
+    if not isinstance(error, dcp.CheckpointException):
+        return error
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, OSError) and not may_pass(cause)), causes[0])
+
+
 def verify(path: Path, world: World) -> None:
-    """Raises DamagedCheckpointError on every rank where a file of a checkpoint is not what was written. Collective."""
-    damage = world.gather_text(find_damage(path, SHARED, world.rank, world.size))
+    """Raises DamagedCheckpointError on every rank where a file of a checkpoint is not what was written. Collective.
+
+    Raises CheckpointError or OSError, on the rank that met it, where a file is there and cannot be read.
+    """
+    try:
+        found = find_damage(path, SHARED, world.rank, world.size)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise CheckpointError(f"{path}: cannot be read: {error}; mend its owner or its mount") from error
+    damage = world.gather_text(found)
     if faults := [fault for fault in damage if fault]:
         raise DamagedCheckpointError(f"{faults[0]}; restore that file, or remove {path} to use the one before")
 
@@ -204,6 +253,8 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
             raise ValueError(f"{PROGRESS} has no step or no data")
         saved = dcp.FileSystemReader(path).read_metadata()
     except Exception as error:  # damaged metadata fails in as many ways as it can be damaged
+        if may_pass(error):
+            raise
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
         ) from error
@@ -226,7 +277,9 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
         if fulls:  # not on every rank, so without collectives
             dcp.load({"tables": fulls}, checkpoint_id=path, no_dist=True)
     except dcp.CheckpointException as error:
-        fault = next(iter(error.failures.values()))[0]
+        fault = _cause(error)
+        if may_pass(fault) or not isinstance(fault, Exception):  # the latter: a rank was asked to stop
+            raise fault from None
         raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
     for entry in state.tables.entries():
         if entry.name in fulls:

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 import click
 
 from gr.config import load_config
-from gr.errors import ConfigError
+from gr.errors import ConfigError, GRError
 
 # The one set that loads together: fbgemm's binaries are built against one minor version of torch.
 WANTED = {"torch": "2.13.*", "torchrec": "1.8.0", "fbgemm": "1.8.0", "torchmetrics": "1.0.3"}
@@ -113,7 +113,7 @@ def _check_cluster(config: str | None, overrides: tuple[str, ...]) -> int:
                         click.echo(f"FAULT  {finding.check:<11} {fault}")
                     if not finding.faults:
                         click.echo(f"ok     {finding.check:<11} {finding.summary}")
-    except ConfigError as error:  # a rank that cannot join has only its own voice
+    except GRError as error:  # a rank that cannot join has only its own voice
         click.echo(f"FAULT  {'rendezvous':<11} {error}")
         return 1
     return 1 if faults else 0

@@ -39,6 +39,8 @@ def describe(status: RunStatus, run_dir: str, now: float) -> list[str]:
         eta = f", ETA {left} without evaluations" if status.state == "running" else ""
         lines.append(f"speed       {status.seconds_per_step:.3g} s/step{eta}")
     saved = "none" if status.checkpoint is None else f"step {status.checkpoint}"
+    if status.save_seconds is not None:
+        saved += f", the last save took {status.save_seconds:.3g} s"
     lines.append(f"checkpoint  {saved}")
     lines.append(f"updated     {_duration(now - status.updated)} ago")
     if status.error is not None:

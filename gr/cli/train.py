@@ -2,12 +2,14 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
 from gr.cli.report import print_report
 from gr.config import load_config
+from gr.errors import ConfigError
 
 
 @click.command(help="Train CONFIG; resumes by itself where its run_dir has a checkpoint.")
@@ -21,13 +23,19 @@ def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
     from gr import logging, watchdog
     from gr.dist import use_cpu_well, world
     from gr.experiment import train
+    from gr.experiment.folder import record_refusal
 
     rank, logs = int(os.environ.get("RANK", 0)), Path(loaded.run_dir) / "logs"
     logging.configure(rank)
     limits = loaded.trainer.timeouts.model_dump()
-    # The watchdog reports first; the process group ends what it does not watch, such as the final report.
+    # The watchdog reports first.
     slowest = max(limits.values()) + 2 * watchdog.GRACE_SECONDS
-    with watchdog.watching(limits, logs, rank), world(loaded.device, timeout=slowest, logs=logs) as here:
+    with watchdog.watching(limits, logs, rank), ExitStack() as stack:
+        try:
+            here = stack.enter_context(world(loaded.device, timeout=slowest, logs=logs))
+        except ConfigError as error:
+            record_refusal(loaded, error)
+            raise
         use_cpu_well(here)
         report = train(loaded, here)
         if report is not None and here.is_main:

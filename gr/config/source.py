@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from gr.files import may_pass
+
 Location = tuple[str | int, ...]
 _MAX_DEPTH = 50  # far above any real configuration, far below Python's recursion limit
 
@@ -168,6 +170,8 @@ class Reader:
             self._fail(str(path), "no such file")
             return nothing
         except OSError as error:
+            if may_pass(error):
+                raise
             self._fail(str(path), f"cannot be read: {error.strerror}")
             return nothing
         except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from gr.data.columns import Fault, check_rows, expected_types, packed
 from gr.data.parts import Parts, RowGroup, existing_folder, read_footer
 from gr.errors import DataError
+from gr.files import may_pass
 from gr.schema import ITEMS_FILE, DataSchema
 
 
@@ -111,6 +112,8 @@ class Dataset:
             ids = table.column("item_id").cast(pa.int64()).to_numpy()
             counts = table.column("count").cast(pa.int64()).to_numpy()
         except (pa.ArrowException, OSError) as error:
+            if may_pass(error):
+                raise
             raise DataError(f"{file}: cannot be decoded: {error}") from error
         wrong = (ids < 1) | (ids >= self.schema.item_cardinality) | np.append(False, np.diff(ids) <= 0)
         if wrong.any() or len(ids) != self.schema.items:

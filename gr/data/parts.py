@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import DataError
+from gr.files import may_pass
 from gr.schema import PART_PATTERN
 
 
@@ -55,7 +56,7 @@ class Parts:
         return cls(row_groups, metadata)
 
     def read(self, index: int, columns: list[str]) -> tuple[RowGroup, pa.Table]:
-        """One row group, decoded. Raises DataError where the file is damaged."""
+        """One row group, decoded. Raises DataError where the file is damaged, OSError where another try may read it."""
         group = self.row_groups[index]
         try:
             with pq.ParquetFile(group.file, metadata=self.metadata[group.file]) as file:
@@ -65,6 +66,8 @@ class Parts:
                 f"{group}: the file has gone since the run began: put it back, then start the same command"
             ) from error
         except (pa.ArrowException, OSError) as error:
+            if may_pass(error):
+                raise
             raise DataError(f"{group}: cannot be decoded, the file is damaged or cut off: {error}") from error
 
 
@@ -77,12 +80,14 @@ def existing_folder(path: Path | str) -> Path:
 
 
 def read_footer(file: Path) -> pq.FileMetaData:
-    """Raises DataError where the file is not whole."""
+    """Raises DataError where the file is not whole, OSError where another try may read it."""
     try:
         if file.stat().st_size == 0:
             raise DataError(f"{file}: is empty (0 bytes)")
         return pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
+        if may_pass(error):
+            raise
         raise DataError(f"{file}: is not a whole Parquet file, it is damaged or cut off: {error}") from error
 
 

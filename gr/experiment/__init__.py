@@ -18,6 +18,7 @@ def train(config: Experiment, world: World) -> dict[str, Any] | None:
         if isinstance(config, GenerativeConfig):
             return generative.train(config, world)
         return retrieval.train(config, world)
+    return None  # asked to stop outside the steps
 
 
 def evaluate(

@@ -88,7 +88,7 @@ def build(config: GenerativeConfig, world: World) -> Built:
 def train(config: GenerativeConfig, world: World) -> dict[str, Any] | None:
     """Trains to config.trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
 
-    Returns None when the run was stopped by a signal before its last step.
+    Returns None when the run was stopped by a signal.
     """
     built = build(config, world)
     objective = GenerativeObjective(config.task)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import gr
 from gr.config.tree import RunConfig
-from gr.dist import World, resolve_device
+from gr.dist import World, gpus_out_of_reach, resolve_device
 from gr.errors import GRError
 from gr.planner.links import Links, measure_links, slow_hosts
 from gr.planner.run import run_topology
@@ -84,16 +84,23 @@ def devices(here: World, hosts: Sequence[str], wanted: str) -> Finding:
     """Every host has a GPU of the same kind for each of its ranks; or, on CPU, no host has any to be missed."""
     count = torch.cuda.device_count() if wanted != "cpu" else 0
     kind = torch.cuda.get_device_name(0) if count else "no GPU"
-    everyone = [json.loads(text) for text in here.gather_text(json.dumps([kind, count, here.local_size]))]
+    lost = gpus_out_of_reach() if wanted == "auto" else 0
+    everyone = [json.loads(text) for text in here.gather_text(json.dumps([kind, count, here.local_size, lost]))]
     on_gpu = wanted == "cuda" or any(each[1] for each in everyone)
     remedy = "look at nvidia-smi and CUDA_VISIBLE_DEVICES there"
     faults = {
         host: f"{host}: torch sees {seen} GPU(s) for {ranks} rank(s): {remedy}, or start fewer ranks a host"
-        for host, (_, seen, ranks) in zip(hosts, everyone, strict=True)
+        for host, (_, seen, ranks, _) in zip(hosts, everyone, strict=True)
         if on_gpu and seen < ranks
     }
     for host, found, usual in _odd_ones(hosts, [each[0] for each in everyone]):
         faults.setdefault(host, f"{host}: has {found}, and the others have {usual}: {remedy}")
+    for host, (*_, out_of_reach) in zip(hosts, everyone, strict=True):
+        if out_of_reach:
+            faults[host] = (
+                f"{host}: offers {out_of_reach} GPU(s), and its torch can use none: install the CUDA build (`gr "
+                "doctor` there says how; of an image, KIND=cuda), or set device=cpu"
+            )
     summary = f"{everyone[0][0]}, {here.local_size} rank(s) a host" if on_gpu else "CPU, as on all hosts"
     return Finding("devices", summary, tuple(faults.values()))
 

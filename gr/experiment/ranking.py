@@ -69,7 +69,7 @@ def build(config: RankingConfig, world: World) -> Built:
 def train(config: RankingConfig, world: World) -> dict[str, Any] | None:
     """Trains to config.trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
 
-    Returns None when the run was stopped by a signal before its last step.
+    Returns None when the run was stopped by a signal.
     """
     built = build(config, world)
     objective = RankingObjective(config.task.loss)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
+from gr import watchdog
 from gr.checkpoint import ModelState
 from gr.config.inventory import InventoryConfig
 from gr.config.tree import ExperimentConfig
@@ -92,7 +93,7 @@ def build(config: ExperimentConfig, world: World) -> Built:
 def train(config: ExperimentConfig, world: World) -> dict[str, Any] | None:
     """Trains to config.trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
 
-    Returns None when the run was stopped by a signal before its last step.
+    Returns None when the run was stopped by a signal.
     """
     built = build(config, world)
     objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), world)
@@ -171,6 +172,7 @@ def _final_report(
         np.save(run_dir / "test-ranks.npy", ranks)
         # Before the baselines, which may take long on a large corpus.
         write_json(run_dir / "report.json", report)
+        watchdog.enter("the baselines of the final report", "evaluation")
         report["baselines"] = baseline_metrics(built, "test")
         write_json(run_dir / "report.json", report)
     return report

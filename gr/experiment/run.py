@@ -114,11 +114,12 @@ def initialise_dense(model: nn.Module, seed: int) -> None:
 def run(job: Job, world: World) -> dict[str, Any] | None:
     """Trains to config.trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
 
-    Returns None when the run was stopped by a signal before its last step.
+    Returns None when the run was stopped by a signal; one that came in the last step leaves the report to the next run.
     """
     config, run_dir = job.config, Path(job.config.run_dir)
     with closing(job.loader):
-        step = _resume(job, world)
+        progress = _resume(job, world)
+        step = progress["step"]
         store = CheckpointStore(
             run_dir / CHECKPOINTS, job.state, dump_config(config), world, asynchronous=config.checkpoint.asynchronous
         )
@@ -128,24 +129,25 @@ def run(job: Job, world: World) -> dict[str, Any] | None:
                 (run_dir / PLAN).write_text(dump_plan(job.plan))
         with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
             trainer = Trainer(job.module, job.loader, _callbacks(job, store, writer), world, steps=config.trainer.steps)
-            trainer.step = step
+            trainer.step, trainer.owing = step, progress.get("stopped", False)
             trainer.run()
-            if trainer.stopped and trainer.step < trainer.steps:
+            if trainer.stopped:
                 log.info("stopped after step %d; the same command resumes there", trainer.step)
                 report = None
             else:
+                watchdog.enter("the final report", "evaluation")
                 report = job.report(writer)
         if world.is_main:
             StatusFile(run_dir).update(state="stopped" if report is None else "done")
         return report
 
 
-def _resume(job: Job, world: World) -> int:
-    """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns the steps done."""
+def _resume(job: Job, world: World) -> dict[str, Any]:
+    """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns its progress, with the steps done."""
     config = job.config
     chosen = _undamaged(config, world)
     if not chosen:
-        return 0
+        return {"step": 0}
     watchdog.enter(f"loading {chosen}")
     saved = load_config(Path(chosen) / CONFIG)
     if type(saved) is not type(config):
@@ -156,7 +158,7 @@ def _resume(job: Job, world: World) -> int:
     log.info("resumed from %s", chosen)
     for name, (before, now) in differences(saved, config).items():
         log.info("  %s: %s there, %s now", name, before, now)
-    return progress["step"]
+    return progress
 
 
 def _undamaged(config: RunConfig, world: World) -> str:

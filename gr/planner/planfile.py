@@ -21,6 +21,7 @@ from gr.config.inventory import (
     TableConfig,
 )
 from gr.errors import PlanError
+from gr.files import may_pass
 from gr.planner.evaluate import evaluate
 from gr.planner.plan import Placement, Plan, column_blocks
 from gr.planner.space import COLUMN_TYPES, row_parts
@@ -130,6 +131,8 @@ def load_plan(path: Path) -> Plan:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
+        if may_pass(error):
+            raise
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise PlanError(f"{path}: cannot be read: {reason}; write one with `gr plan CONFIG --json {path}`") from error
     return parse_plan(text, str(path))

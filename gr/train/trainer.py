@@ -2,12 +2,9 @@
 
 import math
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 
 from gr import watchdog
 from gr.dist import World
@@ -15,11 +12,9 @@ from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
 from gr.train.feed import Feed, Loader
 from gr.train.module import StepLoss, TrainModule
+from gr.train.stop import ONE_REQUEST_SECONDS, on_stop_signal
 
 log = get_logger(__name__)
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# One request may arrive twice: Slurm and a terminal signal every process, and torchrun passes its own signal on.
-ONE_REQUEST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,11 @@ class Callback:
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    SIGINT, SIGTERM and SIGUSR1 to any rank finish the step under way on all; one more, ONE_REQUEST_SECONDS or longer
-    after the first, ends the process at once. A rank whose torchrun has died asks to stop too: nobody is left to start
-    it again, or to end it.
+    A signal to stop (gr.train.stop) to any rank finishes the step under way on all. A rank whose torchrun has died asks
+    to stop too: nobody is left to start it again, or to end it.
+
+    stopped: it was asked to; callbacks then leave for the resumed run what would keep the save waiting. owing: this is
+    that run, and what was due after `step` is still to be done.
     """
 
     def __init__(
@@ -62,13 +59,13 @@ class Trainer:
         self.feed = Feed(loader, module, world, steps=steps)
         self.steps = steps
         self.step = 0
-        self.stopped = False
+        self.stopped = self.owing = False
         self._stop_requested = False
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def run(self) -> None:
         """Trains. Raises TrainingError when the loss is not finite, before anything is updated with it."""
-        with self._stop_on_signal():
+        with on_stop_signal(self._request_stop):
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.step < self.steps and not self.stopped:
@@ -105,6 +102,13 @@ class Trainer:
         waited, seconds = self.feed.wait_seconds - waited, time.perf_counter() - began
         return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds)
 
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+        log.warning(
+            "stopping after this step; SIGTERM or Ctrl-C again, %g s after the first, to leave at once",
+            ONE_REQUEST_SECONDS,
+        )
+
     def _is_orphan(self) -> bool:
         if self._agent is None or os.getppid() == self._agent:
             return False
@@ -117,22 +121,3 @@ class Trainer:
             f"of the training order, learning rate {self.module.learning_rate:g}; nothing was updated or saved. "
             "Try a lower learning rate, optimizer.clip_grad_norm, or trainer.precision=fp32"
         )
-
-    @contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        first = math.inf
-
-        def request(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if time.monotonic() - first >= ONE_REQUEST_SECONDS:
-                raise KeyboardInterrupt
-            if not self._stop_requested:
-                self._stop_requested, first = True, time.monotonic()
-                log.warning("stopping after this step; once more, after %g s, to leave at once", ONE_REQUEST_SECONDS)
-
-        before = {s: signal.signal(s, request) for s in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)

@@ -70,6 +70,21 @@ def test_a_host_without_its_gpu() -> None:
         assert unused == ()
 
 
+def cpu_build_on_gpu_hosts(world: World) -> list[tuple[str, ...]]:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
+    here = one_rank_a_host(world)
+    return [checks.devices(here, HOSTS, "auto").faults, checks.devices(here, HOSTS, "cpu").faults]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPUs of this machine")
+def test_gpus_that_no_host_can_use() -> None:
+    """Else a whole job on GPU machines would train on their CPUs."""
+    for missed, unused in run_ranks(cpu_build_on_gpu_hosts, 3):
+        assert [fault.partition(":")[0] for fault in missed] == HOSTS
+        assert missed[0].startswith("h1: offers 2 GPU(s), and its torch can use none: install the CUDA build")
+        assert unused == ()
+
+
 def one_clock_off(world: World, seconds: float) -> tuple[str, ...]:
     return checks.clocks(world, HOSTS, lambda: time.time() + (seconds if world.rank == 2 else 0)).faults
 

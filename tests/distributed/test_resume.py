@@ -12,6 +12,8 @@ from gr.checkpoint import CheckpointFolder
 from gr.dist import World
 from gr.errors import CheckpointError
 from gr.experiment import evaluate, train
+from gr.status import read_status
+from gr.train.trainer import Trainer
 from tests.support.ranks import RankError, run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -76,6 +78,34 @@ def test_same_world_size_resumes_bitwise(data, tmp_path, size, asynchronous):
     assert sorted(after) == list(range(HALF + 1, STEPS + 1))
     assert after == {step: loss for step, loss in losses(full).items() if step > HALF}
     assert again["model"] == whole["model"]
+
+
+def stopped_after(world: World, config, step: int) -> dict | None:
+    if world.rank == 1:
+        Trainer._is_orphan = lambda self: self.step == step - 1
+    return train(config, world)
+
+
+def records(run_dir: Path) -> list[dict]:
+    """Without what a clock measured."""
+    timed = ("time", "data_wait_seconds", "examples_per_second", "tokens_per_second")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+@pytest.mark.parametrize("step", [HALF, STEPS])
+def test_a_stop_where_an_evaluation_is_due_costs_neither_it_nor_the_best(data, tmp_path, step):
+    """The stopped run saves and leaves; the resumed one evaluates before it goes on, or before its final report."""
+    full, part = tmp_path / "full", tmp_path / "part"
+    due = {"evaluation": {"every": HALF // 2}, "checkpoint": {"keep_last": 1}}
+    whole = run_ranks(run, 2, configured(data, full, **due))[0]
+    assert run_ranks(stopped_after, 2, configured(data, part, **due), step) == [None, None]
+    assert read_status(part).state == "stopped"
+    assert records(part)[-1] == {"kind": "train", **records(part)[-1], "step": step}, "no evaluation before it left"
+    again = run_ranks(run, 2, configured(data, part, **due))[0]
+    assert again["model"] == whole["model"] and records(part) == records(full)
+    folders = [CheckpointFolder(run_dir / "checkpoints") for run_dir in (full, part)]
+    assert folders[0].best() == folders[1].best() and folders[0].steps() == folders[1].steps()
 
 
 @pytest.fixture(scope="module")

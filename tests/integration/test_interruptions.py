@@ -12,6 +12,7 @@ import pytest
 
 from gr.checkpoint import CheckpointFolder
 from gr.config import dump_config
+from gr.status import read_status
 from tests.support.tiny import tiny_config, write_tiny
 
 STEPS, EVERY = 300, 20
@@ -131,6 +132,45 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(config, tmp_path, uninterrupted)
     output, _ = again.communicate(timeout=PATIENCE_SECONDS)
     assert again.returncode == 0, output
     assert dict(records(run_dir)) == uninterrupted[2]
+
+
+SLOW_PLAN = """
+import sys, time
+import gr.experiment.run
+from gr.cli import main
+
+def make_plan(model, inventory, config, world):
+    if world.is_main:
+        time.sleep(600)
+    world.from_main("the plan")
+
+gr.experiment.run.make_plan = make_plan
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_stop_while_rank_0_plans_and_the_others_wait(config, tmp_path):
+    """A rank in a collective hears the signal when the rank that it waits for has left."""
+    run_dir, script = tmp_path / "planning", tmp_path / "train.py"
+    script.write_text(SLOW_PLAN)
+    torchrun = command(config, run_dir, 2)[: -len(["-m", "gr", "train", "config", "run_dir"])]
+    process = subprocess.Popen(
+        [*torchrun, str(script), str(config), f"run_dir={run_dir}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run_dir / "status.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)  # into the plan
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert read_status(run_dir).state == "stopped", output
+    assert time.monotonic() - asked < 15, "torchrun kills its ranks after 30 s"
+    assert output.count("stopped outside the steps") == 2, output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(config, tmp_path):

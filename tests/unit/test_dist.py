@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import gr.dist
-from gr.dist import World, check_room, cpu_threads, resolve_device, use_cpu_well, world
-from gr.errors import ConfigError
+from gr.dist import World, check_room, cpu_threads, gpus_out_of_reach, resolve_device, use_cpu_well, world
+from gr.errors import ConfigError, GRError, JoinError
 from tests.support.ranks import run_ranks
 
 # What rank 0 and rank 1 hold, each time.
@@ -71,13 +71,13 @@ def test_the_group_ends_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 class TestJoining:
     """What a launcher can get wrong, said before anything hangs."""
 
-    def joined(self, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    def joined(self, monkeypatch: pytest.MonkeyPatch, raised: type[GRError] = ConfigError, **environment: str) -> str:
         monkeypatch.setattr(gr.dist, "CONNECT_SECONDS", 0.2)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ConfigError) as refusal, world("cpu"):
+        with pytest.raises(raised) as refusal, world("cpu"):
             pass
         return str(refusal.value)
 
@@ -99,17 +99,15 @@ class TestJoining:
 
     @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
     def test_no_way_to_rank_0(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-        said = self.joined(
-            monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=address, MASTER_PORT="1"
-        )
+        where = {"MASTER_ADDR": address, "MASTER_PORT": "1"}
+        said = self.joined(monkeypatch, JoinError, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
         assert f"cannot reach rank 0 at {address}:1: " in said and "--rdzv-endpoint" in said
 
     def test_a_port_that_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
-            said = self.joined(
-                monkeypatch, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            )
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            said = self.joined(monkeypatch, JoinError, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
         assert said.startswith("rank 0 on ") and "cannot join: " in said and port in said
 
 
@@ -119,6 +117,29 @@ class TestDevice:
         with pytest.raises(ConfigError, match="device=cuda, but torch sees no GPU here: set device=cpu"):
             resolve_device("cuda")
         assert resolve_device("auto", 3) == resolve_device("cpu", 3) == torch.device("cpu")
+
+    @pytest.mark.parametrize(
+        ("visible", "devices", "lost"),
+        [("0,1", 0, 2), ("", 8, 0), ("-1", 8, 0), (None, 8, 8), (None, 0, 0)],
+    )
+    def test_gpus_that_torch_cannot_use(
+        self, monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: int, lost: int
+    ) -> None:
+        """A job on GPU machines with the CPU build must not train there without a word."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(gr.dist.glob, "glob", lambda _: [f"/dev/nvidia{i}" for i in range(devices)])
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus_out_of_reach() == lost
+        said: list[str] = []
+        monkeypatch.setattr(gr.dist.log, "warning", lambda message, *values: said.append(message % values))
+        with world("cpu"):
+            assert not said, "as was asked for"
+        with world("auto"):
+            assert len(said) == bool(lost)
+        if lost:
+            assert f"offers {lost} GPU(s), and torch {torch.__version__} can use none" in said[0]
 
     def test_with_gpus_a_rank_takes_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

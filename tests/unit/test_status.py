@@ -1,5 +1,6 @@
 """status.json: what is written, what stays, what is refused."""
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ def test_the_fields_of_the_contract(status: StatusFile) -> None:
         "loss": None,
         "seconds_per_step": None,
         "checkpoint": 20,
+        "save_seconds": None,
         "updated": 1.0,
         "error": None,
     }
@@ -56,3 +58,14 @@ def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)
     with pytest.raises(GRError, match=r"status\.json: not a status of this version"):
         read_status(tmp_path)
+
+
+def test_a_status_that_cannot_be_read_just_now_is_no_failure(
+    status: StatusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(_: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        status.update(step=30)

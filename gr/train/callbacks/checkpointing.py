@@ -9,12 +9,7 @@ from gr.train.trainer import Callback, StepResult, Trainer
 class Checkpointing(Callback):
     def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
         self.store, self.config = store, config
-        self.saved_step: int | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """A finished run that is started again has nothing to save."""
-        if trainer.world.any(trainer.world.is_main and trainer.step in self.store.folder.steps()):
-            self.saved_step = trainer.step
+        self.saved_step = store.complete  # a run that resumes has nothing to save before its next step
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if self.config.every and trainer.step % self.config.every == 0:
@@ -29,6 +24,6 @@ class Checkpointing(Callback):
         """Saves the present step, once."""
         if self.saved_step != trainer.step:
             watchdog.enter(f"checkpoint of step {trainer.step}", "checkpoint")
-            progress = {"step": trainer.step, "data": trainer.feed.state_dict()}
+            progress = {"step": trainer.step, "data": trainer.feed.state_dict(), "stopped": trainer.stopped}
             self.store.save(progress, self.config.keep_last)
             self.saved_step = trainer.step

@@ -12,7 +12,10 @@ log = get_logger(__name__)
 
 
 class Evaluation(Callback):
-    """Runs `evaluate` every `every` steps and at the end, and saves; a new best is marked, so it outlives pruning."""
+    """Runs `evaluate` every `every` steps and at the end, and saves; a new best is marked, so it outlives pruning.
+
+    A stop does not wait for it: the resumed run evaluates what it loaded.
+    """
 
     def __init__(
         self,
@@ -33,8 +36,14 @@ class Evaluation(Callback):
         """The untrained model, as the point to compare with."""
         if trainer.step == 0:
             self._measure(trainer)
+        elif trainer.owing:
+            self._evaluate(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        if not trainer.stopped:
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
         if trainer.step % self.every and trainer.step != trainer.steps:
             return
         metrics = self._measure(trainer)

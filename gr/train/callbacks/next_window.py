@@ -26,12 +26,13 @@ class NextWindow(Callback):
         self.starting_window, self.evaluate, self.writer, self.shown = starting_window, evaluate, writer, shown
 
     def on_start(self, trainer: Trainer) -> None:
-        """A run that resumes where a window starts has measured it before it saved, also where it was to end there."""
-        if trainer.step == 0:
+        """A run that resumes where a window starts has measured it before it saved, unless it was asked to stop."""
+        if trainer.step == 0 or trainer.owing:
             self._measure(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        self._measure(trainer)
+        if not trainer.stopped:
+            self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
         window = self.starting_window(trainer.step)

@@ -1,6 +1,8 @@
 """Checkpoints on disk: what is looked at, what is kept, what is removed."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,22 @@ def test_prune_keeps_the_newest_and_the_best(
     folder.prune(keep_last)
     assert folder.steps() == kept
     assert folder.partial(120).is_dir(), "one that is being written is not pruned"
+
+
+def test_a_partial_one_that_someone_reads_does_not_keep_a_run_from_starting(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the file as .nfsXXXX until its reader is done. A part of a checkpoint must not stay."""
+
+    def keep(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", keep)
+    folder.remove_partial()
+    (folder.partial(120) / "__0_0.distcp").write_text("")
+    with pytest.raises(OSError, match="not empty"):
+        folder.remove_partial()
 
 
 def test_partial_ones_are_removed_and_nothing_else(folder: CheckpointFolder) -> None:

@@ -1,17 +1,25 @@
 """What may not be saved, and what may not be loaded. Saving and loading as such: tests/distributed/test_resume.py."""
 
+import errno
+import logging
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from gr.checkpoint import CheckpointStore, ModelState, load_state, verify
+from gr.checkpoint import CheckpointStore, ModelState, checksums, load_state, verify
+from gr.checkpoint import store as store_module
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
+from tests.support.ranks import run_ranks
 
 
 class NoTables:
@@ -59,14 +67,14 @@ def test_every_damage_is_found_and_named(
 
 def test_files_without_a_checksum_are_refused(tmp_path: Path, alone: World) -> None:
     path = saved(tmp_path, alone, state_of(2.0)).folder.final(7)
-    (path / "rank-0.sha256").unlink()
+    (path / "SHA256SUMS").unlink()
     with pytest.raises(DamagedCheckpointError, match="has no checksum"):
         verify(path, alone)
 
 
 def test_sha256sum_reads_the_sums(tmp_path: Path, alone: World) -> None:
     path = saved(tmp_path, alone, state_of(2.0)).folder.final(7)
-    done = subprocess.run(["sha256sum", "-c", "rank-0.sha256"], cwd=path, capture_output=True, text=True, check=True)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{name}: OK" for name in (DATA, "config.yaml", "progress.json", ".metadata")]
 
 
@@ -87,9 +95,150 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, alone: World, a
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     said = str(refusal.value)
-    assert said.startswith(f"step 8 cannot be saved under {tmp_path}: ") and "step-00000007. Make room there" in said
+    assert (
+        said.startswith(f"step 8 cannot be saved under {tmp_path}: ")
+        and "step-00000007. Make room there" in said
+        and "File too large" in said
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000007"], "half of one would fill the disk"
     verify(store.folder.final(7), alone)
+
+
+class AskedToStop(BaseException): ...
+
+
+def test_a_load_that_a_signal_ends_is_no_damage(tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, alone, state_of(1.0)).folder.final(7)
+
+    def asked(*_: object) -> None:
+        raise AskedToStop
+
+    monkeypatch.setattr(store_module.dcp.FileSystemReader, "read_data", asked)
+    with pytest.raises(AskedToStop):
+        load_state(path, state_of(0.0), alone)
+
+
+def refuse_data(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Every write to and read of a data file by torch ends so."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise OSError(number, "broken")
+
+    real = FileSystem.create_stream
+
+    @contextmanager
+    def broken(self: FileSystem, path: Path, mode: str):
+        with real(self, path, mode) as stream:
+            yield Broken() if str(path).endswith(".distcp") else stream
+
+    monkeypatch.setattr(FileSystem, "create_stream", broken)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_write_that_may_work_next_time_is_no_failure(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, number: int
+) -> None:
+    store = CheckpointStore(tmp_path, state_of(1.0), "config: 1\n", alone, asynchronous=asynchronous)
+    refuse_data(monkeypatch, number)
+    with pytest.raises(CheckpointError if number == errno.EACCES else OSError) as refusal:
+        store.save({"step": 8, "data": {}}, keep_last=2)
+        store.finish()
+    assert "broken" in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NFS keeps a file that someone reads, as .nfsXXXX."""
+    store = saved(tmp_path, alone, state_of(1.0))
+
+    def busy(path: Path, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    monkeypatch.setattr(logging.getLogger("gr"), "propagate", True)
+    store.save({"step": 8, "data": {}}, keep_last=1)
+    assert store.folder.steps() == [8] and store.complete == 8
+    assert "an older checkpoint cannot be removed: [Errno 39] Directory not empty" in caplog.text
+    monkeypatch.undo()
+    CheckpointStore(tmp_path, state_of(1.0), "config: 1\n", alone, asynchronous=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+
+
+def test_a_file_that_cannot_be_read_just_now_is_no_damage(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, alone, state_of(1.0)).folder.final(7)
+    number = errno.ESTALE
+
+    def stale(_: Path) -> str:
+        raise OSError(number, "broken")
+
+    monkeypatch.setattr(checksums, "_digest", stale)
+    with pytest.raises(OSError, match="broken"):
+        verify(path, alone)
+    number = errno.EACCES
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*broken; mend") as refusal:
+        verify(path, alone)
+    assert not isinstance(refusal.value, DamagedCheckpointError), "it is not set aside"
+    refuse_data(monkeypatch, errno.ESTALE)
+    with pytest.raises(OSError, match="broken"):
+        load_state(path, state_of(0.0), alone)
+
+
+def failing_on_rank_1(world: World, folder: Path, asynchronous: bool, number: int) -> str:
+    def fail(*_: object) -> str:
+        raise OSError(number, "broken")
+
+    if world.rank == 1:
+        store_module.sums_of = fail
+    store = CheckpointStore(folder, state_of(1.0), "config: 1\n", world, asynchronous=asynchronous)
+    try:
+        store.save({"step": 8, "data": {}}, keep_last=1)
+        store.finish()
+    except (CheckpointError, OSError) as error:
+        return type(error).__name__
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("number", "asynchronous", "raised"),
+    [(errno.EIO, False, "OSError"), (errno.EIO, True, "OSError"), (errno.ENOSPC, False, "CheckpointError")],
+)
+def test_all_ranks_know_why_one_could_not_save(tmp_path: Path, number: int, asynchronous: bool, raised: str) -> None:
+    assert run_ranks(failing_on_rank_1, 2, tmp_path, asynchronous, number) == [raised] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def full_on_rank_1(world: World, folder: Path) -> str:
+    state = ModelState({name: torch.nn.Parameter(torch.ones(1 << 16)) for name in "ab"}, None, NoTables())
+    store = CheckpointStore(folder, state, "config: 1\n", world, asynchronous=False)
+    if world.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        store.save({"step": 8, "data": {}}, keep_last=1)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_all_ranks_know_that_the_disk_of_one_is_full(tmp_path: Path) -> None:
+    """torch's own error for it does not say so, and nothing but its text comes to the other ranks."""
+    for said in run_ranks(full_on_rank_1, 2, tmp_path):
+        assert ": File too large; there is no checkpoint yet. Make room there" in said
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_is_timed(tmp_path: Path, alone: World, asynchronous: bool) -> None:
+    store = CheckpointStore(tmp_path, state_of(1.0), "config: 1\n", alone, asynchronous=asynchronous)
+    assert store.seconds is None
+    store.save({"step": 8, "data": {}}, keep_last=1)
+    store.finish()
+    assert store.seconds is not None and 0 < store.seconds < 60
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, alone: World) -> None:

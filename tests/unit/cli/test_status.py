@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def test_what_a_person_reads() -> None:
         "checkpoint  step 40",
         "updated     0:01:05 ago",
     ]
+
+
+def test_how_long_a_save_takes() -> None:
+    """For whoever sets the time that a scheduler gives to it."""
+    saved = describe(replace(HALF, save_seconds=12.345), "x", 65)
+    assert "checkpoint  step 40, the last save took 12.3 s" in saved
 
 
 def test_a_failure_says_where_and_why() -> None:

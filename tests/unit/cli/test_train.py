@@ -1,6 +1,9 @@
 """`gr train` as a new user gets it wrong: one clear line, exit code 2, no traceback, and no half-made run folder."""
 
+import fcntl
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from gr import watchdog
 from gr.cli import main
 from gr.data.prepare.write import FolderWriter, Users
 from gr.dist import World
+from gr.experiment import folder
 from gr.schema import HistoryColumns
-from gr.status import read_status
+from gr.status import RunStatus, StatusFile, read_status
 from tests.support.run_folder import reason_alone
 from tests.support.tiny import write_tiny
 
@@ -40,7 +45,7 @@ def test_a_run(config: str, run_dir: Path, capfd: pytest.CaptureFixture[str]) ->
     assert json.loads((run_dir / "report.json").read_text())["step"] == 4
     status = read_status(run_dir)
     assert (status.state, status.step, status.steps, status.checkpoint) == ("done", 4, 4, 4)
-    assert status.error is None and status.loss and status.seconds_per_step
+    assert status.error is None and status.loss and status.seconds_per_step and status.save_seconds
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
@@ -77,9 +82,69 @@ def test_a_world_size_that_does_not_divide(refused: Refused, config: str, monkey
     assert said.startswith("evaluation.global_batch_size=16 is not divisible by the 3 ranks of this run: use a number")
 
 
-def test_a_gpu_that_is_not_there(refused: Refused, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there(refused: Refused, config: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refused("train", config, "device=cuda").startswith("device=cuda, but torch sees no GPU here: set device=cpu")
+    said = refused("train", config, "device=cuda")
+    assert said.startswith("device=cuda, but torch sees no GPU here: set device=cpu") and reason_alone(run_dir) == said
+
+
+def test_a_refusal_leaves_the_status_of_another_run_alone(
+    refused: Refused, config: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir.mkdir()
+    first = RunStatus("running", 7, 9, 1)
+    StatusFile(run_dir).start(first)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(folder.log, "info", lambda *_: None)
+        refused("train", config, "device=cuda")
+    assert read_status(run_dir) == first
+
+
+def test_ranks_that_cannot_be_reached_are_no_failure(
+    config: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their host may be coming back: a launcher tries again."""
+    monkeypatch.setattr("gr.dist.CONNECT_SECONDS", 0.2)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", config]) == 1
+    assert "cannot reach rank 0 at 127.0.0.1:1" in capfd.readouterr().err and not run_dir.exists()
+
+
+def test_a_stop_while_planning(
+    config: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    with monkeypatch.context() as planning:
+        planning.setattr("gr.experiment.run.make_plan", stopped)
+        assert main(["train", config]) == 0
+    assert "stopped outside the steps" in capfd.readouterr().err
+    assert (read_status(run_dir).state, read_status(run_dir).checkpoint) == ("stopped", None)
+    assert main(["train", config]) == 0 and read_status(run_dir).state == "done"
+
+
+def test_a_stop_in_the_final_report_and_its_time_limit(
+    config: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has the time of an evaluation, not what is left of that of the last checkpoint."""
+    budgets: list[str | None] = []
+    monkeypatch.setattr(watchdog, "enter", lambda place, budget=None: budgets.append(budget) if budget else None)
+
+    def stopped(*_: object) -> None:
+        budgets.append("the report")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as reporting:
+        reporting.setattr("gr.experiment.retrieval.best_step", stopped)
+        assert main(["train", config]) == 0
+    assert budgets[-2:] == ["evaluation", "the report"]
+    assert (read_status(run_dir).state, read_status(run_dir).checkpoint) == ("stopped", 4)
+    assert main(["train", config]) == 0 and read_status(run_dir).state == "done"
 
 
 def test_time_bias_without_timestamps(refused: Refused, config: str, run_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reading: every fault is named with its exact place."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,28 @@ def test_damaged_page(make_folder: Make) -> None:
     part.write_bytes(content)
     with pytest.raises(DataError, match=r"part-00000\.parquet: row group 0: cannot be decoded"):
         dataset.read_row_group(0)
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_damaged(make_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system says so of a server that restarts: another try may read it."""
+    folder = make_folder(GOOD)
+    dataset = Dataset.open(folder)
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    reads = {
+        "ParquetFile": lambda: dataset.read_row_group(0),
+        "read_table": dataset.corpus,
+        "read_metadata": lambda: Dataset.open(folder),
+    }
+    for name, read in reads.items():
+        with monkeypatch.context() as broken, pytest.raises(OSError, match="Stale file handle"):
+            broken.setattr(pq, name, stale)
+            read()
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        Dataset.open(folder)
 
 
 def test_columns_and_types(make_folder: Make) -> None:

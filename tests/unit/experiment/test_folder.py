@@ -2,17 +2,22 @@
 
 import errno
 import fcntl
+import os
+import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+import gr
 from gr.config import load_config
 from gr.config.tree import ExperimentConfig
 from gr.dist import World
-from gr.errors import ConfigError, DataError, GRError, TrainingError
+from gr.errors import CheckpointError, ConfigError, DataError, GRError, TrainingError
 from gr.experiment.folder import run_folder, write_config
 from gr.status import RunError, RunStatus, StatusFile, read_status
+from gr.train.stop import Interrupted
 from tests.support import ROOT
 from tests.support.tiny import tiny_config
 
@@ -90,6 +95,69 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(
         with pytest.raises(ConfigError, match="is in use by another run"), run_folder(config, alone):
             pass
     assert read_status(run_dir) == first
+
+
+@pytest.mark.parametrize("error", [None, CheckpointError("wrapped"), RuntimeError("connection closed by peer")])
+def test_a_stop_outside_the_steps(
+    config: ExperimentConfig, run_dir: Path, alone: World, error: Exception | None
+) -> None:
+    """Also where a library made another error of it on its way."""
+    with run_folder(config, alone):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            if error is None:
+                raise
+            raise error from None
+    assert read_status(run_dir).state == "stopped"
+
+
+def test_a_stop_of_another_rank_that_torch_tells_of(config: ExperimentConfig, run_dir: Path, alone: World) -> None:
+    with run_folder(config, alone):
+        raise Interrupted
+    assert read_status(run_dir).state == "stopped"
+
+
+def test_a_stop_after_the_end_changes_nothing(config: ExperimentConfig, run_dir: Path, alone: World) -> None:
+    with run_folder(config, alone):
+        StatusFile(run_dir).update(state="done")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert read_status(run_dir).state == "done"
+
+
+def test_an_attempt_waits_for_the_ranks_of_the_one_before(
+    config: ExperimentConfig, run_dir: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lost their torchrun, finish a step and save; a person's second run is refused at once."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    run_dir.mkdir()
+    lock = (run_dir / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.5, lock.close).start()
+    with run_folder(config, alone):
+        assert read_status(run_dir).state == "running"
+
+
+def test_a_folder_without_locks(config: ExperimentConfig, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"has no locks \(Function not implemented\)"), run_folder(config, alone):
+        pass
+
+
+def test_the_commit_of_an_image(
+    config: ExperimentConfig, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image has no .git: it is built with the commit in its environment."""
+    run_dir.mkdir()
+    monkeypatch.setattr(gr, "__file__", f"{tmp_path}/gr/__init__.py")
+    for commit, said in (("", ""), ("a" * 40, f", git {'a' * 40}")):
+        monkeypatch.setenv("GR_COMMIT", commit)
+        write_config(config)
+        first = (run_dir / "config.yaml").read_text().splitlines()[0]
+        assert first == f"# gr {gr.__version__}{said}"
 
 
 def test_config_yaml_names_the_commit(config: ExperimentConfig, run_dir: Path) -> None:

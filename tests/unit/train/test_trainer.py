@@ -12,7 +12,7 @@ import torch
 
 from gr.dist import World
 from gr.errors import TrainingError
-from gr.train import trainer as trainer_module
+from gr.train import stop
 from gr.train.module import Prepared, StepLoss
 from gr.train.objectives import Inputs
 from gr.train.trainer import Callback, StepResult, Trainer
@@ -154,7 +154,7 @@ def test_a_signal_that_torchrun_passes_on_as_well_is_one_request() -> None:
 def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(trainer_module, "ONE_REQUEST_SECONDS", 0.0)
+        monkeypatch.setattr(stop, "ONE_REQUEST_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -162,6 +162,20 @@ def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert diary[-1] == ("forward", 0) and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_a_launcher_passes_on_late_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's SIGTERM reaches a rank at once, launch.node's SIGUSR1 seconds later through torchrun; at a time limit,
+    SIGUSR1 comes as a warning, and SIGTERM minutes later.
+    """
+    monkeypatch.setattr(stop, "ONE_REQUEST_SECONDS", 0.0)
+    for numbers in ([signal.SIGTERM, signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM]):
+        trainer, _, _ = make(9, lambda step, numbers=numbers: [os.kill(os.getpid(), n) for n in numbers] and None)
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            pytest.fail("it left at once")
+        assert trainer.stopped and trainer.step == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

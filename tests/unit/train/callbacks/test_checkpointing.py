@@ -50,7 +50,7 @@ class FakeWriter:
 
 def trainer_at(step: int, steps: int, world: World) -> Any:
     feed = SimpleNamespace(state_dict=lambda: {"position": 10 * trainer.step})
-    trainer = SimpleNamespace(step=step, steps=steps, feed=feed, world=world, stopped=False)
+    trainer = SimpleNamespace(step=step, steps=steps, feed=feed, world=world, stopped=False, owing=False)
     return trainer
 
 
@@ -58,7 +58,6 @@ class TestCheckpointing:
     def run(self, path: Path, world: World, every: int | None, *, steps: int = 5) -> NotingStore:
         store, trainer = NotingStore(path, world), trainer_at(0, steps, world)
         callback = Checkpointing(store, CheckpointConfig(every=every, keep_last=9))
-        callback.on_start(trainer)
         while trainer.step < steps:
             trainer.step += 1
             callback.on_step(trainer, RESULT)
@@ -75,14 +74,24 @@ class TestCheckpointing:
     def test_progress(self, tmp_path: Path, alone: World) -> None:
         store = self.run(tmp_path, alone, 4)
         progress = json.loads((store.folder.final(4) / "progress.json").read_text())
-        assert progress == {"step": 4, "data": {"position": 40}}
+        assert progress == {"step": 4, "data": {"position": 40}, "stopped": False}
 
 
 class TestEvaluation:
     def run(
-        self, path: Path, world: World, values: Sequence[float], *, step: int = 0, steps: int = 7
+        self,
+        path: Path,
+        world: World,
+        values: Sequence[float],
+        *,
+        step: int = 0,
+        steps: int = 7,
+        stop: int | None = None,
     ) -> tuple[NotingStore, FakeWriter]:
-        """One value of ndcg@10 an evaluation; the first is that of the untrained model."""
+        """One value of ndcg@10 an evaluation; the first is that of the untrained model. stop: asked to after that step.
+
+        From `step` on it is resumed.
+        """
         store, writer = NotingStore(path, world), FakeWriter()
         checkpointing = Checkpointing(store, CheckpointConfig(keep_last=1))
         coming = iter(values)
@@ -95,10 +104,13 @@ class TestEvaluation:
             shown=("hr@10", "mrr"),
         )
         trainer = trainer_at(step, steps, world)
+        if step:
+            trainer.owing = json.loads((store.folder.final(step) / "progress.json").read_text())["stopped"]
         for each in (callback, checkpointing):
             each.on_start(trainer)
-        while trainer.step < trainer.steps:
+        while trainer.step < trainer.steps and not trainer.stopped:
             trainer.step += 1
+            trainer.stopped = trainer.step == stop
             for each in (callback, checkpointing):
                 each.on_step(trainer, RESULT)
         for each in (callback, checkpointing):
@@ -130,6 +142,19 @@ class TestEvaluation:
         assert [step for step, _, _ in writer.records] == [8, 10], "not the untrained model again"
         assert store.folder.best() == {"step": 4, "metric": "ndcg@10", "value": 0.3}
         assert store.folder.steps() == [4, 10]
+
+    @pytest.mark.parametrize("stop", [1, 2, 3, 4, 6, 7])
+    def test_a_stop_saves_first_and_the_resumed_run_evaluates(self, tmp_path: Path, alone: World, stop: int) -> None:
+        """Together they do what one run does: as many evaluations, the same best and the same checkpoints kept."""
+        values = [0.05, 0.1, 0.3, 0.2, 0.25]
+        whole, wholly = self.run(tmp_path / "whole", alone, values)
+        done = sum(step < stop for step in (0, 2, 4, 6, 7))
+        first, before = self.run(tmp_path / "part", alone, values[:done], stop=stop)
+        assert first.saved[-1] == stop and stop not in [step for step, _, _ in before.records]
+        second, after = self.run(tmp_path / "part", alone, values[done:], step=stop)
+        assert before.records + after.records == wholly.records
+        assert stop not in second.saved, "what it loaded is saved already"
+        assert second.folder.best() == whole.folder.best() and second.folder.steps() == whole.folder.steps()
 
     def test_only_the_main_rank_writes(self, tmp_path: Path, alone: World) -> None:
         store, _ = self.run(tmp_path, replace(alone, rank=1), [0.05, 0.1, 0.3, 0.2, 0.25])

@@ -14,10 +14,12 @@ RESULT = StepResult(0.5, examples=1, tokens=1, wait=0.0, seconds=1.0)
 STARTS = {0: 0, 3: 1, 5: 2}
 
 
-def run(first: int, last: int, evaluate: Any) -> list[tuple[int, str, dict[str, float]]]:
+def run(
+    first: int, last: int, evaluate: Any, *, stopped: bool = False, owing: bool = False
+) -> list[tuple[int, str, dict[str, float]]]:
     writer = Writer()
     callback = NextWindow(STARTS.get, evaluate, writer, shown=["auc"])  # type: ignore[arg-type]
-    trainer: Any = SimpleNamespace(step=first, steps=last)
+    trainer: Any = SimpleNamespace(step=first, steps=last, stopped=stopped, owing=owing)
     callback.on_start(trainer)
     while trainer.step < last:
         trainer.step += 1
@@ -37,6 +39,11 @@ def test_before_the_first_batch_of_each() -> None:
 def test_once_where_a_run_ends_and_another_goes_on() -> None:
     assert [step for step, _, _ in run(1, 3, lambda window: {"auc": 0.5})] == [3]
     assert [step for step, _, _ in run(3, 7, lambda window: {"auc": 0.5})] == [5]
+
+
+def test_a_stop_leaves_it_to_the_resumed_run() -> None:
+    assert run(2, 3, lambda window: {"auc": 0.5}, stopped=True) == []
+    assert [step for step, _, _ in run(3, 5, lambda window: {"auc": 0.5}, owing=True)] == [3, 5]
 
 
 def test_a_window_of_one_class_does_not_end_training(monkeypatch: pytest.MonkeyPatch) -> None:
