@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gr import watchdog
-from gr.errors import ConfigError, JoinError
+from gr.errors import ConfigError, TransientError
 from gr.logging import get_logger, log_once
 
 TIMEOUT_SECONDS = 600.0  # of collectives, where no configuration sets it
@@ -158,8 +158,8 @@ def world(
     """Joins the process group that torchrun describes in the environment, or makes one of a single process.
 
     timeout: seconds after which a collective fails. logs: where NCCL writes its flight record when one does. Raises
-    ConfigError: more ranks than this host has CPUs or GPUs, an environment that is incomplete; JoinError: no way to the
-    others.
+    ConfigError: more ranks than this host has CPUs or GPUs, an environment that is incomplete; TransientError: no
+    way to the others.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -184,7 +184,8 @@ def world(
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise JoinError(f"rank {rank} on {socket.gethostname()} cannot join: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise TransientError(f"rank {rank} on {socket.gethostname()} cannot join: {reason}") from error
     watchdog.add_detail(_collectives)
     try:
         yield World(rank, size, local_rank, local_size, chosen, _host_group(timeout))
@@ -222,8 +223,8 @@ def check_room(device: str, local_size: int) -> None:
 
 
 def _check_rendezvous(rank: int) -> None:
-    """Raises ConfigError where the address that the ranks meet at is missing, JoinError where it does not answer for
-    CONNECT_SECONDS.
+    """Raises ConfigError where the address that the ranks meet at is missing, TransientError where it does not answer
+    for CONNECT_SECONDS.
 
     Without torchrun rank 0 listens there, and may come later than the others.
     """
@@ -242,7 +243,7 @@ def _check_rendezvous(rank: int) -> None:
             return
         except (OSError, ValueError, OverflowError) as error:
             if time.monotonic() > deadline:
-                raise JoinError(
+                raise TransientError(
                     f"{socket.gethostname()} cannot reach rank 0 at {address}:{port}: {error}; check that name and "
                     "that port from here, or set torchrun's --rdzv-endpoint to an address that every host reaches"
                 ) from None

@@ -9,8 +9,8 @@ class ConfigError(GRError):
     """The experiment's configuration is wrong."""
 
 
-class JoinError(GRError):
-    """The other ranks of a run cannot be reached, which another try may cure."""
+class TransientError(GRError):
+    """What another try of the same command may cure: the other ranks cannot be reached, run_dir is in use."""
 
 
 class DataError(GRError):

@@ -3,7 +3,7 @@
 exit code   meaning
 0           done
 1           done, and the answer is no: `doctor` found a fault, `config diff` a difference; a bug, with a traceback;
-            a rank of `train` that does not reach the others
+            what may pass: a rank of `train` that does not reach the others, a run_dir in use
 2           the command, configuration, data or installation is wrong: `error: ...` says what and the remedy
 3           `plan`: the model does not fit the machine
 130         interrupted by Ctrl-C
@@ -17,7 +17,7 @@ import click
 
 from gr import __version__
 from gr.cli.lazy import LazyGroup
-from gr.errors import GRError, JoinError
+from gr.errors import GRError, TransientError
 
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except GRError as error:
         click.echo(f"error: {error}", err=True)
-        return 1 if isinstance(error, JoinError) else 2
+        return 1 if isinstance(error, TransientError) else 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return 130

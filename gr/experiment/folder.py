@@ -16,7 +16,7 @@ from gr.checkpoint.layout import CONFIG
 from gr.config import dump_config
 from gr.config.tree import RunConfig
 from gr.dist import World
-from gr.errors import ConfigError, GRError, TrainingError
+from gr.errors import ConfigError, GRError, TrainingError, TransientError
 from gr.files import DISK_FULL, may_pass, write_text
 from gr.logging import get_logger, log_once
 from gr.status import STATUS, RunError, RunStatus, StatusFile, read_status
@@ -63,22 +63,24 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
 
 
 def _enter(stack: ExitStack, config: RunConfig, world: World) -> None:
-    """Locks run_dir on the main rank for as long as `stack` lasts. Raises ConfigError on every rank."""
-    refusal, run_dir = "", Path(config.run_dir)
+    """Locks run_dir on the main rank for as long as `stack` lasts. Every rank raises ConfigError, or TransientError where
+    it is in use.
+    """
+    refusal, passes, run_dir = "", False, Path(config.run_dir)
     if world.is_main:
         try:
             stack.enter_context(_locked(run_dir, ATTEMPT_BEFORE_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0))
             _start(config, world)
         except GRError as error:
-            refusal = str(error)
+            refusal, passes = str(error), isinstance(error, TransientError)
         except OSError as error:
             if may_pass(error):
                 raise
             refusal = f"run_dir={run_dir} cannot be written: {error.strerror}; set another one"
     # Also a barrier: no rank may fail before its status is there to say so.
-    refusal = world.from_main(refusal)
+    refusal, passing = world.from_main(refusal), world.from_main("yes" if passes else "")
     if refusal:
-        raise ConfigError(refusal)
+        raise (TransientError if passing else ConfigError)(refusal)
 
 
 def _failure_of(error: BaseException, run_dir: Path, world: World) -> GRError | None:
@@ -186,7 +188,7 @@ def _locked(run_dir: Path, patience: float) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
-                    raise ConfigError(
+                    raise TransientError(
                         f"run_dir={run_dir} is in use by another run: stop it, or set another one"
                     ) from error
                 log_once(log, f"run_dir={run_dir} is in use: waiting {patience:g} s for that run to leave")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import gr.dist
 from gr.dist import World, check_room, cpu_threads, gpus_out_of_reach, resolve_device, use_cpu_well, world
-from gr.errors import ConfigError, GRError, JoinError
+from gr.errors import ConfigError, GRError, TransientError
 from tests.support.ranks import run_ranks
 
 # What rank 0 and rank 1 hold, each time.
@@ -100,14 +100,14 @@ class TestJoining:
     @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
     def test_no_way_to_rank_0(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
         where = {"MASTER_ADDR": address, "MASTER_PORT": "1"}
-        said = self.joined(monkeypatch, JoinError, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
+        said = self.joined(monkeypatch, TransientError, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
         assert f"cannot reach rank 0 at {address}:1: " in said and "--rdzv-endpoint" in said
 
     def test_a_port_that_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            said = self.joined(monkeypatch, JoinError, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
+            said = self.joined(monkeypatch, TransientError, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
         assert said.startswith("rank 0 on ") and "cannot join: " in said and port in said
 
 

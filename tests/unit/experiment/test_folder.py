@@ -14,7 +14,7 @@ import gr
 from gr.config import load_config
 from gr.config.tree import ExperimentConfig
 from gr.dist import World
-from gr.errors import CheckpointError, ConfigError, DataError, GRError, TrainingError
+from gr.errors import CheckpointError, ConfigError, DataError, GRError, TrainingError, TransientError
 from gr.experiment.folder import run_folder, write_config
 from gr.status import RunError, RunStatus, StatusFile, read_status
 from gr.train.stop import Interrupted
@@ -92,7 +92,7 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(
     StatusFile(run_dir).start(first)
     with (run_dir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="is in use by another run"), run_folder(config, alone):
+        with pytest.raises(TransientError, match="is in use by another run"), run_folder(config, alone):
             pass
     assert read_status(run_dir) == first
 
