@@ -63,8 +63,9 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
 
 
 def _enter(stack: ExitStack, config: RunConfig, world: World) -> None:
-    """Locks run_dir on the main rank for as long as `stack` lasts. Every rank raises ConfigError, or TransientError where
-    it is in use.
+    """Locks run_dir on the main rank for as long as `stack` lasts.
+
+    Raises ConfigError on every rank where it cannot be written, TransientError where it is in use.
     """
     refusal, passes, run_dir = "", False, Path(config.run_dir)
     if world.is_main:
