@@ -20,6 +20,7 @@ import gr
 from gr.config.tree import RunConfig
 from gr.dist import World, gpus_out_of_reach, resolve_device
 from gr.errors import GRError
+from gr.ops.backend import backend_for, force_backend
 from gr.planner.links import Links, measure_links, slow_hosts
 from gr.planner.run import run_topology
 
@@ -41,8 +42,8 @@ def preflight(config: RunConfig | None, here: World, pairing: str) -> Iterator[F
     """The findings, as they are made; the same on every rank. Stops after the first check that finds a fault.
 
     here: a world of CPU ranks, so that a host whose GPUs are at fault can say so. config: of the run to come; without
-    one the run folder is not checked, and links are compared with the default topology. pairing: why the packages of
-    this process do not fit together, empty where they do.
+    one operators and run folder are not checked, and links are compared with the default topology. pairing: why the
+    packages of this process do not fit together, empty where they do.
     """
     hosts = here.gather_text(socket.gethostname())
     yield Finding("rendezvous", f"{here.size} ranks on {len(set(hosts))} host(s): {', '.join(dict.fromkeys(hosts))}")
@@ -53,6 +54,7 @@ def preflight(config: RunConfig | None, here: World, pairing: str) -> Iterator[F
         lambda: clocks(here, hosts),
     ]
     if config is not None:
+        checks.insert(2, lambda: operators(here, hosts, config))
         checks.append(lambda: run_folder_is_shared(here, hosts, Path(config.run_dir)))
     if here.size > 1:
         checks.append(lambda: links(here, hosts, config))
@@ -103,6 +105,21 @@ def devices(here: World, hosts: Sequence[str], wanted: str) -> Finding:
             )
     summary = f"{everyone[0][0]}, {here.local_size} rank(s) a host" if on_gpu else "CPU, as on all hosts"
     return Finding("devices", summary, tuple(faults.values()))
+
+
+def operators(here: World, hosts: Sequence[str], config: RunConfig) -> Finding:
+    """Every rank can run the operators that are asked for: Triton starts, C++ is built (20 seconds, once a machine)."""
+    found, fault = "", ""
+    try:
+        with force_backend(config.trainer.operators):
+            found = backend_for(resolve_device(config.device, here.local_rank))
+    except GRError as error:
+        fault = str(error)
+    everyone = [json.loads(text) for text in here.gather_text(json.dumps([found, fault]))]
+    faults = dict.fromkeys(f"{host}: {text}" for host, (_, text) in zip(hosts, everyone, strict=True) if text)
+    odd = {host: kind for host, kind, _ in _odd_ones(hosts, [each[0] for each in everyone])}
+    usual = next((kind for host, (kind, _) in zip(hosts, everyone, strict=True) if host not in odd), "")
+    return Finding("operators", ", ".join([usual, *(f"{kind} on {host}" for host, kind in odd.items())]), tuple(faults))
 
 
 def clocks(here: World, hosts: Sequence[str], now: Callable[[], float] = time.time) -> Finding:

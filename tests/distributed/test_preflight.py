@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from gr.config.tree import PlannerConfig
 from gr.dist import World
+from gr.errors import InstallError
 from gr.experiment import preflight as checks
 from gr.experiment.preflight import Finding, preflight
 from gr.planner.links import Links, slow_hosts
@@ -34,7 +36,7 @@ def whole(world: World, run_dir: Path) -> list[Finding]:
 def test_a_sound_cluster(tmp_path: Path) -> None:
     for found in run_ranks(whole, 3, tmp_path / "run"):
         assert [(finding.check, finding.faults) for finding in found] == [
-            (check, ()) for check in ("rendezvous", "versions", "devices", "clocks", "run folder", "links")
+            (check, ()) for check in ("rendezvous", "versions", "devices", "operators", "clocks", "run folder", "links")
         ]
         assert found[0].summary == "3 ranks on 3 host(s): h1, h2, h3"
         assert "cpu assumes 0.24" in found[-1].summary
@@ -68,6 +70,20 @@ def test_a_host_without_its_gpu() -> None:
     for missed, unused in run_ranks(no_gpu_on_the_second, 3):
         assert len(missed) == 1 and missed[0].startswith("h2: torch sees 0 GPU(s) for 1 rank(s): look at nvidia-smi")
         assert unused == ()
+
+
+def other_operators(world: World, run_dir: Path) -> list[Finding]:
+    config, found = tiny_config(run_dir / "data", run_dir), []
+    for odd in (InstallError("triton does not start"), "torch"):
+        checks.backend_for = Mock(side_effect=[odd if world.rank == 1 else "native"])
+        found.append(checks.operators(world, HOSTS, config))
+    return found
+
+
+def test_operators_that_do_not_run_on_one_host(tmp_path: Path) -> None:
+    for refused, slower in run_ranks(other_operators, 3, tmp_path):
+        assert refused.faults == ("h2: triton does not start",)
+        assert (slower.faults, slower.summary) == ((), "native, torch on h2")
 
 
 def cpu_build_on_gpu_hosts(world: World) -> list[tuple[str, ...]]:
@@ -145,7 +161,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
         [*command, f"run_dir={tmp_path}/run"], capture_output=True, text=True, cwd=root, env=environment
     )
     assert good.returncode == 0, good.stderr
-    assert [line.split()[0] for line in good.stdout.splitlines()] == ["ok"] * 6
+    assert [line.split()[0] for line in good.stdout.splitlines()] == ["ok"] * 7
     (tmp_path / "file").write_text("")
     bad = subprocess.run(
         [*command, f"run_dir={tmp_path}/file/run"], capture_output=True, text=True, cwd=root, env=environment
