@@ -175,9 +175,9 @@ def world(
         torch.cuda.set_device(chosen)
         _record_flights(logs)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    store = None if size > 1 else dist.HashStore()
     if size > 1:
         _check_rendezvous(rank)
+    store = _store(rank, size, local_size, timeout)
     # TorchRec reads the local world size from the environment and assumes 8 where it is missing.
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(local_size))
     watchdog.enter("joining the other ranks")
@@ -191,6 +191,23 @@ def world(
         yield World(rank, size, local_rank, local_size, chosen, _host_group(timeout))
     finally:
         dist.destroy_process_group()
+
+
+def _store(rank: int, size: int, local_size: int, timeout: float) -> dist.Store | None:
+    """Where the ranks find each other's addresses; None: as torch has it.
+
+    torch 2.13's torchrun keeps one store for all attempts of its ranks, where the quicker ones of an attempt find the
+    addresses of dead ones. Each attempt gets its own keys. Over several hosts the attempts' numbers may differ, and
+    launch.node switches the sharing off.
+    """
+    if size == 1:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or local_size < size:
+        return None
+    shared = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout)
+    )
+    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", shared)
 
 
 def _host_group(timeout: float) -> dist.ProcessGroup | None:

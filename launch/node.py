@@ -103,12 +103,15 @@ def cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return own if quota == "max" else max(1, min(own, math.ceil(int(quota) / int(period))))
 
 
-def environment(group: Group, nproc: int) -> dict[str, str]:
+def environment(nproc: int) -> dict[str, str]:
     """What the ranks get beyond the user's own environment, which wins. The one place for it."""
-    ours = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cpus() // nproc))}
-    if group.elastic:
-        # torch 2.13: with a shared store a node that comes back waits for an address nobody publishes, and all die.
-        ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    ours = {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(max(1, cpus() // nproc)),
+        # torch 2.13: ranks that torchrun starts again would find the addresses of dead ones in a store that it shares
+        # with them, and a node that comes back would wait for an address that nobody publishes.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     return {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
@@ -140,6 +143,8 @@ class Node:
         logs, attempt = node_logs(run_dir), Attempt(run_dir)
         code = self._start(["train", *arguments], attempt, logs)
         outcome = attempt.outcome(settle=code != FAILED and not self.stop.asked)
+        if outcome == STOPPED and code != DONE and not self.stop.asked:
+            outcome = CRASHED  # a rank crashed, and torchrun stopped the others
         if outcome in (FAILED, STOPPED):
             self._say(attempt.sentence())
         if outcome != CRASHED:
@@ -221,7 +226,7 @@ class Node:
 
         It gets a session of its own, so that Ctrl-C in a terminal reaches each rank once, through torchrun, not twice.
         """
-        ours = {**os.environ, **environment(self.group, self.ranks)}
+        ours = {**os.environ, **environment(self.ranks)}
         child = subprocess.Popen(command, env=ours, start_new_session=True, preexec_fn=_deaf_to_termination)
         told, look = False, time.monotonic() + STATUS_SECONDS
         while True:
@@ -238,7 +243,7 @@ class Node:
                     child.send_signal(signal.SIGUSR1)
 
     def _described(self) -> str:
-        place, ours = self.group.rendezvous or "local", environment(self.group, self.ranks)
+        place, ours = self.group.rendezvous or "local", environment(self.ranks)
         said = {"nodes": self.options.nnodes, "ranks_here": self.ranks, "rendezvous": place, "id": self.group.job_id}
         theirs = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SHOWN)}
         return " ".join(f"{name}={value}" for name, value in (said | theirs | ours).items())

@@ -54,11 +54,14 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
         except BaseException as error:
             # Whatever the interruption became on its way: torch wraps what ends a load, and tells all ranks.
             if asked or isinstance(error, Interrupted):
-                _record_stop(run_dir)
-                return
+                first = _first(error)
+                if not isinstance(first, Exception):
+                    _record_stop(run_dir)
+                    return
+                error = first  # this rank had crashed already, and torchrun sent the signal for that
             failure = _failure_of(error, run_dir, world)
             if failure is None or failure is error:
-                raise
+                raise error
             raise failure from error
 
 
@@ -82,6 +85,13 @@ def _enter(stack: ExitStack, config: RunConfig, world: World) -> None:
     refusal, passing = world.from_main(refusal), world.from_main("yes" if passes else "")
     if refusal:
         raise (TransientError if passing else ConfigError)(refusal)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What came before all else that went wrong."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _failure_of(error: BaseException, run_dir: Path, world: World) -> GRError | None:

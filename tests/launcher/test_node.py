@@ -108,8 +108,10 @@ def test_the_first_node_waits_for_nobody():
 
 def test_a_node_that_waits_can_be_stopped():
     code = """
+import signal
 from launch.rendezvous import await_rendezvous
 from launch.stop import Stop
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 with Stop() as stop:
     print("ready", flush=True)
     await_rendezvous("192.0.2.1:29500", 300, stop)
@@ -147,13 +149,10 @@ def test_ipv6_alone_is_enough():
         rendezvous.await_rendezvous(f"[::1]:{port}", 0, Stop())
 
 
-def test_an_elastic_job_does_not_share_its_store(monkeypatch):
-    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
-    elastic, fixed = rendezvous.parse_group("2:3", "n1", "7"), rendezvous.parse_group("3", "n1", "7")
-    assert node.environment(elastic, 1)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in node.environment(fixed, 1)
+def test_the_users_own_environment_wins(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert node.environment(fixed, 1)["OMP_NUM_THREADS"] == "3", "the user's own wins"
+    ours = node.environment(1)
+    assert (ours["OMP_NUM_THREADS"], ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]) == ("3", "1")
 
 
 def test_gpus_count_where_there_are_some(monkeypatch):
@@ -211,13 +210,15 @@ OPTIONS = {
 }
 
 
-def attempted(run_dir, code, saves=None, **options) -> int:
+def attempted(run_dir, code, saves=None, state=None, **options) -> int:
     """The outcome of an attempt whose torchrun ends with `code`, after a checkpoint named `saves`."""
 
     class Agent(node.Node):
         def _run_agent(self, command, attempt):
             if saves:
                 (run_dir / "checkpoints" / saves).mkdir(parents=True)
+            if state:
+                (run_dir / "status.json").write_text(json.dumps({"state": state, "at": time.monotonic()}))
             return code
 
     group = rendezvous.Group(1, 1, None, "7-0")
@@ -234,6 +235,11 @@ def test_a_job_that_crashes_again_and_again_without_progress_is_given_up(tmp_pat
     assert given_up.value.exit_code == FAILED
     assert attempted(tmp_path, 1, job_id="8") == CRASHED, "another job begins anew"
     assert attempted(tmp_path, 2) == FAILED
+
+
+def test_ranks_that_torchrun_stopped_after_a_crash_are_no_stop(tmp_path):
+    assert attempted(tmp_path, 0, state="stopped") == STOPPED, "a rank of another node was asked to"
+    assert attempted(tmp_path, 1, state="stopped") == CRASHED
 
 
 def test_the_agent_hears_one_signal_of_many_and_passes_it_on():

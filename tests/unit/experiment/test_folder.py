@@ -97,6 +97,17 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(
     assert read_status(run_dir) == first
 
 
+def test_a_crash_stays_one_though_torchrun_stops_what_is_left(
+    config: ExperimentConfig, run_dir: Path, alone: World
+) -> None:
+    with pytest.raises(RuntimeError, match="connection closed by peer"), run_folder(config, alone):
+        try:
+            raise RuntimeError("connection closed by peer")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert read_status(run_dir).state == "running"
+
+
 @pytest.mark.parametrize("error", [None, CheckpointError("wrapped"), RuntimeError("connection closed by peer")])
 def test_a_stop_outside_the_steps(
     config: ExperimentConfig, run_dir: Path, alone: World, error: Exception | None
