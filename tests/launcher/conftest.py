@@ -11,6 +11,7 @@ from tests.launcher.slurm import PROGRAMS, Slurm
 from tests.support import ROOT
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker at a time has a cluster: there are few cores."""
     for item in items:
