@@ -9,7 +9,7 @@ from tests.launcher import job
 from tests.launcher.hosts import Hosts, need_root
 
 pytestmark = pytest.mark.slow
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 540
 STEPS = 600
 LOSS_TOLERANCE = 1e-4  # summation order, as in gr smoke
 
