@@ -55,10 +55,12 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
             # Whatever the interruption became on its way: torch wraps what ends a load, and tells all ranks.
             if asked or isinstance(error, Interrupted):
                 first = _first(error)
-                if not isinstance(first, Exception):
+                # An ordinary error before the signal: its peer has stopped and left, or else this rank had crashed
+                # already, and torchrun sent the signal for that.
+                if not isinstance(first, Exception) or read_status(run_dir).state == "stopped":
                     _record_stop(run_dir)
                     return
-                error = first  # this rank had crashed already, and torchrun sent the signal for that
+                error = first
             failure = _failure_of(error, run_dir, world)
             if failure is None or failure is error:
                 raise error
