@@ -235,11 +235,12 @@ class Node:
             except subprocess.TimeoutExpired:
                 if self.stop.at_once:
                     os.killpg(child.pid, signal.SIGKILL)
-                for_good = False
-                if attempt is not None and not self.stop.asked and time.monotonic() > look:
-                    for_good, look = attempt.outcome() == FAILED, time.monotonic() + STATUS_SECONDS
-                if not told and (self.stop.asked or for_good):
-                    told = True
+                if told:
+                    continue
+                told = self.stop.asked
+                if not told and attempt is not None and time.monotonic() > look:
+                    told, look = attempt.outcome() == FAILED, time.monotonic() + STATUS_SECONDS
+                if told:
                     child.send_signal(signal.SIGUSR1)
 
     def _described(self) -> str:
