@@ -235,12 +235,11 @@ class Node:
             except subprocess.TimeoutExpired:
                 if self.stop.at_once:
                     os.killpg(child.pid, signal.SIGKILL)
-                if told:
-                    continue
-                told = self.stop.asked
-                if not told and attempt is not None and time.monotonic() > look:
-                    told, look = attempt.outcome() == FAILED, time.monotonic() + STATUS_SECONDS
-                if told:
+                for_good = False
+                if attempt is not None and not self.stop.asked and time.monotonic() > look:
+                    for_good, look = attempt.outcome() == FAILED, time.monotonic() + STATUS_SECONDS
+                if not told and (self.stop.asked or for_good):
+                    told = True
                     child.send_signal(signal.SIGUSR1)
 
     def _described(self) -> str:

@@ -42,7 +42,7 @@ class Attempt:
 
     def sentence(self) -> str:
         """The end of the run in words, with the error where there was one."""
-        status = json.loads(self._read() or "{}")
+        status = self._parsed()
         error = status.get("error")
         why = f": rank {error['rank']} on {error['host']}: {error['message']}" if error else ""
         return f"the run {status.get('state')} at step {status.get('step')} of {status.get('steps')}{why}"
@@ -56,8 +56,11 @@ class Attempt:
         return earlier + 1
 
     def _outcome(self) -> int:
+        return CRASHED if self._read() == self._before else _OUTCOMES.get(self._parsed().get("state", ""), CRASHED)
+
+    def _parsed(self) -> dict:
         text = self._read()
-        return CRASHED if text in ("", self._before) else _OUTCOMES.get(json.loads(text).get("state", ""), CRASHED)
+        return json.loads(text) if text else {}
 
     def _read(self) -> str:
         try:
