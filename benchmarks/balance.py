@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.balance CONFIG [key=value ...]
 
-First, without training: the work of the busiest rank over the mean, as loaders deal and as gr.train.balance does, for
+First, without training: the work of the busiest rank over the mean, as loaders deal and as gr.parallel.load_balance does, for
 batches of the data's lengths. Then training steps of these ranks, each batch both ways in turns: CPU seconds of the
 busier rank, which are what the others wait for.
 """
@@ -16,11 +16,11 @@ from torch import distributed
 
 from benchmarks.retrieval import do_step, first_batches, training
 from gr.config import load_config
-from gr.config.tree import ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
 from gr.dist import World, use_cpu_well, world
-from gr.planner.dense import sequence_flops
-from gr.train.balance import Balance, deal
+from gr.parallel.load_balance import LoadBalancer, deal
+from gr.planner.estimate_dense import sequence_flops
 from gr.train.module import TrainModule
 
 RANKS, EXAMPLES, DRAWS = (2, 8, 64, 512), (4, 16, 64), 100
@@ -29,22 +29,22 @@ STEPS, WARMUPS = 24, 2
 
 def main() -> None:
     config = load_config(sys.argv[1], sys.argv[2:])
-    assert isinstance(config, ExperimentConfig), "a retrieval configuration"
+    assert isinstance(config, RetrievalConfig), "a retrieval configuration"
     with world("cpu") as here:
         use_cpu_well(here)
         built, module = training(config, here)
-        balance = Balance(lambda lengths_N: sequence_flops(built.inventory, lengths_N), here)
+        balance = LoadBalancer(lambda lengths_N: sequence_flops(built.inventory, lengths_N), here)
         if here.is_main:
             simulate(training_lengths(built.train_data, config), balance)
         measure(module, balance, config, here)
 
 
-def training_lengths(data: Dataset, config: ExperimentConfig) -> np.ndarray:
+def training_lengths(data: Dataset, config: RetrievalConfig) -> np.ndarray:
     groups = (data.read_row_group(group, ["item_ids"]).lengths_B for group in range(len(data.row_groups)))
     return np.clip(np.concatenate(list(groups)) - config.data.train_holdout - 1, 0, config.data.max_length)
 
 
-def simulate(lengths_N: np.ndarray, balance: Balance) -> None:
+def simulate(lengths_N: np.ndarray, balance: LoadBalancer) -> None:
     random = np.random.default_rng(1)
     quantiles = ", ".join(f"{np.quantile(lengths_N, q):.0f}" for q in (0.1, 0.5, 0.9, 1.0))
     print(f"{len(lengths_N)} histories; lengths at 10, 50, 90, 100 %: {quantiles}")
@@ -65,7 +65,7 @@ def simulate(lengths_N: np.ndarray, balance: Balance) -> None:
             print(f"| {ranks} | {examples} | " + " | ".join(f"{ratio:.2f}" for ratio in np.mean(found, axis=0)) + " |")
 
 
-def measure(module: TrainModule, balance: Balance, config: ExperimentConfig, here: World) -> None:
+def measure(module: TrainModule, balance: LoadBalancer, config: RetrievalConfig, here: World) -> None:
     batches = first_batches(config, here, STEPS)
     cpu: dict[bool, list[float]] = {False: [], True: []}
     wall: dict[bool, list[float]] = {False: [], True: []}

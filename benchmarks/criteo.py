@@ -22,10 +22,10 @@ import torch
 from benchmarks.compare import print_machine
 from benchmarks.tabular_baselines import PARTS, TEST_PARTS, Rows, concatenate, measure, read_orc
 from gr.config import load_config
-from gr.data.prepare.criteo import CriteoOptions, prepare_criteo
 from gr.dist import World, world
 from gr.errors import DataError
 from gr.experiment import train
+from gr.prepare.criteo import CriteoOptions, prepare_criteo
 
 CONFIG = "configs/dlrm/criteo-debug.yaml"
 THRESHOLD = 2  # as the configuration's first lines have it

@@ -19,19 +19,19 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from gr.experiment.ranking import meta_model
+from gr.experiment.run import sharded_model
+from gr.train.objectives import ClickObjective
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from benchmarks.compare import compare, print_machine, report
 from gr.batch import TabularBatch
-from gr.config.ranking import RankingConfig
+from gr.config.click import ClickConfig
 from gr.dist import World, world
-from gr.experiment.ranking import meta_model
-from gr.experiment.run import sharded_model
-from gr.planner.inventory import ranking_inventory
+from gr.planner.inventory import click_inventory
 from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
 from gr.train.module import TrainModule
-from gr.train.objectives import RankingObjective
 
 TABLES, DENSE, DIM = 26, 13, 64
 BOTTOM, TOP = (512, 256, DIM), (512, 256, 1)
@@ -95,7 +95,7 @@ class Ours:
 
 def ours(kind: str, rows: int, batch: int, here: World) -> Ours:
     """gr's model, planned and sharded as `gr train` does. kind: the tables' optimizer."""
-    config = RankingConfig.model_validate(
+    config = ClickConfig.model_validate(
         {
             "run_dir": "unused",
             "device": "cpu",
@@ -119,11 +119,11 @@ def ours(kind: str, rows: int, batch: int, here: World) -> Ours:
         files=[SourceRows(name="generated", rows=batch, minimum=0)],
         source="benchmarks",
     )
-    sharded, plan = sharded_model(meta_model(config, schema), ranking_inventory(config, schema), config, here, None)
+    sharded, plan = sharded_model(meta_model(config, schema), click_inventory(config, schema), config, here, None)
     assert plan is not None, "gr's planner is the default"
     kinds = sorted({f"{placement.sharding_type} ({placement.kernel})" for placement in plan.placements})
     print(f"gr's plan for {kind}: {', '.join(kinds)}")
-    module = TrainModule(sharded, RankingObjective(config.task.loss), config, here)
+    module = TrainModule(sharded, ClickObjective(config.task.loss), config, here)
 
     def update() -> None:
         module.dense_optimizer.step()

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.retrieval import do_step, first_batches, training
 from gr.config import load_config
-from gr.config.tree import ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
 from gr.dist import use_cpu_well, world
 
 ROUNDS, STEPS, WARMUPS, BATCHES = 4, 24, 4, 8
@@ -42,7 +42,7 @@ def main() -> None:
 def steps(way: str, arguments: list[str]) -> tuple[float, float]:
     """CPU seconds of the median step, and MiB."""
     config = load_config(arguments[0], arguments[1:])
-    assert isinstance(config, ExperimentConfig), "a retrieval configuration"
+    assert isinstance(config, RetrievalConfig), "a retrieval configuration"
     with world("cpu") as here:
         if way == "kept":
             use_cpu_well(here)

@@ -30,14 +30,14 @@ from benchmarks.case import Options
 from benchmarks.compare import compare
 from benchmarks.machine import describe, peaks
 from gr.config.inventory import HSTUDense, InventoryConfig, TableConfig
-from gr.config.stu import STUConfig
+from gr.config.towers import STUConfig
 from gr.errors import InstallError
 from gr.ops import fbgemm
 from gr.ops.backend import Forced, force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import triton as kernels
 from gr.ops.hstu_attention.triton import Tiles
-from gr.planner.dense import dense_work
+from gr.planner.estimate_dense import dense_work
 from gr.sequence import JaggedSequence
 from gr.towers.stu import STU
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from benchmarks.attention import lognormal_lengths
 from benchmarks.case import Case, Options, on_backend, own_backend
 from benchmarks.naive import NaiveLayer
-from gr.config.stu import STUConfig
-from gr.config.tree import HSTUConfig, ModelConfig
+from gr.config.retrieval import RetrievalModelConfig
+from gr.config.towers import HSTUConfig, STUConfig
 from gr.ops.jagged import jagged_to_padded
 from gr.sequence import JaggedSequence
 from gr.towers import build_tower
@@ -43,7 +43,7 @@ def _step(module: torch.nn.Module, inputs: Tensor, forward: Callable[[], Tensor]
 
 def _ours(tower: HSTUConfig | STUConfig, device: str, dtype: torch.dtype) -> Callable[[], object]:
     sequence = _sequence(device)
-    module = build_tower(ModelConfig(dim=_WIDTH, tower=tower), _LONGEST).to(device)
+    module = build_tower(RetrievalModelConfig(dim=_WIDTH, tower=tower), _LONGEST).to(device)
 
     def forward() -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):

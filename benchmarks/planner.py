@@ -133,9 +133,9 @@ def _on_torchrec_costs(arguments: argparse.Namespace) -> Record:
 
 def _own(arguments: argparse.Namespace) -> Record:
     """From a Parquet list of tables to an evaluated plan on H100s, under gr's own costs."""
-    from gr.planner.evaluate import MEMORY, evaluate
+    from gr.planner.estimate import MEMORY, evaluate
     from gr.planner.inventory import load_inventory
-    from gr.planner.search import search
+    from gr.planner.plan import search
     from gr.planner.topology import parse_topology
 
     case = CASES[arguments.case[0]]

@@ -20,18 +20,18 @@ from os import environ
 from pathlib import Path
 
 import torch
+from gr.experiment.retrieval import Built
 from torch import Tensor
 
 from benchmarks.compare import print_machine
 from benchmarks.retrieval import do_step, first_batches, training
-from gr.batch import SequenceBatch
+from gr.batch import RetrievalBatch
 from gr.config import load_config
-from gr.config.tree import ExperimentConfig
-from gr.data.synthetic import StreamOptions, write_stream
+from gr.config.retrieval import RetrievalConfig
 from gr.dist import World, world
-from gr.experiment.retrieval import Built
-from gr.planner.evaluate import MEMORY, evaluate
-from gr.planner.inventory import experiment_inventory
+from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.inventory import retrieval_inventory
+from gr.prepare.synthetic import StreamOptions, write_stream
 from gr.train.module import TrainModule
 
 SMOKE = "configs/retrieval/smoke.yaml"
@@ -81,7 +81,7 @@ def _launch(arguments: list[str]) -> None:
         subprocess.run([*torchrun, "-m", "benchmarks.predicted", *arguments], check=True)
 
 
-def _compare(config: ExperimentConfig, here: World) -> tuple[dict[str, float], dict[str, float]]:
+def _compare(config: RetrievalConfig, here: World) -> tuple[dict[str, float], dict[str, float]]:
     """Predicted and measured bytes of this rank by the names in COMPARED."""
     built, module = training(config, here)
     (batch,) = first_batches(config, here, 1)
@@ -100,11 +100,11 @@ def _compare(config: ExperimentConfig, here: World) -> tuple[dict[str, float], d
     return _predicted(built, batch, here), {name: float(measured[name]) for name in COMPARED}
 
 
-def _predicted(built: Built, batch: SequenceBatch, here: World) -> dict[str, float]:
+def _predicted(built: Built, batch: RetrievalBatch, here: World) -> dict[str, float]:
     if built.plan is None:
         raise SystemExit("planner.name=torchrec: its planner predicts no memory")
     tokens, examples = len(batch.target_ids_T), batch.features.stride()
-    inventory = experiment_inventory(
+    inventory = retrieval_inventory(
         built.config, built.train_data.schema.item_cardinality, mean_length=max(1.0, tokens / examples)
     )
     memory_MR = evaluate(replace(built.plan, inventory=inventory)).memory_MR
@@ -112,7 +112,7 @@ def _predicted(built: Built, batch: SequenceBatch, here: World) -> dict[str, flo
     return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
 
 
-def _kept_for_backward(module: TrainModule, batch: SequenceBatch) -> int:
+def _kept_for_backward(module: TrainModule, batch: RetrievalBatch) -> int:
     """Bytes of the storages that a forward saves, without parameters, tables and the batch itself."""
     owned = [*module.dense.values(), *(shard.weight for shard in module.table_optimizer.shards)]
     apart = {t.untyped_storage().data_ptr() for t in [*owned, batch.features.values(), batch.target_ids_T]}
@@ -130,7 +130,7 @@ def _kept_for_backward(module: TrainModule, batch: SequenceBatch) -> int:
     return sum(saved.values())
 
 
-def _peak(module: TrainModule, batch: SequenceBatch, here: World, held: int) -> int:
+def _peak(module: TrainModule, batch: RetrievalBatch, here: World, held: int) -> int:
     """Most bytes in use during STEPS steps. held: those in use between steps."""
     on_cuda = here.device.type == "cuda"
     if on_cuda:
@@ -154,7 +154,7 @@ def _resident(field: str) -> int:
 
 
 def _print(
-    config: ExperimentConfig, here: World, predicted: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]
+    config: RetrievalConfig, here: World, predicted: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]
 ) -> None:
     print(f"\n{config.run_dir}: {here.size} ranks on {here.device.type}, batch {config.trainer.global_batch_size}, kB")
     print(f"{'rank':>4s}  {'':20s} {'predicted':>12s} {'measured':>12s} {'error':>8s}")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.compare import print_machine
 from benchmarks.prepare import measure
-from gr.data.prepare.kuairand import ACTIONS, USER_FEATURES
+from gr.prepare.kuairand import ACTIONS, USER_FEATURES
 from gr.schema import DenseTransform, SparseColumn, TabularSchema
 
 _USERS, _ITEMS, _CHUNK = 1000, 300_000, 1_000_000

@@ -21,8 +21,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError, Shard, ShardingOption, Topology
 
 from gr.config.inventory import SHARDING_TYPES, InventoryConfig
-from gr.planner.options import Capacity, Options
-from gr.planner.space import COLUMN_TYPES, KERNELS, SCOPES
+from gr.planner.candidates import Capacity, Options
+from gr.planner.enumerate import COLUMN_TYPES, KERNELS, SCOPES
 
 RANKS_PER_HOST = 8
 HBM_BYTES, HOST_BYTES = 80 * 2**30, 128 * 2**30

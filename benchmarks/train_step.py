@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.case import Case, Options, on_backend, own_backend
 from benchmarks.naive import NaiveRetriever
 from benchmarks.retrieval import do_step, first_batches, training
-from gr.batch import SequenceBatch
+from gr.batch import RetrievalBatch
 from gr.config import load_config
-from gr.config.tree import ExperimentConfig, PerPositionNegatives
+from gr.config.retrieval import PerPositionNegatives, RetrievalConfig
 from gr.dist import World, world
 from gr.ops.jagged import jagged_to_padded
 
@@ -64,12 +64,12 @@ def notes(options: Options) -> Iterator[str]:
     yield f"Where the float32 step spends its CPU time: {', '.join(shares)}."
 
 
-def _config(options: Options, precision: str = "fp32") -> ExperimentConfig:
+def _config(options: Options, precision: str = "fp32") -> RetrievalConfig:
     if options.data is None:
         raise SystemExit("train_step needs --data FOLDER, as `gr prepare movielens-1m --out FOLDER` writes it")
     overrides = [f"data.path={options.data}", f"trainer.precision={precision}", f"device={options.device}"]
     config = load_config(CONFIG, overrides)
-    assert isinstance(config, ExperimentConfig)
+    assert isinstance(config, RetrievalConfig)
     return config
 
 
@@ -87,11 +87,11 @@ def _world(device: str) -> World:
 
 
 @functools.cache
-def _batches(options: Options) -> list[SequenceBatch]:
+def _batches(options: Options) -> list[RetrievalBatch]:
     return first_batches(_config(options), _world(options.device), BATCHES)
 
 
-def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
+def _ours(config: RetrievalConfig, options: Options) -> Callable[[], object]:
     _, module = training(config, _world(options.device))
     batches = _batches(options)
     steps = itertools.count()
@@ -103,7 +103,7 @@ def _ours(config: ExperimentConfig, options: Options) -> Callable[[], object]:
     return step
 
 
-def _naive(config: ExperimentConfig, batches: list[SequenceBatch]) -> Callable[[], object]:
+def _naive(config: RetrievalConfig, batches: list[RetrievalBatch]) -> Callable[[], object]:
     negatives = config.task.negatives
     assert isinstance(negatives, PerPositionNegatives)
     items = int(max(batch.target_ids_T.max() for batch in batches)) + 200
@@ -123,7 +123,7 @@ def _naive(config: ExperimentConfig, batches: list[SequenceBatch]) -> Callable[[
     return step
 
 
-def _padded(batch: SequenceBatch, length: int) -> tuple[Tensor, Tensor]:
+def _padded(batch: RetrievalBatch, length: int) -> tuple[Tensor, Tensor]:
     offsets = batch.features.offsets().long()
     ids, targets = batch.features.values()[:, None], batch.target_ids_T[:, None]
     return tuple(jagged_to_padded(x, offsets, length).squeeze(-1) for x in (ids, targets))  # type: ignore[return-value]

@@ -44,7 +44,7 @@ class Packed(NamedTuple):
     """All of a batch as integers, so that examples can be taken out and put together. int64.
 
     lengths_B: tokens of each example. examples_BG: what an example has; tokens_TF: what its tokens have. Float32 values
-    stand as the bits of the float64 that equals them. first_token_B: as in SequenceBatch.
+    stand as the bits of the float64 that equals them. first_token_B: as in RetrievalBatch.
     """
 
     lengths_B: Tensor
@@ -62,7 +62,7 @@ def _as_floats(bits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SequenceBatch(Movable):
+class RetrievalBatch(Movable):
     """Histories and, for every position, the item that came next.
 
     features: KeyedJaggedTensor with the key ITEM_FEATURE and stride B; its values are the T input item ids.
@@ -104,7 +104,7 @@ class SequenceBatch(Movable):
 class EvaluationBatch(Movable):
     """Histories and the one held-out item of each.
 
-    features, timestamps_T: as in SequenceBatch. query_timestamps_T: time of the next event, which for the last token
+    features, timestamps_T: as in RetrievalBatch. query_timestamps_T: time of the next event, which for the last token
     of an example is the time of its target.
     target_ids_B: int64. valid_B: bool, False for rows that only fill up the batch and must not be counted.
     seen_ids, seen_offsets: int64, jagged [B]: the items that may not be recommended to each user.
@@ -120,7 +120,7 @@ class EvaluationBatch(Movable):
 
 
 @dataclass(frozen=True)
-class HistoryBatch(Movable):
+class RankingBatch(Movable):
     """Histories with the actions taken, of which the newest events of each example are to be predicted.
 
     features: KeyedJaggedTensor of stride B; ITEM_FEATURE and each event feature have the T events of the examples,
@@ -128,7 +128,7 @@ class HistoryBatch(Movable):
     actions_T: int64, bit k: action k was taken. labels_TC: float32, what each of C tasks is to predict.
     timestamps_T: int64 seconds, or None. numeric_BK: float32, K contextual numbers. user_B: int64 ids.
     scored_B: int64, how many of an example's newest events are predicted. scored: their sum.
-    first_example: as in SequenceBatch. contextual: how many of the features, the last ones, are contextual.
+    first_example: as in RetrievalBatch. contextual: how many of the features, the last ones, are contextual.
     """
 
     features: KeyedJaggedTensor

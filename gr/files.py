@@ -22,7 +22,7 @@ _FOR_GOOD = {
 }
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether a file system said no in a way that another try may cure, such as EIO or ESTALE of a network.
 
     An OSError without a number is a library's word on what it read, and stays.

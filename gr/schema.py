@@ -28,7 +28,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from gr.errors import DataError
-from gr.files import may_pass
+from gr.files import is_transient
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
@@ -48,7 +48,7 @@ class _SchemaFile(BaseModel):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); write a data folder with `gr prepare`"

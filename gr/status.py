@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gr.errors import GRError
-from gr.files import may_pass, write_json
+from gr.files import is_transient, write_json
 
 STATUS = "status.json"
 State = Literal["running", "stopped", "done", "failed"]
@@ -56,7 +56,7 @@ def read_status(run_dir: Path) -> RunStatus:
     try:
         text = path.read_text()
     except OSError as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise GRError(
             f"{path}: {error.strerror}; expected the run_dir of a `gr train` that has started, for example runs/smoke"

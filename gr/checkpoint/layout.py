@@ -1,6 +1,7 @@
 """Checkpoints on disk.
 
-    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml, SHA256SUMS
+    run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml, SHA256SUMS, and
+                                           schema.json and what else of the data the model needs to be used
     run_dir/checkpoints/step-00000100.damaged/   found not to be what was written; kept for whoever wants to know
     run_dir/checkpoints/.step-00000140/    being written or removed: never looked at, gone at the next start
     run_dir/checkpoints/best.json          {"step": 120, "metric": "ndcg@10", "value": 0.17}
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import CheckpointError
-from gr.files import write_json
+from gr.files import is_transient, write_json
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
 PROGRESS = "progress.json"
 CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+FORMAT = 2  # 1: without schema.json
 BEST = "best.json"
 
 
@@ -107,10 +110,30 @@ def resolve(path: str | Path) -> Path:
     path = Path(path)
     if (path / PROGRESS).is_file():
         return path
-    folder = CheckpointFolder(path if path.name == "checkpoints" else path / "checkpoints")
+    folder = CheckpointFolder(path if path.name == CHECKPOINTS else path / CHECKPOINTS)
     best = folder.best()
     if best and best["step"] in folder.steps():
         return folder.final(best["step"])
     if latest := folder.latest():
         return latest
     raise CheckpointError(f"{path}: no checkpoint there; expected a run folder or a step-XXXXXXXX folder in it")
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """progress.json of a checkpoint. Raises CheckpointError for a checkpoint of another format or without progress."""
+    try:
+        progress = json.loads((path / PROGRESS).read_text())
+        if not isinstance(progress, dict) or not {"step", "data"} <= progress.keys():
+            raise ValueError(f"{PROGRESS} has no step or no data")
+    except (OSError, ValueError) as error:
+        if is_transient(error):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
+        ) from error
+    if progress.get("format", 1) != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {progress.get('format', 1)}, this release reads format {FORMAT}: train again, or use the "
+            "release that wrote it"
+        )
+    return progress

@@ -22,20 +22,17 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from gr import watchdog
 from gr.checkpoint.checksums import find_damage, sums_of, write_sums
-from gr.checkpoint.layout import CONFIG, PROGRESS, CheckpointFolder
+from gr.checkpoint.layout import CONFIG, FORMAT, PROGRESS, CheckpointFolder, read_progress, resolve
+from gr.checkpoint.metadata import METADATA, SafeReader, read_metadata
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
-from gr.files import DISK_FULL, may_pass, write_json, write_text
+from gr.files import DISK_FULL, is_transient, write_json, write_text
 from gr.logging import get_logger
 
 log = get_logger(__name__)
-DENSE_STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.Adagrad: ("step", "sum"),
-    torch.optim.SGD: (),
-}
-SHARED = (CONFIG, PROGRESS, ".metadata")  # files that rank 0 writes for all
+SHARED = (CONFIG, PROGRESS, METADATA)  # files that rank 0 writes for all, beside the artifacts
 SHOWN_FAULTS = 3
 
 
@@ -70,19 +67,32 @@ class Tables(Protocol):
 
 @dataclass(frozen=True)
 class ModelState:
-    """The live tensors of a run; saving reads them and loading writes into them."""
+    """The live tensors of a run; saving reads them and loading writes into them.
+
+    dense_states: the optimizer's names of the tensors it keeps for a parameter.
+    """
 
     dense: dict[str, nn.Parameter]
     dense_optimizer: torch.optim.Optimizer | None
     tables: Tables
+    dense_states: tuple[str, ...] = ()
 
 
 class CheckpointStore:
     """The checkpoints of one run, written by all ranks together."""
 
-    def __init__(self, folder: Path, state: ModelState, config_yaml: str, world: World, *, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        state: ModelState,
+        config_yaml: str,
+        artifacts: Sequence[Path],
+        world: World,
+        asynchronous: bool,
+    ) -> None:
+        """artifacts: files to keep in every checkpoint, such as the data's schema.json."""
         self.folder = CheckpointFolder(folder)
-        self.state, self.config_yaml, self.world = state, config_yaml, world
+        self.state, self.config_yaml, self.artifacts, self.world = state, config_yaml, artifacts, world
         self.pending: Thread | None = None
         self.failure: Exception | None = None  # of a save in the background
         newest = world.from_main(" ".join(map(str, self.folder.steps()[-1:])))
@@ -112,7 +122,9 @@ class CheckpointStore:
         if self.world.is_main:
             partial.mkdir(exist_ok=True)
             write_text(partial / CONFIG, self.config_yaml)
-            write_json(partial / PROGRESS, progress)
+            write_json(partial / PROGRESS, {"format": FORMAT, **progress})
+            for artifact in self.artifacts:
+                shutil.copyfile(artifact, partial / artifact.name)
         if self.group is None:
             with self._explained(step):
                 dcp.save(tensors, storage_writer=_Writer(partial))
@@ -158,7 +170,8 @@ class CheckpointStore:
     def _commit(self, step: int, keep_last: int, began: float) -> None:
         """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError, on every rank."""
         partial = self.folder.partial(step)
-        lines = self._on_all(lambda: sums_of(partial, self.world.rank, SHARED))
+        shared = [*SHARED, *(artifact.name for artifact in self.artifacts)]
+        lines = self._on_all(lambda: sums_of(partial, self.world.rank, shared))
         # It has its name on every rank's return: none may look for it before.
         self._on_all(lambda: self._name(step, lines) if self.world.is_main else "")
         self.seconds, self.complete = time.monotonic() - began, step
@@ -183,7 +196,7 @@ class CheckpointStore:
             said = [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
         everyone = [json.loads(text) for text in self.savers.gather_text(json.dumps(said))]
         if faults := [OSError(*each) for each in everyone if len(each) > 1]:
-            raise next((fault for fault in faults if not may_pass(fault)), faults[0])
+            raise next((fault for fault in faults if not is_transient(fault)), faults[0])
         return [text for (text,) in everyone]
 
     @contextmanager
@@ -195,7 +208,7 @@ class CheckpointStore:
             if self.world.is_main:
                 shutil.rmtree(self.folder.partial(step), ignore_errors=True)
             fault = _cause(error)
-            if may_pass(fault) or not isinstance(fault, OSError):
+            if is_transient(fault) or not isinstance(fault, OSError):
                 raise fault from None
             why, remedy = fault.strerror or fault, "Make room there" if fault.errno in DISK_FULL else "Mend that"
             raise CheckpointError(
@@ -221,23 +234,51 @@ def _cause(error: BaseException) -> BaseException:
     if not isinstance(error, dcp.CheckpointException):
         return error
     causes = [cause for cause, _ in error.failures.values()]
-    return next((cause for cause in causes if isinstance(cause, OSError) and not may_pass(cause)), causes[0])
+    return next((cause for cause in causes if isinstance(cause, OSError) and not is_transient(cause)), causes[0])
 
 
 def verify(path: Path, world: World) -> None:
     """Raises DamagedCheckpointError on every rank where a file of a checkpoint is not what was written. Collective.
 
-    Raises CheckpointError or OSError, on the rank that met it, where a file is there and cannot be read.
+    Raises CheckpointError or OSError, on the rank that met it, where a file is there and cannot be read, and for a
+    checkpoint of another format.
     """
     try:
         found = find_damage(path, SHARED, world.rank, world.size)
     except OSError as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise CheckpointError(f"{path}: cannot be read: {error}; mend its owner or its mount") from error
     damage = world.gather_text(found)
     if faults := [fault for fault in damage if fault]:
         raise DamagedCheckpointError(f"{faults[0]}; restore that file, or remove {path} to use the one before")
+
+
+def resume_from(folder: Path, load_from: str | None, world: World) -> Path | None:
+    """The newest undamaged checkpoint under `folder`, or else the one that load_from names; None where there is none.
+
+    Damaged ones of the run are set aside for the one before. Raises DamagedCheckpointError where there is none before,
+    or load_from is damaged. Collective.
+    """
+    checkpoints = CheckpointFolder(folder)
+    steps = [int(step) for step in world.from_main(" ".join(map(str, checkpoints.steps()))).split()]
+    for step in reversed(steps):
+        path = checkpoints.final(step)
+        watchdog.enter(f"verifying {path}")
+        try:
+            verify(path, world)
+        except DamagedCheckpointError as error:
+            if step == steps[0]:
+                raise
+            aside = checkpoints.set_aside(step) if world.is_main else path
+            log.warning("%s. Resuming from the one before; the damaged one is now %s", error, aside)
+            continue
+        return path
+    if load_from is None:
+        return None
+    path = Path(world.from_main(str(resolve(load_from)) if world.is_main else ""))
+    verify(path, world)
+    return path
 
 
 def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
@@ -247,17 +288,8 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     fit, for an optimizer state that the model has no use for, and for a checkpoint that cannot be read; on every rank,
     whichever found the fault.
     """
-    try:
-        progress = json.loads((path / PROGRESS).read_text())
-        if not {"step", "data"} <= progress.keys():
-            raise ValueError(f"{PROGRESS} has no step or no data")
-        saved = dcp.FileSystemReader(path).read_metadata()
-    except Exception as error:  # damaged metadata fails in as many ways as it can be damaged
-        if may_pass(error):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
-        ) from error
+    progress = read_progress(path)
+    saved = read_metadata(path)
     wanted = _tensors(state)
     resharded = _rowwise_of_other_blocks(saved, state)
     faults = _misfits(saved, wanted, skip=resharded)
@@ -273,12 +305,12 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
         wanted["tables"].pop(name)
     fulls = {name: torch.empty(size) for name, (size, _) in resharded.items()}
     try:
-        dcp.load(wanted, checkpoint_id=path)
+        dcp.load(wanted, storage_reader=SafeReader(path))
         if fulls:  # not on every rank, so without collectives
-            dcp.load({"tables": fulls}, checkpoint_id=path, no_dist=True)
+            dcp.load({"tables": fulls}, storage_reader=SafeReader(path), no_dist=True)
     except dcp.CheckpointException as error:
         fault = _cause(error)
-        if may_pass(fault) or not isinstance(fault, Exception):  # the latter: a rank was asked to stop
+        if is_transient(fault) or not isinstance(fault, Exception):  # the latter: a rank was asked to stop
             raise fault from None
         raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
     for entry in state.tables.entries():
@@ -295,7 +327,7 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
         "tables": {entry.name: entry.value for entry in state.tables.entries()},
     }
     if state.dense_optimizer is not None:
-        tensors["dense_optimizer"] = dict(_dense_states(state.dense, state.dense_optimizer))
+        tensors["dense_optimizer"] = dict(_dense_states(state, state.dense_optimizer))
     return tensors
 
 
@@ -308,11 +340,10 @@ def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
     return True
 
 
-def _dense_states(dense: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    kinds = DENSE_STATES[type(optimizer)]
-    for name, parameter in dense.items():
+def _dense_states(state: ModelState, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in state.dense.items():
         states = optimizer.state[parameter]
-        for kind in kinds:
+        for kind in state.dense_states:
             if kind not in states:
                 scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 states[kind] = scalar if kind == "step" else torch.zeros_like(parameter)
@@ -366,4 +397,4 @@ def _saved_size(saved: Metadata, name: str) -> torch.Size | None:
     return entry.size if isinstance(entry, TensorStorageMetadata) else None
 
 
-__all__ = ["CheckpointStore", "ModelState", "load_state", "verify"]
+__all__ = ["CheckpointStore", "ModelState", "load_state", "resume_from", "verify"]

@@ -44,7 +44,7 @@ def command(
 
     from gr.data.dataset import Dataset
     from gr.metrics.retrieval import retrieval_metrics
-    from gr.models.baselines import BASELINES, evaluate_baselines
+    from gr.recipes.baselines import BASELINES, evaluate_baselines
 
     target: Literal[1, 2] = 1 if split == "test" else 2
     train = Dataset.open(data_dir)

@@ -13,7 +13,7 @@ from rich.table import Table
 from gr.errors import ConfigError, GRError
 
 if TYPE_CHECKING:
-    from gr.planner.calibrate import Measurement
+    from gr.cluster.calibrate import Measurement
     from gr.planner.topology import Topology
 
 # Figure of a Topology, its unit and what one of that unit is.
@@ -94,8 +94,8 @@ def _start_ranks(ranks: int, arguments: list[str]) -> None:
 
 def _measure(path: Path, base: "Topology", device: Literal["auto", "cpu", "cuda"]) -> None:
     from gr import logging
+    from gr.cluster.calibrate import CPU_LOAD, CUDA_LOAD, calibrated, found_figures, measure, provenance
     from gr.dist import world
-    from gr.planner.calibrate import CPU_LOAD, CUDA_LOAD, calibrated, found_figures, measure, provenance
     from gr.planner.topology import to_yaml
 
     with world(device) as here:

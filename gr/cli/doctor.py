@@ -96,8 +96,8 @@ def _check_cluster(config: str | None, overrides: tuple[str, ...]) -> int:
     import torch
 
     from gr import logging
+    from gr.cluster.preflight import preflight
     from gr.dist import world
-    from gr.experiment.preflight import preflight
 
     logging.configure(int(os.environ.get("RANK", 0)))
     # Without the probe: what this process could not import, it would have said already.

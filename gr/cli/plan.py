@@ -8,7 +8,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from gr.config import Experiment
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
@@ -70,41 +69,24 @@ def _problem(config: str, overrides: tuple[str, ...], topology: str | None) -> t
             raise ConfigError(f"--topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
         return inventory, parse_topology(topology)
     from gr.config import load_config
+    from gr.planner.constraints import constrained
 
     experiment = load_config(config, overrides)
     topology = topology or experiment.planner.topology
     if topology is None:
         raise ConfigError("--topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
     machine = parse_topology(topology)
-    return _of_experiment(experiment, machine), machine
-
-
-def _of_experiment(experiment: Experiment, topology: Topology) -> InventoryConfig:
-    from gr.config import GenerativeConfig, RankingConfig
-    from gr.experiment import ranking
-    from gr.experiment.run import check_history_world
-    from gr.planner.inventory import experiment_inventory, generative_inventory, ranking_inventory
-    from gr.planner.run import constrained
-    from gr.schema import DataSchema, TabularSchema
-
-    if isinstance(experiment, RankingConfig):
-        ranking.check_world(experiment, topology.ranks)
-        inventory = ranking_inventory(experiment, TabularSchema.load(experiment.data.path))
-    elif isinstance(experiment, GenerativeConfig):
-        check_history_world(experiment, topology.ranks)
-        inventory = generative_inventory(experiment, DataSchema.load(experiment.data.path))
-    else:
-        check_history_world(experiment, topology.ranks)
-        inventory = experiment_inventory(experiment, DataSchema.load(experiment.data.path).item_cardinality)
-    return constrained(inventory, experiment.planner, topology.device)
+    experiment.check_ranks(machine.ranks)
+    inventory = experiment.inventory(experiment.load_schema())
+    return constrained(inventory, experiment.planner, machine.device), machine
 
 
 def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:
-    from gr.planner.evaluate import evaluate, predicted
+    from gr.planner.estimate import evaluate, predicted
+    from gr.planner.plan import DoesNotFit, search
     from gr.planner.planfile import dump_plan
     from gr.planner.remedies import explanation
     from gr.planner.report import page, summary
-    from gr.planner.search import DoesNotFit, search
 
     try:
         with _working("planning"):

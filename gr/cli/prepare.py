@@ -51,10 +51,10 @@ def _with(options: list[Callable], function: Callable) -> Callable:
 
 def _raw_command(name: str, files: str) -> click.Command:
     def run(source: str, out: Path, force: bool, sha256: str | None) -> None:
-        from gr.data.prepare.amazon import prepare_amazon_books
-        from gr.data.prepare.movielens import prepare_movielens
-        from gr.data.prepare.source import open_source
-        from gr.data.prepare.write import atomic_folder
+        from gr.prepare.amazon import prepare_amazon_books
+        from gr.prepare.movielens import prepare_movielens
+        from gr.prepare.source import open_source
+        from gr.prepare.write import atomic_folder
 
         with atomic_folder(out, force) as folder:
             place = open_source(source, sha256=sha256, download_to=out.parent)
@@ -70,9 +70,9 @@ def _raw_command(name: str, files: str) -> click.Command:
 
 def _synthetic_command(name: str, summary: str, sizes: tuple[int, int, int, int]) -> click.Command:
     def run(out: Path, force: bool, **options: int) -> None:
-        from gr.data.prepare.write import atomic_folder
-        from gr.data.synthetic import StreamOptions, write_stream
-        from gr.data.synthetic_time import write_time_stream
+        from gr.prepare.synthetic import StreamOptions, write_stream
+        from gr.prepare.synthetic_time import write_time_stream
+        from gr.prepare.write import atomic_folder
 
         write = write_stream if name == "synthetic" else write_time_stream
         with atomic_folder(out, force) as folder:
@@ -125,8 +125,8 @@ def criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart: 
     More files may follow, as a shell writes day_*.gz. The same command again continues an interrupted run. Id 0 is a
     missing, rare or unseen category; a missing count is a count of 0.
     """
-    from gr.data.prepare.criteo import CriteoOptions, prepare_criteo
-    from gr.data.prepare.criteo_rows import find_sources
+    from gr.prepare.criteo import CriteoOptions, prepare_criteo
+    from gr.prepare.criteo_rows import find_sources
 
     schema = prepare_criteo(find_sources([source, *more]), out, CriteoOptions(**options), force=force, restart=restart)
     ids = sum(column.cardinality for column in schema.sparse)
@@ -154,8 +154,8 @@ def clicks(out: Path, force: bool, **options: Any) -> None:
 
     Writes train/, test/ and oracle.json: AUC, NE and log loss of the true probabilities on the labels of test/.
     """
-    from gr.data.prepare.write import atomic_folder
-    from gr.data.synthetic_clicks import ClickOptions, write_clicks
+    from gr.prepare.synthetic_clicks import ClickOptions, write_clicks
+    from gr.prepare.write import atomic_folder
 
     wanted = ClickOptions(**options)
     with atomic_folder(out, force) as folder:
@@ -180,8 +180,8 @@ def trace(source: Path, out: Path, force: bool, **options: int) -> None:
     Ids are drawn column by column, where another row has one. With --block, whole runs of rows are: what occurs
     together stays, and how soon an id comes again.
     """
-    from gr.data.prepare.write import atomic_folder
-    from gr.data.synthetic_trace import TraceOptions, write_trace
+    from gr.prepare.synthetic_trace import TraceOptions, write_trace
+    from gr.prepare.write import atomic_folder
 
     wanted = TraceOptions(**options)
     with atomic_folder(out, force) as folder:
@@ -210,9 +210,9 @@ def multi_hot(source: Path, out: Path, force: bool, hots: tuple[int, ...] | None
     The ids are those of the published recipe, bit for bit, for columns of the same sizes. While it runs, their tables
     take 4 bytes an element on the disk of --out.
     """
-    from gr.data.multi_hot import MLPERF_HOTS
-    from gr.data.prepare.multi_hot import prepare_multi_hot
-    from gr.data.prepare.write import atomic_folder
+    from gr.prepare.multi_hot import prepare_multi_hot
+    from gr.prepare.multi_hot_tables import MLPERF_HOTS
+    from gr.prepare.write import atomic_folder
 
     with atomic_folder(out, force) as folder:
         schema = prepare_multi_hot(source, folder, hots or MLPERF_HOTS)
@@ -228,9 +228,9 @@ def _told(out: Path, schema: Any) -> None:
 
 def _kuairand_command(size: str) -> click.Command:
     def run(source: str, out: Path, force: bool, sha256: str | None, on_bad_row: Literal["fail", "skip"]) -> None:
-        from gr.data.prepare.kuairand import prepare_kuairand
-        from gr.data.prepare.source import open_source
-        from gr.data.prepare.write import atomic_folder
+        from gr.prepare.kuairand import prepare_kuairand
+        from gr.prepare.source import open_source
+        from gr.prepare.write import atomic_folder
 
         with atomic_folder(out, force) as folder:
             place = open_source(source, sha256=sha256, download_to=out.parent)
@@ -254,8 +254,8 @@ def yambda(source: Path, out: Path, force: bool, size: str, on_bad_row: Literal[
     Listens, likes, dislikes and their withdrawals in one history, as actions. Without multi_event.parquet the files of
     single kinds are read.
     """
-    from gr.data.prepare.write import atomic_folder
-    from gr.data.prepare.yambda import prepare_yambda
+    from gr.prepare.write import atomic_folder
+    from gr.prepare.yambda import prepare_yambda
 
     with atomic_folder(out, force) as folder:
         schema = prepare_yambda(size, source, folder, on_bad_row)
@@ -273,8 +273,8 @@ def yambda(source: Path, out: Path, force: bool, size: str, on_bad_row: Literal[
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
 def streaming(out: Path, force: bool, **options: int) -> None:
     """Rated histories whose tastes drift with time, after the streaming data of DLRM-v3."""
-    from gr.data.prepare.write import atomic_folder
-    from gr.data.synthetic_ratings import RatingOptions, write_ratings
+    from gr.prepare.synthetic_ratings import RatingOptions, write_ratings
+    from gr.prepare.write import atomic_folder
 
     wanted = RatingOptions(**options)
     with atomic_folder(out, force) as folder:

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from gr.config import ExperimentConfig, load_config
+from gr.config import RetrievalConfig, load_config
 from gr.errors import GRError, TrainingError
 
 # Summation order differs between world sizes; dropout is off in the smoke config.
@@ -30,8 +30,8 @@ def command(config: str, folder: str) -> None:
     _clear(root)
     paths = [f"data.path={root}/data/train", f"evaluation.path={root}/data/test"]
     loaded = load_config(config, paths)
-    if not isinstance(loaded, ExperimentConfig):
-        raise GRError(f"smoke: {config} is a {loaded.task.kind} experiment; smoke runs retrieval ones")
+    if not isinstance(loaded, RetrievalConfig):
+        raise GRError(f"smoke: {config} is a {loaded.kind} experiment; smoke runs retrieval ones")
     gr = [sys.executable, "-m", "gr"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "gr"]
     _run("prepare", [*gr, "prepare", "synthetic", "--out", f"{root}/data", *_stream(loaded.data.max_length)])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from gr.cli.report import print_report
 from gr.config import load_config
 from gr.errors import ConfigError
 
@@ -21,9 +20,10 @@ def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
         overrides = (*overrides, f"planner.plan={json.dumps(plan)}")
     loaded = load_config(config, overrides)
     from gr import logging, watchdog
+    from gr.cli.report import print_report
     from gr.dist import use_cpu_well, world
     from gr.experiment import train
-    from gr.experiment.folder import record_refusal
+    from gr.train.run_folder import record_refusal
 
     rank, logs = int(os.environ.get("RANK", 0)), Path(loaded.run_dir) / "logs"
     logging.configure(rank)

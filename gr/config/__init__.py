@@ -1,16 +1,18 @@
-"""An experiment's configuration: its typed tree; reading and writing it (load); comparing two (compare)."""
+"""An experiment's configuration: its typed tree; reading and writing it (load); comparing two (diff)."""
 
-from gr.config.compare import differences
-from gr.config.generative import GenerativeConfig
-from gr.config.load import Experiment, dump_config, json_schema, load_config
+from gr.config.click import ClickConfig
+from gr.config.diff import differences
+from gr.config.load import RECIPES, dump_config, json_schema, load_config
 from gr.config.ranking import RankingConfig
-from gr.config.tree import ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
+from gr.config.run import RunConfig
 
 __all__ = [
-    "Experiment",
-    "ExperimentConfig",
-    "GenerativeConfig",
+    "RECIPES",
+    "ClickConfig",
     "RankingConfig",
+    "RetrievalConfig",
+    "RunConfig",
     "differences",
     "dump_config",
     "json_schema",

@@ -1,13 +1,22 @@
-"""DLRM (arXiv 1906.00091): its dense part and its loss, as a user configures them. No torch."""
+"""DLRM (arXiv 1906.00091): its tables' width and its dense part, as a user configures them. No torch."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from gr.config.inventory import ROW_MULTIPLE
-from gr.config.section import PositiveFloat, Section
+from gr.config.base import Count, Section
+from gr.config.towers import TowerCost
 
-Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+ROW_MULTIPLE = 4  # fbgemm asserts that a row is a multiple of 4 elements wide
+
+
+def stored_dim(dim: int) -> int:
+    """Columns a table of width `dim` takes: the columns past `dim` are zero and stay zero."""
+    return -(-dim // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+Widths = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class DotInteraction(Section):
@@ -27,8 +36,8 @@ class DCNInteraction(Section):
     """Low-rank cross network on all vectors side by side (DCN-v2, arXiv 2008.13535, Eq. 4), as in MLPerf DLRM-v2."""
 
     kind: Literal["dcn"] = "dcn"
-    layers: PositiveInt = 3
-    rank: PositiveInt = 512
+    layers: Count = 3
+    rank: Count = 512
 
 
 class ProjectionInteraction(Section):
@@ -72,25 +81,46 @@ class DLRMConfig(Section):
                     raise ValueError(f"interaction.{name}={list(widths)} must end with a multiple of dim={self.dim}")
         return self
 
+    @property
+    def table_layout(self) -> tuple[Literal["pooled", "sequence"], int]:
+        """Kind and stored columns of every table: the weights of rows stand in a column of their own."""
+        return ("sequence", self.dim + ROW_MULTIPLE) if self.row_weights else ("pooled", self.dim)
 
-class BCELoss(Section):
-    """Binary cross entropy: -y log p - (1 - y) log(1 - p)."""
+    def cost(self, dense_features: int, categorical: int, element_bytes: int) -> TowerCost:
+        """Of an example, as one token: MLPs with biases; products of the F + 1 vectors, or the cross network.
 
-    kind: Literal["bce"] = "bce"
-
-
-class WeightedBCELoss(Section):
-    """-w1 y log p - w0 (1 - y) log(1 - p): what facebookresearch/dlrm calls wbce."""
-
-    kind: Literal["wbce"] = "wbce"
-    negative_weight: PositiveFloat = 1.0
-    positive_weight: PositiveFloat = 1.0
-
-
-class MSELoss(Section):
-    """(p - y)^2, of the probability and not of the logit, as facebookresearch/dlrm has it."""
-
-    kind: Literal["mse"] = "mse"
-
-
-RankingLoss = Annotated[BCELoss | WeightedBCELoss | MSELoss, Field(discriminator="kind")]
+        dense_features: N. categorical: F, features of ids. element_bytes: of an activation.
+        """
+        vectors, D, interaction = categorical + 1, self.dim, self.interaction
+        flat = vectors * D
+        matrices = biases = 0
+        products, kept, width = 0.0, 0.0, flat
+        layers: list[tuple[int, int]] = []
+        match interaction:
+            case ProjectionInteraction(branch1=branch1, branch2=branch2):
+                layers = [*pairwise((flat, *branch1)), *pairwise((flat, *branch2))]
+                width = D + (branch1[-1] // D) * (branch2[-1] // D)
+                products = 2.0 * (width - D) * D
+                kept = branch1[-1] + branch2[-1]
+            case DotInteraction(self_interaction=self_interaction):
+                width = D + vectors * (vectors + (1 if self_interaction else -1)) // 2
+                products = 2.0 * vectors * vectors * D
+                kept = flat
+            case DCNInteraction(layers=cross_layers, rank=rank):
+                matrices = cross_layers * 2 * flat * rank
+                biases = cross_layers * flat
+                # Of a layer: its input, the low-rank vector, and the factor of x_0.
+                kept = cross_layers * (2 * flat + rank)
+            case CatInteraction():
+                pass
+        layers += [*pairwise((dense_features, *self.bottom)), *pairwise((width, *self.top))]
+        for into, out in layers:
+            matrices += into * out
+            biases += out
+            kept += into
+        return TowerCost(
+            parameters=matrices + biases,
+            token_flops=2.0 * matrices + products,
+            score_flops=0.0,
+            kept_bytes=element_bytes * kept,
+        )

@@ -5,11 +5,18 @@ experiment.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from gr.config.section import Section
+from gr.config.base import LARGEST, Count, CountOrNone, Precision, Registry, Section
+from gr.config.dlrm import ROW_MULTIPLE, DLRMConfig
+from gr.config.optim import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS
+from gr.config.towers import TOWERS, TowerConfig
+from gr.config.yaml import describe
+from gr.errors import ConfigError
 
 AnyShardingType = Literal[
     "data_parallel",
@@ -21,30 +28,41 @@ AnyShardingType = Literal[
     "grid_shard",
 ]
 SHARDING_TYPES: tuple[AnyShardingType, ...] = get_args(AnyShardingType)
-# TorchRec's EmbeddingCollection knows no others (torchrec/distributed/embedding.py).
 SEQUENCE_TYPES: tuple[AnyShardingType, ...] = ("data_parallel", "table_wise", "column_wise", "row_wise")
 Kernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
-OptimizerKind = Literal["adam", "partial_rowwise_adam", "rowwise_adagrad", "adagrad", "sgd"]
-ROW_MULTIPLE = 4  # fbgemm asserts that a row is a multiple of 4 elements wide
 UNIFORM_MISSES = 0.8  # of a cache of the hottest fifth: no other ids miss it more often
-# Limits far above any model, below which sums and products of a plan are exact or at least finite.
-LARGEST = 2**53
+# Limits far above any model, as LARGEST is.
 WIDEST = 2**20  # columns of a table
 LARGEST_WORLD = 2**20
 MOST_IDS = 1e9  # an example reads
 LARGEST_TOTAL = 1e30  # FLOPs, bytes or scores of an example
 STEEPEST = 64.0  # Zipf exponent: all draws but 1e-19 read the first row
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
-Count = Annotated[int, Field(gt=0, le=LARGEST)]
-CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]
 Length = Annotated[float, Field(gt=0.0, le=LARGEST)]
 Total = Annotated[float, Field(ge=0.0, le=LARGEST_TOTAL)]
 Rank = Annotated[int, Field(ge=0, lt=LARGEST_WORLD)]
 
 
-def stored_dim(dim: int) -> int:
-    """Columns a table of width `dim` takes: the columns past `dim` are zero and stay zero."""
-    return -(-dim // ROW_MULTIPLE) * ROW_MULTIPLE
+def _registered(registry: Registry) -> Callable[[str], str]:
+    def check(kind: str) -> str:
+        if kind not in registry:
+            raise ValueError(f"{kind!r} is no {registry.what}; use {', '.join(registry)}")
+        return kind
+
+    return check
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """An experiment's sizes may be beyond what the planner counts. Raises ConfigError."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"the planner cannot count this experiment: {where}: {first['msg'].lower()}, got {describe(first['input'])}"
+        ) from None
 
 
 class TableConfig(Section):
@@ -71,7 +89,9 @@ class TableConfig(Section):
         description="Share of lookups missed by a cache of the hottest fifth of the rows: 0 caches well, 0.8 is "
         "uniform. Unset: from skew.",
     )
-    optimizer: OptimizerKind = "rowwise_adagrad"
+    optimizer: Annotated[str, AfterValidator(_registered(TABLE_OPTIMIZERS))] = Field(
+        "rowwise_adagrad", description="A kind of embeddings.optimizer."
+    )
     sharding_types: tuple[AnyShardingType, ...] | None = Field(None, description="Allowed; unset: all that exist.")
     kernels: tuple[Kernel, ...] = Field(
         ("fused",), description="Allowed: fused keeps rows in HBM, fused_uvm on the host, fused_uvm_caching both."
@@ -82,89 +102,58 @@ class TableConfig(Section):
     max_shards: Count | None = None
 
     @model_validator(mode="after")
-    def _sequence_types_exist(self):
-        wrong = sorted(set(self.sharding_types or ()) - set(SEQUENCE_TYPES))
-        if self.kind == "sequence" and wrong:
-            raise ValueError(f"{', '.join(wrong)} does not exist for sequence tables; use {', '.join(SEQUENCE_TYPES)}")
-        if self.pooling == "mean" and self.sharding_types == ("grid_shard",):
-            raise ValueError("grid_shard computes wrong means in torchrec 1.8; use pooling=sum or table_row_wise")
+    def _sharding_types_are_valid(self):
+        valid = self.valid_sharding_types()
+        if wrong := sorted(set(self.sharding_types or ()) - set(valid)):
+            raise ValueError(f"{', '.join(wrong)} {self.why_invalid(wrong[0])}; use {', '.join(valid)}")
         if self.max_shards is not None and self.max_shards < self.min_shards:
             raise ValueError(f"max_shards={self.max_shards} is below min_shards={self.min_shards}")
         return self
 
+    def valid_sharding_types(self) -> tuple[AnyShardingType, ...]:
+        """The sharding types that exist for the table and compute the right numbers: see sharding_types_of."""
+        return sharding_types_of(self.kind, self.pooling)
 
-def _check_lengths(mean_length: float, max_length: int) -> None:
-    if mean_length > max_length:
-        raise ValueError(f"mean_length={mean_length:g} is above max_length={max_length}")
+    def why_invalid(self, sharding_type: str) -> str:
+        """Why `sharding_type` is not among valid_sharding_types()."""
+        if self.kind == "sequence" and sharding_type not in SEQUENCE_TYPES:
+            return "does not exist for sequence tables"
+        return f"computes wrong results with pooling={self.pooling} in torchrec 1.8"
 
 
-class HSTUDense(Section):
-    """A stack of HSTU layers over the sequence (arXiv 2402.17152): W_uvqk, W_o and its bias in each."""
+def sharding_types_of(kind: str, pooling: str) -> tuple[AnyShardingType, ...]:
+    """The one rule of which sharding type is valid for which table, by its kind and pooling.
 
-    kind: Literal["hstu"] = "hstu"
-    layers: Count
+    TorchRec's EmbeddingCollection knows SEQUENCE_TYPES only (torchrec/distributed/embedding.py). Under grid_shard
+    TorchRec 1.8 adds the means over each shard's rows (_pooling_type_to_rs_features has none): docs/design/planner.md.
+    """
+    if kind == "sequence":
+        return SEQUENCE_TYPES
+    return tuple(name for name in SHARDING_TYPES if (name, pooling) != ("grid_shard", "mean"))
+
+
+class TowerDense(Section):
+    """A tower over sequences of tokens (gr/config/towers.py)."""
+
+    kind: Literal["tower"] = "tower"
+    tower: Annotated[TowerConfig, TOWERS]
     dim: Count = Field(description="D: model width.")
-    heads: Count
-    qk_dim: Count = Field(description="Query and key width per head.")
-    v_dim: Count = Field(description="Value and gate width per head.")
     mean_length: Length = Field(description="Tokens of a mean example.")
     max_length: Count = Field(description="N: tokens of the longest example.")
-    concat_ua: bool = Field(False, description="W_o reads [u, a, u*a], three times as wide, instead of u*a.")
-    recompute: bool = Field(True, description="Recompute norms and gates in backward, as the paper does: 14 d bytes.")
-    other_parameters: CountOrNone = Field(0, description="Beside W_uvqk, W_o and its bias: positions, other biases.")
+    other_parameters: CountOrNone = Field(0, description="Beside the tower: positions, heads and the like.")
 
     @model_validator(mode="after")
-    def _mean_is_below_max(self):
-        _check_lengths(self.mean_length, self.max_length)
+    def _fits(self):
+        if self.mean_length > self.max_length:
+            raise ValueError(f"mean_length={self.mean_length:g} is above max_length={self.max_length}")
+        self.tower.check_width(self.dim)
         return self
 
 
-class TransformerDense(Section):
-    """A stack of pre-norm Transformer layers without biases, and a norm at the end (arXiv 2307.09288)."""
+class DLRMDense(DLRMConfig):
+    """DLRM's dense part, configured as in an experiment."""
 
-    kind: Literal["transformer"] = "transformer"
-    layers: Count
-    dim: Count = Field(description="D: model width.")
-    heads: Count
-    kv_heads: Count | None = Field(None, description="Heads of keys and values; unset: heads.")
-    ffn_dim: Count = Field(description="Width of the feed-forward's hidden state.")
-    gated: bool = Field(True, description="W2 (silu(W1 x) * W3 x); false: W2 f(W1 x).")
-    mean_length: Length = Field(description="Tokens of a mean example.")
-    max_length: Count = Field(description="N: tokens of the longest example.")
-    other_parameters: CountOrNone = Field(0, description="Beside the matrices and norm weights: positions, biases.")
-
-    @model_validator(mode="after")
-    def _heads_divide_and_mean_is_below_max(self):
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
-        _check_lengths(self.mean_length, self.max_length)
-        return self
-
-
-class DLRMDense(Section):
-    """Bottom MLP, interaction, top MLP (arXiv 1906.00091; dcn: low-rank cross net as in MLPerf DLRM-v2)."""
-
-    kind: Literal["dlrm"] = "dlrm"
     dense_features: Count = 13
-    dim: Count = Field(description="D: width of every pooled embedding.")
-    bottom: tuple[Count, ...] = Field(description="Layer widths after the dense features; the last is dim.")
-    top: tuple[Count, ...] = Field(description="Layer widths after the interaction; the last is 1.")
-    interaction: Literal["dot", "cat", "dcn", "projection"] = "dot"
-    self_interaction: bool = Field(False, description="dot: also each vector with itself.")
-    dcn_layers: Count = 3
-    dcn_rank: Count = 512
-    branch1: tuple[Count, ...] = Field((), description="projection: layer widths, the last a multiple of dim.")
-    branch2: tuple[Count, ...] = Field((), description="projection: as branch1.")
-
-    @model_validator(mode="after")
-    def _bottom_ends_at_dim(self):
-        if not self.top or self.bottom[-1:] != (self.dim,):
-            raise ValueError(f"bottom={list(self.bottom)} must end with dim={self.dim}, and top must not be empty")
-        if self.interaction == "projection" and not (self.branch1 and self.branch2):
-            raise ValueError("interaction=projection needs branch1 and branch2, layer widths")
-        return self
 
 
 class GivenDense(Section):
@@ -191,7 +180,7 @@ class InventoryConfig(Section):
     name: str = "model"
     rank_batch_size: Count | None = Field(None, description="B: examples a step on each rank.")
     global_batch_size: Count | None = Field(None, description="Examples a step over all ranks.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Of the dense part's activations.")
+    precision: Precision = Field("bf16", description="Of the dense part's activations.")
     comm_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Of embeddings in all-to-all.")
     index_dedup: bool = Field(
         False, description="A rank asks for a row of a sequence table once (TorchRec, CUDA only)."
@@ -201,18 +190,20 @@ class InventoryConfig(Section):
         description="Of the topology's FLOP/s, which are those of large matrix products, that the dense part reaches; "
         "0.47 in NVIDIA's published HSTU training on H100 (34.5 % of peak).",
     )
-    dense_optimizer: Literal["adam", "sgd", "adagrad"] = "adam"
+    dense_optimizer: Annotated[str, AfterValidator(_registered(DENSE_OPTIMIZERS))] = Field(
+        "adamw", description="A kind of optimizer."
+    )
     dense_parallel: Literal["ddp", "fsdp"] = "ddp"
     tables: tuple[TableConfig, ...]
-    dense: Annotated[HSTUDense | TransformerDense | DLRMDense | GivenDense, Field(discriminator="kind")] = GivenDense()
+    dense: Annotated[TowerDense | DLRMDense | GivenDense, Field(discriminator="kind")] = GivenDense()
     loss: LossInventory = LossInventory()
 
     @model_validator(mode="after")
     def _one_batch_and_distinct_names(self):
         if (self.rank_batch_size is None) == (self.global_batch_size is None):
             raise ValueError("set one of rank_batch_size and global_batch_size")
-        if not self.tables:
-            raise ValueError("tables is empty: name one at least")
+        if not self.tables and isinstance(self.dense, GivenDense) and not self.dense.parameters:
+            raise ValueError("tables is empty, and so is dense: name a table, or describe the dense part")
         counts = Counter(table.name for table in self.tables)
         if repeated := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"tables are named twice: {', '.join(repeated)}")
@@ -221,10 +212,17 @@ class InventoryConfig(Section):
     @model_validator(mode="after")
     def _interaction_has_one_width(self):
         if isinstance(self.dense, DLRMDense):
-            others = [table.name for table in self.tables if table.kind == "pooled" and table.dim != self.dense.dim]
-            if others:
+            kind, dim = self.dense.table_layout
+            others = [table.name for table in self.tables if table.kind == "pooled" and table.dim != dim]
+            if kind == "pooled" and others:
                 raise ValueError(f"dense.dim={self.dense.dim} is the width of every pooled table, not of {others[0]}")
         return self
+
+    @property
+    def interacting_features(self) -> int:
+        """F: the categorical features whose vectors DLRM's interaction takes."""
+        kind = self.dense.table_layout[0] if isinstance(self.dense, DLRMDense) else "pooled"
+        return sum(table.features for table in self.tables if table.kind == kind)
 
     def batch_on(self, ranks: int) -> int:
         """B, examples a step on one of `ranks` ranks."""

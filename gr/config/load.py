@@ -1,49 +1,83 @@
 """Reads configurations: YAML with `base:` inheritance, then `a.b.c=value` overrides, validated once."""
 
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
 
-from gr.config.faults import default_kinds, describe_faults
-from gr.config.generative import GenerativeConfig
+from gr.config.base import Registry, Section
+from gr.config.click import ClickConfig
+from gr.config.messages import default_kinds, describe_faults
 from gr.config.ranking import RankingConfig
-from gr.config.section import Section
-from gr.config.source import SCALARS, Location, Node, Reader, describe
-from gr.config.tree import ExperimentConfig, RunConfig
+from gr.config.retrieval import RetrievalConfig
+from gr.config.run import RunConfig
+from gr.config.yaml import SCALARS, Location, Node, Reader, describe
 from gr.errors import ConfigError
 
 Config = TypeVar("Config", bound=Section)
 
-Experiment = ExperimentConfig | RankingConfig | GenerativeConfig
-EXPERIMENTS: dict[str, type[ExperimentConfig] | type[RankingConfig] | type[GenerativeConfig]] = {
-    "retrieval": ExperimentConfig,
-    "ranking": RankingConfig,
-    "generative_ranking": GenerativeConfig,
-}
+# task.kind -> the configuration of an experiment and its gr.recipes.base.Recipe.
+RECIPES = Registry("task")
+RECIPES.add(RetrievalConfig, "gr.recipes.retrieval:RetrievalRecipe", kind="retrieval")
+RECIPES.add(RankingConfig, "gr.recipes.ranking:RankingRecipe", kind="ranking")
+RECIPES.add(ClickConfig, "gr.recipes.click:ClickRecipe", kind="click")
+DEFAULT_RECIPE = "retrieval"
+RENAMED_RECIPES = {"generative_ranking": "ranking"}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, plugins: Collection[str] | None = None
+) -> RunConfig:
     """The resolved configuration. Raises ConfigError with every fault, each with its origin, path and remedy.
 
-    `task.kind` says which experiment it is; retrieval where it is unset. `base:` names one file or a list of them,
+    `task.kind` says which recipe it is for; retrieval where it is unset. `base:` names one file or a list of them,
     relative to the file that says so; later ones win. Sections merge and everything else replaces; a section whose
-    `kind` changes starts afresh.
+    `kind` changes starts afresh. Modules under `plugins:` are imported first.
+
+    plugins: the modules that the file may have imported; None: any, for a file that is the caller's own. A file that
+    came with a checkpoint is somebody else's: Python code runs only where the caller names it too.
     """
-    kinds = default_kinds(ExperimentConfig)
-    reader = Reader(kinds)
+    reader = Reader(default_kinds(RetrievalConfig))
     tree = reader.read(path, overrides)
-    said = tree.find(("task", "kind"))
-    if said is None or said.value == "retrieval":
-        return _validated(ExperimentConfig, path, kinds, reader, tree)
-    if not isinstance(said.value, str) or said.value not in EXPERIMENTS:
-        raise ConfigError(
-            f"{said.origin}: task.kind: expected one of {', '.join(EXPERIMENTS)}, got {describe(said.plain())}"
-        )
-    return load_section(EXPERIMENTS[said.value], path, overrides)
+    _import_plugins(tree.find(("plugins",)), plugins)
+    written = tree.find(("task", "kind"))
+    kind = DEFAULT_RECIPE if written is None else written.value
+    if isinstance(kind, str) and kind in RECIPES:
+        model_kind = tree.find(("model", "kind"))
+        if written is not None and kind == "ranking" and model_kind is not None and model_kind.value == "dlrm":
+            raise ConfigError(f"{written.origin}: task.kind: ranking of rows by DLRM is now called click")
+        return load_section(RECIPES.config(kind), path, overrides)  # type: ignore[return-value]
+    assert written is not None, "the default is registered"
+    if isinstance(kind, str) and kind in RENAMED_RECIPES:
+        raise ConfigError(f"{written.origin}: task.kind: {kind} is now called {RENAMED_RECIPES[kind]}")
+    expected = ", ".join(RECIPES)
+    raise ConfigError(f"{written.origin}: task.kind: expected one of {expected}, got {describe(written.plain())}")
+
+
+def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> None:
+    """Imports what `plugins:` names. Anything but a list of texts is left for validation to refuse."""
+    names = written.plain() if written is not None else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return
+    assert written is not None or not names
+    for name in names:
+        if allowed is not None and name not in allowed:
+            raise ConfigError(
+                f"{written.origin}: plugins: {name} is Python code that this file asks for: name it too where you trust "  # type: ignore[union-attr]
+                f"it (--plugin {name}, or plugins=[{name!r}])"
+            )
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"{written.origin}: plugins: {name} cannot be imported: {error}; install it, or name its folder in "  # type: ignore[union-attr]
+                "PYTHONPATH"
+            ) from error
 
 
 def load_section(
@@ -102,12 +136,15 @@ def json_schema() -> dict[str, Any]:
 
     Nothing is required, because a base file or an override may supply it; `gr config check` knows the whole.
     """
-    schema = _for_editors(TypeAdapter(Experiment).json_schema())
+    models = [(config, "validation") for config in RECIPES.configs()]
+    references, schema = models_json_schema(models)  # type: ignore[arg-type]
+    schema = _for_editors(schema)
     names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    for model in EXPERIMENTS.values():
-        properties = schema["$defs"][model.__name__]["properties"]
+    for config in RECIPES.configs():
+        properties = schema["$defs"][config.__name__]["properties"]
         properties["base"] = {"description": "Files this one starts from, relative to it.", **names}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    alternatives = [references[model, mode] for model, mode in models]  # type: ignore[index]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": alternatives, **schema}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,50 +1,233 @@
-"""The configuration of a ranking experiment on tabular data: DLRM trained in one pass over the rows."""
+"""The configuration of a ranking experiment: the actions a user takes on candidates, from their history. No torch."""
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from gr.config.dlrm import BCELoss, DLRMConfig, RankingLoss
-from gr.config.section import Section
-from gr.config.tree import RunConfig
+from gr.config.base import Count, PositiveFloat, Probability, Section
+from gr.config.dlrm import Widths, stored_dim
+from gr.config.histories import HistoryDataConfig, HistoryRunConfig, UserEvaluationConfig
+from gr.config.inventory import InventoryConfig, LossInventory, TableConfig, TowerDense, within_limits
+from gr.config.retrieval import ITEM_TABLE
+from gr.config.towers import TOWERS, STUConfig, TowerConfig
+from gr.schema import DataSchema
 
-RANKING_METRICS = ("auc", "ne", "log_loss")
+
+class StreamConfig(Section):
+    """One pass over the events in the order of time, the users of a window in the order of the files."""
+
+    windows: Count = Field(10, description="Equal parts of the time from the first event to the last.")
 
 
-class TabularDataConfig(Section):
-    path: str = Field(
-        description="Folder with schema.json and part-*.parquet, as written by `gr prepare criteo` or `clicks`."
+class RankingDataConfig(HistoryDataConfig):
+    max_length: Count = Field(200, description="N: newest events of a user that the model sees, candidates too.")
+    train_holdout: Annotated[int, Field(ge=0)] = Field(
+        20, description="Newest events of each user kept out of training: those of validation and test."
     )
-    shuffle: bool = Field(
-        False, description="False: one pass in file order. True: row groups and their rows at random."
+    candidates: Count = Field(
+        10,
+        description="With task.supervision=candidates, newest events of an example that are its candidates; a stream "
+        "takes all of a window instead.",
     )
+    stream: StreamConfig | None = Field(None, description="Train on windows of time; evaluates each before it.")
+
+    @model_validator(mode="after")
+    def _a_stream_has_its_own_order(self):
+        if self.stream is not None and (self.cut != "newest" or self.train_holdout or self.stochastic_length):
+            raise ValueError(
+                "stream trains on every event once: set cut to newest, train_holdout to 0 and stochastic_length to null"
+            )
+        return self
+
+
+class AdditiveInput(Section):
+    """One token an event: vectors of its item and of its actions, added. A candidate has `no action` in their place."""
+
+    kind: Literal["additive"] = "additive"
+
+
+class InterleavedInput(Section):
+    """Two tokens an event, its item and then its actions (arXiv 2402.17152, Table 1). A candidate is an item alone."""
+
+    kind: Literal["interleaved"] = "interleaved"
+
+
+class TimeEncoding(Section):
+    """A vector for the bucket of an age in minutes, added to each token."""
+
+    scale: Literal["sqrt", "log"] = Field(
+        "sqrt", description="sqrt: floor(sqrt(m)); log: floor(ln(max(1, m)) / 0.301)."
+    )
+    buckets: Count = Field(2048, description="Ages beyond the last bucket are put in it.")
+
+
+class RankingModelConfig(Section):
+    kind: Literal["generative"] = "generative"
+    dim: Count = Field(64, description="D: width of embeddings and of the tower.")
+    input: Annotated[AdditiveInput | InterleavedInput, Field(discriminator="kind")] = InterleavedInput()
+    time: TimeEncoding | None = Field(TimeEncoding(), description="Unset: no encoding of time.")
+    input_dropout: Probability = 0.2
+    tower: Annotated[TowerConfig, TOWERS] = STUConfig()
+    head: Widths = Field((64,), description="Hidden widths of the MLP from the tower's output to the tasks.")
+
+    @model_validator(mode="after")
+    def _tower_fits(self):
+        self.tower.check_width(self.dim)
+        return self
+
+
+class ActionTask(Section):
+    """Whether an action is taken: binary cross entropy."""
+
+    kind: Literal["bce"] = "bce"
+    action: str = Field(description="A name in schema.json's actions; also the task's name.")
+    weight: PositiveFloat = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.action
+
+
+class ValueTask(Section):
+    """A number, such as the share watched: squared error."""
+
+    kind: Literal["mse"]
+    value: str = Field(description="ratings, or a name in schema.json's values; also the task's name.")
+    weight: PositiveFloat = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.value
 
 
 class RankingTaskConfig(Section):
     kind: Literal["ranking"]
-    loss: RankingLoss = BCELoss()
-
-
-class RankingEvaluationConfig(Section):
-    path: str | None = Field(None, description="Data folder to evaluate on; unset: only the progressive metrics.")
-    every: PositiveInt | None = Field(None, description="Steps between evaluations; unset: only at the end.")
-    global_batch_size: PositiveInt = 4096
-    window: PositiveInt = Field(
-        100_000,
-        description="Newest training examples in the progressive metrics: each is scored before it is trained on.",
+    tasks: tuple[Annotated[ActionTask | ValueTask, Field(discriminator="kind")], ...] = Field(min_length=1)
+    supervision: Literal["all", "candidates"] = Field(
+        "all",
+        description="all: every event is predicted from those before it, in one pass (needs interleaved input). "
+        "candidates: the newest data.candidates events, none of which sees another.",
     )
 
     @model_validator(mode="after")
-    def _every_needs_data(self):
-        if self.every is not None and self.path is None:
-            raise ValueError("every needs path: the data to evaluate on")
+    def _tasks_differ(self):
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks={names} name one twice")
+        if not isinstance(self.tasks[0], ActionTask):
+            raise ValueError("tasks must begin with a bce task: its AUC chooses the checkpoint")
         return self
 
 
-class RankingConfig(RunConfig):
-    """Click prediction from dense and categorical features (arXiv 1906.00091)."""
+class RankingEvaluationConfig(UserEvaluationConfig):
+    newest: Count = Field(
+        10, description="Events of each user that are predicted: the newest in test, those before them in validation."
+    )
+    window: Count = Field(20_000, description="Newest predictions in the progressive metrics of training.")
 
-    data: TabularDataConfig
-    model: DLRMConfig
+
+class RankingConfig(HistoryRunConfig):
+    """Ranking by what a user will do, from the sequence of what they did (arXiv 2402.17152)."""
+
+    model_target: ClassVar[str] = "gr.models.sequence_ranking:SequenceRanker"
+
+    data: RankingDataConfig
+    model: RankingModelConfig = RankingModelConfig()
     task: RankingTaskConfig
     evaluation: RankingEvaluationConfig = RankingEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _supervision_fits_the_model(self):
+        if self.task.supervision == "all" and not isinstance(self.model.input, InterleavedInput):
+            raise ValueError(
+                "task.supervision=all needs model.input.kind=interleaved: an additive token shows the action that is "
+                "to be predicted. Set one of them, task.supervision=candidates or model.input.kind=interleaved"
+            )
+        tower = self.model.tower
+        if self.task.supervision == "all" and tower.length_leak:
+            raise ValueError(
+                f"model.tower.{tower.length_leak} tells a predicted event how many events come after it: unset it, or "
+                "use task.supervision=candidates"
+            )
+        if self.task.supervision == "candidates" and not tower.masks_candidates:
+            raise ValueError(
+                f"task.supervision=candidates needs a tower with a mask for candidates, such as stu, not {tower.kind}: "
+                "set model.tower.kind=stu"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_are_held_out(self):
+        evaluation, data = self.evaluation, self.data
+        if evaluation.newest > data.max_length:
+            raise ValueError(f"evaluation.newest={evaluation.newest} must be at most data.max_length={data.max_length}")
+        if self.task.supervision == "candidates" and data.candidates >= data.max_length:
+            raise ValueError(
+                f"data.candidates={data.candidates} leaves no room for history in data.max_length={data.max_length}"
+            )
+        if data.stream is not None and evaluation.every and self.evaluates_training_users:
+            raise ValueError(
+                f"data.stream trains on every event, so evaluation.every={evaluation.every} has none to evaluate: "
+                "unset it, or evaluate on other users with evaluation.path"
+            )
+        needed = evaluation.newest * (2 if evaluation.every else 1)
+        if data.stream is None and self.evaluates_training_users and data.train_holdout < needed:
+            raise ValueError(
+                f"data.train_holdout={data.train_holdout} trains on what is evaluated: set it to {needed}, "
+                f"lower evaluation.newest={evaluation.newest}, or evaluate on other users with evaluation.path"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        return self.task.kind
+
+    @within_limits()
+    def tables(self, schema: DataSchema) -> tuple[TableConfig, ...]:
+        """A table for each feature of ids, of the feature's name: of events, then contextual ones."""
+        N = self.data.max_length
+        reads = {ITEM_TABLE: (schema.item_cardinality, N)}
+        reads |= {name: (rows, N) for name, rows in schema.event_features.items()}
+        reads |= {name: (rows, 1) for name, rows in schema.contextual.items()}
+        return tuple(
+            TableConfig(
+                name=name,
+                rows=rows,
+                dim=stored_dim(self.model.dim),
+                dtype=self.embeddings.dtype,
+                kind="sequence",
+                ids_per_example=ids,
+                optimizer=self.embeddings.optimizer.kind,
+            )
+            for name, (rows, ids) in reads.items()
+        )
+
+    @within_limits()
+    def inventory(self, schema: DataSchema) -> InventoryConfig:
+        """A table for each feature, the tower and the loss. Every example counts as data.max_length events."""
+        model, task, N = self.model, self.task, self.data.max_length
+        contextual = len(schema.contextual) + len(schema.contextual_numeric)
+        interleaved = isinstance(model.input, InterleavedInput)
+        tokens = contextual + N * (2 if interleaved else 1)
+        # Positions, buckets of time, actions with their offset, `no action`, slopes and offsets of numbers, a norm.
+        vectors = N + 1 + contextual + (model.time.buckets if model.time else 0) + len(schema.actions) + 1
+        vectors += (not interleaved) + 2 * len(schema.contextual_numeric) + 2
+        widths = [model.dim, *model.head, len(task.tasks)]
+        head = sum((into + 1) * out for into, out in pairwise(widths))
+        predicted = self.data.candidates if task.supervision == "candidates" and self.data.stream is None else N
+        return InventoryConfig(
+            name=self.kind,
+            global_batch_size=self.trainer.global_batch_size,
+            precision=self.trainer.precision,
+            dense_optimizer=self.optimizer.kind,
+            tables=self.tables(schema),
+            dense=TowerDense(
+                tower=model.tower,
+                dim=model.dim,
+                mean_length=float(tokens),
+                max_length=tokens,
+                other_parameters=vectors * model.dim + head,
+            ),
+            loss=LossInventory(scores_per_example=predicted * len(task.tasks)),
+        )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gr.batch import ITEM_FEATURE, EvaluationBatch, SequenceBatch
-from gr.config.tree import DataConfig
+from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch
+from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Histories
-from gr.data.subsequence import Draws, random_ends, stochastic_length
+from gr.data.stochastic_length import Draws, random_ends, stochastic_length
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class Counts:
         return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def collate_train(rows: Rows, config: DataConfig, draws: Draws, *, first_example: int) -> tuple[SequenceBatch, Counts]:
+def collate_train(
+    rows: Rows, config: HistoryDataConfig, draws: Draws, *, first_example: int
+) -> tuple[RetrievalBatch, Counts]:
     """Inputs and next items of each example, without its newest config.train_holdout events.
 
     With usable = items[:n - holdout], or fewer where config.cut is uniform, inputs are the newest max_length of
@@ -100,7 +102,7 @@ def collate_train(rows: Rows, config: DataConfig, draws: Draws, *, first_example
     if rows.timestamps:
         times = torch.from_numpy(rows.at("timestamps", length_B, place_T))
         next_times = torch.from_numpy(rows.at("timestamps", length_B, next_T))
-    batch = SequenceBatch(
+    batch = RetrievalBatch(
         features=_features(rows.at("item_ids", length_B, place_T), length_B),
         target_ids_T=torch.from_numpy(rows.at("item_ids", length_B, next_T)),
         timestamps_T=times,
@@ -111,7 +113,7 @@ def collate_train(rows: Rows, config: DataConfig, draws: Draws, *, first_example
 
 
 def chosen_events(
-    rows: Rows, stop_B: np.ndarray, config: DataConfig, draws: Draws
+    rows: Rows, stop_B: np.ndarray, config: HistoryDataConfig, draws: Draws
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """The newest config.max_length of the first stop_B events of each example, or of them what stochastic length keeps.
 
@@ -148,7 +150,7 @@ def collate_evaluation(
 
     Examples without an event before the target are empty, not valid, with target 0. seen_ids of an example are
     ascending, unique and without its target; they come from the window, from all events before the target, or are
-    none: on data with repeated targets filtering favours scorers that put seen items first (gr/data/oracle.py).
+    none: on data with repeated targets filtering favours scorers that put seen items first (gr/prepare/oracle.py).
     """
     before_B = np.maximum(rows.lengths_B() - target_from_end, 0)
     valid_B = before_B > 0

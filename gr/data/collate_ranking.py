@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gr.batch import ITEM_FEATURE, HistoryBatch
-from gr.config.generative import ActionTask, GenerativeDataConfig, GenerativeTaskConfig
+from gr.batch import ITEM_FEATURE, RankingBatch
+from gr.config.ranking import ActionTask, RankingDataConfig, RankingTaskConfig
 from gr.data.collate import Counts, Rows, chosen_events, ranges
-from gr.data.subsequence import Draws, random_ends
+from gr.data.stochastic_length import Draws, random_ends
 from gr.errors import ConfigError
 from gr.schema import DataSchema
 
@@ -21,8 +21,8 @@ class RankingCollate:
     """Batches of one data folder. Raises ConfigError where a task names no column of it."""
 
     schema: DataSchema
-    config: GenerativeDataConfig
-    task: GenerativeTaskConfig
+    config: RankingDataConfig
+    task: RankingTaskConfig
 
     def __post_init__(self) -> None:
         numbers = [*["ratings"] * self.schema.ratings, *self.schema.values]
@@ -38,7 +38,7 @@ class RankingCollate:
     def columns(self) -> Sequence[str]:
         return ["user_id", *self.schema.event_columns, *self.schema.user_columns]
 
-    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[HistoryBatch, Counts]:
+    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[RankingBatch, Counts]:
         """Training examples, each without its newest config.train_holdout events."""
         stop_B = np.maximum(rows.lengths_B() - self.config.train_holdout, 0)
         if self.config.cut == "uniform":
@@ -52,14 +52,14 @@ class RankingCollate:
         counts = Counts(int(start_B.sum()), int((stop_B < 1).sum()), dropped, len(place_T))
         return self._batch(rows, length_B, place_T, scored_B, first_example), counts
 
-    def newest(self, rows: Rows, *, newest: int, before: int) -> tuple[HistoryBatch, Counts]:
+    def newest(self, rows: Rows, *, newest: int, before: int) -> tuple[RankingBatch, Counts]:
         """Evaluation examples: the `newest` events of each user that lie before its `before` newest ones."""
         stop_B = np.maximum(rows.lengths_B() - before, 0)
         return self.scored(rows, stop_B, np.minimum(stop_B, newest), 0)
 
     def scored(
         self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, first_example: int
-    ) -> tuple[HistoryBatch, Counts]:
+    ) -> tuple[RankingBatch, Counts]:
         """The first stop_B events of each user, of which the newest scored_B are predicted, as far as they fit."""
         length_B = np.where(scored_B > 0, np.minimum(stop_B, self.config.max_length), 0)
         start_B = stop_B - length_B
@@ -89,7 +89,7 @@ class RankingCollate:
 
     def _batch(
         self, rows: Rows, length_B: np.ndarray, place_T: np.ndarray, scored_B: np.ndarray, first_example: int
-    ) -> HistoryBatch:
+    ) -> RankingBatch:
         schema = self.schema
 
         def events(column: str) -> np.ndarray:
@@ -106,7 +106,7 @@ class RankingCollate:
         ids += [rows.of_users(name)[some_B] for name in schema.contextual]
         lengths = [length_B] * (1 + len(schema.event_features)) + [some_B.astype(np.int64)] * len(schema.contextual)
         numeric = [rows.of_users(name) * some_B for name in schema.contextual_numeric]
-        return HistoryBatch(
+        return RankingBatch(
             features=KeyedJaggedTensor(
                 keys=keys,
                 values=torch.from_numpy(np.concatenate(ids)),

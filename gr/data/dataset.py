@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.columns import Fault, check_rows, expected_types, packed
-from gr.data.parts import Parts, RowGroup, existing_folder, read_footer
+from gr.data.parquet import Parts, RowGroup, existing_folder, read_footer
+from gr.data.validate import Fault, check_rows, expected_types, packed
 from gr.errors import DataError
-from gr.files import may_pass
+from gr.files import is_transient
 from gr.schema import ITEMS_FILE, DataSchema
 
 
@@ -95,35 +95,8 @@ class Dataset:
         return self._histories(index, lists, flat, faults)
 
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
-        """Candidate item ids, int64 ascending, and their counts, int64, from items.parquet.
-
-        Raises DataError if the file is missing or damaged, or ids are not ascending, unique and within [1,
-        cardinality).
-        """
-        file = self.path / ITEMS_FILE
-        if not file.exists():
-            raise DataError(f"{file}: no such file; write the folder again with `gr prepare --force`")
-        names = read_footer(file).schema.to_arrow_schema().names
-        for column in ("item_id", "count"):
-            if column not in names:
-                raise DataError(f"{file}: has no column {column}; it has {', '.join(names)}")
-        try:
-            table = pq.read_table(file, columns=["item_id", "count"])
-            ids = table.column("item_id").cast(pa.int64()).to_numpy()
-            counts = table.column("count").cast(pa.int64()).to_numpy()
-        except (pa.ArrowException, OSError) as error:
-            if may_pass(error):
-                raise
-            raise DataError(f"{file}: cannot be decoded: {error}") from error
-        wrong = (ids < 1) | (ids >= self.schema.item_cardinality) | np.append(False, np.diff(ids) <= 0)
-        if wrong.any() or len(ids) != self.schema.items:
-            row = int(wrong.argmax()) if wrong.any() else len(ids)
-            value = f"item_id={ids[row]}" if wrong.any() else "end of file"
-            raise DataError(
-                f"{file}: row {row}: {value}; wanted {self.schema.items} ascending ids, all "
-                f"below {self.schema.item_cardinality}"
-            )
-        return ids, counts
+        """Candidate item ids and their counts: see read_corpus."""
+        return read_corpus(self.path, self.schema)
 
     def _histories(
         self,
@@ -149,6 +122,37 @@ class Dataset:
         if faults:
             self._bad_rows[index] = int(bad.sum())
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)
+
+
+def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarray]:
+    """Candidate item ids, int64 ascending, and their counts, int64, from items.parquet.
+
+    Raises DataError if the file is missing or damaged, or ids are not ascending, unique and within [1,
+    cardinality).
+    """
+    file = folder / ITEMS_FILE
+    if not file.exists():
+        raise DataError(f"{file}: no such file; write the folder again with `gr prepare --force`")
+    names = read_footer(file).schema.to_arrow_schema().names
+    for column in ("item_id", "count"):
+        if column not in names:
+            raise DataError(f"{file}: has no column {column}; it has {', '.join(names)}")
+    try:
+        table = pq.read_table(file, columns=["item_id", "count"])
+        ids = table.column("item_id").cast(pa.int64()).to_numpy()
+        counts = table.column("count").cast(pa.int64()).to_numpy()
+    except (pa.ArrowException, OSError) as error:
+        if is_transient(error):
+            raise
+        raise DataError(f"{file}: cannot be decoded: {error}") from error
+    wrong = (ids < 1) | (ids >= schema.item_cardinality) | np.append(False, np.diff(ids) <= 0)
+    if wrong.any() or len(ids) != schema.items:
+        row = int(wrong.argmax()) if wrong.any() else len(ids)
+        value = f"item_id={ids[row]}" if wrong.any() else "end of file"
+        raise DataError(
+            f"{file}: row {row}: {value}; wanted {schema.items} ascending ids, all below {schema.item_cardinality}"
+        )
+    return ids, counts
 
 
 def _type(table: pa.Table, name: str) -> pa.DataType:

@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from gr.batch import SequenceBatch
-from gr.config.tree import DataConfig
+from gr.batch import RetrievalBatch
+from gr.config.histories import HistoryDataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Dataset, Histories
 from gr.data.order import TrainingOrder, owned_lanes
 from gr.data.prefetch import Ahead, RowGroupCache
-from gr.data.subsequence import Draws
+from gr.data.stochastic_length import Draws
 from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger, log_once
 
@@ -38,15 +38,15 @@ class TrainCollate(Protocol):
 
 @dataclass(frozen=True)
 class RetrievalCollate:
-    config: DataConfig
+    config: HistoryDataConfig
     columns: Sequence[str] | None = None
 
-    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[SequenceBatch, Counts]:
+    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[RetrievalBatch, Counts]:
         return collate_train(rows, self.config, draws, first_example=first_example)
 
 
 def _cache(
-    dataset: Dataset, config: DataConfig, capacity: int, columns: Sequence[str] | None = None
+    dataset: Dataset, config: HistoryDataConfig, capacity: int, columns: Sequence[str] | None = None
 ) -> RowGroupCache[Histories]:
     read = partial(dataset.read_row_group, columns=columns, on_bad_row=config.on_bad_row)
     return RowGroupCache(read, threads=config.read_threads, capacity=capacity)
@@ -80,7 +80,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: Dataset,
-        config: DataConfig,
+        config: HistoryDataConfig,
         *,
         seed: int,
         global_batch_size: int,
@@ -226,7 +226,7 @@ class UserBatches:
     def __init__(
         self,
         dataset: Dataset,
-        config: DataConfig,
+        config: HistoryDataConfig,
         collate: Callable[[Rows], tuple[Any, Counts]],
         *,
         columns: Sequence[str] | None = None,
@@ -287,7 +287,7 @@ class UserBatches:
 
 def evaluation_batches(
     dataset: Dataset,
-    config: DataConfig,
+    config: HistoryDataConfig,
     *,
     target_from_end: Literal[1, 2],
     global_batch_size: int,

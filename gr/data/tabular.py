@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gr.data.columns import packed
-from gr.data.parts import Parts, RowGroup, existing_folder
+from gr.data.parquet import Parts, RowGroup, existing_folder
+from gr.data.validate import packed
 from gr.errors import DataError
 from gr.schema import TabularSchema
 

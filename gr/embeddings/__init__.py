@@ -1,12 +1,8 @@
-"""Embedding tables: built on meta, sharded by a plan, filled by (seed, table, row), stepped by one optimizer."""
+"""Embedding tables: built on meta, filled by (seed, table, row), looked up, and stepped by one optimizer."""
 
 from gr.embeddings.collection import (
     CANDIDATE_FEATURE,
-    PooledTable,
-    build_bag_collection,
-    build_collection,
-    build_feature_collection,
-    build_row_weighted_collection,
+    build_tables,
     lookup,
     pooled_lookup,
     pooled_vectors,
@@ -15,21 +11,16 @@ from gr.embeddings.collection import (
     with_candidates,
 )
 from gr.embeddings.init import initialise_tables
+from gr.embeddings.local_shards import TableShard, local_shards
 from gr.embeddings.optimizers import TableOptimizer
-from gr.embeddings.sharding import shard_tables
-from gr.embeddings.shards import TableShard, local_shards
-from gr.embeddings.staged import StagedLookup
+from gr.embeddings.pipelined_lookup import PipelinedLookup
 
 __all__ = [
     "CANDIDATE_FEATURE",
-    "PooledTable",
-    "StagedLookup",
+    "PipelinedLookup",
     "TableOptimizer",
     "TableShard",
-    "build_bag_collection",
-    "build_collection",
-    "build_feature_collection",
-    "build_row_weighted_collection",
+    "build_tables",
     "initialise_tables",
     "local_shards",
     "lookup",
@@ -37,6 +28,5 @@ __all__ = [
     "pooled_vectors",
     "row_weighted_vectors",
     "sequence_vectors",
-    "shard_tables",
     "with_candidates",
 ]

@@ -2,8 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,105 +17,56 @@ from torchrec import (
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from gr.batch import ITEM_FEATURE
-from gr.config.inventory import ROW_MULTIPLE, stored_dim
-from gr.config.tree import EmbeddingsConfig
+from gr.config.inventory import TableConfig
 from gr.errors import ConfigError
 
 CANDIDATE_FEATURE = "candidate_id"
 
 
-@dataclass(frozen=True)
-class PooledTable:
-    """A table of which an example reads the sum or mean of some rows: rows x dim, one vector for each feature."""
-
-    name: str
-    rows: int
-    dim: int
-    features: tuple[str, ...]
-    pooling: Literal["sum", "mean"] = "sum"
+_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 
 
-def build_collection(rows: int, dim: int, config: EmbeddingsConfig) -> EmbeddingCollection:
-    """The item table, without storage: rows x stored_dim(dim), read by the history and by the candidates."""
-    table = _sequence_table(ITEM_FEATURE, rows, dim, [ITEM_FEATURE, CANDIDATE_FEATURE], config)
-    return EmbeddingCollection([table], device=torch.device("meta"))
+def build_tables(
+    tables: Sequence[TableConfig], feature_names: Mapping[str, Sequence[str]] | None = None
+) -> EmbeddingCollection | EmbeddingBagCollection:
+    """The tables of a model, all sequence tables or all pooled ones, without storage (on meta).
 
-
-def build_feature_collection(rows: Mapping[str, int], dim: int, config: EmbeddingsConfig) -> EmbeddingCollection:
-    """A table for each feature, without storage: rows x stored_dim(dim), of the feature's name."""
-    tables = [_sequence_table(name, count, dim, [name], config) for name, count in rows.items()]
-    return EmbeddingCollection(tables, device=torch.device("meta"))
-
-
-def _sequence_table(
-    name: str, rows: int, dim: int, features: Sequence[str], config: EmbeddingsConfig
-) -> EmbeddingConfig:
-    return EmbeddingConfig(
-        name=name,
-        num_embeddings=rows,
-        embedding_dim=stored_dim(dim),
-        feature_names=list(features),
-        data_type=_data_type(config),
-    )
-
-
-def build_bag_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig) -> EmbeddingBagCollection:
-    """The pooled tables, without storage. Raises ConfigError for a width that fbgemm cannot store, and for repeats."""
-    _check(tables)
-    configs = [
-        EmbeddingBagConfig(
-            name=table.name,
-            num_embeddings=table.rows,
-            embedding_dim=table.dim,
-            feature_names=list(table.features),
-            pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
-            data_type=_data_type(config),
-        )
-        for table in tables
-    ]
-    return EmbeddingBagCollection(configs, device=torch.device("meta"))
-
-
-def build_row_weighted_collection(tables: Sequence[PooledTable], config: EmbeddingsConfig) -> EmbeddingCollection:
-    """As build_bag_collection, for sums in which every row of a table has a learned weight: see row_weighted_vectors.
-
-    Column dim of a table is a row's weight less one, so that a column of zeros weighs all rows alike. It makes the
-    table ROW_MULTIPLE columns wider; a row-wise optimizer has one state for the row and its weight together.
+    feature_names: the features that read a table; unset, the one of the table's name. Raises ConfigError where kinds
+    are mixed, or where tables or features are named twice.
     """
-    _check(tables)
-    configs = [
-        EmbeddingConfig(
-            name=table.name,
-            num_embeddings=table.rows,
-            embedding_dim=table.dim + ROW_MULTIPLE,
-            feature_names=list(table.features),
-            data_type=_data_type(config),
-        )
+    names = {table.name: list((feature_names or {}).get(table.name, [table.name])) for table in tables}
+    _check(tables, names)
+    shared = [
+        {
+            "name": table.name,
+            "num_embeddings": table.rows,
+            "embedding_dim": table.dim,
+            "feature_names": names[table.name],
+            "data_type": _DATA_TYPES[table.dtype],
+        }
         for table in tables
     ]
-    return EmbeddingCollection(configs, device=torch.device("meta"))
+    meta = torch.device("meta")
+    if tables[0].kind == "sequence":
+        return EmbeddingCollection([EmbeddingConfig(**each) for each in shared], device=meta)
+    poolings = [PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM for table in tables]
+    configs = [EmbeddingBagConfig(**each, pooling=pooling) for each, pooling in zip(shared, poolings, strict=True)]
+    return EmbeddingBagCollection(configs, device=meta)
 
 
-def _check(tables: Sequence[PooledTable]) -> None:
-    for table in tables:
-        if table.dim % ROW_MULTIPLE:
-            raise ConfigError(
-                f"table {table.name}: dim={table.dim} is not a multiple of {ROW_MULTIPLE}, as fbgemm needs it; "
-                f"use {stored_dim(table.dim)}"
-            )
-    for what, names in (
+def _check(tables: Sequence[TableConfig], names: Mapping[str, Sequence[str]]) -> None:
+    kinds = sorted({table.kind for table in tables})
+    if len(kinds) != 1:
+        raise ConfigError(f"one collection has tables of one kind, not {', '.join(kinds) or 'none'}")
+    for what, all_names in (
         ("table", [table.name for table in tables]),
-        ("feature", [feature for table in tables for feature in table.features]),
+        ("feature", [feature for features in names.values() for feature in features]),
     ):
-        if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
+        if repeated := sorted(name for name, times in Counter(all_names).items() if times > 1):
             raise ConfigError(
-                f"pooled tables: {what} {', '.join(repeated)} is named more than once; the names of the tables must "
+                f"embedding tables: {what} {', '.join(repeated)} is named more than once; the names of the tables must "
                 "differ, and so must the features that they read"
             )
-
-
-def _data_type(config: EmbeddingsConfig) -> DataType:
-    return DataType.FP16 if config.dtype == "fp16" else DataType.FP32
 
 
 def lookup(
@@ -142,9 +91,9 @@ def with_candidates(history: KeyedJaggedTensor, candidates_K: Tensor) -> KeyedJa
     )
 
 
-def sequence_vectors(found: Mapping[str, JaggedTensor], dim: int) -> tuple[Tensor, Tensor]:
-    """Of what was found with_candidates: vectors of the history's tokens [T, dim] and of the candidates [K, dim]."""
-    return found[ITEM_FEATURE].values()[:, :dim], found[CANDIDATE_FEATURE].values()[:, :dim]
+def sequence_vectors(looked_up: Mapping[str, JaggedTensor], dim: int) -> tuple[Tensor, Tensor]:
+    """The vectors of a lookup with_candidates: of the history's tokens [T, dim] and of the candidates [K, dim]."""
+    return looked_up[ITEM_FEATURE].values()[:, :dim], looked_up[CANDIDATE_FEATURE].values()[:, :dim]
 
 
 def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, names: Sequence[str]) -> list[Tensor]:

@@ -8,28 +8,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gr.config.tree import TableInit
-from gr.embeddings.shards import TableShard, local_shards
+from gr.config.run import EmbeddingsConfig
+from gr.embeddings.local_shards import TableShard, local_shards
 
 # Two standard deviations, as torch.nn.init.trunc_normal_ users in the field cut it.
 CUT = 2.0
 CHUNK_ELEMENTS = 1 << 20
 
 
-def initialise_tables(
-    model: nn.Module, *, seed: int, std: float, dim: int | None = None, init: TableInit = "truncated_normal"
-) -> None:
+def initialise_tables(model: nn.Module, *, seed: int, embeddings: EmbeddingsConfig, dim: int | None = None) -> None:
     """Fills every local shard; TorchRec starts sequence tables at random and copies no weights into pooled ones.
 
-    std: of truncated_normal. dim: columns of sequence tables from it on are zero; None where there are none. Pooled
-    tables are as wide as what is read.
+    dim: columns of sequence tables from it on are zero; None where there are none. Pooled tables are as wide as what
+    is read.
     """
     for shard in local_shards(model):
         key = _table_key(seed, shard.table)
-        if init == "uniform_rows":
+        if embeddings.init == "uniform_rows":
             draw = partial(uniform, key=key, bound=1 / math.sqrt(shard.shape[0]))
         else:
-            draw = partial(truncated_normal, key=key, std=std)
+            draw = partial(truncated_normal, key=key, std=embeddings.init_std)
         _fill(shard, draw, shard.shape[1] if dim is None or shard.is_pooled else dim)
 
 

@@ -5,42 +5,30 @@ On CPU fbgemm has no fused Adam, and data-parallel tables never are fused: their
 fused Adam leaves the rows alone that were not looked up.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from gr.config.tree import Adam, PartialRowWiseAdam, RowWiseAdagrad
-from gr.config.tree import TableOptimizer as TableOptimizerConfig
-from gr.embeddings.shards import TableShard, local_shards
+from gr.config.optim import (
+    SGD,
+    TABLE_OPTIMIZERS,
+    Adagrad,
+    Adam,
+    PartialRowWiseAdam,
+    RowWiseAdagrad,
+    TableOptimizerConfig,
+)
+from gr.embeddings.local_shards import TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
-
-FUSED_TYPE = {
-    "adam": EmbOptimType.ADAM,
-    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-}
-FUSED_ON_CPU = {"rowwise_adagrad", "adagrad", "sgd"}
-
-
-def compute_kernel(config: TableOptimizerConfig, device: torch.device, sharding_type: str) -> str:
-    """The TorchRec compute kernel that runs this optimizer on this device."""
-    fused = sharding_type != "data_parallel" and (device.type == "cuda" or config.kind in FUSED_ON_CPU)
-    return (EmbeddingComputeKernel.FUSED if fused else EmbeddingComputeKernel.DENSE).value
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     """What TorchRec hands to fbgemm for the optimizer in backward."""
-    params: dict[str, Any] = {"optimizer": FUSED_TYPE[config.kind], "learning_rate": config.lr}
-    if config.kind != "sgd":
-        params["eps"] = config.eps
-    if isinstance(config, Adam | PartialRowWiseAdam):
-        params["beta1"], params["beta2"] = config.betas
-    return params
+    optimizer = EmbOptimType[config.fused_type]
+    return {"optimizer": optimizer, "learning_rate": config.lr, **config.fused_arguments()}
 
 
 class TableOptimizer:
@@ -51,6 +39,7 @@ class TableOptimizer:
 
     def __init__(self, model: nn.Module, config: TableOptimizerConfig) -> None:
         self.config = config
+        self._update = TABLE_OPTIMIZERS.target(config)
         self.lr = config.lr
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
@@ -82,46 +71,61 @@ class TableOptimizer:
             if not shard.is_fused and (gradient := shard.gradient()) is not None:
                 # In float32: eps and the squares of small gradients are zero in float16.
                 weight = shard.weight.float()
-                self._update(weight, gradient.float(), states)
+                self._update(self.config, weight, gradient.float(), states, lr=self.lr, steps=self.steps)
                 shard.weight.copy_(weight)
         # Only now: the shards of one kernel share one gradient tensor.
         for shard in self.shards:
             if not shard.is_fused:
                 shard.kernel.emb_module.weights.grad = None
 
-    def _update(self, weight: Tensor, gradient: Tensor, states: dict[str, Tensor]) -> None:
-        config = self.config
-        if config.kind == "sgd":
-            weight.sub_(gradient, alpha=self.lr)
-            return
-        if isinstance(config, Adam | PartialRowWiseAdam):
-            beta1, beta2 = config.betas
-            mean = states["exp_avg"].lerp_(gradient, 1 - beta1)
-            if isinstance(config, Adam):
-                square = states["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            else:
-                square = states["exp_avg_sq"].lerp_(gradient.square().mean(1), 1 - beta2).unsqueeze(1)
-            root = (square / (1 - beta2**self.steps)).sqrt_().add_(config.eps)
-            weight.addcdiv_(mean, root, value=-self.lr / (1 - beta1**self.steps))
-            return
-        if isinstance(config, RowWiseAdagrad):
-            total = states["sum"].add_(gradient.square().mean(1)).unsqueeze(1)
-        else:
-            total = states["sum"].addcmul_(gradient, gradient)
-        weight.addcdiv_(gradient, total.sqrt().add_(config.eps), value=-self.lr)
-
 
 def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Tensor]:
-    full = torch.zeros_like(weight, dtype=torch.float32)
-    row = full.new_zeros(weight.shape[0])
-    match config.kind:
-        case "adam":
-            return {"exp_avg": full, "exp_avg_sq": full.clone()}
-        case "partial_rowwise_adam":
-            return {"exp_avg": full, "exp_avg_sq": row}
-        case "rowwise_adagrad":
-            return {"sum": row}
-        case "adagrad":
-            return {"sum": full}
-        case _:
-            return {}
+    """The states of a dense kernel's shard, zero: float32 [r, c], or [r] where a row has one number."""
+    return {
+        name: torch.zeros(weight.shape if shape == "element" else weight.shape[:1], device=weight.device)
+        for name, shape in config.states.items()
+    }
+
+
+# The updates of fbgemm's fused optimizers, in place on whole shards: weight and gradient float32 [r, c]; states as in
+# _dense_states; steps: taken so far, with this one.
+
+
+def sgd_update(
+    config: SGD, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
+) -> None:
+    weight.sub_(gradient, alpha=lr)
+
+
+def adam_update(
+    config: Adam, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
+) -> None:
+    beta1, beta2 = config.betas
+    mean = states["exp_avg"].lerp_(gradient, 1 - beta1)
+    square = states["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = (square / (1 - beta2**steps)).sqrt_().add_(config.eps)
+    weight.addcdiv_(mean, root, value=-lr / (1 - beta1**steps))
+
+
+def partial_rowwise_adam_update(
+    config: PartialRowWiseAdam, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
+) -> None:
+    beta1, beta2 = config.betas
+    mean = states["exp_avg"].lerp_(gradient, 1 - beta1)
+    square = states["exp_avg_sq"].lerp_(gradient.square().mean(1), 1 - beta2).unsqueeze(1)
+    root = (square / (1 - beta2**steps)).sqrt_().add_(config.eps)
+    weight.addcdiv_(mean, root, value=-lr / (1 - beta1**steps))
+
+
+def rowwise_adagrad_update(
+    config: RowWiseAdagrad, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
+) -> None:
+    total = states["sum"].add_(gradient.square().mean(1)).unsqueeze(1)
+    weight.addcdiv_(gradient, total.sqrt().add_(config.eps), value=-lr)
+
+
+def adagrad_update(
+    config: Adagrad, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
+) -> None:
+    total = states["sum"].addcmul_(gradient, gradient)
+    weight.addcdiv_(gradient, total.sqrt().add_(config.eps), value=-lr)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from gr.embeddings.shards import TableShard
+from gr.embeddings.local_shards import TableShard
 
 WEIGHT = "weight"
 

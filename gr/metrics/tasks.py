@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gr.config.generative import ActionTask, ValueTask
+from gr.config.ranking import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
-from gr.metrics.progressive import ProgressiveMetrics
+from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics, compute_tasks
 
 log = get_logger(__name__)
@@ -40,7 +40,7 @@ class RegressionMetrics:
         return {"mse": error / count, "label_variance": square / count - (label / count) ** 2, "examples": count}
 
 
-BinaryMetrics = RankingMetrics | LifetimeMetrics | ProgressiveMetrics
+BinaryMetrics = RankingMetrics | LifetimeMetrics | PrequentialMetrics
 
 
 class MultiTaskMetrics:

@@ -1,1 +1,19 @@
-"""Models: embeddings, tower and task put together on a single device; and the baselines to beat."""
+"""Models: embeddings, tower and task put together on a single device. Sharding is applied beside them (gr.parallel)."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from gr.config.run import RunConfig
+
+
+def build_model(config: RunConfig, schema: Any) -> nn.Module:
+    """The model that `config` describes for data of `schema`, without storage (on meta)."""
+    module, _, name = config.model_target.partition(":")
+    with torch.device("meta"):
+        return getattr(importlib.import_module(module), name)(config, schema)
+
+
+__all__ = ["build_model"]

@@ -5,33 +5,19 @@ B examples, N dense features, F categorical features, T = F + 1 vectors an examp
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
+from gr.config.click import ClickConfig
 from gr.config.dlrm import DLRMConfig
-from gr.config.tree import EmbeddingsConfig
-from gr.embeddings import (
-    PooledTable,
-    build_bag_collection,
-    build_row_weighted_collection,
-    pooled_vectors,
-    row_weighted_vectors,
-)
+from gr.config.inventory import TableConfig
+from gr.embeddings import build_tables, pooled_vectors, row_weighted_vectors
 from gr.errors import ConfigError
+from gr.schema import TabularSchema
 from gr.towers.dlrm import MLP, build_interaction, mlp_linear
-
-
-class CategoricalFeature(Protocol):
-    """A feature and the table of the same name that it alone reads."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rows(self) -> int: ...
 
 
 class DLRM(nn.Module):
@@ -40,40 +26,45 @@ class DLRM(nn.Module):
     The tables' start is gr.embeddings.initialise_tables', `uniform_rows` being the published one.
     """
 
-    def __init__(
-        self,
-        config: DLRMConfig,
-        features: Sequence[CategoricalFeature],
-        dense_features: int,
-        embeddings: EmbeddingsConfig,
-    ) -> None:
-        """Raises ConfigError where there are no features, or no dense ones, or where two have one name."""
+    def __init__(self, config: DLRMConfig, tables: Sequence[TableConfig], dense_features: int) -> None:
+        """tables: one for each categorical feature, of its name. Raises ConfigError where there are none, where one is
+        not as config.table_layout says, or where there are no dense features.
+        """
         super().__init__()
-        if not features or dense_features < 1:
+        if not tables or dense_features < 1:
             raise ConfigError(
-                f"DLRM has {len(features)} categorical and {dense_features} dense features; it needs one of each kind"
+                f"DLRM has {len(tables)} categorical and {dense_features} dense features; it needs one of each kind"
             )
+        for table in tables:
+            if (table.kind, table.dim) != config.table_layout:
+                kind, dim = config.table_layout
+                raise ConfigError(
+                    f"table {table.name}: DLRM reads {kind} tables of {dim} columns, not {table.kind}, {table.dim}"
+                )
         self.config = config
-        self.features = [feature.name for feature in features]
-        tables = [PooledTable(feature.name, feature.rows, config.dim, (feature.name,)) for feature in features]
-        build = build_row_weighted_collection if config.row_weights else build_bag_collection
-        self.tables = build(tables, embeddings)
+        self.features = [table.name for table in tables]
+        self.tables = build_tables(tables)
         linear = mlp_linear(config)
         self.bottom = MLP(dense_features, config.bottom, linear=linear)
-        self.interaction = build_interaction(config, len(features) + 1)
+        self.interaction = build_interaction(config, len(tables) + 1)
         self.top = MLP(self.interaction.width, config.top, linear=linear, logit=True)
 
-    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, found: Any = None) -> Tensor:
+    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, looked_up: Any = None) -> Tensor:
         """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector.
 
-        found: what the tables have for `sparse`; None: look it up. Of sharded tables it is a promise: the bottom MLP
+        looked_up: what the tables have for `sparse`; None: look it up. Of sharded tables it is a promise: the bottom MLP
         runs beside their all-to-all.
         """
-        found = self.tables(sparse) if found is None else found
+        looked_up = self.tables(sparse) if looked_up is None else looked_up
         dense_BD = self.bottom(dense_BN)
         if self.config.row_weights:
-            pooled = row_weighted_vectors(found, self.features, self.config.dim)
+            pooled = row_weighted_vectors(looked_up, self.features, self.config.dim)
         else:
-            pooled = pooled_vectors(found, self.features)
+            pooled = pooled_vectors(looked_up, self.features)
         vectors_BTD = torch.stack([dense_BD, *pooled], dim=1)
         return self.top(self.interaction(vectors_BTD)).squeeze(1)
+
+
+def build_dlrm(config: ClickConfig, schema: TabularSchema) -> DLRM:
+    """The model of a click experiment on data of `schema`. Build it on meta."""
+    return DLRM(config.model, config.tables(schema), len(schema.dense))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from gr.batch import EvaluationBatch, SequenceBatch
-from gr.config.tree import ExperimentConfig
-from gr.embeddings import build_collection, lookup, sequence_vectors, with_candidates
+from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch
+from gr.config.retrieval import ITEM_TABLE, RetrievalConfig
+from gr.embeddings import CANDIDATE_FEATURE, build_tables, lookup, sequence_vectors, with_candidates
 from gr.ops.dropout import dropout
+from gr.schema import DataSchema
 from gr.sequence import JaggedSequence
 from gr.tasks import Candidates, build_similarity, retrieval_loss
 from gr.towers import build_tower
@@ -23,14 +24,14 @@ from gr.towers import build_tower
 class RetrievalModel(nn.Module):
     """p(next item | history), trained at every position (arXiv 2402.17152, §2.2). Build it on meta."""
 
-    def __init__(self, config: ExperimentConfig, item_rows: int) -> None:
+    def __init__(self, config: RetrievalConfig, schema: DataSchema) -> None:
         super().__init__()
         self.dim, self.max_length = config.model.dim, config.data.max_length
         self.input_dropout = config.model.input_dropout
         self.precision = config.trainer.precision
-        self.tables = build_collection(item_rows, self.dim, config.embeddings)
+        self.tables = build_tables(config.tables(schema), {ITEM_TABLE: (ITEM_FEATURE, CANDIDATE_FEATURE)})
         self.position = nn.Parameter(torch.empty(self.max_length, self.dim))
-        self.tower = build_tower(config.model, self.max_length)
+        self.tower = build_tower(config.model.tower, dim=self.dim, max_length=self.max_length)
         self.similarity = build_similarity(config.task)
         self.reset_parameters()
 
@@ -38,15 +39,15 @@ class RetrievalModel(nn.Module):
         nn.init.xavier_normal_(self.position)
 
     def forward(
-        self, batch: SequenceBatch, candidates: Candidates, found: Mapping[str, JaggedTensor] | None = None
+        self, batch: RetrievalBatch, candidates: Candidates, looked_up: Mapping[str, JaggedTensor] | None = None
     ) -> Tensor:
         """Sum of -log p(next item) over the T positions, a scalar in nats.
 
-        found: what the tables have for with_candidates(batch.features, candidates.ids_K); None: look it up.
+        looked_up: what the tables have for with_candidates(batch.features, candidates.ids_K); None: look it up.
         """
-        if found is None:
-            found = self.tables(with_candidates(batch.features, candidates.ids_K))
-        history_TD, items_KD = sequence_vectors(found, self.dim)
+        if looked_up is None:
+            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K))
+        history_TD, items_KD = sequence_vectors(looked_up, self.dim)
         queries_TD = self._run_tower(history_TD, batch)
         return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
 
@@ -66,7 +67,7 @@ class RetrievalModel(nn.Module):
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
         return lookup(self.tables, one_empty_example, ids_K, self.dim)[1]
 
-    def _run_tower(self, history_TD: Tensor, batch: SequenceBatch | EvaluationBatch) -> Tensor:
+    def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch) -> Tensor:
         offsets_B1 = batch.features.offsets().long()
         lengths_B = offsets_B1.diff()
         tokens = len(history_TD)

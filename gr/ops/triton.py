@@ -28,5 +28,5 @@ def load() -> None:
         raise InstallError(
             f"triton does not start on this machine ({' '.join(str(error).split())}): it builds a C module when it "
             "does, so install a C compiler and the headers of C and Python (Debian: gcc libc6-dev libpython3-dev), or "
-            "take slower operators with trainer.operators=torch"
+            "take slower operators with trainer.kernels=torch"
         ) from error

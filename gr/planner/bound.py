@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from gr.planner.options import Capacity, Options
+from gr.planner.candidates import Capacity, Options
 
 PRICE_STEPS = 30
 CEILING_STEPS = 30

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gr.config.inventory import TableConfig
-from gr.planner.cost import table_bytes
-from gr.planner.evaluate import evaluate
-from gr.planner.plan import Placement, Plan, Shard, shards
+from gr.planner.estimate import evaluate
+from gr.planner.estimate_tables import table_bytes
+from gr.planner.placement import Placement, Plan, Shard, shards
 from gr.planner.planfile import differences
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from gr.planner.options import Capacity, Scope
+from gr.planner.candidates import Capacity, Scope
 from gr.planner.pack import Choices, Focused, Option, Packing
 
 VARIABLES = 1200

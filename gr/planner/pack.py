@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gr.planner.options import Capacity, Options, Scope
+from gr.planner.candidates import Capacity, Options, Scope
 
 # What an excess weighs, relative to its target, in units of the target seconds.
 OVERLOAD_WEIGHT = 20.0

@@ -1,68 +1,52 @@
-"""A sharding plan: where every shard of every table is, for one inventory on one topology."""
+"""The plan of an inventory on a topology: space of options -> solver -> placements."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from gr.config.inventory import AnyShardingType, InventoryConfig, Kernel, TableConfig
+from gr.config.inventory import SHARDING_TYPES, InventoryConfig
+from gr.errors import PlanError
+from gr.planner.candidates import Capacity
+from gr.planner.enumerate import KERNELS, search_space
+from gr.planner.memory import fixed_memory
+from gr.planner.placement import Placement, Plan
+from gr.planner.solve import DoesNotFit, solve_balanced
 from gr.planner.topology import Topology
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How one table is cut and where its shards are.
+def search(inventory: InventoryConfig, topology: Topology) -> Plan:
+    """The best plan found, with a lower bound on the cost of any. Equal inputs give equal plans.
 
-    ranks: one rank a shard, in the order of `shards`; every rank, in order, for row_wise and data_parallel.
-    column_width: columns of a block under column_wise, table_column_wise and grid_shard; the last may be narrower.
+    Raises DoesNotFit (a PlanError) where memory does not suffice, PlanError where constraints exclude one another.
     """
-
-    table: str
-    sharding_type: AnyShardingType
-    kernel: Kernel
-    ranks: tuple[int, ...]
-    column_width: int | None = None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A rectangle of a table on a rank; data_parallel tables have one whole one on every rank."""
-
-    rank: int
-    row: int
-    column: int
-    rows: int
-    columns: int
+    _check_ranks(inventory, topology)
+    options = search_space(inventory, topology)
+    solution = solve_balanced(options, table_capacity(inventory, topology))
+    placements = tuple(
+        Placement(
+            table=table.name,
+            sharding_type=SHARDING_TYPES[options.sharding_type_O[option]],
+            kernel=KERNELS[options.kernel_O[option]],
+            ranks=tuple(ranks.tolist()),
+            column_width=int(options.column_width_O[option]) or None,
+        )
+        for table, option, ranks in zip(inventory.tables, solution.option_T, solution.ranks_T, strict=True)
+    )
+    return Plan(inventory, topology, placements, solution.bound_seconds)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One placement for every table of the inventory, in its order. bound_seconds: no plan has a lower cost."""
-
-    inventory: InventoryConfig
-    topology: Topology
-    placements: tuple[Placement, ...]
-    bound_seconds: float
-
-
-def column_blocks(dim: int, width: int | None) -> list[int]:
-    """Widths of the column blocks of a table of `dim` columns: `width` each, and what is left."""
-    if width is None:
-        return [dim]
-    whole, left = divmod(dim, width)
-    return [width] * whole + ([left] if left else [])
+def table_capacity(inventory: InventoryConfig, topology: Topology) -> Capacity:
+    """What is left for table shards on each rank. Raises DoesNotFit where the rest alone is too large."""
+    fixed = fixed_memory(inventory, topology)
+    left = topology.hbm_bytes - sum(fixed.values())
+    if left <= 0:
+        largest = max(fixed, key=lambda kind: fixed[kind])
+        raise DoesNotFit(
+            f"without any table a rank needs {sum(fixed.values()) / 1e9:.1f} GB of {topology.hbm_bytes / 1e9:.1f} GB, "
+            f"most of it {largest} ({fixed[largest] / 1e9:.1f} GB); lower the batch size"
+        )
+    return Capacity(topology.ranks, topology.ranks_per_host, left, topology.host_bytes)
 
 
-def shards(table: TableConfig, placement: Placement) -> Iterator[Shard]:
-    """The rectangles of `table` in TorchRec's order: column blocks, and in each its row blocks of ceil(E / n) rows."""
-    if placement.sharding_type == "data_parallel":
-        yield from (Shard(rank, 0, 0, table.rows, table.dim) for rank in placement.ranks)
-        return
-    blocks = column_blocks(table.dim, placement.column_width)
-    row_blocks = len(placement.ranks) // len(blocks)
-    height = -(-table.rows // row_blocks)
-    ranks = iter(placement.ranks)
-    column = 0
-    for width in blocks:
-        for part in range(row_blocks):
-            row = min(part * height, table.rows)
-            yield Shard(next(ranks), row, column, min(height, table.rows - row), width)
-        column += width
+def _check_ranks(inventory: InventoryConfig, topology: Topology) -> None:
+    for table in inventory.tables:
+        if table.ranks is not None and (wrong := [rank for rank in table.ranks if rank >= topology.ranks]):
+            raise PlanError(
+                f"table {table.name}: ranks names {wrong[0]}, but {topology.name} has ranks 0 to {topology.ranks - 1}"
+            )

@@ -9,22 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gr.config.inventory import (
-    LARGEST,
-    LARGEST_TOTAL,
-    LARGEST_WORLD,
-    ROW_MULTIPLE,
-    SEQUENCE_TYPES,
-    AnyShardingType,
-    InventoryConfig,
-    Kernel,
-    TableConfig,
-)
+from gr.config.base import LARGEST
+from gr.config.dlrm import ROW_MULTIPLE
+from gr.config.inventory import LARGEST_TOTAL, LARGEST_WORLD, AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
-from gr.files import may_pass
-from gr.planner.evaluate import evaluate
-from gr.planner.plan import Placement, Plan, column_blocks
-from gr.planner.space import COLUMN_TYPES, row_parts
+from gr.files import is_transient
+from gr.planner.enumerate import COLUMN_TYPES, row_parts
+from gr.planner.estimate import evaluate
+from gr.planner.placement import Placement, Plan, column_blocks
 from gr.planner.topology import Topology
 
 FORMAT = "gr-plan-1"
@@ -131,7 +123,7 @@ def load_plan(path: Path) -> Plan:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise PlanError(f"{path}: cannot be read: {reason}; write one with `gr plan CONFIG --json {path}`") from error
@@ -201,10 +193,8 @@ def _placement(table: TableConfig, given: _Placement, topology: Topology, origin
 def placement_fault(table: TableConfig, placement: Placement, topology: Topology) -> str | None:
     """What makes a placement impossible, or None."""
     kind, ranks, width = placement.sharding_type, placement.ranks, placement.column_width
-    if table.kind == "sequence" and kind not in SEQUENCE_TYPES:
-        return f"{kind} does not exist for sequence tables"
-    if table.pooling == "mean" and kind == "grid_shard":
-        return "grid_shard computes wrong means"
+    if kind not in table.valid_sharding_types():
+        return f"{kind} {table.why_invalid(kind)}"
     if kind == "data_parallel" and placement.kernel != "dense":
         return f"data_parallel has kernel dense, not {placement.kernel}"
     if kind != "data_parallel" and placement.kernel == "dense" and "dense" not in table.kernels:

@@ -7,11 +7,11 @@ import numpy as np
 
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
-from gr.planner.evaluate import evaluate
+from gr.planner.enumerate import search_space
+from gr.planner.estimate import evaluate
 from gr.planner.memory import fixed_memory
-from gr.planner.search import DoesNotFit, search, table_capacity
+from gr.planner.plan import DoesNotFit, search, table_capacity
 from gr.planner.solve import too_large
-from gr.planner.space import search_space
 from gr.planner.topology import Topology, with_ranks
 
 MOST_RANKS = 1 << 16

@@ -1,7 +1,7 @@
 """A plan as TorchRec's ShardingPlan, which DistributedModelParallel applies."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ from torchrec.distributed.types import (
 )
 
 from gr.config.inventory import TableConfig
-from gr.embeddings.optimizers import FUSED_ON_CPU
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.errors import PlanError
-from gr.planner.plan import Placement, Plan, column_blocks, shards
+from gr.planner.placement import Placement, Plan, column_blocks, shards
 
 
 def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device) -> ShardingPlan:
@@ -124,7 +124,8 @@ def _parameter_sharding(
 
 
 def _check_kernel(table: TableConfig, placement: Placement, device: torch.device) -> None:
-    fused_on_cpu = placement.kernel == "fused" and table.optimizer in FUSED_ON_CPU
+    optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+    fused_on_cpu = placement.kernel == "fused" and optimizer.fused_on_cpu
     # TorchRec would run the host-memory kernels as fused and say nothing, and fail on Adam in an assertion.
     if device.type == "cpu" and not fused_on_cpu and placement.kernel != "dense":
         raise PlanError(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from gr.errors import PlanError
 from gr.planner.bound import FAR_OFF, Group, Relaxation
-from gr.planner.options import Capacity, Options, Solution
+from gr.planner.candidates import Capacity, Options, Solution
 from gr.planner.pack import Choices, Packing, Targets
 
 CLOSE = 1.001  # to the bound: nothing better is looked for

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
 
-from gr.config.faults import describe_faults
-from gr.config.section import Section
-from gr.config.source import Node, Reader
+from gr.config.base import Section
+from gr.config.messages import describe_faults
+from gr.config.yaml import Node, Reader
 from gr.errors import PlanError
 
 

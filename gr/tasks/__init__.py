@@ -1,8 +1,8 @@
-"""Training objectives: what a tower's outputs are compared with, and how."""
+"""What a tower's outputs are compared with, and how: losses, negatives, similarities, places in the whole corpus."""
 
+from gr.tasks.corpus_rank import CorpusRanker
+from gr.tasks.losses import click_loss, multitask_loss, retrieval_loss
 from gr.tasks.negatives import Candidates, CandidateSampler
-from gr.tasks.ranks import CorpusRanker
-from gr.tasks.retrieval import retrieval_loss
 from gr.tasks.similarity import Cosine, DotProduct, Similarity, build_similarity
 
 __all__ = [
@@ -13,5 +13,7 @@ __all__ = [
     "DotProduct",
     "Similarity",
     "build_similarity",
+    "click_loss",
+    "multitask_loss",
     "retrieval_loss",
 ]

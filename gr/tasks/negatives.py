@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr.batch import Movable, SequenceBatch
-from gr.config.tree import (
+from gr.batch import Movable, RetrievalBatch
+from gr.config.retrieval import (
+    SMALL_CORPUS,
     FullSoftmax,
     InBatchNegatives,
     PerPositionNegatives,
+    RetrievalTaskConfig,
     SharedNegatives,
-    TaskConfig,
 )
 from gr.dist import World
 from gr.errors import DataError
 
-# Up to here looking up the whole corpus costs less than finding the distinct items of a step.
-SMALL_CORPUS = 1 << 16
 # Philox gives four 64-bit draws for each value of its counter.
 DRAWS_PER_COUNTER = 4
 
@@ -50,14 +49,16 @@ class CandidateSampler:
     corpus_ids: int64 [C], ascending. corpus_counts: int64 [C], occurrences in training, for log Q.
     """
 
-    def __init__(self, config: TaskConfig, corpus_ids: np.ndarray, corpus_counts: np.ndarray, seed: int) -> None:
+    def __init__(
+        self, config: RetrievalTaskConfig, corpus_ids: np.ndarray, corpus_counts: np.ndarray, seed: int
+    ) -> None:
         self.negatives = config.negatives
         self.seed = seed
         self.corpus_C = torch.tensor(corpus_ids, dtype=torch.int64)
         frequency = np.maximum(corpus_counts, 1).astype(np.float64)
         self.frequency_C = torch.from_numpy(frequency / frequency.sum())
 
-    def draw(self, batch: SequenceBatch, step: int, world: World, tokens_before: int) -> Candidates:
+    def draw(self, batch: RetrievalBatch, step: int, world: World, tokens_before: int) -> Candidates:
         """Candidates of one step, on the CPU. tokens_before: tokens of lower ranks; not used where the batch has
         first_token_B.
         """
@@ -106,7 +107,7 @@ class CandidateSampler:
         return index
 
 
-def _runs(batch: SequenceBatch, tokens_before: int) -> Iterator[tuple[int, int]]:
+def _runs(batch: RetrievalBatch, tokens_before: int) -> Iterator[tuple[int, int]]:
     """(number of the first token in the global batch, tokens) of each stretch of tokens that follow one another."""
     if batch.first_token_B is None:
         yield tokens_before, len(batch.target_ids_T)

@@ -4,42 +4,24 @@ from typing import Protocol
 
 from torch import nn
 
-from gr.config.stu import STUConfig
-from gr.config.tree import HSTUConfig, SASRecConfig
+from gr.config.towers import TOWERS, TowerConfig
 from gr.sequence import JaggedSequence
-from gr.towers.hstu import HSTU
-from gr.towers.sasrec import SASRec
-from gr.towers.stu import STU
 
 
 class Tower(Protocol):
     """values_TD -> values_TD. A token's output depends on the tokens before it and on itself, never on later ones.
 
-    Where a sequence has candidates or a contextual prefix, STU says what sees what; the others refuse it.
+    Where a sequence has candidates or a contextual prefix, STU says what sees what; the others refuse it. Models are
+    built on meta, so what `__init__` puts into a parameter or buffer is lost: `reset_parameters` of the module that
+    owns it fills it, and what nothing fills is an error when a run is built.
     """
 
     def __call__(self, sequence: JaggedSequence) -> JaggedSequence: ...
 
 
-class TowerChoice(Protocol):
-    """The part of a model's configuration that chooses its tower."""
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def tower(self) -> HSTUConfig | SASRecConfig | STUConfig: ...
-
-
-def build_tower(config: TowerChoice, max_length: int) -> nn.Module:
-    """The tower that `config.tower.kind` names, on the default device, for sequences of at most max_length tokens."""
-    match config.tower:
-        case HSTUConfig() as tower:
-            return HSTU(tower, dim=config.dim, max_length=max_length)
-        case SASRecConfig() as tower:
-            return SASRec(tower, dim=config.dim, max_length=max_length)
-        case STUConfig() as tower:
-            return STU(tower, dim=config.dim, max_length=max_length)
+def build_tower(config: TowerConfig, *, dim: int, max_length: int) -> nn.Module:
+    """The tower that `config` configures, on the default device. dim: D. max_length: tokens of the longest sequence."""
+    return TOWERS.target(config)(config, dim=dim, max_length=max_length)
 
 
 __all__ = ["Tower", "build_tower"]

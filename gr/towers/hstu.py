@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gr.config.tree import HSTUConfig
+from gr.config.towers import HSTUConfig
 from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.layer import gated_projection, norm_linear

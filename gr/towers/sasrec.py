@@ -6,7 +6,7 @@ T packed tokens, D model width, H heads.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gr.config.tree import SASRecConfig
+from gr.config.towers import SASRecConfig
 from gr.ops.dropout import dropout
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence

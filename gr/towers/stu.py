@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gr.config.stu import STUConfig
+from gr.config.towers import STUConfig
 from gr.ops.hstu_attention import AttentionMask, hstu_attention
 from gr.ops.layer import gated_projection, norm_linear
 from gr.sequence import JaggedSequence

@@ -1,18 +1,62 @@
-"""What one training step is: forward, backward and update of a sharded model."""
+"""What one training step is: forward, backward and update of a sharded model; what a step minimises."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec import KeyedJaggedTensor
 
-from gr.config.tree import DenseAdagrad, DenseAdamW, DenseSGD, OptimizerConfig, RunConfig
+from gr.config.optim import DENSE_OPTIMIZERS, DenseOptimizerConfig
+from gr.config.run import RunConfig
 from gr.dist import World
-from gr.embeddings import StagedLookup, TableOptimizer
-from gr.train.balance import Balance
-from gr.train.objectives import Inputs, Objective
+from gr.embeddings import PipelinedLookup, TableOptimizer
+from gr.parallel.dense import dense_parameters, unwrapped
 from gr.train.schedule import rate_factor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass reads, on its device. lookups: the ids that the tables are asked for, None without tables.
+
+    candidates: of a step of retrieval.
+    """
+
+    batch: Any
+    lookups: KeyedJaggedTensor | None = None
+    candidates: Any = None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tensor.record_stream of every tensor."""
+        for part in (self.batch, self.lookups, self.candidates):
+            if part is not None:
+                part.record_stream(stream)
+
+
+class Objective(Protocol):
+    """What the steps of one recipe minimise. The train module averages over the losses of all ranks."""
+
+    def losses(self, batch) -> int:
+        """How many losses this rank's batch has."""
+
+    def examples(self, batch) -> int:
+        """How many examples this rank's batch has."""
+
+    def inputs(self, batch, step: int, first: int, device: torch.device) -> Inputs:
+        """The inputs of a step, from a batch on the CPU.
+
+        first: losses on the ranks before this one, for draws by position, where the batch does not number them itself.
+        """
+
+    def total(self, model: nn.Module, inputs: Inputs, looked_up: Any) -> Tensor:
+        """Sum of the losses, a scalar in nats. looked_up: what the tables have for inputs.lookups."""
+
+
+class ScoringObjective(Objective, Protocol):
+    """Keeps what the last batch was scored, before it was trained on: arguments of its metrics' update()."""
+
+    scored: tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +81,7 @@ class Prepared:
 
     step: int
     inputs: Inputs
-    lookup: StagedLookup
+    lookup: PipelinedLookup | None
     tokens: int
     examples: int
 
@@ -47,18 +91,18 @@ class TrainModule:
 
     def __init__(
         self,
-        model: DistributedModelParallel,
+        model: nn.Module,
         objective: Objective,
         config: RunConfig,
         world: World,
-        balance: Balance | None = None,
+        balance: Callable[[Any], Any] | None = None,
     ) -> None:
-        """balance: deals examples to the ranks; None: each keeps those of its loader."""
+        """balance: deals the examples of a batch to the ranks; None: each keeps those of its loader."""
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.balance = balance
-        self.tables = get_unwrapped_module(model).tables
+        self.tables = getattr(unwrapped(model), "tables", None)
         self.dense = dense_parameters(model)
-        self.dense_optimizer = dense_optimizer(self.dense.values(), config.optimizer)
+        self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
 
     def prepare(self, batch, step: int) -> Prepared:
@@ -69,7 +113,8 @@ class TrainModule:
         tokens, examples = zip(*counts, strict=True)
         before = sum(tokens[: self.world.rank])
         inputs = self.objective.inputs(batch, step, before, self.world.device)
-        return Prepared(step, inputs, StagedLookup(self.tables, inputs.lookups), sum(tokens), sum(examples))
+        lookup = None if inputs.lookups is None else PipelinedLookup(self.tables, inputs.lookups)
+        return Prepared(step, inputs, lookup, sum(tokens), sum(examples))
 
     def forward(self, prepared: Prepared) -> StepLoss:
         """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them.
@@ -77,9 +122,9 @@ class TrainModule:
         A GPU is not waited for.
         """
         self.model.train()
-        found = prepared.lookup.rows()
+        looked_up = None if prepared.lookup is None else prepared.lookup.rows()
         torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
-        total = self.objective.total(self.model, prepared.inputs, found)
+        total = self.objective.total(self.model, prepared.inputs, looked_up)
         # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
         loss = total * (self.world.size / max(1, prepared.tokens))
         return StepLoss(loss, total.detach(), prepared.tokens, prepared.examples)
@@ -102,28 +147,9 @@ class TrainModule:
         return self.dense_optimizer.param_groups[0]["lr"]
 
 
-def dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
-    """Parameters by name, without the tables."""
-    inner = get_unwrapped_module(model)
-    return {name: p for name, p in inner.named_parameters() if not name.startswith("tables.")}
-
-
-def dense_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """PyTorch's optimizer of that kind."""
-    match config:
-        case DenseAdamW():
-            return torch.optim.AdamW(
-                parameters,
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        case DenseAdagrad():
-            return torch.optim.Adagrad(parameters, lr=config.lr, eps=config.eps)
-        case DenseSGD():
-            return torch.optim.SGD(parameters, lr=config.lr)
+def build_optimizer(parameters: Iterable[nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` configures."""
+    return DENSE_OPTIMIZERS.target(config)(parameters, lr=config.lr, **config.arguments())
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 
-from gr.config.tree import ScheduleConfig
+from gr.config.optim import ScheduleConfig
 
 SHAPES = {
     "linear": lambda progress: 1 - progress,

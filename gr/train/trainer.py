@@ -10,9 +10,9 @@ from gr import watchdog
 from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
-from gr.train.feed import Feed, Loader
 from gr.train.module import StepLoss, TrainModule
-from gr.train.stop import ONE_REQUEST_SECONDS, on_stop_signal
+from gr.train.pipeline import Loader, Pipeline
+from gr.train.signals import ONE_REQUEST_SECONDS, on_stop_signal
 
 log = get_logger(__name__)
 
@@ -45,7 +45,7 @@ class Callback:
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    A signal to stop (gr.train.stop) to any rank finishes the step under way on all. A rank whose torchrun has died asks
+    A signal to stop (gr.train.signals) to any rank finishes the step under way on all. A rank whose torchrun has died asks
     to stop too: nobody is left to start it again, or to end it.
 
     stopped: it was asked to; callbacks then leave for the resumed run what would keep the save waiting. owing: this is
@@ -56,7 +56,7 @@ class Trainer:
         self, module: TrainModule, loader: Loader, callbacks: Sequence[Callback], world: World, *, steps: int
     ) -> None:
         self.module, self.callbacks, self.world = module, callbacks, world
-        self.feed = Feed(loader, module, world, steps=steps)
+        self.pipeline = Pipeline(loader, module, world, steps=steps)
         self.steps = steps
         self.step = 0
         self.stopped = self.owing = False
@@ -78,12 +78,12 @@ class Trainer:
                 callback.on_end(self)
 
     def _one_step(self) -> StepResult:
-        began, waited = time.perf_counter(), self.feed.wait_seconds
+        began, waited = time.perf_counter(), self.pipeline.wait_seconds
         watchdog.enter(f"data of step {self.step}", "step")
-        prepared = self.feed.take(self.step)
+        prepared = self.pipeline.take(self.step)
         watchdog.enter(f"forward of step {self.step}")
         loss = self.module.forward(prepared)
-        self.feed.send_next()
+        self.pipeline.send_next()
         # One collective a step: the global loss, and whether any rank was asked to stop after this step.
         total, stop = self.world.all_reduce_sum([float(loss.total), float(self._stop_requested or self._is_orphan())])
         self.stopped = stop > 0
@@ -98,8 +98,8 @@ class Trainer:
         self.module.backward(loss, self.step)
         if not self.stopped:
             watchdog.enter(f"data after step {self.step}")
-            self.feed.fill(self.step)
-        waited, seconds = self.feed.wait_seconds - waited, time.perf_counter() - began
+            self.pipeline.fill(self.step)
+        waited, seconds = self.pipeline.wait_seconds - waited, time.perf_counter() - began
         return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds)
 
     def _request_stop(self) -> None:

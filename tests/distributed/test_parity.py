@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from gr.experiment.retrieval import build
+from gr.experiment.run import initialise_dense
+from gr.train.objectives import RetrievalObjective
 
-from gr.config.tree import ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader
 from gr.dist import World
 from gr.dist import world as make_world
 from gr.embeddings.init import _table_key, truncated_normal
-from gr.experiment.retrieval import build
-from gr.experiment.run import initialise_dense
 from gr.models.retrieval import RetrievalModel
+from gr.parallel.load_balance import LoadBalancer
 from gr.tasks import CandidateSampler
-from gr.train.balance import Balance
-from gr.train.feed import Feed
 from gr.train.module import TrainModule
-from gr.train.objectives import RetrievalObjective
+from gr.train.pipeline import Pipeline
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def configured(data: Path, sharding: str, optimizer: str, negatives: str = "per_position") -> ExperimentConfig:
+def configured(data: Path, sharding: str, optimizer: str, negatives: str = "per_position") -> RetrievalConfig:
     return tiny_config(
         data,
         data / "unused",
@@ -56,7 +56,7 @@ def configured(data: Path, sharding: str, optimizer: str, negatives: str = "per_
     )
 
 
-def loader_for(config: ExperimentConfig, world: World) -> TrainLoader:
+def loader_for(config: RetrievalConfig, world: World) -> TrainLoader:
     return TrainLoader(
         Dataset.open(config.data.path),
         config.data,
@@ -67,18 +67,18 @@ def loader_for(config: ExperimentConfig, world: World) -> TrainLoader:
     )
 
 
-def sampler_for(config: ExperimentConfig) -> CandidateSampler:
+def sampler_for(config: RetrievalConfig) -> CandidateSampler:
     return CandidateSampler(config.task, *Dataset.open(config.data.path).corpus(), config.seed)
 
 
 def sharded(
-    world: World, config: ExperimentConfig, ahead: int = 0, balanced: bool = False
+    world: World, config: RetrievalConfig, ahead: int = 0, balanced: bool = False
 ) -> tuple[list[float], list, dict]:
     built = build(config, world)
-    balance = Balance(lambda lengths_N: lengths_N**2.0, world) if balanced else None
+    balance = LoadBalancer(lambda lengths_N: lengths_N**2.0, world) if balanced else None
     module = TrainModule(built.model, RetrievalObjective(sampler_for(config), world), config, world, balance)
     loader, losses = loader_for(config, world), []
-    feed = Feed(loader, module, world, steps=STEPS, ahead=ahead)
+    feed = Pipeline(loader, module, world, steps=STEPS, ahead=ahead)
     for step in range(STEPS):
         loss = module.forward(feed.take(step))
         feed.send_next()
@@ -90,7 +90,7 @@ def sharded(
     return losses, shards, {name: p.detach().cpu().numpy().copy() for name, p in module.dense.items()}
 
 
-def run_sharded(size: int, config: ExperimentConfig, ahead: int = 0, balanced: bool = False) -> Outcome:
+def run_sharded(size: int, config: RetrievalConfig, ahead: int = 0, balanced: bool = False) -> Outcome:
     ranks = run_ranks(sharded, size, config, ahead, balanced)
     table = torch.full((61, 8), torch.nan)
     for _, shards, _ in ranks:
@@ -139,7 +139,7 @@ def unsharded_optimizer(kind: str, weight: torch.nn.Parameter, column_shards: in
             return RowWise(weight, lr, kind, column_shards)
 
 
-def run_unsharded(config: ExperimentConfig, column_shards: int) -> Outcome:
+def run_unsharded(config: RetrievalConfig, column_shards: int) -> Outcome:
     world = World(0, 1, 0, 1, torch.device("cpu"))
     model = RetrievalModel(config, 61)
     model.tables.to_empty(device="cpu")

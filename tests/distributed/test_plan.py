@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from gr.experiment.retrieval import build
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import (
@@ -28,27 +29,20 @@ from torchrec.modules.embedding_configs import DataType
 
 from gr import compat
 from gr.config.inventory import SEQUENCE_TYPES, AnyShardingType, Kernel, TableConfig
-from gr.config.tree import (
-    SGD,
-    Adagrad,
-    Adam,
-    EmbeddingsConfig,
-    ExperimentConfig,
-    PartialRowWiseAdam,
-    RowWiseAdagrad,
-)
+from gr.config.optim import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
+from gr.config.retrieval import RetrievalConfig
+from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer
 from gr.embeddings.optimizers import FUSED_ON_CPU, fused_params
-from gr.embeddings.sharding import sequence_sharder
 from gr.errors import PlanError
-from gr.experiment.retrieval import build
-from gr.planner.cost import table_bytes
-from gr.planner.evaluate import MEMORY, evaluate
-from gr.planner.inventory import experiment_inventory
-from gr.planner.plan import Placement, Plan, shards
+from gr.parallel.tables import sequence_sharder
+from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.estimate_tables import table_bytes
+from gr.planner.for_run import constrained, run_topology
+from gr.planner.inventory import retrieval_inventory
+from gr.planner.placement import Placement, Plan, shards
 from gr.planner.planfile import dump_plan
-from gr.planner.run import constrained, run_topology
 from gr.planner.sharding_plan import to_sharding_plan
 from tests.distributed.test_parity import (
     LOSS,
@@ -318,10 +312,10 @@ def test_shards_take_the_bytes_that_are_predicted(kind: type[nn.Module], optimiz
         assert storages == sum(weights.values()) + sum(states.values()), "allocated and in no shard"
 
 
-def experiment_plan(config: ExperimentConfig, ranks: int) -> Plan:
+def experiment_plan(config: RetrievalConfig, ranks: int) -> Plan:
     """A plan for the experiment that no planner would make: the whole item table on the last rank."""
     world = World(0, ranks, 0, ranks, CPU)
-    inventory = constrained(experiment_inventory(config, ITEMS), config.planner, "cpu")
+    inventory = constrained(retrieval_inventory(config, ITEMS), config.planner, "cpu")
     topology = run_topology(None, world)
     (table,) = inventory.tables
     placement = Placement(table.name, "table_wise", table.kernels[0], (ranks - 1,))
@@ -344,7 +338,7 @@ def test_an_experiment_trains_with_a_plan_from_a_file(data: Path, tmp_path: Path
     assert [len(held) for _, held, _ in run_ranks(sharded, RANKS, given)] == [0, 0, 0, 1]
 
 
-def held(world: World, config: ExperimentConfig) -> tuple[list[int], list[float]]:
+def held(world: World, config: RetrievalConfig) -> tuple[list[int], list[float]]:
     """Bytes of this rank's table weights and optimizer states: measured, and as evaluate() predicts them."""
     built = build(config, world)
     assert built.plan is not None
@@ -362,7 +356,7 @@ def test_the_report_of_a_run_predicts_its_tables(data: Path, optimizer: str, sha
         assert got == expected
 
 
-def refusal(world: World, config: ExperimentConfig) -> str:
+def refusal(world: World, config: RetrievalConfig) -> str:
     try:
         build(config, world)
     except PlanError as error:

@@ -20,7 +20,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state
 from gr.config.inventory import AnyShardingType, TableConfig
-from gr.config.tree import EmbeddingsConfig
+from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import (
     PooledTable,
@@ -32,7 +32,7 @@ from gr.embeddings import (
 )
 from gr.embeddings.init import _table_key, uniform
 from gr.embeddings.optimizers import compute_kernel
-from gr.planner.plan import Placement, Plan, column_blocks
+from gr.planner.placement import Placement, Plan, column_blocks
 from gr.planner.sharding_plan import to_sharding_plan
 from tests.distributed.test_parity import OPTIMIZERS, RowWise
 from tests.support.plans import hand_made, machine

@@ -12,12 +12,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from gr.config.tree import PlannerConfig
+from gr.cluster import preflight as checks
+from gr.cluster.links import Links, slow_hosts
+from gr.cluster.preflight import Finding, preflight
+from gr.config.run import PlannerConfig
 from gr.dist import World
 from gr.errors import InstallError
-from gr.experiment import preflight as checks
-from gr.experiment.preflight import Finding, preflight
-from gr.planner.links import Links, slow_hosts
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config
 

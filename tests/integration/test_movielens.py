@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from gr.config import load_config
-from gr.data.prepare.movielens import prepare_movielens
-from gr.data.prepare.source import open_source
-from gr.data.prepare.write import atomic_folder
 from gr.dist import World
 from gr.experiment import train
+from gr.prepare.movielens import prepare_movielens
+from gr.prepare.source import open_source
+from gr.prepare.write import atomic_folder
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gr.planner.evaluate import MEMORY, Evaluation
+from gr.planner.estimate import MEMORY, Evaluation
 from gr.planner.report import page
 from gr.planner.report.units import size
 from tests.support.evaluations import evaluation_of

@@ -3,9 +3,9 @@
 import pytest
 
 from gr.config import load_config
-from gr.data.synthetic import StreamOptions
-from gr.data.synthetic_time import write_time_stream
 from gr.experiment import train
+from gr.prepare.synthetic import StreamOptions
+from gr.prepare.synthetic_time import write_time_stream
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
 

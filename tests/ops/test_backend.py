@@ -75,7 +75,7 @@ def test_a_gpu_without_a_compiler_is_one_line_and_no_slower_run(
     else:
         monkeypatch.setenv("CC", compiler)
     for use in (lambda: backend_for(gpu), force_backend("triton").__enter__):
-        with pytest.raises(InstallError, match=r"gcc libc6-dev libpython3-dev\).*trainer.operators=torch") as refused:
+        with pytest.raises(InstallError, match=r"gcc libc6-dev libpython3-dev\).*trainer.kernels=torch") as refused:
             use()
         assert "\n" not in str(refused.value)
     with force_backend("torch"):

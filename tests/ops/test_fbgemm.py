@@ -176,7 +176,7 @@ def test_an_earlier_output_is_not_used(kernels: Kernels) -> None:
 )
 def test_masks_it_has_not(mask: AttentionMask, message: str, kernels: Kernels) -> None:
     case = on(kernels.device, plain_case([5], mask))
-    with pytest.raises(ValueError, match=f"^HSTU attention by fbgemm: {message}; or use trainer.operators: triton$"):
+    with pytest.raises(ValueError, match=f"^HSTU attention by fbgemm: {message}; or use trainer.kernels: triton$"):
         run(case, torch.bfloat16, "fbgemm")
     assert not kernels.calls
 
@@ -190,7 +190,7 @@ def test_biases_it_has_not(name: str, kernels: Kernels) -> None:
     if name == "time_bias":
         given = {"time_bias": torch.zeros(129, device=kernels.device)}
         given["time_buckets"] = time_bucket_ids(times, times, offsets, num_buckets=128)
-    with force_backend("fbgemm"), pytest.raises(ValueError, match=f"{name} is not .* trainer.operators: triton$"):
+    with force_backend("fbgemm"), pytest.raises(ValueError, match=f"{name} is not .* trainer.kernels: triton$"):
         hstu_attention(x, x, x, offsets, max_length=5, divisor=1.0, **given)
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, GivenDense, InventoryConfig, Kernel, TableConfig
-from gr.planner.cost import TABLE_PHASES
-from gr.planner.evaluate import MEMORY, PHASES, Evaluation, TableShare
-from gr.planner.plan import Placement, Plan
+from gr.planner.estimate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.estimate_tables import TABLE_PHASES
+from gr.planner.placement import Placement, Plan
 from gr.planner.topology import Topology
 
 GB = 1e9

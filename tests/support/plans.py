@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gr.config.inventory import InventoryConfig, TableConfig
-from gr.planner.plan import Placement, Plan
+from gr.planner.placement import Placement, Plan
 from gr.planner.topology import Topology
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gr.config.tree import ExperimentConfig
-from gr.data.prepare.write import FolderWriter, Users
+from gr.config.retrieval import RetrievalConfig
+from gr.prepare.write import FolderWriter, Users
 from gr.schema import HistoryColumns
 
 ITEMS = 61
@@ -27,7 +27,7 @@ def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool
     return folder
 
 
-def tiny_config(data: Path, run_dir: Path, **sections) -> ExperimentConfig:
+def tiny_config(data: Path, run_dir: Path, **sections) -> RetrievalConfig:
     """A 2-layer HSTU of width 8 without dropout; `sections` replace or extend the sections of the configuration."""
     tree: dict = {
         "run_dir": str(run_dir),
@@ -45,4 +45,4 @@ def tiny_config(data: Path, run_dir: Path, **sections) -> ExperimentConfig:
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
-    return ExperimentConfig.model_validate(tree)
+    return RetrievalConfig.model_validate(tree)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gr.config.generative import GenerativeConfig
-from gr.data.prepare.write import Users, write_folder
+from gr.config.ranking import RankingConfig
+from gr.prepare.write import Users, write_folder
 from gr.schema import DataSchema, HistoryColumns
 
 ITEMS = 41
@@ -61,9 +61,7 @@ def write_histories(folder: Path, *, users: int = 96, longest: int = 24, seed: i
     )
 
 
-def generative_config(
-    data: Path | str = "data", run_dir: Path | str = "runs", /, **sections: object
-) -> GenerativeConfig:
+def generative_config(data: Path | str = "data", run_dir: Path | str = "runs", /, **sections: object) -> RankingConfig:
     """A 2-layer STU of width 8 without dropout; `sections` replace or extend the sections of the configuration."""
     tree: dict = {
         "run_dir": str(run_dir),
@@ -77,7 +75,7 @@ def generative_config(
             "head": [8],
         },
         "task": {
-            "kind": "generative_ranking",
+            "kind": "ranking",
             "tasks": [
                 {"kind": "bce", "action": "like"},
                 {"kind": "bce", "action": "share", "weight": 0.5},
@@ -90,7 +88,7 @@ def generative_config(
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
-    return GenerativeConfig.model_validate(tree)
+    return RankingConfig.model_validate(tree)
 
 
 ADDITIVE = {"model": {"dim": 8, "input_dropout": 0.0, "time": {"buckets": 64}, "input": {"kind": "additive"}}}

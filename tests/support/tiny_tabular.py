@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.config.ranking import RankingConfig
+from gr.config.click import ClickConfig
 from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
 
 DENSE = ("i1", "i2", "i3")
@@ -56,7 +56,7 @@ def _kind(column: SparseColumn) -> pa.DataType:
     return pa.int32() if column.hots == 1 else pa.list_(pa.int32())
 
 
-def tiny_ranking_config(path: Path, run_dir: Path, /, **sections: object) -> RankingConfig:
+def tiny_ranking_config(path: Path, run_dir: Path, /, **sections: object) -> ClickConfig:
     """DLRM of width 8, 12 steps of 24 rows; `sections` replace or extend the sections of the configuration."""
     tree: dict = {
         "run_dir": str(run_dir),
@@ -71,4 +71,4 @@ def tiny_ranking_config(path: Path, run_dir: Path, /, **sections: object) -> Ran
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
-    return RankingConfig.model_validate(tree)
+    return ClickConfig.model_validate(tree)

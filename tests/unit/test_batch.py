@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gr.batch import ITEM_FEATURE, EvaluationBatch, HistoryBatch, Packed, SequenceBatch, TabularBatch
+from gr.batch import ITEM_FEATURE, EvaluationBatch, Packed, RankingBatch, RetrievalBatch, TabularBatch
 
 FEATURES = KeyedJaggedTensor(keys=[ITEM_FEATURE], values=torch.tensor([4, 5, 6]), lengths=torch.tensor([2, 0, 1]))
 TIMES = torch.tensor([10, 20, 30])
-TRAINING = SequenceBatch(FEATURES, torch.tensor([5, 6, 7]), TIMES, None, first_example=48)
+TRAINING = RetrievalBatch(FEATURES, torch.tensor([5, 6, 7]), TIMES, None, first_example=48)
 EVALUATION = EvaluationBatch(
     FEATURES,
     None,
@@ -27,7 +27,7 @@ TABULAR = TabularBatch(torch.rand(3, 2), FEATURES, torch.tensor([0.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("batch", [TRAINING, EVALUATION, TABULAR], ids=["training", "evaluation", "tabular"])
-def test_to_moves_every_tensor_and_keeps_the_rest(batch: SequenceBatch | EvaluationBatch | TabularBatch) -> None:
+def test_to_moves_every_tensor_and_keeps_the_rest(batch: RetrievalBatch | EvaluationBatch | TabularBatch) -> None:
     moved = batch.to(torch.device("meta"))
     assert type(moved) is type(batch)
     for field in fields(batch):
@@ -42,7 +42,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest(batch: SequenceBatch | Evaluat
             assert after == before, field.name
 
 
-HISTORIES = HistoryBatch(
+HISTORIES = RankingBatch(
     features=KeyedJaggedTensor(
         keys=[ITEM_FEATURE, "category", "country"],
         values=torch.tensor([4, 5, 6, 7, 8, 9, 41, 42]),
@@ -62,7 +62,7 @@ HISTORIES = HistoryBatch(
 
 @pytest.mark.parametrize("times", [TIMES, None], ids=["times", "no times"])
 @pytest.mark.parametrize("batch", [TRAINING, HISTORIES], ids=["sequences", "histories"])
-def test_packed_and_unpacked(batch: SequenceBatch | HistoryBatch, times: Tensor | None) -> None:
+def test_packed_and_unpacked(batch: RetrievalBatch | RankingBatch, times: Tensor | None) -> None:
     """The same bits; and of other examples, what they have."""
     changes = {"timestamps_T": times} | ({"query_timestamps_T": times} if batch is TRAINING else {})
     batch = replace(batch, **changes)
@@ -79,6 +79,6 @@ def test_packed_and_unpacked(batch: SequenceBatch | HistoryBatch, times: Tensor 
     packed = batch.pack()
     last = batch.unpack(Packed(packed.lengths_B[2:], packed.examples_BG[2:], packed.tokens_TF[2:]))
     assert last.features[ITEM_FEATURE].values().tolist() == [6] and last.features.stride() == 1
-    if isinstance(last, HistoryBatch):
+    if isinstance(last, RankingBatch):
         assert last.features["country"].values().tolist() == [42] and last.scored == 1
         assert torch.equal(last.labels_TC, HISTORIES.labels_TC[2:]) and last.user_B.tolist() == [102]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gr.experiment.retrieval import build
 
 from gr.dist import World
-from gr.experiment.retrieval import build
 from tests.support.tiny import tiny_config, write_tiny
 
 

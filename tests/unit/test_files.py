@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gr.files import may_pass, write_json
+from gr.files import is_transient, write_json
 
 
 def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
@@ -31,4 +31,4 @@ def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
     ],
 )
 def test_what_another_try_may_cure(error: Exception, passes: bool) -> None:
-    assert may_pass(error) is passes
+    assert is_transient(error) is passes

@@ -83,7 +83,7 @@ def _check(
         (window and mask.min_full_attn_seq_len, "max_attn_len does not combine with min_full_attn_seq_len"),
     ):
         if wrong:
-            raise ValueError(f"HSTU attention by fbgemm: {problem}; or use trainer.operators: triton")
+            raise ValueError(f"HSTU attention by fbgemm: {problem}; or use trainer.kernels: triton")
 
 
 def _aligned(x_THD: Tensor) -> Tensor:

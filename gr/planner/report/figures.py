@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gr.planner.cost import TABLE_PHASES, traffic
-from gr.planner.dense import dense_work
-from gr.planner.evaluate import PHASES, Evaluation, TableShare, placement_costs
+from gr.planner.estimate import PHASES, Evaluation, TableShare, placement_costs
+from gr.planner.estimate_dense import dense_work
+from gr.planner.estimate_tables import TABLE_PHASES, traffic
 from gr.planner.report.units import count, duration, flops, percent, size
 
 EVEN = 0.02  # a straggler this little above the mean waits for nothing worth a name

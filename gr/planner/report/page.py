@@ -9,17 +9,9 @@ from typing import Any
 import numpy as np
 
 from gr.config.inventory import TableConfig
-from gr.planner.cost import TABLE_PHASES
-from gr.planner.evaluate import MEMORY, PHASES, Evaluation, TableShare
-from gr.planner.report.figures import (
-    headline,
-    imbalance,
-    schedule,
-    straggler,
-    verdict,
-    words,
-    world,
-)
+from gr.planner.estimate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.estimate_tables import TABLE_PHASES
+from gr.planner.report.figures import headline, imbalance, schedule, straggler, verdict, words, world
 from gr.planner.report.units import percent, size, spans
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gr.planner.evaluate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.estimate import MEMORY, PHASES, Evaluation, TableShare
 from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
 from gr.planner.report.units import duration, percent, size
 

@@ -2,7 +2,7 @@
 
 from gr import watchdog
 from gr.checkpoint import CheckpointStore
-from gr.config.tree import CheckpointConfig
+from gr.config.run import CheckpointConfig
 from gr.train.trainer import Callback, StepResult, Trainer
 
 
@@ -24,6 +24,6 @@ class Checkpointing(Callback):
         """Saves the present step, once."""
         if self.saved_step != trainer.step:
             watchdog.enter(f"checkpoint of step {trainer.step}", "checkpoint")
-            progress = {"step": trainer.step, "data": trainer.feed.state_dict(), "stopped": trainer.stopped}
+            progress = {"step": trainer.step, "data": trainer.pipeline.state_dict(), "stopped": trainer.stopped}
             self.store.save(progress, self.config.keep_last)
             self.saved_step = trainer.step

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gr.config.tree import ProfilerConfig
+from gr.config.run import ProfilerConfig
 from gr.logging import get_logger
 from gr.train.trainer import Callback, StepResult, Trainer
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from gr.cli import main
-from gr.planner import calibrate
+from gr.cluster import calibrate
 from gr.planner.topology import parse_topology
 
 Refused = Callable[..., str]

@@ -68,7 +68,7 @@ class TestConfig:
     def test_schema(self, capsys):
         assert main(["config", "schema"]) == 0
         definitions = json.loads(capsys.readouterr().out)["$defs"]
-        assert all(definitions[name]["properties"]["trainer"] for name in ("ExperimentConfig", "RankingConfig"))
+        assert all(definitions[name]["properties"]["trainer"] for name in ("RetrievalConfig", "ClickConfig"))
 
 
 class TestFrame:

@@ -14,11 +14,11 @@ import torch
 
 from gr import watchdog
 from gr.cli import main
-from gr.data.prepare.write import FolderWriter, Users
 from gr.dist import World
-from gr.experiment import folder
+from gr.prepare.write import FolderWriter, Users
 from gr.schema import HistoryColumns
 from gr.status import RunStatus, StatusFile, read_status
+from gr.train import run_folder as folder
 from tests.support.run_folder import reason_alone
 from tests.support.tiny import write_tiny
 

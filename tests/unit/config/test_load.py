@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr.config import ExperimentConfig, dump_config, json_schema, load_config
+from gr.config import RetrievalConfig, dump_config, json_schema, load_config
 from gr.config.load import EXPERIMENTS
 from gr.errors import ConfigError
 
@@ -350,7 +350,7 @@ class TestDump:
 
     def test_is_plain_yaml_in_the_order_of_the_tree(self):
         text = dump_config(load_config("base.yaml"))
-        assert list(yaml.safe_load(text)) == list(ExperimentConfig.model_fields)
+        assert list(yaml.safe_load(text)) == list(RetrievalConfig.model_fields)
         assert "betas: [0.9, 0.98]" in text
 
 

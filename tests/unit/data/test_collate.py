@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.batch import ITEM_FEATURE, SequenceBatch
-from gr.config.tree import DataConfig
+from gr.batch import ITEM_FEATURE, RetrievalBatch
+from gr.config.histories import HistoryDataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Histories
-from gr.data.subsequence import Draws
+from gr.data.stochastic_length import Draws
 
 histories = st.lists(st.lists(st.integers(1, 6), max_size=9), min_size=1, max_size=6)
 
@@ -29,8 +29,8 @@ def make_rows(groups: list[list[list[int]]], picks: list[tuple[int, int]]) -> Ro
 
 def train(
     rows: Rows, *, max_length: int, holdout: int, first_example: int = 0, **options: Any
-) -> tuple[SequenceBatch, Counts]:
-    config = DataConfig(path="unread", max_length=max_length, train_holdout=holdout, **options)
+) -> tuple[RetrievalBatch, Counts]:
+    config = HistoryDataConfig(path="unread", max_length=max_length, train_holdout=holdout, **options)
     return collate_train(rows, config, Draws(1, np.arange(len(rows.row_B))), first_example=first_example)
 
 

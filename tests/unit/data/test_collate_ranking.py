@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.batch import ITEM_FEATURE, HistoryBatch
-from gr.config.generative import GenerativeConfig
+from gr.batch import ITEM_FEATURE, RankingBatch
+from gr.config.ranking import RankingConfig
 from gr.data.collate import Counts, Rows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset, Histories
-from gr.data.subsequence import Draws
+from gr.data.stochastic_length import Draws
 from gr.errors import ConfigError
 from tests.support.tiny_histories import generative_config, write_histories
 
@@ -33,7 +33,7 @@ def read(dataset: Dataset) -> Histories:
 CONFIG = generative_config()
 
 
-def collated(dataset: Dataset, config: GenerativeConfig, users: list[int]) -> tuple[HistoryBatch, Counts]:
+def collated(dataset: Dataset, config: RankingConfig, users: list[int]) -> tuple[RankingBatch, Counts]:
     collate = RankingCollate(dataset.schema, config.data, config.task)
     rows = Rows([read(dataset)], np.zeros(len(users), dtype=np.int64), np.array(users), True)
     return collate(rows, Draws(1, np.arange(len(users))), 24)
@@ -119,11 +119,11 @@ def test_evaluation_predicts_the_newest(dataset: Dataset) -> None:
     ],
 )
 def test_unknown_labels(dataset: Dataset, task: dict, message: str) -> None:
-    config = generative_config(task={"kind": "generative_ranking", "tasks": [task]})
+    config = generative_config(task={"kind": "ranking", "tasks": [task]})
     with pytest.raises(ConfigError, match=message):
         RankingCollate(dataset.schema, config.data, config.task)
     config = generative_config(
-        task={"kind": "generative_ranking", "tasks": [{"kind": "bce", "action": "like"}, {"kind": "mse", "value": "x"}]}
+        task={"kind": "ranking", "tasks": [{"kind": "bce", "action": "like"}, {"kind": "mse", "value": "x"}]}
     )
     with pytest.raises(ConfigError, match=r"task.tasks.1.value=x: tiny-histories has no such value; it has watched"):
         RankingCollate(dataset.schema, config.data, config.task)

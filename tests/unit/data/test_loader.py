@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gr.config.tree import DataConfig
+from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader, evaluation_batches
 from gr.errors import CheckpointError, ConfigError, DataError
@@ -27,7 +27,7 @@ def dataset(make_folder: Make) -> Dataset:
 def loader(
     dataset: Dataset, rank: int = 0, world_size: int = 1, seed: int = 1, batch: int = BATCH, **config
 ) -> TrainLoader:
-    settings = DataConfig(path="x", **({"train_holdout": 0, "max_length": 3, "lanes": LANES} | config))
+    settings = HistoryDataConfig(path="x", **({"train_holdout": 0, "max_length": 3, "lanes": LANES} | config))
     return TrainLoader(dataset, settings, seed=seed, global_batch_size=batch, rank=rank, world_size=world_size)
 
 
@@ -115,7 +115,12 @@ def test_configuration_errors(dataset: Dataset) -> None:
         loader(dataset, batch=12)
     with pytest.raises(ConfigError, match="is not divisible by the world size 3"):
         evaluation_batches(
-            dataset, DataConfig(path="x"), target_from_end=1, global_batch_size=4, filter_seen="all", world_size=3
+            dataset,
+            HistoryDataConfig(path="x"),
+            target_from_end=1,
+            global_batch_size=4,
+            filter_seen="all",
+            world_size=3,
         )
 
 
@@ -161,7 +166,7 @@ def test_evaluation_covers_every_user_once(dataset: Dataset, world_size: int) ->
     for rank in range(world_size):
         batches = evaluation_batches(
             dataset,
-            DataConfig(path="x", max_length=3),
+            HistoryDataConfig(path="x", max_length=3),
             target_from_end=2,
             global_batch_size=8,
             filter_seen="all",
@@ -182,7 +187,7 @@ def test_evaluation_covers_every_user_once(dataset: Dataset, world_size: int) ->
 
 def test_evaluation_counts_users_without_history(dataset: Dataset) -> None:
     batches = evaluation_batches(
-        dataset, DataConfig(path="x", max_length=3), target_from_end=2, global_batch_size=8, filter_seen="window"
+        dataset, HistoryDataConfig(path="x", max_length=3), target_from_end=2, global_batch_size=8, filter_seen="window"
     )
     valid = sum(int(batch.valid_B.sum()) for batch in batches)
     assert batches.counters()["users_without_history"] == 8 == USERS - valid
@@ -190,8 +195,8 @@ def test_evaluation_counts_users_without_history(dataset: Dataset) -> None:
 
 @pytest.mark.data
 def test_movielens_100k(test_data: Path, tmp_path: Path) -> None:
-    from gr.data.prepare.movielens import prepare_movielens
-    from gr.data.prepare.source import Source
+    from gr.prepare.movielens import prepare_movielens
+    from gr.prepare.source import Source
 
     prepare_movielens("movielens-100k", Source(test_data / "ml-100k"), tmp_path)
     dataset = Dataset.open(tmp_path)

@@ -14,12 +14,13 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 
-from gr.config.tree import EmbeddingsConfig, ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
+from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import PooledTable, build_bag_collection, build_collection, initialise_tables, shard_tables
 from gr.embeddings.optimizers import compute_kernel
-from gr.planner.inventory import experiment_inventory
-from gr.planner.run import make_plan
+from gr.planner.for_run import make_plan
+from gr.planner.inventory import retrieval_inventory
 from tests.support.tiny import tiny_config
 
 ROWS = 12
@@ -28,7 +29,7 @@ ROWS = 12
 class Holder(nn.Module):
     """A model that is nothing but its tables."""
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
         self.tables = build_collection(ROWS, config.model.dim, config.embeddings)
 
@@ -47,7 +48,7 @@ def make_table(alone: World) -> Callable[..., nn.Module]:
         )
         with torch.device("meta"):
             model = Holder(config)
-        _, sharding_plan = make_plan(model, experiment_inventory(config, ROWS), config, alone)
+        _, sharding_plan = make_plan(model, retrieval_inventory(config, ROWS), config, alone)
         sharded = shard_tables(model, sharding_plan, config.embeddings, alone.device)
         initialise_tables(sharded, seed=1, std=0.02, dim=dim)
         return sharded

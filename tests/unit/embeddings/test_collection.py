@@ -8,7 +8,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
-from gr.config.tree import EmbeddingsConfig
+from gr.config.run import EmbeddingsConfig
 from gr.embeddings import (
     CANDIDATE_FEATURE,
     PooledTable,

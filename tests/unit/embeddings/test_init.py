@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gr.config.tree import EmbeddingsConfig
+from gr.config.run import EmbeddingsConfig
 from gr.embeddings import PooledTable, init, local_shards
 from gr.embeddings.init import CUT, _fill, _table_key, truncated_normal, uniform
 

@@ -13,7 +13,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
-from gr.config.tree import TableOptimizer as TableOptimizerConfig
+from gr.config.optim import TableOptimizer as TableOptimizerConfig
 from gr.embeddings import TableOptimizer, lookup
 from gr.embeddings.optimizers import FUSED_TYPE, compute_kernel, fused_params
 

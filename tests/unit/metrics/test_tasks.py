@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from gr.config.generative import ActionTask, ValueTask
+from gr.config.ranking import ActionTask, ValueTask
 from gr.dist import World
 from gr.errors import DataError, TrainingError
-from gr.metrics.progressive import ProgressiveMetrics
+from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
 from gr.metrics.tasks import MultiTaskMetrics, RegressionMetrics
 from tests.support.ranks import run_ranks
@@ -46,7 +46,7 @@ def test_each_task_has_its_own() -> None:
 
 def test_as_training_goes_there_is_a_window_and_a_lifetime() -> None:
     first, second = drawn(0), drawn(1)
-    found = MultiTaskMetrics(TASKS, ALONE, lambda name: ProgressiveMetrics(name, ALONE, window=60))
+    found = MultiTaskMetrics(TASKS, ALONE, lambda name: PrequentialMetrics(name, ALONE, window=60))
     newest, all_of_them = RankingMetrics("like", ALONE), LifetimeMetrics("like", ALONE)
     for outputs, labels, users in (first, second):
         found.update(outputs, labels, users)

@@ -18,7 +18,7 @@ from torchrec.models import dlrm as torchrec_dlrm
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from gr.config.dlrm import (
+from gr.config.click import (
     BCELoss,
     CatInteraction,
     DCNInteraction,
@@ -27,13 +27,14 @@ from gr.config.dlrm import (
     Interaction,
     ProjectionInteraction,
 )
-from gr.config.tree import SGD, EmbeddingsConfig
+from gr.config.optim import SGD
+from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableShard, local_shards, shard_tables
 from gr.errors import ConfigError
+from gr.models.convert.facebook_dlrm import from_facebook
 from gr.models.dlrm import DLRM
-from gr.models.dlrm_checkpoint import from_facebook
-from gr.tasks.ranking import ranking_loss
+from gr.tasks.losses import click_loss
 from tests.support.dlrm_reference import Bags, ReferenceDLRM, Shape, random_bags
 
 B, D, DENSE = 32, 8, 5
@@ -157,7 +158,7 @@ def test_equals_the_published_equations(
     assert logits.dtype == dtype and float(expected.std()) > 0.01
     assert largest_gap(logits.sigmoid(), expected) <= of_probability
     nn.functional.binary_cross_entropy(expected, labels).backward()
-    ranking_loss(logits, labels, BCELoss()).mean().backward()
+    click_loss(logits, labels, BCELoss()).mean().backward()
     wanted, got = named_as_gr(gradients(reference), model), gradients(model)
     assert wanted.keys() == got.keys()
     for name in wanted:
@@ -223,7 +224,7 @@ def test_a_hundred_steps_of_sgd_keep_beside_the_reference(pairs: str) -> None:
     for step in range(100):
         dense, bags, labels = batch_of(SHAPES[pairs], seed=step)
         expected = nn.functional.binary_cross_entropy(reference(dense, bags), labels)
-        loss = ranking_loss(model(dense, kjt(bags)), labels, BCELoss()).mean()
+        loss = click_loss(model(dense, kjt(bags)), labels, BCELoss()).mean()
         for each, value in zip(steps, (expected, loss), strict=True):
             each.zero_grad()
             value.backward()
@@ -270,7 +271,7 @@ def test_fused_steps_on_pooled_tables_follow_the_formula(formula: Callable[..., 
         dense, bags, labels = batch_of(shape, seed=step)
         reference.zero_grad()
         nn.functional.binary_cross_entropy(reference(dense, bags), labels).backward()
-        ranking_loss(model(dense, kjt(bags)), labels, BCELoss()).mean().backward()
+        click_loss(model(dense, kjt(bags)), labels, BCELoss()).mean().backward()
         for name, weight in tables.items():
             assert weight.grad is not None
             weight.data = formula(weight.data, weight.grad, states[name], lr)
@@ -343,7 +344,7 @@ def test_sharded_it_makes_the_same_steps(alone: World) -> None:
         for each in steps:
             each.zero_grad()
         nn.functional.binary_cross_entropy(expected, labels).backward()
-        ranking_loss(logits, labels, BCELoss()).mean().backward()
+        click_loss(logits, labels, BCELoss()).mean().backward()
         for each in steps:
             each.step()
     trained = named_as_gr(dict(reference.named_parameters()), model)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gr.config.dlrm import BCELoss, DLRMConfig
-from gr.config.tree import EmbeddingsConfig
+from gr.config.click import BCELoss, DLRMConfig
+from gr.config.run import EmbeddingsConfig
 from gr.errors import CheckpointError
+from gr.models.convert.facebook_dlrm import from_facebook
 from gr.models.dlrm import DLRM
-from gr.models.dlrm_checkpoint import from_facebook
-from gr.tasks.ranking import ranking_loss
+from gr.tasks.losses import click_loss
 from tests.support.dlrm_reference import ReferenceDLRM
 from tests.unit.models.test_dlrm import DENSE, SHAPE, D, batch_of, build, kjt, largest_gap, tables_of
 
@@ -40,7 +40,7 @@ def test_row_weights_equal_the_published_equations() -> None:
     expected, logits = reference(dense, bags), model(dense, kjt(bags))
     assert largest_gap(logits.sigmoid(), expected) <= 1e-6
     nn.functional.binary_cross_entropy(expected, labels).backward()
-    ranking_loss(logits, labels, BCELoss()).mean().backward()
+    click_loss(logits, labels, BCELoss()).mean().backward()
     for k, table in enumerate(tables.values()):
         vectors, weights = reference.emb_l[k].weight.grad, reference.v_W_l[k].grad
         assert vectors is not None and weights is not None and table.grad is not None and weights.abs().max() > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from benchmarks.naive import NaiveRetriever
-from gr.batch import EvaluationBatch, SequenceBatch
+from gr.batch import EvaluationBatch, RetrievalBatch
 from gr.dist import World
 from gr.models.retrieval import RetrievalModel
 from gr.tasks import Candidates, CandidateSampler
@@ -61,8 +61,8 @@ def kjt(histories: list[list[int]]) -> KeyedJaggedTensor:
     )
 
 
-def training_batch() -> tuple[SequenceBatch, Candidates]:
-    batch = SequenceBatch(kjt(HISTORIES), torch.tensor(list(chain(*TARGETS))), None, None, 0)
+def training_batch() -> tuple[RetrievalBatch, Candidates]:
+    batch = RetrievalBatch(kjt(HISTORIES), torch.tensor(list(chain(*TARGETS))), None, None, 0)
     config = tiny_config(Path("unused"), Path("unused"), task={"negatives": {"kind": "per_position", "count": S}})
     corpus = torch.arange(1, ROWS).numpy()
     return batch, CandidateSampler(config.task, corpus, corpus, seed=1).draw(batch, 0, ALONE, 0)
@@ -141,7 +141,7 @@ def test_evaluation_scores_what_training_compares() -> None:
     """The loss of the one position of one history, from the query and the item vectors that evaluation reads."""
     model = build().eval()
     candidates = Candidates(torch.tensor([4, 9, 12, 30]), torch.tensor([2]), negative_TS=torch.tensor([[3, 0, 0]]))
-    batch = SequenceBatch(kjt([[30]]), torch.tensor([12]), None, None, 0)
+    batch = RetrievalBatch(kjt([[30]]), torch.tensor([12]), None, None, 0)
     cosine = torch.nn.functional.cosine_similarity(
         model.queries(evaluation_batch([[30]])), model.item_vectors(torch.tensor([12, 30, 4, 4]))
     )

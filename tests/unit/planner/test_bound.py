@@ -7,7 +7,7 @@ import pytest
 
 from gr.config.inventory import SHARDING_TYPES
 from gr.planner.bound import TOLERANCE, Relaxation
-from gr.planner.options import Capacity, Options, Scope
+from gr.planner.candidates import Capacity, Options, Scope
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = (SHARDING_TYPES.index(name) for name in ("table_wise", "column_wise", "row_wise"))
 # table, sharding type, shards, seconds of a shard, bytes of a shard

@@ -4,8 +4,8 @@ import pytest
 
 from gr.config.inventory import TableConfig
 from gr.planner.compare import Change, compare
-from gr.planner.evaluate import evaluate
-from gr.planner.plan import Placement
+from gr.planner.estimate import evaluate
+from gr.planner.placement import Placement
 from tests.support.plans import hand_made, machine
 
 # Weights of 4 bytes; row-wise Adagrad has 4 bytes a row.

@@ -11,21 +11,21 @@ import torch
 
 from gr.config import load_config
 from gr.config.inventory import ROW_MULTIPLE, STEEPEST, InventoryConfig
-from gr.config.tree import ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
 from gr.embeddings import collection
 from gr.errors import ConfigError
-from gr.models.generative import GenerativeRanker
 from gr.models.retrieval import RetrievalModel
+from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.linear_cross_entropy import linear_cross_entropy
-from gr.planner.dense import dense_work
-from gr.planner.ids import MAX_SKEW
+from gr.planner.estimate_dense import dense_work
+from gr.planner.id_distribution import MAX_SKEW
 from gr.planner.inventory import (
     LOSS_CHUNK,
     SMALL_CORPUS,
-    experiment_inventory,
-    generative_inventory,
     is_inventory,
     load_inventory,
+    ranking_inventory,
+    retrieval_inventory,
 )
 from gr.tasks import negatives
 from tests.support.tiny import tiny_config
@@ -166,7 +166,7 @@ class TestFaults:
         assert "and 30 faults more" in said
 
 
-def retrieval(**model: object) -> ExperimentConfig:
+def retrieval(**model: object) -> RetrievalConfig:
     return tiny_config(Path("data"), Path("runs"), model=model)
 
 
@@ -188,7 +188,7 @@ class TestExperiments:
         config = retrieval(**model)
         with torch.device("meta"):
             built = RetrievalModel(config, 61)
-        inventory = experiment_inventory(config, 61)
+        inventory = retrieval_inventory(config, 61)
         tables = built.tables.embedding_configs()
         assert [(t.name, t.rows, t.dim, t.features) for t in inventory.tables] == [
             (t.name, t.num_embeddings, t.embedding_dim, len(t.feature_names)) for t in tables
@@ -202,8 +202,8 @@ class TestExperiments:
         given = {"dim": 12, "input": {"kind": form}, "time": time, "head": [5, 6]}
         config = generative_config(model=given, task={"supervision": "candidates"})
         with torch.device("meta"):
-            built = GenerativeRanker(config, HISTORIES)
-        inventory = generative_inventory(config, HISTORIES)
+            built = SequenceRanker(config, HISTORIES)
+        inventory = ranking_inventory(config, HISTORIES)
         assert [(t.name, t.rows, t.dim) for t in inventory.tables] == [
             (t.name, t.num_embeddings, t.embedding_dim) for t in built.tables.embedding_configs()
         ]
@@ -217,15 +217,15 @@ class TestExperiments:
             with torch.device("meta"):
                 built = RetrievalModel(config, 3953)
             dense = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("tables."))
-            assert dense_work(experiment_inventory(config, 3953), 1).parameters == dense
+            assert dense_work(retrieval_inventory(config, 3953), 1).parameters == dense
 
     def test_batch_dtypes_and_lengths(self):
         config = retrieval()
-        inventory = experiment_inventory(config, 61, mean_length=5.0)
+        inventory = retrieval_inventory(config, 61, mean_length=5.0)
         assert (inventory.global_batch_size, inventory.precision) == (16, "fp32")
         assert (inventory.tables[0].dtype, inventory.tables[0].optimizer) == ("fp32", "adam")
         assert dense_work(inventory, 4).tokens == 20
-        assert dense_work(experiment_inventory(config, 61), 4).tokens == 4 * 16
+        assert dense_work(retrieval_inventory(config, 61), 4).tokens == 4 * 16
 
     @pytest.mark.parametrize(
         ("kind", "rows", "ids_per_example", "ids_per_step", "scores"),
@@ -240,7 +240,7 @@ class TestExperiments:
     )
     def test_candidates(self, kind, rows, ids_per_example, ids_per_step, scores):
         config = tiny_config(Path("data"), Path("runs"), task={"negatives": kind})
-        inventory = experiment_inventory(config, rows, mean_length=5.0)
+        inventory = retrieval_inventory(config, rows, mean_length=5.0)
         table = inventory.tables[0]
         assert (table.ids_per_example, table.ids_per_step) == (ids_per_example, ids_per_step)
         assert inventory.loss.scores_per_example == scores

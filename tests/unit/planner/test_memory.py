@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gr.config.inventory import GivenDense, HSTUDense, InventoryConfig, LossInventory, TableConfig
-from gr.planner.dense import dense_work
-from gr.planner.evaluate import MEMORY
+from gr.planner.estimate import MEMORY
+from gr.planner.estimate_dense import dense_work
 from gr.planner.memory import fixed_memory
 from tests.support.plans import machine
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gr.config.inventory import InventoryConfig, TableConfig
 from gr.planner.bound import Relaxation
-from gr.planner.options import Capacity, Options, Scope
+from gr.planner.candidates import Capacity, Options, Scope
+from gr.planner.enumerate import search_space
 from gr.planner.pack import Choices, Packing, Targets
-from gr.planner.space import search_space
 from tests.support.plans import machine
 
 ROOMY = 1e12

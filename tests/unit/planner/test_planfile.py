@@ -23,17 +23,9 @@ from gr.config.inventory import (
     TransformerDense,
 )
 from gr.errors import PlanError
-from gr.planner.plan import Placement, Plan
-from gr.planner.planfile import (
-    check_plan,
-    dump_plan,
-    load_plan,
-    model_hash,
-    parse_plan,
-    placement_fault,
-    topology_hash,
-)
-from gr.planner.search import search
+from gr.planner.placement import Placement, Plan
+from gr.planner.plan import search
+from gr.planner.planfile import check_plan, dump_plan, load_plan, model_hash, parse_plan, placement_fault, topology_hash
 from tests.support.plans import hand_made, machine
 
 FOUR = machine(4, 2)

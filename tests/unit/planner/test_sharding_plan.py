@@ -22,7 +22,7 @@ from torchrec.distributed.types import ParameterSharding
 
 from gr.config.inventory import TableConfig
 from gr.errors import PlanError
-from gr.planner.plan import Placement
+from gr.planner.placement import Placement
 from gr.planner.sharding_plan import to_sharding_plan
 from tests.support.plans import hand_made, machine
 

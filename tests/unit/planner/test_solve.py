@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, InventoryConfig, TableConfig
 from gr.planner.bound import Relaxation
-from gr.planner.options import Capacity, Options, Scope, Solution
+from gr.planner.candidates import Capacity, Options, Scope, Solution
+from gr.planner.enumerate import search_space
 from gr.planner.solve import DoesNotFit, solve
-from gr.planner.space import search_space
 from tests.support.plans import machine
 
 MOST = 300_000  # placements of all tables together

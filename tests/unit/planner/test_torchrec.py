@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gr.experiment.retrieval import meta_model
 from torchrec.distributed.types import ParameterSharding
 
-from gr.config.tree import ExperimentConfig
+from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
 from gr.errors import PlanError
-from gr.experiment.retrieval import meta_model
-from gr.planner.inventory import experiment_inventory
-from gr.planner.run import make_plan
+from gr.planner.for_run import make_plan
+from gr.planner.inventory import retrieval_inventory
 from tests.support.tiny import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -21,14 +21,14 @@ TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 def planned(
     *, optimizer: str = "adam", rows: int = 30, world_size: int = 2, device: torch.device = CPU, **planner: object
 ) -> ParameterSharding:
-    config: ExperimentConfig = tiny_config(
+    config: RetrievalConfig = tiny_config(
         Path("unused"),
         Path("unused"),
         embeddings={"optimizer": {"kind": optimizer}},
         planner={"name": "torchrec", **planner},
     )
     world = World(0, world_size, 0, world_size, device)
-    plan, sharding = make_plan(meta_model(config, rows), experiment_inventory(config, rows), config, world)
+    plan, sharding = make_plan(meta_model(config, rows), retrieval_inventory(config, rows), config, world)
     assert plan is None and list(sharding.plan["tables"]) == ["item_id"]
     return sharding.plan["tables"]["item_id"]
 

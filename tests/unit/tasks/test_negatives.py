@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from gr.batch import SequenceBatch
-from gr.config.tree import TaskConfig
+from gr.batch import RetrievalBatch
+from gr.config.retrieval import RetrievalTaskConfig
 from gr.dist import World
 from gr.errors import DataError
 from gr.tasks import Candidates, CandidateSampler
@@ -33,16 +33,16 @@ KINDS: list[dict] = [
 by_kind = pytest.mark.parametrize("negatives", KINDS, ids=lambda n: f"{n['kind']}-{n.get('count', '')}")
 
 
-def batch_of(targets: list[int]) -> SequenceBatch:
+def batch_of(targets: list[int]) -> RetrievalBatch:
     values = torch.tensor(targets, dtype=torch.int64)
     features = KeyedJaggedTensor(keys=["item_id"], values=values, lengths=torch.tensor([len(targets)]))
-    return SequenceBatch(features, values, None, None, 0)
+    return RetrievalBatch(features, values, None, None, 0)
 
 
 def draw(
     negatives: dict, targets: list[int], *, step: int = 3, seed: int = 1, world: World = ALONE, before: int = 0
 ) -> Candidates:
-    sampler = CandidateSampler(TaskConfig(negatives=negatives), CORPUS, COUNTS, seed)
+    sampler = CandidateSampler(RetrievalTaskConfig(negatives=negatives), CORPUS, COUNTS, seed)
     return sampler.draw(batch_of(targets), step, world, before)
 
 

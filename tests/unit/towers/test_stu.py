@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gr.config.stu import STUConfig
-from gr.config.tree import ModelConfig
+from gr.config.retrieval import RetrievalModelConfig
+from gr.config.towers import STUConfig
 from gr.ops.backend import backend_for
 from gr.sequence import JaggedSequence
 from gr.towers import build_tower
@@ -280,13 +280,15 @@ def test_candidates_beyond_a_sequence() -> None:
 @pytest.mark.parametrize("kind", ["hstu", "sasrec"])
 @pytest.mark.parametrize("fields", [{"num_targets_B": torch.tensor([1, 1])}, {"contextual_len": 1}])
 def test_the_other_towers_refuse_what_they_would_take_for_events(kind, fields):
-    config = ModelConfig.model_validate({"dim": D, "tower": {"kind": kind}})
+    config = RetrievalModelConfig.model_validate({"dim": D, "tower": {"kind": kind}})
     with pytest.raises(ValueError, match="no mask for candidates or a contextual prefix; use the STU tower"):
         build_tower(config, N)(replace(sequence([3, 2], dtype=torch.float32), **fields))
 
 
 def test_it_is_built_from_a_configuration():
-    config = ModelConfig.model_validate({"dim": D, "tower": {"kind": "stu", "layers": 2, "heads": 2, "qk_dim": 3}})
+    config = RetrievalModelConfig.model_validate(
+        {"dim": D, "tower": {"kind": "stu", "layers": 2, "heads": 2, "qk_dim": 3}}
+    )
     tower = build_tower(config, N)
     assert isinstance(tower, STU) and len(tower.layers) == 2
     assert tower(sequence([3, 0, 2], dtype=torch.float32)).values_TD.shape == (5, D)

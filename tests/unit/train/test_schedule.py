@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr.config.tree import ScheduleConfig
+from gr.config.optim import ScheduleConfig
 from gr.train.schedule import rate_factor
 
 schedules = st.builds(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gr.planner.evaluate import PHASES
+from gr.planner.estimate import PHASES
 from gr.planner.report.figures import examples_per_second, headline, schedule, straggler, verdict, words
 from tests.support.evaluations import evaluation_of
 

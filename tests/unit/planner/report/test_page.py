@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gr.planner.cost import TABLE_PHASES
-from gr.planner.evaluate import MEMORY, Evaluation, evaluate
+from gr.planner.estimate import MEMORY, Evaluation, evaluate
+from gr.planner.estimate_tables import TABLE_PHASES
+from gr.planner.plan import search
 from gr.planner.report import page, summary
 from gr.planner.report.page import TEMPLATE
-from gr.planner.search import search
 from tests.support.evaluations import evaluation_of
 
 HOSTILE = "</script><script>document.title='owned'</script><!-- \u2028 & \" 表"

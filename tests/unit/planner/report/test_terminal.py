@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gr.config.inventory import SHARDING_TYPES
-from gr.planner.evaluate import MEMORY, PHASES, Evaluation
+from gr.planner.estimate import MEMORY, PHASES, Evaluation
 from gr.planner.report import summary
 from gr.planner.report.figures import words
 from gr.planner.report.terminal import ABBREVIATIONS

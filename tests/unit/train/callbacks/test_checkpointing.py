@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gr.checkpoint import CheckpointStore, ModelState, resolve
-from gr.config.tree import CheckpointConfig
+from gr.config.run import CheckpointConfig
 from gr.dist import World
 from gr.train.callbacks import Checkpointing, Evaluation
 from gr.train.trainer import StepResult

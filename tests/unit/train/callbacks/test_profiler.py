@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gr.config.tree import ProfilerConfig
+from gr.config.run import ProfilerConfig
 from gr.train.callbacks import Profiler
 from gr.train.trainer import StepResult
 

@@ -1,0 +1,136 @@
+"""What every part of a configuration is made of: sections, limits of numbers, and registries of kinds."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
+
+from gr.errors import ConfigError
+
+# Numbers far above any model, below which sums and products of a plan are exact or at least finite.
+LARGEST = 2**53
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """A frozen and closed part of a configuration: an unknown key is an error.
+
+    renamed: keys that users wrote in earlier releases -> their names now; the error for the old key says the new one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[dict[str, str]] = {}
+
+
+class Registry:
+    """The kinds of one part of a configuration: kind -> its config class and what it configures, "module:name".
+
+    `Annotated[Base, registry]` is the type of a field that takes any registered kind, chosen by the key `kind`. The
+    table may grow while a program runs: a module named under `plugins:` adds its own kinds when it is imported.
+    """
+
+    def __init__(self, what: str) -> None:
+        """what: the noun for messages."""
+        self.what = what
+        self._configs: dict[str, type[Section]] = {}
+        self._targets: dict[str, str] = {}
+
+    def add(self, config: type[Section], target: str, *, kind: str | None = None) -> None:
+        """Registers `config` and the "module:name" of what it configures. kind: unset, that of config's field `kind`.
+
+        Raises ConfigError where the kind is another class's already.
+        """
+        kind = kind or get_args(config.model_fields["kind"].annotation)[0]
+        other = self._configs.get(kind)
+        if other is not None and (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
+            raise ConfigError(
+                f"{config.__module__}.{config.__qualname__}: {self.what} '{kind}' is already "
+                f"{other.__module__}.{other.__qualname__}; choose another kind"
+            )
+        self._configs[kind], self._targets[kind] = config, target
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._configs)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._configs
+
+    def config(self, kind: str) -> type[Section]:
+        """The config class of a registered kind."""
+        return self._configs[kind]
+
+    def configs(self) -> list[type[Section]]:
+        """Every registered config class, in the order of registration."""
+        return list(self._configs.values())
+
+    def kind_of(self, config: Section) -> str:
+        """The kind that `config` is an instance of. Raises ConfigError for a class that is not registered."""
+        for kind, known in self._configs.items():
+            if type(config) is known:
+                return kind
+        raise ConfigError(
+            f"{type(config).__module__}.{type(config).__qualname__} is no registered {self.what}; known: "
+            f"{', '.join(self)}"
+        )
+
+    def target(self, config: Section) -> Any:
+        """What `config` configures, imported now. Raises ConfigError where it cannot be found."""
+        return self.target_of(self.kind_of(config))
+
+    def target_of(self, kind: str) -> Any:
+        """What a registered kind configures, imported now. Raises ConfigError where it cannot be found."""
+        module, _, name = self._targets[kind].partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except AttributeError:
+            raise ConfigError(f"{self.what} '{kind}': module {module} has no {name}") from None
+
+    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Section:
+        if isinstance(value, Section):
+            self.kind_of(value)
+            return value
+        if not isinstance(value, dict):
+            raise PydanticKnownError("model_attributes_type")
+        if "kind" not in value:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": "'kind'"})
+        kind = value["kind"]
+        if not isinstance(kind, str) or kind not in self:
+            known = ", ".join(f"'{name}'" for name in self)
+            tags = {"discriminator": "'kind'", "tag": str(kind), "expected_tags": known}
+            raise PydanticKnownError("union_tag_invalid", tags)
+        config = self._configs[kind]
+        try:
+            if info.mode == "json":  # strict, as the file around it is read
+                return config.model_validate_json(json.dumps(value), strict=True)
+            return config.model_validate(value)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title, [_below(kind, each) for each in error.errors()]
+            ) from None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.with_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [handler(config.__pydantic_core_schema__) for config in self.configs()]}
+
+
+def _below(kind: str, error: Any) -> InitErrorDetails:
+    """`error` of a section as one of the field that holds it; the kind comes first, as in pydantic's own unions."""
+    type_: Any = error["type"]
+    if type_ == "value_error":
+        # Pydantic would format the message again; this keeps it as it is.
+        type_ = PydanticCustomError("value_error", "{message}", {"message": error["msg"]})
+    details: InitErrorDetails = {"type": type_, "loc": (kind, *error["loc"]), "input": error["input"]}
+    if "ctx" in error and error["type"] != "value_error":
+        details["ctx"] = error["ctx"]
+    return details

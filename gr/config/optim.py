@@ -1,0 +1,168 @@
+"""Optimizers of the tables and of the dense parameters, and the learning-rate schedule. No torch.
+
+Each states the tensors it keeps, so that building it, saving it and planning for it read one description.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
+
+from gr.config.base import PositiveFloat, Probability, Registry, Section
+
+StateShape = Literal["element", "row"]
+
+
+class TableOptimizerConfig(Section):
+    """What every optimizer of the tables has.
+
+    states: fbgemm's names of the tensors it keeps, each one number an element of the table or one a row.
+    fused_type: fbgemm's EmbOptimType. fused_on_cpu: whether fbgemm fuses it into backward there too. idle_rows_stay:
+    whether a step with a gradient of zero leaves a row alone, so that a dense update equals the fused one.
+    """
+
+    kind: str
+    lr: PositiveFloat
+    states: ClassVar[dict[str, StateShape]] = {}
+    fused_type: ClassVar[str]
+    fused_on_cpu: ClassVar[bool] = False
+    idle_rows_stay: ClassVar[bool] = True
+
+    def fused_arguments(self) -> dict[str, Any]:
+        """What fbgemm takes for the update in backward, beside the learning rate."""
+        return {}
+
+    @classmethod
+    def states_a(cls, shape: StateShape) -> int:
+        """States with one number for each element, or each row, of a table."""
+        return sum(1 for each in cls.states.values() if each == shape)
+
+
+class _Adam(TableOptimizerConfig):
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    idle_rows_stay: ClassVar[bool] = False
+
+    def fused_arguments(self) -> dict[str, Any]:
+        return {"eps": self.eps, "beta1": self.betas[0], "beta2": self.betas[1]}
+
+
+class Adam(_Adam):
+    kind: Literal["adam"] = "adam"
+    states: ClassVar[dict[str, StateShape]] = {"exp_avg": "element", "exp_avg_sq": "element"}
+    fused_type: ClassVar[str] = "ADAM"
+
+
+class PartialRowWiseAdam(_Adam):
+    """Adam whose second moment is one number a row."""
+
+    kind: Literal["partial_rowwise_adam"] = "partial_rowwise_adam"
+    states: ClassVar[dict[str, StateShape]] = {"exp_avg": "element", "exp_avg_sq": "row"}
+    fused_type: ClassVar[str] = "PARTIAL_ROWWISE_ADAM"
+
+
+class _Adagrad(TableOptimizerConfig):
+    lr: PositiveFloat = 1e-2
+    eps: PositiveFloat = 1e-8
+    fused_on_cpu: ClassVar[bool] = True
+
+    def fused_arguments(self) -> dict[str, Any]:
+        return {"eps": self.eps}
+
+
+class RowWiseAdagrad(_Adagrad):
+    """Adagrad with one accumulator a row, fused into the backward pass."""
+
+    kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    states: ClassVar[dict[str, StateShape]] = {"sum": "row"}
+    fused_type: ClassVar[str] = "EXACT_ROWWISE_ADAGRAD"
+
+
+class Adagrad(_Adagrad):
+    kind: Literal["adagrad"] = "adagrad"
+    states: ClassVar[dict[str, StateShape]] = {"sum": "element"}
+    fused_type: ClassVar[str] = "EXACT_ADAGRAD"
+
+
+class SGD(TableOptimizerConfig):
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 1e-1
+    fused_type: ClassVar[str] = "EXACT_SGD"
+    fused_on_cpu: ClassVar[bool] = True
+
+
+# kind -> its config and its update of the rows that no fused kernel updates.
+TABLE_OPTIMIZERS = Registry("table optimizer")
+TABLE_OPTIMIZERS.add(Adam, "gr.embeddings.optimizers:adam_update")
+TABLE_OPTIMIZERS.add(PartialRowWiseAdam, "gr.embeddings.optimizers:partial_rowwise_adam_update")
+TABLE_OPTIMIZERS.add(RowWiseAdagrad, "gr.embeddings.optimizers:rowwise_adagrad_update")
+TABLE_OPTIMIZERS.add(Adagrad, "gr.embeddings.optimizers:adagrad_update")
+TABLE_OPTIMIZERS.add(SGD, "gr.embeddings.optimizers:sgd_update")
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "linear", "quadratic", "cosine"] = Field(
+        "constant",
+        description="Shape after warm-up and hold. quadratic: the square of linear, as facebookresearch/dlrm.",
+    )
+    warmup_steps: NonNegativeInt = 0
+    hold_steps: NonNegativeInt = Field(0, description="At the peak rate, between warm-up and the shape.")
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Of the peak rate, reached after the last step."
+    )
+
+
+class DenseOptimizerConfig(Section):
+    """What every optimizer of the dense parameters has; the schedule also scales the tables' learning rate.
+
+    states: the optimizer's names of the tensors it keeps for a parameter, each of the parameter's shape but `step`,
+    which is a scalar.
+    """
+
+    kind: str
+    lr: PositiveFloat = 1e-3
+    clip_grad_norm: PositiveFloat | None = Field(None, description="Global norm of the dense gradients.")
+    schedule: ScheduleConfig = ScheduleConfig()
+    states: ClassVar[tuple[str, ...]] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the optimizer's class, beside lr."""
+        return {}
+
+    @classmethod
+    def states_a_parameter(cls) -> int:
+        """Numbers kept for each element of the parameters."""
+        return len([name for name in cls.states if name != "step"])
+
+
+class DenseAdamW(DenseOptimizerConfig):
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    states: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
+
+    def arguments(self) -> dict[str, Any]:
+        return {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay, "fused": True}
+
+
+class DenseAdagrad(DenseOptimizerConfig):
+    """As facebookresearch/dlrm takes for dense parameters under adagrad and under rwsadagrad."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    eps: PositiveFloat = 1e-8
+    states: ClassVar[tuple[str, ...]] = ("step", "sum")
+
+    def arguments(self) -> dict[str, Any]:
+        return {"eps": self.eps}
+
+
+class DenseSGD(DenseOptimizerConfig):
+    kind: Literal["sgd"] = "sgd"
+
+
+# kind -> its config and the torch.optim.Optimizer that it configures.
+DENSE_OPTIMIZERS = Registry("dense optimizer")
+DENSE_OPTIMIZERS.add(DenseAdamW, "torch.optim:AdamW")
+DENSE_OPTIMIZERS.add(DenseAdagrad, "torch.optim:Adagrad")
+DENSE_OPTIMIZERS.add(DenseSGD, "torch.optim:SGD")

@@ -1,0 +1,197 @@
+"""The configuration of a retrieval experiment: the next item, from the sequence of those before it. No torch."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from gr.config.base import Count, PositiveFloat, Probability, Section
+from gr.config.dlrm import stored_dim
+from gr.config.histories import HistoryRunConfig, UserEvaluationConfig
+from gr.config.inventory import InventoryConfig, LossInventory, TableConfig, TowerDense, within_limits
+from gr.config.towers import TOWERS, HSTUConfig, TowerConfig
+from gr.schema import DataSchema
+
+ITEM_TABLE = "item_id"
+# Up to here looking up the whole corpus costs less than finding the distinct items of a step.
+SMALL_CORPUS = 1 << 16
+LOSS_CHUNK = 1024  # tokens whose scores against all items are in memory together
+METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
+
+
+class RetrievalModelConfig(Section):
+    dim: Count = Field(50, description="D: width of item embeddings and of the tower.")
+    input_dropout: Probability = 0.2
+    tower: Annotated[TowerConfig, TOWERS] = HSTUConfig()
+
+    @model_validator(mode="after")
+    def _tower_fits(self):
+        self.tower.check_width(self.dim)
+        return self
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a loss compares targets with. corpus: items. targets: of an example. global_batch_size: examples."""
+
+    corpus: int
+    targets: float
+    global_batch_size: int
+
+
+class NegativesConfig(Section):
+    """Which items a step compares its targets with."""
+
+    kind: str
+
+    @abstractmethod
+    def scores(self, compared: Comparison) -> LossInventory:
+        """The scores of an example."""
+
+    @abstractmethod
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        """The candidates that are looked up: of an example, and of a step on each rank whatever its batch."""
+
+
+class PerPositionNegatives(NegativesConfig):
+    """Uniform negatives of its own for every position (the reference of arXiv 2402.17152)."""
+
+    kind: Literal["per_position"] = "per_position"
+    count: Count = 128
+
+    def scores(self, compared: Comparison) -> LossInventory:
+        return LossInventory(scores_per_example=compared.targets * (1 + self.count))
+
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        # From a large corpus they count as drawn, though the sampler looks each distinct one up once.
+        if compared.corpus <= SMALL_CORPUS:
+            return 0.0, compared.corpus
+        return compared.targets * (1 + self.count), 0.0
+
+
+class SharedNegatives(NegativesConfig):
+    """One uniform draw of negatives shared by all positions of the global batch."""
+
+    kind: Literal["shared"] = "shared"
+    count: Count = 1024
+
+    def scores(self, compared: Comparison) -> LossInventory:
+        return LossInventory(scores_per_example=compared.targets * (1 + self.count))
+
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        return compared.targets, self.count
+
+
+class InBatchNegatives(NegativesConfig):
+    """The other targets of the global batch, corrected by log Q from item frequency (Yi et al., RecSys 2019)."""
+
+    kind: Literal["in_batch"] = "in_batch"
+
+    def scores(self, compared: Comparison) -> LossInventory:
+        items = self.lookups(compared)[1]
+        return LossInventory(scores_per_example=compared.targets * items, tokens_at_once=LOSS_CHUNK)
+
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        return 0.0, min(compared.global_batch_size * compared.targets, compared.corpus)
+
+
+class FullSoftmax(NegativesConfig):
+    """Every item of the corpus: for small catalogues."""
+
+    kind: Literal["full"] = "full"
+
+    def scores(self, compared: Comparison) -> LossInventory:
+        return LossInventory(scores_per_example=compared.targets * compared.corpus, tokens_at_once=LOSS_CHUNK)
+
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        return 0.0, compared.corpus
+
+
+class RetrievalTaskConfig(Section):
+    kind: Literal["retrieval"] = "retrieval"
+    negatives: Annotated[
+        PerPositionNegatives | SharedNegatives | InBatchNegatives | FullSoftmax, Field(discriminator="kind")
+    ] = PerPositionNegatives()
+    temperature: PositiveFloat = 0.05
+    l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
+
+
+class RetrievalEvaluationConfig(UserEvaluationConfig):
+    filter_seen: Literal["window", "all", "none"] = Field(
+        "all",
+        description="Items never recommended: those in the model's window, in the user's whole history, or none.",
+    )
+    select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
+    baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = ("popularity", "item_knn", "markov")
+
+
+class RetrievalConfig(HistoryRunConfig):
+    """Generative retrieval from user histories."""
+
+    model_target: ClassVar[str] = "gr.models.retrieval:RetrievalModel"
+
+    model: RetrievalModelConfig = RetrievalModelConfig()
+    task: RetrievalTaskConfig = RetrievalTaskConfig()
+    evaluation: RetrievalEvaluationConfig = RetrievalEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _targets_are_held_out(self):
+        needed = 2 if self.evaluation.every else 1
+        if self.evaluates_training_users and self.data.train_holdout < needed:
+            raise ValueError(
+                f"data.train_holdout={self.data.train_holdout} trains on what is evaluated: set it to {needed}"
+                + (", or unset evaluation.every (validation)" if needed == 2 else "")
+                + ", or evaluate on other users with evaluation.path"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        return self.task.kind
+
+    def tables(self, schema: DataSchema, *, mean_length: float | None = None) -> tuple[TableConfig, ...]:
+        """The item table, which the history and the candidates read. mean_length: see inventory()."""
+        compared = self._compared(schema, mean_length)
+        candidates, candidates_of_step = self.task.negatives.lookups(compared)
+        with within_limits():
+            table = TableConfig(
+                name=ITEM_TABLE,
+                rows=schema.item_cardinality,
+                dim=stored_dim(self.model.dim),
+                dtype=self.embeddings.dtype,
+                kind="sequence",
+                features=2,  # the history and the candidates
+                ids_per_example=compared.targets + candidates,
+                ids_per_step=candidates_of_step,
+                optimizer=self.embeddings.optimizer.kind,
+            )
+        return (table,)
+
+    @within_limits()
+    def inventory(self, schema: DataSchema, *, mean_length: float | None = None) -> InventoryConfig:
+        """The item table, the tower and the loss.
+
+        mean_length: tokens of a mean example; unset: data.max_length, the most there can be.
+        """
+        compared, N = self._compared(schema, mean_length), self.data.max_length
+        return InventoryConfig(
+            name=self.kind,
+            global_batch_size=self.trainer.global_batch_size,
+            precision=self.trainer.precision,
+            dense_optimizer=self.optimizer.kind,
+            tables=self.tables(schema, mean_length=mean_length),
+            dense=TowerDense(
+                tower=self.model.tower,
+                dim=self.model.dim,
+                mean_length=compared.targets,
+                max_length=N,
+                other_parameters=N * self.model.dim,  # positions
+            ),
+            loss=self.task.negatives.scores(compared),
+        )
+
+    def _compared(self, schema: DataSchema, mean_length: float | None) -> Comparison:
+        targets = float(self.data.max_length) if mean_length is None else mean_length
+        # Row 0 is padding.
+        return Comparison(schema.item_cardinality - 1, targets, self.trainer.global_batch_size)

@@ -1,0 +1,149 @@
+"""What every kind of experiment has: run folder, seed, tables, optimizers, planner, trainer, checkpoints.
+
+Every field is a path a user can write in YAML or override on the command line (`trainer.steps=800`). No torch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from gr.config.base import PositiveFloat, Precision, Registry, Section
+from gr.config.inventory import AnyShardingType, InventoryConfig, TableConfig
+from gr.config.optim import (
+    DENSE_OPTIMIZERS,
+    TABLE_OPTIMIZERS,
+    Adam,
+    DenseAdamW,
+    DenseOptimizerConfig,
+    TableOptimizerConfig,
+)
+from gr.errors import ConfigError
+
+TableInit = Literal["truncated_normal", "uniform_rows"]
+
+
+class EmbeddingsConfig(Section):
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    init: TableInit = Field(
+        "truncated_normal",
+        description="Keyed on (seed, table, row). uniform_rows is DLRM's: within 1/sqrt(rows) of zero.",
+    )
+    init_std: PositiveFloat = Field(0.02, description="Of truncated_normal, before it is cut at two deviations.")
+    optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] = Adam()
+
+
+class PlannerConfig(Section):
+    sharding: Literal["auto"] | AnyShardingType = Field("auto", description="For every table; auto asks the planner.")
+    tables: dict[str, AnyShardingType] = Field({}, description="Sharding type of single tables, by name.")
+    plan: str | None = Field(None, description="Plan to train with, as written by `gr plan --json`; unset makes one.")
+    replan: bool = Field(
+        False, description="Make another plan where that of `plan` is for another machine: elastic runs change theirs."
+    )
+    topology: str | None = Field(
+        None,
+        description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",
+    )
+
+
+class ProfilerConfig(Section):
+    start: NonNegativeInt = Field(10, description="First step recorded.")
+    steps: PositiveInt = Field(5, description="Steps recorded.")
+
+
+class TimeoutsConfig(Section):
+    """Seconds after which a rank that stands still writes its stacks to run_dir/logs and ends."""
+
+    start: PositiveFloat = Field(1800, description="From the first process until training begins, with loading.")
+    step: PositiveFloat = Field(600, description="One step, with the wait for its batch.")
+    checkpoint: PositiveFloat = 1800
+    evaluation: PositiveFloat = 3600
+
+
+class TrainerConfig(Section):
+    renamed: ClassVar[dict[str, str]] = {"operators": "kernels"}
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt = Field(128, description="Examples a step, over all ranks.")
+    log_every: PositiveInt = Field(20, description="Steps between lines of metrics.")
+    precision: Precision = Field("fp32", description="bf16 runs the tower under autocast.")
+    kernels: Literal["auto", "native", "triton", "torch"] = Field(
+        "auto",
+        description="Which implementation of gr.ops runs: C++ on CPU where it can be built, Triton on CUDA (auto); "
+        "one of them, or an error; or plain PyTorch.",
+    )
+    profiler: ProfilerConfig | None = None
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt | None = Field(
+        1000, description="Steps between checkpoints; null saves at evaluations and at the end only."
+    )
+    keep_last: PositiveInt = 2
+    asynchronous: bool = False
+    load_from: str | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
+
+
+class CallbackConfig(Section):
+    """What every callback of a plugin has."""
+
+    kind: str
+
+
+# kind -> its config and the gr.train.trainer.Callback that it configures: `Callback(config)`.
+CALLBACKS = Registry("callback")
+
+
+class RunConfig(Section):
+    """What every kind of experiment has. A recipe's own configuration adds data, model, task and evaluation.
+
+    Without torch, it says all that the planner asks: which tables the model has on data of a schema, and what its
+    dense part costs. model_target: "module:name" of what builds the model, `name(config, schema)`.
+    """
+
+    model_target: ClassVar[str]
+
+    run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    plugins: tuple[str, ...] = Field(
+        (), description="Modules to import first, which register towers, optimizers, recipes or callbacks of their own."
+    )
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    optimizer: Annotated[DenseOptimizerConfig, DENSE_OPTIMIZERS] = DenseAdamW()
+    planner: PlannerConfig = PlannerConfig()
+    trainer: TrainerConfig
+    callbacks: tuple[Annotated[CallbackConfig, CALLBACKS], ...] = Field((), description="Callbacks of plugins.")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def kind(self) -> str:
+        """task.kind: which recipe this is for."""
+        raise TypeError(f"{type(self).__name__} is of no recipe")
+
+    def load_schema(self, folder: Path | None = None) -> Any:
+        """schema.json of the training data, or of another folder that has one. Raises DataError."""
+        raise TypeError(f"{type(self).__name__} is of no recipe")
+
+    def tables(self, schema: Any) -> tuple[TableConfig, ...]:
+        """The model's tables on data of `schema`: the one list that the model and the planner are made from."""
+        raise TypeError(f"{type(self).__name__} is of no recipe")
+
+    def inventory(self, schema: Any) -> InventoryConfig:
+        """What the planner counts. Raises ConfigError for sizes beyond what it can."""
+        raise TypeError(f"{type(self).__name__} is of no recipe")
+
+    def batch_sizes(self) -> Mapping[str, int]:
+        """What is dealt evenly to the ranks, by the name of its key."""
+        return {"trainer.global_batch_size": self.trainer.global_batch_size}
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ConfigError where a batch cannot be dealt evenly to `ranks` ranks."""
+        for name, value in self.batch_sizes().items():
+            if value % ranks:
+                raise ConfigError(
+                    f"{name}={value} is not divisible by the {ranks} ranks of this run: use a number of ranks that "
+                    f"divides it, or set {name} to a multiple of {ranks}"
+                )

@@ -1,0 +1,206 @@
+"""A run from its configuration, in order:
+
+schema -> recipe -> model on meta -> plan -> shard tables -> parallelise dense -> fill or load -> train module -> trainer
+
+The experiment asks the recipe (gr.recipes.base.Recipe) for all that differs between kinds.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gr import watchdog
+from gr.checkpoint import CheckpointStore, ModelState, load_state, resolve, resume_from, verify
+from gr.checkpoint.layout import CHECKPOINTS, CONFIG
+from gr.config import RunConfig, differences, dump_config, load_config
+from gr.config.run import CALLBACKS
+from gr.dist import World
+from gr.embeddings import TableOptimizer, initialise_tables
+from gr.errors import CheckpointError
+from gr.files import write_json
+from gr.logging import get_logger
+from gr.metrics.writers import MetricsWriter
+from gr.ops.backend import force_backend
+from gr.parallel.dense import dense_parameters, initialise_dense, materialise, parallelise_dense
+from gr.parallel.load_balance import LoadBalancer
+from gr.parallel.mesh import build_mesh
+from gr.parallel.tables import shard_tables
+from gr.planner.for_run import make_plan
+from gr.planner.placement import Plan
+from gr.planner.planfile import dump_plan
+from gr.recipes.base import Recipe, Split, Training, TrainingLoader, open_recipe
+from gr.status import StatusFile
+from gr.train import callbacks
+from gr.train.module import TrainModule
+from gr.train.run_folder import run_folder, write_config
+from gr.train.trainer import Callback, Trainer
+
+log = get_logger(__name__)
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A recipe and its model on this rank, sharded, parallelised and filled. plan: None without tables."""
+
+    recipe: Recipe
+    world: World
+    model: nn.Module
+    plan: Plan | None
+
+
+def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Built:
+    """The model of `config` with its initial values, for data that was opened and checked. Collective.
+
+    checkpoint: takes the place of the training data; what the model needs to know of it is kept there.
+    """
+    config.check_ranks(world.size)
+    recipe = open_recipe(config, checkpoint)
+    recipe.check_data()
+    model, plan = recipe.model(), None
+    if recipe.has_tables:
+        watchdog.enter("planning")
+        plan, sharding = make_plan(model, config.inventory(recipe.schema), config, world)
+        watchdog.enter("sharding")
+        model = shard_tables(model, sharding, config.embeddings, world.device)
+    else:
+        model = materialise(model, world.device)
+    model = parallelise_dense(model, build_mesh(world))
+    initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
+    initialise_dense(model, config.seed)
+    return Built(recipe, world, model, plan)
+
+
+def train(config: RunConfig, world: World, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
+    """Trains to trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
+
+    callbacks: beside the recipe's and those of the configuration. Returns None when a signal stopped the run; one that
+    came in the last step leaves the report to the next run. Collective.
+    """
+    with run_folder(config, world), force_backend(config.trainer.kernels):
+        return _train(build(config, world), callbacks)
+    return None  # asked to stop outside the steps
+
+
+def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
+    recipe, world, config, run_dir = built.recipe, built.world, built.recipe.config, Path(built.recipe.config.run_dir)
+    flops = recipe.example_flops() if world.size > 1 else None
+    balance = LoadBalancer(flops, world) if flops is not None else None
+    objective = recipe.objective(world)
+    module = TrainModule(built.model, objective, config, world, balance)
+    state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer, config.optimizer.states)
+    with closing(recipe.loader(world)) as loader:
+        progress = _resume(recipe, state, loader, world)
+        step = progress["step"]
+        artifacts = [recipe.folder / name for name in recipe.artifacts]
+        store = CheckpointStore(
+            run_dir / CHECKPOINTS, state, dump_config(config), artifacts, world, config.checkpoint.asynchronous
+        )
+        if world.is_main:
+            write_config(config)
+            if built.plan is not None:
+                (run_dir / PLAN).write_text(dump_plan(built.plan))
+        with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
+            checkpointing = callbacks.Checkpointing(store, config.checkpoint)
+            training = Training(built.model, world, objective, loader, writer, checkpointing)
+            chosen = [*_callbacks(recipe, training), *more, *_last_callbacks(training, config)]
+            trainer = Trainer(module, loader, chosen, world, steps=config.trainer.steps)
+            trainer.step, trainer.owing = step, progress.get("stopped", False)
+            trainer.run()
+            if trainer.stopped:
+                log.info("stopped after step %d; the same command resumes there", trainer.step)
+                report = None
+            else:
+                watchdog.enter("the final report", "evaluation")
+                report = _final_report(built, state, loader, writer)
+        if world.is_main:
+            StatusFile(run_dir).update(state="stopped" if report is None else "done")
+        return report
+
+
+def evaluate(config: RunConfig, checkpoint: Path, world: World, split: Split) -> dict[str, Any]:
+    """The report of a checkpoint on one split, from the checkpoint and the evaluation data alone. Collective.
+
+    The tables are sharded for this world, which need not be that of planner.plan. Raises ConfigError where the split
+    cannot be evaluated, CheckpointError where the checkpoint is of another model.
+    """
+    with force_backend(config.trainer.kernels):
+        verify(checkpoint, world)
+        own_plan = config.planner.model_copy(update={"plan": None})
+        recipe = open_recipe(config, checkpoint)
+        recipe.check_saved(load_config(checkpoint / CONFIG, plugins=config.plugins), str(checkpoint))
+        recipe.check_split(split)
+        built = build(config.model_copy(update={"planner": own_plan}), world, checkpoint)
+        tables = TableOptimizer(built.model, config.embeddings.optimizer)
+        step = load_state(checkpoint, ModelState(dense_parameters(built.model), None, tables), world)["step"]
+        report, _ = _report(built, checkpoint, int(step), split)
+        return report | (recipe.comparisons(split) if world.is_main else {})
+
+
+def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: World) -> dict[str, Any]:
+    """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns its progress, with the steps done."""
+    config = recipe.config
+    chosen = resume_from(Path(config.run_dir) / CHECKPOINTS, config.checkpoint.load_from, world)
+    if chosen is None:
+        return {"step": 0}
+    watchdog.enter(f"loading {chosen}")
+    saved = load_config(chosen / CONFIG, plugins=config.plugins)
+    if type(saved) is not type(config):
+        raise CheckpointError(f"{chosen} is of another kind of experiment (task.kind); use another run_dir")
+    recipe.check_saved(saved, str(chosen))
+    progress = load_state(chosen, state, world)
+    loader.load_state_dict(progress["data"])
+    log.info("resumed from %s", chosen)
+    for name, (before, now) in differences(saved, config).items():
+        log.info("  %s: %s there, %s now", name, before, now)
+    return progress
+
+
+def _callbacks(recipe: Recipe, training: Training) -> list[Callback]:
+    config = recipe.config
+    chosen: list[Callback] = [callbacks.Metrics(training.writer, config.trainer.log_every)]
+    if config.trainer.profiler:
+        chosen.append(callbacks.Profiler(config.trainer.profiler, Path(config.run_dir), training.world.rank))
+    plugins = [CALLBACKS.target(each)(each) for each in config.callbacks]
+    return [*chosen, *recipe.callbacks(training), *plugins]
+
+
+def _last_callbacks(training: Training, config: RunConfig) -> list[Callback]:
+    """What comes after everything else of a step: it is saved, and status.json says so."""
+    status = StatusFile(Path(config.run_dir))
+    store = training.checkpointing.store
+    return [training.checkpointing, callbacks.Status(status, store, config.trainer.log_every)]
+
+
+def _report(built: Built, checkpoint: Path, step: int, split: Split) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    evaluation = built.recipe.evaluate(built.model, built.world, split)
+    head = {"kind": built.recipe.config.kind, "checkpoint": str(checkpoint), "step": step}
+    return {**head, **evaluation.details, "model": evaluation.metrics}, evaluation.arrays
+
+
+def _final_report(
+    built: Built, state: ModelState, loader: TrainingLoader, writer: MetricsWriter | None
+) -> dict[str, Any]:
+    """Test metrics of the best checkpoint by validation, or of the last where there was none, beside comparisons."""
+    recipe, world, run_dir = built.recipe, built.world, Path(built.recipe.config.run_dir)
+    path = Path(world.from_main(str(resolve(run_dir)) if world.is_main else ""))
+    verify(path, world)
+    step = int(load_state(path, state, world)["step"])
+    report, arrays = _report(built, path, step, "test")
+    report |= {"training_data": recipe.count(loader.counters(), world)}
+    if writer is not None:
+        if report["model"]:
+            writer.write(step, "test", report["model"])
+        for name, values in arrays.items():
+            np.save(run_dir / f"test-{name}.npy", values)
+        # Before the comparisons, which may take long on a large corpus.
+        write_json(run_dir / "report.json", report)
+        watchdog.enter("the comparisons of the final report", "evaluation")
+        report |= recipe.comparisons("test")
+        write_json(run_dir / "report.json", report)
+    return report

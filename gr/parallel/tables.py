@@ -1,0 +1,103 @@
+"""Applies a sharding plan: a single-device model on meta becomes a DistributedModelParallel on this rank's device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, PoolingType
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from gr import compat
+from gr.config.inventory import SHARDING_TYPES, sharding_types_of
+from gr.config.run import EmbeddingsConfig
+from gr.embeddings.optimizers import fused_params
+from gr.errors import PlanError
+
+
+def sequence_sharder(config: EmbeddingsConfig) -> EmbeddingCollectionSharder:
+    """The sharder of the sequence tables, which also carries their fused optimizer."""
+    return EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
+
+
+class PooledSharder(EmbeddingBagCollectionSharder):
+    """Computes right means, and offers every sharding type: the base class has none by rows on CPU, where they run."""
+
+    def shard(self, *args: Any, **named: Any) -> ShardedEmbeddingBagCollection:
+        sharded = super().shard(*args, **named)
+        compat.divide_only_row_shards(sharded)
+        return sharded
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SHARDING_TYPES)
+
+
+def pooled_sharder(config: EmbeddingsConfig) -> PooledSharder:
+    """The sharder of the pooled tables, which also carries their fused optimizer."""
+    return PooledSharder(fused_params=fused_params(config.optimizer))
+
+
+def shard_tables(
+    model: nn.Module, plan: ShardingPlan, config: EmbeddingsConfig, device: torch.device
+) -> DistributedModelParallel:
+    """Shards the tables by `plan` and materialises the rest on `device`.
+
+    Table weights are left as TorchRec's random start (see initialise_tables), dense parameters as initialise_dense
+    finds them. Raises PlanError, on every rank, for a sharding type that is not valid for its table, and on CPU for a
+    fused shard without rows.
+    """
+    _refuse_invalid_types(model, plan)
+    if device.type == "cpu":
+        _refuse_shards_without_rows(model, plan)
+    compat.apply()
+    return DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),
+        device=device,
+        plan=plan,
+        sharders=[sequence_sharder(config), pooled_sharder(config)],
+        init_data_parallel=False,
+    )
+
+
+def _sharded(model: nn.Module, plan: ShardingPlan) -> Iterator[tuple[str, BaseEmbeddingConfig, ParameterSharding]]:
+    """(path of its collection, table, how it is sharded) of every table in the plan."""
+    for path, module in model.named_modules():
+        if isinstance(module, EmbeddingCollection):
+            tables = module.embedding_configs()
+        elif isinstance(module, EmbeddingBagCollection):
+            tables = module.embedding_bag_configs()
+        else:
+            continue
+        shardings = plan.get_plan_for_module(path) or {}
+        yield from ((path, table, shardings[table.name]) for table in tables if table.name in shardings)
+
+
+def _refuse_invalid_types(model: nn.Module, plan: ShardingPlan) -> None:
+    for _, table, sharding in _sharded(model, plan):
+        pooling = getattr(table, "pooling", None)
+        kind = "sequence" if pooling is None else "pooled"
+        valid = sharding_types_of(kind, "mean" if pooling == PoolingType.MEAN else "sum")
+        if sharding.sharding_type not in valid:
+            raise PlanError(
+                f"table {table.name}: {sharding.sharding_type} is not valid for a {kind} table"
+                f"{' of means' if pooling == PoolingType.MEAN else ''} in torchrec 1.8; use {', '.join(valid)}"
+            )
+
+
+def _refuse_shards_without_rows(model: nn.Module, plan: ShardingPlan) -> None:
+    """fbgemm's fused CPU kernels read past their tables where one has no rows, or look for a GPU where none has any."""
+    for _, table, sharding in _sharded(model, plan):
+        if sharding.compute_kernel != "fused" or not isinstance(sharding.sharding_spec, EnumerableShardingSpec):
+            continue
+        for shard in sharding.sharding_spec.shards:
+            if not shard.shard_sizes[0]:
+                raise PlanError(
+                    f"table {table.name}: {sharding.sharding_type} leaves rank {shard.placement.rank()} without a row, "
+                    "which fbgemm's fused kernels cannot have on cpu; let it be table_wise or data_parallel "
+                    f"(planner.tables.{table.name}=table_wise)"
+                )

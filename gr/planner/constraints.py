@@ -1,0 +1,41 @@
+"""What a run's configuration and its device allow the planner to choose. No torch."""
+
+from typing import cast
+
+from gr.config.inventory import InventoryConfig, TableConfig
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
+from gr.config.run import PlannerConfig
+from gr.errors import ConfigError
+
+
+def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str) -> InventoryConfig:
+    """`inventory` with what planner.sharding, planner.tables and the device (cpu or cuda) allow.
+
+    auto allows the sharding types that train the same model: column shards keep row statistics of their own, and
+    data-parallel replicas take Adam steps on rows that were not looked up. Raises ConfigError.
+    """
+    names = [table.name for table in inventory.tables]
+    if unknown := sorted(set(planner.tables) - set(names)):
+        raise ConfigError(f"planner.tables: no table named {', '.join(unknown)}; the model has {', '.join(names)}")
+    tables = [_allowed(table, sharding_type_of(planner, table.name), device) for table in inventory.tables]
+    return inventory.model_copy(update={"tables": tuple(tables)})
+
+
+def sharding_type_of(planner: PlannerConfig, table: str) -> str:
+    """What the configuration asks for a table: a sharding type, or auto."""
+    return planner.tables.get(table, planner.sharding)
+
+
+def _allowed(table: TableConfig, chosen: str, device: str) -> TableConfig:
+    valid = table.valid_sharding_types()
+    if chosen not in ("auto", *valid):
+        raise ConfigError(f"planner: {chosen} {table.why_invalid(chosen)}: {table.name}; use auto, {', '.join(valid)}")
+    optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+    types: list[str] = [chosen]
+    if chosen == "auto":
+        types = [name for name in ("table_wise", "row_wise", "table_row_wise") if name in valid]
+        types += [] if optimizer.states_a("row") else ["column_wise"]
+        types += ["data_parallel"] if optimizer.idle_rows_stay else []
+    unfused = device == "cpu" and not optimizer.fused_on_cpu
+    kernels = ("dense",) if unfused else table.kernels
+    return table.model_copy(update={"sharding_types": tuple(types), "kernels": kernels})

@@ -1,0 +1,247 @@
+"""Lists the ways to shard every table of an inventory, with what each costs on a topology."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+
+from gr.config.inventory import (
+    ROW_MULTIPLE,
+    SHARDING_TYPES,
+    AnyShardingType,
+    InventoryConfig,
+    Kernel,
+    TableConfig,
+)
+from gr.errors import PlanError
+from gr.planner.candidates import Options, Scope
+from gr.planner.estimate_tables import ELEMENT_BYTES, Links, ShardCosts, Traffic, shard_costs, traffic
+from gr.planner.placement import column_blocks
+from gr.planner.topology import Topology
+
+KERNELS: tuple[Kernel, ...] = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
+# Narrower column blocks leave most lanes of a warp idle; where nothing but columns may be cut, fbgemm's least is taken.
+LEAST_COLUMNS = 8
+WIDTHS = 64  # tried for a table, at most about
+COLUMN_TYPES = {"column_wise", "table_column_wise", "grid_shard"}
+
+SCOPES: dict[AnyShardingType, Scope] = {
+    "data_parallel": Scope.ALL,
+    "table_wise": Scope.RANK,
+    "column_wise": Scope.RANK,
+    "row_wise": Scope.ALL,
+    "table_row_wise": Scope.HOST,
+    "table_column_wise": Scope.HOST_RANKS,
+    "grid_shard": Scope.HOST,
+}
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One sharding type, kernel and width of column blocks, for the tables that may have it."""
+
+    sharding_type: AnyShardingType
+    kernel: Kernel
+    width: int | None
+    tables: list[int]
+
+
+def row_parts(sharding_type: AnyShardingType, topology: Topology) -> int:
+    """Row blocks that `sharding_type` cuts a table (or a column block of it) into."""
+    return {
+        Scope.ALL: topology.ranks if sharding_type == "row_wise" else 1,
+        Scope.HOST: topology.ranks_per_host,
+    }.get(SCOPES[sharding_type], 1)
+
+
+def hottest_part(table: TableConfig, parts: int) -> int:
+    """Which row block has the most read row: any one that is full, always the same."""
+    return crc32(table.name.encode()) % (table.rows // -(-table.rows // parts))
+
+
+def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
+    """Every allowed option. Raises PlanError for a table whose constraints leave none."""
+    asked, tables = traffic(inventory, topology), inventory.tables
+    comm_bytes = ELEMENT_BYTES[inventory.comm_dtype]
+    columns = [_columns(cut, asked, topology, comm_bytes, tables) for cut in _cuts(tables, topology)]
+    found = {int(table) for part in columns for table in part["table_O"]}
+    if missing := [table for index, table in enumerate(tables) if index not in found]:
+        raise PlanError(_no_option(missing[0], topology))
+    merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+    order = np.argsort(merged["table_O"], kind="stable")
+    return Options(
+        **{name: values[order] for name, values in merged.items()},
+        group_seconds_S=np.array([_group_seconds(name, topology) for name in SHARDING_TYPES]),
+        allowed_TR=_allowed(tables, topology.ranks),
+    )
+
+
+def _group_seconds(sharding_type: AnyShardingType, topology: Topology) -> float:
+    return 0.0 if sharding_type == "data_parallel" else Links(topology).group_seconds()
+
+
+def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]:
+    members: dict[tuple[AnyShardingType, Kernel, int | None], list[int]] = {}
+    for index, table in enumerate(tables):
+        for sharding_type in allowed_types(table):
+            if not _may_span(table, sharding_type, topology) or _leaves_empty(table, sharding_type, topology):
+                continue
+            for width in _widths(table, sharding_type, topology):
+                blocks = len(column_blocks(table.dim, width))
+                shards = 1 if sharding_type == "data_parallel" else blocks * row_parts(sharding_type, topology)
+                if not table.min_shards <= shards <= (table.max_shards or shards):
+                    continue
+                kernels: tuple[Kernel, ...] = ("dense",) if sharding_type == "data_parallel" else table.kernels
+                for kernel in kernels:
+                    members.setdefault((sharding_type, kernel, width), []).append(index)
+    for (sharding_type, kernel, width), indices in members.items():
+        yield _Cut(sharding_type, kernel, width, indices)
+
+
+def _in_hbm(table: TableConfig) -> bool:
+    """Whether a table may be replicated: a replica is wholly in the memory of its rank."""
+    return bool({"fused", "dense"} & set(table.kernels))
+
+
+def allowed_types(table: TableConfig) -> tuple[AnyShardingType, ...]:
+    """The types the solver may use: those that exist and compute the right numbers, within the table's constraint."""
+    exist = table.valid_sharding_types()
+    if not _in_hbm(table):
+        exist = tuple(name for name in exist if name != "data_parallel")
+    if table.sharding_types is not None:
+        return tuple(name for name in exist if name in table.sharding_types)
+    # It is column_wise with less freedom, at the same cost.
+    return tuple(name for name in exist if name != "table_column_wise")
+
+
+def _may_span(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
+    if table.ranks is None:
+        return True
+    return _most_blocks(table, sharding_type, topology) > 0
+
+
+def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> int:
+    """Column blocks that the ranks a table may be on have room for; 0 where it cannot be on them at all."""
+    allowed = set(range(topology.ranks)) if table.ranks is None else set(table.ranks)
+    on_host = np.bincount([rank // topology.ranks_per_host for rank in allowed], minlength=topology.hosts)
+    match SCOPES[sharding_type]:
+        case Scope.ALL:
+            return int(len(allowed) == topology.ranks)
+        case Scope.HOST:
+            return int((on_host == topology.ranks_per_host).sum())
+        case Scope.HOST_RANKS:
+            return int(on_host.max())
+        case _:
+            return len(allowed)
+
+
+def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
+    """Whether row shards would have no rows, on CPU: fbgemm's fused CPU kernels of pooled tables do not run so."""
+    if topology.device != "cpu" or "fused" not in table.kernels:
+        return False
+    parts = row_parts(sharding_type, topology)
+    return parts > 1 and -(-table.rows // -(-table.rows // parts)) < parts
+
+
+def _widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
+    """Widths of column blocks worth trying, None for types that do not cut columns."""
+    if sharding_type not in COLUMN_TYPES:
+        return [None]
+    most = _most_blocks(table, sharding_type, topology)
+    forced = table.sharding_types is not None and set(table.sharding_types) <= COLUMN_TYPES
+    least = ROW_MULTIPLE if forced else LEAST_COLUMNS
+    if table.kind == "sequence":
+        # One EmbeddingCollection sends column blocks of one width only, so there is one to choose.
+        counts = range(max(2, table.min_shards), min(most, table.dim // least) + 1)
+        even: list[int | None] = [table.dim // n for n in counts if table.dim % (n * ROW_MULTIPLE) == 0]
+        return even[:1] or ([table.dim] if forced else [])
+    step = max(ROW_MULTIPLE, table.dim // WIDTHS // ROW_MULTIPLE * ROW_MULTIPLE)
+    tried = {*range(least, table.dim, step), *(table.dim // n for n in range(2, 9) if table.dim % n == 0)}
+    widths: list[int | None] = [
+        width
+        for width in sorted(tried)
+        if width % ROW_MULTIPLE == 0
+        and width >= least
+        and -(-table.dim // width) <= most
+        # One block of a grid differs already by its rows.
+        and (sharding_type != "grid_shard" or table.dim % width == 0)
+    ]
+    # One block is table_wise in all but name: among tables that are cut it needs no collectives of its own.
+    if sharding_type == "column_wise" and not (forced and widths):
+        widths.append(table.dim)
+    return widths
+
+
+def _columns(
+    cut: _Cut, asked: Traffic, topology: Topology, comm_bytes: int, tables: tuple[TableConfig, ...]
+) -> dict[str, np.ndarray]:
+    index, count = np.array(cut.tables), len(cut.tables)
+    t, parts, scope = asked[index], row_parts(cut.sharding_type, topology), SCOPES[cut.sharding_type]
+    width = t.dim if cut.width is None else np.full(count, cut.width)
+    blocks, left = np.divmod(t.dim, width)
+    last = np.where(left > 0, left, width)
+    blocks = blocks + (left > 0)
+    hottest = t.hottest if parts > 1 else np.zeros(count)
+    rows = np.ceil(t.rows / parts) / t.rows
+
+    def cost(columns: np.ndarray, row_share: np.ndarray, id_share: np.ndarray) -> ShardCosts:
+        return shard_costs(t, topology, comm_bytes, cut.sharding_type, cut.kernel, (columns, row_share, id_share))
+
+    # The odd shard is the one with the most read row or, among column blocks, the last.
+    odd = cost(last, rows, rows * (1 - hottest) + hottest)
+    even = cost(width, rows, rows * (1 - hottest))
+    odd_shard = np.array([hottest_part(tables[i], parts) for i in cut.tables]) if parts > 1 else blocks - 1
+    none, whole = np.zeros(count), np.ones(count)
+    fixed, all_ = cost(width, none, none), cost(width, whole, whole)
+    fixed_last, all_last = cost(last, none, none), cost(last, whole, whole)
+
+    def total(name: str) -> np.ndarray:
+        if cut.sharding_type == "data_parallel":
+            return getattr(all_, name) * topology.ranks
+        column = (parts - 1) * getattr(fixed, name) + getattr(all_, name)
+        column_last = (parts - 1) * getattr(fixed_last, name) + getattr(all_last, name)
+        return (blocks - 1) * column + column_last
+
+    values = {
+        "table_O": index,
+        "sharding_type_O": SHARDING_TYPES.index(cut.sharding_type),
+        "kernel_O": KERNELS.index(cut.kernel),
+        "column_width_O": cut.width or 0,
+        "shards_O": topology.ranks if scope is Scope.ALL else blocks * parts,
+        "scope_O": int(scope),
+        "seconds_O": even.seconds,
+        "hbm_O": even.hbm,
+        "host_O": even.host,
+        "total_seconds_O": total("seconds"),
+        "total_hbm_O": total("hbm"),
+        "extra_seconds_O": odd.seconds - even.seconds,
+        "extra_hbm_O": odd.hbm - even.hbm,
+        "extra_shard_O": odd_shard,
+    }
+    return {name: np.broadcast_to(value, (count,)) for name, value in values.items()}
+
+
+def _allowed(tables: tuple[TableConfig, ...], ranks: int) -> np.ndarray | None:
+    if all(table.ranks is None for table in tables):
+        return None
+    allowed = np.ones((len(tables), ranks), dtype=bool)
+    for row, table in zip(allowed, tables, strict=True):
+        if table.ranks is not None:
+            row[:] = False
+            row[[rank for rank in table.ranks if rank < ranks]] = True
+    return allowed
+
+
+def _no_option(table: TableConfig, topology: Topology) -> str:
+    limits = {
+        "sharding_types": table.sharding_types,
+        "ranks": table.ranks,
+        "min_shards": table.min_shards if table.min_shards > 1 else None,
+        "max_shards": table.max_shards,
+    }
+    said = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
+    return (
+        f"table {table.name}: no way to shard {table.rows} x {table.dim} ({table.kind}) over {topology.ranks} ranks "
+        f"of {topology.ranks_per_host} a host satisfies {said}; relax one of them"
+    )

@@ -1,0 +1,240 @@
+"""What a plan costs: memory by kind, seconds by phase and bytes by link, for every rank."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gr.config.inventory import InventoryConfig, TableConfig
+from gr.planner.enumerate import hottest_part
+from gr.planner.estimate_dense import DenseWork, dense_work
+from gr.planner.estimate_tables import (
+    ELEMENT_BYTES,
+    TABLE_MEMORY,
+    TABLE_PHASES,
+    Links,
+    ShardCosts,
+    Traffic,
+    shard_costs,
+    table_bytes,
+    traffic,
+)
+from gr.planner.memory import PARAMETER_BYTES, fixed_memory
+from gr.planner.placement import Placement, Plan, Shard, column_blocks
+from gr.planner.topology import Topology
+
+# In the order of a step. A collective ends when the slowest rank has come to it.
+PHASES = (
+    "input_all_to_all",
+    "lookup",
+    "output_all_to_all",
+    "dense_forward",
+    "dense_backward",
+    "gradient_all_to_all",
+    "update",
+    "table_all_reduce",
+    "gradient_all_reduce",
+)
+MEMORY = (
+    "tables",
+    "table_optimizer",
+    "table_gradients",
+    "inputs",
+    "embeddings",
+    "dense_parameters",
+    "dense_gradients",
+    "dense_optimizer",
+    "activations",
+    "logits",
+    "reserve",
+)
+# Of GROUP_COLLECTIVES latencies: lengths and ids, embeddings, gradients.
+_LATENCY_SHARES = {"input_all_to_all": 0.5, "output_all_to_all": 0.25, "gradient_all_to_all": 0.25}
+
+
+@dataclass(frozen=True)
+class TableShare:
+    """One table in a plan. bytes: weights and optimizer states; seconds: of its costliest shard, a step."""
+
+    name: str
+    sharding_type: str
+    kernel: str
+    shards: int
+    bytes: int
+    largest_shard_bytes: int
+    seconds: float
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """P phases (PHASES), M kinds of memory (MEMORY), R ranks."""
+
+    plan: Plan
+    seconds_PR: np.ndarray
+    hidden_P: np.ndarray  # seconds of each phase that run beside another one
+    memory_MR: np.ndarray  # bytes of HBM (of host memory on cpu)
+    host_R: np.ndarray  # bytes of host memory for offloaded tables
+    intra_bytes_R: np.ndarray  # sent to ranks of the same host, a step
+    inter_bytes_R: np.ndarray  # sent to ranks of other hosts, a step
+    tables: tuple[TableShare, ...]
+    flops: float  # of the dense part, forward and backward, a rank and step
+    tokens: float  # of the sequence, a rank and step; 0 without one
+
+    @cached_property
+    def table_seconds_R(self) -> np.ndarray:
+        """What the solver balances: the phases that belong to tables, of each rank."""
+        return self.seconds_PR[[PHASES.index(phase) for phase in TABLE_PHASES]].sum(axis=0)
+
+    @property
+    def cost(self) -> float:
+        """Seconds of table phases on the costliest rank: what the solver minimises."""
+        return float(self.table_seconds_R.max())
+
+    @property
+    def gap(self) -> float:
+        """Cost over its lower bound, less 1."""
+        return self.cost / self.plan.bound_seconds - 1 if self.plan.bound_seconds else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Every phase waits for its slowest rank; what is hidden behind another phase is not counted."""
+        return float((self.seconds_PR.max(axis=1) - self.hidden_P).sum())
+
+    @property
+    def straggler(self) -> int:
+        """The rank with the costliest table phases."""
+        return int(self.table_seconds_R.argmax())
+
+    @property
+    def total_memory_R(self) -> np.ndarray:
+        return self.memory_MR.sum(axis=0)
+
+    @property
+    def fits(self) -> bool:
+        topology = self.plan.topology
+        return bool(
+            self.total_memory_R.max() <= topology.hbm_bytes and self.host_R.max(initial=0.0) <= topology.host_bytes
+        )
+
+
+def evaluate(plan: Plan) -> Evaluation:
+    """The predicted cost of `plan`: a sum over its shards, nothing fitted."""
+    inventory, topology = plan.inventory, plan.topology
+    asked, ranks = traffic(inventory, topology), topology.ranks
+    seconds = {phase: np.zeros(ranks) for phase in PHASES}
+    memory = {kind: np.zeros(ranks) for kind in MEMORY}
+    host, intra, inter = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+    shares = []
+    for index, (table, placement) in enumerate(zip(inventory.tables, plan.placements, strict=True)):
+        costs = placement_costs(asked[index], table, placement, inventory, topology)
+        at = np.array(placement.ranks)
+        for phase in TABLE_PHASES:
+            np.add.at(seconds[phase], at, getattr(costs, phase))
+        for kind in TABLE_MEMORY:
+            np.add.at(memory[kind], at, getattr(costs, kind))
+        for total, name in ((host, "host"), (intra, "intra_bytes"), (inter, "inter_bytes")):
+            np.add.at(total, at, getattr(costs, name))
+        shares.append(_share(table, placement, costs))
+    types = {p.sharding_type for p in plan.placements} - {"data_parallel"}
+    for phase, share in _LATENCY_SHARES.items():
+        seconds[phase] += share * len(types) * Links(topology).group_seconds()
+    for kind, size in fixed_memory(inventory, topology).items():
+        memory[kind] += size
+    work = dense_work(inventory, inventory.batch_on(ranks))
+    hidden = _add_dense(seconds, (intra, inter), work, plan)
+    return Evaluation(
+        plan=plan,
+        seconds_PR=np.stack([seconds[phase] for phase in PHASES]),
+        hidden_P=np.array([hidden if phase == "gradient_all_reduce" else 0.0 for phase in PHASES]),
+        memory_MR=np.stack([memory[kind] for kind in MEMORY]),
+        host_R=host,
+        intra_bytes_R=intra,
+        inter_bytes_R=inter,
+        tables=tuple(shares),
+        flops=work.forward_flops + work.backward_flops,
+        tokens=work.tokens,
+    )
+
+
+def predicted(evaluation: Evaluation) -> dict[str, Any]:
+    """The figures of an evaluation as plain numbers, in bytes and seconds, for plan files and scripts."""
+
+    def spread(values_R: np.ndarray) -> dict[str, float]:
+        return {"min": float(values_R.min()), "mean": float(values_R.mean()), "max": float(values_R.max())}
+
+    seconds = zip(PHASES, evaluation.seconds_PR, evaluation.hidden_P, strict=True)
+    return {
+        "fits": evaluation.fits,
+        "step_seconds": evaluation.step_seconds,
+        "table_seconds": evaluation.cost,
+        "gap": evaluation.gap,
+        "straggler": evaluation.straggler,
+        "phase_seconds": {name: spread(row) | {"hidden": float(hidden)} for name, row, hidden in seconds},
+        "memory_bytes": {name: spread(row) for name, row in zip(MEMORY, evaluation.memory_MR, strict=True)}
+        | {"all": spread(evaluation.total_memory_R), "host": spread(evaluation.host_R)},
+        "sent_bytes": {"host": spread(evaluation.intra_bytes_R), "network": spread(evaluation.inter_bytes_R)},
+    }
+
+
+def placement_costs(
+    asked: Traffic, table: TableConfig, placement: Placement, inventory: InventoryConfig, topology: Topology
+) -> ShardCosts:
+    """Costs of every shard of one table, in the order of its ranks. asked: the traffic of this table."""
+    count, widths = len(placement.ranks), column_blocks(table.dim, placement.column_width)
+    row_share, id_share = np.ones(count), np.ones(count)
+    parts = 1 if placement.sharding_type == "data_parallel" else count // len(widths)
+    if parts > 1:
+        height = -(-table.rows // parts)
+        rows = np.clip(table.rows - height * np.arange(parts), 0, height)
+        row_share = np.tile(rows / table.rows, len(widths))
+        hottest = np.tile(np.arange(parts) == hottest_part(table, parts), len(widths))
+        id_share = row_share * (1 - asked.hottest) + hottest * asked.hottest
+    columns = np.resize(np.repeat(widths, parts), count)
+    costs = shard_costs(
+        asked,
+        topology,
+        ELEMENT_BYTES[inventory.comm_dtype],
+        placement.sharding_type,
+        placement.kernel,
+        (columns, row_share, id_share),
+    )
+    return costs.broadcast(count)
+
+
+def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> TableShare:
+    widths = column_blocks(table.dim, placement.column_width)
+    copies = len(placement.ranks) if placement.sharding_type == "data_parallel" else 1
+    parts = 1 if copies > 1 else len(placement.ranks) // len(widths)
+    whole = sum(sum(table_bytes(table, Shard(0, 0, 0, table.rows, width))) for width in widths)
+    largest = sum(table_bytes(table, Shard(0, 0, 0, -(-table.rows // parts), max(widths))))
+    return TableShare(
+        name=table.name,
+        sharding_type=placement.sharding_type,
+        kernel=placement.kernel,
+        shards=len(placement.ranks),
+        bytes=copies * whole,
+        largest_shard_bytes=largest,
+        seconds=float(costs.seconds.max()),
+        ranks=placement.ranks,
+    )
+
+
+def _add_dense(
+    seconds: dict[str, np.ndarray], links: tuple[np.ndarray, np.ndarray], work: DenseWork, plan: Plan
+) -> float:
+    """Adds the dense part's phases and traffic; returns the seconds of its all-reduce that the backward pass hides."""
+    topology, inventory = plan.topology, plan.inventory
+    speed = topology.flops_bf16 if inventory.precision == "bf16" else topology.flops_fp32
+    speed *= inventory.dense_efficiency
+    backward = work.backward_flops / speed
+    # DDP reduces gradients; FSDP gathers weights in both passes and scatters gradients, half as much again.
+    volume = work.parameters * PARAMETER_BYTES * (1.5 if inventory.dense_parallel == "fsdp" else 1.0)
+    reduced, intra, inter = Links(topology).all_reduce(np.array(volume))
+    seconds["dense_forward"] += work.forward_flops / speed
+    seconds["dense_backward"] += backward
+    seconds["gradient_all_reduce"] += reduced
+    links[0][:] += intra
+    links[1][:] += inter
+    return min(float(reduced), backward)

@@ -1,0 +1,309 @@
+"""What a shard of a table costs: bytes of memory, bytes on the links, seconds in each phase of a step.
+
+The model: seconds are bytes over bandwidth, plus a latency for each collective but the all-reduces. Everything is
+linear in two shares of a shard, so a whole option is costed without listing its shards: the share of the table's rows
+it holds, and the share of the table's ids it is asked for. Ids follow Zipf's law over rows in no particular order; the
+most read row is on one shard. Functions are vectorised over tables or over shards.
+
+B examples a rank, R ranks, G = B R examples a step, L ranks a host, H hosts.
+"""
+
+from dataclasses import dataclass, fields
+from typing import cast
+
+import numpy as np
+
+from gr.config.inventory import InventoryConfig, TableConfig
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
+from gr.planner.id_distribution import distinct_ids, hottest_share, miss_rate
+from gr.planner.placement import Shard
+from gr.planner.topology import Topology
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+ID_BYTES = 8
+LENGTH_BYTES = 4
+OUTPUT_BYTES = 4  # fbgemm returns embeddings, and takes their gradients, in fp32
+STATE_BYTES = 4  # optimizer states are fp32
+SLOT_BYTES = 4  # of fbgemm's cache, for every row of the table
+# A repeated row is read from the L2 cache, at about twice the bandwidth of HBM (assumed).
+REPEAT_COST = 0.5
+# Memory is read in sectors, so a narrow row costs as much as a sector.
+SECTOR_BYTES = 32
+# The backward pass sorts the ids of a batch: a radix sort of 64-bit ids reads and writes id and position four times.
+SORT_BYTES = 4 * 2 * (ID_BYTES + 4)
+# What a peer adds to the latency of an all-to-all: one message posted and matched (assumed).
+MESSAGE_SECONDS = 0.2e-6
+# All-to-alls a group of equally sharded tables adds: lengths, ids, embeddings, gradients.
+GROUP_COLLECTIVES = 4
+
+
+def optimizer_states(table: TableConfig) -> tuple[int, int]:
+    """Optimizer states of a table: numbers an element, and numbers a row."""
+    optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+    return optimizer.states_a("element"), optimizer.states_a("row")
+
+
+def table_bytes(table: TableConfig, shard: Shard) -> tuple[int, int]:
+    """Bytes of one shard: (weights, optimizer states)."""
+    per_element, per_row = optimizer_states(table)
+    states = shard.rows * (per_element * shard.columns + per_row)
+    return shard.rows * shard.columns * ELEMENT_BYTES[table.dtype], states * STATE_BYTES
+
+
+@dataclass(frozen=True)
+class ShardCosts:
+    """Seconds, bytes of HBM, bytes of host memory, and bytes sent, of each shard of an array of shards."""
+
+    input_all_to_all: np.ndarray
+    lookup: np.ndarray
+    output_all_to_all: np.ndarray
+    gradient_all_to_all: np.ndarray
+    update: np.ndarray
+    table_all_reduce: np.ndarray
+    tables: np.ndarray
+    table_optimizer: np.ndarray
+    table_gradients: np.ndarray
+    inputs: np.ndarray
+    embeddings: np.ndarray
+    host: np.ndarray
+    intra_bytes: np.ndarray
+    inter_bytes: np.ndarray
+
+    @property
+    def seconds(self) -> np.ndarray:
+        return np.sum([getattr(self, phase) for phase in TABLE_PHASES], axis=0)
+
+    def broadcast(self, count: int) -> "ShardCosts":
+        """The same, with every array of length `count`."""
+        return ShardCosts(**{f.name: np.broadcast_to(getattr(self, f.name), (count,)) for f in fields(self)})
+
+    @property
+    def hbm(self) -> np.ndarray:
+        return np.sum([getattr(self, kind) for kind in TABLE_MEMORY], axis=0)
+
+
+TABLE_PHASES = (
+    "input_all_to_all",
+    "lookup",
+    "output_all_to_all",
+    "gradient_all_to_all",
+    "update",
+    "table_all_reduce",
+)
+TABLE_MEMORY = ("tables", "table_optimizer", "table_gradients", "inputs", "embeddings")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What each table is asked for in a step: arrays over tables, or over the shards of one table.
+
+    ids: that reach the table's owners, over all ranks. distinct: rows among them. own_ids, own_distinct: the same of
+    one rank's examples, which a replicated table serves. outputs: vectors the owners return. hottest: share of the
+    ids that ask for the most read row.
+    """
+
+    rows: np.ndarray
+    dim: np.ndarray
+    element_bytes: np.ndarray
+    column_states: np.ndarray
+    row_states: np.ndarray
+    pooled: np.ndarray
+    lengths: np.ndarray
+    ids: np.ndarray
+    distinct: np.ndarray
+    own_ids: np.ndarray
+    own_distinct: np.ndarray
+    outputs: np.ndarray
+    own_outputs: np.ndarray
+    hottest: np.ndarray
+    missed: np.ndarray
+    cache_load_factor: np.ndarray
+
+    def __getitem__(self, tables: np.ndarray | int) -> "Traffic":
+        return Traffic(**{field.name: getattr(self, field.name)[tables] for field in fields(self)})
+
+
+def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
+    """The traffic of every table of `inventory`, in its order."""
+
+    def of(name: str) -> np.ndarray:
+        return np.array([getattr(table, name) for table in inventory.tables])
+
+    ranks, batch = topology.ranks, inventory.batch_on(topology.ranks)
+    rows, skew = of("rows").astype(float), of("skew").astype(float)
+    pooled = of("kind") == "pooled"
+    read = of("ids_per_example") * batch + of("ids_per_step")
+    own_distinct = distinct_ids(rows, read, skew)
+    # TorchRec's index dedup, of sequence tables: a rank asks for a row once.
+    deduplicated = ~pooled & inventory.index_dedup
+    own_ids = np.where(deduplicated, own_distinct, read)
+    hottest = np.where(deduplicated, np.minimum(hottest_share(rows, skew), 1 / own_distinct), hottest_share(rows, skew))
+    factor = of("cache_load_factor").astype(float)
+    own_outputs = np.where(pooled, of("features") * batch, own_ids)
+    per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
+    return Traffic(
+        rows=rows,
+        dim=of("dim"),
+        element_bytes=np.array([ELEMENT_BYTES[dtype] for dtype in of("dtype")]),
+        column_states=per_element,
+        row_states=per_row,
+        pooled=pooled,
+        lengths=of("features") * batch * ranks,
+        ids=own_ids * ranks,
+        distinct=distinct_ids(rows, read * ranks, skew),
+        own_ids=own_ids,
+        own_distinct=own_distinct,
+        outputs=own_outputs * ranks,
+        own_outputs=own_outputs,
+        hottest=hottest,
+        missed=miss_rate(rows, skew, factor, of("cacheability").astype(float)),
+        cache_load_factor=factor,
+    )
+
+
+@dataclass(frozen=True)
+class Links:
+    """Seconds a byte, and where the bytes go, of each collective on a topology; bytes are those a rank puts in."""
+
+    topology: Topology
+
+    def all_to_all(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(seconds, bytes to the same host, bytes to other hosts): every rank gets an equal part."""
+        t = self.topology
+        intra = bytes_ * ((t.ranks_per_host - 1) / t.ranks)
+        inter = bytes_ * ((t.ranks - t.ranks_per_host) / t.ranks)
+        return np.maximum(intra / t.intra_bandwidth, inter / t.inter_bandwidth), intra, inter
+
+    def reduce_scatter(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Over all ranks, in rings that cross from host to host on every network card of a host."""
+        t = self.topology
+        sent = bytes_ * ((t.ranks - 1) / t.ranks)
+        inter = sent / t.ranks_per_host if t.hosts > 1 else 0 * sent
+        return np.maximum(sent / t.intra_bandwidth, inter / t.inter_bandwidth), sent - inter, inter
+
+    def host_reduce_scatter(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Within the host, then an all-to-all of what is left between equal places on all hosts."""
+        t = self.topology
+        intra = bytes_ * ((t.ranks_per_host - 1) / t.ranks_per_host)
+        inter = bytes_ / t.ranks_per_host * ((t.hosts - 1) / t.hosts)
+        return intra / t.intra_bandwidth + inter / t.inter_bandwidth, intra, inter
+
+    def all_reduce(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        seconds, intra, inter = self.reduce_scatter(bytes_)
+        return 2 * seconds, 2 * intra, 2 * inter
+
+    def group_seconds(self) -> float:
+        """Latency that one more group of equally sharded tables adds to a step."""
+        t = self.topology
+        if t.ranks == 1:
+            return 0.0
+        first = t.inter_latency if t.hosts > 1 else t.intra_latency
+        return GROUP_COLLECTIVES * (first + MESSAGE_SECONDS * (t.ranks - 1))
+
+
+def shard_costs(
+    traffic: Traffic,
+    topology: Topology,
+    comm_bytes: int,
+    sharding_type: str,
+    kernel: str,
+    shares: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> ShardCosts:
+    """Costs of shards with shares = (columns, share of the rows, share of the ids). comm_bytes: of an element sent."""
+    columns, row_share, id_share = shares
+    if sharding_type == "data_parallel":
+        return _replica_costs(traffic, topology)
+    t, links = traffic, Links(topology)
+    ids, distinct, rows = t.ids * id_share, t.distinct * row_share, t.rows * row_share
+    by_rows = sharding_type in ("row_wise", "table_row_wise", "grid_shard")
+    # A row shard of a pooled table returns a partial sum for every example; one of a sequence, the rows asked for.
+    vectors = np.where(t.pooled, t.outputs if by_rows else t.outputs * id_share, t.outputs * id_share)
+    input_bytes = ids * ID_BYTES + t.lengths * LENGTH_BYTES
+    sent = vectors * columns * comm_bytes
+    if not by_rows:
+        output = links.all_to_all(sent)
+    elif sharding_type == "row_wise":
+        flat, scattered = links.all_to_all(sent), links.reduce_scatter(sent)
+        seconds, intra, inter = (np.where(t.pooled, a, b) for a, b in zip(scattered, flat, strict=True))
+        output = (seconds, intra, inter)
+    else:
+        output = links.host_reduce_scatter(sent)
+    received = links.all_to_all(input_bytes)
+    weights = rows * columns * t.element_bytes
+    column_states, row_states = rows * t.column_states * columns * STATE_BYTES, rows * t.row_states * STATE_BYTES
+    lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, distinct, vectors))
+    zero = 0 * weights
+    # fbgemm keeps states of a row on the device and states of every element with the weights; its cache has a slot
+    # number for every row.
+    offloaded = kernel in ("fused_uvm", "fused_uvm_caching")
+    cached = weights * t.cache_load_factor + rows * SLOT_BYTES
+    return ShardCosts(
+        input_all_to_all=received[0],
+        lookup=lookup,
+        output_all_to_all=output[0],
+        gradient_all_to_all=output[0],
+        update=update,
+        table_all_reduce=zero,
+        tables={"fused_uvm": zero, "fused_uvm_caching": cached}.get(kernel, weights),
+        table_optimizer=row_states if offloaded else row_states + column_states,
+        table_gradients=rows * columns * OUTPUT_BYTES if kernel == "dense" else zero,
+        inputs=2 * ids * ID_BYTES + t.lengths * LENGTH_BYTES,
+        embeddings=2 * vectors * columns * OUTPUT_BYTES,
+        host=weights + column_states if offloaded else zero,
+        intra_bytes=received[1] + 2 * output[1],
+        inter_bytes=received[2] + 2 * output[2],
+    )
+
+
+def _kernel_costs(
+    t: Traffic, topology: Topology, kernel: str, asked: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of (lookup, update)."""
+    columns, id_share, distinct, vectors = asked
+    ids = t.ids * id_share
+    row_bytes = np.ceil(columns * t.element_bytes / SECTOR_BYTES) * SECTOR_BYTES
+    column_bytes, state_bytes = t.column_states * columns * STATE_BYTES, t.row_states * STATE_BYTES
+    near = topology.hbm_bandwidth
+    # Over the whole table, so that the cost of a shard stays linear in its shares.
+    repeats = np.maximum(t.ids - t.distinct, 0) * id_share * row_bytes * REPEAT_COST
+    written = vectors * columns * OUTPUT_BYTES
+    # What is on the host crosses its link: rows that no cache holds, and the states of their elements.
+    far = {"fused_uvm": np.ones_like(distinct), "fused_uvm_caching": t.missed}.get(kernel, np.zeros_like(distinct))
+    far_states = np.ones_like(distinct) if kernel in ("fused_uvm", "fused_uvm_caching") else np.zeros_like(distinct)
+    link = topology.host_bandwidth
+    lookup = (ids * ID_BYTES + repeats + written + distinct * row_bytes * (1 - far)) / near
+    lookup = lookup + distinct * row_bytes * far / link
+    at_host = 2 * distinct * (row_bytes * far + column_bytes * far_states)
+    in_hbm = 2 * distinct * (row_bytes + column_bytes + state_bytes) - at_host
+    update = (ids * (SORT_BYTES + columns * OUTPUT_BYTES) + in_hbm) / near + at_host / link
+    return lookup, update
+
+
+def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:
+    """A data-parallel table: a whole one on every rank, whose dense gradient is reduced over all of them."""
+    weights = t.rows * t.dim * t.element_bytes
+    states = t.rows * (t.column_states * t.dim + t.row_states) * STATE_BYTES
+    gradients = t.rows * t.dim * OUTPUT_BYTES
+    vectors = t.own_outputs * t.dim * OUTPUT_BYTES
+    near = topology.hbm_bandwidth
+    repeats = np.maximum(t.own_ids - t.own_distinct, 0) * REPEAT_COST
+    reads = (t.own_distinct + repeats) * t.dim * t.element_bytes
+    seconds, intra, inter = Links(topology).all_reduce(gradients)
+    zero = 0 * weights
+    return ShardCosts(
+        input_all_to_all=zero,
+        lookup=(t.own_ids * ID_BYTES + reads + vectors) / near,
+        output_all_to_all=zero,
+        gradient_all_to_all=zero,
+        # The gradient is zeroed, scattered into and read; weights and states are read and written, every row.
+        update=(t.own_ids * SORT_BYTES + vectors + 3 * gradients + 2 * (weights + states)) / near,
+        table_all_reduce=seconds,
+        tables=weights,
+        table_optimizer=states,
+        table_gradients=gradients,
+        inputs=2 * t.own_ids * ID_BYTES,
+        embeddings=2 * vectors,
+        host=zero,
+        intra_bytes=intra,
+        inter_bytes=inter,
+    )

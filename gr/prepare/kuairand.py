@@ -1,0 +1,266 @@
+"""KuaiRand-1K and -27K (kuairand.com), as published: the standard logs and the log of random exposure, together.
+
+No event is left out: a user without a line in user_features has id 0 in its columns. An item id is the video id + 1, a
+user id the published one. Layout and ranges as the README of github.com/chongminggao/KuaiRand states them; the real
+files were not read in this project, only generated ones of that layout. Peak memory of those, with 1,000 users of whom
+one has a tenth of the events: 0.6 GB for 4 million, 0.8 GB for 16 million (benchmarks/prepare_histories.py). Beside
+it there are a few int64 for each video, of which 27K has 32 million.
+
+T events of a block.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from csv import reader
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+from tqdm import tqdm
+
+from gr.errors import DataError
+from gr.logging import get_logger
+from gr.prepare.partition import BadEvents, Checks, UserPartitions, write_users
+from gr.prepare.source import Source, SourceFile
+from gr.prepare.write import FolderWriter
+from gr.schema import DataSchema, HistoryColumns
+
+log = get_logger(__name__)
+
+ACTIONS = (
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_comment",
+    "is_forward",
+    "is_hate",
+    "long_view",
+    "is_profile_enter",
+)
+USER_FEATURES = (
+    "user_active_degree",
+    "is_lowactive_period",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+    *(f"onehot_feat{number}" for number in range(18)),
+)
+TABS = 15
+_LOGS = {
+    "1k": ("log_standard_4_08_to_4_21_1k", "log_standard_4_22_to_5_08_1k", "log_random_4_22_to_5_08_1k"),
+    "27k": (
+        "log_standard_4_08_to_4_21_27k_part1",
+        "log_standard_4_08_to_4_21_27k_part2",
+        "log_standard_4_22_to_5_08_27k_part1",
+        "log_standard_4_22_to_5_08_27k_part2",
+        "log_random_4_22_to_5_08_27k",
+    ),
+}
+_COUNTS = ("play_time_ms", "duration_ms")
+_NEEDED = ("user_id", "video_id", "time_ms", *ACTIONS, *_COUNTS, "is_rand", "tab")
+_RANGES = {
+    **dict.fromkeys(("user_id", "video_id"), (0, 2**31 - 4)),
+    "time_ms": (1, 2**53),
+    **dict.fromkeys((*ACTIONS, "is_rand"), (0, 1)),
+    **dict.fromkeys(_COUNTS, (0, 2**53)),
+    "tab": (0, TABS - 1),
+}
+_FIELDS = {"actions": "<i4", "watch_fraction": "<f4", "tab": "<i4", "exposure": "<i4"}
+_LINE_BYTES = 71  # 23 GB of logs, 323 M lines
+_BLOCK_BYTES = 16 << 20
+_WHOLE = re.compile(rb"-?\d+")
+
+
+def prepare_kuairand(
+    size: str, source: Source, folder: Path, on_bad_row: Literal["fail", "skip"] = "fail"
+) -> DataSchema:
+    """Write kuairand-1k or -27k into an empty folder. size: 1k or 27k. on_bad_row: skip leaves bad lines out, counted.
+
+    DataError for a missing file, naming it, and for a missing column, a line that is cut off or a value out of its
+    range, naming file, line and column.
+    """
+    files = [source.require(f"{name}.csv") for name in _LOGS[size]]
+    users = _UserFeatures(source.require(f"user_features_{size}.csv"))
+    bad = BadEvents(on_bad_row)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.events.", dir=folder.parent) as place:
+        expected = sum(file.size for file in files) // _LINE_BYTES
+        partitions = UserPartitions(Path(place), _FIELDS, expected_events=expected)
+        endless = 0
+        for file in files:
+            for columns in _events(file, bad):
+                endless += int((columns.pop("duration_ms") == 0).sum())
+                partitions.add(columns)
+        if not partitions.events:
+            raise DataError(f"{files[0]}: has no events, nor have the other logs")
+        declared = HistoryColumns(
+            timestamps=True,
+            time_unit="ms",
+            actions=list(ACTIONS),
+            values=["watch_fraction"],
+            event_features={"tab": TABS + 1, "exposure": 3},
+            contextual={"user": max(partitions.largest_user, users.largest) + 2, **users.cardinalities},
+        )
+        items = partitions.items
+        writer = FolderWriter(folder, declared, item_cardinality=int(items[-1]) + 1)
+        write_users(partitions, writer, users.columns)
+    notes = [*map(str, files), *filter(None, [bad.note()])]
+    for count, what in (
+        (endless, "events of videos of no length, watch_fraction 0"),
+        (users.unknown, "users without features"),
+    ):
+        if count:
+            log.warning("%s: %d %s", source.path, count, what)
+            notes.append(f"{count} {what}")
+    return writer.close(
+        name=f"kuairand-{size}",
+        order="by time_ms within each user; ties in the order of the files in `source`, then of their lines (stable)",
+        source=f"{'; '.join(notes)}; item id = video_id + 1, exposure 1 standard and 2 random, tab id = tab + 1",
+        corpus=items,
+    )
+
+
+class _UserFeatures:
+    """user_features: an id for each value of a column, from 1 in the order of values (numbers by size); 0 is empty."""
+
+    def __init__(self, file: SourceFile) -> None:
+        table = _read_users(file)
+        try:
+            user_ids = table.column("user_id").cast(pa.int64()).to_numpy()
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{file}: column user_id: {error}") from None
+        order = np.argsort(user_ids, kind="stable")
+        self._user_ids = user_ids[order]
+        if (repeated := self._user_ids[1:] == self._user_ids[:-1]).any():
+            raise DataError(f"{file}: user_id {self._user_ids[1:][repeated][0]} has two lines")
+        self.largest = int(self._user_ids.max(initial=-1))
+        self._ids, self.cardinalities, self.unknown = {}, {}, 0
+        for name in USER_FEATURES:
+            texts = np.array(table.column(name).to_pylist(), dtype=object)[order]
+            values = sorted({text for text in texts if text}, key=_by_size)
+            number = {"": 0} | {value: place for place, value in enumerate(values, 1)}
+            self._ids[name] = np.array([number[text] for text in texts], dtype=np.int64)
+            self.cardinalities[name] = len(values) + 1
+
+    def columns(self, users_B: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Ids [B] of users [B] by column; counts in `unknown` those without a line."""
+        place_B = np.minimum(np.searchsorted(self._user_ids, users_B), len(self._user_ids) - 1)
+        known_B = self._user_ids[place_B] == users_B
+        self.unknown += int((~known_B).sum())
+        return {"user": users_B + 1} | {name: np.where(known_B, ids[place_B], 0) for name, ids in self._ids.items()}
+
+
+def _by_size(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return float("inf"), text
+
+
+def _read_users(file: SourceFile) -> pa.Table:
+    names = _header(file, ("user_id", *USER_FEATURES))
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    try:
+        with file.open() as stream:
+            table = csv.read_csv(stream, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file}: cannot be parsed: {error}") from None
+    if not table.num_rows:
+        raise DataError(f"{file}: has no users")
+    return table
+
+
+def _header(file: SourceFile, needed: tuple[str, ...]) -> list[str]:
+    """Names of the columns. DataError where a needed one is missing."""
+    with file.open() as stream:
+        names = next(reader([stream.readline().decode("utf-8", "replace").rstrip("\r\n")]), [])
+    if missing := [name for name in needed if name not in names]:
+        raise DataError(f"{file}, line 1: has no column {', '.join(missing)}; its columns are {', '.join(names)}")
+    return names
+
+
+def _events(file: SourceFile, bad: BadEvents) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of columns [T] in file order: those of _FIELDS, user, time, item and duration_ms."""
+    names = _header(file, _NEEDED)
+    line = 2
+    with (
+        file.open() as stream,
+        tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
+    ):
+        try:
+            for block in _blocks(stream, bad):
+                checks = Checks(bad, (file, "line", line), block.num_rows)
+                raw = {name: _integers(block.column(name), name, checks) for name in _NEEDED}
+                for name, (low, high) in _RANGES.items():
+                    checks.range(name, raw[name], low, high)
+                yield _columns({name: column[checks.good_T] for name, column in raw.items()})
+                line += block.num_rows
+                bar.update(block.num_rows * _LINE_BYTES)
+        except pa.ArrowInvalid:
+            raise _malformed(file, names) from None
+
+
+def _blocks(stream, bad: BadEvents) -> Iterator[pa.RecordBatch]:
+    """Columns of whole numbers; where bad lines are skipped of text, without lines of another number of fields."""
+
+    def skip(row: csv.InvalidRow) -> str:
+        bad.counts["(fields)"] += 1
+        return "skip"
+
+    yield from csv.open_csv(
+        stream,
+        csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+        csv.ParseOptions(ignore_empty_lines=False, invalid_row_handler=skip if bad.skip else None),
+        csv.ConvertOptions(
+            column_types=dict.fromkeys(_NEEDED, pa.string() if bad.skip else pa.int64()),
+            include_columns=list(_NEEDED),
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _integers(column: pa.Array, name: str, checks: Checks) -> np.ndarray:
+    """int64 [T]; of text, 0 where it is no whole number, which is noted. ArrowInvalid where a number is missing."""
+    if column.null_count:
+        raise pa.ArrowInvalid(f"{name} is missing")
+    if pa.types.is_integer(column.type):
+        return column.to_numpy()
+    whole = pc.match_substring_regex(column, r"^-?\d{1,18}$")
+    checks.wrong(name, ~whole.to_numpy(zero_copy_only=False), lambda place: "is no whole number")
+    return pc.if_else(whole, column, "0").cast(pa.int64()).to_numpy()
+
+
+def _columns(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    bits = [raw[name].astype(np.int32) << bit for bit, name in enumerate(ACTIONS)]
+    duration, play = raw["duration_ms"], raw["play_time_ms"]
+    return {
+        "user": raw["user_id"],
+        "time": raw["time_ms"],
+        "item": raw["video_id"] + 1,
+        "actions": np.sum(bits, axis=0, dtype=np.int32),
+        "watch_fraction": np.divide(play, duration, out=np.zeros(len(play)), where=duration > 0),
+        "tab": raw["tab"] + 1,
+        "exposure": raw["is_rand"] + 1,
+        "duration_ms": duration,
+    }
+
+
+def _malformed(file: SourceFile, names: list[str]) -> DataError:
+    """Read again, slowly, to name the line."""
+    places = {name: names.index(name) for name in _NEEDED}
+    with file.open() as stream:
+        for number, line in enumerate(stream, 1):
+            fields = line.rstrip(b"\r\n").split(b",")
+            if number > 1 and len(fields) != len(names):
+                return DataError(f"{file}, line {number}: has {len(fields)} fields, wanted {len(names)}")
+            for name, place in places.items() if number > 1 else ():
+                if not _WHOLE.fullmatch(fields[place].strip()):
+                    shown = fields[place].decode("utf-8", "replace")
+                    return DataError(f"{file}, line {number}, column {name}: {shown!r} is not a whole number")
+    return DataError(f"{file}: cannot be parsed as lines of {', '.join(names)}")

@@ -1,0 +1,140 @@
+"""MovieLens 100K, 1M and 20M (grouplens.org), as published, and two public regroupings of them.
+
+No filtering and no new ids: an item id is the movie id, the corpus is the whole list of movies, rated or not.
+"""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.data.validate import packed
+from gr.errors import DataError
+from gr.prepare.events import STABLE_ORDER, Events, collect, group_users
+from gr.prepare.parse import Format, check_in_catalogue, parse_catalogue, parse_events
+from gr.prepare.source import Source, SourceFile
+from gr.prepare.write import Users, write_folder
+from gr.schema import DataSchema, HistoryColumns
+
+
+def _csv_id(line: str) -> int:
+    return int(next(csv.reader([line]))[0])
+
+
+def _separated(separator: str) -> Callable[[str], int]:
+    def id_of_line(line: str) -> int:
+        first, found, _ = line.partition(separator)
+        if not found:
+            raise ValueError(f"{line!r} has no {separator!r}")
+        return int(first)
+
+    return id_of_line
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published layout: file and format of the ratings, and of the list of movies."""
+
+    ratings: str
+    form: Format
+    movies: str
+    id_of_line: Callable[[str], int]
+    encoding: str = "latin-1"
+    movies_header: int = 0
+
+
+_RECBOLE = Layout(
+    "ml-100k.inter", Format("\t", 1, pa.int32()), "ml-100k.item", _separated("\t"), encoding="utf-8", movies_header=1
+)
+_LAYOUTS = {
+    "movielens-100k": [Layout("u.data", Format("\t", 0, pa.int32()), "u.item", _separated("|")), _RECBOLE],
+    "movielens-1m": [Layout("ratings.dat", Format("::", 0, pa.int32()), "movies.dat", _separated("::"))],
+    "movielens-20m": [
+        Layout("ratings.csv", Format(",", 1, pa.int32()), "movies.csv", _csv_id, encoding="utf-8", movies_header=1)
+    ],
+}
+_GROUPED = "sequences.parquet"
+_STARS = (2, 3, 4, 5)
+
+
+def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
+    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in parse.py."""
+    for layout in _LAYOUTS[name]:
+        ratings = source.find(layout.ratings)
+        if ratings is not None:
+            return _from_ratings(name, source, ratings, layout, folder)
+    grouped = source.find(_GROUPED)
+    if name == "movielens-1m" and grouped is not None:
+        return _from_grouped(name, source, grouped, folder)
+    wanted = " or ".join([layout.ratings for layout in _LAYOUTS[name]] + [_GROUPED] * (name == "movielens-1m"))
+    raise DataError(f"{source.path}: has no {wanted}; give the unpacked folder or the zip archive of {name}")
+
+
+def _movies(source: Source, layout: Layout) -> np.ndarray:
+    return parse_catalogue(
+        source.require(layout.movies), layout.id_of_line, encoding=layout.encoding, header=layout.movies_header
+    )
+
+
+def _from_ratings(name: str, source: Source, file: SourceFile, layout: Layout, folder: Path) -> DataSchema:
+    movies = _movies(source, layout)
+    events: Events = collect(parse_events(file, layout.form))
+    if len(events.items) == 0:
+        raise DataError(f"{file}: has no events")
+    check_in_catalogue(file, layout.form, events.items, movies)
+    users, columns = _with_actions(group_users(events))
+    return write_folder(
+        folder,
+        users,
+        corpus=movies,
+        name=name,
+        order=STABLE_ORDER.format(file=file.name),
+        source=str(file),
+        columns=columns,
+    )
+
+
+def _with_actions(users: Users) -> tuple[Users, HistoryColumns]:
+    """Stars as actions, rating_ge_2 to rating_ge_5, and the user id as a contextual feature."""
+    assert users.ratings is not None, "all layouts of ratings have them"
+    bits = [(users.ratings >= stars).astype(np.int32) << bit for bit, stars in enumerate(_STARS)]
+    columns = HistoryColumns(
+        timestamps=True,
+        ratings=True,
+        actions=[f"rating_ge_{stars}" for stars in _STARS],
+        contextual={"user": int(users.user_ids.max()) + 1},
+    )
+    return replace(users, columns={"actions": np.bitwise_or.reduce(bits), "user": users.user_ids}), columns
+
+
+def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> DataSchema:
+    """One row a user, already in order, without times: columns user_id and item_ids."""
+    movies = _movies(source, _LAYOUTS[name][0])
+    try:
+        with file.open() as stream:
+            table = pq.read_table(stream, columns=["user_id", "item_ids"])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: is not a Parquet file with user_id and item_ids: {error}") from error
+    offsets, values, nulls = packed(table.column("item_ids"))
+    if nulls.any() or values.null_count:
+        raise DataError(f"{file}: column item_ids has nulls")
+    items = values.to_numpy()
+    unknown = ~np.isin(items, movies)
+    if unknown.any():
+        first = int(unknown.argmax())
+        row = int(np.searchsorted(offsets, first, side="right") - 1)
+        raise DataError(f"{file}: row {row}: item {items[first]} is not in the list of movies")
+    stated = (table.schema.metadata or {}).get(b"order", b"as in the file").decode()
+    users = Users(table.column("user_id").to_numpy(), offsets, items)
+    return write_folder(
+        folder,
+        users,
+        corpus=movies,
+        name=name,
+        order=f"as given, not sorted here; the file says: {stated}",
+        source=str(file),
+    )

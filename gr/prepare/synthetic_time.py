@@ -1,0 +1,136 @@
+"""A stream with a planted effect of time: what comes next depends on the gap before it, which position cannot tell.
+
+The generator, all of it from one seed (and numpy's sampling methods, which a new numpy may change):
+
+1.  Items are ids 1..items, dealt at random to `categories` clusters on a ring, of sizes that differ by at most one.
+2.  A record has a home cluster, uniform. Its first event is a uniform item of it.
+3.  Before each later event is a gap, independent of everything before it: with probability 1/2 short (10 to 100
+    seconds), else long (1 to 10 days), log-uniform in its range.
+4.  After a short gap the next item comes from the cluster after the last item's on the ring; after a long one from
+    home; with probability 0.1, in either case, from all items. Uniform within, with replacement.
+5.  The first event is at a uniform second of the year 2001.
+
+A model whose time bias sees query_t_i - t_j knows the gap before the event it predicts, and so which of the two
+clusters comes; a model without time has to bet on both. The two oracles differ in this knowledge only.
+
+The first 90 % of the records are train/, the last 10 % test/. B records of a chunk, N events, K clusters.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gr.prepare.oracle import averaged, by_protocol, seen_in_groups
+from gr.prepare.synthetic import ORACLE_FILE, StreamOptions, as_users, random_stream
+from gr.prepare.write import ROWS_PER_GROUP, FolderWriter
+from gr.schema import HistoryColumns
+
+_CHUNK = 8 * ROWS_PER_GROUP
+_LONG, _NOISE = 0.5, 0.1
+_SHORT_SECONDS, _LONG_SECONDS = (10, 100), (86_400, 864_000)
+_START, _YEAR = 978_307_200, 31_536_000  # 2001-01-01
+
+
+class TimeStream:
+    """The stream of one set of options; train and test are drawn apart, so each starts a row group."""
+
+    def __init__(self, options: StreamOptions) -> None:
+        self.options = options
+        order = random_stream(options.seed, 0).permutation(options.items) + 1
+        self.cluster_of_item = np.full(options.items + 1, -1)
+        self.cluster_of_item[order] = np.arange(options.items) % options.categories
+        self._by_cluster = np.argsort(self.cluster_of_item[1:], kind="stable") + 1
+        self.size_K = np.bincount(self.cluster_of_item[1:], minlength=options.categories)
+        self._start_K = np.cumsum(self.size_K) - self.size_K
+
+    def chunks(self, part: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first record, items_BN, times_BN) of part train or test, at most 4,096 records each."""
+        train, records = self.options.train_records, self.options.records
+        first, stop = (0, train) if part == "train" else (train, records)
+        for number, start in enumerate(range(first, stop, _CHUNK)):
+            random = random_stream(self.options.seed, 1 + 2 * number + (part == "test"))
+            yield start, *self._draw(random, min(_CHUNK, stop - start))
+
+    def _draw(self, random: np.random.Generator, records: int) -> tuple[np.ndarray, np.ndarray]:
+        options = self.options
+        long_BN = random.random((records, options.length)) < _LONG
+        noise_BN = random.random((records, options.length)) < _NOISE
+        noise_BN[:, 0] = False
+        fraction_BN = random.random((records, options.length))
+        gaps_BN = np.where(long_BN, _log_uniform(_LONG_SECONDS, fraction_BN), _log_uniform(_SHORT_SECONDS, fraction_BN))
+        gaps_BN = gaps_BN.astype(np.int64)
+        gaps_BN[:, 0] = random.integers(_START, _START + _YEAR, records)
+        pick_BN = random.random((records, options.length))
+        home_B = random.integers(0, options.categories, records)
+        items_BN = np.empty((records, options.length), dtype=np.int64)
+        cluster_B = home_B
+        for n in range(options.length):
+            if n:
+                after_B = (self.cluster_of_item[items_BN[:, n - 1]] + 1) % options.categories
+                cluster_B = np.where(long_BN[:, n], home_B, after_B)
+            place_B = self._start_K[cluster_B] + (pick_BN[:, n] * self.size_K[cluster_B]).astype(np.int64)
+            place_B = np.where(noise_BN[:, n], (pick_BN[:, n] * options.items).astype(np.int64), place_B)
+            items_BN[:, n] = self._by_cluster[place_B]
+        return items_BN, np.cumsum(gaps_BN, axis=1)
+
+
+def write_time_stream(options: StreamOptions, folder: Path, source: str = "gr prepare synthetic-time") -> dict:
+    """Write folder/train, folder/test and folder/oracle.json; returns what oracle.json says."""
+    stream = TimeStream(options)
+    corpus = np.arange(1, options.items + 1)
+    with tqdm(total=options.records, unit="record", desc="synthetic-time", disable=None) as bar:
+        for part in ("train", "test"):
+            writer = FolderWriter(folder / part, HistoryColumns(timestamps=True), item_cardinality=options.items + 1)
+            for first, items_BN, times_BN in stream.chunks(part):
+                writer.write(as_users(first, items_BN, times_BN))
+                bar.update(len(items_BN))
+            stated = f"{source} {json.dumps(asdict(options))}, {part}"
+            writer.close(
+                name=f"synthetic-time-{part}", order="as generated, oldest first", source=stated, corpus=corpus
+            )
+    oracle = time_oracles(stream)
+    (folder / ORACLE_FILE).write_text(json.dumps(oracle, indent=2) + "\n", encoding="utf-8")
+    return oracle
+
+
+def time_oracles(stream: TimeStream) -> dict:
+    """Best possible metrics for the newest event of the test records, with and without the gap before it.
+
+    Both oracles know the cluster of every item, the ring, the noise and the history, and so home (the first item's
+    cluster) and the last item's cluster. with_gap also knows whether the gap before the target is short or long.
+    Items of one score tie: metrics are expected values over random order of ties. Protocols: gr/prepare/oracle.py
+    by_protocol.
+    """
+    options, clusters = stream.options, stream.options.categories
+    found: dict[str, list] = {"with_gap": [], "without_gap": []}
+    repeats = []
+    for _, items_BN, times_BN in stream.chunks("test"):
+        history_BN, target_B = items_BN[:, :-1], items_BN[:, -1]
+        long_B = times_BN[:, -1] - times_BN[:, -2] >= _LONG_SECONDS[0]
+        home_BK = np.eye(clusters)[stream.cluster_of_item[history_BN[:, 0]]]
+        after_BK = np.eye(clusters)[(stream.cluster_of_item[history_BN[:, -1]] + 1) % clusters]
+        repeats.append((history_BN == target_B[:, None]).any(axis=1))
+        seen_BK = seen_in_groups(history_BN, target_B, stream.cluster_of_item, clusters)
+        size_BK = np.broadcast_to(stream.size_K, seen_BK.shape)
+        beliefs = {"with_gap": long_B[:, None].astype(float), "without_gap": np.full((len(long_B), 1), _LONG)}
+        for name, long_B1 in beliefs.items():
+            cluster_BK = long_B1 * home_BK + (1.0 - long_B1) * after_BK
+            score_BK = (1.0 - _NOISE) * cluster_BK / stream.size_K + _NOISE / options.items
+            group_B = stream.cluster_of_item[target_B]
+            found[name].append(by_protocol(score_BK, size_BK, seen_BK, group_B, repeats[-1]))
+    return {
+        "options": asdict(options),
+        "target": "newest event of each record of test/",
+        "records": options.records - options.train_records,
+        "repeated_targets": float(np.concatenate(repeats).mean()),
+        "knows": "cluster of each item, the ring, the noise, the history; with_gap also the gap before the target",
+    } | {name: averaged(chunks) for name, chunks in found.items()}
+
+
+def _log_uniform(bounds: tuple[int, int], fraction: np.ndarray) -> np.ndarray:
+    low, high = bounds
+    return low * (high / low) ** fraction

@@ -1,0 +1,150 @@
+"""What every kind of experiment answers. gr.experiment asks; a recipe knows no experiment."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+from torch import nn
+
+from gr.config.load import RECIPES
+from gr.config.run import RunConfig
+from gr.dist import World
+from gr.errors import CheckpointError
+from gr.metrics.writers import MetricsWriter
+from gr.models import build_model
+from gr.schema import SCHEMA_FILE
+from gr.train import callbacks
+from gr.train.module import Objective
+from gr.train.pipeline import Loader
+from gr.train.trainer import Callback
+
+Split = Literal["validation", "test"]
+Config = TypeVar("Config", bound=RunConfig)
+
+
+class TrainingLoader(Loader, Protocol):
+    """A loader whose position can be set."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: of the model; empty where there is nothing to evaluate on. details: what else the report says.
+
+    arrays: saved beside the report, by name.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """Metrics to show: a row a model, a column for each of `columns`."""
+
+    title: str
+    rows: Mapping[str, Mapping[str, float]]
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a recipe's callbacks may use. writer: on the main rank."""
+
+    model: nn.Module
+    world: World
+    objective: Objective
+    loader: TrainingLoader
+    writer: MetricsWriter | None
+    checkpointing: callbacks.Checkpointing
+
+
+class Recipe(ABC, Generic[Config]):
+    """One kind of experiment. `config` and `schema` determine the model; everything else reads data.
+
+    artifacts: files of the data folder that a model needs to be used, kept in every checkpoint.
+    """
+
+    artifacts: tuple[str, ...] = (SCHEMA_FILE,)
+
+    def __init__(self, config: Config, folder: Path | None = None) -> None:
+        """folder: has the artifacts: a checkpoint; None: the training data. Raises DataError."""
+        self.config = config
+        self.folder = Path(config.data.path) if folder is None else folder  # type: ignore[attr-defined]
+        self.schema = config.load_schema(self.folder)
+
+    def model(self) -> nn.Module:
+        """The single-device model, without storage (on meta)."""
+        return build_model(self.config, self.schema)
+
+    @property
+    def has_tables(self) -> bool:
+        return bool(self.config.tables(self.schema))
+
+    @property
+    def table_columns(self) -> int | None:
+        """Columns of the tables that the model reads; those past them are zero. None: all."""
+        return None
+
+    @abstractmethod
+    def check_data(self) -> None:
+        """Opens the data that is there to be read. Raises ConfigError or DataError where the model cannot read it."""
+
+    def check_saved(self, saved: Config, path: str) -> None:
+        """Raises CheckpointError where a checkpoint of configuration `saved` is of another model."""
+        if saved.model != self.config.model:  # type: ignore[attr-defined]
+            raise CheckpointError(f"{path} is of another model (see `gr config diff`): use another run_dir")
+
+    @abstractmethod
+    def objective(self, world: World) -> Objective:
+        """What the steps minimise."""
+
+    @abstractmethod
+    def loader(self, world: World) -> TrainingLoader:
+        """The training batches of this rank. Raises ConfigError where there are fewer than trainer.steps."""
+
+    def example_flops(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """FLOPs of examples by their events, int64 [N] -> float64 [N], to deal them to the ranks; None: they are not."""
+        return None
+
+    @abstractmethod
+    def callbacks(self, training: Training) -> list[Callback]:
+        """What this recipe does on a schedule, its evaluation included."""
+
+    @abstractmethod
+    def check_split(self, split: Split) -> None:
+        """Raises ConfigError where a split cannot be evaluated: its targets were trained on, or there is no data."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
+        """Metrics of a model on one split; the same at every world size. Collective."""
+
+    def comparisons(self, split: Split) -> dict[str, Any]:
+        """What the report compares the model with, made on the main rank alone once the report is written."""
+        return {}
+
+    def count(self, counters: Mapping[str, int], world: World) -> dict[str, float]:
+        """What the loaders counted, for the report. Collective."""
+        return dict(counters)
+
+    @classmethod
+    @abstractmethod
+    def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
+        """A report's metrics to show, or one line that says why there are none."""
+
+
+def open_recipe(config: Config, folder: Path | None = None) -> Recipe[Config]:
+    """The recipe that `config` is for, on its training data or on what a checkpoint keeps of it."""
+    return RECIPES.target(config)(config, folder)
+
+
+def recipe_class(kind: str) -> type[Recipe]:
+    """The recipe of a task.kind."""
+    return RECIPES.target_of(kind)

@@ -1,0 +1,152 @@
+"""Click: DLRM on rows of dense and categorical features, in one pass, each example scored before it is trained on."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gr.batch import TabularBatch
+from gr.config.click import ClickConfig, ClickLoss
+from gr.data.tabular import TabularDataset
+from gr.data.tabular_loader import TabularLoader
+from gr.dist import World
+from gr.errors import ConfigError, DataError
+from gr.metrics.prequential import PrequentialMetrics
+from gr.metrics.ranking import RankingMetrics
+from gr.recipes.base import Evaluation, Recipe, ReportTable, Split, Training
+from gr.schema import TabularSchema
+from gr.tasks import click_loss
+from gr.train import callbacks
+from gr.train.module import Inputs
+from gr.train.trainer import Callback
+
+COLUMNS = ("ne", "log_loss", "auc", "accuracy", "base_rate", "calibration")
+
+
+class ClickObjective:
+    """The loss of each example's label. scored: logits, labels."""
+
+    def __init__(self, loss: ClickLoss) -> None:
+        self.loss = loss
+        self.scored: tuple[Tensor, ...] | None = None
+
+    def losses(self, batch: TabularBatch) -> int:
+        return len(batch.labels_B)
+
+    def examples(self, batch: TabularBatch) -> int:
+        return len(batch.labels_B)
+
+    def inputs(self, batch: TabularBatch, step: int, first: int, device: torch.device) -> Inputs:
+        batch = batch.to(device)
+        return Inputs(batch, batch.sparse)
+
+    def total(self, model: nn.Module, inputs: Inputs, looked_up: Any) -> Tensor:
+        batch: TabularBatch = inputs.batch
+        logits_B = model(batch.dense_BN, batch.sparse, looked_up)
+        self.scored = logits_B.detach(), batch.labels_B
+        return click_loss(logits_B, batch.labels_B, self.loss).sum()
+
+
+class ClickRecipe(Recipe[ClickConfig]):
+    """Trains DLRM; evaluates on the rows of evaluation.path, where it is set."""
+
+    schema: TabularSchema
+
+    @cached_property
+    def train_data(self) -> TabularDataset:
+        return TabularDataset.open(self.config.data.path)
+
+    @cached_property
+    def evaluation_data(self) -> TabularDataset | None:
+        return TabularDataset.open(self.config.evaluation.path) if self.config.evaluation.path else None
+
+    @property
+    def table_columns(self) -> int:
+        return self.config.model.dim  # the column of row weights after them starts at zero
+
+    def check_data(self) -> None:
+        if self.evaluation_data is None:
+            return
+        for name in ("labels", "dense", "transform", "sparse"):
+            if getattr(self.schema, name) != getattr(self.evaluation_data.schema, name):
+                raise DataError(
+                    f"{self.folder} and {self.evaluation_data.path} differ in {name} (schema.json): prepare both with "
+                    "the same columns, transform and vocabulary (as `gr prepare criteo --vocabulary` does)"
+                )
+
+    def objective(self, world: World) -> ClickObjective:
+        return ClickObjective(self.config.task.loss)
+
+    def loader(self, world: World) -> TabularLoader:
+        config = self.config
+        size = config.trainer.global_batch_size
+        loader = TabularLoader(
+            self.train_data,
+            global_batch_size=size,
+            rank=world.rank,
+            world_size=world.size,
+            shuffle_seed=config.seed if config.data.shuffle else None,
+        )
+        if config.trainer.steps > len(loader):
+            loader.close()
+            raise ConfigError(
+                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(loader)} batches of "
+                f"{size} rows for its one pass: set trainer.steps to {len(loader)} or fewer"
+            )
+        return loader
+
+    def callbacks(self, training: Training) -> list[Callback]:
+        settings, world = self.config.evaluation, training.world
+        metrics = PrequentialMetrics("train", world, window=settings.window)
+        assert isinstance(training.objective, ClickObjective)
+        chosen: list[Callback] = [
+            callbacks.Prequential(training.objective, metrics, training.writer, every=self.config.trainer.log_every)
+        ]
+        if settings.every:
+            chosen.append(
+                callbacks.Evaluation(
+                    lambda: self.evaluate(training.model, world, "test").metrics,
+                    training.checkpointing,
+                    training.writer,
+                    every=settings.every,
+                    select_by=None,  # it is scored on at the end, and one pass has nothing to select
+                    shown=("auc", "ne", "log_loss", "calibration"),
+                )
+            )
+        return chosen
+
+    def check_split(self, split: Split) -> None:
+        """evaluation.path holds the rows of either split."""
+        if self.config.evaluation.path is None:
+            raise ConfigError("evaluation.path is unset: name the data folder to evaluate on, evaluation.path=PATH")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
+        """Metrics over every row of the evaluation data; none where there is no such data."""
+        data, details = self.evaluation_data, {"data": self.config.evaluation.path}
+        if data is None:
+            return Evaluation({}, details)
+        was_training = model.training
+        model.eval()
+        metrics = RankingMetrics("evaluation", world)
+        size = self.config.evaluation.global_batch_size
+        loader = TabularLoader(data, global_batch_size=size, rank=world.rank, world_size=world.size, drop_last=False)
+        with loader:
+            for batch in loader:
+                rows = min(size, data.rows - batch.first_example)
+                own = len(batch.labels_B)
+                batch = batch.padded(-(-rows // world.size), [column.hots for column in data.schema.sparse])
+                batch = batch.to(world.device)
+                logits_B = model(batch.dense_BN, batch.sparse)
+                metrics.update(logits_B[:own], batch.labels_B[:own])
+        model.train(was_training)
+        return Evaluation(metrics.compute(), details)
+
+    @classmethod
+    def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
+        if not report["model"]:
+            return "evaluation.path is unset: see the prequential metrics in metrics.jsonl"
+        title = f"{report['data']}, {report['model']['examples']:,.0f} examples"
+        return [ReportTable(title, {"model": report["model"]}, COLUMNS)]

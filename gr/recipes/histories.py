@@ -1,0 +1,80 @@
+"""What recipes on user histories share."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from gr.config.histories import HistoryRunConfig
+from gr.data.dataset import Dataset
+from gr.dist import World
+from gr.errors import ConfigError, DataError
+from gr.logging import get_logger
+from gr.planner.estimate_dense import sequence_flops
+from gr.recipes.base import Recipe
+from gr.schema import DataSchema
+
+log = get_logger(__name__)
+Config = TypeVar("Config", bound=HistoryRunConfig)
+
+
+class HistoryRecipe(Recipe[Config], Generic[Config]):
+    """A model on user histories. compared_columns: fields of schema.json that training and evaluation data must share."""
+
+    schema: DataSchema
+    compared_columns: tuple[str, ...] = ("item_cardinality",)
+
+    @cached_property
+    def train_data(self) -> Dataset:
+        return Dataset.open(self.config.data.path)
+
+    @cached_property
+    def evaluation_data(self) -> Dataset:
+        return Dataset.open(self.config.evaluation.path) if self.config.evaluation.path else self.train_data
+
+    def uses_time(self) -> dict[str, bool]:
+        """By the key that says so: whether timestamps are read."""
+        return {"model.tower.time_bias": self.config.model.tower.uses_time}  # type: ignore[attr-defined]
+
+    @property
+    def table_columns(self) -> int:
+        return self.config.model.dim  # type: ignore[attr-defined]
+
+    def check_data(self) -> None:
+        evaluated = self.evaluation_data
+        for schema, path in ((self.schema, self.folder), (evaluated.schema, evaluated.path)):
+            for name in (name for name, used in self.uses_time().items() if used):
+                if not schema.timestamps:
+                    raise ConfigError(f"{name} is set, but {path} has no timestamps: unset it")
+        for name in self.compared_columns:
+            mine, other = getattr(self.schema, name), getattr(evaluated.schema, name)
+            if mine != other:
+                shown = f" {mine}, {other}" if isinstance(mine, int) else ""
+                raise DataError(
+                    f"{self.folder} and {evaluated.path} differ in {name}{shown} (schema.json): prepare both alike"
+                )
+
+    def tokens(self, events_N: np.ndarray) -> np.ndarray:
+        """Tokens of the tower for examples of so many events."""
+        return events_N
+
+    def example_flops(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        if not self.config.data.balance:
+            return None
+        inventory = self.config.inventory(self.schema)
+        return lambda events_N: sequence_flops(inventory, self.tokens(events_N))
+
+    def count(self, counters: Mapping[str, int], world: World) -> dict[str, float]:
+        """The counters of all ranks; what a user should know of them is logged.
+
+        Adds stochastic_length_sparsity where events were left out: their share of all that were in a window.
+        """
+        total = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
+        if dropped := total.get("subsampled_tokens"):
+            total["stochastic_length_sparsity"] = dropped / (dropped + total["tokens"])
+            if world.is_main:
+                log.info("stochastic length left out %.1f %% of the events", 100 * total["stochastic_length_sparsity"])
+        if total["bad_rows"] and world.is_main:
+            log.warning("data.on_bad_row=skip emptied %d bad rows; see training_data in report.json", total["bad_rows"])
+        return total

@@ -1,0 +1,206 @@
+"""Ranking: what users will do with an item, from the sequence of what they did (arXiv 2402.17152, section 2.2)."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gr.batch import RankingBatch
+from gr.config.ranking import InterleavedInput, RankingConfig, RankingTaskConfig
+from gr.data.collate_ranking import RankingCollate
+from gr.data.loader import TrainLoader, UserBatches
+from gr.data.time_windows import StreamLoader
+from gr.dist import World
+from gr.errors import CheckpointError, ConfigError
+from gr.metrics.prequential import PrequentialMetrics
+from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
+from gr.metrics.tasks import BinaryMetrics, MultiTaskMetrics
+from gr.recipes.base import Evaluation, ReportTable, Split, Training
+from gr.recipes.histories import HistoryRecipe
+from gr.schema import HistoryColumns
+from gr.tasks import multitask_loss
+from gr.train import callbacks
+from gr.train.module import Inputs
+from gr.train.trainer import Callback
+
+NEWER_PARTS: dict[Split, int] = {"test": 0, "validation": 1}
+COLUMNS = ("ne", "auc", "gauc", "accuracy", "base_rate", "calibration", "mse", "label_variance")
+
+
+class RankingObjective:
+    """The losses of all tasks at each predicted event. scored: outputs, labels, users."""
+
+    def __init__(self, task: RankingTaskConfig) -> None:
+        self.tasks = task.tasks
+        self.scored: tuple[Tensor, ...] | None = None
+
+    def losses(self, batch: RankingBatch) -> int:
+        return batch.scored
+
+    def examples(self, batch: RankingBatch) -> int:
+        return len(batch.user_B)
+
+    def inputs(self, batch: RankingBatch, step: int, first: int, device: torch.device) -> Inputs:
+        batch = batch.to(device)
+        return Inputs(batch, batch.features)
+
+    def total(self, model: nn.Module, inputs: Inputs, looked_up: Any) -> Tensor:
+        batch: RankingBatch = inputs.batch
+        outputs_PC = model(batch, looked_up)
+        labels_PC, user_P = batch.targets()
+        self.scored = outputs_PC.detach(), labels_PC, user_P
+        return multitask_loss(outputs_PC, labels_PC, self.tasks).sum()
+
+
+class RankingRecipe(HistoryRecipe[RankingConfig]):
+    """Trains SequenceRanker, in epochs or in one pass by windows of time; evaluates each user's newest events."""
+
+    compared_columns = ("item_cardinality", *HistoryColumns.model_fields)
+
+    def uses_time(self) -> dict[str, bool]:
+        own = {"data.stream": self.config.data.stream is not None, "model.time": self.config.model.time is not None}
+        return {**own, **super().uses_time()}
+
+    def check_saved(self, saved: RankingConfig, path: str) -> None:
+        config = self.config
+        if (saved.model, saved.task) != (config.model, config.task):
+            raise CheckpointError(f"{path} is of another model or task (see `gr config diff`): use another run_dir")
+        if saved.data.train_holdout != config.data.train_holdout:
+            raise CheckpointError(
+                f"{path} was trained with data.train_holdout={saved.data.train_holdout}, not "
+                f"{config.data.train_holdout}: other events are held out. Use another run_dir"
+            )
+        if (saved.data.stream is None) != (config.data.stream is None):
+            raise CheckpointError(
+                f"{path} was trained {'without' if saved.data.stream is None else 'with'} data.stream"
+            )
+
+    def objective(self, world: World) -> RankingObjective:
+        return RankingObjective(self.config.task)
+
+    def tokens(self, events_N: np.ndarray) -> np.ndarray:
+        context = len(self.schema.contextual) + len(self.schema.contextual_numeric)
+        per_event = 2 if isinstance(self.config.model.input, InterleavedInput) else 1
+        return per_event * events_N + context * (events_N > 0)
+
+    def loader(self, world: World) -> TrainLoader | StreamLoader:
+        config = self.config
+        collate = RankingCollate(self.schema, config.data, config.task)
+        size = config.trainer.global_batch_size
+        if config.data.stream is None:
+            return TrainLoader(
+                self.train_data,
+                config.data,
+                seed=config.seed,
+                global_batch_size=size,
+                rank=world.rank,
+                world_size=world.size,
+                collate=collate,
+            )
+        stream = StreamLoader(
+            self.train_data, config.data, collate, global_batch_size=size, rank=world.rank, world_size=world.size
+        )
+        if config.trainer.steps > len(stream):
+            raise ConfigError(
+                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(stream)} batches of {size} "
+                f"users for its one pass: set trainer.steps to {len(stream)} or fewer"
+            )
+        return stream
+
+    def callbacks(self, training: Training) -> list[Callback]:
+        config, world, loader, writer = self.config, training.world, training.loader, training.writer
+        first = config.task.tasks[0].name
+        metrics = MultiTaskMetrics(
+            config.task.tasks, world, lambda name: PrequentialMetrics(name, world, window=config.evaluation.window)
+        )
+        shown = [f"{first}/{name}" for name in callbacks.prequential.SHOWN]
+        assert isinstance(training.objective, RankingObjective)
+        every = config.trainer.log_every
+        chosen: list[Callback] = [callbacks.Prequential(training.objective, metrics, writer, every=every, shown=shown)]
+        if isinstance(loader, StreamLoader):
+            chosen.append(
+                callbacks.WindowEvaluation(
+                    loader.starting_window,
+                    lambda window: self._metrics(
+                        training.model, world, loader.window(window), lambda name: LifetimeMetrics(name, world)
+                    ),
+                    writer,
+                    shown=shown,
+                )
+            )
+        if config.evaluation.every:
+            chosen.append(
+                callbacks.Evaluation(
+                    lambda: self.evaluate(training.model, world, "validation").metrics,
+                    training.checkpointing,
+                    writer,
+                    every=config.evaluation.every,
+                    select_by=f"{first}/auc",
+                    shown=[f"{first}/{name}" for name in ("auc", "ne")],
+                )
+            )
+        return chosen
+
+    def held_out(self, split: Split) -> bool:
+        """Whether the events of the split were kept out of training, or are of other users."""
+        needed = self.config.evaluation.newest * (1 + NEWER_PARTS[split])
+        return not self.config.evaluates_training_users or self.config.data.train_holdout >= needed
+
+    def check_split(self, split: Split) -> None:
+        if self.held_out(split):
+            return
+        others = "other users with evaluation.path"
+        remedy = f"the test split, or {others}" if self.held_out("test") else others
+        raise ConfigError(
+            f"the {split} events were trained on (data.train_holdout={self.config.data.train_holdout}, "
+            f"evaluation.newest={self.config.evaluation.newest}): evaluate {remedy}"
+        )
+
+    def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
+        """Metrics of the predictions of a split, by task; none where its events were trained on."""
+        config, data = self.config, self.evaluation_data
+        tasks = [task.name for task in config.task.tasks]
+        details = {"split": split, "data": str(data.path), "tasks": tasks}
+        if not self.held_out(split):
+            return Evaluation({}, details)
+        collate = RankingCollate(data.schema, config.data, config.task)
+        newest = config.evaluation.newest
+        batches = UserBatches(
+            data,
+            config.data,
+            partial(collate.newest, newest=newest, before=NEWER_PARTS[split] * newest),
+            columns=collate.columns,
+            global_batch_size=config.evaluation.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        metrics = self._metrics(model, world, batches, lambda name: RankingMetrics(name, world, grouped=True))
+        return Evaluation(metrics, details)
+
+    @torch.no_grad()
+    def _metrics(
+        self, model: nn.Module, world: World, batches: Iterable[RankingBatch], binary: Callable[[str], BinaryMetrics]
+    ) -> dict[str, float]:
+        metrics = MultiTaskMetrics(self.config.task.tasks, world, binary)
+        was_training = model.training
+        model.eval()
+        for batch in batches:
+            batch = batch.to(world.device)
+            metrics.update(model(batch), *batch.targets())
+        model.train(was_training)
+        return metrics.compute()
+
+    @classmethod
+    def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
+        if not report["model"]:
+            return "every event was trained on: see next_window in metrics.jsonl, each window before its training"
+        tables = []
+        for task in report["tasks"]:
+            own = {name: value for name, value in report["model"].items() if name.startswith(f"{task}/")}
+            metrics = {name.removeprefix(f"{task}/"): value for name, value in own.items()}
+            title = f"{task}, {report['split']} split, {metrics['examples']:,.0f} predictions"
+            tables.append(ReportTable(title, {"model": metrics}, [name for name in COLUMNS if name in metrics]))
+        return tables

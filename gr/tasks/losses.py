@@ -1,0 +1,85 @@
+"""Losses of retrieval, of a click and of several actions at once, from logits. No (tokens x negatives x width) tensor is
+made, and no probability is rounded to 0 or 1 on the way.
+
+B examples, T tokens, K items, D width, S negatives a token, P predictions, C tasks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gr.config.click import BCELoss, ClickLoss, MSELoss, WeightedBCELoss
+from gr.config.ranking import ActionTask, ValueTask
+from gr.config.retrieval import LOSS_CHUNK
+from gr.ops.linear_cross_entropy import linear_cross_entropy
+from gr.ops.sampled_logits import sampled_logits
+from gr.tasks.negatives import Candidates
+from gr.tasks.similarity import Similarity
+
+# What a negative that happens to be the target gets for a logit (generative-recommenders, sampled_softmax.py).
+HIT_LOGIT = -5e4
+
+
+def retrieval_loss(queries_TD: Tensor, items_KD: Tensor, candidates: Candidates, similarity: Similarity) -> Tensor:
+    """-log p(target), float [T].
+
+    With negatives of its own, or shared ones: softmax over the target and the negatives (arXiv 2402.17152, §2.2).
+    Else softmax over all K items, corrected by log Q where it is given (Yi et al., RecSys 2019, Eq. 3).
+    """
+    queries_TD, items_KD = similarity.queries(queries_TD), similarity.items(items_KD)
+    positive_T = candidates.positive_T
+    if candidates.negative_TS is not None:
+        index = torch.cat([positive_T[:, None], candidates.negative_TS], dim=1)
+        logits = sampled_logits(queries_TD, items_KD, index) * similarity.scale
+        return _sampled_softmax(logits, candidates.negative_TS == positive_T[:, None])
+    if candidates.shared_S is not None:
+        shared = queries_TD @ items_KD[candidates.shared_S].T
+        own = sampled_logits(queries_TD, items_KD, positive_T[:, None])
+        logits = torch.cat([own, shared], dim=1) * similarity.scale
+        return _sampled_softmax(logits, candidates.shared_S == positive_T[:, None])
+    bias = None if candidates.log_q_K is None else -candidates.log_q_K
+    return linear_cross_entropy(queries_TD, items_KD, positive_T, scale=similarity.scale, bias_K=bias, chunk=LOSS_CHUNK)
+
+
+def _sampled_softmax(logits_T1S: Tensor, hit_TS: Tensor) -> Tensor:
+    """logits_T1S: the target's logit first, then the negatives'. hit_TS: negatives that are the target."""
+    masked = logits_T1S[:, 1:].float().masked_fill(hit_TS, HIT_LOGIT)
+    positive = logits_T1S[:, 0].float()
+    return torch.logaddexp(masked.logsumexp(dim=1), positive) - positive
+
+
+def click_loss(logits_B: Tensor, labels_B: Tensor, loss: ClickLoss) -> Tensor:
+    """Loss of each example, float32 [B] (float64 of float64 logits); labels lie in [0, 1].
+
+    facebookresearch/dlrm has the same losses of p = sigmoid(logit); its BCE cuts log p at -100, this one is exact.
+    """
+    logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
+    labels_B = labels_B.to(logits_B.dtype)
+    match loss:
+        case BCELoss():
+            return F.binary_cross_entropy_with_logits(logits_B, labels_B, reduction="none")
+        case WeightedBCELoss(negative_weight=negative, positive_weight=positive):
+            clicked, skipped = positive * labels_B, negative * (1 - labels_B)
+            return -clicked * F.logsigmoid(logits_B) - skipped * F.logsigmoid(-logits_B)
+        case MSELoss():
+            return (logits_B.sigmoid() - labels_B).square()
+
+
+def multitask_loss(outputs_PC: Tensor, labels_PC: Tensor, tasks: Sequence[ActionTask | ValueTask]) -> Tensor:
+    """Weighted sum over the tasks for each prediction, float32 [P].
+
+    A bce task's output is a logit, its label 0 or 1; an mse task's output is the number itself.
+    """
+    outputs_PC = outputs_PC.float()
+    terms = [
+        task.weight
+        * (
+            F.binary_cross_entropy_with_logits(output_P, label_P, reduction="none")
+            if isinstance(task, ActionTask)
+            else (output_P - label_P).square()
+        )
+        for task, output_P, label_P in zip(tasks, outputs_PC.unbind(1), labels_PC.unbind(1), strict=True)
+    ]
+    return torch.stack(terms).sum(0)

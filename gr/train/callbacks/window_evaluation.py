@@ -1,0 +1,50 @@
+"""Evaluates each window of a stream before it is trained on."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from gr import watchdog
+from gr.errors import DataError
+from gr.logging import get_logger
+from gr.metrics.writers import MetricsWriter
+from gr.train.trainer import Callback, StepResult, Trainer
+
+log = get_logger(__name__)
+
+
+class WindowEvaluation(Callback):
+    """Writes the metrics of a window when its first batch comes next."""
+
+    def __init__(
+        self,
+        starting_window: Callable[[int], int | None],
+        evaluate: Callable[[int], Mapping[str, float]],
+        writer: MetricsWriter | None,
+        *,
+        shown: Sequence[str],
+    ) -> None:
+        """starting_window: the window that begins at a step. evaluate: the metrics of a window; collective."""
+        self.starting_window, self.evaluate, self.writer, self.shown = starting_window, evaluate, writer, shown
+
+    def on_start(self, trainer: Trainer) -> None:
+        """A run that resumes where a window starts has measured it before it saved, unless it was asked to stop."""
+        if trainer.step == 0 or trainer.owing:
+            self._measure(trainer)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        if not trainer.stopped:
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        window = self.starting_window(trainer.step)
+        if window is None:
+            return
+        watchdog.enter(f"evaluation of window {window}", "evaluation")
+        try:
+            metrics = self.evaluate(window)
+        except DataError as error:  # a window may hold one class only, which is not the end of training
+            log.info("step %d/%d  window %d: %s", trainer.step, trainer.steps, window, error)
+            return
+        if self.writer is not None:
+            self.writer.write(trainer.step, "next_window", {"window": window, **metrics})
+            shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.shown)
+            log.info("step %d/%d  window %d before training on it  %s", trainer.step, trainer.steps, window, shown)
