@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from gr.experiment.ranking import meta_model
 from gr.experiment.run import sharded_model
-from gr.train.objectives import ClickObjective
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -30,6 +29,7 @@ from gr.batch import TabularBatch
 from gr.config.click import ClickConfig
 from gr.dist import World, world
 from gr.planner.inventory import click_inventory
+from gr.recipes.click import ClickObjective
 from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
 from gr.train.module import TrainModule
 

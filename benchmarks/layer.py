@@ -43,7 +43,7 @@ def _step(module: torch.nn.Module, inputs: Tensor, forward: Callable[[], Tensor]
 
 def _ours(tower: HSTUConfig | STUConfig, device: str, dtype: torch.dtype) -> Callable[[], object]:
     sequence = _sequence(device)
-    module = build_tower(RetrievalModelConfig(dim=_WIDTH, tower=tower), _LONGEST).to(device)
+    module = build_tower(tower, dim=_WIDTH, max_length=_LONGEST).to(device)
 
     def forward() -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):

@@ -1,13 +1,13 @@
 """A retrieval configuration made ready for its training steps, without a run folder or a trainer."""
 
 from gr.experiment.retrieval import Built, build
-from gr.train.objectives import RetrievalObjective
 
 from gr.batch import RetrievalBatch
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
 from gr.data.loader import TrainLoader
 from gr.dist import World
+from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
 

@@ -1,3 +1,24 @@
-"""gr: training of sparse recommender models on torch and torchrec. Importing the package imports no torch."""
+"""gr: training of sparse recommender models on torch and torchrec. Importing the package imports no torch.
+
+The functions below are what docs/python.md shows; each is imported when it is first used.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "evaluate": "gr.api",
+    "load": "gr.models.saved",
+    "load_config": "gr.config",
+    "plan": "gr.api",
+    "train": "gr.api",
+}
+__all__ = ["evaluate", "load", "load_config", "plan", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gr' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

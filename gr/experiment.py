@@ -26,7 +26,8 @@ from gr.files import write_json
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
 from gr.ops.backend import force_backend
-from gr.parallel.dense import dense_parameters, initialise_dense, materialise, parallelise_dense
+from gr.models.dense import initialise_dense
+from gr.parallel.dense import dense_parameters, materialise, parallelise_dense, unwrapped
 from gr.parallel.load_balance import LoadBalancer
 from gr.parallel.mesh import build_mesh
 from gr.parallel.tables import shard_tables
@@ -72,7 +73,7 @@ def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Bu
         model = materialise(model, world.device)
     model = parallelise_dense(model, build_mesh(world))
     initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
-    initialise_dense(model, config.seed)
+    initialise_dense(unwrapped(model), config.seed)
     return Built(recipe, world, model, plan)
 
 
@@ -97,9 +98,13 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
     with closing(recipe.loader(world)) as loader:
         progress = _resume(recipe, state, loader, world)
         step = progress["step"]
-        artifacts = [recipe.folder / name for name in recipe.artifacts]
         store = CheckpointStore(
-            run_dir / CHECKPOINTS, state, dump_config(config), artifacts, world, config.checkpoint.asynchronous
+            run_dir / CHECKPOINTS,
+            state,
+            dump_config(config),
+            world,
+            asynchronous=config.checkpoint.asynchronous,
+            artifacts=[recipe.folder / name for name in recipe.artifacts],
         )
         if world.is_main:
             write_config(config)

@@ -86,9 +86,10 @@ class CheckpointStore:
         folder: Path,
         state: ModelState,
         config_yaml: str,
-        artifacts: Sequence[Path],
         world: World,
+        *,
         asynchronous: bool,
+        artifacts: Sequence[Path] = (),
     ) -> None:
         """artifacts: files to keep in every checkpoint, such as the data's schema.json."""
         self.folder = CheckpointFolder(folder)
@@ -354,7 +355,7 @@ def _rowwise_of_other_blocks(saved: Metadata, state: ModelState) -> dict[str, tu
     """Row-wise states that were saved under other column blocks, with their saved shape and the blocks' widths."""
     found = {}
     for entry in state.tables.entries():
-        size = _saved_size(saved, f"tables.{entry.name}")
+        size = saved_size(saved, f"tables.{entry.name}")
         if not entry.is_rowwise or size is None or size[0] != entry.value.size()[0]:
             continue
         widths = _saved_widths(saved, f"tables.{entry.name.rpartition('.')[0]}.weight")
@@ -377,7 +378,7 @@ def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container
     faults = []
     for group, tensors in wanted.items():
         for name, tensor in tensors.items():
-            size = _saved_size(saved, f"{group}.{name}")
+            size = saved_size(saved, f"{group}.{name}")
             if size is None:
                 faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint has none")
             elif size != tensor.size() and name not in skip:
@@ -392,7 +393,8 @@ def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container
     return faults
 
 
-def _saved_size(saved: Metadata, name: str) -> torch.Size | None:
+def saved_size(saved: Metadata, name: str) -> torch.Size | None:
+    """The shape of a saved tensor, None where there is none of the name."""
     entry = saved.state_dict_metadata.get(name)
     return entry.size if isinstance(entry, TensorStorageMetadata) else None
 

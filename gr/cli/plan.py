@@ -8,6 +8,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from gr.api import planning_problem
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
@@ -50,35 +51,13 @@ def command(
         raise ConfigError("--smallest writes no file: leave out --json and --html, then plan for the ranks it finds")
     if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():
         raise ConfigError(f"--json and --html are both {json_path}: name two files")
-    inventory, machine = _problem(config, overrides, topology)
+    inventory, machine = planning_problem(config, overrides, topology)
     if smallest:
         return _smallest(inventory, machine)
     for path in (json_path, html_path):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another file")
     return _plan(inventory, machine, json_path, html_path)
-
-
-def _problem(config: str, overrides: tuple[str, ...], topology: str | None) -> tuple[InventoryConfig, Topology]:
-    from gr.planner.inventory import is_inventory, load_inventory
-    from gr.planner.topology import hardware_names, parse_topology
-
-    if is_inventory(config):
-        inventory = load_inventory(config, overrides)
-        if topology is None:
-            raise ConfigError(f"--topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
-        return inventory, parse_topology(topology)
-    from gr.config import load_config
-    from gr.planner.constraints import constrained
-
-    experiment = load_config(config, overrides)
-    topology = topology or experiment.planner.topology
-    if topology is None:
-        raise ConfigError("--topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
-    machine = parse_topology(topology)
-    experiment.check_ranks(machine.ranks)
-    inventory = experiment.inventory(experiment.load_schema())
-    return constrained(inventory, experiment.planner, machine.device), machine
 
 
 def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:

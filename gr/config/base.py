@@ -22,7 +22,8 @@ Precision = Literal["fp32", "bf16"]
 class Section(BaseModel):
     """A frozen and closed part of a configuration: an unknown key is an error.
 
-    renamed: keys that users wrote in earlier releases -> their names now; the error for the old key says the new one.
+    renamed: what users wrote in earlier releases, a key or `key.kind=value` -> what to write now; the error for the old
+    one says the new one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

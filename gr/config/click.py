@@ -51,12 +51,12 @@ class ClickTaskConfig(Section):
 
 
 class ClickEvaluationConfig(Section):
-    path: str | None = Field(None, description="Data folder to evaluate on; unset: only the progressive metrics.")
+    path: str | None = Field(None, description="Data folder to evaluate on; unset: only the prequential metrics.")
     every: Count | None = Field(None, description="Steps between evaluations; unset: only at the end.")
     global_batch_size: Count = 4096
     window: Count = Field(
         100_000,
-        description="Newest training examples in the progressive metrics: each is scored before it is trained on.",
+        description="Newest training examples in the prequential metrics: each is scored before it is trained on.",
     )
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ experiment.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -153,6 +153,14 @@ class TowerDense(Section):
 class DLRMDense(DLRMConfig):
     """DLRM's dense part, configured as in an experiment."""
 
+    renamed: ClassVar[dict[str, str]] = {
+        "dcn_layers": "interaction.layers",
+        "dcn_rank": "interaction.rank",
+        "self_interaction": "interaction.self_interaction",
+        "branch1": "interaction.branch1",
+        "branch2": "interaction.branch2",
+    }
+
     dense_features: Count = 13
 
 
@@ -176,6 +184,11 @@ class LossInventory(Section):
 
 class InventoryConfig(Section):
     """Everything the planner counts, for one training job."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        f"dense.kind={kind}": "{kind: tower, tower: {kind: KIND, layers: ...}, dim: ..., mean_length: ..., max_length: ...}"
+        for kind in ("hstu", "transformer")
+    }
 
     name: str = "model"
     rank_batch_size: Count | None = Field(None, description="B: examples a step on each rank.")

@@ -137,6 +137,10 @@ def _problem(model: type[BaseModel], path: Location, found: list[ErrorDetails]) 
     if kind == "value_error":
         return str(finding["msg"]).removeprefix("Value error, ")
     if kind == "union_tag_invalid":
+        parents = _types_at(model, finding["loc"][:-1]) if len(finding["loc"]) > 1 else [model]
+        now = {old: new for section in parents for old, new in getattr(section, "renamed", {}).items()}
+        if (choice := f"{path[-2]}.kind={value['kind']}") in now:
+            return f"kind {value['kind']} is now written {now[choice]}"
         tags = [str(tag).strip("'") for tag in str(finding["ctx"]["expected_tags"]).split(", ")]
         return f"unknown kind {describe(value['kind'])}; {_nearest(str(value['kind']), tags, 'allowed')}"
     if all(each["type"] == "literal_error" for each in found):

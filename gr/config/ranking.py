@@ -124,7 +124,7 @@ class RankingEvaluationConfig(UserEvaluationConfig):
     newest: Count = Field(
         10, description="Events of each user that are predicted: the newest in test, those before them in validation."
     )
-    window: Count = Field(20_000, description="Newest predictions in the progressive metrics of training.")
+    window: Count = Field(20_000, description="Newest predictions in the prequential metrics of training.")
 
 
 class RankingConfig(HistoryRunConfig):

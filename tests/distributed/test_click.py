@@ -15,22 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from gr.experiment.ranking import meta_model
-from gr.experiment.run import initialise_dense
 from torch import Tensor
 
 from gr.checkpoint import CheckpointFolder
 from gr.config.click import ClickConfig
-from gr.config.inventory import ROW_MULTIPLE
+from gr.config.dlrm import ROW_MULTIPLE
 from gr.dist import World
 from gr.embeddings.init import _table_key, uniform
 from gr.experiment import evaluate, train
 from gr.metrics.ranking import RankingMetrics
+from gr.models import build_model
 from gr.models.convert.facebook_dlrm import to_facebook
+from gr.models.dense import initialise_dense
 from gr.schema import TabularSchema
 from tests.support.dlrm_reference import ReferenceDLRM, Shape
 from tests.support.ranks import RankError, run_ranks
-from tests.support.tiny_tabular import COLUMNS, DENSE, tiny_ranking_config, write_tiny_tabular
+from tests.support.tiny_tabular import COLUMNS, DENSE, tiny_click_config, write_tiny_tabular
 
 STEPS, HALF = 12, 6
 LOSS = 2e-5  # absolute; losses are 0.4 to 0.8 nats
@@ -60,7 +60,7 @@ def configured(
     row_weights: bool = False,
     dense: str = "adamw",
 ) -> ClickConfig:
-    return tiny_ranking_config(
+    return tiny_click_config(
         data / "train",
         run_dir,
         model={"row_weights": row_weights},
@@ -96,7 +96,7 @@ class Plain:
     def __init__(self, config: ClickConfig) -> None:
         self.config = config
         schema = TabularSchema.load(config.data.path)
-        model = meta_model(config, schema)
+        model = build_model(config, schema)
         model.to_empty(device="cpu")
         initialise_dense(model, config.seed)
         rows = tuple(column.cardinality for column in schema.sparse)
@@ -104,7 +104,7 @@ class Plain:
         stored = dlrm.dim + (ROW_MULTIPLE if dlrm.row_weights else 0)
         shape = Shape(rows, len(DENSE), dlrm.dim, dlrm.bottom, dlrm.top, "dot", row_weights=dlrm.row_weights)
         self.model = ReferenceDLRM(shape)
-        unweighted = meta_model(
+        unweighted = build_model(
             config.model_copy(update={"model": dlrm.model_copy(update={"row_weights": False})}), schema
         )
         dense_weights = {name: p for name, p in model.state_dict().items() if not name.startswith("tables.")}
@@ -209,7 +209,7 @@ def test_what_is_compared_has_learnt(data, plain):
         untrained, trained = Plain(config).metrics(data / "five"), plain(optimizer)[0].metrics(data / "five")
         assert trained["log_loss"] < untrained["log_loss"] - 0.1, (optimizer, trained, untrained)
         faster = {"kind": optimizer, "lr": 2 * rate}
-        twice = Plain(tiny_ranking_config(data / "train", data / "unused", embeddings={"optimizer": faster})).train()
+        twice = Plain(tiny_click_config(data / "train", data / "unused", embeddings={"optimizer": faster})).train()
         assert max(abs(a - b) for a, b in zip(twice, plain(optimizer)[1], strict=True)) > 50 * LOSS, optimizer
 
 

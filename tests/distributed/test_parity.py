@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gr.experiment.retrieval import build
-from gr.experiment.run import initialise_dense
-from gr.train.objectives import RetrievalObjective
 
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
@@ -20,13 +17,16 @@ from gr.data.loader import TrainLoader
 from gr.dist import World
 from gr.dist import world as make_world
 from gr.embeddings.init import _table_key, truncated_normal
+from gr.experiment import build
 from gr.models.retrieval import RetrievalModel
+from gr.models.dense import initialise_dense
 from gr.parallel.load_balance import LoadBalancer
+from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
 from gr.train.pipeline import Pipeline
 from tests.support.ranks import run_ranks
-from tests.support.tiny import tiny_config, write_tiny
+from tests.support.tiny import tiny_config, tiny_schema, write_tiny
 
 STEPS = 6
 LOSS, WEIGHT = 2e-5, 2e-5  # absolute; losses are 3 to 17 nats, weights about 0.1
@@ -141,7 +141,7 @@ def unsharded_optimizer(kind: str, weight: torch.nn.Parameter, column_shards: in
 
 def run_unsharded(config: RetrievalConfig, column_shards: int) -> Outcome:
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    model = RetrievalModel(config, 61)
+    model = RetrievalModel(config, tiny_schema())
     model.tables.to_empty(device="cpu")
     weight = model.tables.embeddings["item_id"].weight
     with torch.no_grad():

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from gr.experiment.retrieval import build
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import (
@@ -34,13 +33,14 @@ from gr.config.retrieval import RetrievalConfig
 from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer
-from gr.embeddings.optimizers import FUSED_ON_CPU, fused_params
+from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
+from gr.experiment import build
 from gr.parallel.tables import sequence_sharder
+from gr.planner.constraints import constrained
 from gr.planner.estimate import MEMORY, evaluate
 from gr.planner.estimate_tables import table_bytes
-from gr.planner.for_run import constrained, run_topology
-from gr.planner.inventory import retrieval_inventory
+from gr.planner.for_run import run_topology
 from gr.planner.placement import Placement, Plan, shards
 from gr.planner.planfile import dump_plan
 from gr.planner.sharding_plan import to_sharding_plan
@@ -55,7 +55,7 @@ from tests.distributed.test_parity import (
 )
 from tests.support.plans import hand_made, machine
 from tests.support.ranks import run_ranks
-from tests.support.tiny import ITEMS, write_tiny
+from tests.support.tiny import tiny_schema, write_tiny
 
 RANKS, RANKS_PER_HOST, STEPS, B, DIM = 4, 2, 3, 6, 16
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def plan_of(types: Sequence[AnyShardingType], **table: object) -> Plan:
         ranks, column_width = RANKS_OF[sharding_type]
         if sharding_type == "column_wise" and tables[-1].kind == "pooled":
             column_width = 12  # and a block of 4
-        fused = sharding_type != "data_parallel" and tables[-1].optimizer in FUSED_ON_CPU
+        fused = sharding_type != "data_parallel" and OPTIMIZERS[tables[-1].optimizer].fused_on_cpu
         kernel: Kernel = "fused" if fused else "dense"
         placements.append(Placement(f"t{index}", sharding_type, kernel, ranks, column_width))
     return hand_made(tables, placements, machine(RANKS, RANKS_PER_HOST))
@@ -301,7 +301,12 @@ def predicted(plan: Plan, rank: int) -> tuple[dict[str, int], dict[str, int]]:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [(kind, name) for kind in (Bags, Sequences) for name in OPTIMIZERS if kind is Sequences or name in FUSED_ON_CPU],
+    [
+        (kind, name)
+        for kind in (Bags, Sequences)
+        for name in OPTIMIZERS
+        if kind is Sequences or OPTIMIZERS[name].fused_on_cpu
+    ],
 )
 def test_shards_take_the_bytes_that_are_predicted(kind: type[nn.Module], optimizer: str, dtype: str) -> None:
     """States of dense kernels (data_parallel; on CPU also Adam) are TableOptimizer's, which knows sequence tables."""
@@ -315,7 +320,7 @@ def test_shards_take_the_bytes_that_are_predicted(kind: type[nn.Module], optimiz
 def experiment_plan(config: RetrievalConfig, ranks: int) -> Plan:
     """A plan for the experiment that no planner would make: the whole item table on the last rank."""
     world = World(0, ranks, 0, ranks, CPU)
-    inventory = constrained(retrieval_inventory(config, ITEMS), config.planner, "cpu")
+    inventory = constrained(config.inventory(tiny_schema()), config.planner, "cpu")
     topology = run_topology(None, world)
     (table,) = inventory.tables
     placement = Placement(table.name, "table_wise", table.kernels[0], (ranks - 1,))

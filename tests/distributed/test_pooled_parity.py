@@ -20,22 +20,19 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state
 from gr.config.inventory import AnyShardingType, TableConfig
+from gr.config.optim import DenseAdamW
 from gr.config.run import EmbeddingsConfig
 from gr.dist import World
-from gr.embeddings import (
-    PooledTable,
-    TableOptimizer,
-    build_bag_collection,
-    initialise_tables,
-    pooled_lookup,
-    shard_tables,
-)
+from gr.embeddings import TableOptimizer, initialise_tables, pooled_lookup
 from gr.embeddings.init import _table_key, uniform
-from gr.embeddings.optimizers import compute_kernel
+from gr.parallel.dense import parallelise_dense
+from gr.parallel.mesh import build_mesh
+from gr.parallel.tables import shard_tables
 from gr.planner.placement import Placement, Plan, column_blocks
 from gr.planner.sharding_plan import to_sharding_plan
 from tests.distributed.test_parity import OPTIMIZERS, RowWise
 from tests.support.plans import hand_made, machine
+from tests.support.pooled import PooledTable, build_bags, compute_kernel
 from tests.support.ranks import run_ranks
 
 SEED, STEPS, HALF, B, DENSE = 3, 6, 3, 24, 5
@@ -132,7 +129,7 @@ class Over(nn.Module):
 class Clicks(nn.Module):
     def __init__(self, config: EmbeddingsConfig) -> None:
         super().__init__()
-        self.tables: EmbeddingBagCollection = build_bag_collection(TABLES, config)
+        self.tables: EmbeddingBagCollection = build_bags(TABLES, config)
         self.over = Over()
 
     def forward(self, features: KeyedJaggedTensor, dense: Tensor, labels: Tensor) -> Tensor:
@@ -150,8 +147,9 @@ class Job:
         with torch.device("meta"):
             model = Clicks(config)
         self.world = world
-        self.model = shard_tables(model, to_sharding_plan(plan, model, CPU), config, CPU)
-        initialise_tables(self.model, seed=SEED, std=config.init_std, init=config.init)
+        sharded = shard_tables(model, to_sharding_plan(plan, model, CPU), config, CPU)
+        self.model = parallelise_dense(sharded, build_mesh(world))
+        initialise_tables(self.model, seed=SEED, embeddings=config)
         over = get_unwrapped_module(self.model).over
         over.reset_parameters()
         self.dense = dict(over.named_parameters())
@@ -160,7 +158,7 @@ class Job:
 
     @property
     def state(self) -> ModelState:
-        return ModelState(self.dense, self.dense_optimizer, self.tables)
+        return ModelState(self.dense, self.dense_optimizer, self.tables, DenseAdamW.states)
 
     def train(self, steps: range) -> Outcome:
         size, rank, losses = self.world.size, self.world.rank, []

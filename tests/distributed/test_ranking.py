@@ -12,7 +12,7 @@ from gr.config.ranking import RankingConfig
 from gr.dist import World
 from gr.experiment import evaluate, train
 from tests.support.ranks import run_ranks
-from tests.support.tiny_histories import generative_config, write_histories
+from tests.support.tiny_histories import tiny_ranking_config, write_histories
 
 STEPS, HALF = 8, 4
 LOSS = 2e-5
@@ -30,8 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(data: Path, run_dir: Path, form: str, sharding: str) -> RankingConfig:
-    base, changes = generative_config(), FORMS[form]
-    return generative_config(
+    base, changes = tiny_ranking_config(), FORMS[form]
+    return tiny_ranking_config(
         data,
         run_dir,
         planner={"sharding": sharding},

@@ -77,7 +77,7 @@ def test_one_pass_learns_and_evaluate_repeats_its_report(trained: Path, capfd: p
     assert model["examples"] == 10_000 and report["training_data"] == {"dropped_examples": 20_000 - STEPS * BATCH}
     assert model["ne"] < 1 and model["auc"] > 0.6, model
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "progressive"] == [39, 78]
+    assert [line["step"] for line in lines if line["kind"] == "prequential"] == [39, 78]
     capfd.readouterr()
     assert main(["evaluate", "--checkpoint", str(trained)]) == 0
     out = capfd.readouterr().out

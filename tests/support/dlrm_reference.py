@@ -1,4 +1,4 @@
-"""DLRM as published, in plain PyTorch and with loops: nothing here is taken from gr.
+"""DLRM as published, in plain PyTorch and with loops: nothing of the model is taken from gr.
 
 Names and order are those of facebookresearch/dlrm (dlrm_s_pytorch.py, DLRM_Net): emb_l, v_W_l where rows have weights,
 bot_l, top_l; the dot products of the lower triangle, row by row; a sigmoid at the end. The cross network is arXiv
@@ -7,11 +7,14 @@ published too, the cross network's biases excepted, which would be zero and hide
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from gr.config.dlrm import DLRMConfig
+from gr.config.inventory import TableConfig
 
 Bags = Sequence[Sequence[Sequence[int]]]  # [table][example] -> ids
 
@@ -122,3 +125,9 @@ def random_bags(rows: Sequence[int], batch: int, longest: int, seed: int) -> lis
         [torch.randint(0, n, (int(length),), generator=random).tolist() for length in lengths[k]]
         for k, n in enumerate(rows)
     ]
+
+
+def tables_for(config: DLRMConfig, rows: Mapping[str, int]) -> list[TableConfig]:
+    """A table of so many rows for each feature, as `config` stores them."""
+    kind, dim = config.table_layout
+    return [TableConfig(name=name, rows=count, dim=dim, kind=kind) for name, count in rows.items()]

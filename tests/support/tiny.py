@@ -6,7 +6,7 @@ import numpy as np
 
 from gr.config.retrieval import RetrievalConfig
 from gr.prepare.write import FolderWriter, Users
-from gr.schema import HistoryColumns
+from gr.schema import DataSchema, HistoryColumns
 
 ITEMS = 61
 
@@ -25,6 +25,21 @@ def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool
     writer.write(Users(np.arange(users), offsets, items, times))
     writer.close(name="tiny", order="as generated", source="tests", corpus=np.arange(1, ITEMS))
     return folder
+
+
+def tiny_schema(rows: int = ITEMS, *, timestamps: bool = False) -> DataSchema:
+    """Data whose item table has `rows` rows."""
+    return DataSchema(
+        format_version=1,
+        name="tiny",
+        item_cardinality=rows,
+        order="as generated",
+        users=1,
+        events=0,
+        items=rows - 1,
+        source="tests",
+        **HistoryColumns(timestamps=timestamps).model_dump(),
+    )
 
 
 def tiny_config(data: Path, run_dir: Path, **sections) -> RetrievalConfig:

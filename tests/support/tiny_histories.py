@@ -61,7 +61,9 @@ def write_histories(folder: Path, *, users: int = 96, longest: int = 24, seed: i
     )
 
 
-def generative_config(data: Path | str = "data", run_dir: Path | str = "runs", /, **sections: object) -> RankingConfig:
+def tiny_ranking_config(
+    data: Path | str = "data", run_dir: Path | str = "runs", /, **sections: object
+) -> RankingConfig:
     """A 2-layer STU of width 8 without dropout; `sections` replace or extend the sections of the configuration."""
     tree: dict = {
         "run_dir": str(run_dir),

@@ -56,14 +56,14 @@ def _kind(column: SparseColumn) -> pa.DataType:
     return pa.int32() if column.hots == 1 else pa.list_(pa.int32())
 
 
-def tiny_ranking_config(path: Path, run_dir: Path, /, **sections: object) -> ClickConfig:
+def tiny_click_config(path: Path, run_dir: Path, /, **sections: object) -> ClickConfig:
     """DLRM of width 8, 12 steps of 24 rows; `sections` replace or extend the sections of the configuration."""
     tree: dict = {
         "run_dir": str(run_dir),
         "device": "cpu",
         "data": {"path": str(path)},
         "model": {"dim": 8, "bottom": [12, 8], "top": [10, 1]},
-        "task": {"kind": "ranking"},
+        "task": {"kind": "click"},
         "embeddings": {"init": "uniform_rows", "optimizer": {"kind": "adagrad", "lr": 0.05}},
         "optimizer": {"kind": "adamw", "lr": 0.01},
         "trainer": {"steps": 12, "global_batch_size": 24, "log_every": 1},

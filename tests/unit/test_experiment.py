@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gr.experiment.retrieval import build
 
 from gr.dist import World
+from gr.experiment import build
+from gr.parallel.dense import unwrapped
 from tests.support.tiny import tiny_config, write_tiny
 
 
@@ -15,7 +16,7 @@ def test_a_built_model_has_the_initial_values_of_its_layers(tmp_path: Path, alon
     """Xavier-uniform output maps with zero bias (facts of arXiv 2402.17152's code), not nn.Linear's own default."""
     model = {} if tower == "hstu" else {"tower": {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 12}}
     built = build(tiny_config(write_tiny(tmp_path / "data"), tmp_path / "run", model=model), alone)
-    linears = [m for m in built.inner.tower.modules() if isinstance(m, torch.nn.Linear)]
+    linears = [m for m in unwrapped(built.model).tower.modules() if isinstance(m, torch.nn.Linear)]
     assert linears
     for linear in linears:
         bound = (6 / sum(linear.weight.shape)) ** 0.5
@@ -27,7 +28,7 @@ def test_a_built_model_has_the_initial_values_of_its_layers(tmp_path: Path, alon
 def test_the_seed_decides_the_initial_values(tmp_path: Path, alone: World) -> None:
     data = write_tiny(tmp_path / "data")
     first, again, other = (
-        build(tiny_config(data, tmp_path / "run", seed=seed), alone).inner.state_dict() for seed in (1, 1, 2)
+        unwrapped(build(tiny_config(data, tmp_path / "run", seed=seed), alone).model).state_dict() for seed in (1, 1, 2)
     )
     dense = [name for name in first if not name.startswith("tables")]
     assert all(torch.equal(first[name], again[name]) for name in dense)

@@ -48,9 +48,9 @@ class Prequential(Callback):
         try:
             values = self.metrics.compute()
         except DataError as error:  # a short window may hold one class only, which is not the end of training
-            log.info("step %d/%d  progressive: %s", trainer.step, trainer.steps, error)
+            log.info("step %d/%d  prequential: %s", trainer.step, trainer.steps, error)
             return
         if self.writer is not None:
-            self.writer.write(trainer.step, "progressive", values)
+            self.writer.write(trainer.step, "prequential", values)
             shown = "  ".join(f"{name} {values[name]:.4f}" for name in self.shown)
-            log.info("step %d/%d  progressive  %s", trainer.step, trainer.steps, shown)
+            log.info("step %d/%d  prequential  %s", trainer.step, trainer.steps, shown)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from gr.checkpoint import CheckpointStore, ModelState, checksums, load_state, verify
 from gr.checkpoint import store as store_module
+from gr.checkpoint.layout import FORMAT
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
 from tests.support.ranks import run_ranks
@@ -254,7 +255,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, alone: World)
 def test_a_checkpoint_loads_into_the_live_tensors(tmp_path: Path, alone: World) -> None:
     store = saved(tmp_path, alone, state_of(2.0))
     fresh = state_of(0.0)
-    assert load_state(store.folder.final(7), fresh, alone) == {"step": 7, "data": {}}
+    assert load_state(store.folder.final(7), fresh, alone) == {"format": FORMAT, "step": 7, "data": {}}
     assert torch.equal(fresh.dense["w"].detach(), torch.full((3,), 2.0))
 
 

@@ -121,7 +121,7 @@ def test_a_stop_while_planning(
         raise AssertionError("it goes on")
 
     with monkeypatch.context() as planning:
-        planning.setattr("gr.experiment.run.make_plan", stopped)
+        planning.setattr("gr.experiment.make_plan", stopped)
         assert main(["train", config]) == 0
     assert "stopped outside the steps" in capfd.readouterr().err
     assert (read_status(run_dir).state, read_status(run_dir).checkpoint) == ("stopped", None)
@@ -140,7 +140,7 @@ def test_a_stop_in_the_final_report_and_its_time_limit(
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as reporting:
-        reporting.setattr("gr.experiment.retrieval.best_step", stopped)
+        reporting.setattr("gr.experiment._final_report", stopped)
         assert main(["train", config]) == 0
     assert budgets[-2:] == ["evaluation", "the report"]
     assert (read_status(run_dir).state, read_status(run_dir).checkpoint) == ("stopped", 4)

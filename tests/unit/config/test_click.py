@@ -8,10 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from gr.config import ClickConfig, RetrievalConfig, dump_config, load_config
-from gr.config.click import BCELoss, DCNInteraction, DotInteraction, MSELoss, WeightedBCELoss
+from gr.config.click import BCELoss, MSELoss, WeightedBCELoss
+from gr.config.dlrm import DCNInteraction, DotInteraction
 from gr.errors import ConfigError
 from tests.support import ROOT
-from tests.support.tiny_tabular import tiny_ranking_config
+from tests.support.tiny_tabular import tiny_click_config
 
 BASE = """\
 run_dir: runs/x
@@ -41,8 +42,10 @@ def test_the_kind_of_task_decides(path: str) -> None:
     assert config.task.loss == BCELoss() and config.model.interaction == DotInteraction()
     assert not config.data.shuffle, "rows are in time order"
     said = fault(path, "task.kind=ranked")
-    assert "task.kind: expected one of retrieval, ranking, generative_ranking, got 'ranked'" in said
-    assert fault(path, "task.kind=[ranking]").endswith("ranking, generative_ranking, got ['ranking']")
+    assert "task.kind: expected one of retrieval, ranking, click, got 'ranked'" in said
+    assert fault(path, "task.kind=[ranking]").endswith("retrieval, ranking, click, got ['ranking']")
+    assert fault(path, "task.kind=generative_ranking").endswith("task.kind: generative_ranking is now called ranking")
+    assert fault(path, "task.kind=ranking").endswith("task.kind: ranking of rows by DLRM is now called click")
     Path(path).write_text("run_dir: runs/x\ndata: {path: data/ml}\ntrainer: {steps: 100}\n")
     assert isinstance(load_config(path), RetrievalConfig)
 
@@ -101,10 +104,10 @@ def test_a_section_that_is_missing(path: str) -> None:
 
 
 def test_the_tests_own_configuration(tmp_path: Path) -> None:
-    config = tiny_ranking_config(tmp_path, tmp_path / "run", trainer={"steps": 3})
+    config = tiny_click_config(tmp_path, tmp_path / "run", trainer={"steps": 3})
     assert (config.trainer.steps, config.trainer.global_batch_size) == (3, 24)
     with pytest.raises(ValidationError, match="must end with dim"):
-        tiny_ranking_config(tmp_path, tmp_path / "run", model={"dim": 16})
+        tiny_click_config(tmp_path, tmp_path / "run", model={"dim": 16})
 
 
 def test_the_configuration_for_criteo_is_one_pass_over_six_of_seven_parts() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gr.config.inventory import GivenDense, HSTUDense, InventoryConfig, TableConfig
+from gr.config.inventory import GivenDense, InventoryConfig, TableConfig, TowerDense
 from gr.config.load import load_section, top_level
+from gr.config.towers import HSTUConfig
 from gr.errors import ConfigError
 
 TWO = """\
@@ -51,10 +52,11 @@ class TestValues:
         assert (config.dense, config.precision) == (GivenDense(), "bf16")
 
     def test_overrides(self):
-        sizes = "{layers: 2, dim: 8, heads: 1, qk_dim: 8, v_dim: 8, mean_length: 4, max_length: 9}"
-        config = load(TWO, "rank_batch_size=512", "dense.kind=hstu", f"dense={sizes}")
+        sizes = "{tower: {kind: hstu, layers: 2}, dim: 8, mean_length: 4, max_length: 9}"
+        config = load(TWO, "rank_batch_size=512", "dense.kind=tower", f"dense={sizes}", "dense.tower.heads=3")
         assert config.rank_batch_size == 512
-        assert isinstance(config.dense, HSTUDense)
+        assert isinstance(config.dense, TowerDense)
+        assert config.dense.tower == HSTUConfig(layers=2, heads=3)
         assert config.dense.max_length == 9
 
     def test_unsaid_kind_of_the_dense_part_is_given(self):
@@ -90,7 +92,10 @@ class TestFaults:
             ),
             (("12.5", "12.5\n    cacheability: 0.9"), "tables.1.cacheability: should be less than or equal to 0.8"),
             (("12.5", "12.5\n    min_shards: 4\n    max_shards: 2"), "max_shards=2 is below min_shards=4"),
-            (("dim: 64}", "dim: 64, pooling: mean, sharding_types: [grid_shard]}"), "grid_shard computes wrong means"),
+            (
+                ("dim: 64}", "dim: 64, pooling: mean, sharding_types: [grid_shard]}"),
+                "grid_shard computes wrong results with pooling=mean",
+            ),
         ],
     )
     def test_names_place_and_path(self, change, said):
@@ -134,27 +139,36 @@ class TestFaults:
         assert "set one of" in fault(TWO, "global_batch_size=8")
 
     def test_no_tables(self):
-        assert "tables is empty: name one at least" in fault("rank_batch_size: 1\ntables: []")
+        assert "tables is empty, and so is dense" in fault("rank_batch_size: 1\ntables: []")
 
     def test_unknown_key_of_the_dense_part_names_the_nearest(self):
-        said = fault(TWO, "dense={kind: transformer, layers: 1, dim: 8, heads: 1, ffn_dims: 8}")
-        assert "dense.ffn_dims: unknown key; did you mean 'ffn_dim'?" in said
+        said = fault(TWO, "dense={kind: tower, dim: 8, tower: {kind: sasrec, ffn_dims: 8}}")
+        assert "dense.tower.ffn_dims: unknown key; did you mean 'ffn_dim'?" in said
+
+    @pytest.mark.parametrize(
+        ("dense", "now"),
+        [
+            ("{kind: hstu, layers: 2}", "kind hstu is now written {kind: tower, tower: {kind: KIND"),
+            ("{kind: dlrm, dcn_layers: 2}", "dense.dcn_layers: is now called interaction.layers"),
+        ],
+    )
+    def test_what_was_renamed_says_its_new_name(self, dense, now):
+        assert now in fault(TWO, f"dense={dense}")
+
+    def test_optimizers_are_those_of_the_registries(self):
+        assert "'adam' is no dense optimizer; use adamw, adagrad, sgd" in fault(TWO, "dense_optimizer=adam")
+        assert "'lamb' is no table optimizer; use adam" in fault(TWO.replace("dim: 64}", "dim: 64, optimizer: lamb}"))
 
     @pytest.mark.parametrize(
         ("dense", "said"),
         [
             (
-                "{kind: hstu, layers: 1, dim: 8, heads: 1, qk_dim: 8, v_dim: 8, mean_length: 9, max_length: 8}",
+                "{kind: tower, tower: {kind: hstu}, dim: 8, mean_length: 9, max_length: 8}",
                 "mean_length=9 is above max_length=8",
             ),
             (
-                "{kind: transformer, layers: 1, dim: 8, heads: 3, ffn_dim: 8, mean_length: 9, max_length: 9}",
-                "dim=8 is not divisible by heads=3",
-            ),
-            (
-                "{kind: transformer, layers: 1, dim: 8, heads: 4, kv_heads: 3, ffn_dim: 8, mean_length: 1,"
-                " max_length: 1}",
-                "heads=4 is not divisible by kv_heads=3",
+                "{kind: tower, tower: {kind: sasrec, heads: 3}, dim: 8, mean_length: 9, max_length: 9}",
+                "dim=8 is not divisible by tower.heads=3",
             ),
             ("{kind: dlrm, dim: 8, bottom: [16], top: [1]}", "bottom=[16] must end with dim=8"),
             (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.config import RetrievalConfig, dump_config, json_schema, load_config
-from gr.config.load import EXPERIMENTS
+from gr.config.load import RECIPES
 from gr.errors import ConfigError
 
 BASE = """\
@@ -164,7 +164,7 @@ class TestFaults:
         ("text", "said"),
         [
             ("trainer: {stps: 5}", "trainer.stps: unknown key; did you mean 'steps'? (known: global_batch_size, "),
-            ("zzz: 5", "zzz: unknown key; known: checkpoint, data, device, "),
+            ("zzz: 5", "zzz: unknown key; known: callbacks, checkpoint, "),
             ("seed: -1", "seed: should be greater than or equal to 0, got -1"),
             ("seed: abc", "seed: expected an integer, got 'abc'"),
             ("seed: '3'", "seed: expected an integer, got '3'"),
@@ -219,7 +219,7 @@ class TestFaults:
             ("seed: .nan", "not a usable value: .nan is not a finite number"),
             ("optimizer: {lr: 1e999}", "not a usable value: 1e999 is not a finite number"),
             ('run_dir: "\\ud800"', "not a usable value: text with half of a surrogate pair"),
-            ("<<: {seed: 3}", "<<: unknown key; known: checkpoint"),
+            ("<<: {seed: 3}", "<<: unknown key; known: callbacks"),
             (f"seed: {'[' * 60}{']' * 60}", "nested more than 50 levels deep"),
             (f"seed: {'9' * 5000}", "not a usable value: Exceeds the limit"),
         ],
@@ -361,7 +361,7 @@ class TestSchema:
             of_kind = schema["$defs"][kind["$ref"].rpartition("/")[2]]
             assert of_kind["properties"]["base"]
             assert of_kind["additionalProperties"] is False
-        assert len(schema["anyOf"]) == len(EXPERIMENTS) == 3
+        assert len(schema["anyOf"]) == len(list(RECIPES)) == 3
 
     def test_refuses_nothing_that_loads(self):
         text = json.dumps(json_schema())

@@ -30,7 +30,10 @@ def test_the_shipped_configurations_load() -> None:
     ("overrides", "message"),
     [
         (["model.input.kind=additive"], r"task.supervision=all needs model.input.kind=interleaved"),
-        (["task.supervision=candidates", "model.tower.kind=hstu"], "candidates needs model.tower.kind=stu, not hstu"),
+        (
+            ["task.supervision=candidates", "model.tower.kind=hstu"],
+            "candidates needs a tower with a mask for candidates, such as stu, not hstu",
+        ),
         (["data.train_holdout=9"], r"data.train_holdout=9 trains on what is evaluated: set it to 10"),
         (["data.train_holdout=19", "evaluation.every=3"], "set it to 20"),
         (["evaluation.newest=300"], r"must be at most data.max_length=200"),

@@ -8,18 +8,12 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from gr.config.dlrm import stored_dim
+from gr.config.inventory import TableConfig
 from gr.config.run import EmbeddingsConfig
-from gr.embeddings import (
-    CANDIDATE_FEATURE,
-    PooledTable,
-    build_bag_collection,
-    build_collection,
-    local_shards,
-    lookup,
-    pooled_lookup,
-)
-from gr.embeddings.collection import stored_dim
+from gr.embeddings import CANDIDATE_FEATURE, build_tables, local_shards, lookup, pooled_lookup
 from gr.errors import ConfigError
+from tests.support.pooled import PooledTable, build_bags
 
 # lengths of the examples, ids of the history, ids of the candidates
 CASES = [
@@ -37,7 +31,8 @@ def test_stored_dim(dim: int, stored: int) -> None:
 
 
 def test_the_collection_is_one_table_without_storage() -> None:
-    collection = build_collection(1_000_000_000, 50, EmbeddingsConfig(dtype="fp16"))
+    items = TableConfig(name="item_id", rows=1_000_000_000, dim=stored_dim(50), dtype="fp16", kind="sequence")
+    collection = build_tables([items], {"item_id": ("item_id", CANDIDATE_FEATURE)})
     (table,) = collection.embedding_configs()
     assert (table.num_embeddings, table.embedding_dim, table.data_type) == (1_000_000_000, 52, DataType.FP16)
     assert table.feature_names == ["item_id", CANDIDATE_FEATURE]
@@ -78,7 +73,7 @@ BAGS = (PooledTable("users", 9, 8, ("user",)), PooledTable("words", 7, 4, ("quer
 
 
 def test_the_bag_collection_has_the_tables_without_storage() -> None:
-    collection = build_bag_collection([PooledTable("big", 10**10, 64, ("x", "y"), "mean"), *BAGS], EmbeddingsConfig())
+    collection = build_bags([PooledTable("big", 10**10, 64, ("x", "y"), "mean"), *BAGS], EmbeddingsConfig())
     big, users, _ = collection.embedding_bag_configs()
     assert (big.name, big.num_embeddings, big.embedding_dim, big.feature_names) == ("big", 10**10, 64, ["x", "y"])
     assert (big.pooling, users.pooling) == (PoolingType.MEAN, PoolingType.SUM)
@@ -88,7 +83,6 @@ def test_the_bag_collection_has_the_tables_without_storage() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (PooledTable("new", 5, 10, ("z",)), r"table new: dim=10 is not a multiple of 4.*; use 12"),
         (PooledTable("users", 5, 8, ("z",)), "table users is named more than once"),
         (PooledTable("new", 5, 8, ("title",)), "feature title is named more than once"),
     ],
@@ -96,7 +90,15 @@ def test_the_bag_collection_has_the_tables_without_storage() -> None:
 )
 def test_tables_that_cannot_be_are_refused(table: PooledTable, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_bag_collection([*BAGS, table], EmbeddingsConfig())
+        build_bags([*BAGS, table], EmbeddingsConfig())
+
+
+def test_one_collection_has_tables_of_one_kind() -> None:
+    kinds = [TableConfig(name=kind, rows=3, dim=4, kind=kind) for kind in ("pooled", "sequence")]
+    with pytest.raises(ConfigError, match="tables of one kind, not pooled, sequence"):
+        build_tables(kinds)
+    with pytest.raises(ConfigError, match="tables of one kind, not none"):
+        build_tables([])
 
 
 @pytest.mark.parametrize("kind", ["rowwise_adagrad", "adam"], ids=["fused kernel", "dense kernel"])

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gr.config.run import EmbeddingsConfig
-from gr.embeddings import PooledTable, init, local_shards
+from gr.embeddings import init, local_shards
 from gr.embeddings.init import CUT, _fill, _table_key, truncated_normal, uniform
+from tests.support.pooled import PooledTable
 
 STD = 0.02
 

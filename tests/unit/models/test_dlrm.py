@@ -4,7 +4,7 @@ B examples, D width. The reference is tests/support/dlrm_reference.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -18,8 +18,8 @@ from torchrec.models import dlrm as torchrec_dlrm
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from gr.config.click import (
-    BCELoss,
+from gr.config.click import BCELoss
+from gr.config.dlrm import (
     CatInteraction,
     DCNInteraction,
     DLRMConfig,
@@ -27,15 +27,17 @@ from gr.config.click import (
     Interaction,
     ProjectionInteraction,
 )
+from gr.config.inventory import TableConfig
 from gr.config.optim import SGD
 from gr.config.run import EmbeddingsConfig
 from gr.dist import World
-from gr.embeddings import TableShard, local_shards, shard_tables
+from gr.embeddings import TableShard, local_shards
 from gr.errors import ConfigError
 from gr.models.convert.facebook_dlrm import from_facebook
 from gr.models.dlrm import DLRM
+from gr.parallel.tables import shard_tables
 from gr.tasks.losses import click_loss
-from tests.support.dlrm_reference import Bags, ReferenceDLRM, Shape, random_bags
+from tests.support.dlrm_reference import Bags, ReferenceDLRM, Shape, random_bags, tables_for
 
 B, D, DENSE = 32, 8, 5
 SHAPE = Shape((7, 50, 3), DENSE, D, (12, D), (16, 9, 1), "dot", branch1=(10, 2 * D), branch2=(3 * D,))
@@ -46,14 +48,8 @@ ALL = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 MLPERF = {"dim": 128, "bottom": (512, 256, 128), "top": (1024, 1024, 512, 256, 1)}
 
 
-@dataclass(frozen=True)
-class Table:
-    name: str
-    rows: int
-
-
-def tables_of(shape: Shape) -> list[Table]:
-    return [Table(f"table_{k}", rows) for k, rows in enumerate(shape.rows)]
+def tables_of(shape: Shape, config: DLRMConfig) -> list[TableConfig]:
+    return tables_for(config, {f"table_{k}": rows for k, rows in enumerate(shape.rows)})
 
 
 def interaction_of(shape: Shape) -> Interaction:
@@ -67,9 +63,13 @@ def interaction_of(shape: Shape) -> Interaction:
     return kinds[shape.pairs]
 
 
+def config_of(shape: Shape) -> DLRMConfig:
+    return DLRMConfig(dim=shape.dim, bottom=shape.bottom, top=shape.top, interaction=interaction_of(shape))
+
+
 def build(shape: Shape) -> DLRM:
-    config = DLRMConfig(dim=shape.dim, bottom=shape.bottom, top=shape.top, interaction=interaction_of(shape))
-    model = DLRM(config, tables_of(shape), shape.dense_features, EmbeddingsConfig())
+    config = config_of(shape)
+    model = DLRM(config, tables_of(shape, config), shape.dense_features)
     model.tables.to_empty(device="cpu")
     return model
 
@@ -258,7 +258,8 @@ def test_fused_steps_on_pooled_tables_follow_the_formula(formula: Callable[..., 
     """Five steps of fbgemm's fused optimizers, with rows that repeat within a bag and a batch."""
     shape, lr = SHAPES["dot"], 0.05
     reference, model = same_weights(shape)
-    configs = [EmbeddingBagConfig(table.rows, D, table.name, feature_names=[table.name]) for table in tables_of(shape)]
+    bags = tables_of(shape, config_of(shape))
+    configs = [EmbeddingBagConfig(table.rows, D, table.name, feature_names=[table.name]) for table in bags]
     options = {"lr": lr} if formula is sgd else {"lr": lr, "eps": 1e-8}
     bags_of_model = FusedEmbeddingBagCollection(configs, fused, options, device=torch.device("cpu"))
     tables = {f"table_{k}": reference.get_parameter(f"emb_l.{k}.weight") for k in range(len(shape.rows))}
@@ -283,9 +284,10 @@ def test_fused_steps_on_pooled_tables_follow_the_formula(formula: Callable[..., 
 )
 def test_size_of_the_published_models(interaction: Interaction, parameters: int) -> None:
     """MLPerf DLRM-v2 and v1: 26 tables, 13 dense features."""
-    tables = [Table(f"c{i}", 40_000_000) for i in range(26)]
+    config = DLRMConfig(**MLPERF, interaction=interaction)
+    tables = tables_for(config, {f"c{i}": 40_000_000 for i in range(26)})
     with torch.device("meta"):
-        model = DLRM(DLRMConfig(**MLPERF, interaction=interaction), tables, 13, EmbeddingsConfig())
+        model = DLRM(config, tables, 13)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     in_tables = sum(parameter.numel() for parameter in model.tables.parameters())
     assert in_tables == 26 * 40_000_000 * 128
@@ -321,7 +323,7 @@ def test_sharded_it_makes_the_same_steps(alone: World) -> None:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     embeddings = EmbeddingsConfig(optimizer=SGD(lr=0.1))
     with torch.device("meta"):
-        unsharded = DLRM(model.config, tables_of(shape), DENSE, embeddings)
+        unsharded = DLRM(model.config, tables_of(shape, model.config), DENSE)
     ways = {
         "table_0": column_wise(ranks=[0, 0], compute_kernel="fused"),
         "table_1": row_wise(compute_kernel="fused"),
@@ -387,9 +389,5 @@ def test_no_examples_still_give_every_dense_parameter_a_gradient(shape: Shape) -
 )
 def test_refuses(names: list[str], dense_features: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DLRM(
-            DLRMConfig(dim=D, bottom=(D,), top=(1,)),
-            [Table(name, 9) for name in names],
-            dense_features,
-            EmbeddingsConfig(),
-        )
+        tables = [TableConfig(name=name, rows=9, dim=D) for name in names]
+        DLRM(DLRMConfig(dim=D, bottom=(D,), top=(1,)), tables, dense_features)

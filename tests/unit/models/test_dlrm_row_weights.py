@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gr.config.click import BCELoss, DLRMConfig
-from gr.config.run import EmbeddingsConfig
+from gr.config.click import BCELoss
+from gr.config.dlrm import DLRMConfig
 from gr.errors import CheckpointError
 from gr.models.convert.facebook_dlrm import from_facebook
 from gr.models.dlrm import DLRM
@@ -26,7 +26,7 @@ def test_row_weights_equal_the_published_equations() -> None:
     torch.manual_seed(3)
     reference = ReferenceDLRM(WEIGHTED)
     config = DLRMConfig(dim=D, bottom=SHAPE.bottom, top=SHAPE.top, row_weights=True)
-    model = DLRM(config, tables_of(SHAPE), DENSE, EmbeddingsConfig())
+    model = DLRM(config, tables_of(SHAPE, config), DENSE)
     model.tables.to_empty(device="cpu")
     model.load_state_dict(from_facebook(without_row_weights(reference), build(SHAPE)), strict=False)
     tables = {f"table_{k}": model.tables.embeddings[f"table_{k}"].weight for k in range(len(SHAPE.rows))}
@@ -55,6 +55,6 @@ def without_row_weights(reference: ReferenceDLRM) -> dict[str, Tensor]:
 
 def test_row_weights_are_not_converted() -> None:
     config = DLRMConfig(dim=D, bottom=SHAPE.bottom, top=SHAPE.top, row_weights=True)
-    model = DLRM(config, tables_of(SHAPE), DENSE, EmbeddingsConfig())
+    model = DLRM(config, tables_of(SHAPE, config), DENSE)
     with pytest.raises(CheckpointError, match="keeps weights of rows as they are"):
         from_facebook(ReferenceDLRM(WEIGHTED).state_dict(), model)

@@ -15,7 +15,7 @@ from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.config.ranking import TimeEncoding
 from gr.models.preprocessor import interleave, time_bucket
 from gr.models.sequence_ranking import SequenceRanker
-from tests.support.tiny_histories import ITEMS, SCHEMA, generative_config
+from tests.support.tiny_histories import ITEMS, SCHEMA, tiny_ranking_config
 
 FORMS = {
     "all": {},
@@ -30,8 +30,8 @@ FORMS = {
 def model_of(form: str) -> SequenceRanker:
     changes: dict[str, Any] = dict(FORMS[form])
     candidates = changes.pop("candidates", False)
-    base = generative_config()
-    config = generative_config(
+    base = tiny_ranking_config()
+    config = tiny_ranking_config(
         model={**base.model.model_dump(), **changes},
         task={**base.task.model_dump(), "supervision": "candidates" if candidates else "all"},
     )

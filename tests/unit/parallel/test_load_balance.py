@@ -18,7 +18,7 @@ from gr.dist import World
 from gr.parallel.load_balance import LoadBalancer, deal
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, write_tiny
-from tests.support.tiny_histories import generative_config, write_histories
+from tests.support.tiny_histories import tiny_ranking_config, write_histories
 
 
 @given(st.integers(1, 9), st.integers(0, 60), st.integers(0, 2**32 - 1))
@@ -86,7 +86,7 @@ def retrieval(folder: Path) -> Callable[[int, int], TrainLoader]:
 
 def ranking(folder: Path) -> Callable[[int, int], TrainLoader]:
     write_histories(folder / "histories")
-    config = generative_config(folder / "histories")
+    config = tiny_ranking_config(folder / "histories")
     data = Dataset.open(config.data.path)
     collate = RankingCollate(data.schema, config.data, config.task)
 

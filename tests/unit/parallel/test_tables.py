@@ -9,18 +9,20 @@ from torchrec.distributed.types import ShardingPlan
 
 from gr.config.inventory import SHARDING_TYPES, TableConfig
 from gr.config.run import EmbeddingsConfig
-from gr.embeddings import PooledTable, build_bag_collection, shard_tables
 from gr.errors import PlanError
-from gr.parallel.tables import _refuse_shards_without_rows, pooled_sharder
+from gr.parallel.tables import _refuse_shards_without_rows, pooled_sharder, shard_tables
 from gr.planner.placement import Placement
 from gr.planner.sharding_plan import to_sharding_plan
 from tests.support.plans import hand_made, machine
+from tests.support.pooled import PooledTable, build_bags
 
 TABLES = (PooledTable("sums", 9, 8, ("a",)), PooledTable("means", 7, 8, ("b",), "mean"))
 
 
 def test_means_under_grid_shard_are_refused(make_bags: Callable) -> None:
-    with pytest.raises(PlanError, match=r"table means: grid_shard computes wrong means.*table_row_wise"):
+    with pytest.raises(
+        PlanError, match=r"table means: grid_shard is not valid for a pooled table of means.*table_row_wise"
+    ):
         make_bags(TABLES, {"sums": "table_wise", "means": "grid_shard"})
 
 
@@ -32,7 +34,7 @@ def test_every_sharding_type_is_offered(device: str) -> None:
 class Bags(nn.Module):
     def __init__(self, tables: list[PooledTable], config: EmbeddingsConfig) -> None:
         super().__init__()
-        self.tables = build_bag_collection(tables, config)
+        self.tables = build_bags(tables, config)
 
 
 def sharding_plan(kernel: str, rows: dict[str, int], pooling: str) -> tuple[Bags, EmbeddingsConfig, ShardingPlan]:

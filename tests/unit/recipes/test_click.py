@@ -1,4 +1,4 @@
-"""The ranking experiment on one rank: initial values, what is refused before anything is written, and the report."""
+"""The click experiment on one rank: initial values, what is refused before anything is written, and the report."""
 
 import json
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from gr.experiment.ranking import Built, build, check_world, evaluate_data, meta_model
-from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from gr.checkpoint import resolve
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
-from gr.experiment import evaluate, train
+from gr.experiment import Built, build, evaluate, train
+from gr.models import build_model
+from gr.parallel.dense import dense_parameters
 from gr.schema import SparseColumn, TabularSchema
 from tests.support.run_folder import reason_alone
-from tests.support.tiny_tabular import COLUMNS, tiny_ranking_config, write_tiny_tabular
+from tests.support.tiny_tabular import COLUMNS, tiny_click_config, write_tiny_tabular
 
 
 @pytest.fixture
@@ -29,12 +29,11 @@ def test_rows(tmp_path: Path) -> Path:
 
 
 def dense_of(built: Built) -> dict[str, torch.Tensor]:
-    parameters = get_unwrapped_module(built.model).named_parameters()
-    return {name: p.detach() for name, p in parameters if not name.startswith("tables")}
+    return {name: parameter.detach() for name, parameter in dense_parameters(built.model).items()}
 
 
 def test_the_model_is_of_the_schema(data: Path, tmp_path: Path) -> None:
-    model = meta_model(tiny_ranking_config(data, tmp_path / "run"), TabularSchema.load(data))
+    model = build_model(tiny_click_config(data, tmp_path / "run"), TabularSchema.load(data))
     assert model.features == ["c1", "c2", "c3"]
     assert [config.num_embeddings for config in model.tables.embedding_bag_configs()] == [41, 64, 23]
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -42,7 +41,7 @@ def test_the_model_is_of_the_schema(data: Path, tmp_path: Path) -> None:
 
 def test_the_seed_decides_the_initial_values(data: Path, tmp_path: Path, alone: World) -> None:
     first, again, other = (
-        dense_of(build(tiny_ranking_config(data, tmp_path / "run", seed=seed), alone)) for seed in (1, 1, 2)
+        dense_of(build(tiny_click_config(data, tmp_path / "run", seed=seed), alone)) for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -54,7 +53,7 @@ def test_a_built_model_has_the_initial_values_of_its_layers(
 ) -> None:
     """Normal of variance 2 / (in + out) as published, or within 1/sqrt(in) as torch.nn.Linear."""
     layers = {"bottom": [400, 8], "top": [300, 1], "mlp_init": init}
-    weights = dense_of(build(tiny_ranking_config(data, tmp_path / "run", model=layers), alone))
+    weights = dense_of(build(tiny_click_config(data, tmp_path / "run", model=layers), alone))
     weight = next(w for name, w in weights.items() if w.shape == (8, 400))
     std = (2 / 408) ** 0.5 if init == "normal" else (1 / 400 / 3) ** 0.5
     assert float(weight.std()) == pytest.approx(std, rel=0.05)
@@ -63,24 +62,24 @@ def test_a_built_model_has_the_initial_values_of_its_layers(
 
 @pytest.mark.parametrize("world_size", [5, 16])
 def test_batches_that_cannot_be_dealt_evenly(data: Path, tmp_path: Path, world_size: int) -> None:
-    config = tiny_ranking_config(data, tmp_path / "run")
-    check_world(config, 8)
+    config = tiny_click_config(data, tmp_path / "run")
+    config.check_ranks(8)
     with pytest.raises(ConfigError, match=rf"^trainer.global_batch_size=24 is not divisible by the {world_size} ranks"):
-        check_world(config, world_size)
-    evaluated = tiny_ranking_config(data, tmp_path / "run", evaluation={"global_batch_size": 9})
+        config.check_ranks(world_size)
+    evaluated = tiny_click_config(data, tmp_path / "run", evaluation={"global_batch_size": 9})
     with pytest.raises(ConfigError, match=r"^evaluation.global_batch_size=9 is not divisible by the 8 ranks"):
-        check_world(evaluated, 8)
+        evaluated.check_ranks(8)
 
 
 def test_more_steps_than_the_pass_has_batches(data: Path, tmp_path: Path, alone: World) -> None:
-    config = tiny_ranking_config(data, tmp_path / "run", trainer={"steps": 13})
+    config = tiny_click_config(data, tmp_path / "run", trainer={"steps": 13})
     with pytest.raises(ConfigError, match=r"^trainer.steps=13, but .* has 12 batches of 24 rows for its one pass: set"):
         train(config, alone)
     assert reason_alone(tmp_path / "run")
 
 
 def test_a_batch_larger_than_the_data(data: Path, tmp_path: Path, alone: World) -> None:
-    config = tiny_ranking_config(data, tmp_path / "run", trainer={"global_batch_size": 294})
+    config = tiny_click_config(data, tmp_path / "run", trainer={"global_batch_size": 294})
     with pytest.raises(ConfigError, match="293 rows do not fill one batch of 294"):
         train(config, alone)
 
@@ -102,7 +101,7 @@ def test_evaluation_data_that_mean_something_else(
 ) -> None:
     schema = TabularSchema.load(test_rows)
     schema.model_copy(update=change(schema)).save(test_rows)
-    config = tiny_ranking_config(data, tmp_path / "run", evaluation={"path": str(test_rows)})
+    config = tiny_click_config(data, tmp_path / "run", evaluation={"path": str(test_rows)})
     with pytest.raises(DataError) as caught:
         train(config, alone)
     said = f"{data} and {test_rows} differ in {name} (schema.json): prepare both with the same columns"
@@ -111,21 +110,21 @@ def test_evaluation_data_that_mean_something_else(
 
 
 def test_a_run_without_data_to_evaluate_on(data: Path, tmp_path: Path, alone: World) -> None:
-    """The rows left over are told, and there are progressive metrics of each step."""
-    config = tiny_ranking_config(data, tmp_path / "run", trainer={"steps": 3}, evaluation={"window": 24})
+    """The rows left over are told, and there are prequential metrics of each step."""
+    config = tiny_click_config(data, tmp_path / "run", trainer={"steps": 3}, evaluation={"window": 24})
     report = train(config, alone)
     assert report is not None
     assert (report["model"], report["data"], report["step"]) == ({}, None, 3)
     assert report["training_data"] == {"dropped_examples": 293 % 24}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["examples"] for line in lines if line["kind"] == "progressive"] == [24, 24, 24]
+    assert [line["examples"] for line in lines if line["kind"] == "prequential"] == [24, 24, 24]
     with pytest.raises(ConfigError, match=r"^evaluation.path is unset: name the data folder to evaluate on"):
         evaluate(config, resolve(tmp_path / "run"), alone, "test")
 
 
 def test_the_report_is_of_the_last_checkpoint(data: Path, test_rows: Path, tmp_path: Path, alone: World) -> None:
     """Also where an earlier one scored better on the data it is reported on; evaluate agrees with the report."""
-    config = tiny_ranking_config(
+    config = tiny_click_config(
         data,
         tmp_path / "run",
         evaluation={"path": str(test_rows), "every": 2},
@@ -143,10 +142,10 @@ def test_the_report_is_of_the_last_checkpoint(data: Path, test_rows: Path, tmp_p
 
 
 def test_evaluation_leaves_the_model_as_it_was(data: Path, test_rows: Path, tmp_path: Path, alone: World) -> None:
-    built = build(tiny_ranking_config(data, tmp_path / "run", evaluation={"path": str(test_rows)}), alone)
+    built = build(tiny_click_config(data, tmp_path / "run", evaluation={"path": str(test_rows)}), alone)
     before = {name: weight.clone() for name, weight in dense_of(built).items()}
     built.model.train()
-    first, second = evaluate_data(built), evaluate_data(built)
+    first, second = (built.recipe.evaluate(built.model, alone, "test").metrics for _ in range(2))
     assert first == second and first["examples"] == 50
     assert built.model.training
     assert all(torch.equal(weight, before[name]) for name, weight in dense_of(built).items())
@@ -157,7 +156,7 @@ def test_shuffled_rows_are_another_order_and_resume(data: Path, tmp_path: Path, 
 
     def config(name: str, steps: int, shuffle: bool):
         run_dir = tmp_path / name
-        return tiny_ranking_config(data, run_dir, data={"shuffle": shuffle}, trainer={"steps": steps})
+        return tiny_click_config(data, run_dir, data={"shuffle": shuffle}, trainer={"steps": steps})
 
     def losses(name: str) -> list[float]:
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

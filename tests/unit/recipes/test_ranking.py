@@ -12,7 +12,7 @@ from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment import evaluate, train
 from gr.schema import DataSchema
 from tests.support.run_folder import reason_alone
-from tests.support.tiny_histories import generative_config, write_histories
+from tests.support.tiny_histories import tiny_ranking_config, write_histories
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def longer(data: Path, run_dir: Path, **sections: object) -> RankingConfig:
-    return generative_config(
+    return tiny_ranking_config(
         data,
         run_dir,
         **{
@@ -37,7 +37,7 @@ def longer(data: Path, run_dir: Path, **sections: object) -> RankingConfig:
 @pytest.mark.parametrize("supervision", ["all", "candidates"])
 def test_learns_what_the_history_tells(data: Path, tmp_path: Path, alone: World, supervision: str) -> None:
     """A user likes 9 items of 10 or 1 of 10; the item says nothing."""
-    base = generative_config()
+    base = tiny_ranking_config()
     task = {**base.task.model_dump(), "supervision": supervision}
     report = train(longer(data, tmp_path / "run", task=task), alone)
     assert report is not None
@@ -61,34 +61,34 @@ def test_the_report_is_of_the_best_checkpoint_and_evaluate_agrees(data: Path, tm
 
 
 def test_events_that_were_trained_on_are_not_evaluated(data: Path, tmp_path: Path, alone: World) -> None:
-    config = generative_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 2})
+    config = tiny_ranking_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 2})
     assert train(config, alone) is not None
     with pytest.raises(ConfigError, match=r"the validation events were trained on \(data.train_holdout=2"):
         evaluate(config, resolve(tmp_path / "run"), alone, "validation")
-    kept = generative_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 4})
+    kept = tiny_ranking_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 4})
     with pytest.raises(CheckpointError, match=r"was trained with data.train_holdout=2, not 4"):
         evaluate(kept, resolve(tmp_path / "run"), alone, "validation")
 
 
 def test_another_model_or_holdout_is_refused(data: Path, tmp_path: Path, alone: World) -> None:
-    assert train(generative_config(data, tmp_path / "run"), alone) is not None
-    model = {**generative_config().model.model_dump(), "head": [4]}
+    assert train(tiny_ranking_config(data, tmp_path / "run"), alone) is not None
+    model = {**tiny_ranking_config().model.model_dump(), "head": [4]}
     with pytest.raises(CheckpointError, match="is of another model or task"):
-        train(generative_config(data, tmp_path / "run", model=model), alone)
+        train(tiny_ranking_config(data, tmp_path / "run", model=model), alone)
     with pytest.raises(CheckpointError, match=r"trained with data.train_holdout=4, not 6: other events are held out"):
-        train(generative_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 6}), alone)
+        train(tiny_ranking_config(data, tmp_path / "run", data={"path": str(data), "train_holdout": 6}), alone)
 
 
 def test_data_that_do_not_fit(data: Path, tmp_path: Path, alone: World) -> None:
     other = tmp_path / "other"
     schema = write_histories(other)
     schema.model_copy(update={"actions": ["share", "like"]}).save(other)
-    config = generative_config(data, tmp_path / "run", evaluation={"path": str(other), "newest": 2})
+    config = tiny_ranking_config(data, tmp_path / "run", evaluation={"path": str(other), "newest": 2})
     with pytest.raises(DataError, match=r"differ in actions \(schema.json\): prepare both alike"):
         train(config, alone)
     DataSchema.load(data).model_copy(update={"timestamps": False}).save(data)
     with pytest.raises(ConfigError, match=r"model.time is set, but .* has no timestamps: unset it"):
-        train(generative_config(data, tmp_path / "run"), alone)
+        train(tiny_ranking_config(data, tmp_path / "run"), alone)
     assert reason_alone(tmp_path / "run")
 
 
@@ -98,7 +98,7 @@ def test_a_stream_is_predicted_before_it_is_trained_on(data: Path, tmp_path: Pat
     def config(name: str, steps: int) -> RankingConfig:
         given = {"path": str(data), "train_holdout": 0, "max_length": 30, "stream": {"windows": 3}}
         trainer = {"steps": steps, "log_every": 1}
-        return generative_config(
+        return tiny_ranking_config(
             data, tmp_path / name, data=given, trainer=trainer, optimizer={"kind": "adamw", "lr": 1e-2}
         )
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from gr.config.click import (
+from gr.config.dlrm import (
     CatInteraction,
     DCNInteraction,
     DLRMConfig,

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gr.config.retrieval import RetrievalModelConfig
 from gr.config.towers import HSTUConfig
 from gr.sequence import JaggedSequence
 from gr.towers import build_tower
@@ -24,7 +23,7 @@ LENGTHS = [4, 0, 1, 9, 2]
 
 def build(**fields: object) -> HSTU:
     options = {"layers": 2, "heads": 2, "qk_dim": 3, "v_dim": 4, "dropout": 0.0, "time_bias": True, **fields}
-    tower = build_tower(RetrievalModelConfig(dim=D, tower=HSTUConfig(**options)), N)
+    tower = build_tower(HSTUConfig(**options), dim=D, max_length=N)
     assert isinstance(tower, HSTU)
     return tower
 
@@ -180,9 +179,7 @@ def test_time_bias_needs_timestamps() -> None:
 def test_initial_weights() -> None:
     """N(0, 0.02) for the projection and the biases, Xavier and zero for the output; and no two layers alike."""
     torch.manual_seed(0)
-    tower = build_tower(
-        RetrievalModelConfig(dim=40, tower=HSTUConfig(layers=2, heads=2, qk_dim=20, time_bias=True)), 500
-    )
+    tower = build_tower(HSTUConfig(layers=2, heads=2, qk_dim=20, time_bias=True), dim=40, max_length=500)
     first, second = tower.layers
     for parameter in (first.uvqk, first.position_bias):
         assert abs(parameter.std() - 0.02) < 0.002 and abs(parameter.mean()) < 0.002

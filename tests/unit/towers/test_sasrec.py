@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gr.config.retrieval import RetrievalModelConfig
 from gr.config.towers import SASRecConfig
 from gr.sequence import JaggedSequence
 from gr.towers import build_tower
@@ -18,7 +17,7 @@ LENGTHS = [4, 0, 1, 9, 2]
 
 def build(dropout: float = 0.0) -> SASRec:
     config = SASRecConfig(layers=2, heads=2, ffn_dim=7, dropout=dropout)
-    tower = build_tower(RetrievalModelConfig(dim=D, tower=config), N)
+    tower = build_tower(config, dim=D, max_length=N)
     assert isinstance(tower, SASRec)
     return tower
 

@@ -282,13 +282,15 @@ def test_candidates_beyond_a_sequence() -> None:
 def test_the_other_towers_refuse_what_they_would_take_for_events(kind, fields):
     config = RetrievalModelConfig.model_validate({"dim": D, "tower": {"kind": kind}})
     with pytest.raises(ValueError, match="no mask for candidates or a contextual prefix; use the STU tower"):
-        build_tower(config, N)(replace(sequence([3, 2], dtype=torch.float32), **fields))
+        build_tower(config.tower, dim=config.dim, max_length=N)(
+            replace(sequence([3, 2], dtype=torch.float32), **fields)
+        )
 
 
 def test_it_is_built_from_a_configuration():
     config = RetrievalModelConfig.model_validate(
         {"dim": D, "tower": {"kind": "stu", "layers": 2, "heads": 2, "qk_dim": 3}}
     )
-    tower = build_tower(config, N)
+    tower = build_tower(config.tower, dim=config.dim, max_length=N)
     assert isinstance(tower, STU) and len(tower.layers) == 2
     assert tower(sequence([3, 0, 2], dtype=torch.float32)).values_TD.shape == (5, D)

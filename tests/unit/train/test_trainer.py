@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from gr.train.objectives import Inputs
 
 from gr.dist import World
 from gr.errors import TrainingError
 from gr.train import signals as stop
-from gr.train.module import Prepared, StepLoss
+from gr.train.module import Inputs, Prepared, StepLoss
 from gr.train.trainer import Callback, StepResult, Trainer
 from tests.support.ranks import run_ranks
 

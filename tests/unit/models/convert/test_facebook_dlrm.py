@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from gr.config.click import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, Interaction
-from gr.config.run import EmbeddingsConfig
+from gr.config.dlrm import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, Interaction
 from gr.errors import CheckpointError
 from gr.models.convert.facebook_dlrm import from_facebook, to_facebook
 from gr.models.dlrm import DLRM
-from tests.support.dlrm_reference import ReferenceDLRM, Shape
+from tests.support.dlrm_reference import ReferenceDLRM, Shape, tables_for
 
 D, ROWS, DENSE = 4, (6, 9, 5), 3
 INTERACTIONS: dict[str, Interaction] = {
@@ -20,15 +19,10 @@ INTERACTIONS: dict[str, Interaction] = {
 }
 
 
-class Table:
-    def __init__(self, name: str, rows: int) -> None:
-        self.name, self.rows = name, rows
-
-
 def on_meta(interaction: Interaction, rows: tuple[int, ...] = ROWS) -> DLRM:
     config = DLRMConfig(dim=D, bottom=(8, D), top=(7, 1), interaction=interaction)
     with torch.device("meta"):
-        return DLRM(config, [Table(f"c{k}", n) for k, n in enumerate(rows)], DENSE, EmbeddingsConfig())
+        return DLRM(config, tables_for(config, {f"c{k}": n for k, n in enumerate(rows)}), DENSE)
 
 
 def published(pairs: str) -> ReferenceDLRM:

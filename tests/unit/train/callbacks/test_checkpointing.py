@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from gr.checkpoint.layout import FORMAT
 from gr.checkpoint import CheckpointStore, ModelState, resolve
 from gr.config.run import CheckpointConfig
 from gr.dist import World
@@ -50,7 +51,7 @@ class FakeWriter:
 
 def trainer_at(step: int, steps: int, world: World) -> Any:
     feed = SimpleNamespace(state_dict=lambda: {"position": 10 * trainer.step})
-    trainer = SimpleNamespace(step=step, steps=steps, feed=feed, world=world, stopped=False, owing=False)
+    trainer = SimpleNamespace(step=step, steps=steps, pipeline=feed, world=world, stopped=False, owing=False)
     return trainer
 
 
@@ -74,7 +75,7 @@ class TestCheckpointing:
     def test_progress(self, tmp_path: Path, alone: World) -> None:
         store = self.run(tmp_path, alone, 4)
         progress = json.loads((store.folder.final(4) / "progress.json").read_text())
-        assert progress == {"step": 4, "data": {"position": 40}, "stopped": False}
+        assert progress == {"format": FORMAT, "step": 4, "data": {"position": 40}, "stopped": False}
 
 
 class TestEvaluation:

@@ -1,18 +1,18 @@
-"""Progressive validation: which examples are in the metrics, when they are written, and by whom."""
+"""Prequential validation: which examples are in the metrics, when they are written, and by whom."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gr.train.objectives import ClickObjective
 
 from gr.config.click import BCELoss
 from gr.dist import World
 from gr.errors import TrainingError
 from gr.metrics.ranking import RankingMetrics
-from gr.train.callbacks import Progressive
-from gr.train.callbacks import prequential as progressive
+from gr.recipes.click import ClickObjective
+from gr.train.callbacks import Prequential
+from gr.train.callbacks import prequential as prequential
 from gr.train.trainer import StepResult
 from tests.support.writer import Writer
 
@@ -25,7 +25,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(progressive.log, "info", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(prequential.log, "info", lambda message, *values: said.append(message % values))
     return said
 
 
@@ -38,7 +38,7 @@ def batches(steps: int) -> list[Batch]:
 def run(given: list[Batch], writer: Writer | None, *, window: int = 1000, every: int = 2) -> None:
     objective = ClickObjective(BCELoss())
     metrics = RankingMetrics("train", ALONE, window=window)
-    callback = Progressive(objective, metrics, writer, every=every)  # type: ignore[arg-type]
+    callback = Prequential(objective, metrics, writer, every=every)  # type: ignore[arg-type]
     trainer: Any = SimpleNamespace(step=0, steps=len(given))
     for objective.scored in given:
         trainer.step += 1
@@ -56,13 +56,13 @@ def test_every_few_steps_and_after_the_last(lines: list[str]) -> None:
     given, writer = batches(5), Writer()
     run(given, writer)
     assert [(step, kind) for step, kind, _ in writer.records] == [
-        (2, "progressive"),
-        (4, "progressive"),
-        (5, "progressive"),
+        (2, "prequential"),
+        (4, "prequential"),
+        (5, "prequential"),
     ]
     for step, _, values in writer.records:
         assert values == expected(given[:step])
-    assert lines[0].startswith("step 2/5  progressive  ne ") and "base_rate 0.5000" in lines[0]
+    assert lines[0].startswith("step 2/5  prequential  ne ") and "base_rate 0.5000" in lines[0]
 
 
 @pytest.mark.parametrize(("window", "kept"), [(1, 1), (B, 1), (B + 1, 2), (2 * B, 2), (100, 5)])
@@ -79,7 +79,7 @@ def test_a_window_of_one_class_is_told_and_training_goes_on(lines: list[str]) ->
     given[:2] = [(logits, torch.zeros(B)) for logits, _ in given[:2]]
     run(given, writer)
     assert [step for step, _, _ in writer.records] == [4]
-    assert lines[0].startswith("step 2/4  progressive: task 'train': ")
+    assert lines[0].startswith("step 2/4  prequential: task 'train': ")
 
 
 def test_a_model_that_diverged_is_an_error(lines: list[str]) -> None:

@@ -1,0 +1,7 @@
+from gr.api import evaluate as evaluate
+from gr.api import plan as plan
+from gr.api import train as train
+from gr.config import load_config as load_config
+from gr.models.saved import load as load
+
+__version__: str

@@ -1,0 +1,120 @@
+"""gr from Python: what the commands `gr train`, `gr evaluate` and `gr plan` do, for a program of one's own.
+
+Each function runs in one process, or on every rank that torchrun started, as the commands do. No torch is imported
+before it is needed.
+"""
+
+import os
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gr import watchdog
+from gr.config import RunConfig, load_config
+from gr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gr.config.inventory import InventoryConfig
+    from gr.planner.estimate import Evaluation
+    from gr.planner.topology import Topology
+    from gr.train.trainer import Callback
+
+
+def train(
+    config: RunConfig | str | Path, overrides: Sequence[str] = (), *, callbacks: "Sequence[Callback]" = ()
+) -> dict[str, Any] | None:
+    """Trains, resuming where run_dir has a checkpoint; returns the final report, None where a signal stopped the run.
+
+    config: a loaded configuration, or a file. overrides: `a.b.c=value`, for a file. callbacks: called beside the
+    recipe's own, on every rank. Raises GRError: a mistake of the user's, in one line with its remedy.
+    """
+    loaded = _loaded(config, overrides)
+    from gr import experiment
+    from gr.dist import use_cpu_well, world
+    from gr.train.run_folder import record_refusal
+
+    rank, logs = int(os.environ.get("RANK", 0)), Path(loaded.run_dir) / "logs"
+    limits = loaded.trainer.timeouts.model_dump()
+    # The watchdog reports first.
+    slowest = max(limits.values()) + 2 * watchdog.GRACE_SECONDS
+    with watchdog.watching(limits, logs, rank), ExitStack() as stack:
+        try:
+            own = stack.enter_context(world(loaded.device, timeout=slowest, logs=logs))
+        except ConfigError as error:
+            record_refusal(loaded, error)
+            raise
+        use_cpu_well(own)
+        return experiment.train(loaded, own, callbacks)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    split: Literal["validation", "test"] = "test",
+    plugins: Collection[str] = (),
+) -> dict[str, Any]:
+    """The report of a checkpoint on one split, from the checkpoint and the evaluation data alone.
+
+    checkpoint: a run folder (its best, or else its latest) or a step-XXXXXXXX folder. overrides: `a.b.c=value` on the
+    configuration that is saved with it. plugins: modules that this configuration may have imported.
+    """
+    from gr import experiment
+    from gr.checkpoint import resolve
+    from gr.checkpoint.layout import CONFIG, read_progress
+    from gr.dist import use_cpu_well, world
+
+    path = resolve(checkpoint)
+    read_progress(path)
+    loaded = load_config(path / CONFIG, overrides, plugins=plugins)
+    with world(loaded.device) as own:
+        use_cpu_well(own)
+        return experiment.evaluate(loaded, path, own, split)
+
+
+def plan(
+    config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None
+) -> "Evaluation":
+    """Where the tables of a model go, and what memory and time that takes: the best plan found, evaluated.
+
+    config: an experiment, an inventory (configs/scale) or a list of tables (.json, .parquet). topology: named hardware
+    and a number of ranks (h100x64), or a file of `gr calibrate`; unset: that of an experiment's planner.topology.
+    Raises PlanError where the model does not fit. Imports no torch.
+    """
+    from gr.planner.estimate import evaluate
+    from gr.planner.plan import search
+
+    inventory, machine = planning_problem(config, overrides, topology)
+    return evaluate(search(inventory, machine))
+
+
+def planning_problem(
+    config: RunConfig | str | Path, overrides: Sequence[str], topology: str | None
+) -> "tuple[InventoryConfig, Topology]":
+    """What plan() plans: the tables with what may be done with each, and the machine. Raises ConfigError."""
+    from gr.planner.constraints import constrained
+    from gr.planner.inventory import is_inventory, load_inventory
+    from gr.planner.topology import hardware_names, parse_topology
+
+    if not isinstance(config, RunConfig) and is_inventory(config):
+        inventory = load_inventory(config, overrides)
+        if topology is None:
+            raise ConfigError(f"--topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
+        return inventory, parse_topology(topology)
+    experiment = _loaded(config, overrides)
+    topology = topology or experiment.planner.topology
+    if topology is None:
+        raise ConfigError("--topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
+    machine = parse_topology(topology)
+    experiment.check_ranks(machine.ranks)
+    inventory = experiment.inventory(experiment.load_schema())
+    return constrained(inventory, experiment.planner, machine.device), machine
+
+
+def _loaded(config: RunConfig | str | Path, overrides: Sequence[str]) -> RunConfig:
+    if not isinstance(config, RunConfig):
+        return load_config(config, overrides)
+    if overrides:
+        raise ConfigError("overrides are for a file: load_config(path, overrides) first, then pass what it returns")
+    return config

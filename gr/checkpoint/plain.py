@@ -1,0 +1,42 @@
+"""The weights of a checkpoint in one process: no process group, no sharding, no optimizer states."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from gr.checkpoint.metadata import SafeReader, read_metadata
+from gr.checkpoint.store import saved_size
+from gr.errors import CheckpointError
+
+FAULTS_SHOWN = 3
+
+
+def load_weights(path: Path, dense: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
+    """Fills the tensors in place from the checkpoint at `path`, whatever plan and world size it was saved under.
+
+    dense: parameters by name. tables: weights [rows, columns] by the table's name. Checksums are not compared here.
+    Raises CheckpointError where a tensor is missing or has another shape, or the checkpoint cannot be read.
+    """
+    saved = read_metadata(path)
+    expected = {"dense": dict(dense), "tables": {f"{name}.weight": weight for name, weight in tables.items()}}
+    faults = []
+    for group, tensors in expected.items():
+        for name, tensor in tensors.items():
+            size = saved_size(saved, f"{group}.{name}")
+            if size != tensor.size():
+                shown = "none" if size is None else str(tuple(size))
+                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {shown}")
+    if faults:
+        more = f"; and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+        raise CheckpointError(f"{path} is of another model: {'; '.join(faults[:FAULTS_SHOWN])}{more}")
+    tensors_of_groups = {group: tensors for group, tensors in expected.items() if tensors}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant here
+            dcp.load(tensors_of_groups, storage_reader=SafeReader(path), no_dist=True)
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{path}: cannot be loaded: {cause}") from error

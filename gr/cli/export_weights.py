@@ -1,0 +1,37 @@
+"""`gr export-weights`: the weights of a checkpoint as one safetensors file, in the model's own plain names."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(
+    help="Write the weights of a checkpoint as OUT (.safetensors), with its schema and configuration in the header."
+)
+@click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this one of the checkpoint's plugins.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -> None:
+    from gr.errors import ConfigError
+
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out={out}: name a file that ends with .safetensors")
+    if out.exists() and not force:
+        raise ConfigError(f"--out={out} exists: name another file, or replace it with --force")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    from safetensors.torch import save_file
+
+    from gr.config import dump_config
+    from gr.models.saved import load
+
+    model, schema, config = load(checkpoint, plugins=plugins)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    header = {"format": "pt", "schema": schema.model_dump_json(), "config": dump_config(config)}
+    try:
+        save_file(tensors, out, metadata=header)
+    except OSError as error:
+        raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    click.echo(f"{out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")

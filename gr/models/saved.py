@@ -1,0 +1,57 @@
+"""A checkpoint as a model: everything it takes to use one, and nothing of training."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+
+from gr.checkpoint import resolve, verify
+from gr.checkpoint.layout import CONFIG, read_progress
+from gr.checkpoint.plain import load_weights
+from gr.config import RunConfig, load_config
+from gr.dist import World
+from gr.models import build_model
+from gr.models.dense import dense_parameters, initialise_dense
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+class Saved(NamedTuple):
+    """model: on one device, in evaluation mode. schema: of its training data. config: of the run that trained it."""
+
+    model: nn.Module
+    schema: Any
+    config: RunConfig
+
+
+def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str] = ()) -> Saved:
+    """The model of a checkpoint, in one process, without process group, plan or training data.
+
+    checkpoint: a run folder (its best, or else its latest) or a step-XXXXXXXX folder. The whole model must fit on
+    `device`. plugins: modules that the checkpoint's configuration may have imported; none unless named.
+    Raises CheckpointError for a damaged checkpoint or one of another format, ConfigError for plugins not named.
+    """
+    path = resolve(checkpoint)
+    read_progress(path)
+    verify(path, ALONE)
+    config = load_config(path / CONFIG, plugins=plugins)
+    schema = config.load_schema(path)
+    model = build_model(config, schema).to_empty(device=device)
+    initialise_dense(model, config.seed)  # buffers, which no checkpoint has
+    with torch.no_grad():
+        load_weights(path, {name: p.detach() for name, p in dense_parameters(model).items()}, table_weights(model))
+    return Saved(model.eval(), schema, config)
+
+
+def table_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weight of every table of a model that is not sharded, by the table's name."""
+    weights: dict[str, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            weights |= {name: table.weight.detach() for name, table in module.embeddings.items()}
+        elif isinstance(module, EmbeddingBagCollection):
+            weights |= {name: table.weight.detach() for name, table in module.embedding_bags.items()}
+    return weights
