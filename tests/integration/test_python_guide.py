@@ -1,0 +1,33 @@
+"""The Python of docs/python.md, run in order as written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+
+@pytest.mark.slow
+def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    sizes = ["--records", "400", "--items", "200", "--categories", "10", "--length", "40"]
+    prepare = ["-m", "gr", "prepare", "synthetic", "--out", "data/synthetic", *sizes]
+    for command in (prepare, ["page.py"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_importing_gr_costs_no_torch(tmp_path: Path) -> None:
+    lazy = "import sys, gr; heavy = {'torch', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", lazy], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
