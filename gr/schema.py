@@ -45,6 +45,8 @@ class _SchemaFile(BaseModel):
     def load(cls, folder: Path | str) -> Self:
         """Read folder/schema.json. DataError names the file and, for a wrong or missing field, the field."""
         path = Path(folder) / SCHEMA_FILE
+        if not path.parent.is_dir():
+            raise DataError(f"{folder}: no such folder; write a data folder with `gr prepare ... --out {folder}`")
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:

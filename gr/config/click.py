@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from gr.config.base import Count, PositiveFloat, Section
 from gr.config.dlrm import DLRMConfig
-from gr.config.inventory import DLRMDense, InventoryConfig, LossInventory, TableConfig, within_limits
+from gr.config.inventory import DLRMDense, LossInventory, TableConfig
 from gr.config.run import RunConfig
 from gr.schema import TabularSchema
 
@@ -76,45 +76,22 @@ class ClickConfig(RunConfig):
     task: ClickTaskConfig
     evaluation: ClickEvaluationConfig = ClickEvaluationConfig()
 
-    @property
-    def kind(self) -> str:
-        return self.task.kind
-
     def load_schema(self, folder: Path | None = None) -> TabularSchema:
         return TabularSchema.load(folder or self.data.path)
 
     def batch_sizes(self) -> Mapping[str, int]:
-        return {
-            "trainer.global_batch_size": self.trainer.global_batch_size,
-            "evaluation.global_batch_size": self.evaluation.global_batch_size,
-        }
+        return {**super().batch_sizes(), "evaluation.global_batch_size": self.evaluation.global_batch_size}
 
-    @within_limits()
     def tables(self, schema: TabularSchema) -> tuple[TableConfig, ...]:
         """A table for each sparse column, of its name."""
         kind, dim = self.model.table_layout
         return tuple(
-            TableConfig(
-                name=column.name,
-                rows=column.cardinality,
-                dim=dim,
-                dtype=self.embeddings.dtype,
-                kind=kind,
-                ids_per_example=column.hots,
-                optimizer=self.embeddings.optimizer.kind,
-            )
+            self.table(column.name, column.cardinality, dim=dim, kind=kind, ids_per_example=column.hots)
             for column in schema.sparse
         )
 
-    @within_limits()
-    def inventory(self, schema: TabularSchema) -> InventoryConfig:
-        """A table for each sparse column, and DLRM's dense part."""
-        return InventoryConfig(
-            name=self.kind,
-            global_batch_size=self.trainer.global_batch_size,
-            precision=self.trainer.precision,
-            dense_optimizer=self.optimizer.kind,
-            tables=self.tables(schema),
-            dense=DLRMDense(**dict(self.model), dense_features=len(schema.dense)),
-            loss=LossInventory(scores_per_example=1),
-        )
+    def dense_part(self, schema: TabularSchema) -> DLRMDense:
+        return DLRMDense(**dict(self.model), dense_features=len(schema.dense))
+
+    def loss(self, schema: TabularSchema) -> LossInventory:
+        return LossInventory(scores_per_example=1)

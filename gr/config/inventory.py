@@ -186,7 +186,7 @@ class InventoryConfig(Section):
     """Everything the planner counts, for one training job."""
 
     renamed: ClassVar[dict[str, str]] = {
-        f"dense.kind={kind}": "{kind: tower, tower: {kind: KIND, layers: ...}, dim: ..., mean_length: ..., max_length: ...}"
+        f"dense.kind={kind}": "{kind: tower, tower: {kind: KIND, layers: ...}, dim: ..., mean_length: ...}"
         for kind in ("hstu", "transformer")
     }
 

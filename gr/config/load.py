@@ -48,8 +48,7 @@ def load_config(
     written = tree.find(("task", "kind"))
     kind = DEFAULT_RECIPE if written is None else written.value
     if isinstance(kind, str) and kind in RECIPES:
-        model_kind = tree.find(("model", "kind"))
-        if written is not None and kind == "ranking" and model_kind is not None and model_kind.value == "dlrm":
+        if written is not None and kind == "ranking" and tree.find(("model", "bottom")) is not None:
             raise ConfigError(f"{written.origin}: task.kind: ranking of rows by DLRM is now called click")
         return load_section(RECIPES.config(kind), path, overrides)  # type: ignore[return-value]
     assert written is not None, "the default is registered"
@@ -61,21 +60,20 @@ def load_config(
 
 def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> None:
     """Imports what `plugins:` names. Anything but a list of texts is left for validation to refuse."""
-    names = written.plain() if written is not None else []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = written.plain() if written is not None else None
+    if written is None or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return
-    assert written is not None or not names
     for name in names:
         if allowed is not None and name not in allowed:
             raise ConfigError(
-                f"{written.origin}: plugins: {name} is Python code that this file asks for: name it too where you trust "  # type: ignore[union-attr]
-                f"it (--plugin {name}, or plugins=[{name!r}])"
+                f"{written.origin}: plugins: {name} is Python code that this file asks for: name it too where you "
+                f"trust it (--plugin {name}, or plugins=[{name!r}])"
             )
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise ConfigError(
-                f"{written.origin}: plugins: {name} cannot be imported: {error}; install it, or name its folder in "  # type: ignore[union-attr]
+                f"{written.origin}: plugins: {name} cannot be imported: {error}; install it, or name its folder in "
                 "PYTHONPATH"
             ) from error
 

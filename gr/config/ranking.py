@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from gr.config.base import Count, PositiveFloat, Probability, Section
 from gr.config.dlrm import Widths, stored_dim
 from gr.config.histories import HistoryDataConfig, HistoryRunConfig, UserEvaluationConfig
-from gr.config.inventory import InventoryConfig, LossInventory, TableConfig, TowerDense, within_limits
+from gr.config.inventory import LossInventory, TableConfig, TowerDense
 from gr.config.retrieval import ITEM_TABLE
 from gr.config.towers import TOWERS, STUConfig, TowerConfig
 from gr.schema import DataSchema
@@ -179,55 +179,37 @@ class RankingConfig(HistoryRunConfig):
             )
         return self
 
-    @property
-    def kind(self) -> str:
-        return self.task.kind
-
-    @within_limits()
     def tables(self, schema: DataSchema) -> tuple[TableConfig, ...]:
         """A table for each feature of ids, of the feature's name: of events, then contextual ones."""
         N = self.data.max_length
         reads = {ITEM_TABLE: (schema.item_cardinality, N)}
         reads |= {name: (rows, N) for name, rows in schema.event_features.items()}
         reads |= {name: (rows, 1) for name, rows in schema.contextual.items()}
+        dim = stored_dim(self.model.dim)
         return tuple(
-            TableConfig(
-                name=name,
-                rows=rows,
-                dim=stored_dim(self.model.dim),
-                dtype=self.embeddings.dtype,
-                kind="sequence",
-                ids_per_example=ids,
-                optimizer=self.embeddings.optimizer.kind,
-            )
-            for name, (rows, ids) in reads.items()
+            self.table(name, rows, dim=dim, kind="sequence", ids_per_example=ids) for name, (rows, ids) in reads.items()
         )
 
-    @within_limits()
-    def inventory(self, schema: DataSchema) -> InventoryConfig:
-        """A table for each feature, the tower and the loss. Every example counts as data.max_length events."""
-        model, task, N = self.model, self.task, self.data.max_length
+    def dense_part(self, schema: DataSchema) -> TowerDense:
+        """The tower, the tokens' vectors and the head. Every example counts as data.max_length events."""
+        model, N = self.model, self.data.max_length
         contextual = len(schema.contextual) + len(schema.contextual_numeric)
         interleaved = isinstance(model.input, InterleavedInput)
         tokens = contextual + N * (2 if interleaved else 1)
         # Positions, buckets of time, actions with their offset, `no action`, slopes and offsets of numbers, a norm.
         vectors = N + 1 + contextual + (model.time.buckets if model.time else 0) + len(schema.actions) + 1
         vectors += (not interleaved) + 2 * len(schema.contextual_numeric) + 2
-        widths = [model.dim, *model.head, len(task.tasks)]
+        widths = [model.dim, *model.head, len(self.task.tasks)]
         head = sum((into + 1) * out for into, out in pairwise(widths))
-        predicted = self.data.candidates if task.supervision == "candidates" and self.data.stream is None else N
-        return InventoryConfig(
-            name=self.kind,
-            global_batch_size=self.trainer.global_batch_size,
-            precision=self.trainer.precision,
-            dense_optimizer=self.optimizer.kind,
-            tables=self.tables(schema),
-            dense=TowerDense(
-                tower=model.tower,
-                dim=model.dim,
-                mean_length=float(tokens),
-                max_length=tokens,
-                other_parameters=vectors * model.dim + head,
-            ),
-            loss=LossInventory(scores_per_example=predicted * len(task.tasks)),
+        return TowerDense(
+            tower=model.tower,
+            dim=model.dim,
+            mean_length=float(tokens),
+            max_length=tokens,
+            other_parameters=vectors * model.dim + head,
         )
+
+    def loss(self, schema: DataSchema) -> LossInventory:
+        by_candidates = self.task.supervision == "candidates" and self.data.stream is None
+        predicted = self.data.candidates if by_candidates else self.data.max_length
+        return LossInventory(scores_per_example=predicted * len(self.task.tasks))

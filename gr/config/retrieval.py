@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gr.config.base import Count, PositiveFloat, Probability, Section
 from gr.config.dlrm import stored_dim
 from gr.config.histories import HistoryRunConfig, UserEvaluationConfig
-from gr.config.inventory import InventoryConfig, LossInventory, TableConfig, TowerDense, within_limits
+from gr.config.inventory import LossInventory, TableConfig, TowerDense
 from gr.config.towers import TOWERS, HSTUConfig, TowerConfig
 from gr.schema import DataSchema
 
@@ -146,52 +146,35 @@ class RetrievalConfig(HistoryRunConfig):
             )
         return self
 
-    @property
-    def kind(self) -> str:
-        return self.task.kind
-
-    def tables(self, schema: DataSchema, *, mean_length: float | None = None) -> tuple[TableConfig, ...]:
-        """The item table, which the history and the candidates read. mean_length: see inventory()."""
-        compared = self._compared(schema, mean_length)
+    def tables(self, schema: DataSchema) -> tuple[TableConfig, ...]:
+        """The item table, which the history and the candidates read."""
+        compared = self.compared(schema)
         candidates, candidates_of_step = self.task.negatives.lookups(compared)
-        with within_limits():
-            table = TableConfig(
-                name=ITEM_TABLE,
-                rows=schema.item_cardinality,
-                dim=stored_dim(self.model.dim),
-                dtype=self.embeddings.dtype,
-                kind="sequence",
-                features=2,  # the history and the candidates
-                ids_per_example=compared.targets + candidates,
-                ids_per_step=candidates_of_step,
-                optimizer=self.embeddings.optimizer.kind,
-            )
+        table = self.table(
+            ITEM_TABLE,
+            schema.item_cardinality,
+            dim=stored_dim(self.model.dim),
+            kind="sequence",
+            features=2,  # the history and the candidates
+            ids_per_example=compared.targets + candidates,
+            ids_per_step=candidates_of_step,
+        )
         return (table,)
 
-    @within_limits()
-    def inventory(self, schema: DataSchema, *, mean_length: float | None = None) -> InventoryConfig:
-        """The item table, the tower and the loss.
-
-        mean_length: tokens of a mean example; unset: data.max_length, the most there can be.
-        """
-        compared, N = self._compared(schema, mean_length), self.data.max_length
-        return InventoryConfig(
-            name=self.kind,
-            global_batch_size=self.trainer.global_batch_size,
-            precision=self.trainer.precision,
-            dense_optimizer=self.optimizer.kind,
-            tables=self.tables(schema, mean_length=mean_length),
-            dense=TowerDense(
-                tower=self.model.tower,
-                dim=self.model.dim,
-                mean_length=compared.targets,
-                max_length=N,
-                other_parameters=N * self.model.dim,  # positions
-            ),
-            loss=self.task.negatives.scores(compared),
+    def dense_part(self, schema: DataSchema) -> TowerDense:
+        N = self.data.max_length
+        return TowerDense(
+            tower=self.model.tower,
+            dim=self.model.dim,
+            mean_length=self.compared(schema).targets,
+            max_length=N,
+            other_parameters=N * self.model.dim,  # positions
         )
 
-    def _compared(self, schema: DataSchema, mean_length: float | None) -> Comparison:
-        targets = float(self.data.max_length) if mean_length is None else mean_length
+    def loss(self, schema: DataSchema) -> LossInventory:
+        return self.task.negatives.scores(self.compared(schema))
+
+    def compared(self, schema: DataSchema) -> Comparison:
+        """The targets of an example and the corpus. Every example counts as data.max_length events, the most it has."""
         # Row 0 is padding.
-        return Comparison(schema.item_cardinality - 1, targets, self.trainer.global_batch_size)
+        return Comparison(schema.item_cardinality - 1, float(self.data.max_length), self.trainer.global_batch_size)

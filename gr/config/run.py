@@ -3,6 +3,7 @@
 Every field is a path a user can write in YAML or override on the command line (`trainer.steps=800`). No torch.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,7 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from gr.config.base import PositiveFloat, Precision, Registry, Section
-from gr.config.inventory import AnyShardingType, InventoryConfig, TableConfig
+from gr.config.inventory import (
+    AnyShardingType,
+    DLRMDense,
+    GivenDense,
+    InventoryConfig,
+    LossInventory,
+    TableConfig,
+    TowerDense,
+    within_limits,
+)
 from gr.config.optim import (
     DENSE_OPTIMIZERS,
     TABLE_OPTIMIZERS,
@@ -121,19 +131,42 @@ class RunConfig(Section):
     @property
     def kind(self) -> str:
         """task.kind: which recipe this is for."""
-        raise TypeError(f"{type(self).__name__} is of no recipe")
+        return self.task.kind  # type: ignore[attr-defined]
 
+    @abstractmethod
     def load_schema(self, folder: Path | None = None) -> Any:
         """schema.json of the training data, or of another folder that has one. Raises DataError."""
-        raise TypeError(f"{type(self).__name__} is of no recipe")
 
+    @abstractmethod
     def tables(self, schema: Any) -> tuple[TableConfig, ...]:
         """The model's tables on data of `schema`: the one list that the model and the planner are made from."""
-        raise TypeError(f"{type(self).__name__} is of no recipe")
 
+    @abstractmethod
+    def dense_part(self, schema: Any) -> TowerDense | DLRMDense | GivenDense:
+        """The model without its tables, as the planner counts it."""
+
+    @abstractmethod
+    def loss(self, schema: Any) -> LossInventory:
+        """The scores that the loss computes, as the planner counts them."""
+
+    @within_limits()
     def inventory(self, schema: Any) -> InventoryConfig:
-        """What the planner counts. Raises ConfigError for sizes beyond what it can."""
-        raise TypeError(f"{type(self).__name__} is of no recipe")
+        """The planner's input. Raises ConfigError for sizes beyond what it can count."""
+        return InventoryConfig(
+            name=self.kind,
+            global_batch_size=self.trainer.global_batch_size,
+            precision=self.trainer.precision,
+            dense_optimizer=self.optimizer.kind,
+            tables=self.tables(schema),
+            dense=self.dense_part(schema),
+            loss=self.loss(schema),
+        )
+
+    @within_limits()
+    def table(self, name: str, rows: int, **fields: Any) -> TableConfig:
+        """A table with the dtype and the optimizer that every table of the run has. fields: as in TableConfig."""
+        embeddings = self.embeddings
+        return TableConfig(name=name, rows=rows, dtype=embeddings.dtype, optimizer=embeddings.optimizer.kind, **fields)
 
     def batch_sizes(self) -> Mapping[str, int]:
         """What is dealt evenly to the ranks, by the name of its key."""

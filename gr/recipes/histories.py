@@ -33,9 +33,10 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
     def evaluation_data(self) -> Dataset:
         return Dataset.open(self.config.evaluation.path) if self.config.evaluation.path else self.train_data
 
-    def uses_time(self) -> dict[str, bool]:
-        """By the key that says so: whether timestamps are read."""
-        return {"model.tower.time_bias": self.config.model.tower.uses_time}  # type: ignore[attr-defined]
+    def needs_time(self) -> dict[str, str]:
+        """The settings that read timestamps, each with the remedy where the data has none."""
+        uses_time = self.config.model.tower.uses_time  # type: ignore[attr-defined]
+        return {"model.tower.time_bias=true": "set it to false"} if uses_time else {}
 
     @property
     def table_columns(self) -> int:
@@ -44,13 +45,13 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
     def check_data(self) -> None:
         evaluated = self.evaluation_data
         for schema, path in ((self.schema, self.folder), (evaluated.schema, evaluated.path)):
-            for name in (name for name, used in self.uses_time().items() if used):
+            for setting, remedy in self.needs_time().items():
                 if not schema.timestamps:
-                    raise ConfigError(f"{name} is set, but {path} has no timestamps: unset it")
+                    raise ConfigError(f"{setting}, but {path} has no timestamps: {remedy}")
         for name in self.compared_columns:
             mine, other = getattr(self.schema, name), getattr(evaluated.schema, name)
             if mine != other:
-                shown = f" {mine}, {other}" if isinstance(mine, int) else ""
+                shown = f": {mine} and {other}" if isinstance(mine, int) else ""
                 raise DataError(
                     f"{self.folder} and {evaluated.path} differ in {name}{shown} (schema.json): prepare both alike"
                 )

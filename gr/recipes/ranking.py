@@ -60,9 +60,9 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
 
     compared_columns = ("item_cardinality", *HistoryColumns.model_fields)
 
-    def uses_time(self) -> dict[str, bool]:
-        own = {"data.stream": self.config.data.stream is not None, "model.time": self.config.model.time is not None}
-        return {**own, **super().uses_time()}
+    def needs_time(self) -> dict[str, str]:
+        parts = {"data.stream is set": self.config.data.stream, "model.time is set": self.config.model.time}
+        return {setting: "unset it" for setting, part in parts.items() if part is not None} | super().needs_time()
 
     def check_saved(self, saved: RankingConfig, path: str) -> None:
         config = self.config

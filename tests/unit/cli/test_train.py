@@ -162,7 +162,7 @@ def test_evaluation_data_of_other_items(refused: Refused, config: str, tmp_path:
     writer.write(Users(np.arange(4), np.arange(0, 21, 5), np.arange(80, 100)))
     writer.close(name="other", order="as given", source="a test", corpus=np.arange(1, 100))
     said = refused("train", config, f"evaluation.path={tmp_path}/other")
-    assert f"{tmp_path}/data has item_cardinality 61, {tmp_path}/other has 100" in said
+    assert f"{tmp_path}/data and {tmp_path}/other differ in item_cardinality: 61 and 100" in said
 
 
 def test_nothing_to_load_from(refused: Refused, config: str, tmp_path: Path) -> None:
