@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from benchmarks.attention import lognormal_lengths
 from benchmarks.case import Case, Options, on_backend, own_backend
 from benchmarks.naive import NaiveLayer
-from gr.config.retrieval import RetrievalModelConfig
 from gr.config.towers import HSTUConfig, STUConfig
 from gr.ops.jagged import jagged_to_padded
 from gr.sequence import JaggedSequence

@@ -73,10 +73,8 @@ def evaluate(
         return experiment.evaluate(loaded, path, own, split)
 
 
-def plan(
-    config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None
-) -> "Evaluation":
-    """Where the tables of a model go, and what memory and time that takes: the best plan found, evaluated.
+def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Evaluation":
+    """Plans where the tables of a model go, and returns the best plan with the memory and time that it takes.
 
     config: an experiment, an inventory (configs/scale) or a list of tables (.json, .parquet). topology: named hardware
     and a number of ranks (h100x64), or a file of `gr calibrate`; unset: that of an experiment's planner.topology.
@@ -92,7 +90,7 @@ def plan(
 def planning_problem(
     config: RunConfig | str | Path, overrides: Sequence[str], topology: str | None
 ) -> "tuple[InventoryConfig, Topology]":
-    """What plan() plans: the tables with what may be done with each, and the machine. Raises ConfigError."""
+    """The input of plan(): the tables with what may be done with each, and the machine. Raises ConfigError."""
     from gr.planner.constraints import constrained
     from gr.planner.inventory import is_inventory, load_inventory
     from gr.planner.topology import hardware_names, parse_topology

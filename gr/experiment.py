@@ -1,6 +1,7 @@
 """A run from its configuration, in order:
 
-schema -> recipe -> model on meta -> plan -> shard tables -> parallelise dense -> fill or load -> train module -> trainer
+    schema -> recipe -> model on meta -> plan -> shard tables -> parallelise dense
+    -> fill or load -> train module -> trainer
 
 The experiment asks the recipe (gr.recipes.base.Recipe) for all that differs between kinds.
 """
@@ -25,8 +26,8 @@ from gr.errors import CheckpointError
 from gr.files import write_json
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
-from gr.ops.backend import force_backend
 from gr.models.dense import initialise_dense
+from gr.ops.backend import force_backend
 from gr.parallel.dense import dense_parameters, materialise, parallelise_dense, unwrapped
 from gr.parallel.load_balance import LoadBalancer
 from gr.parallel.mesh import build_mesh
@@ -176,7 +177,7 @@ def _callbacks(recipe: Recipe, training: Training) -> list[Callback]:
 
 
 def _last_callbacks(training: Training, config: RunConfig) -> list[Callback]:
-    """What comes after everything else of a step: it is saved, and status.json says so."""
+    """The callbacks that come after all others of a step: it is saved, and status.json says so."""
     status = StatusFile(Path(config.run_dir))
     store = training.checkpointing.store
     return [training.checkpointing, callbacks.Status(status, store, config.trainer.log_every)]

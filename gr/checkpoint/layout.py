@@ -54,7 +54,7 @@ class CheckpointFolder:
         return f"the last good checkpoint is {latest}" if (latest := self.latest()) else "there is no checkpoint yet"
 
     def best(self) -> dict[str, Any] | None:
-        """What best.json says, or None."""
+        """The content of best.json, or None."""
         path = self.path / BEST
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -133,7 +133,7 @@ def read_progress(path: Path) -> dict[str, Any]:
         ) from error
     if progress.get("format", 1) != FORMAT:
         raise CheckpointError(
-            f"{path} has format {progress.get('format', 1)}, this release reads format {FORMAT}: train again, or use the "
-            "release that wrote it"
+            f"{path} has format {progress.get('format', 1)}, this release reads format {FORMAT}: train again, or use "
+            "the release that wrote it"
         )
     return progress

@@ -57,7 +57,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What a checkpoint holds. Raises CheckpointError where it cannot be read or asks for anything but tensors."""
+    """The metadata of a checkpoint. Raises CheckpointError where it cannot be read or names anything but tensors."""
     try:
         with (path / METADATA).open("rb") as file:
             metadata = _Unpickler(file).load()

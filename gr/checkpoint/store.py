@@ -95,10 +95,10 @@ class CheckpointStore:
         self.folder = CheckpointFolder(folder)
         self.state, self.config_yaml, self.artifacts, self.world = state, config_yaml, artifacts, world
         self.pending: Thread | None = None
-        self.failure: Exception | None = None  # of a save in the background
+        self.failure: Exception | None = None  # error of a save in the background
         newest = world.from_main(" ".join(map(str, self.folder.steps()[-1:])))
         self.complete = int(newest) if newest else None  # step of the newest
-        self.seconds: float | None = None  # that the last save took
+        self.seconds: float | None = None  # duration of the last save
         # A save in the background must not share collectives with training.
         self.group = dist.new_group(backend="gloo") if asynchronous else None
         self.savers = replace(world, host_group=self.group) if asynchronous else world
@@ -190,7 +190,7 @@ class CheckpointStore:
         return ""
 
     def _on_all(self, work: Callable[[], str]) -> list[str]:
-        """What `work` returns on each rank. Raises the OSError of one on all of them. Collective."""
+        """The results of `work` on each rank. An OSError of one rank is raised on all of them. Collective."""
         try:
             said: list[Any] = [work()]
         except OSError as error:
@@ -231,7 +231,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on a rank: what will stay before what may pass."""
+    """The error of a rank; a lasting one comes before a transient one."""
     if not isinstance(error, dcp.CheckpointException):
         return error
     causes = [cause for cause, _ in error.failures.values()]
@@ -322,7 +322,7 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
 
 
 def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
-    """What DCP saves. Loading writes into the same tensors, so optimizer states are made if they are not there."""
+    """The tensors that DCP saves, and writes into when it loads: optimizer states are made where there are none yet."""
     tensors: dict[str, dict[str, Any]] = {
         "dense": {name: p.detach() for name, p in state.dense.items()},
         "tables": {entry.name: entry.value for entry in state.tables.entries()},
@@ -333,7 +333,7 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
 
 
 def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
-    """Of this rank's parts."""
+    """Whether every element of this rank's parts is finite."""
     for value in (tensor for group in tensors.values() for tensor in group.values()):
         parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
         if not all(bool(part.isfinite().all()) for part in parts):
@@ -374,7 +374,7 @@ def _saved_widths(saved: Metadata, weight: str) -> tuple[int, ...]:
 
 
 def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:
-    """What of the model the checkpoint has in another shape or not at all, and states that would be dropped."""
+    """The faults of a checkpoint that does not fit: other shapes, missing tensors, states that would be dropped."""
     faults = []
     for group, tensors in wanted.items():
         for name, tensor in tensors.items():

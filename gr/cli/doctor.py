@@ -48,7 +48,7 @@ print("\\n" + json.dumps(found))
 
 @dataclass(frozen=True)
 class Installed:
-    """What is on this machine.
+    """The packages and devices of this machine.
 
     versions: distribution -> version. errors: module -> why it does not import.
     cuda: CUDA version of the torch build, None for a CPU build. gpus: names of the devices torch sees.
@@ -172,7 +172,7 @@ def _compiler() -> str | None:
 
 
 def diagnose(found: Installed) -> list[Fault]:
-    """What is wrong, each with the command that mends it. The first fault usually explains the later ones."""
+    """The faults, each with the command that mends it. The first one usually explains the later ones."""
     install = INSTALL["cuda" if found.cuda or found.driver else "cpu"]
     faults = _version_faults(found, install) or _pairing_faults(found)
     if not faults:

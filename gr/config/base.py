@@ -1,4 +1,4 @@
-"""What every part of a configuration is made of: sections, limits of numbers, and registries of kinds."""
+"""The elements of a configuration: sections, limits of numbers, and registries of kinds."""
 
 import importlib
 import json
@@ -82,11 +82,11 @@ class Registry:
         )
 
     def target(self, config: Section) -> Any:
-        """What `config` configures, imported now. Raises ConfigError where it cannot be found."""
+        """The object that `config` configures, imported now. Raises ConfigError where it cannot be found."""
         return self.target_of(self.kind_of(config))
 
     def target_of(self, kind: str) -> Any:
-        """What a registered kind configures, imported now. Raises ConfigError where it cannot be found."""
+        """The object that a registered kind configures, imported now. Raises ConfigError where it cannot be found."""
         module, _, name = self._targets[kind].partition(":")
         try:
             return getattr(importlib.import_module(module), name)

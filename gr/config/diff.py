@@ -1,4 +1,4 @@
-"""Where two configurations differ."""
+"""The differences of two configurations."""
 
 import json
 from collections.abc import Iterator

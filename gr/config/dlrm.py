@@ -87,7 +87,7 @@ class DLRMConfig(Section):
         return ("sequence", self.dim + ROW_MULTIPLE) if self.row_weights else ("pooled", self.dim)
 
     def cost(self, dense_features: int, categorical: int, element_bytes: int) -> TowerCost:
-        """Of an example, as one token: MLPs with biases; products of the F + 1 vectors, or the cross network.
+        """The cost of an example, counted as one token: MLPs with biases, and the interaction of the F + 1 vectors.
 
         dense_features: N. categorical: F, features of ids. element_bytes: of an activation.
         """

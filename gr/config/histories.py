@@ -1,4 +1,4 @@
-"""What every experiment on user histories has: its data and its evaluation. No torch."""
+"""The parts that every experiment on user histories has: its data and its evaluation. No torch."""
 
 import os
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class UserEvaluationConfig(Section):
 
 
 class HistoryRunConfig(RunConfig):
-    """What every experiment on user histories has."""
+    """An experiment on user histories."""
 
     data: HistoryDataConfig
     evaluation: UserEvaluationConfig = UserEvaluationConfig()
@@ -80,6 +80,6 @@ class HistoryRunConfig(RunConfig):
 
     @property
     def evaluates_training_users(self) -> bool:
-        """Whether evaluation reads the users that training reads, so that their targets must be held out."""
+        """True where evaluation reads the users that training reads, so that their targets must be held out."""
         path = self.evaluation.path
         return path is None or os.path.realpath(path) == os.path.realpath(self.data.path)

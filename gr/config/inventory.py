@@ -1,4 +1,4 @@
-"""What the planner needs to know of a model: its tables, its dense part, its batch. No weights, no data, no torch.
+"""The planner's description of a model: its tables, its dense part, its batch. No weights, no data, no torch.
 
 `gr plan` reads one from YAML (configs/scale), from a bare list of tables (JSON, Parquet), or derives one from an
 experiment.

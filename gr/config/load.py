@@ -81,7 +81,7 @@ def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> No
 def load_section(
     model: type[Config], path: str | Path, overrides: Sequence[str] = (), *, given: Node | None = None
 ) -> Config:
-    """As load_config, for files whose top level is `model`. given: what the file holds, where it is no YAML."""
+    """Reads a file whose top level is `model`, by the rules of load_config. given: its content, where it is no YAML."""
     kinds = default_kinds(model)
     reader = Reader(kinds) if given is None else _Given(kinds, given)
     return _validated(model, path, kinds, reader, reader.read(path, overrides))
@@ -116,7 +116,7 @@ class _Given(Reader):
 
 
 def top_level(path: str | Path) -> dict[str, Node]:
-    """What a file and its bases set at their top level. Raises ConfigError for what cannot be read."""
+    """The keys that a file and its bases set at their top level. Raises ConfigError where one cannot be read."""
     reader = Reader({})
     tree = reader.read(path, ())
     if reader.broken:

@@ -50,7 +50,7 @@ def default_kinds(model: type[BaseModel], at: Location = ()) -> dict[Location, s
 
 
 def _path(model: type[BaseModel], finding: ErrorDetails) -> Location:
-    """Where the user wrote it. Pydantic adds the chosen member of a union to its location; that is no key."""
+    """The path that the user wrote. Pydantic adds the chosen member of a union to its location; that is no key."""
     path = tuple(part for part, is_key, _ in _walk(model, finding["loc"]) if is_key)
     if finding["type"] == "extra_forbidden":
         return (*path, finding["loc"][-1])
@@ -110,7 +110,7 @@ def _is_kind(kind: Any, tag: str | int) -> bool:
 
 
 def _origin(tree: Node, path: Location, finding: ErrorDetails) -> str:
-    """Where to look. A rule between several keys names them in its message: where each of them is written."""
+    """The places to look at. A rule between several keys names them in its message: each of their places is listed."""
     if finding["type"] != "value_error":
         return tree.origin_of(path)
     named = [tree.find((*path, *name.split("."))) for name in re.findall(r"\w+(?:\.\w+)*", finding["msg"])]

@@ -13,7 +13,7 @@ StateShape = Literal["element", "row"]
 
 
 class TableOptimizerConfig(Section):
-    """What every optimizer of the tables has.
+    """An optimizer of the tables.
 
     states: fbgemm's names of the tensors it keeps, each one number an element of the table or one a row.
     fused_type: fbgemm's EmbOptimType. fused_on_cpu: whether fbgemm fuses it into backward there too. idle_rows_stay:
@@ -28,7 +28,7 @@ class TableOptimizerConfig(Section):
     idle_rows_stay: ClassVar[bool] = True
 
     def fused_arguments(self) -> dict[str, Any]:
-        """What fbgemm takes for the update in backward, beside the learning rate."""
+        """The arguments of fbgemm's update in backward, beside the learning rate."""
         return {}
 
     @classmethod
@@ -113,7 +113,7 @@ class ScheduleConfig(Section):
 
 
 class DenseOptimizerConfig(Section):
-    """What every optimizer of the dense parameters has; the schedule also scales the tables' learning rate.
+    """An optimizer of the dense parameters; its schedule also scales the tables' learning rate.
 
     states: the optimizer's names of the tensors it keeps for a parameter, each of the parameter's shape but `step`,
     which is a scalar.
@@ -147,7 +147,7 @@ class DenseAdamW(DenseOptimizerConfig):
 
 
 class DenseAdagrad(DenseOptimizerConfig):
-    """As facebookresearch/dlrm takes for dense parameters under adagrad and under rwsadagrad."""
+    """Adagrad, which facebookresearch/dlrm takes for dense parameters under adagrad and under rwsadagrad."""
 
     kind: Literal["adagrad"] = "adagrad"
     eps: PositiveFloat = 1e-8

@@ -78,7 +78,7 @@ class RankingModelConfig(Section):
 
 
 class ActionTask(Section):
-    """Whether an action is taken: binary cross entropy."""
+    """The task of predicting whether an action is taken: binary cross entropy."""
 
     kind: Literal["bce"] = "bce"
     action: str = Field(description="A name in schema.json's actions; also the task's name.")

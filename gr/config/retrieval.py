@@ -33,7 +33,7 @@ class RetrievalModelConfig(Section):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a loss compares targets with. corpus: items. targets: of an example. global_batch_size: examples."""
+    """The sizes of a loss. corpus: items. targets: targets of an example. global_batch_size: examples of a step."""
 
     corpus: int
     targets: float
@@ -41,7 +41,7 @@ class Comparison:
 
 
 class NegativesConfig(Section):
-    """Which items a step compares its targets with."""
+    """A choice of the items that a step compares its targets with."""
 
     kind: str
 

@@ -1,4 +1,4 @@
-"""What every kind of experiment has: run folder, seed, tables, optimizers, planner, trainer, checkpoints.
+"""The parts that every kind of experiment has: run folder, seed, tables, optimizers, planner, trainer, checkpoints.
 
 Every field is a path a user can write in YAML or override on the command line (`trainer.steps=800`). No torch.
 """
@@ -97,7 +97,7 @@ class CheckpointConfig(Section):
 
 
 class CallbackConfig(Section):
-    """What every callback of a plugin has."""
+    """A callback of a plugin."""
 
     kind: str
 
@@ -107,7 +107,7 @@ CALLBACKS = Registry("callback")
 
 
 class RunConfig(Section):
-    """What every kind of experiment has. A recipe's own configuration adds data, model, task and evaluation.
+    """An experiment. A recipe's own configuration adds data, model, task and evaluation.
 
     Without torch, it says all that the planner asks: which tables the model has on data of a schema, and what its
     dense part costs. model_target: "module:name" of what builds the model, `name(config, schema)`.
@@ -169,7 +169,7 @@ class RunConfig(Section):
         return TableConfig(name=name, rows=rows, dtype=embeddings.dtype, optimizer=embeddings.optimizer.kind, **fields)
 
     def batch_sizes(self) -> Mapping[str, int]:
-        """What is dealt evenly to the ranks, by the name of its key."""
+        """The numbers that are dealt evenly to the ranks, by the names of their keys."""
         return {"trainer.global_batch_size": self.trainer.global_batch_size}
 
     def check_ranks(self, ranks: int) -> None:

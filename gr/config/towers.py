@@ -14,7 +14,7 @@ from gr.config.base import Count, PositiveFloat, Probability, Registry, Section
 
 @dataclass(frozen=True)
 class TowerCost:
-    """What a stack of layers takes. One multiply-add is two FLOPs.
+    """The cost of a stack of layers. One multiply-add is two FLOPs.
 
     parameters: exactly those of the module. token_flops: of a token, forward, in matrix products with parameters.
     score_flops: of a pair of a token and one before it (or itself), forward, in attention. kept_bytes: of a token,
@@ -28,7 +28,7 @@ class TowerCost:
 
 
 class TowerConfig(Section):
-    """What every tower has: `Tower(JaggedSequence) -> JaggedSequence` of one width.
+    """A tower: `Tower(JaggedSequence) -> JaggedSequence` of one width.
 
     masks_candidates: whether candidates at the end of a sequence can be kept from seeing one another.
     """
@@ -46,7 +46,7 @@ class TowerConfig(Section):
 
     @property
     def uses_time(self) -> bool:
-        """Whether the tower reads timestamps."""
+        """True where the tower reads timestamps."""
         return False
 
     @property

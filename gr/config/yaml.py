@@ -46,7 +46,7 @@ class Node:
         return node
 
     def origin_of(self, location: Location) -> str:
-        """Where the value at `location` was written; of its nearest written section when it is absent."""
+        """The place where the value at `location` was written, or that of its nearest written section."""
         lengths = range(len(location), -1, -1)
         return next(node.origin for length in lengths if (node := self.find(location[:length])))
 

@@ -105,13 +105,16 @@ def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, name
 
 
 def pooled_vectors(pooled: KeyedTensor, names: Sequence[str]) -> list[Tensor]:
-    """Of what a collection returned. One split of all columns: by name, each would have a gradient as wide as all."""
+    """The vectors of `names` in a collection's output, [B, dim] each.
+
+    All columns are split at once: taken by name, each would have a gradient as wide as all of them.
+    """
     by_name = pooled.to_dict()
     return [by_name[name] for name in names]
 
 
 def row_weighted_vectors(rows: Mapping[str, JaggedTensor], names: Sequence[str], dim: int) -> list[Tensor]:
-    """Of what a row-weighted collection returned: the sum over each bag of its rows times their weights, [B, dim] each.
+    """The sum over each bag of its rows times their weights, [B, dim] each, from a row-weighted collection's output.
 
     As facebookresearch/dlrm --weighted-pooling learned, whose weights start at one.
     """

@@ -47,12 +47,12 @@ class TableShard:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the kernel updates the shard in backward; if not, its gradient is left for TableOptimizer."""
+        """True where the kernel updates the shard in backward; elsewhere its gradient is left for TableOptimizer."""
         return isinstance(self.kernel, FusedKernel)
 
     @property
     def is_pooled(self) -> bool:
-        """Whether the table is of an EmbeddingBagCollection."""
+        """True for a table of an EmbeddingBagCollection."""
         return isinstance(self.kernel, PooledKernel)
 
     def gradient(self) -> Tensor | None:

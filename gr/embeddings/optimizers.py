@@ -26,7 +26,7 @@ from gr.embeddings.state import TableEntry, table_entries
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
-    """What TorchRec hands to fbgemm for the optimizer in backward."""
+    """The parameters that TorchRec hands to fbgemm for the update in backward."""
     optimizer = EmbOptimType[config.fused_type]
     return {"optimizer": optimizer, "learning_rate": config.lr, **config.fused_arguments()}
 

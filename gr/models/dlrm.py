@@ -52,8 +52,8 @@ class DLRM(nn.Module):
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, looked_up: Any = None) -> Tensor:
         """Logits, float [B]. sparse: a key for each feature; an empty bag is a zero vector.
 
-        looked_up: what the tables have for `sparse`; None: look it up. Of sharded tables it is a promise: the bottom MLP
-        runs beside their all-to-all.
+        looked_up: the output of the tables for `sparse`; None: look it up. Sharded tables give a promise: the bottom
+        MLP runs beside their all-to-all.
         """
         looked_up = self.tables(sparse) if looked_up is None else looked_up
         dense_BD = self.bottom(dense_BN)

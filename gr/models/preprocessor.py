@@ -150,7 +150,7 @@ class SequencePreprocessor(nn.Module):
         return place_TD + F.embedding(time_bucket(seconds_T, self.time), self.age)
 
     def _times(self, batch: RankingBatch, layout: TokenLayout, places_S: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of each token, and of the token after it in its example (the last has its own)."""
+        """The time of each token, and that of the token after it in its example (the last one has its own)."""
         if batch.timestamps_T is None:
             return None, None
         first_B = (layout.place_T == 0).nonzero().squeeze(1)

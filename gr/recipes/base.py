@@ -1,4 +1,4 @@
-"""What every kind of experiment answers. gr.experiment asks; a recipe knows no experiment."""
+"""The questions that every kind of experiment answers. gr.experiment asks; a recipe knows no experiment."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,7 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Training:
-    """What a recipe's callbacks may use. writer: on the main rank."""
+    """The parts of a run that a recipe's callbacks may use. writer: None on all ranks but the main one."""
 
     model: nn.Module
     world: World
@@ -104,19 +104,19 @@ class Recipe(ABC, Generic[Config]):
 
     @abstractmethod
     def objective(self, world: World) -> Objective:
-        """What the steps minimise."""
+        """The losses that the steps minimise."""
 
     @abstractmethod
     def loader(self, world: World) -> TrainingLoader:
         """The training batches of this rank. Raises ConfigError where there are fewer than trainer.steps."""
 
     def example_flops(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """FLOPs of examples by their events, int64 [N] -> float64 [N], to deal them to the ranks; None: they are not."""
+        """FLOPs of examples by their events, int64 [N] -> float64 [N], to deal them to the ranks; None: not dealt."""
         return None
 
     @abstractmethod
     def callbacks(self, training: Training) -> list[Callback]:
-        """What this recipe does on a schedule, its evaluation included."""
+        """The callbacks of this recipe, its evaluation included."""
 
     @abstractmethod
     def check_split(self, split: Split) -> None:
@@ -127,11 +127,11 @@ class Recipe(ABC, Generic[Config]):
         """Metrics of a model on one split; the same at every world size. Collective."""
 
     def comparisons(self, split: Split) -> dict[str, Any]:
-        """What the report compares the model with, made on the main rank alone once the report is written."""
+        """Further parts of the report, to compare the model with; made on the main rank once the report is written."""
         return {}
 
     def count(self, counters: Mapping[str, int], world: World) -> dict[str, float]:
-        """What the loaders counted, for the report. Collective."""
+        """The loader's counters, for the report. Collective."""
         return dict(counters)
 
     @classmethod

@@ -160,7 +160,7 @@ def _ranks(batch: EvaluationBatch, scorer: Scorer, candidate_E: np.ndarray) -> n
 
 
 def _usable(train: Dataset, holdout: int, on_bad_row: BadRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each row group: packed items without each user's newest `holdout`, and the lengths left."""
+    """Packed items of each row group, without each user's newest `holdout`, and the lengths that are left."""
     for index in range(len(train.row_groups)):
         group = train.read_row_group(index, ["item_ids"], on_bad_row)
         from_end = np.repeat(group.offsets[1:], group.lengths_B) - np.arange(group.offsets[-1])

@@ -1,4 +1,4 @@
-"""What recipes on user histories share."""
+"""The part that recipes on user histories share."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -20,7 +20,10 @@ Config = TypeVar("Config", bound=HistoryRunConfig)
 
 
 class HistoryRecipe(Recipe[Config], Generic[Config]):
-    """A model on user histories. compared_columns: fields of schema.json that training and evaluation data must share."""
+    """A model on user histories.
+
+    compared_columns: fields of schema.json that training and evaluation data must share.
+    """
 
     schema: DataSchema
     compared_columns: tuple[str, ...] = ("item_cardinality",)

@@ -145,7 +145,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         return chosen
 
     def held_out(self, split: Split) -> bool:
-        """Whether the events of the split were kept out of training, or are of other users."""
+        """True where the events of the split were kept out of training, or are of other users."""
         needed = self.config.evaluation.newest * (1 + NEWER_PARTS[split])
         return not self.config.evaluates_training_users or self.config.data.train_holdout >= needed
 

@@ -1,4 +1,4 @@
-"""What a tower's outputs are compared with, and how: losses, negatives, similarities, places in the whole corpus."""
+"""Training objectives: losses, negatives, similarities, and the place of a target in the whole corpus."""
 
 from gr.tasks.corpus_rank import CorpusRanker
 from gr.tasks.losses import click_loss, multitask_loss, retrieval_loss

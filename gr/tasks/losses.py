@@ -1,5 +1,6 @@
-"""Losses of retrieval, of a click and of several actions at once, from logits. No (tokens x negatives x width) tensor is
-made, and no probability is rounded to 0 or 1 on the way.
+"""Losses of retrieval, of a click and of several actions at once, from logits.
+
+No (tokens x negatives x width) tensor is made, and no probability is rounded to 0 or 1 on the way.
 
 B examples, T tokens, K items, D width, S negatives a token, P predictions, C tasks.
 """

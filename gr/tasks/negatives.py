@@ -1,4 +1,4 @@
-"""Which items a step compares its targets with. Draws depend on (seed, step, global token), never on the world size.
+"""The items that a step compares its targets with. Draws depend on (seed, step, global token), never on the world size.
 
 T tokens of this rank, S negatives a token, K distinct items looked up, C items in the corpus.
 """

@@ -35,7 +35,7 @@ class MLP(nn.Sequential):
 class Dot(nn.Module):
     """[x, <v_i, v_j> for i < j], row by row of the upper triangle; `self_interaction` takes the diagonal too.
 
-    torchrec has the same order. facebookresearch/dlrm goes through the lower triangle: see gr.models.convert.facebook_dlrm.
+    torchrec has the same order. facebookresearch/dlrm goes through the lower one (gr.models.convert.facebook_dlrm).
     """
 
     def __init__(self, vectors: int, dim: int, *, self_interaction: bool) -> None:

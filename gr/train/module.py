@@ -1,4 +1,4 @@
-"""What one training step is: forward, backward and update of a sharded model; what a step minimises."""
+"""One training step: forward, backward and update of a sharded model, and the objective that it minimises."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from gr.train.schedule import rate_factor
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward pass reads, on its device. lookups: the ids that the tables are asked for, None without tables.
+    """The inputs of a forward pass, on its device. lookups: the ids to look up in the tables, None without tables.
 
     candidates: of a step of retrieval.
     """
@@ -35,13 +35,13 @@ class Inputs:
 
 
 class Objective(Protocol):
-    """What the steps of one recipe minimise. The train module averages over the losses of all ranks."""
+    """The losses that the steps of one recipe minimise. The train module averages over those of all ranks."""
 
     def losses(self, batch) -> int:
-        """How many losses this rank's batch has."""
+        """The number of losses of this rank's batch."""
 
     def examples(self, batch) -> int:
-        """How many examples this rank's batch has."""
+        """The number of examples of this rank's batch."""
 
     def inputs(self, batch, step: int, first: int, device: torch.device) -> Inputs:
         """The inputs of a step, from a batch on the CPU.
@@ -76,7 +76,7 @@ class StepLoss:
 class Prepared:
     """A batch of this rank, on its device, and all that its step needs to know of the other ranks' batches.
 
-    tokens, examples: losses and examples of all ranks.
+    tokens, examples: the numbers of losses and of examples over all ranks.
     """
 
     step: int

@@ -12,7 +12,7 @@ AHEAD_ON_GPU = 2
 
 
 class Loader(Protocol):
-    """What training needs of a loader: batches, its position, and the time it kept the trainer waiting."""
+    """A loader, as training needs it: batches, its position, and the time it kept the trainer waiting."""
 
     wait_seconds: float
 

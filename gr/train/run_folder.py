@@ -89,7 +89,7 @@ def _enter(stack: ExitStack, config: RunConfig, world: World) -> None:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What came before all else that went wrong."""
+    """The first error of the chain that led to `error`."""
     while error.__context__ is not None:
         error = error.__context__
     return error
@@ -115,7 +115,10 @@ def write_config(config: RunConfig) -> None:
 
 
 def _commit() -> str:
-    """Of the checkout that gr runs from, marked -dirty where files were changed; without one, GR_COMMIT of an image."""
+    """The commit of the checkout that gr runs from, marked -dirty where files were changed.
+
+    Without a checkout, it is GR_COMMIT, which images set.
+    """
     root = Path(gr.__file__).parent.parent
     if not (root / ".git").exists():
         return f", git {commit}" if (commit := os.environ.get("GR_COMMIT")) else ""
@@ -138,7 +141,7 @@ def _start(config: RunConfig, world: World) -> None:
 
 
 def _status(config: RunConfig, world_size: int) -> RunStatus:
-    """Of a run that starts where its last checkpoint is."""
+    """The status of a run that starts where its last checkpoint is."""
     saved = CheckpointFolder(Path(config.run_dir) / CHECKPOINTS).steps()
     return RunStatus(
         "running",
@@ -150,7 +153,7 @@ def _status(config: RunConfig, world_size: int) -> RunStatus:
 
 
 def _failure(run_dir: Path) -> RunError | None:
-    """What status.json says of a failure, if there is one."""
+    """The failure that status.json tells of, if there is one."""
     if not (run_dir / STATUS).exists():
         return None
     status = read_status(run_dir)

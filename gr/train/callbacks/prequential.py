@@ -1,4 +1,4 @@
-"""Prequential (progressive) validation: every training example is scored before it is trained on (Blum et al., COLT 1999).
+"""Prequential (progressive) validation: an example is scored before it is trained on (Blum et al., COLT 1999).
 
 In one pass, that is; from a second epoch on it has been trained on before. Scores are those of training, with dropout.
 """
@@ -17,7 +17,7 @@ SHOWN = ("ne", "auc", "calibration", "base_rate")
 
 
 class WindowedMetrics(Protocol):
-    """Of the newest examples: update() takes what the objective keeps as scored."""
+    """Metrics of the newest examples: update() takes what the objective keeps as scored."""
 
     @property
     def update(self) -> Callable[..., None]: ...
