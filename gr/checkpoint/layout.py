@@ -44,8 +44,8 @@ class CheckpointFolder:
         """Steps of the complete checkpoints, ascending."""
         if not self.path.is_dir():
             return []
-        found = (STEP_NAME.fullmatch(p.name) for p in self.path.iterdir() if (p / PROGRESS).is_file())
-        return sorted(int(match[1]) for match in found if match)
+        names = (STEP_NAME.fullmatch(p.name) for p in self.path.iterdir() if (p / PROGRESS).is_file())
+        return sorted(int(match[1]) for match in names if match)
 
     def latest(self) -> Path | None:
         return self.final(steps[-1]) if (steps := self.steps()) else None

@@ -192,13 +192,13 @@ class CheckpointStore:
     def _on_all(self, work: Callable[[], str]) -> list[str]:
         """The results of `work` on each rank. An OSError of one rank is raised on all of them. Collective."""
         try:
-            said: list[Any] = [work()]
+            outcome: list[Any] = [work()]
         except OSError as error:
-            said = [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
-        everyone = [json.loads(text) for text in self.savers.gather_text(json.dumps(said))]
-        if faults := [OSError(*each) for each in everyone if len(each) > 1]:
+            outcome = [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
+        outcomes = [json.loads(text) for text in self.savers.gather_text(json.dumps(outcome))]
+        if faults := [OSError(*each) for each in outcomes if len(each) > 1]:
             raise next((fault for fault in faults if not is_transient(fault)), faults[0])
-        return [text for (text,) in everyone]
+        return [text for (text,) in outcomes]
 
     @contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -245,13 +245,12 @@ def verify(path: Path, world: World) -> None:
     checkpoint of another format.
     """
     try:
-        found = find_damage(path, SHARED, world.rank, world.size)
+        damage = find_damage(path, SHARED, world.rank, world.size)
     except OSError as error:
         if is_transient(error):
             raise
         raise CheckpointError(f"{path}: cannot be read: {error}; mend its owner or its mount") from error
-    damage = world.gather_text(found)
-    if faults := [fault for fault in damage if fault]:
+    if faults := [fault for fault in world.gather_text(damage) if fault]:
         raise DamagedCheckpointError(f"{faults[0]}; restore that file, or remove {path} to use the one before")
 
 
@@ -291,9 +290,9 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     """
     progress = read_progress(path)
     saved = read_metadata(path)
-    wanted = _tensors(state)
+    expected = _tensors(state)
     resharded = _rowwise_of_other_blocks(saved, state)
-    faults = _misfits(saved, wanted, skip=resharded)
+    faults = _misfits(saved, expected, skip=resharded)
     if world.any(bool(faults)):
         faults.sort(key=lambda fault: not fault.startswith("tables"))
         shown = "; ".join(faults[:SHOWN_FAULTS]) or "another rank says which tensors"
@@ -303,10 +302,10 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
             "checkpoint (config.yaml)"
         )
     for name in resharded:
-        wanted["tables"].pop(name)
+        expected["tables"].pop(name)
     fulls = {name: torch.empty(size) for name, (size, _) in resharded.items()}
     try:
-        dcp.load(wanted, storage_reader=SafeReader(path))
+        dcp.load(expected, storage_reader=SafeReader(path))
         if fulls:  # not on every rank, so without collectives
             dcp.load({"tables": fulls}, storage_reader=SafeReader(path), no_dist=True)
     except dcp.CheckpointException as error:
@@ -353,7 +352,7 @@ def _dense_states(state: ModelState, optimizer: torch.optim.Optimizer) -> Iterat
 
 def _rowwise_of_other_blocks(saved: Metadata, state: ModelState) -> dict[str, tuple[torch.Size, tuple[int, ...]]]:
     """Row-wise states that were saved under other column blocks, with their saved shape and the blocks' widths."""
-    found = {}
+    mismatched = {}
     for entry in state.tables.entries():
         size = saved_size(saved, f"tables.{entry.name}")
         if not entry.is_rowwise or size is None or size[0] != entry.value.size()[0]:
@@ -361,8 +360,8 @@ def _rowwise_of_other_blocks(saved: Metadata, state: ModelState) -> dict[str, tu
         widths = _saved_widths(saved, f"tables.{entry.name.rpartition('.')[0]}.weight")
         # A table of another width is another table: _misfits says so.
         if widths != entry.column_widths and sum(widths) == sum(entry.column_widths) and len(widths) == size[1]:
-            found[entry.name] = size, widths
-    return found
+            mismatched[entry.name] = size, widths
+    return mismatched
 
 
 def _saved_widths(saved: Metadata, weight: str) -> tuple[int, ...]:
@@ -373,22 +372,22 @@ def _saved_widths(saved: Metadata, weight: str) -> tuple[int, ...]:
     return tuple(width for _, width in sorted({(chunk.offsets[1], chunk.sizes[1]) for chunk in entry.chunks}))
 
 
-def _misfits(saved: Metadata, wanted: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:
+def _misfits(saved: Metadata, expected: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:
     """The faults of a checkpoint that does not fit: other shapes, missing tensors, states that would be dropped."""
     faults = []
-    for group, tensors in wanted.items():
+    for group, tensors in expected.items():
         for name, tensor in tensors.items():
             size = saved_size(saved, f"{group}.{name}")
             if size is None:
                 faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint has none")
             elif size != tensor.size() and name not in skip:
                 faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {tuple(size)}")
-    here = {name.split(".")[0] for name in wanted["tables"]}
+    own_tables = {name.split(".")[0] for name in expected["tables"]}
     for name in saved.state_dict_metadata:
         group, _, tensor_name = name.partition(".")
-        if group == "tables" and tensor_name.split(".")[0] in here and tensor_name not in wanted["tables"]:
+        if group == "tables" and tensor_name.split(".")[0] in own_tables and tensor_name not in expected["tables"]:
             faults.append(f"tables {tensor_name}: the checkpoint has it, the optimizer of the tables has none")
-        if group == "dense_optimizer" and group in wanted and tensor_name not in wanted[group]:
+        if group == "dense_optimizer" and group in expected and tensor_name not in expected[group]:
             faults.append(f"{group} {tensor_name}: the checkpoint has it, the optimizer here has none")
     return faults
 

@@ -98,36 +98,36 @@ def _measure(path: Path, base: "Topology", device: Literal["auto", "cpu", "cuda"
     from gr.dist import world
     from gr.planner.topology import to_yaml
 
-    with world(device) as here:
-        logging.configure(here.rank)
-        measured = measure(here, CPU_LOAD if here.device.type == "cpu" else CUDA_LOAD)
-        if not here.is_main:
+    with world(device) as own:
+        logging.configure(own.rank)
+        measured = measure(own, CPU_LOAD if own.device.type == "cpu" else CUDA_LOAD)
+        if not own.is_main:
             return
-        found = found_figures(measured, here)
-        topology = calibrated(base, found, here)
+        figures = found_figures(measured, own)
+        topology = calibrated(base, figures, own)
         try:
-            path.write_text(to_yaml(topology, provenance(base, found, measured, here)), encoding="utf-8")
+            path.write_text(to_yaml(topology, provenance(base, figures, measured, own)), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out={path}: cannot be written: {error.strerror}") from None
-        _print(base, topology, set(found))
+        _print(base, topology, set(figures))
         _print_links(measured)
     click.echo(f"written: {path}; use it with gr plan --topology {path}")
 
 
-def _print(base: "Topology", topology: "Topology", found: set[str]) -> None:
+def _print(base: "Topology", topology: "Topology", figures: set[str]) -> None:
     table = Table(title=f"this machine, {topology.ranks} ranks on {topology.hosts} hosts, against {base.name}")
     for column in ("of a rank", "here", base.name, "here/there", "unit"):
         table.add_column(column, justify="left" if column in ("of a rank", "unit") else "right")
     for name, (unit, one) in _FIGURES.items():
-        here, there = getattr(topology, name), getattr(base, name)
-        if name in found:
-            shown, ratio = f"{here / one:,.4g}", f"{here / there:.2f}"
+        own, there = getattr(topology, name), getattr(base, name)
+        if name in figures:
+            shown, ratio = f"{own / one:,.4g}", f"{own / there:.2f}"
         else:
             shown, ratio = "not measured", ""
         table.add_row(name, shown, f"{there / one:,.4g}", ratio, unit)
     console = Console()
     console.print(table)
-    kept = [name for name in _FIGURES if name not in found]
+    kept = [name for name in _FIGURES if name not in figures]
     console.print(f"not measured, so the file takes them from {base.name}: {', '.join(kept)}")
     if topology.ranks == 1:
         console.print("one rank measures no link: use --nproc, or torchrun on several hosts")

@@ -38,10 +38,10 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
 @click.argument("right", type=click.Path())
 def diff(left: str, right: str) -> int:
     """Print the paths where two resolved configurations differ, with both values. Exit code 1 when any does."""
-    found = differences(load_config(left), load_config(right))
-    for path, (before, after) in found.items():
+    changes = differences(load_config(left), load_config(right))
+    for path, (before, after) in changes.items():
         click.echo(f"{path}: {before} -> {after}")
-    return 1 if found else 0
+    return 1 if changes else 0
 
 
 @command.command()

@@ -80,10 +80,10 @@ def command(cluster: bool, config: str | None, overrides: tuple[str, ...]) -> in
         return _check_cluster(config, overrides)
     if config is not None:
         raise ConfigError(f"{config}: a configuration is for the checks of all hosts: add --cluster")
-    found = inspect_machine()
-    for line in describe(found):
+    installed = inspect_machine()
+    for line in describe(installed):
         click.echo(line)
-    faults = diagnose(found)
+    faults = diagnose(installed)
     for fault in faults:
         click.echo(f"\nfault: {fault.problem}\n  remedy: {fault.remedy}")
     click.echo("\nok: the packages fit together" if not faults else f"\n{len(faults)} fault(s)")
@@ -153,14 +153,14 @@ def _probe_imports() -> dict:
         return {"errors": {"torch": f"importing ended the process with code {done.returncode}: {last}"}}
 
 
-def describe(found: Installed) -> list[str]:
+def describe(installed: Installed) -> list[str]:
     """The versions, devices and compiler, one a line."""
     rows = [("python", platform.python_version())]
-    rows += [(name, found.versions.get(name, "-")) for name in SHOWN]
+    rows += [(name, installed.versions.get(name, "-")) for name in SHOWN]
     rows.append(("CPU", f"{os.cpu_count()} cores"))
-    build = f"CUDA {found.cuda} build" if found.cuda else "CPU build"
-    none = "unknown: torch does not import" if "torch" in found.errors else f"none ({build} of torch)"
-    rows.append(("GPU", ", ".join(found.gpus) or none))
+    build = f"CUDA {installed.cuda} build" if installed.cuda else "CPU build"
+    none = "unknown: torch does not import" if "torch" in installed.errors else f"none ({build} of torch)"
+    rows.append(("GPU", ", ".join(installed.gpus) or none))
     compiler = _compiler()
     rows.append(("C++ compiler", compiler or "none: the native CPU ops are off, slower pure-torch paths are used"))
     return [f"{name:<16}{value}" for name, value in rows]
@@ -171,45 +171,45 @@ def _compiler() -> str | None:
     return next((path for name in (*named, "g++", "c++", "clang++") if (path := shutil.which(name))), None)
 
 
-def diagnose(found: Installed) -> list[Fault]:
+def diagnose(installed: Installed) -> list[Fault]:
     """The faults, each with the command that mends it. The first one usually explains the later ones."""
-    install = INSTALL["cuda" if found.cuda or found.driver else "cpu"]
-    faults = _version_faults(found, install) or _pairing_faults(found)
+    install = INSTALL["cuda" if installed.cuda or installed.driver else "cpu"]
+    faults = _version_faults(installed, install) or _pairing_faults(installed)
     if not faults:
-        faults = [Fault(f"{name} does not import: {why}", install) for name, why in found.errors.items()]
+        faults = [Fault(f"{name} does not import: {why}", install) for name, why in installed.errors.items()]
     return faults
 
 
-def _version_faults(found: Installed, install: str) -> list[Fault]:
+def _version_faults(installed: Installed, install: str) -> list[Fault]:
     faults = []
-    for name, wanted in WANTED.items():
-        version = _fbgemm_version(found) if name == "fbgemm" else found.versions.get(name)
+    for name, expected in WANTED.items():
+        version = _fbgemm_version(installed) if name == "fbgemm" else installed.versions.get(name)
         if version is None:
             package = "fbgemm-gpu-cpu or fbgemm-gpu" if name == "fbgemm" else name
-            faults.append(Fault(f"{package} {wanted} is needed and not installed", install))
-        elif not fnmatch(version.partition("+")[0], wanted):
-            faults.append(Fault(f"{name} {version} is installed, {wanted} is needed", install))
+            faults.append(Fault(f"{package} {expected} is needed and not installed", install))
+        elif not fnmatch(version.partition("+")[0], expected):
+            faults.append(Fault(f"{name} {version} is installed, {expected} is needed", install))
     return faults
 
 
-def _pairing_faults(found: Installed) -> list[Fault]:
+def _pairing_faults(installed: Installed) -> list[Fault]:
     """The right versions in combinations that cannot work."""
-    cpu, cuda = "fbgemm-gpu-cpu" in found.versions, _has_cuda_fbgemm(found)
+    cpu, cuda = "fbgemm-gpu-cpu" in installed.versions, _has_cuda_fbgemm(installed)
     # Uninstalling either removes the folder they share, so both go and one comes back.
-    swap = f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {INSTALL['cuda' if found.cuda else 'cpu']}"
+    swap = f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {INSTALL['cuda' if installed.cuda else 'cpu']}"
     if cpu and cuda:
         return [Fault("fbgemm-gpu and fbgemm-gpu-cpu are both installed, and write into the same folder", swap)]
-    if cuda and not found.cuda and "torch" not in found.errors:
+    if cuda and not installed.cuda and "torch" not in installed.errors:
         return [Fault("fbgemm-gpu is the CUDA build, torch is the CPU build", swap)]
-    if cpu and found.gpus:
-        return [Fault(f"there is a GPU ({found.gpus[0]}), but fbgemm is the CPU build", swap)]
+    if cpu and installed.gpus:
+        return [Fault(f"there is a GPU ({installed.gpus[0]}), but fbgemm is the CPU build", swap)]
     return []
 
 
-def _has_cuda_fbgemm(found: Installed) -> bool:
+def _has_cuda_fbgemm(installed: Installed) -> bool:
     """fbgemm-gpu X+cpu is this repository's empty stand-in for the CPU build, not the CUDA build."""
-    return not found.versions.get("fbgemm-gpu", "+cpu").endswith("+cpu")
+    return not installed.versions.get("fbgemm-gpu", "+cpu").endswith("+cpu")
 
 
-def _fbgemm_version(found: Installed) -> str | None:
-    return found.versions["fbgemm-gpu"] if _has_cuda_fbgemm(found) else found.versions.get("fbgemm-gpu-cpu")
+def _fbgemm_version(installed: Installed) -> str | None:
+    return installed.versions["fbgemm-gpu"] if _has_cuda_fbgemm(installed) else installed.versions.get("fbgemm-gpu-cpu")

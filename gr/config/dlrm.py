@@ -94,33 +94,33 @@ class DLRMConfig(Section):
         vectors, D, interaction = categorical + 1, self.dim, self.interaction
         flat = vectors * D
         matrices = biases = 0
-        products, kept, width = 0.0, 0.0, flat
+        products, activations, width = 0.0, 0.0, flat
         layers: list[tuple[int, int]] = []
         match interaction:
             case ProjectionInteraction(branch1=branch1, branch2=branch2):
                 layers = [*pairwise((flat, *branch1)), *pairwise((flat, *branch2))]
                 width = D + (branch1[-1] // D) * (branch2[-1] // D)
                 products = 2.0 * (width - D) * D
-                kept = branch1[-1] + branch2[-1]
+                activations = branch1[-1] + branch2[-1]
             case DotInteraction(self_interaction=self_interaction):
                 width = D + vectors * (vectors + (1 if self_interaction else -1)) // 2
                 products = 2.0 * vectors * vectors * D
-                kept = flat
+                activations = flat
             case DCNInteraction(layers=cross_layers, rank=rank):
                 matrices = cross_layers * 2 * flat * rank
                 biases = cross_layers * flat
                 # Of a layer: its input, the low-rank vector, and the factor of x_0.
-                kept = cross_layers * (2 * flat + rank)
+                activations = cross_layers * (2 * flat + rank)
             case CatInteraction():
                 pass
         layers += [*pairwise((dense_features, *self.bottom)), *pairwise((width, *self.top))]
         for into, out in layers:
             matrices += into * out
             biases += out
-            kept += into
+            activations += into
         return TowerCost(
             parameters=matrices + biases,
             token_flops=2.0 * matrices + products,
             score_flops=0.0,
-            kept_bytes=element_bytes * kept,
+            kept_bytes=element_bytes * activations,
         )

@@ -31,8 +31,8 @@ def describe_faults(model: type[BaseModel], findings: list[ErrorDetails], tree: 
         # A union of plain types yields one finding for each member; they are one fault at one place.
         grouped.setdefault(_path(model, finding), []).append(finding)
     return [
-        f"{_origin(tree, path, found[0])}: {_dotted(path)}{_problem(model, path, found)}"
-        for path, found in grouped.items()
+        f"{_origin(tree, path, findings[0])}: {_dotted(path)}{_problem(model, path, findings)}"
+        for path, findings in grouped.items()
     ]
 
 
@@ -122,8 +122,8 @@ def _dotted(path: Location) -> str:
     return f"{'.'.join(map(str, path))}: " if path else ""
 
 
-def _problem(model: type[BaseModel], path: Location, found: list[ErrorDetails]) -> str:
-    finding = found[0]
+def _problem(model: type[BaseModel], path: Location, findings: list[ErrorDetails]) -> str:
+    finding = findings[0]
     kind, value = finding["type"], finding["input"]
     if kind == "extra_forbidden":
         sections = _types_at(model, finding["loc"][:-1])
@@ -143,7 +143,7 @@ def _problem(model: type[BaseModel], path: Location, found: list[ErrorDetails]) 
             return f"kind {value['kind']} is now written {now[choice]}"
         tags = [str(tag).strip("'") for tag in str(finding["ctx"]["expected_tags"]).split(", ")]
         return f"unknown kind {describe(value['kind'])}; {_nearest(str(value['kind']), tags, 'allowed')}"
-    if all(each["type"] == "literal_error" for each in found):
+    if all(each["type"] == "literal_error" for each in findings):
         options = [str(option) for member in _types_at(model, finding["loc"]) for option in get_args(member)]
         return f"{describe(value)} is not allowed; {_nearest(str(value), options, 'allowed')}"
     if kind in ("too_long", "too_short"):
@@ -152,13 +152,13 @@ def _problem(model: type[BaseModel], path: Location, found: list[ErrorDetails]) 
         return f"expected an integer, got {value}; write {int(value)}"
     word = "model" if kind.startswith("model_") else kind.removesuffix("_type").removesuffix("_from_float")
     if word in _EXPECTED:
-        return f"expected {' or '.join(_alternatives(found, word))}, got {describe(value)}"
+        return f"expected {' or '.join(_alternatives(findings, word))}, got {describe(value)}"
     message = str(finding["msg"]).removeprefix("Input ")
     return f"{message}, got {describe(value)}"
 
 
-def _alternatives(found: list[ErrorDetails], first: str) -> list[str]:
-    words = [first] + [str(each["type"]).removesuffix("_type") for each in found[1:]]
+def _alternatives(findings: list[ErrorDetails], first: str) -> list[str]:
+    words = [first] + [str(each["type"]).removesuffix("_type") for each in findings[1:]]
     return list(dict.fromkeys(_EXPECTED[word] for word in words if word in _EXPECTED))
 
 

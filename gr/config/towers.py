@@ -101,14 +101,14 @@ class HSTUConfig(TowerConfig):
         biases = (2 * max_length - 1) * self.position_bias + (self.time_buckets + 1) * self.time_bias
         # The input, U V Q K before and after SiLU, attention's output. Where W_o reads three parts, also the norm of
         # that output, what enters W_o, and dropout's mask, a byte an element on CUDA.
-        kept = element_bytes * (dim + 2 * (2 * HQ + 2 * HV) + HV)
+        activations = element_bytes * (dim + 2 * (2 * HQ + 2 * HV) + HV)
         if self.concat_ua:
-            kept += element_bytes * (HV + gated) + gated
+            activations += element_bytes * (HV + gated) + gated
         return TowerCost(
             parameters=self.layers * (matrices + dim + biases),
             token_flops=self.layers * 2 * matrices,
             score_flops=self.layers * 2 * (HQ + HV),
-            kept_bytes=self.layers * kept,
+            kept_bytes=self.layers * activations,
         )
 
 
@@ -131,12 +131,12 @@ class SASRecConfig(TowerConfig):
         matrices = 4 * D * D + 2 * D * F
         # 33 d in bf16 for F = 4 D, as arXiv 2402.17152 counts: input and its norm, q k v, attention's output, the
         # feed-forward's input and its norm (2 bytes each), a dropout mask (1), two hidden states of the feed-forward.
-        kept = element_bytes * (8 * D + 2 * F) + D
+        activations = element_bytes * (8 * D + 2 * F) + D
         return TowerCost(
             parameters=self.layers * (matrices + 5 * D + F + 4 * D) + 2 * D,
             token_flops=self.layers * 2 * matrices,
             score_flops=self.layers * 4 * D,
-            kept_bytes=self.layers * kept,
+            kept_bytes=self.layers * activations,
         )
 
 
@@ -187,12 +187,12 @@ class STUConfig(TowerConfig):
         norms = 2 * dim + 2 * (self.heads if self.group_norm else HV)
         # arXiv 2402.17152, section 3.4: 2d + 2d + 4 h d_qk + 4 h d_v + 2 h d_v bytes in bf16 for the input, its norm,
         # U V Q K and attention's output; with recompute=layer, U V Q K and the norm are built again.
-        kept = 2 * dim + 2 * HQ + 3 * HV if self.recompute == "gate" else dim + HV
+        activations = 2 * dim + 2 * HQ + 3 * HV if self.recompute == "gate" else dim + HV
         return TowerCost(
             parameters=self.layers * (matrices + 2 * HV + 2 * HQ + norms),
             token_flops=self.layers * 2 * matrices,
             score_flops=self.layers * 2 * (HQ + HV),
-            kept_bytes=self.layers * element_bytes * kept,
+            kept_bytes=self.layers * element_bytes * activations,
         )
 
 

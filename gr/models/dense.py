@@ -47,9 +47,10 @@ def initialise_dense(model: nn.Module, seed: int) -> None:
     for path, module in modules:
         for name, tensor in _own_tensors(module):
             if tensor.numel() and bool(_is_mark(tensor).any()):
+                place = f"{path + '.' if path else ''}{name} of {type(module).__qualname__}"
                 raise TrainingError(
-                    f"nothing fills {path + '.' if path else ''}{name} of {type(module).__qualname__}: models are built "
-                    "on meta, where values given in __init__ are lost; fill it in the class's reset_parameters"
+                    f"nothing fills {place}: models are built on meta, where values given in __init__ are lost; "
+                    "fill it in the class's reset_parameters"
                 )
 
 

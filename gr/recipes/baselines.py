@@ -43,9 +43,9 @@ class Scorer:
             ends = np.cumsum(length_B)
             user_T = np.repeat(np.arange(len(length_B)), length_B)
             age_T = ends[user_T] - 1 - np.arange(len(items_T))
-            kept = age_T < self.last
-            weights = self.decay ** age_T[kept].astype(np.float64)
-            recent = sp.csr_array((weights, (user_T[kept], items_T[kept])), shape=(len(length_B), items))
+            recent_T = age_T < self.last
+            weights = self.decay ** age_T[recent_T].astype(np.float64)
+            recent = sp.csr_array((weights, (user_T[recent_T], items_T[recent_T])), shape=(len(length_B), items))
             out += (recent @ self.matrix).toarray()
         return out if self.prior is None else out + self.prior
 

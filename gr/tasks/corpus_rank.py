@@ -41,20 +41,20 @@ class CorpusRanker:
         seen = self._seen_places(batch)
         column, mine = self._locate(targets)
         # The score of each target, and on how many ranks it was found, which is one.
-        target_score, found = torch.zeros(2, len(targets), dtype=torch.float64, device=queries.device)
-        found[mine] = 1.0
+        target_score, owners = torch.zeros(2, len(targets), dtype=torch.float64, device=queries.device)
+        owners[mine] = 1.0
         first_pass, second_pass = self._two_passes(queries, seen)
         for first, score in first_pass:
-            here = mine & (column >= first) & (column < first + score.shape[1])
-            target_score[here] = score[here, column[here] - first].double()
+            inside = mine & (column >= first) & (column < first + score.shape[1])
+            target_score[inside] = score[inside, column[inside] - first].double()
         self._sum(target_score)
-        self._sum(found)
-        if len(strangers := targets[(found == 0) & (targets > 0)]):  # 0 only fills up the batch
-            raise DataError(f"target item {int(strangers[0])} is not in the corpus (items.parquet) of data.path")
+        self._sum(owners)
+        if len(unknown := targets[(owners == 0) & (targets > 0)]):  # 0 only fills up the batch
+            raise DataError(f"target item {int(unknown[0])} is not in the corpus (items.parquet) of data.path")
         beaten_by = torch.zeros_like(target_score)
-        wanted = target_score.to(queries.dtype)[:, None]
+        target = target_score.to(queries.dtype)[:, None]
         for _, score in second_pass:
-            beaten_by += (score > wanted).sum(1).double() + 0.5 * (score == wanted).sum(1).double()
+            beaten_by += (score > target).sum(1).double() + 0.5 * (score == target).sum(1).double()
             # A NaN loses every comparison, which would look like a win for the target.
             beaten_by[score.isnan().any(1)] = torch.nan
         self._sum(beaten_by)
@@ -77,8 +77,8 @@ class CorpusRanker:
         owner, place = seen
         for first in range(0, len(self.ids), SCORE_BLOCK):
             score = queries @ self.items[first : first + SCORE_BLOCK].T
-            here = (place >= first) & (place < first + SCORE_BLOCK)
-            score[owner[here], place[here] - first] = -torch.inf
+            inside = (place >= first) & (place < first + SCORE_BLOCK)
+            score[owner[inside], place[inside] - first] = -torch.inf
             yield first, score
 
     def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:

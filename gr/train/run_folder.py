@@ -36,11 +36,11 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
     where the folder cannot be written or is in use. Collective.
     """
     run_dir = Path(config.run_dir)
-    asked = False
+    requested = False
 
     def ask() -> None:
-        nonlocal asked
-        asked = True
+        nonlocal requested
+        requested = True
         raise Interrupted
 
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
             raise
         except BaseException as error:
             # Whatever the interruption became on its way: torch wraps what ends a load, and tells all ranks.
-            if asked or isinstance(error, Interrupted):
+            if requested or isinstance(error, Interrupted):
                 first = _first(error)
                 # An ordinary error before the signal: its peer has stopped and left, or else this rank had crashed
                 # already, and torchrun sent the signal for that.

@@ -23,16 +23,16 @@ def on_stop_signal(ask: Callable[[], None]) -> Iterator[None]:
 
     SIGUSR1 never does: it is a launcher's own, which may reach a rank long before or after the scheduler's SIGTERM.
     """
-    asked, first = False, math.inf
+    requested, first = False, math.inf
 
     def hear(number: int, frame: FrameType | None) -> None:
-        nonlocal asked, first
+        nonlocal requested, first
         if number != signal.SIGUSR1:
             if time.monotonic() - first >= ONE_REQUEST_SECONDS:
                 raise KeyboardInterrupt
             first = min(first, time.monotonic())
-        if not asked:
-            asked = True
+        if not requested:
+            requested = True
             ask()
 
     before = {number: signal.signal(number, hear) for number in STOP_SIGNALS}
