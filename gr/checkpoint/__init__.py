@@ -1,6 +1,7 @@
 """Checkpoints: torch.distributed.checkpoint under a layout that never shows a half-written one."""
 
 from gr.checkpoint.layout import CheckpointFolder, resolve
-from gr.checkpoint.store import CheckpointStore, ModelState, load_state, resume_from, verify
+from gr.checkpoint.resume import resume_from, verify
+from gr.checkpoint.store import CheckpointStore, ModelState, load_state
 
 __all__ = ["CheckpointFolder", "CheckpointStore", "ModelState", "load_state", "resolve", "resume_from", "verify"]

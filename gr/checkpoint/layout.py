@@ -23,7 +23,9 @@ from gr.files import is_transient, write_json
 STEP_NAME = re.compile(r"step-(\d{8,})")
 PROGRESS = "progress.json"
 CONFIG = "config.yaml"
+METADATA = ".metadata"
 CHECKPOINTS = "checkpoints"
+SHARED = (CONFIG, PROGRESS, METADATA)  # files that rank 0 writes for all, beside the artifacts
 FORMAT = 2  # 1: without schema.json
 BEST = "best.json"
 

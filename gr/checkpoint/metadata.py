@@ -13,10 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
+from gr.checkpoint.layout import METADATA
 from gr.errors import CheckpointError
 from gr.files import is_transient
 
-METADATA = ".metadata"
 _ADMITTED = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",

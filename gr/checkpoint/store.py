@@ -22,17 +22,15 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from gr import watchdog
-from gr.checkpoint.checksums import find_damage, sums_of, write_sums
-from gr.checkpoint.layout import CONFIG, FORMAT, PROGRESS, CheckpointFolder, read_progress, resolve
-from gr.checkpoint.metadata import METADATA, SafeReader, read_metadata
+from gr.checkpoint.checksums import sums_of, write_sums
+from gr.checkpoint.layout import CONFIG, FORMAT, PROGRESS, SHARED, CheckpointFolder, read_progress
+from gr.checkpoint.metadata import SafeReader, read_metadata
 from gr.dist import World
-from gr.errors import CheckpointError, DamagedCheckpointError
+from gr.errors import CheckpointError
 from gr.files import DISK_FULL, is_transient, write_json, write_text
 from gr.logging import get_logger
 
 log = get_logger(__name__)
-SHARED = (CONFIG, PROGRESS, METADATA)  # files that rank 0 writes for all, beside the artifacts
 SHOWN_FAULTS = 3
 
 
@@ -238,49 +236,6 @@ def _cause(error: BaseException) -> BaseException:
     return next((cause for cause in causes if isinstance(cause, OSError) and not is_transient(cause)), causes[0])
 
 
-def verify(path: Path, world: World) -> None:
-    """Raises DamagedCheckpointError on every rank where a file of a checkpoint is not what was written. Collective.
-
-    Raises CheckpointError or OSError, on the rank that met it, where a file is there and cannot be read, and for a
-    checkpoint of another format.
-    """
-    try:
-        damage = find_damage(path, SHARED, world.rank, world.size)
-    except OSError as error:
-        if is_transient(error):
-            raise
-        raise CheckpointError(f"{path}: cannot be read: {error}; mend its owner or its mount") from error
-    if faults := [fault for fault in world.gather_text(damage) if fault]:
-        raise DamagedCheckpointError(f"{faults[0]}; restore that file, or remove {path} to use the one before")
-
-
-def resume_from(folder: Path, load_from: str | None, world: World) -> Path | None:
-    """The newest undamaged checkpoint under `folder`, or else the one that load_from names; None where there is none.
-
-    Damaged ones of the run are set aside for the one before. Raises DamagedCheckpointError where there is none before,
-    or load_from is damaged. Collective.
-    """
-    checkpoints = CheckpointFolder(folder)
-    steps = [int(step) for step in world.from_main(" ".join(map(str, checkpoints.steps()))).split()]
-    for step in reversed(steps):
-        path = checkpoints.final(step)
-        watchdog.enter(f"verifying {path}")
-        try:
-            verify(path, world)
-        except DamagedCheckpointError as error:
-            if step == steps[0]:
-                raise
-            aside = checkpoints.set_aside(step) if world.is_main else path
-            log.warning("%s. Resuming from the one before; the damaged one is now %s", error, aside)
-            continue
-        return path
-    if load_from is None:
-        return None
-    path = Path(world.from_main(str(resolve(load_from)) if world.is_main else ""))
-    verify(path, world)
-    return path
-
-
 def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     """Loads a checkpoint into the live tensors, under whatever plan and world size; returns its progress.
 
@@ -398,4 +353,4 @@ def saved_size(saved: Metadata, name: str) -> torch.Size | None:
     return entry.size if isinstance(entry, TensorStorageMetadata) else None
 
 
-__all__ = ["CheckpointStore", "ModelState", "load_state", "resume_from", "verify"]
+__all__ = ["CheckpointStore", "ModelState", "load_state"]

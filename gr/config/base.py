@@ -57,6 +57,10 @@ class Registry:
             )
         self._configs[kind], self._targets[kind] = config, target
 
+    def remove(self, kind: str) -> None:
+        """Takes a kind out again, as tests do with their own."""
+        del self._configs[kind], self._targets[kind]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._configs)
 

@@ -41,6 +41,20 @@ def test_every_folder_of_gr_is_a_package():
     assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
+def test_no_room_of_gr_is_full():
+    files = [path for suffix in ("py", "cpp", "h") for path in (ROOT / "gr").rglob(f"*.{suffix}")]
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
+    assert list(rules.full_rooms(rules.room_sizes(lines))) == []
+
+
+def test_a_full_room_is_named():
+    sizes = rules.room_sizes(
+        {"gr/config/a.py": 3000, "gr/errors.py": 600, "gr/files.py": 501, "gr/ops/x/a.cpp": 17_000}
+    )
+    faults = " ".join(rules.full_rooms(sizes))
+    assert all(part in faults for part in ("gr/config has 3.00", "gr/ground has 1.10", "gr/ops has 17.00", "has 21.10"))
+
+
 _LONG_BODY = "\n".join(["    x = 1"] * 60)
 _NINE, _THIRTEEN = (", ".join(f"p{i}" for i in range(count)) for count in (9, 13))
 

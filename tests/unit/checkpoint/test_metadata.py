@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gr.checkpoint.metadata import METADATA, read_metadata
+from gr.checkpoint.layout import METADATA
+from gr.checkpoint.metadata import read_metadata
 from gr.errors import CheckpointError
 
 
