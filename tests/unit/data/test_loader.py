@@ -10,7 +10,9 @@ import pytest
 
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader, evaluation_batches
+from gr.data.history_epochs import HistoryEpochs
+from gr.data.loader import ResumableLoader
+from gr.data.user_batches import evaluation_batches
 from gr.errors import CheckpointError, ConfigError, DataError
 
 Make = Callable[..., Path]
@@ -26,9 +28,10 @@ def dataset(make_folder: Make) -> Dataset:
 
 def loader(
     dataset: Dataset, rank: int = 0, world_size: int = 1, seed: int = 1, batch: int = BATCH, **config
-) -> TrainLoader:
+) -> ResumableLoader:
     settings = HistoryDataConfig(path="x", **({"train_holdout": 0, "max_length": 3, "lanes": LANES} | config))
-    return TrainLoader(dataset, settings, seed=seed, global_batch_size=batch, rank=rank, world_size=world_size)
+    epochs = HistoryEpochs(dataset, settings, seed=seed, global_batch_size=batch, rank=rank, world_size=world_size)
+    return ResumableLoader(epochs)
 
 
 def users(batch) -> list[int]:
@@ -36,7 +39,7 @@ def users(batch) -> list[int]:
     return [int(values[0]) - 1 for values in batch.features.values().split(lengths)]
 
 
-def take(source: TrainLoader, steps: int) -> list[list[int]]:
+def take(source: ResumableLoader, steps: int) -> list[list[int]]:
     return [users(next(source)) for _ in range(steps)]
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gr.batch import TabularBatch
+from gr.data.loader import ResumableLoader
 from gr.data.tabular import TabularDataset
-from gr.data.tabular_loader import TabularLoader
+from gr.data.tabular_pass import TabularPass
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.schema import DataSchema, DenseTransform, SourceRows, SparseColumn, TabularSchema
 
@@ -127,14 +128,17 @@ def test_folders_that_are_none(make: Make, tmp_path: Path) -> None:
         TabularDataset.open(folder)
 
 
-def loader(folder: Path, rank: int = 0, world_size: int = 1, size: int = 12, **options: object) -> TabularLoader:
-    return TabularLoader(
+def loader(
+    folder: Path, rank: int = 0, world_size: int = 1, size: int = 12, start_step: int = 0, **options: object
+) -> ResumableLoader[TabularBatch]:
+    rows = TabularPass(
         TabularDataset.open(folder),
         global_batch_size=size,
         rank=rank,
         world_size=world_size,
         **options,  # type: ignore[arg-type]
     )
+    return ResumableLoader(rows, start=start_step)
 
 
 def rows_of(batch: TabularBatch) -> list[int]:

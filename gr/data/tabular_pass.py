@@ -1,0 +1,138 @@
+"""One pass over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gr.batch import TabularBatch
+from gr.data.collate import Counts
+from gr.data.loader import ResumableSource, checksums, rank_batch_size
+from gr.data.order import TrainingOrder
+from gr.data.tabular import TabularDataset, TabularRows
+from gr.errors import ConfigError
+from gr.logging import get_logger, log_once
+
+log = get_logger(__name__)
+
+
+class TabularPass(ResumableSource[TabularRows, TabularBatch]):
+    """Rows [b*G, (b+1)*G) of the pass, in file order, of which rank r takes the r-th of world_size equal slices.
+
+    The cursor is the step: batches before this one.
+    """
+
+    order_name = "pass over the data"
+    identity_keys = "data folder, rows, batch size and seed"
+    stop: int
+    read_threads = capacity = prefetch = 2
+
+    def __init__(
+        self,
+        dataset: TabularDataset,
+        *,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        shuffle_seed: int | None = None,
+        rows: slice | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        """global_batch_size: G, rows a step over all ranks. shuffle_seed: instead of file order, row groups in a random
+        order and the rows of each in a random order; the same at any world size. rows: part of the data to go over.
+        drop_last: leave out the last G' < G rows; otherwise they are shared as evenly as ranks allow, which may leave a
+        rank with a batch of no rows.
+
+        Raises ConfigError if the world size does not divide G, there is no whole batch, or `rows` is outside the data.
+        """
+        rank_batch_size("global_batch_size", global_batch_size, world_size)
+        self._dataset, self._size, self._rank, self._world_size = dataset, global_batch_size, rank, world_size
+        first_row, stop_row = _bounds(rows, dataset.rows)
+        spans = _spans(dataset.row_counts, first_row, stop_row)
+        self._group_S, self._start_S, stop_S = np.array(spans, dtype=np.int64).T
+        self._order = TrainingOrder(
+            (stop_S - self._start_S).tolist(),
+            lanes=1,
+            seed=0 if shuffle_seed is None else shuffle_seed,
+            shuffle=shuffle_seed is not None,
+        )
+        batches, rest = divmod(self._order.rows, global_batch_size)
+        self.stop = batches if drop_last or not rest else batches + 1
+        self._dropped = rest if drop_last else 0
+        if not self.stop:
+            raise ConfigError(
+                f"{dataset.path}: {rest} rows do not fill one batch of {global_batch_size}; set a smaller batch size, "
+                "or drop_last=False"
+            )
+        if self._dropped:
+            log_once(log, f"{dataset.path}: the last {rest} rows do not fill a batch of {global_batch_size}: left out")
+        self.identity = {
+            "first_row": first_row,
+            "stop_row": stop_row,
+            "global_batch_size": global_batch_size,
+            "shuffle_seed": shuffle_seed,
+            **checksums(dataset.row_counts, dataset.schema),
+        }
+
+    def read(self, row_group: int) -> TabularRows:
+        return self._dataset.read_row_group(row_group)
+
+    def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+        first = cursor * self._size
+        size = min(self._size, self._order.rows - first)
+        start, stop = (first + r * size // self._world_size for r in (self._rank, self._rank + 1))
+        span_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
+        return self._group_S[span_B], self._start_S[span_B] + row_B
+
+    def collate(
+        self, cursor: int, groups: Sequence[TabularRows], group_B: np.ndarray, row_B: np.ndarray
+    ) -> tuple[TabularBatch, Counts]:
+        schema = self._dataset.schema
+        size = len(row_B)
+        labels_B = np.empty(size, dtype=np.float32)
+        dense_BN = np.empty((size, len(schema.dense)), dtype=np.float32)
+        hots = [column.hots for column in schema.sparse]
+        ids_BH = np.empty((size, sum(hots)), dtype=np.int64)
+        for index, group in enumerate(groups):
+            chosen, rows = group_B == index, row_B[group_B == index]
+            labels_B[chosen], dense_BN[chosen] = group.labels_B[rows], group.dense_BN[rows]
+            ids_BH[chosen] = group.ids_BH[rows]
+        ends = list(accumulate(hots))
+        values = [ids_BH[:, end - width : end].reshape(-1) for end, width in zip(ends, hots, strict=True)]
+        batch = TabularBatch(
+            dense_BN=torch.from_numpy(dense_BN),
+            sparse=KeyedJaggedTensor(
+                keys=[column.name for column in schema.sparse],
+                values=torch.from_numpy(np.concatenate(values)),
+                lengths=torch.from_numpy(np.repeat(np.asarray(hots, dtype=np.int64), size)),
+                stride=size,
+            ),
+            labels_B=torch.from_numpy(labels_B),
+            first_example=cursor * self._size,
+        )
+        return batch, Counts()
+
+    def counters(self, counts: Counts) -> dict[str, int]:
+        """Rows of the pass that no rank gives: those after the last whole batch."""
+        return {"dropped_examples": self._dropped}
+
+
+def _bounds(rows: slice | None, total: int) -> tuple[int, int]:
+    first, stop = (0, total) if rows is None else (rows.start or 0, total if rows.stop is None else rows.stop)
+    if (rows is not None and rows.step not in (None, 1)) or not 0 <= first < stop <= total:
+        raise ConfigError(
+            f"rows {rows} are no part of the {total} rows of the data; give slice(start, stop) within them"
+        )
+    return first, stop
+
+
+def _spans(row_counts: list[int], first: int, stop: int) -> list[tuple[int, int, int]]:
+    """(row group, first row, stop row within it) of the row groups that hold rows first to stop."""
+    starts = [0, *accumulate(row_counts)]
+    return [
+        (group, max(first - start, 0), min(stop - start, count))
+        for group, (start, count) in enumerate(zip(starts, row_counts, strict=False))
+        if start < stop and start + count > first
+    ]
