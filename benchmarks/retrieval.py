@@ -6,7 +6,7 @@ from gr.train.objectives import RetrievalObjective
 from gr.batch import RetrievalBatch
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.tasks import CandidateSampler

@@ -84,7 +84,7 @@ class Counts:
 
 
 def collate_train(
-    rows: Rows, config: HistoryDataConfig, draws: Draws, *, first_example: int
+    rows: Rows, draws: Draws, first_example: int, config: HistoryDataConfig
 ) -> tuple[RetrievalBatch, Counts]:
     """Inputs and next items of each example, without its newest config.train_holdout events.
 
@@ -98,15 +98,11 @@ def collate_train(
         inputs_B = random_ends(inputs_B, draws)
     start_B, length_B, place_T, dropped = chosen_events(rows, inputs_B, config, draws)
     next_T = _followers(length_B, place_T, inputs_B)
-    times = next_times = None
-    if rows.timestamps:
-        times = torch.from_numpy(rows.at("timestamps", length_B, place_T))
-        next_times = torch.from_numpy(rows.at("timestamps", length_B, next_T))
     batch = RetrievalBatch(
         features=_features(rows.at("item_ids", length_B, place_T), length_B),
         target_ids_T=torch.from_numpy(rows.at("item_ids", length_B, next_T)),
-        timestamps_T=times,
-        query_timestamps_T=next_times,
+        timestamps_T=_times(rows, length_B, place_T),
+        query_timestamps_T=_times(rows, length_B, next_T),
         first_example=first_example,
     )
     return batch, Counts(int(start_B.sum()), empty, dropped, len(place_T))
@@ -165,11 +161,10 @@ def collate_evaluation(
         seen_ids, seen_offsets = np.empty(0, dtype=np.int64), np.zeros(len(before_B) + 1, dtype=np.int64)
     else:
         seen_ids, seen_offsets = _seen(seen, before_B if whole else length_B, targets)
-    times, next_times = _times(rows, start_B, length_B)
     batch = EvaluationBatch(
         features=_features(items, length_B),
-        timestamps_T=times,
-        query_timestamps_T=next_times,
+        timestamps_T=_times(rows, length_B, ranges(start_B, length_B)),
+        query_timestamps_T=_times(rows, length_B, ranges(start_B + 1, length_B)),
         target_ids_B=torch.from_numpy(targets),
         valid_B=torch.from_numpy(valid_B),
         seen_ids=torch.from_numpy(seen_ids),
@@ -186,11 +181,8 @@ def _seen(items: np.ndarray, length_B: np.ndarray, targets: np.ndarray) -> tuple
     return keys % bound, _offsets(np.bincount(keys // bound, minlength=len(length_B)))
 
 
-def _times(rows: Rows, start_B: np.ndarray, length_B: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-    if not rows.timestamps:
-        return None, None
-    times = rows.gather("timestamps", start_B, length_B)
-    return torch.from_numpy(times), torch.from_numpy(rows.gather("timestamps", start_B + 1, length_B))
+def _times(rows: Rows, length_B: np.ndarray, place_T: np.ndarray) -> Tensor | None:
+    return torch.from_numpy(rows.at("timestamps", length_B, place_T)) if rows.timestamps else None
 
 
 def _features(items: np.ndarray, length_B: np.ndarray) -> KeyedJaggedTensor:

@@ -1,14 +1,14 @@
 """ResumableLoader: this rank's training batches, decoded and collated ahead, from any position in their order.
 
-A BatchSource says which rows a batch has and how decoded rows become a batch. There are three that can resume
-(history_epochs.py, time_windows.py, tabular_pass.py) and the one pass of an evaluation (user_batches.py).
-B examples of a batch on this rank.
+A BatchSource says which rows a batch has and how decoded rows become a batch: history_batches.py, time_windows.py and
+tabular_pass.py have one each to train on, history_batches.py one to evaluate on. B examples of a batch on this rank.
 """
 
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
@@ -28,7 +28,7 @@ class BatchSource(ABC, Generic[Group, Batch]):
     """The batches of one rank. Each has a cursor, an integer that starts at 0 and grows by `stride` with every batch.
 
     stop: the cursor after the last batch, None where there is no last one. read_threads: threads that decode row
-    groups, and the number of batches planned ahead. capacity: decoded row groups that are held for later batches.
+    groups, and the number of batches planned ahead. capacity: decoded row groups that stay for later batches.
     """
 
     stride: int = 1
@@ -45,19 +45,17 @@ class BatchSource(ABC, Generic[Group, Batch]):
         """The row group (-1: no row) of each example of a batch, and the row within it: int64 [B] each."""
 
     @abstractmethod
-    def collate(
-        self, cursor: int, groups: Sequence[Group], group_B: np.ndarray, row_B: np.ndarray
-    ) -> tuple[Batch, Counts]:
-        """The batch at `cursor`. groups: its row groups, decoded; group_B: the index of each example among them."""
+    def collate(self, cursor: int, groups: Sequence[Group], group_B: np.ndarray, row_B: np.ndarray) -> Any:
+        """A batch and its Counts. groups: its row groups, decoded; group_B: the index of each example among them."""
 
-    def batches(self, start: int, stop: int | None) -> Iterator[tuple[Batch, Counts]]:
+    def batches(self, start: int, stop: int | None) -> Generator[tuple[Batch, Counts], None, None]:
         """The batches from cursor `start` to before `stop`, while the row groups of the next ones are decoded."""
         cache = RowGroupCache(self.read, threads=self.read_threads, capacity=self.capacity)
         planned: deque[tuple[int, list[Future[Group]], np.ndarray, np.ndarray]] = deque()
         try:
             for cursor in count(start, self.stride) if stop is None else range(start, stop, self.stride):
                 group_B, row_B = self.rows(cursor)
-                planned.append((cursor, *cache.request_all(group_B), row_B))
+                planned.append((cursor, *cache.request(group_B), row_B))
                 if len(planned) > self.read_threads:
                     yield self._collated(*planned.popleft())
             while planned:
@@ -65,24 +63,22 @@ class BatchSource(ABC, Generic[Group, Batch]):
         finally:
             cache.close()
 
-    def _collated(
-        self, cursor: int, groups: list[Future[Group]], group_B: np.ndarray, row_B: np.ndarray
-    ) -> tuple[Batch, Counts]:
-        return self.collate(cursor, [group.result() for group in groups], group_B, row_B)
+    def _collated(self, cursor: int, groups: list[Future[Group]], *places_B: np.ndarray) -> tuple[Batch, Counts]:
+        return self.collate(cursor, [group.result() for group in groups], *places_B)
 
 
 class ResumableSource(BatchSource[Group, Batch]):
     """A BatchSource in an order that a checkpoint can name.
 
     cursor_name: key of the cursor in a loader's state. identity: what else determines the order, the same on all
-    ranks; a checkpoint with another value is refused. order_name, identity_keys: how the message calls the order and
-    the settings behind its identity. prefetch: batches collated ahead.
+    ranks; a checkpoint with another value is refused. order_name, identity_keys: how that message calls the order and
+    the settings that determine it. prefetch: batches collated ahead.
     """
 
     cursor_name: str = "step"
+    identity: dict[str, int | None]
     order_name: str
     identity_keys: str
-    identity: dict[str, int | None]
     prefetch: int
 
     @abstractmethod
@@ -90,7 +86,7 @@ class ResumableSource(BatchSource[Group, Batch]):
         """The counters of this rank, given the sum of the counts of all batches handed out."""
 
     def log(self, counts: Counts) -> None:
-        """Logs, once, what a batch that is handed out leaves out."""
+        """Logs, once, that a batch leaves something out."""
 
 
 class ResumableLoader(Generic[Batch]):
@@ -119,15 +115,13 @@ class ResumableLoader(Generic[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        failed = self._ahead is not None and self._ahead.error is not None
-        if not failed and (self._closed or self._cursor == self.source.stop):
-            self._stop_threads()
-            raise StopIteration
         if self._ahead is None:
+            if self._closed:
+                raise StopIteration
             self._ahead = Ahead(self.source.batches(self._cursor, self.source.stop), self.source.prefetch)
-        waited = self._ahead.wait_seconds
-        batch, counts = self._ahead.take()
-        self.wait_seconds += self._ahead.wait_seconds - waited
+        started = time.perf_counter()
+        batch, counts = next(self._ahead)
+        self.wait_seconds += time.perf_counter() - started
         self._cursor += self.source.stride
         self._counts += counts
         self.source.log(counts)
@@ -153,14 +147,16 @@ class ResumableLoader(Generic[Batch]):
                     f"the checkpoint's {source.order_name} has {name}={state.get(name)}, this run has {name}={own}; "
                     f"resume with the same {source.identity_keys}, or start a new run"
                 )
-        self._stop_threads()
-        self._ahead = None
         self._seek(int(state[source.cursor_name]), CheckpointError)
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def close(self) -> None:
         """Stops the threads; next() then raises StopIteration. Safe to call twice."""
         self._closed = True
-        self._stop_threads()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __enter__(self) -> Self:
         return self
@@ -173,10 +169,6 @@ class ResumableLoader(Generic[Batch]):
         if cursor < 0 or (stop is not None and cursor > stop):
             raise error(f"{self.source.cursor_name} {cursor} is outside the pass; it has {stop} batches")
         self._cursor = cursor
-
-    def _stop_threads(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
 
 
 def checksums(row_counts: Sequence[int], schema: BaseModel) -> dict[str, int | None]:

@@ -31,7 +31,7 @@ class TrainingOrder:
     Raises ConfigError when there are more lanes than rows.
     """
 
-    def __init__(self, row_counts: Sequence[int], *, lanes: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, row_counts: Sequence[int] | np.ndarray, *, lanes: int, seed: int, shuffle: bool) -> None:
         self._counts = np.asarray(row_counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
         self.rows = int(self._starts[-1])

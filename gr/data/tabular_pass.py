@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,14 +51,11 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         rank_batch_size("global_batch_size", global_batch_size, world_size)
         self._dataset, self._size, self._rank, self._world_size = dataset, global_batch_size, rank, world_size
         first_row, stop_row = _bounds(rows, dataset.rows)
-        spans = _spans(dataset.row_counts, first_row, stop_row)
-        self._group_S, self._start_S, stop_S = np.array(spans, dtype=np.int64).T
-        self._order = TrainingOrder(
-            (stop_S - self._start_S).tolist(),
-            lanes=1,
-            seed=0 if shuffle_seed is None else shuffle_seed,
-            shuffle=shuffle_seed is not None,
-        )
+        start_G = np.cumsum([0, *dataset.row_counts])
+        self._groups = np.flatnonzero((start_G[:-1] < stop_row) & (start_G[1:] > first_row))
+        self._skipped = np.maximum(first_row - start_G[self._groups], 0)  # rows of each group before the first
+        counts = np.minimum(stop_row, start_G[self._groups + 1]) - start_G[self._groups] - self._skipped
+        self._order = TrainingOrder(counts, lanes=1, seed=shuffle_seed or 0, shuffle=shuffle_seed is not None)
         batches, rest = divmod(self._order.rows, global_batch_size)
         self.stop = batches if drop_last or not rest else batches + 1
         self._dropped = rest if drop_last else 0
@@ -83,12 +81,10 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         first = cursor * self._size
         size = min(self._size, self._order.rows - first)
         start, stop = (first + r * size // self._world_size for r in (self._rank, self._rank + 1))
-        span_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
-        return self._group_S[span_B], self._start_S[span_B] + row_B
+        index_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
+        return self._groups[index_B], self._skipped[index_B] + row_B
 
-    def collate(
-        self, cursor: int, groups: Sequence[TabularRows], group_B: np.ndarray, row_B: np.ndarray
-    ) -> tuple[TabularBatch, Counts]:
+    def collate(self, cursor: int, groups: Sequence[TabularRows], group_B: np.ndarray, row_B: np.ndarray) -> Any:
         schema = self._dataset.schema
         size = len(row_B)
         labels_B = np.empty(size, dtype=np.float32)
@@ -126,13 +122,3 @@ def _bounds(rows: slice | None, total: int) -> tuple[int, int]:
             f"rows {rows} are no part of the {total} rows of the data; give slice(start, stop) within them"
         )
     return first, stop
-
-
-def _spans(row_counts: list[int], first: int, stop: int) -> list[tuple[int, int, int]]:
-    """(row group, first row, stop row within it) of the row groups that hold rows first to stop."""
-    starts = [0, *accumulate(row_counts)]
-    return [
-        (group, max(first - start, 0), min(stop - start, count))
-        for group, (start, count) in enumerate(zip(starts, row_counts, strict=False))
-        if start < stop and start + count > first
-    ]

@@ -135,9 +135,7 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
         group_B = np.where(is_user_B, np.searchsorted(stop_G, place_B, side="right"), -1)
         return group_B, np.where(is_user_B, place_B - (stop_G - users_G)[group_B], 0)
 
-    def collate(
-        self, cursor: int, groups: Sequence[_Group], group_B: np.ndarray, row_B: np.ndarray
-    ) -> tuple[RankingBatch, Counts]:
+    def collate(self, cursor: int, groups: Sequence[_Group], group_B: np.ndarray, row_B: np.ndarray) -> Any:
         window = self._window_of(cursor)
         user_B, stop_B, scored_B = (np.zeros(self._share, dtype=np.int64) for _ in range(3))
         for index, group in enumerate(groups):

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from gr.batch import RankingBatch
 from gr.config.ranking import InterleavedInput, RankingConfig, RankingTaskConfig
 from gr.data.collate_ranking import RankingCollate
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs, UserBatches
 from gr.data.loader import ResumableLoader
 from gr.data.time_windows import WindowPass
-from gr.data.user_batches import UserBatches
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError
 from gr.metrics.prequential import PrequentialMetrics
@@ -96,11 +95,12 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
             epochs = HistoryEpochs(
                 self.train_data,
                 config.data,
+                collate,
+                columns=collate.columns,
                 seed=config.seed,
                 global_batch_size=size,
                 rank=world.rank,
                 world_size=world.size,
-                collate=collate,
             )
             return ResumableLoader(epochs)
         stream = WindowPass(

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from gr.batch import EvaluationBatch, RetrievalBatch, move_ids
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs, evaluation_batches
 from gr.data.loader import ResumableLoader
-from gr.data.user_batches import evaluation_batches
 from gr.dist import World
 from gr.embeddings import with_candidates
 from gr.errors import CheckpointError, ConfigError

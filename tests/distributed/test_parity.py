@@ -16,7 +16,7 @@ from gr.train.objectives import RetrievalObjective
 
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.dist import world as make_world

@@ -10,9 +10,8 @@ import pytest
 
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs, evaluation_batches
 from gr.data.loader import ResumableLoader
-from gr.data.user_batches import evaluation_batches
 from gr.errors import CheckpointError, ConfigError, DataError
 
 Make = Callable[..., Path]

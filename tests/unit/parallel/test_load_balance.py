@@ -1,6 +1,7 @@
 """Dealing examples to ranks: as many each, loads alike, and not a token lost on the way."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from gr.batch import RankingBatch, RetrievalBatch
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.parallel.load_balance import LoadBalancer, deal
@@ -92,11 +93,10 @@ def ranking(folder: Path) -> Callable[[int, int], ResumableLoader]:
     config = generative_config(folder / "histories")
     data = Dataset.open(config.data.path)
     collate = RankingCollate(data.schema, config.data, config.task)
+    epochs = partial(HistoryEpochs, data, config.data, collate, columns=collate.columns, seed=1, global_batch_size=16)
 
     def make(rank: int, size: int) -> ResumableLoader:
-        return ResumableLoader(
-            HistoryEpochs(data, config.data, seed=1, global_batch_size=16, rank=rank, world_size=size, collate=collate)
-        )
+        return ResumableLoader(epochs(rank=rank, world_size=size))
 
     return make
 

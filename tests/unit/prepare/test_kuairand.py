@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gr.cli.prepare import command
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.history_epochs import HistoryEpochs
+from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.errors import DataError
 from gr.prepare import partition
