@@ -107,7 +107,6 @@ class UserBatches(BatchSource[Histories, Any]):
     do not exist (group -1).
     """
 
-    stop: int
     capacity = 1
 
     def __init__(
@@ -130,9 +129,6 @@ class UserBatches(BatchSource[Histories, Any]):
         self.stop = max(-(-(stop - start) // self._size) for start, stop in pairwise(bounds))
         self.read_threads = config.read_threads
         self._counts = Counts()
-
-    def __len__(self) -> int:
-        return self.stop
 
     def __iter__(self) -> Iterator[Any]:
         self._counts = Counts()

@@ -48,6 +48,12 @@ class BatchSource(ABC, Generic[Group, Batch]):
     def collate(self, cursor: int, groups: Sequence[Group], group_B: np.ndarray, row_B: np.ndarray) -> Any:
         """A batch and its Counts. groups: its row groups, decoded; group_B: the index of each example among them."""
 
+    def __len__(self) -> int:
+        """Batches of the whole pass, on every rank. Raises TypeError where the source is endless."""
+        if self.stop is None:
+            raise TypeError(f"{type(self).__name__} is endless")
+        return self.stop // self.stride
+
     def batches(self, start: int, stop: int | None) -> Generator[tuple[Batch, Counts], None, None]:
         """The batches from cursor `start` to before `stop`, while the row groups of the next ones are decoded."""
         cache = RowGroupCache(self.read, threads=self.read_threads, capacity=self.capacity)
@@ -106,10 +112,7 @@ class ResumableLoader(Generic[Batch]):
         self._seek(start, ConfigError)
 
     def __len__(self) -> int:
-        """Batches of the whole pass, on every rank. Raises TypeError where the source is endless."""
-        if self.source.stop is None:
-            raise TypeError(f"a loader of {type(self.source).__name__} is endless")
-        return self.source.stop // self.source.stride
+        return len(self.source)
 
     def __iter__(self) -> Self:
         return self

@@ -23,20 +23,19 @@ class RowGroupCache(Generic[T]):
 
     def request(self, group_B: np.ndarray) -> "tuple[list[Future[T]], np.ndarray]":
         """The distinct row groups of a batch, and the index among them of each example; -1 (no row) stays -1."""
-        used, index_B = np.unique(group_B, return_inverse=True)
-        groups = [self._request(group) for group in used.tolist() if group >= 0]
-        return groups, index_B - (len(groups) < len(used))  # -1 comes first
+        distinct, index_B = np.unique(group_B, return_inverse=True)
+        groups = []
+        for group in distinct[distinct >= 0].tolist():
+            if group not in self._groups:
+                self._groups[group] = self._pool.submit(self._read, group)
+            self._groups.move_to_end(group)
+            groups.append(self._groups[group])
+            while len(self._groups) > self._capacity:
+                self._groups.popitem(last=False)
+        return groups, index_B - (len(groups) < len(distinct))  # -1 comes first
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _request(self, group: int) -> "Future[T]":
-        if group not in self._groups:
-            self._groups[group] = self._pool.submit(self._read, group)
-        self._groups.move_to_end(group)
-        while len(self._groups) > self._capacity:
-            self._groups.popitem(last=False)
-        return self._groups[group]
 
 
 class Ahead(Generic[T]):

@@ -1,7 +1,6 @@
 """One pass over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
 
     order_name = "pass over the data"
     identity_keys = "data folder, rows, batch size and seed"
-    stop: int
     read_threads = capacity = prefetch = 2
 
     def __init__(
@@ -95,8 +93,7 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
             chosen, rows = group_B == index, row_B[group_B == index]
             labels_B[chosen], dense_BN[chosen] = group.labels_B[rows], group.dense_BN[rows]
             ids_BH[chosen] = group.ids_BH[rows]
-        ends = list(accumulate(hots))
-        values = [ids_BH[:, end - width : end].reshape(-1) for end, width in zip(ends, hots, strict=True)]
+        values = [ids.reshape(-1) for ids in np.split(ids_BH, np.cumsum(hots)[:-1], axis=1)]
         batch = TabularBatch(
             dense_BN=torch.from_numpy(dense_BN),
             sparse=KeyedJaggedTensor(

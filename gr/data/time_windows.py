@@ -1,4 +1,4 @@
-"""One pass over histories in the order of time, window by window: what a model would have seen, had it trained live.
+"""One pass over histories in the order of time, window by window, as a model that trains live would see them.
 
 A window is a part of the time; its examples are the users with an event in it, in file order, each with the history up
 to the window's end, of which the events in the window are predicted. So every event is trained on once. Batches do not
@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -26,36 +26,30 @@ from gr.logging import get_logger, log_once
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """bounds: int64 [W + 1], seconds; window w has the events of bounds[w] <= t < bounds[w + 1]. users_WG: how many
-    users of each row group have an event in it.
+def read_windows(dataset: Dataset, windows: int, on_bad_row: Literal["fail", "skip"]) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the windows, seconds, int64 [W + 1], and how many users of each row group have an event in each [W, G].
+
+    Window w has the events of bounds[w] <= t < bounds[w + 1]. Reads every timestamp twice. Raises DataError where there
+    are none.
     """
-
-    bounds: np.ndarray
-    users_WG: np.ndarray
-
-    @classmethod
-    def read(cls, dataset: Dataset, windows: int, on_bad_row: Any) -> Self:
-        """Reads every timestamp twice. Raises DataError where there are none."""
-        groups = range(len(dataset.row_groups))
-        read = partial(dataset.read_row_group, columns=["timestamps"], on_bad_row=on_bad_row)
-        first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
-        for group in tqdm(groups, desc="times", unit="row group", disable=None):
-            times = read(group).columns["timestamps"]
-            first, last = min(first, times.min(initial=first)), max(last, times.max(initial=last))
-        if first > last:
-            raise DataError(f"{dataset.path}: has no events to stream")
-        bounds = first + (last + 1 - first) * np.arange(windows + 1) // windows
-        counts = [
-            (events_by_window(read(group), bounds) > 0).sum(axis=0)
-            for group in tqdm(groups, desc="windows", unit="row group", disable=None)
-        ]
-        return cls(bounds, np.stack(counts, axis=1))
+    groups = range(len(dataset.row_groups))
+    read = partial(dataset.read_row_group, columns=["timestamps"], on_bad_row=on_bad_row)
+    first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    for group in tqdm(groups, desc="times", unit="row group", disable=None):
+        times = read(group).columns["timestamps"]
+        first, last = min(first, times.min(initial=first)), max(last, times.max(initial=last))
+    if first > last:
+        raise DataError(f"{dataset.path}: has no events to stream")
+    bounds = first + (last + 1 - first) * np.arange(windows + 1) // windows
+    users_GW = [
+        (events_by_window(read(group), bounds) > 0).sum(axis=0)
+        for group in tqdm(groups, desc="windows", unit="row group", disable=None)
+    ]
+    return bounds, np.stack(users_GW, axis=1)
 
 
 def events_by_window(histories: Histories, bounds: np.ndarray) -> np.ndarray:
-    """How many events each user has in each window, int64 [B, W]. Times ascend within a user."""
+    """The number of events of each user in each window, int64 [B, W]. Times ascend within a user."""
     users, windows = len(histories.lengths_B), len(bounds) - 1
     window_T = np.searchsorted(bounds, histories.columns["timestamps"], side="right") - 1
     row_T = np.repeat(np.arange(users), histories.lengths_B)
@@ -64,7 +58,7 @@ def events_by_window(histories: Histories, bounds: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Group:
-    """A decoded row group, and how many events each of its users has in each window."""
+    """A decoded row group, and the number of events of each of its users in each window."""
 
     histories: Histories
     events_BW: np.ndarray
@@ -79,7 +73,6 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
 
     order_name = "stream"
     identity_keys = "data folder, trainer.global_batch_size and data.stream"
-    stop: int
 
     def __init__(
         self,
@@ -96,9 +89,8 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
         self._share = rank_batch_size("trainer.global_batch_size", global_batch_size, world_size)
         self._dataset, self._config, self._collate = dataset, config, collate
         self._size, self._offset = global_batch_size, rank * self._share
-        self._windows = Windows.read(dataset, config.stream.windows, config.on_bad_row)
-        users_WG = self._windows.users_WG
-        examples_W = users_WG.sum(axis=1)
+        self._bounds, self._users_WG = read_windows(dataset, config.stream.windows, config.on_bad_row)
+        examples_W = self._users_WG.sum(axis=1)
         self._first_step = np.concatenate([[0], np.cumsum(-(-examples_W // global_batch_size))])
         self._first_example = np.concatenate([[0], np.cumsum(examples_W)])
         self.stop = int(self._first_step[-1])
@@ -107,14 +99,14 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
         self.identity = {
             "global_batch_size": global_batch_size,
             "windows": config.stream.windows,
-            "users": zlib.crc32(users_WG.astype(np.int64).tobytes()),
+            "users": zlib.crc32(self._users_WG.astype(np.int64).tobytes()),
             "schema": checksums(dataset.row_counts, dataset.schema)["schema"],
         }
 
     def starting_window(self, step: int) -> int | None:
         """The window whose first batch is the step-th, if one begins there."""
         window = self._window_of(step)
-        return window if step < self.stop and self._first_step[window] == step else None
+        return window if step < len(self) and self._first_step[window] == step else None
 
     def window(self, window: int) -> Iterator[RankingBatch]:
         """The batches of one window, apart from those of a loader."""
@@ -123,12 +115,12 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
 
     def read(self, row_group: int) -> _Group:
         histories = self._dataset.read_row_group(row_group, self._collate.columns, self._config.on_bad_row)
-        return _Group(histories, events_by_window(histories, self._windows.bounds))
+        return _Group(histories, events_by_window(histories, self._bounds))
 
     def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
         """A row is the place of a user among those of its row group that have an event in the window."""
         window = self._window_of(cursor)
-        users_G = self._windows.users_WG[window]
+        users_G = self._users_WG[window]
         stop_G = np.cumsum(users_G)
         place_B = (cursor - self._first_step[window]) * self._size + self._offset + np.arange(self._share)
         is_user_B = place_B < stop_G[-1]
@@ -149,8 +141,8 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
         return self._collate.scored(rows, stop_B, scored_B, int(first_example))
 
     def counters(self, counts: Counts) -> dict[str, int]:
-        """Distinct bad rows emptied; events older than data.max_length; those of them that lie in the window of their
-        batch and so were never trained on.
+        """Distinct bad rows emptied; events older than data.max_length; of these the events of the batch's own window,
+        which were never trained on.
         """
         return {
             "bad_rows": self._dataset.bad_rows,

@@ -90,10 +90,10 @@ class ClickRecipe(Recipe[ClickConfig]):
             world_size=world.size,
             shuffle_seed=config.seed if config.data.shuffle else None,
         )
-        if config.trainer.steps > rows.stop:
+        if config.trainer.steps > len(rows):
             raise ConfigError(
-                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {rows.stop} batches of "
-                f"{size} rows for its one pass: set trainer.steps to {rows.stop} or fewer"
+                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(rows)} batches of "
+                f"{size} rows for its one pass: set trainer.steps to {len(rows)} or fewer"
             )
         return ResumableLoader(rows)
 

@@ -9,7 +9,7 @@ from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
 from gr.data.loader import ResumableLoader
-from gr.data.time_windows import WindowPass, Windows
+from gr.data.time_windows import WindowPass, read_windows
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.schema import DataSchema
 from tests.support.tiny_histories import generative_config, write_histories
@@ -61,7 +61,7 @@ def events(folder: Path) -> list[tuple[int, int, int]]:
 
 def test_every_event_once_and_windows_in_order(folder: Path) -> None:
     source = loader(folder)
-    bounds = Windows.read(Dataset.open(folder), WINDOWS, "fail").bounds
+    bounds = read_windows(Dataset.open(folder), WINDOWS, "fail")[0]
     found, window = [], -1
     for step, batch in enumerate(source):
         starting = source.source.starting_window(step)
