@@ -155,12 +155,10 @@ def collate_evaluation(
     targets = np.zeros(len(before_B), dtype=np.int64)
     targets[valid_B] = rows.gather("item_ids", before_B, valid_B.astype(np.int64))
     items = rows.gather("item_ids", start_B, length_B)
-    beyond_window = filter_seen == "all" and bool(start_B.any())
-    seen = rows.gather("item_ids", np.zeros_like(start_B), before_B) if beyond_window else items
-    if filter_seen == "none":
-        seen_ids, seen_offsets = np.empty(0, dtype=np.int64), np.zeros(len(before_B) + 1, dtype=np.int64)
-    else:
-        seen_ids, seen_offsets = _seen(seen, before_B if beyond_window else length_B, targets)
+    zeros_B = np.zeros_like(start_B)
+    windows = {"window": (start_B, length_B), "all": (zeros_B, before_B), "none": (zeros_B, zeros_B)}
+    seen_start_B, seen_B = windows[filter_seen]
+    seen_ids, seen_offsets = _seen(rows.gather("item_ids", seen_start_B, seen_B), seen_B, targets)
     batch = EvaluationBatch(
         features=_features(items, length_B),
         timestamps_T=_times(rows, length_B, ranges(start_B, length_B)),

@@ -59,21 +59,19 @@ class Dataset:
         """Distinct bad rows emptied so far by on_bad_row="skip"."""
         return sum(list(self._bad_rows.values()))  # reading threads may add to it meanwhile
 
-    def history_columns(self) -> tuple[str, ...]:
-        """The columns that a sequence model reads: item_ids, and timestamps where the data has them."""
-        return ("item_ids", "timestamps") if self.schema.timestamps else ("item_ids",)
-
     def read_row_group(
         self, index: int, columns: Sequence[str] | None = None, on_bad_row: Literal["fail", "skip"] = "fail"
     ) -> Histories:
         """Decodes and checks one row group.
 
-        columns: names besides item_ids to read (None: `history_columns`). A bad row (null list, null element, item id
-        outside [1, cardinality), other number of timestamps than items, time going back) raises DataError with file,
-        row group, row, column and value; with on_bad_row="skip" it becomes an empty history and is counted.
+        columns: names besides item_ids to read; None: timestamps, where the data has them. A bad row (null list, null
+        element, item id outside [1, cardinality), other number of timestamps than items, time going back) raises
+        DataError with file, row group, row, column and value; with on_bad_row="skip" it becomes an empty history and is
+        counted.
         """
         file = self.row_groups[index].file
-        names = list(dict.fromkeys(["item_ids", *(self.history_columns() if columns is None else columns)]))
+        columns = ["timestamps"] * self.schema.timestamps if columns is None else columns
+        names = list(dict.fromkeys(["item_ids", *columns]))
         types = expected_types(self.schema)
         if unknown := [name for name in names if name not in types]:
             raise DataError(f"{file}: has no column {unknown[0]}; it has {', '.join(types)}")

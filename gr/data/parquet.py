@@ -75,9 +75,7 @@ def decoding(place: Path | RowGroup, problem: str = "cannot be decoded") -> Iter
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(
-            f"{place}: the file has gone since the run began: put it back, then start the same command"
-        ) from error
+        raise DataError(f"{place}: the file has gone since the run began: put it back, then start again") from error
     except (pa.ArrowException, OSError) as error:
         if is_transient(error):
             raise

@@ -69,7 +69,8 @@ class TabularDataset:
             dense_BN[:, place] = values_B = table.column(name).fill_null(0).to_numpy()
             if (wrong := ~np.isfinite(values_B)).any():
                 raise _fault(group, name, wrong, f"is {values_B[wrong][0]}, wanted a finite number")
-        ids_BH = np.concatenate([_ids(group, column, table.column(column.name)) for column in schema.sparse], axis=1)
+        ids = [_ids(group, column, table.column(column.name)) for column in schema.sparse]
+        ids_BH = np.concatenate([np.empty((group.rows, 0), dtype=np.int32), *ids], axis=1)
         return TabularRows(labels_B.astype(np.float32), dense_BN, ids_BH)
 
 

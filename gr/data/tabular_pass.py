@@ -48,7 +48,12 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         """
         rank_batch_size("global_batch_size", global_batch_size, world_size)
         self._dataset, self._size, self._rank, self._world_size = dataset, global_batch_size, rank, world_size
-        first_row, stop_row = _bounds(rows, dataset.rows)
+        rows = rows or slice(None)
+        first_row, stop_row = rows.start or 0, dataset.rows if rows.stop is None else rows.stop
+        if rows.step not in (None, 1) or not 0 <= first_row < stop_row <= dataset.rows:
+            raise ConfigError(
+                f"rows {rows} are no part of the {dataset.rows} rows of the data; give slice(start, stop) within them"
+            )
         start_G = np.cumsum([0, *dataset.row_counts])
         self._groups = np.flatnonzero((start_G[:-1] < stop_row) & (start_G[1:] > first_row))
         self._skipped = np.maximum(first_row - start_G[self._groups], 0)  # rows of each group before the first
@@ -110,12 +115,3 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
     def counters(self, counts: Counts) -> dict[str, int]:
         """Rows of the pass that no rank gives: those after the last whole batch."""
         return {"dropped_examples": self._dropped}
-
-
-def _bounds(rows: slice | None, total: int) -> tuple[int, int]:
-    first, stop = (0, total) if rows is None else (rows.start or 0, total if rows.stop is None else rows.stop)
-    if (rows is not None and rows.step not in (None, 1)) or not 0 <= first < stop <= total:
-        raise ConfigError(
-            f"rows {rows} are no part of the {total} rows of the data; give slice(start, stop) within them"
-        )
-    return first, stop

@@ -152,11 +152,8 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
 
     def log(self, counts: Counts) -> None:
         if counts.unpredicted:
-            log_once(
-                log,
-                f"some users have more events in a window than data.max_length={self._config.max_length}: their oldest "
-                "are not trained on",
-            )
+            limit = f"data.max_length={self._config.max_length}"
+            log_once(log, f"some users have more events in a window than {limit}: their oldest are not trained on")
 
     def _window_of(self, step: int) -> int:
         return int(np.searchsorted(self._first_step, step, side="right")) - 1

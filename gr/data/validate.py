@@ -98,8 +98,7 @@ def _check_times(column: Packed) -> Fault | None:
     times = values.fill_null(0).to_numpy(zero_copy_only=False)
     back = np.zeros(len(times), dtype=bool)
     back[1:] = (times[1:] < times[:-1]) & ~missing[1:] & ~missing[:-1]
-    starts = offsets[:-1][np.diff(offsets) > 0]
-    back[starts] = False
+    back[offsets[:-1][np.diff(offsets) > 0]] = False  # the first event of a row
     return _event_fault(
         "timestamps", offsets, back, lambda event: f"is {times[event]}, earlier than {times[event - 1]} before it"
     )
@@ -127,9 +126,7 @@ def _row_fault(column: str, rows: np.ndarray, problem: Callable[[int], str]) -> 
 def _event_fault(column: str, offsets: np.ndarray, events: np.ndarray, problem: Callable[[int], str]) -> Fault | None:
     if not events.any():
         return None
-    first = int(events.argmax())
-    places = np.flatnonzero(events)
     rows = np.zeros(len(offsets) - 1, dtype=bool)
-    rows[np.searchsorted(offsets, places, side="right") - 1] = True
-    row = int(np.searchsorted(offsets, first, side="right") - 1)
+    rows[np.searchsorted(offsets, np.flatnonzero(events), side="right") - 1] = True
+    first, row = int(events.argmax()), int(rows.argmax())
     return Fault(column, rows, row, f"element {first - offsets[row]} {problem(first)}")

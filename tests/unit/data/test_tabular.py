@@ -210,6 +210,16 @@ def test_resume_at_another_world_size(make: Make, seed: int | None) -> None:
         loader(folder, shuffle_seed=seed, size=6).load_state_dict(state)
 
 
+def test_a_state_past_the_end_is_refused(make: Make) -> None:
+    """The last batch is one that drop_last leaves out, which the state does not tell."""
+    folder = make()
+    with loader(folder, drop_last=False) as source:
+        assert len(list(source)) == len(source) == 5
+        state = source.state_dict()
+    with pytest.raises(CheckpointError, match="step 5 is outside the pass; it has 4 batches"):
+        loader(folder).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -111,6 +111,14 @@ def test_resumes_inside_a_window_on_other_ranks(folder: Path) -> None:
         assert rest == whole[40:]
 
 
+def test_a_closed_stream_ends(folder: Path) -> None:
+    with loader(folder) as source:
+        next(source)
+    with pytest.raises(StopIteration):
+        next(source)
+    assert source.state_dict()["step"] == 1
+
+
 def test_long_histories_lose_their_oldest_and_it_is_counted(folder: Path) -> None:
     source = loader(folder, max_length=5, stream={"windows": 1}, candidates=1)
     source_events = [event for batch in source for event in predicted(batch)]
