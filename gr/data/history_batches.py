@@ -13,7 +13,7 @@ import numpy as np
 from gr.config.histories import HistoryDataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Dataset, Histories
-from gr.data.loader import BatchSource, ResumableSource, checksums, rank_batch_size
+from gr.data.loader import BatchSource, Places, ResumableSource, checksums, rank_batch_size
 from gr.data.order import TrainingOrder, owned_lanes
 from gr.data.stochastic_length import Draws
 from gr.errors import ConfigError
@@ -68,15 +68,15 @@ class HistoryEpochs(ResumableSource[Histories, Any]):
     def read(self, row_group: int) -> Histories:
         return self._dataset.read_row_group(row_group, self._columns, self._config.on_bad_row)
 
-    def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, cursor: int) -> Places:
         by_lane = [self._order.lane_rows(lane, cursor, self.stride) for lane in self._lanes]
         return self._order.locate(np.concatenate(by_lane))
 
-    def collate(self, cursor: int, groups: Sequence[Histories], group_B: np.ndarray, row_B: np.ndarray) -> Any:
+    def collate(self, cursor: int, groups: Sequence[Histories], places: Places) -> tuple[Any, Counts]:
+        rows = Rows(groups, *places, self._dataset.schema.timestamps)
         first_example = cursor * self._order.lanes
-        place_B = self._lanes.start * self.stride + np.arange(len(row_B))  # a rank's lanes follow one another
-        rows = Rows(groups, group_B, row_B, self._dataset.schema.timestamps)
-        return self._collate(rows, Draws(self._order.seed, first_example + place_B), first_example)
+        own_B = self._lanes.start * self.stride + np.arange(len(rows.row_B))  # a rank's lanes follow one another
+        return self._collate(rows, Draws(self._order.seed, first_example + own_B), first_example)
 
     def counters(self, counts: Counts) -> dict[str, int]:
         """Distinct bad rows emptied (including those read ahead); tokens older than the window; examples without a
@@ -149,14 +149,14 @@ class UserBatches(BatchSource[Histories, Any]):
     def read(self, row_group: int) -> Histories:
         return self._dataset.read_row_group(row_group, self._columns, self._config.on_bad_row)
 
-    def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, cursor: int) -> Places:
         row_B = self._first_row + cursor * self._size + np.arange(self._size)
         exists_B = row_B < self._stop_row
         group_B = np.where(exists_B, np.searchsorted(self._starts, row_B, side="right") - 1, -1)
         return group_B, np.where(exists_B, row_B - self._starts[group_B], 0)
 
-    def collate(self, cursor: int, groups: Sequence[Histories], group_B: np.ndarray, row_B: np.ndarray) -> Any:
-        return self._collate(Rows(groups, group_B, row_B, self._dataset.schema.timestamps))
+    def collate(self, cursor: int, groups: Sequence[Histories], places: Places) -> tuple[Any, Counts]:
+        return self._collate(Rows(groups, *places, self._dataset.schema.timestamps))
 
 
 def evaluation_batches(

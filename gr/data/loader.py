@@ -22,6 +22,7 @@ from gr.errors import CheckpointError, ConfigError, GRError
 
 Group = TypeVar("Group")
 Batch = TypeVar("Batch")
+Places = tuple[np.ndarray, np.ndarray]  # of each example: its row group (-1: no row) and the row there, int64 [B] each
 
 
 class BatchSource(ABC, Generic[Group, Batch]):
@@ -41,12 +42,12 @@ class BatchSource(ABC, Generic[Group, Batch]):
         """Decodes and checks one row group, in a thread of the pool."""
 
     @abstractmethod
-    def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
-        """The row group (-1: no row) of each example of a batch, and the row within it: int64 [B] each."""
+    def rows(self, cursor: int) -> Places:
+        """The places of the examples of a batch."""
 
     @abstractmethod
-    def collate(self, cursor: int, groups: Sequence[Group], group_B: np.ndarray, row_B: np.ndarray) -> Any:
-        """A batch and its Counts. groups: its row groups, decoded; group_B: the index of each example among them."""
+    def collate(self, cursor: int, groups: Sequence[Group], places: Places) -> tuple[Batch, Counts]:
+        """The batch at `cursor`. groups: its row groups, decoded. places: those of rows(), with indexes of `groups`."""
 
     def __len__(self) -> int:
         """Batches of the whole pass, on every rank. Raises TypeError where the source is endless."""
@@ -57,11 +58,12 @@ class BatchSource(ABC, Generic[Group, Batch]):
     def batches(self, start: int, stop: int | None) -> Generator[tuple[Batch, Counts], None, None]:
         """The batches from cursor `start` to before `stop`, while the row groups of the next ones are decoded."""
         cache = RowGroupCache(self.read, threads=self.read_threads, capacity=self.capacity)
-        planned: deque[tuple[int, list[Future[Group]], np.ndarray, np.ndarray]] = deque()
+        planned: deque[tuple[int, list[Future[Group]], Places]] = deque()
         try:
             for cursor in count(start, self.stride) if stop is None else range(start, stop, self.stride):
                 group_B, row_B = self.rows(cursor)
-                planned.append((cursor, *cache.request(group_B), row_B))
+                groups, index_B = cache.request(group_B)
+                planned.append((cursor, groups, (index_B, row_B)))
                 if len(planned) > self.read_threads:
                     yield self._collated(*planned.popleft())
             while planned:
@@ -69,8 +71,8 @@ class BatchSource(ABC, Generic[Group, Batch]):
         finally:
             cache.close()
 
-    def _collated(self, cursor: int, groups: list[Future[Group]], *places_B: np.ndarray) -> tuple[Batch, Counts]:
-        return self.collate(cursor, [group.result() for group in groups], *places_B)
+    def _collated(self, cursor: int, groups: list[Future[Group]], places: Places) -> tuple[Batch, Counts]:
+        return self.collate(cursor, [group.result() for group in groups], places)
 
 
 class ResumableSource(BatchSource[Group, Batch]):

@@ -13,10 +13,7 @@ from gr.config.histories import StochasticLength
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for the examples of a batch.
-
-    number_B: int64, the place of each example in the training order, where a user comes back under another number.
-    """
+    """Random numbers for examples. number_B: int64, the places of the examples in the training order; none repeats."""
 
     seed: int
     number_B: np.ndarray

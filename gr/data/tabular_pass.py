@@ -1,7 +1,6 @@
 """One pass over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import TabularBatch
 from gr.data.collate import Counts
-from gr.data.loader import ResumableSource, checksums, rank_batch_size
+from gr.data.loader import Places, ResumableSource, checksums, rank_batch_size
 from gr.data.order import TrainingOrder
 from gr.data.tabular import TabularDataset, TabularRows
 from gr.errors import ConfigError
@@ -80,15 +79,15 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
     def read(self, row_group: int) -> TabularRows:
         return self._dataset.read_row_group(row_group)
 
-    def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, cursor: int) -> Places:
         first = cursor * self._size
         size = min(self._size, self._order.rows - first)
         start, stop = (first + r * size // self._world_size for r in (self._rank, self._rank + 1))
         index_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
         return self._groups[index_B], self._skipped[index_B] + row_B
 
-    def collate(self, cursor: int, groups: Sequence[TabularRows], group_B: np.ndarray, row_B: np.ndarray) -> Any:
-        schema = self._dataset.schema
+    def collate(self, cursor: int, groups: Sequence[TabularRows], places: Places) -> tuple[TabularBatch, Counts]:
+        (group_B, row_B), schema = places, self._dataset.schema
         size = len(row_B)
         labels_B = np.empty(size, dtype=np.float32)
         dense_BN = np.empty((size, len(schema.dense)), dtype=np.float32)

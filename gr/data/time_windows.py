@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from gr.config.ranking import RankingDataConfig
 from gr.data.collate import Counts, Rows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset, Histories
-from gr.data.loader import ResumableSource, checksums, rank_batch_size
+from gr.data.loader import Places, ResumableSource, checksums, rank_batch_size
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
 
@@ -110,14 +110,14 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
 
     def window(self, window: int) -> Iterator[RankingBatch]:
         """The batches of one window, apart from those of a loader."""
-        for batch, _ in self.batches(int(self._first_step[window]), int(self._first_step[window + 1])):
-            yield batch
+        first, stop = self._first_step[window : window + 2].tolist()
+        return (batch for batch, _ in self.batches(first, stop))
 
     def read(self, row_group: int) -> _Group:
         histories = self._dataset.read_row_group(row_group, self._collate.columns, self._config.on_bad_row)
         return _Group(histories, events_by_window(histories, self._bounds))
 
-    def rows(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, cursor: int) -> Places:
         """A row is the place of a user among those of its row group that have an event in the window."""
         window = self._window_of(cursor)
         users_G = self._users_WG[window]
@@ -127,8 +127,8 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
         group_B = np.where(is_user_B, np.searchsorted(stop_G, place_B, side="right"), -1)
         return group_B, np.where(is_user_B, place_B - (stop_G - users_G)[group_B], 0)
 
-    def collate(self, cursor: int, groups: Sequence[_Group], group_B: np.ndarray, row_B: np.ndarray) -> Any:
-        window = self._window_of(cursor)
+    def collate(self, cursor: int, groups: Sequence[_Group], places: Places) -> tuple[RankingBatch, Counts]:
+        (group_B, row_B), window = places, self._window_of(cursor)
         user_B, stop_B, scored_B = (np.zeros(self._share, dtype=np.int64) for _ in range(3))
         for index, group in enumerate(groups):
             chosen = group_B == index
