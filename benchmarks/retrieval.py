@@ -5,7 +5,8 @@ from gr.experiment.retrieval import Built, build
 from gr.batch import RetrievalBatch
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader
+from gr.data.history_batches import HistoryEpochs
+from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler
@@ -21,14 +22,15 @@ def training(config: RetrievalConfig, here: World) -> tuple[Built, TrainModule]:
 
 def first_batches(config: RetrievalConfig, here: World, count: int) -> list[RetrievalBatch]:
     """This rank's, in the training order."""
-    with TrainLoader(
+    epochs = HistoryEpochs(
         Dataset.open(config.data.path),
         config.data,
         seed=config.seed,
         global_batch_size=config.trainer.global_batch_size,
         rank=here.rank,
         world_size=here.size,
-    ) as loader:
+    )
+    with ResumableLoader(epochs) as loader:
         return [next(loader) for _ in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Batches: of user histories, jagged without padding, and of tabular rows.
+"""Batches of user histories, jagged without padding, and batches of tabular rows.
 
 B examples, T packed tokens (sum of lengths). Token arrays are packed example after example, oldest event first.
 """
@@ -16,7 +16,7 @@ ITEM_FEATURE = "item_id"
 
 
 def move_ids(ids: KeyedJaggedTensor, device: torch.device) -> KeyedJaggedTensor:
-    """`ids` on `device`, with the numbers of ids of each key counted before, so that the device is not asked."""
+    """The ids on `device`. Lengths per key are summed before the copy, which spares a synchronisation after it."""
     return ids if ids.values().device == device else ids.sync().to(device)
 
 
@@ -29,7 +29,7 @@ class Movable:
         return replace(self, **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """As Tensor.record_stream, of all tensors."""
+        """Calls Tensor.record_stream on every tensor."""
         for _, tensor in self._tensors():
             tensor.record_stream(stream)
 
@@ -41,10 +41,10 @@ class Movable:
 
 
 class Packed(NamedTuple):
-    """All of a batch as integers, so that examples can be taken out and put together. int64.
+    """A batch as int64 tensors, so that examples can be taken out and put together.
 
-    lengths_B: tokens of each example. examples_BG: what an example has; tokens_TF: what its tokens have. Float32 values
-    stand as the bits of the float64 that equals them. first_token_B: as in RetrievalBatch.
+    lengths_B: tokens of each example. examples_BG: G values of each example. tokens_TF: F values of each token. A
+    float32 value is held as the bits of the float64 that equals it. first_token_B: as in RetrievalBatch.
     """
 
     lengths_B: Tensor
@@ -63,14 +63,14 @@ def _as_floats(bits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RetrievalBatch(Movable):
-    """Histories and, for every position, the item that came next.
+    """Histories and, for every position, the next item.
 
     features: KeyedJaggedTensor with the key ITEM_FEATURE and stride B; its values are the T input item ids.
     target_ids_T: int64, the next item of each position.
     timestamps_T, query_timestamps_T: int64 seconds, of the event and of the next one; None where the data has none.
     first_example: index, in the training order, of the first example of the global batch that this is part of.
-    first_token_B: int64, number of each example's first token in the global batch, where examples have changed ranks;
-    None: ranks and their examples follow one another.
+    first_token_B: int64, the number of each example's first token in the global batch, where examples have changed
+    ranks; None: the ranks' examples follow one another.
     """
 
     features: KeyedJaggedTensor
@@ -87,7 +87,7 @@ class RetrievalBatch(Movable):
         return Packed(lengths_B, lengths_B.new_empty(len(lengths_B), 0), tokens_TF, self.first_token_B)
 
     def unpack(self, packed: Packed) -> Self:
-        """The batch of other examples, packed as this one's."""
+        """A batch of other examples, which pack() of such a batch has packed."""
         items_T, targets_T, *times = packed.tokens_TF.T.contiguous()
         timestamps_T, query_timestamps_T = times or (None, None)
         return replace(
@@ -102,7 +102,7 @@ class RetrievalBatch(Movable):
 
 @dataclass(frozen=True)
 class EvaluationBatch(Movable):
-    """Histories and the one held-out item of each.
+    """Histories, each with its one held-out item.
 
     features, timestamps_T: as in RetrievalBatch. query_timestamps_T: time of the next event, which for the last token
     of an example is the time of its target.
@@ -123,12 +123,12 @@ class EvaluationBatch(Movable):
 class RankingBatch(Movable):
     """Histories with the actions taken, of which the newest events of each example are to be predicted.
 
-    features: KeyedJaggedTensor of stride B; ITEM_FEATURE and each event feature have the T events of the examples,
-    each contextual feature has one id an example, none where that has no event.
-    actions_T: int64, bit k: action k was taken. labels_TC: float32, what each of C tasks is to predict.
+    features: KeyedJaggedTensor of stride B. ITEM_FEATURE and each event feature have the T events of the examples; each
+    contextual feature has one id an example, or none where the example has no event.
+    actions_T: int64, bit k: action k was taken. labels_TC: float32, the labels of C tasks.
     timestamps_T: int64 seconds, or None. numeric_BK: float32, K contextual numbers. user_B: int64 ids.
-    scored_B: int64, how many of an example's newest events are predicted. scored: their sum.
-    first_example: as in RetrievalBatch. contextual: how many of the features, the last ones, are contextual.
+    scored_B: int64, the number of an example's newest events that are predicted. scored: the sum of scored_B.
+    first_example: as in RetrievalBatch. contextual: the number of contextual features, which are the last ones.
     """
 
     features: KeyedJaggedTensor
@@ -145,34 +145,34 @@ class RankingBatch(Movable):
     def pack(self) -> Packed:
         lengths_B = self.features[ITEM_FEATURE].lengths().long()
         events, contextual = self._keys()
-        of_tokens = [self.actions_T, *(self.features[key].values() for key in events)]
+        token_columns = [self.actions_T, *(self.features[key].values() for key in events)]
         if self.timestamps_T is not None:
-            of_tokens.append(self.timestamps_T)
-        nothing_B = torch.zeros_like(lengths_B)
-        ids = [nothing_B.masked_scatter(lengths_B > 0, self.features[key].values()) for key in contextual]
+            token_columns.append(self.timestamps_T)
+        zeros_B = torch.zeros_like(lengths_B)
+        ids = [zeros_B.masked_scatter(lengths_B > 0, self.features[key].values()) for key in contextual]
         return Packed(
             lengths_B,
             torch.cat([torch.stack([self.user_B, self.scored_B, *ids], 1), _as_integers(self.numeric_BK)], 1),
-            torch.cat([torch.stack(of_tokens, 1), _as_integers(self.labels_TC)], 1),
+            torch.cat([torch.stack(token_columns, 1), _as_integers(self.labels_TC)], 1),
         )
 
     def unpack(self, packed: Packed) -> Self:
-        """The batch of other examples, packed as this one's."""
+        """A batch of other examples, which pack() of such a batch has packed."""
         events, contextual = self._keys()
         tasks, numbers = self.labels_TC.shape[1], self.numeric_BK.shape[1]
         tokens_TF, labels_TC = packed.tokens_TF.split([packed.tokens_TF.shape[1] - tasks, tasks], 1)
-        actions_T, *of_tokens = tokens_TF.T.contiguous()
+        actions_T, *token_columns = tokens_TF.T.contiguous()
         examples_BG, numeric_BK = packed.examples_BG.split([2 + len(contextual), numbers], 1)
         user_B, scored_B, *ids = examples_BG.T.contiguous()
-        some_B = packed.lengths_B > 0
-        values = [*of_tokens[: len(events)], *(column[some_B] for column in ids)]
-        lengths = [packed.lengths_B] * len(events) + [some_B.long()] * len(ids)
+        nonempty_B = packed.lengths_B > 0
+        values = [*token_columns[: len(events)], *(column[nonempty_B] for column in ids)]
+        lengths = [packed.lengths_B] * len(events) + [nonempty_B.long()] * len(ids)
         return replace(
             self,
             features=KeyedJaggedTensor([*events, *contextual], torch.cat(values), lengths=torch.cat(lengths)),
             actions_T=actions_T,
             labels_TC=_as_floats(labels_TC),
-            timestamps_T=None if self.timestamps_T is None else of_tokens[-1],
+            timestamps_T=None if self.timestamps_T is None else token_columns[-1],
             numeric_BK=_as_floats(numeric_BK),
             user_B=user_B,
             scored_B=scored_B,
@@ -180,7 +180,7 @@ class RankingBatch(Movable):
         )
 
     def _keys(self) -> tuple[list[str], list[str]]:
-        """Of event features, and of contextual ones, which come last."""
+        """The keys of the event features, and those of the contextual features, which come last."""
         keys = self.features.keys()
         events = len(keys) - self.contextual
         return keys[:events], keys[events:]
@@ -192,7 +192,7 @@ class RankingBatch(Movable):
         example_P = torch.arange(len(length_B), device=stop_B.device).repeat_interleave(
             self.scored_B, output_size=self.scored
         )
-        before_B = stop_B - self.scored_B.cumsum(0)  # unpredicted events up to and with this example's
+        before_B = stop_B - self.scored_B.cumsum(0)  # events without a prediction up to the end of each example
         place_P = torch.arange(self.scored, device=stop_B.device) + before_B[example_P]
         return self.labels_TC[place_P], self.user_B[example_P]
 
@@ -203,7 +203,7 @@ class TabularBatch(Movable):
 
     dense_BN: float32. sparse: KeyedJaggedTensor, int64 ids, keys in the order of the schema, stride B; every example
     has `hots` ids of a key. labels_B: float32.
-    first_example: number, in the order of the pass, of the first example of the global batch that this is part of.
+    first_example: index, in the order of the pass, of the first example of the global batch that this is part of.
     """
 
     dense_BN: Tensor
@@ -212,12 +212,12 @@ class TabularBatch(Movable):
     first_example: int
 
     def padded(self, size: int, hots: Sequence[int]) -> "TabularBatch":
-        """`size` rows, those added being zero: pooled tables need as many on every rank. hots: ids of a row, by key."""
-        here, keys = len(self.labels_B), self.sparse.keys()
-        added = size - here
+        """The batch with rows of zeros up to `size`: pooled tables need equal batches. hots: ids of a row, by key."""
+        rows, keys = len(self.labels_B), self.sparse.keys()
+        added = size - rows
         if not added:
             return self
-        parts = self.sparse.values().split([here * width for width in hots])
+        parts = self.sparse.values().split([rows * width for width in hots])
         ids = [torch.cat([part, part.new_zeros(added * width)]) for part, width in zip(parts, hots, strict=True)]
         lengths = torch.tensor(hots, device=self.labels_B.device).repeat_interleave(size)
         return TabularBatch(

@@ -1,4 +1,4 @@
-"""schema.json: what a data folder holds.
+"""The file schema.json, which describes a data folder.
 
 A folder of user histories is
 
@@ -39,11 +39,11 @@ VOCABULARY_FOLDER = "vocabulary"
 
 class _SchemaFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    _kind: ClassVar[str] = "histories"  # what a file without the field `kind` describes
+    _kind: ClassVar[str] = "histories"  # the kind of folder that a file without the field `kind` describes
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Read folder/schema.json. DataError names the file and, for a wrong or missing field, the field."""
+        """Reads folder/schema.json. Raises DataError, which names the file and any field that is wrong or missing."""
         path = Path(folder) / SCHEMA_FILE
         if not path.parent.is_dir():
             raise DataError(f"{folder}: no such folder; write a data folder with `gr prepare ... --out {folder}`")
@@ -76,7 +76,7 @@ class _SchemaFile(BaseModel):
             raise DataError(f"{path}: {faults}") from None
 
     def save(self, folder: Path | str) -> None:
-        """Write folder/schema.json."""
+        """Writes folder/schema.json."""
         (Path(folder) / SCHEMA_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ _HISTORY_COLUMNS = ("user_id", "item_ids", "timestamps", "ratings", "actions")
 
 
 class HistoryColumns(BaseModel):
-    """What a folder of user histories holds beside users and items. Id 0 of a feature: missing or unknown."""
+    """Columns of a folder of user histories beside users and items. Id 0 of a feature means missing or unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -118,9 +118,7 @@ class HistoryColumns(BaseModel):
 
 
 class DataSchema(HistoryColumns, _SchemaFile):
-    """Description of a folder of user histories. Item ids are embedding table rows as they are; id 0 is padding, never
-    used.
-    """
+    """The description of a folder of user histories. Item ids are rows of the item table; id 0 is padding."""
 
     format_version: Literal[1] = Field(description="Layout of the folder; this is the only one so far.")
     name: str = Field(description="Name of the data set, for reports.")
@@ -137,7 +135,7 @@ class DataSchema(HistoryColumns, _SchemaFile):
 
 
 class DenseTransform(BaseModel):
-    """How counts became dense features. A new version of a transform has another number, never another meaning."""
+    """The formula that made dense features of counts. A version keeps its meaning: a changed formula gets a new one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -159,7 +157,7 @@ class SparseColumn(BaseModel):
 
 
 class SourceRows(BaseModel):
-    """What one file of the source gave, in the order of the parts."""
+    """The rows that came from one file of the source."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -169,7 +167,7 @@ class SourceRows(BaseModel):
 
 
 class TabularSchema(_SchemaFile):
-    """Description of a tabular folder: rows of one label, dense features and ids."""
+    """The description of a tabular folder: rows of one label, dense features and ids."""
 
     _kind: ClassVar[str] = "tabular"
 
@@ -197,7 +195,7 @@ class TabularSchema(_SchemaFile):
         return self
 
 
-def _require_distinct(names: list[str], what: str) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{what} {twice[0]} is named twice")
+def _require_distinct(names: list[str], noun: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{noun} {repeated[0]} is named twice")

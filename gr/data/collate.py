@@ -1,9 +1,10 @@
-"""Rows of decoded row groups -> batches, by index arithmetic on packed arrays; no loop over examples.
+"""Collation: rows of decoded row groups become batches, by index arithmetic on packed arrays, not a loop over examples.
 
-B examples, T packed tokens. A window of an example is (start, length) in events from its oldest one.
+B examples, T packed tokens. A window of an example is (start, length) in events from its oldest one. A place is the
+index of an event in the history of its example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -32,20 +33,16 @@ class Rows:
 
     def lengths_B(self) -> np.ndarray:
         """Events of each example, int64 [B]."""
-        lengths = np.zeros(len(self.row_B), dtype=np.int64)
-        for index, group in enumerate(self.groups):
-            chosen = self.group_B == index
-            lengths[chosen] = group.lengths_B[self.row_B[chosen]]
-        return lengths
+        return self._by_example(lambda group: group.lengths_B, np.dtype(np.int64))
 
     def gather(self, column: str, start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-        """Packed values [sum(length_B)] of the window of each example."""
+        """Packed values of an event column, [sum(length_B)]: the window of each example."""
         return self.at(column, length_B, ranges(start_B, length_B))
 
     def at(self, column: str, length_B: np.ndarray, place_T: np.ndarray) -> np.ndarray:
-        """Packed values [T] of an event column: length_B events of each example, at these places in its history."""
+        """Packed values of an event column, [T]: length_B events of each example, at the places place_T."""
         offsets = _offsets(length_B)
-        values = np.empty(offsets[-1], dtype=self._type(column))
+        values = np.empty(offsets[-1], dtype=self._dtype(column))
         for index, group in enumerate(self.groups):
             chosen = np.flatnonzero(self.group_B == index)
             slots = ranges(offsets[chosen], length_B[chosen])
@@ -53,24 +50,27 @@ class Rows:
             values[slots] = group.columns[column][first + place_T[slots]]
         return values
 
-    def of_users(self, column: str) -> np.ndarray:
-        """Values [B] of a column of users; 0 where there is no row."""
-        values = np.zeros(len(self.row_B), dtype=self._type(column))
+    def user_values(self, column: str) -> np.ndarray:
+        """Values of a user column, [B]; 0 where there is no row."""
+        return self._by_example(lambda group: group.columns[column], self._dtype(column))
+
+    def _by_example(self, row_values: Callable[[Histories], np.ndarray], dtype: np.dtype) -> np.ndarray:
+        values = np.zeros(len(self.row_B), dtype)
         for index, group in enumerate(self.groups):
             chosen = self.group_B == index
-            values[chosen] = group.columns[column][self.row_B[chosen]]
+            values[chosen] = row_values(group)[self.row_B[chosen]]
         return values
 
-    def _type(self, column: str) -> np.dtype:
+    def _dtype(self, column: str) -> np.dtype:
         return self.groups[0].columns[column].dtype if self.groups else np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What collation left out, and what it kept.
+    """Tokens and examples that collation left out, and the tokens of its batches.
 
-    truncated_tokens: inputs older than the window. without_target: empty examples. subsampled_tokens: left out by
-    stochastic length. tokens: kept. unpredicted: events older than the window that were to be predicted.
+    truncated_tokens: inputs older than the window. without_target: empty examples. subsampled_tokens: inputs that
+    stochastic length left out. tokens: inputs of the batches. unpredicted: events to predict older than the window.
     """
 
     truncated_tokens: int = 0
@@ -84,51 +84,47 @@ class Counts:
 
 
 def collate_train(
-    rows: Rows, config: HistoryDataConfig, draws: Draws, *, first_example: int
+    rows: Rows, draws: Draws, first_example: int, config: HistoryDataConfig
 ) -> tuple[RetrievalBatch, Counts]:
-    """Inputs and next items of each example, without its newest config.train_holdout events.
+    """A batch for retrieval: inputs and next items of each example, without its newest config.train_holdout events.
 
-    With usable = items[:n - holdout], or fewer where config.cut is uniform, inputs are the newest max_length of
-    usable[:-1], or those of them that stochastic length keeps, and the target of an input is the input after it; the
-    last one's is usable[-1]. An example with fewer than two usable events is empty.
+    With usable = items[:n - holdout], or fewer where config.cut is uniform, the inputs are the newest max_length of
+    usable[:-1], or those of them that stochastic length keeps. The target of an input is the input after it; the target
+    of the last one is usable[-1]. An example with fewer than two usable events is empty.
     """
     inputs_B = np.maximum(rows.lengths_B() - config.train_holdout - 1, 0)
-    empty = int((inputs_B < 1).sum())
+    empty_examples = int((inputs_B < 1).sum())
     if config.cut == "uniform":
         inputs_B = random_ends(inputs_B, draws)
     start_B, length_B, place_T, dropped = chosen_events(rows, inputs_B, config, draws)
     next_T = _followers(length_B, place_T, inputs_B)
-    times = next_times = None
-    if rows.timestamps:
-        times = torch.from_numpy(rows.at("timestamps", length_B, place_T))
-        next_times = torch.from_numpy(rows.at("timestamps", length_B, next_T))
     batch = RetrievalBatch(
         features=_features(rows.at("item_ids", length_B, place_T), length_B),
         target_ids_T=torch.from_numpy(rows.at("item_ids", length_B, next_T)),
-        timestamps_T=times,
-        query_timestamps_T=next_times,
+        timestamps_T=_times(rows, length_B, place_T),
+        query_timestamps_T=_times(rows, length_B, next_T),
         first_example=first_example,
     )
-    return batch, Counts(int(start_B.sum()), empty, dropped, len(place_T))
+    return batch, Counts(int(start_B.sum()), empty_examples, dropped, len(place_T))
 
 
 def chosen_events(
     rows: Rows, stop_B: np.ndarray, config: HistoryDataConfig, draws: Draws
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The newest config.max_length of the first stop_B events of each example, or of them what stochastic length keeps.
+    """The newest config.max_length of the first stop_B events of each example, thinned by stochastic length where set.
 
-    (first place of the window [B], events [B], their places in the history [T], events that were left out).
+    Returns the first place of each window [B], the number of events of each example [B], their places [T], and how many
+    events stochastic length left out.
     """
     window_B = np.minimum(stop_B, config.max_length)
     start_B = stop_B - window_B
     place_T = ranges(start_B, window_B)
     if config.stochastic_length is None:
         return start_B, window_B, place_T, 0
-    order = "timestamps" if rows.timestamps else None
-    when_T = rows.at(order, window_B, place_T) if order else place_T
+    time_T = rows.at("timestamps", window_B, place_T) if rows.timestamps else place_T
     newest_B = np.zeros(len(window_B), dtype=np.int64)
-    newest_B[window_B > 0] = when_T[_offsets(window_B)[1:][window_B > 0] - 1]
-    ages_T = np.repeat(newest_B, window_B) - when_T
+    newest_B[window_B > 0] = time_T[_offsets(window_B)[1:][window_B > 0] - 1]
+    ages_T = np.repeat(newest_B, window_B) - time_T
     keep_T = stochastic_length(window_B, ages_T, config.stochastic_length, config.max_length, draws)
     example_T = np.repeat(np.arange(len(window_B)), window_B)
     length_B = np.bincount(example_T[keep_T], minlength=len(window_B))
@@ -136,20 +132,20 @@ def chosen_events(
 
 
 def _followers(length_B: np.ndarray, place_T: np.ndarray, last_B: np.ndarray) -> np.ndarray:
-    """Place of the event after each in its example; last_B after an example's last."""
+    """The place of the event that follows each event, [T]; last_B follows the last event of an example."""
     next_T = np.append(place_T[1:], 0)[: len(place_T)]
-    some = length_B > 0
-    next_T[_offsets(length_B)[1:][some] - 1] = last_B[some]
+    nonempty_B = length_B > 0
+    next_T[_offsets(length_B)[1:][nonempty_B] - 1] = last_B[nonempty_B]
     return next_T
 
 
 def collate_evaluation(
     rows: Rows, *, max_length: int, target_from_end: int, filter_seen: Literal["window", "all", "none"]
 ) -> tuple[EvaluationBatch, Counts]:
-    """The newest max_length events before the target, and the target: the target_from_end-th event from the end.
+    """A batch for evaluation: the newest max_length events before the target, the target_from_end-th from the end.
 
-    Examples without an event before the target are empty, not valid, with target 0. seen_ids of an example are
-    ascending, unique and without its target; they come from the window, from all events before the target, or are
+    Examples without an event before the target are empty, not valid, with target 0. The seen_ids of an example are
+    ascending, unique and without its target; they come from the window, from all events before the target, or there are
     none: on data with repeated targets filtering favours scorers that put seen items first (gr/prepare/oracle.py).
     """
     before_B = np.maximum(rows.lengths_B() - target_from_end, 0)
@@ -159,17 +155,14 @@ def collate_evaluation(
     targets = np.zeros(len(before_B), dtype=np.int64)
     targets[valid_B] = rows.gather("item_ids", before_B, valid_B.astype(np.int64))
     items = rows.gather("item_ids", start_B, length_B)
-    whole = filter_seen == "all" and bool(start_B.any())
-    seen = rows.gather("item_ids", np.zeros_like(start_B), before_B) if whole else items
-    if filter_seen == "none":
-        seen_ids, seen_offsets = np.empty(0, dtype=np.int64), np.zeros(len(before_B) + 1, dtype=np.int64)
-    else:
-        seen_ids, seen_offsets = _seen(seen, before_B if whole else length_B, targets)
-    times, next_times = _times(rows, start_B, length_B)
+    zeros_B = np.zeros_like(start_B)
+    windows = {"window": (start_B, length_B), "all": (zeros_B, before_B), "none": (zeros_B, zeros_B)}
+    seen_start_B, seen_B = windows[filter_seen]
+    seen_ids, seen_offsets = _seen(rows.gather("item_ids", seen_start_B, seen_B), seen_B, targets)
     batch = EvaluationBatch(
         features=_features(items, length_B),
-        timestamps_T=times,
-        query_timestamps_T=next_times,
+        timestamps_T=_times(rows, length_B, ranges(start_B, length_B)),
+        query_timestamps_T=_times(rows, length_B, ranges(start_B + 1, length_B)),
         target_ids_B=torch.from_numpy(targets),
         valid_B=torch.from_numpy(valid_B),
         seen_ids=torch.from_numpy(seen_ids),
@@ -186,11 +179,8 @@ def _seen(items: np.ndarray, length_B: np.ndarray, targets: np.ndarray) -> tuple
     return keys % bound, _offsets(np.bincount(keys // bound, minlength=len(length_B)))
 
 
-def _times(rows: Rows, start_B: np.ndarray, length_B: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-    if not rows.timestamps:
-        return None, None
-    times = rows.gather("timestamps", start_B, length_B)
-    return torch.from_numpy(times), torch.from_numpy(rows.gather("timestamps", start_B + 1, length_B))
+def _times(rows: Rows, length_B: np.ndarray, place_T: np.ndarray) -> Tensor | None:
+    return torch.from_numpy(rows.at("timestamps", length_B, place_T)) if rows.timestamps else None
 
 
 def _features(items: np.ndarray, length_B: np.ndarray) -> KeyedJaggedTensor:
@@ -204,5 +194,5 @@ def _offsets(length_B: np.ndarray) -> np.ndarray:
 
 
 def ranges(start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-    """start[0] .. start[0] + length[0] - 1, then the same of 1, ..."""
+    """The integers start[0] .. start[0] + length[0] - 1, then those from start[1] on, and so forth."""
     return np.repeat(start_B - _offsets(length_B)[:-1], length_B) + np.arange(int(length_B.sum()))

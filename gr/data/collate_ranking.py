@@ -1,4 +1,4 @@
-"""Rows of decoded row groups -> batches for generative ranking. B examples, T events, C tasks."""
+"""Collation for ranking: rows of decoded row groups become batches. B examples, T events, C tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from gr.schema import DataSchema
 
 @dataclass(frozen=True)
 class RankingCollate:
-    """Batches of one data folder. Raises ConfigError where a task names no column of it."""
+    """The collation of one data folder. Raises ConfigError where a task names no column of it."""
 
     schema: DataSchema
     config: RankingDataConfig
@@ -39,7 +39,7 @@ class RankingCollate:
         return ["user_id", *self.schema.event_columns, *self.schema.user_columns]
 
     def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[RankingBatch, Counts]:
-        """Training examples, each without its newest config.train_holdout events."""
+        """A batch to train on: each example is without its newest config.train_holdout events."""
         stop_B = np.maximum(rows.lengths_B() - self.config.train_holdout, 0)
         if self.config.cut == "uniform":
             stop_B = random_ends(stop_B, draws)
@@ -53,14 +53,14 @@ class RankingCollate:
         return self._batch(rows, length_B, place_T, scored_B, first_example), counts
 
     def newest(self, rows: Rows, *, newest: int, before: int) -> tuple[RankingBatch, Counts]:
-        """Evaluation examples: the `newest` events of each user that lie before its `before` newest ones."""
+        """A batch to evaluate on: the `newest` events of each user that lie before its `before` newest ones."""
         stop_B = np.maximum(rows.lengths_B() - before, 0)
         return self.scored(rows, stop_B, np.minimum(stop_B, newest), 0)
 
     def scored(
         self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, first_example: int
     ) -> tuple[RankingBatch, Counts]:
-        """The first stop_B events of each user, of which the newest scored_B are predicted, as far as they fit."""
+        """A batch of the first stop_B events of each user. The newest scored_B are predicted, as far as they fit."""
         length_B = np.where(scored_B > 0, np.minimum(stop_B, self.config.max_length), 0)
         start_B = stop_B - length_B
         place_T = ranges(start_B, length_B)
@@ -76,7 +76,7 @@ class RankingCollate:
     def _with_scored(
         self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, draws: Draws
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """As chosen_events, but the newest scored_B always stay: stochastic length is for the history."""
+        """The result of chosen_events, except that the newest scored_B events always stay: they are no history."""
         room = self.config.model_copy(update={"max_length": self.config.max_length - self.config.candidates})
         start_B, history_B, place_T, dropped = chosen_events(rows, stop_B - scored_B, room, draws)
         length_B = history_B + scored_B
@@ -100,12 +100,12 @@ class RankingCollate:
             (actions_T >> schema.actions.index(task.action) & 1) if isinstance(task, ActionTask) else events(task.value)
             for task in self.task.tasks
         ]
-        some_B = length_B > 0
+        nonempty_B = length_B > 0
         keys = [ITEM_FEATURE, *schema.event_features, *schema.contextual]
         ids = [events("item_ids"), *(events(name) for name in schema.event_features)]
-        ids += [rows.of_users(name)[some_B] for name in schema.contextual]
-        lengths = [length_B] * (1 + len(schema.event_features)) + [some_B.astype(np.int64)] * len(schema.contextual)
-        numeric = [rows.of_users(name) * some_B for name in schema.contextual_numeric]
+        ids += [rows.user_values(name)[nonempty_B] for name in schema.contextual]
+        lengths = [length_B] * (1 + len(schema.event_features)) + [nonempty_B.astype(np.int64)] * len(schema.contextual)
+        numeric = [rows.user_values(name) * nonempty_B for name in schema.contextual_numeric]
         return RankingBatch(
             features=KeyedJaggedTensor(
                 keys=keys,
@@ -118,7 +118,7 @@ class RankingCollate:
             numeric_BK=torch.from_numpy(np.stack(numeric, axis=1).astype(np.float32))
             if numeric
             else torch.zeros(len(length_B), 0),
-            user_B=torch.from_numpy(rows.of_users("user_id")),
+            user_B=torch.from_numpy(rows.user_values("user_id")),
             scored_B=torch.from_numpy(scored_B),
             scored=int(scored_B.sum()),
             first_example=first_example,

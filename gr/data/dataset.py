@@ -1,4 +1,4 @@
-"""Reads a data folder row group by row group. Checks every row as it is read; never holds the whole set.
+"""Dataset: a folder of user histories, read row group by row group. Every row is checked as it is read.
 
 B rows (users), T events of those rows, packed row after row, oldest first.
 """
@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.parquet import Parts, RowGroup, existing_folder, read_footer
+from gr.data.parquet import Parts, decoding, existing_folder, read_footer
 from gr.data.validate import Fault, check_rows, expected_types, packed
 from gr.errors import DataError
-from gr.files import is_transient
 from gr.schema import ITEMS_FILE, DataSchema
 
 
@@ -39,13 +38,14 @@ class Dataset:
     """A data folder: schema, row groups known from footers, and rows read on demand. Safe to read from threads."""
 
     def __init__(self, path: Path, schema: DataSchema, parts: Parts) -> None:
-        self.path, self.schema, self.row_groups = path, schema, parts.row_groups
+        self.path, self.schema, self.rows = path, schema, schema.users
+        self.row_groups, self.row_counts = parts.row_groups, parts.row_counts
         self._parts = parts
         self._bad_rows: dict[int, int] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> "Dataset":
-        """Read schema.json and the footers of the parts.
+        """Reads schema.json and the footers of the parts.
 
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a part without rows, a missing column, a wrong type, or fewer rows than the schema says.
@@ -55,47 +55,40 @@ class Dataset:
         return cls(path, schema, Parts.open(path, expected_types(schema), rows=("users", schema.users)))
 
     @property
-    def row_counts(self) -> list[int]:
-        """Rows of each row group, in file order."""
-        return [group.rows for group in self.row_groups]
-
-    @property
-    def rows(self) -> int:
-        return self.schema.users
-
-    @property
     def bad_rows(self) -> int:
         """Distinct bad rows emptied so far by on_bad_row="skip"."""
         return sum(list(self._bad_rows.values()))  # reading threads may add to it meanwhile
 
-    def history_columns(self) -> tuple[str, ...]:
-        """The columns a sequence model reads: item_ids, and timestamps where the data has them."""
-        return ("item_ids", "timestamps") if self.schema.timestamps else ("item_ids",)
-
     def read_row_group(
         self, index: int, columns: Sequence[str] | None = None, on_bad_row: Literal["fail", "skip"] = "fail"
     ) -> Histories:
-        """Decode and check one row group.
+        """Decodes and checks one row group.
 
-        columns: names besides item_ids to read (None: `history_columns`). A bad row (null list, null element, item id
-        outside [1, cardinality), other number of timestamps than items, time going back) raises DataError with file,
-        row group, row, column and value; with on_bad_row="skip" it becomes an empty history and is counted.
+        columns: names besides item_ids to read; None: timestamps, where the data has them. A bad row (null list, null
+        element, item id outside [1, cardinality), other number of timestamps than items, time going back) raises
+        DataError with file, row group, row, column and value; with on_bad_row="skip" it becomes an empty history and is
+        counted.
         """
         file = self.row_groups[index].file
-        wanted = list(dict.fromkeys(["item_ids", *(self.history_columns() if columns is None else columns)]))
-        unknown = [name for name in wanted if name not in expected_types(self.schema)]
-        if unknown:
-            raise DataError(f"{file}: has no column {unknown[0]}; it has {', '.join(expected_types(self.schema))}")
-        group, table = self._parts.read(index, wanted)
-        lists = {name: packed(table.column(name)) for name in wanted if pa.types.is_list(_type(table, name))}
-        flat = {name: table.column(name) for name in wanted if name not in lists}
+        columns = ["timestamps"] * self.schema.timestamps if columns is None else columns
+        names = list(dict.fromkeys(["item_ids", *columns]))
+        types = expected_types(self.schema)
+        if unknown := [name for name in names if name not in types]:
+            raise DataError(f"{file}: has no column {unknown[0]}; it has {', '.join(types)}")
+        group, table = self._parts.read(index, names)
+        lists = {name: packed(table.column(name)) for name in names if pa.types.is_list(types[name][0])}
+        flat = {name: table.column(name) for name in names if name not in lists}
         faults = check_rows(lists, flat, self.schema)
         if faults and on_bad_row == "fail":
-            raise DataError(_describe(group, min(faults, key=lambda fault: fault.row)))
+            fault = min(faults, key=lambda fault: fault.row)
+            raise DataError(
+                f"{group}, row {fault.row}, column {fault.column}: {fault.problem}; correct the row, or set "
+                "data.on_bad_row=skip to count such rows and train on none of them"
+            )
         return self._histories(index, lists, flat, faults)
 
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
-        """Candidate item ids and their counts: see read_corpus."""
+        """Candidate item ids and their counts, by read_corpus."""
         return read_corpus(self.path, self.schema)
 
     def _histories(
@@ -127,8 +120,7 @@ class Dataset:
 def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarray]:
     """Candidate item ids, int64 ascending, and their counts, int64, from items.parquet.
 
-    Raises DataError if the file is missing or damaged, or ids are not ascending, unique and within [1,
-    cardinality).
+    Raises DataError if the file is missing or damaged, or ids are not ascending, unique and in [1, cardinality).
     """
     file = folder / ITEMS_FILE
     if not file.exists():
@@ -137,14 +129,10 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
     for column in ("item_id", "count"):
         if column not in names:
             raise DataError(f"{file}: has no column {column}; it has {', '.join(names)}")
-    try:
+    with decoding(file):
         table = pq.read_table(file, columns=["item_id", "count"])
         ids = table.column("item_id").cast(pa.int64()).to_numpy()
         counts = table.column("count").cast(pa.int64()).to_numpy()
-    except (pa.ArrowException, OSError) as error:
-        if is_transient(error):
-            raise
-        raise DataError(f"{file}: cannot be decoded: {error}") from error
     wrong = (ids < 1) | (ids >= schema.item_cardinality) | np.append(False, np.diff(ids) <= 0)
     if wrong.any() or len(ids) != schema.items:
         row = int(wrong.argmax()) if wrong.any() else len(ids)
@@ -153,15 +141,3 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
             f"{file}: row {row}: {value}; wanted {schema.items} ascending ids, all below {schema.item_cardinality}"
         )
     return ids, counts
-
-
-def _type(table: pa.Table, name: str) -> pa.DataType:
-    kind = table.schema.field(name).type
-    return pa.list_(kind.value_type) if pa.types.is_large_list(kind) else kind
-
-
-def _describe(group: RowGroup, fault: Fault) -> str:
-    return (
-        f"{group}, row {fault.row}, column {fault.column}: {fault.problem}; correct the row, or set "
-        "data.on_bad_row=skip to count such rows and train on none of them"
-    )

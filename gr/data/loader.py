@@ -1,161 +1,164 @@
-"""Batches for one rank: TrainLoader is endless and can resume, UserBatches goes over the users once.
+"""ResumableLoader: this rank's training batches, decoded and collated ahead, from any position in their order.
 
-Row groups are decoded ahead by a pool of threads; one more thread collates training batches into a bounded queue.
+A BatchSource says which rows a batch has and how decoded rows become a batch: history_batches.py, time_windows.py and
+tabular_pass.py have one each to train on, history_batches.py one to evaluate on. B examples of a batch on this rank.
 """
 
+import time
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import Any, Literal, Protocol, Self
+from itertools import count
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
+from pydantic import BaseModel
 
-from gr.batch import RetrievalBatch
-from gr.config.histories import HistoryDataConfig
-from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
-from gr.data.dataset import Dataset, Histories
-from gr.data.order import TrainingOrder, owned_lanes
+from gr.data.collate import Counts
 from gr.data.prefetch import Ahead, RowGroupCache
-from gr.data.stochastic_length import Draws
-from gr.errors import CheckpointError, ConfigError
-from gr.logging import get_logger, log_once
+from gr.errors import CheckpointError, ConfigError, GRError
 
-log = get_logger(__name__)
-
-
-class TrainCollate(Protocol):
-    """Makes the batches of one kind of training. columns: those it reads; None: those of a sequence model."""
-
-    @property
-    def columns(self) -> Sequence[str] | None: ...
-
-    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[Any, Counts]: ...
+Group = TypeVar("Group")
+Batch = TypeVar("Batch")
+Places = tuple[np.ndarray, np.ndarray]  # of each example: its row group (-1: no row) and the row there, int64 [B] each
 
 
-@dataclass(frozen=True)
-class RetrievalCollate:
-    config: HistoryDataConfig
-    columns: Sequence[str] | None = None
+class BatchSource(ABC, Generic[Group, Batch]):
+    """The batches of one rank. Each has a cursor, an integer that starts at 0 and grows by `stride` with every batch.
 
-    def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[RetrievalBatch, Counts]:
-        return collate_train(rows, self.config, draws, first_example=first_example)
-
-
-def _cache(
-    dataset: Dataset, config: HistoryDataConfig, capacity: int, columns: Sequence[str] | None = None
-) -> RowGroupCache[Histories]:
-    read = partial(dataset.read_row_group, columns=columns, on_bad_row=config.on_bad_row)
-    return RowGroupCache(read, threads=config.read_threads, capacity=capacity)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A batch whose row groups are being decoded. first: position or number of the batch."""
-
-    first: int
-    groups: "list[Future[Histories]]"
-    group_B: np.ndarray
-    row_B: np.ndarray
-
-    def rows(self, timestamps: bool) -> Rows:
-        return Rows([group.result() for group in self.groups], self.group_B, self.row_B, timestamps)
-
-
-def _plan(cache: RowGroupCache, first: int, group_B: np.ndarray, row_B: np.ndarray) -> _Planned:
-    return _Planned(first, *cache.request_all(group_B), row_B)
-
-
-class TrainLoader:
-    """Endless iterator of this rank's part of each global batch, in the order of docs/design/data-order.md.
-
-    global_batch_size: examples a step over all ranks. Counters and state_dict() speak of batches handed out, not of
-    those collated ahead. Errors in the reading threads are raised by next(). Raises ConfigError when the world size
-    does not divide data.lanes, data.lanes does not divide the batch, or there are fewer rows than lanes.
+    stop: the cursor after the last batch, None where there is no last one. read_threads: threads that decode row
+    groups, and the number of batches planned ahead. capacity: decoded row groups that stay for later batches.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        config: HistoryDataConfig,
-        *,
-        seed: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        collate: TrainCollate | None = None,
-    ) -> None:
-        """collate: unset makes batches for retrieval."""
-        if global_batch_size % config.lanes:
-            raise ConfigError(
-                f"trainer.global_batch_size={global_batch_size} is not divisible by data.lanes={config.lanes}; set one "
-                "to a multiple or divisor of the other"
-            )
-        self._dataset, self._config = dataset, config
-        self._collate = collate or RetrievalCollate(config)
-        self._lanes = owned_lanes(config.lanes, rank, world_size)
-        self._per_lane = global_batch_size // config.lanes
-        self._order = TrainingOrder(dataset.row_counts, lanes=config.lanes, seed=seed, shuffle=config.shuffle)
-        self._position = 0
-        self._counts = Counts()
-        self._ahead: Ahead[tuple[Any, Counts]] | None = None
-        self._closed = False
+    stride: int = 1
+    stop: int | None = None
+    read_threads: int
+    capacity: int
+
+    @abstractmethod
+    def read(self, row_group: int) -> Group:
+        """Decodes and checks one row group, in a thread of the pool."""
+
+    @abstractmethod
+    def rows(self, cursor: int) -> Places:
+        """The places of the examples of a batch."""
+
+    @abstractmethod
+    def collate(self, cursor: int, groups: Sequence[Group], places: Places) -> tuple[Batch, Counts]:
+        """The batch at `cursor`. groups: its row groups, decoded. places: those of rows(), with indexes of `groups`."""
+
+    def __len__(self) -> int:
+        """Batches of the whole pass, on every rank. Raises TypeError where the source is endless."""
+        if self.stop is None:
+            raise TypeError(f"{type(self).__name__} is endless")
+        return self.stop // self.stride
+
+    def batches(self, start: int, stop: int | None) -> Generator[tuple[Batch, Counts], None, None]:
+        """The batches from cursor `start` to before `stop`, while the row groups of the next ones are decoded."""
+        cache = RowGroupCache(self.read, threads=self.read_threads, capacity=self.capacity)
+        planned: deque[tuple[int, list[Future[Group]], Places]] = deque()
+        try:
+            for cursor in count(start, self.stride) if stop is None else range(start, stop, self.stride):
+                group_B, row_B = self.rows(cursor)
+                groups, index_B = cache.request(group_B)
+                planned.append((cursor, groups, (index_B, row_B)))
+                if len(planned) > self.read_threads:
+                    yield self._collated(*planned.popleft())
+            while planned:
+                yield self._collated(*planned.popleft())
+        finally:
+            cache.close()
+
+    def _collated(self, cursor: int, groups: list[Future[Group]], places: Places) -> tuple[Batch, Counts]:
+        return self.collate(cursor, [group.result() for group in groups], places)
+
+
+class ResumableSource(BatchSource[Group, Batch]):
+    """A BatchSource in an order that a checkpoint can name.
+
+    cursor_name: key of the cursor in a loader's state. identity: what else determines the order, the same on all
+    ranks; a checkpoint with another value is refused. order_name, identity_keys: how that message calls the order and
+    the settings that determine it. prefetch: batches collated ahead.
+    """
+
+    cursor_name: str = "step"
+    identity: dict[str, int | None]
+    order_name: str
+    identity_keys: str
+    prefetch: int
+
+    @abstractmethod
+    def counters(self, counts: Counts) -> dict[str, int]:
+        """The counters of this rank, given the sum of the counts of all batches handed out."""
+
+    def log(self, counts: Counts) -> None:
+        """Logs, once, that a batch leaves something out."""
+
+
+class ResumableLoader(Generic[Batch]):
+    """Iterator of a source's batches; a context manager, as it has threads to stop.
+
+    Counters and state_dict() describe the batches handed out, not those collated ahead. An error in a thread is raised
+    by next(), and again at every later call. wait_seconds: time that next() has waited for batches.
+    """
+
+    def __init__(self, source: ResumableSource[Any, Batch], *, start: int = 0) -> None:
+        """start: cursor of the first batch. Raises ConfigError where it lies outside the pass."""
+        self.source = source
         self.wait_seconds = 0.0
+        self._counts = Counts()
+        self._ahead: Ahead[tuple[Batch, Counts]] | None = None
+        self._closed = False
+        self._seek(start, ConfigError)
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
-        """The next batch. Time spent here waiting for it is added to wait_seconds."""
-        if self._closed and (self._ahead is None or self._ahead.error is None):
-            raise StopIteration
+    def __next__(self) -> Batch:
         if self._ahead is None:
-            self._ahead = Ahead(self._batches(self._position), self._config.prefetch)
-        waited = self._ahead.wait_seconds
-        batch, counts = self._ahead.take()
-        self.wait_seconds += self._ahead.wait_seconds - waited
-        self._position += self._per_lane
+            if self._closed:
+                raise StopIteration
+            self._ahead = Ahead(self.source.batches(self._cursor, self.source.stop), self.source.prefetch)
+        started = time.perf_counter()
+        batch, counts = next(self._ahead)
+        self.wait_seconds += time.perf_counter() - started
+        self._cursor += self.source.stride
         self._counts += counts
-        self._tell(counts)
+        self.source.log(counts)
         return batch
 
     def counters(self) -> dict[str, int]:
-        """Of this rank, since construction: distinct bad rows emptied (including read ahead), tokens older than the
-        window, examples without a target; events that stochastic length left out, and all that were kept."""
-        return {
-            "bad_rows": self._dataset.bad_rows,
-            "truncated_tokens": self._counts.truncated_tokens,
-            "examples_without_target": self._counts.without_target,
-            "subsampled_tokens": self._counts.subsampled_tokens,
-            "tokens": self._counts.tokens,
-        }
+        """The source's counters over the batches handed out since construction."""
+        return self.source.counters(self._counts)
 
-    def state_dict(self) -> dict[str, int]:
-        """position: examples each lane has given. The rest identifies the order; the same on all ranks."""
-        return {"position": self._position, **self._identity()}
+    def state_dict(self) -> dict[str, int | None]:
+        """The cursor after the last batch handed out, and the identity of the order; the same on all ranks."""
+        return {self.source.cursor_name: self._cursor, **self.source.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last batch handed out before the state was saved, on any world size that divides the
-        lanes.
+        """Continues after the last batch handed out before the state was saved, on any world size the source allows.
 
-        Raises CheckpointError if lanes, seed, shuffle, rows or row groups differ: they are another order.
+        Raises CheckpointError where the state is of another order.
         """
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
+        source = self.source
+        for name, own in source.identity.items():
+            if name not in state or state[name] != own:
                 raise CheckpointError(
-                    f"the checkpoint's data order has {name}={state.get(name)}, this run has {name}={mine}; resume "
-                    "with the same data folder, seed, data.lanes and data.shuffle, or start a new run"
+                    f"the checkpoint's {source.order_name} has {name}={state.get(name)}, this run has {name}={own}; "
+                    f"resume with the same {source.identity_keys}, or start a new run"
                 )
+        self._seek(int(state[source.cursor_name]), CheckpointError)
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-        self._position = int(state["position"])
 
     def close(self) -> None:
-        """Stop the threads. Safe to call twice; next() then raises StopIteration."""
+        """Stops the threads; next() then raises StopIteration. Safe to call twice."""
         self._closed = True
         if self._ahead is not None:
             self._ahead.close()
@@ -166,139 +169,24 @@ class TrainLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _identity(self) -> dict[str, int]:
-        layout = np.asarray(self._dataset.row_counts, dtype=np.int64).tobytes()
-        schema = self._dataset.schema.model_dump_json().encode()
-        order = self._order
-        return {
-            "lanes": order.lanes,
-            "seed": order.seed,
-            "shuffle": int(order.shuffle),
-            "rows": order.rows,
-            "row_groups": zlib.crc32(layout),
-            "schema": zlib.crc32(schema),
-        }
-
-    def _tell(self, counts: Counts) -> None:
-        if counts.truncated_tokens:
-            log_once(
-                log, f"histories longer than data.max_length={self._config.max_length} are cut to their newest events"
-            )
-        if counts.without_target:
-            log_once(
-                log, f"some users have no target after data.train_holdout={self._config.train_holdout}: empty examples"
-            )
-        if self._dataset.bad_rows:
-            log_once(log, f"{self._dataset.path} has bad rows; data.on_bad_row=skip empties them")
-
-    def _batches(self, position: int) -> Iterator[tuple[Any, Counts]]:
-        capacity = 2 * len(self._lanes) + self._config.read_threads
-        cache = _cache(self._dataset, self._config, capacity, self._collate.columns)
-        try:
-            planned: deque[_Planned] = deque()
-            while True:
-                while len(planned) <= self._config.read_threads:
-                    planned.append(self._plan_batch(cache, position + len(planned) * self._per_lane))
-                batch = planned.popleft()
-                position += self._per_lane
-                first_example = batch.first * self._order.lanes
-                lane_B = np.repeat(np.asarray(self._lanes), self._per_lane)
-                within_B = np.tile(np.arange(self._per_lane), len(self._lanes))
-                draws = Draws(self._order.seed, first_example + lane_B * self._per_lane + within_B)
-                yield self._collate(batch.rows(self._dataset.schema.timestamps), draws, first_example)
-        finally:
-            cache.close()
-
-    def _plan_batch(self, cache: RowGroupCache, position: int) -> _Planned:
-        rows = [self._order.lane_rows(lane, position, self._per_lane) for lane in self._lanes]
-        group_B, row_B = self._order.locate(np.concatenate(rows))
-        return _plan(cache, position, group_B, row_B)
+    def _seek(self, cursor: int, error: type[GRError]) -> None:
+        stop = self.source.stop
+        if cursor < 0 or (stop is not None and cursor > stop):
+            raise error(f"{self.source.cursor_name} {cursor} is outside the pass; it has {stop} batches")
+        self._cursor = cursor
 
 
-class UserBatches:
-    """One pass over the users, in file order: every iteration starts again, and has len() batches on every rank.
-
-    A rank reads users [rank*N/R, (rank+1)*N/R). Every rank gets the same number of batches, filled up with rows that
-    do not exist (group -1). global_batch_size: users a step over all ranks. Raises ConfigError if the world size does
-    not divide it.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        config: HistoryDataConfig,
-        collate: Callable[[Rows], tuple[Any, Counts]],
-        *,
-        columns: Sequence[str] | None = None,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        if global_batch_size % world_size:
-            raise ConfigError(
-                f"evaluation.global_batch_size={global_batch_size} is not divisible by the world size {world_size}; "
-                f"set it to a multiple of {world_size}"
-            )
-        self._dataset, self._config, self._collate, self._columns = dataset, config, collate, columns
-        self._size = global_batch_size // world_size
-        bounds = [r * dataset.rows // world_size for r in range(world_size + 1)]
-        self._rows = bounds[rank], bounds[rank + 1]
-        self._batches = max(-(-(stop - start) // self._size) for start, stop in pairwise(bounds))
-        self._counts = Counts()
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def __iter__(self) -> Iterator[Any]:
-        self._counts = Counts()
-        cache = _cache(self._dataset, self._config, 1, self._columns)
-        starts = np.concatenate([[0], np.cumsum(self._dataset.row_counts)])
-        try:
-            planned: deque[_Planned] = deque()
-            for number in range(self._batches):
-                while len(planned) <= self._config.read_threads and number + len(planned) < self._batches:
-                    planned.append(self._plan_batch(cache, starts, number + len(planned)))
-                batch, counts = self._collate(planned.popleft().rows(self._dataset.schema.timestamps))
-                self._counts += counts
-                if counts.without_target:
-                    log_once(log, f"{self._dataset.path}: some users have no event before the target; not evaluated")
-                yield batch
-        finally:
-            cache.close()
-
-    def counters(self) -> dict[str, int]:
-        """Of this rank, in the latest iteration: users not evaluated, tokens older than the window, bad rows
-        emptied.
-        """
-        return {
-            "bad_rows": self._dataset.bad_rows,
-            "truncated_tokens": self._counts.truncated_tokens,
-            "users_without_history": self._counts.without_target,
-        }
-
-    def _plan_batch(self, cache: RowGroupCache, starts: np.ndarray, number: int) -> _Planned:
-        first, stop = self._rows
-        rows = first + number * self._size + np.arange(self._size)
-        real = rows < stop
-        group_B = np.full(self._size, -1, dtype=np.int64)
-        group_B[real] = np.searchsorted(starts, rows[real], side="right") - 1
-        return _plan(cache, number, group_B, np.where(real, rows - starts[group_B], 0))
+def checksums(row_counts: Sequence[int], schema: BaseModel) -> dict[str, int | None]:
+    """The part of an identity that tells one data folder from another: CRC-32 of its row groups and of its schema."""
+    layout = np.asarray(row_counts, dtype=np.int64).tobytes()
+    return {"row_groups": zlib.crc32(layout), "schema": zlib.crc32(schema.model_dump_json().encode())}
 
 
-def evaluation_batches(
-    dataset: Dataset,
-    config: HistoryDataConfig,
-    *,
-    target_from_end: Literal[1, 2],
-    global_batch_size: int,
-    filter_seen: Literal["window", "all", "none"],
-    rank: int = 0,
-    world_size: int = 1,
-) -> UserBatches:
-    """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
-    validation). Rows that only fill up a batch are not valid. Raises ConfigError as UserBatches does.
-    """
-    collate = partial(
-        collate_evaluation, max_length=config.max_length, target_from_end=target_from_end, filter_seen=filter_seen
-    )
-    return UserBatches(dataset, config, collate, global_batch_size=global_batch_size, rank=rank, world_size=world_size)
+def rank_batch_size(key: str, global_batch_size: int, world_size: int) -> int:
+    """Examples of a global batch on each rank. Raises ConfigError, naming `key`, unless the ranks have equal shares."""
+    if global_batch_size < 1 or global_batch_size % world_size:
+        raise ConfigError(
+            f"{key}={global_batch_size} is not divisible by the world size {world_size}; set it to a multiple of "
+            f"{world_size}"
+        )
+    return global_batch_size // world_size

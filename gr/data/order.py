@@ -1,7 +1,7 @@
-"""The training order: which row of the data is the p-th example of each lane. See docs/design/data-order.md.
+"""The training order: the row of the data that is the p-th example of each lane. See docs/design/data-order.md.
 
-Pure functions of (seed, row-group row counts, lanes): nothing here knows the world size, so any number of ranks that
-divides the lanes sees the same global batches.
+The order is a pure function of (seed, rows of each row group, lanes). It does not know the world size, so any number of
+ranks that divides the lanes sees the same global batches.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from gr.errors import ConfigError
 
 
 def permutation(seed: int, epoch: int, row_group: int | None, size: int) -> np.ndarray:
-    """Random order of range(size), int64 [size].
+    """A random order of range(size), int64 [size], keyed by (seed, epoch, row group).
 
-    Keyed by (seed, epoch, row group); row_group None orders the row groups themselves. Sorting raw Philox words
-    instead of calling Generator.permutation keeps the order the same under every numpy version (NEP 19 freezes bit
-    generators only).
+    row_group: None orders the row groups themselves. Raw Philox words are sorted, as Generator.permutation may differ
+    between numpy versions (NEP 19 freezes bit generators only).
     """
     word = (epoch << 32) | (0 if row_group is None else row_group + 1)
     bits = np.random.Philox(key=np.array([seed, word], dtype=np.uint64))
@@ -31,7 +30,7 @@ class TrainingOrder:
     Raises ConfigError when there are more lanes than rows.
     """
 
-    def __init__(self, row_counts: Sequence[int], *, lanes: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, row_counts: Sequence[int] | np.ndarray, *, lanes: int, seed: int, shuffle: bool) -> None:
         self._counts = np.asarray(row_counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
         self.rows = int(self._starts[-1])
@@ -50,7 +49,7 @@ class TrainingOrder:
         return self._bounds[lane + 1] - self._bounds[lane]
 
     def lane_rows(self, lane: int, position: int, count: int) -> np.ndarray:
-        """Row numbers, int64 [count], that the lane gives to the global batch that starts at `position`.
+        """The lane's row numbers in the global batch that starts at `position`, int64 [count].
 
         position: examples each lane gave before this batch. count: examples a lane gives to this batch.
         """
@@ -66,7 +65,7 @@ class TrainingOrder:
         return rows
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(row group, row within it) of row numbers, int64 of the same shape."""
+        """The row group of each row number, and the row within the group: int64 of the same shape."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         return groups, rows - self._starts[groups]
 

@@ -1,4 +1,4 @@
-"""Reads a tabular folder row group by row group, and checks every row as it is read.
+"""TabularDataset: a tabular folder, read row group by row group. Every row is checked as it is read.
 
 B rows, N dense columns, H ids of a row over all sparse columns.
 """
@@ -12,7 +12,7 @@ import pyarrow as pa
 from gr.data.parquet import Parts, RowGroup, existing_folder
 from gr.data.validate import packed
 from gr.errors import DataError
-from gr.schema import TabularSchema
+from gr.schema import SparseColumn, TabularSchema
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ class TabularDataset:
     """A tabular folder: schema, row groups known from footers, and rows read on demand. Safe to read from threads."""
 
     def __init__(self, path: Path, schema: TabularSchema, parts: Parts) -> None:
-        self.path, self.schema, self.row_groups = path, schema, parts.row_groups
+        self.path, self.schema, self.rows = path, schema, schema.rows
+        self.row_groups, self.row_counts = parts.row_groups, parts.row_counts
         self._parts = parts
 
     @classmethod
     def open(cls, path: Path | str) -> "TabularDataset":
-        """Read schema.json and the footers of the parts.
+        """Reads schema.json and the footers of the parts.
 
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a part without rows, a missing or unknown column, a wrong type, or another number of rows than the
@@ -48,19 +49,10 @@ class TabularDataset:
                 raise DataError(f"{file}: column {unknown[0]} is not in schema.json; write the folder again")
         return cls(path, schema, parts)
 
-    @property
-    def rows(self) -> int:
-        return self.schema.rows
-
-    @property
-    def row_counts(self) -> list[int]:
-        """Rows of each row group, in file order."""
-        return [group.rows for group in self.row_groups]
-
     def read_row_group(self, index: int) -> TabularRows:
-        """Decode and check one row group. A null dense value is 0, a null id is 0.
+        """Decodes and checks one row group. A null dense value is 0, a null id is 0.
 
-        DataError with file, row group, row, column and value for a label that is null or not finite, a dense value that
+        Raises DataError with file, row group, row, column and value for a label that is not 0 or 1, a dense value that
         is not finite, an id outside [0, cardinality), or a list of another number of ids than the schema's hots.
         """
         schema = self.schema
@@ -74,39 +66,27 @@ class TabularDataset:
             raise _fault(group, schema.labels[0], wrong, f"is {labels_B[wrong][0]}, allowed are 0 and 1")
         dense_BN = np.empty((group.rows, len(schema.dense)), dtype=np.float32)
         for place, name in enumerate(schema.dense):
-            dense_BN[:, place] = _finite(group, name, table.column(name).fill_null(0).to_numpy())
-        ids_BH = np.empty((group.rows, sum(column.hots for column in schema.sparse)), dtype=np.int32)
-        place = 0
-        for column in schema.sparse:
-            ids = _ids(group, column.name, table.column(column.name), column.hots)
-            outside = (ids < 0) | (ids >= column.cardinality)
-            rows: np.ndarray = np.any(outside, axis=1)
-            if rows.any():
-                problem = f"is id {ids[outside][0]}, allowed are 0 to {column.cardinality - 1}"
-                raise _fault(group, column.name, rows, problem)
-            ids_BH[:, place : place + column.hots] = ids
-            place += column.hots
-        labels_B = _finite(group, schema.labels[0], label.to_numpy().astype(np.float32))
-        return TabularRows(labels_B, dense_BN, ids_BH)
+            dense_BN[:, place] = values_B = table.column(name).fill_null(0).to_numpy()
+            if (wrong := ~np.isfinite(values_B)).any():
+                raise _fault(group, name, wrong, f"is {values_B[wrong][0]}, wanted a finite number")
+        ids = [_ids(group, column, table.column(column.name)) for column in schema.sparse]
+        ids_BH = np.concatenate([np.empty((group.rows, 0), dtype=np.int32), *ids], axis=1)
+        return TabularRows(labels_B.astype(np.float32), dense_BN, ids_BH)
 
 
-def _finite(group: RowGroup, name: str, values_B: np.ndarray) -> np.ndarray:
-    wrong = ~np.isfinite(values_B)
-    if wrong.any():
-        raise _fault(group, name, wrong, f"is {values_B[wrong][0]}, wanted a finite number")
-    return values_B
-
-
-def _ids(group: RowGroup, name: str, column: pa.ChunkedArray, hots: int) -> np.ndarray:
-    """int32 [B, hots]."""
-    if hots == 1:
-        return column.fill_null(0).to_numpy()[:, None]
-    offsets, values, nulls = packed(column)
-    wrong = (np.diff(offsets) != hots) & ~nulls
-    if wrong.any():
-        raise _fault(group, name, wrong, f"holds {np.diff(offsets)[wrong][0]} ids, wanted {hots}")
-    ids = np.zeros((len(nulls), hots), dtype=np.int32)
-    ids[~nulls] = values.fill_null(0).to_numpy(zero_copy_only=False).reshape(-1, hots)
+def _ids(group: RowGroup, column: SparseColumn, array: pa.ChunkedArray) -> np.ndarray:
+    """The ids of a sparse column, int32 [B, hots]; a null row has zeros."""
+    if column.hots == 1:
+        ids = array.fill_null(0).to_numpy()[:, None]
+    else:
+        offsets, values, nulls = packed(array)
+        if (wrong := (np.diff(offsets) != column.hots) & ~nulls).any():
+            raise _fault(group, column.name, wrong, f"holds {np.diff(offsets)[wrong][0]} ids, wanted {column.hots}")
+        ids = np.zeros((len(nulls), column.hots), dtype=np.int32)
+        ids[~nulls] = values.fill_null(0).to_numpy(zero_copy_only=False).reshape(-1, column.hots)
+    if (outside := (ids < 0) | (ids >= column.cardinality)).any():
+        problem = f"is id {ids[outside][0]}, allowed are 0 to {column.cardinality - 1}"
+        raise _fault(group, column.name, np.any(outside, axis=1), problem)
     return ids
 
 

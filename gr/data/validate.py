@@ -1,7 +1,4 @@
-"""Arrow list columns as offsets and values, and the checks of rows: vectorised, no loop over rows.
-
-B rows, T events.
-"""
+"""Checks of the rows of a row group, vectorised over Arrow columns as offsets and values. B rows, T events."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ Packed = tuple[np.ndarray, pa.Array, np.ndarray]  # offsets [B + 1], values [T],
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault in one column. rows: bool [B]; row: the first of them; problem: what is wrong with that one."""
+    """One kind of fault in one column. rows: bool [B]; row: the first of them; problem: a description of that one."""
 
     column: str
     rows: np.ndarray
@@ -25,7 +22,7 @@ class Fault:
 
 
 def expected_types(schema: DataSchema) -> dict[str, tuple[pa.DataType, ...]]:
-    """Columns that the schema asks for and the Arrow types each may have."""
+    """The columns that the schema asks for, with the Arrow types each may have."""
     types: dict[str, tuple[pa.DataType, ...]] = {
         "user_id": (pa.int64(),),
         "item_ids": (pa.list_(pa.int32()), pa.list_(pa.int64())),
@@ -45,7 +42,7 @@ def expected_types(schema: DataSchema) -> dict[str, tuple[pa.DataType, ...]]:
 
 
 def packed(column: pa.ChunkedArray) -> Packed:
-    """Offsets int64 [B + 1] from 0, the values they point into, and which rows are null."""
+    """A list column as offsets from 0, the values they point into, and a mask of the rows that are null."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
@@ -58,13 +55,13 @@ def packed(column: pa.ChunkedArray) -> Packed:
 def check_rows(lists: dict[str, Packed], flat: dict[str, pa.ChunkedArray], schema: DataSchema) -> list[Fault]:
     """The faults of a row group, in no order; empty when all rows are good."""
     faults: list[Fault | None] = []
-    item_offsets = lists["item_ids"][0]
+    items_B = np.diff(lists["item_ids"][0])
     for name, (offsets, values, nulls) in lists.items():
         faults.append(_row_fault(name, nulls, lambda row: "the list is null"))
         if values.null_count:
             missing = values.is_null().to_numpy(zero_copy_only=False)
             faults.append(_event_fault(name, offsets, missing, lambda event: "is null"))
-        faults.append(_check_counts(name, np.diff(offsets), np.diff(item_offsets), nulls))
+        faults.append(_check_counts(name, np.diff(offsets), items_B, nulls))
     bounds = {"item_ids": (1, schema.item_cardinality), "actions": (0, 1 << len(schema.actions))}
     bounds |= {name: (0, size) for name, size in schema.event_features.items()}
     faults += [_check_ids(name, lists[name], *bounds[name]) for name in lists if name in bounds]
@@ -84,9 +81,9 @@ def _check_counts(name: str, counts_B: np.ndarray, items_B: np.ndarray, nulls_B:
 def _check_ids(name: str, column: Packed, low: int, stop: int) -> Fault | None:
     ids = column[1].fill_null(low).to_numpy(zero_copy_only=False)
     outside = (ids < low) | (ids >= stop)
-    what = "item id " if name == "item_ids" else ""
+    noun = "item id " if name == "item_ids" else ""
     return _event_fault(
-        name, column[0], outside, lambda event: f"is {what}{ids[event]}, allowed are {low} to {stop - 1}"
+        name, column[0], outside, lambda event: f"is {noun}{ids[event]}, allowed are {low} to {stop - 1}"
     )
 
 
@@ -101,8 +98,7 @@ def _check_times(column: Packed) -> Fault | None:
     times = values.fill_null(0).to_numpy(zero_copy_only=False)
     back = np.zeros(len(times), dtype=bool)
     back[1:] = (times[1:] < times[:-1]) & ~missing[1:] & ~missing[:-1]
-    starts = offsets[:-1][np.diff(offsets) > 0]
-    back[starts] = False
+    back[offsets[:-1][np.diff(offsets) > 0]] = False  # the first event of a row
     return _event_fault(
         "timestamps", offsets, back, lambda event: f"is {times[event]}, earlier than {times[event - 1]} before it"
     )
@@ -130,9 +126,7 @@ def _row_fault(column: str, rows: np.ndarray, problem: Callable[[int], str]) -> 
 def _event_fault(column: str, offsets: np.ndarray, events: np.ndarray, problem: Callable[[int], str]) -> Fault | None:
     if not events.any():
         return None
-    first = int(events.argmax())
-    places = np.flatnonzero(events)
     rows = np.zeros(len(offsets) - 1, dtype=bool)
-    rows[np.searchsorted(offsets, places, side="right") - 1] = True
-    row = int(np.searchsorted(offsets, first, side="right") - 1)
+    rows[np.searchsorted(offsets, np.flatnonzero(events), side="right") - 1] = True
+    first, row = int(events.argmax()), int(rows.argmax())
     return Fault(column, rows, row, f"element {first - offsets[row]} {problem(first)}")

@@ -1,7 +1,7 @@
 """Baselines that need no training loop: popularity, item-kNN and a Markov chain. What a model must beat.
 
 B users, E item ids (rows of the item table), T packed history tokens. Same split, window, candidates and seen items
-as a model's evaluation (gr/data/loader.py evaluation_batches).
+as a model's evaluation (evaluation_batches in gr/data/history_batches.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from gr.batch import EvaluationBatch
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import evaluation_batches
+from gr.data.history_batches import evaluation_batches
 from gr.errors import DataError
 
 KNN_LAST, KNN_DECAY, KNN_SHRINK = 10, 0.8, 10.0

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from gr.batch import TabularBatch
 from gr.config.click import ClickConfig, ClickLoss
+from gr.data.loader import ResumableLoader
 from gr.data.tabular import TabularDataset
-from gr.data.tabular_loader import TabularLoader
+from gr.data.tabular_pass import TabularPass
 from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
@@ -79,23 +80,22 @@ class ClickRecipe(Recipe[ClickConfig]):
     def objective(self, world: World) -> ClickObjective:
         return ClickObjective(self.config.task.loss)
 
-    def loader(self, world: World) -> TabularLoader:
+    def loader(self, world: World) -> ResumableLoader[TabularBatch]:
         config = self.config
         size = config.trainer.global_batch_size
-        loader = TabularLoader(
+        rows = TabularPass(
             self.train_data,
             global_batch_size=size,
             rank=world.rank,
             world_size=world.size,
             shuffle_seed=config.seed if config.data.shuffle else None,
         )
-        if config.trainer.steps > len(loader):
-            loader.close()
+        if config.trainer.steps > len(rows):
             raise ConfigError(
-                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(loader)} batches of "
-                f"{size} rows for its one pass: set trainer.steps to {len(loader)} or fewer"
+                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(rows)} batches of "
+                f"{size} rows for its one pass: set trainer.steps to {len(rows)} or fewer"
             )
-        return loader
+        return ResumableLoader(rows)
 
     def callbacks(self, training: Training) -> list[Callback]:
         settings, world = self.config.evaluation, training.world
@@ -132,8 +132,8 @@ class ClickRecipe(Recipe[ClickConfig]):
         model.eval()
         metrics = RankingMetrics("evaluation", world)
         size = self.config.evaluation.global_batch_size
-        loader = TabularLoader(data, global_batch_size=size, rank=world.rank, world_size=world.size, drop_last=False)
-        with loader:
+        all_rows = TabularPass(data, global_batch_size=size, rank=world.rank, world_size=world.size, drop_last=False)
+        with ResumableLoader(all_rows) as loader:
             for batch in loader:
                 rows = min(size, data.rows - batch.first_example)
                 own = len(batch.labels_B)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from gr.batch import RankingBatch
 from gr.config.ranking import InterleavedInput, RankingConfig, RankingTaskConfig
 from gr.data.collate_ranking import RankingCollate
-from gr.data.loader import TrainLoader, UserBatches
-from gr.data.time_windows import StreamLoader
+from gr.data.history_batches import HistoryEpochs, UserBatches
+from gr.data.loader import ResumableLoader
+from gr.data.time_windows import WindowPass
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError
 from gr.metrics.prequential import PrequentialMetrics
@@ -86,21 +87,23 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         per_event = 2 if isinstance(self.config.model.input, InterleavedInput) else 1
         return per_event * events_N + context * (events_N > 0)
 
-    def loader(self, world: World) -> TrainLoader | StreamLoader:
+    def loader(self, world: World) -> ResumableLoader[RankingBatch]:
         config = self.config
         collate = RankingCollate(self.schema, config.data, config.task)
         size = config.trainer.global_batch_size
         if config.data.stream is None:
-            return TrainLoader(
+            epochs = HistoryEpochs(
                 self.train_data,
                 config.data,
+                collate,
+                columns=collate.columns,
                 seed=config.seed,
                 global_batch_size=size,
                 rank=world.rank,
                 world_size=world.size,
-                collate=collate,
             )
-        stream = StreamLoader(
+            return ResumableLoader(epochs)
+        stream = WindowPass(
             self.train_data, config.data, collate, global_batch_size=size, rank=world.rank, world_size=world.size
         )
         if config.trainer.steps > len(stream):
@@ -108,7 +111,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
                 f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(stream)} batches of {size} "
                 f"users for its one pass: set trainer.steps to {len(stream)} or fewer"
             )
-        return stream
+        return ResumableLoader(stream)
 
     def callbacks(self, training: Training) -> list[Callback]:
         config, world, loader, writer = self.config, training.world, training.loader, training.writer
@@ -120,12 +123,14 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         assert isinstance(training.objective, RankingObjective)
         every = config.trainer.log_every
         chosen: list[Callback] = [callbacks.Prequential(training.objective, metrics, writer, every=every, shown=shown)]
-        if isinstance(loader, StreamLoader):
+        assert isinstance(loader, ResumableLoader)
+        stream = loader.source
+        if isinstance(stream, WindowPass):
             chosen.append(
                 callbacks.WindowEvaluation(
-                    loader.starting_window,
+                    stream.starting_window,
                     lambda window: self._metrics(
-                        training.model, world, loader.window(window), lambda name: LifetimeMetrics(name, world)
+                        training.model, world, stream.window(window), lambda name: LifetimeMetrics(name, world)
                     ),
                     writer,
                     shown=shown,

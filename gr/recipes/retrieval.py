@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gr.batch import EvaluationBatch, RetrievalBatch, move_ids
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
-from gr.data.loader import TrainLoader, evaluation_batches
+from gr.data.history_batches import HistoryEpochs, evaluation_batches
+from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.embeddings import with_candidates
 from gr.errors import CheckpointError, ConfigError
@@ -79,8 +80,8 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
     def objective(self, world: World) -> RetrievalObjective:
         return RetrievalObjective(CandidateSampler(self.config.task, *self.corpus, self.config.seed), world)
 
-    def loader(self, world: World) -> TrainLoader:
-        return TrainLoader(
+    def loader(self, world: World) -> ResumableLoader[RetrievalBatch]:
+        epochs = HistoryEpochs(
             self.train_data,
             self.config.data,
             seed=self.config.seed,
@@ -88,6 +89,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             rank=world.rank,
             world_size=world.size,
         )
+        return ResumableLoader(epochs)
 
     def callbacks(self, training: Training) -> list[Callback]:
         settings = self.config.evaluation

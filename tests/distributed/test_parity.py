@@ -13,7 +13,8 @@ import torch
 
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader
+from gr.data.history_batches import HistoryEpochs
+from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.dist import world as make_world
 from gr.embeddings.init import _table_key, truncated_normal
@@ -56,8 +57,8 @@ def configured(data: Path, sharding: str, optimizer: str, negatives: str = "per_
     )
 
 
-def loader_for(config: RetrievalConfig, world: World) -> TrainLoader:
-    return TrainLoader(
+def loader_for(config: RetrievalConfig, world: World) -> ResumableLoader:
+    epochs = HistoryEpochs(
         Dataset.open(config.data.path),
         config.data,
         seed=config.seed,
@@ -65,6 +66,7 @@ def loader_for(config: RetrievalConfig, world: World) -> TrainLoader:
         rank=world.rank,
         world_size=world.size,
     )
+    return ResumableLoader(epochs)
 
 
 def sampler_for(config: RetrievalConfig) -> CandidateSampler:

@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gr.data.dataset import Dataset
 from gr.schema import DataSchema
 
+USERS = 37
 Rows = Sequence[Sequence[int]]
 
 
@@ -58,3 +60,10 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         return write_folder(tmp_path / "data", rows, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def dataset(make_folder: Callable[..., Path]) -> Dataset:
+    """USERS histories; user u has items u+1, u+1, ...: an example says whose it is."""
+    rows = [[u + 1] * (2 + u % 5) for u in range(USERS)]
+    return Dataset.open(make_folder(rows, times=[[9] * len(row) for row in rows]))

@@ -31,7 +31,7 @@ def train(
     rows: Rows, *, max_length: int, holdout: int, first_example: int = 0, **options: Any
 ) -> tuple[RetrievalBatch, Counts]:
     config = HistoryDataConfig(path="unread", max_length=max_length, train_holdout=holdout, **options)
-    return collate_train(rows, config, Draws(1, np.arange(len(rows.row_B))), first_example=first_example)
+    return collate_train(rows, Draws(1, np.arange(len(rows.row_B))), first_example, config)
 
 
 @st.composite

@@ -10,25 +10,20 @@ import pytest
 
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader, evaluation_batches
+from gr.data.history_batches import HistoryEpochs
+from gr.data.loader import ResumableLoader
 from gr.errors import CheckpointError, ConfigError, DataError
 
 Make = Callable[..., Path]
-USERS, LANES, BATCH = 37, 8, 16
-
-
-@pytest.fixture
-def dataset(make_folder: Make) -> Dataset:
-    """User u has items u+1, u+1, ...: an example says whose it is."""
-    rows = [[u + 1] * (2 + u % 5) for u in range(USERS)]
-    return Dataset.open(make_folder(rows, times=[[9] * len(row) for row in rows]))
+LANES, BATCH = 8, 16
 
 
 def loader(
     dataset: Dataset, rank: int = 0, world_size: int = 1, seed: int = 1, batch: int = BATCH, **config
-) -> TrainLoader:
+) -> ResumableLoader:
     settings = HistoryDataConfig(path="x", **({"train_holdout": 0, "max_length": 3, "lanes": LANES} | config))
-    return TrainLoader(dataset, settings, seed=seed, global_batch_size=batch, rank=rank, world_size=world_size)
+    epochs = HistoryEpochs(dataset, settings, seed=seed, global_batch_size=batch, rank=rank, world_size=world_size)
+    return ResumableLoader(epochs)
 
 
 def users(batch) -> list[int]:
@@ -36,7 +31,7 @@ def users(batch) -> list[int]:
     return [int(values[0]) - 1 for values in batch.features.values().split(lengths)]
 
 
-def take(source: TrainLoader, steps: int) -> list[list[int]]:
+def take(source: ResumableLoader, steps: int) -> list[list[int]]:
     return [users(next(source)) for _ in range(steps)]
 
 
@@ -113,15 +108,6 @@ def test_configuration_errors(dataset: Dataset) -> None:
         loader(dataset, 0, 3)
     with pytest.raises(ConfigError, match=r"global_batch_size=12 is not divisible by data\.lanes=8"):
         loader(dataset, batch=12)
-    with pytest.raises(ConfigError, match="is not divisible by the world size 3"):
-        evaluation_batches(
-            dataset,
-            HistoryDataConfig(path="x"),
-            target_from_end=1,
-            global_batch_size=4,
-            filter_seen="all",
-            world_size=3,
-        )
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(make_folder: Make) -> None:
@@ -149,6 +135,22 @@ def test_counters_and_skipped_rows(make_folder: Make) -> None:
         assert source.counters()["truncated_tokens"] == 28  # handed out, not collated ahead
 
 
+def test_an_error_is_forgotten_when_a_state_is_loaded(make_folder: Make) -> None:
+    rows = [[1, 2, 3]] * 16
+    rows[3] = [1, 99, 3]
+    with loader(Dataset.open(make_folder(rows)), batch=8, shuffle=False) as source:
+        for _ in range(2):
+            with pytest.raises(DataError, match="item id 99"):
+                next(source)
+        source.load_state_dict(source.state_dict() | {"position": 1})
+        assert len(users(next(source))) == 8 and source.state_dict()["position"] == 2
+
+
+def test_an_endless_loader_has_no_length(dataset: Dataset) -> None:
+    with loader(dataset) as source, pytest.raises(TypeError, match="HistoryEpochs is endless"):
+        len(source)
+
+
 def test_close_ends_the_threads(dataset: Dataset) -> None:
     before = threading.active_count()
     source = loader(dataset, prefetch=1, read_threads=2)
@@ -158,39 +160,6 @@ def test_close_ends_the_threads(dataset: Dataset) -> None:
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(source)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_evaluation_covers_every_user_once(dataset: Dataset, world_size: int) -> None:
-    seen, counts = [], set()
-    for rank in range(world_size):
-        batches = evaluation_batches(
-            dataset,
-            HistoryDataConfig(path="x", max_length=3),
-            target_from_end=2,
-            global_batch_size=8,
-            filter_seen="all",
-            rank=rank,
-            world_size=world_size,
-        )
-        found = list(batches)
-        counts.add(len(found))
-        assert len(batches) == len(found)
-        for batch in found:
-            assert batch.features.stride() == len(batch.valid_B) == 8 // world_size
-            seen += (batch.target_ids_B[batch.valid_B] - 1).tolist()
-        again = [batch.target_ids_B.tolist() for batch in batches]
-        assert again == [batch.target_ids_B.tolist() for batch in found]
-    assert len(counts) == 1
-    assert seen == [u for u in range(USERS) if u % 5 != 0]  # users of two events have no history before the target
-
-
-def test_evaluation_counts_users_without_history(dataset: Dataset) -> None:
-    batches = evaluation_batches(
-        dataset, HistoryDataConfig(path="x", max_length=3), target_from_end=2, global_batch_size=8, filter_seen="window"
-    )
-    valid = sum(int(batch.valid_B.sum()) for batch in batches)
-    assert batches.counters()["users_without_history"] == 8 == USERS - valid
 
 
 @pytest.mark.data

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gr.batch import TabularBatch
+from gr.data.loader import ResumableLoader
 from gr.data.tabular import TabularDataset
-from gr.data.tabular_loader import TabularLoader
+from gr.data.tabular_pass import TabularPass
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.schema import DataSchema, DenseTransform, SourceRows, SparseColumn, TabularSchema
 
@@ -127,14 +128,17 @@ def test_folders_that_are_none(make: Make, tmp_path: Path) -> None:
         TabularDataset.open(folder)
 
 
-def loader(folder: Path, rank: int = 0, world_size: int = 1, size: int = 12, **options: object) -> TabularLoader:
-    return TabularLoader(
+def loader(
+    folder: Path, rank: int = 0, world_size: int = 1, size: int = 12, start_step: int = 0, **options: object
+) -> ResumableLoader[TabularBatch]:
+    rows = TabularPass(
         TabularDataset.open(folder),
         global_batch_size=size,
         rank=rank,
         world_size=world_size,
         **options,  # type: ignore[arg-type]
     )
+    return ResumableLoader(rows, start=start_step)
 
 
 def rows_of(batch: TabularBatch) -> list[int]:
@@ -204,6 +208,16 @@ def test_resume_at_another_world_size(make: Make, seed: int | None) -> None:
         loader(folder, shuffle_seed=1).load_state_dict(state)
     with pytest.raises(CheckpointError, match="has global_batch_size=12, this run has global_batch_size=6"):
         loader(folder, shuffle_seed=seed, size=6).load_state_dict(state)
+
+
+def test_a_state_past_the_end_is_refused(make: Make) -> None:
+    """The last batch is one that drop_last leaves out, which the state does not tell."""
+    folder = make()
+    with loader(folder, drop_last=False) as source:
+        assert len(list(source)) == len(source) == 5
+        state = source.state_dict()
+    with pytest.raises(CheckpointError, match="step 5 is outside the pass; it has 4 batches"):
+        loader(folder).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
-from gr.data.time_windows import StreamLoader, Windows
+from gr.data.loader import ResumableLoader
+from gr.data.time_windows import WindowPass, read_windows
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.schema import DataSchema
 from tests.support.tiny_histories import generative_config, write_histories
@@ -24,12 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def loader(folder: Path, *, rank: int = 0, world_size: int = 1, size: int = G, **data: object) -> StreamLoader:
+def loader(folder: Path, *, rank: int = 0, world_size: int = 1, size: int = G, **data: object) -> ResumableLoader:
     dataset = Dataset.open(folder)
     given = {"path": str(folder), "max_length": 30, "train_holdout": 0, "stream": {"windows": WINDOWS}, **data}
     config = generative_config(data=given)
     collate = RankingCollate(dataset.schema, config.data, config.task)
-    return StreamLoader(dataset, config.data, collate, global_batch_size=size, rank=rank, world_size=world_size)
+    return ResumableLoader(
+        WindowPass(dataset, config.data, collate, global_batch_size=size, rank=rank, world_size=world_size)
+    )
 
 
 def predicted(batch: RankingBatch) -> list[tuple[int, int, int]]:
@@ -58,10 +61,10 @@ def events(folder: Path) -> list[tuple[int, int, int]]:
 
 def test_every_event_once_and_windows_in_order(folder: Path) -> None:
     source = loader(folder)
-    bounds = Windows.read(Dataset.open(folder), WINDOWS, "fail").bounds
+    bounds = read_windows(Dataset.open(folder), WINDOWS, "fail")[0]
     found, window = [], -1
     for step, batch in enumerate(source):
-        starting = source.starting_window(step)
+        starting = source.source.starting_window(step)
         window = window if starting is None else starting
         mine = predicted(batch)
         assert all(bounds[window] <= time < bounds[window + 1] for _, _, time in mine)
@@ -77,11 +80,11 @@ def test_a_window_is_what_training_will_read(folder: Path) -> None:
     trained = {window: [] for window in range(WINDOWS)}
     window = 0
     for step in range(len(source)):
-        starting = source.starting_window(step)
+        starting = source.source.starting_window(step)
         window = window if starting is None else starting
         trained[window] += predicted(next(source))
     for window, expected in trained.items():
-        assert [event for batch in source.window(window) for event in predicted(batch)] == expected
+        assert [event for batch in source.source.window(window) for event in predicted(batch)] == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -106,6 +109,14 @@ def test_resumes_inside_a_window_on_other_ranks(folder: Path) -> None:
             each.load_state_dict(state)
         rest = [[event for part in parts for event in predicted(part)] for parts in zip(*again, strict=True)]
         assert rest == whole[40:]
+
+
+def test_a_closed_stream_ends(folder: Path) -> None:
+    with loader(folder) as source:
+        next(source)
+    with pytest.raises(StopIteration):
+        next(source)
+    assert source.state_dict()["step"] == 1
 
 
 def test_long_histories_lose_their_oldest_and_it_is_counted(folder: Path) -> None:

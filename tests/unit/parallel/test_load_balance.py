@@ -1,6 +1,7 @@
 """Dealing examples to ranks: as many each, loads alike, and not a token lost on the way."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from gr.batch import RankingBatch, RetrievalBatch
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader
+from gr.data.history_batches import HistoryEpochs
+from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.parallel.load_balance import LoadBalancer, deal
 from tests.support.ranks import run_ranks
@@ -45,7 +47,7 @@ def squares(lengths_N: np.ndarray) -> np.ndarray:
     return lengths_N.astype(np.float64) ** 2
 
 
-def dealt(world: World, make: Callable[[int, int], TrainLoader], balanced: bool) -> list[Any]:
+def dealt(world: World, make: Callable[[int, int], ResumableLoader], balanced: bool) -> list[Any]:
     """Three batches of each rank; what they hold, since batches do not pass between processes."""
     with make(world.rank, world.size) as loader:
         batches = [next(loader) for _ in range(3)]
@@ -74,24 +76,27 @@ def contents(batch: RetrievalBatch | RankingBatch) -> list[dict[str, Any]]:
     return found
 
 
-def retrieval(folder: Path) -> Callable[[int, int], TrainLoader]:
+def retrieval(folder: Path) -> Callable[[int, int], ResumableLoader]:
     config = tiny_config(write_tiny(folder / "tiny"), folder / "unused")
     data = Dataset.open(config.data.path)
 
-    def make(rank: int, size: int) -> TrainLoader:
-        return TrainLoader(data, config.data, seed=1, global_batch_size=16, rank=rank, world_size=size)
+    def make(rank: int, size: int) -> ResumableLoader:
+        return ResumableLoader(
+            HistoryEpochs(data, config.data, seed=1, global_batch_size=16, rank=rank, world_size=size)
+        )
 
     return make
 
 
-def ranking(folder: Path) -> Callable[[int, int], TrainLoader]:
+def ranking(folder: Path) -> Callable[[int, int], ResumableLoader]:
     write_histories(folder / "histories")
     config = tiny_ranking_config(folder / "histories")
     data = Dataset.open(config.data.path)
     collate = RankingCollate(data.schema, config.data, config.task)
+    epochs = partial(HistoryEpochs, data, config.data, collate, columns=collate.columns, seed=1, global_batch_size=16)
 
-    def make(rank: int, size: int) -> TrainLoader:
-        return TrainLoader(data, config.data, seed=1, global_batch_size=16, rank=rank, world_size=size, collate=collate)
+    def make(rank: int, size: int) -> ResumableLoader:
+        return ResumableLoader(epochs(rank=rank, world_size=size))
 
     return make
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from gr.cli.prepare import command
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import TrainLoader
+from gr.data.history_batches import HistoryEpochs
+from gr.data.loader import ResumableLoader
 from gr.errors import DataError
 from gr.prepare import partition
 from gr.prepare.kuairand import ACTIONS, USER_FEATURES
@@ -243,7 +244,8 @@ def test_a_window_keeps_the_newest_events(lines: list[tuple[int, int, int, int]]
         assert prepare(source, Path(place) / "out").exit_code == 0
         data = Dataset.open(Path(place) / "out")
         settings_ = HistoryDataConfig(path="x", max_length=length, train_holdout=0, lanes=1)
-        with TrainLoader(data, settings_, seed=1, global_batch_size=1, rank=0, world_size=1) as loader:
+        epochs = HistoryEpochs(data, settings_, seed=1, global_batch_size=1, rank=0, world_size=1)
+        with ResumableLoader(epochs) as loader:
             batch = next(loader)
     items = [video + 1 for _, video, _, _ in lines]
     assert batch.features.values().tolist() == items[-length:]

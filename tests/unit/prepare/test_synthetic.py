@@ -8,7 +8,7 @@ import pytest
 
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.loader import evaluation_batches
+from gr.data.history_batches import evaluation_batches
 from gr.errors import ConfigError
 from gr.prepare.oracle import expected_metrics, group_ranks, seen_in_groups
 from gr.prepare.synthetic import Stream, StreamOptions, write_stream

@@ -1,0 +1,116 @@
+"""One pass over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gr.batch import TabularBatch
+from gr.data.collate import Counts
+from gr.data.loader import Places, ResumableSource, checksums, rank_batch_size
+from gr.data.order import TrainingOrder
+from gr.data.tabular import TabularDataset, TabularRows
+from gr.errors import ConfigError
+from gr.logging import get_logger, log_once
+
+log = get_logger(__name__)
+
+
+class TabularPass(ResumableSource[TabularRows, TabularBatch]):
+    """Rows [b*G, (b+1)*G) of the pass, in file order, of which rank r takes the r-th of world_size equal slices.
+
+    The cursor is the step: batches before this one.
+    """
+
+    order_name = "pass over the data"
+    identity_keys = "data folder, rows, batch size and seed"
+    read_threads = capacity = prefetch = 2
+
+    def __init__(
+        self,
+        dataset: TabularDataset,
+        *,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        shuffle_seed: int | None = None,
+        rows: slice | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        """global_batch_size: G, rows a step over all ranks. shuffle_seed: instead of file order, row groups in a random
+        order and the rows of each in a random order; the same at any world size. rows: part of the data to go over.
+        drop_last: leave out the last G' < G rows; otherwise they are shared as evenly as ranks allow, which may leave a
+        rank with a batch of no rows.
+
+        Raises ConfigError if the world size does not divide G, there is no whole batch, or `rows` is outside the data.
+        """
+        rank_batch_size("global_batch_size", global_batch_size, world_size)
+        self._dataset, self._size, self._rank, self._world_size = dataset, global_batch_size, rank, world_size
+        rows = rows or slice(None)
+        first_row, stop_row = rows.start or 0, dataset.rows if rows.stop is None else rows.stop
+        if rows.step not in (None, 1) or not 0 <= first_row < stop_row <= dataset.rows:
+            raise ConfigError(
+                f"rows {rows} are no part of the {dataset.rows} rows of the data; give slice(start, stop) within them"
+            )
+        start_G = np.cumsum([0, *dataset.row_counts])
+        self._groups = np.flatnonzero((start_G[:-1] < stop_row) & (start_G[1:] > first_row))
+        self._skipped = np.maximum(first_row - start_G[self._groups], 0)  # rows of each group before the first
+        counts = np.minimum(stop_row, start_G[self._groups + 1]) - start_G[self._groups] - self._skipped
+        self._order = TrainingOrder(counts, lanes=1, seed=shuffle_seed or 0, shuffle=shuffle_seed is not None)
+        batches, rest = divmod(self._order.rows, global_batch_size)
+        self.stop = batches if drop_last or not rest else batches + 1
+        self._dropped = rest if drop_last else 0
+        if not self.stop:
+            raise ConfigError(
+                f"{dataset.path}: {rest} rows do not fill one batch of {global_batch_size}; set a smaller batch size, "
+                "or drop_last=False"
+            )
+        if self._dropped:
+            log_once(log, f"{dataset.path}: the last {rest} rows do not fill a batch of {global_batch_size}: left out")
+        self.identity = {
+            "first_row": first_row,
+            "stop_row": stop_row,
+            "global_batch_size": global_batch_size,
+            "shuffle_seed": shuffle_seed,
+            **checksums(dataset.row_counts, dataset.schema),
+        }
+
+    def read(self, row_group: int) -> TabularRows:
+        return self._dataset.read_row_group(row_group)
+
+    def rows(self, cursor: int) -> Places:
+        first = cursor * self._size
+        size = min(self._size, self._order.rows - first)
+        start, stop = (first + r * size // self._world_size for r in (self._rank, self._rank + 1))
+        index_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
+        return self._groups[index_B], self._skipped[index_B] + row_B
+
+    def collate(self, cursor: int, groups: Sequence[TabularRows], places: Places) -> tuple[TabularBatch, Counts]:
+        (group_B, row_B), schema = places, self._dataset.schema
+        size = len(row_B)
+        labels_B = np.empty(size, dtype=np.float32)
+        dense_BN = np.empty((size, len(schema.dense)), dtype=np.float32)
+        hots = [column.hots for column in schema.sparse]
+        ids_BH = np.empty((size, sum(hots)), dtype=np.int64)
+        for index, group in enumerate(groups):
+            chosen, rows = group_B == index, row_B[group_B == index]
+            labels_B[chosen], dense_BN[chosen] = group.labels_B[rows], group.dense_BN[rows]
+            ids_BH[chosen] = group.ids_BH[rows]
+        values = [ids.reshape(-1) for ids in np.split(ids_BH, np.cumsum(hots)[:-1], axis=1)]
+        batch = TabularBatch(
+            dense_BN=torch.from_numpy(dense_BN),
+            sparse=KeyedJaggedTensor(
+                keys=[column.name for column in schema.sparse],
+                values=torch.from_numpy(np.concatenate(values)),
+                lengths=torch.from_numpy(np.repeat(np.asarray(hots, dtype=np.int64), size)),
+                stride=size,
+            ),
+            labels_B=torch.from_numpy(labels_B),
+            first_example=cursor * self._size,
+        )
+        return batch, Counts()
+
+    def counters(self, counts: Counts) -> dict[str, int]:
+        """Rows of the pass that no rank gives: those after the last whole batch."""
+        return {"dropped_examples": self._dropped}
