@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.parquet import Parts, decoding, existing_folder, read_footer
+from gr.data.parquet import Parts, decoding, read_footer
 from gr.data.validate import Fault, check_rows, expected_types, packed
 from gr.errors import DataError
 from gr.schema import ITEMS_FILE, DataSchema
@@ -50,7 +50,7 @@ class Dataset:
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a part without rows, a missing column, a wrong type, or fewer rows than the schema says.
         """
-        path = existing_folder(path)
+        path = Path(path)
         schema = DataSchema.load(path)
         return cls(path, schema, Parts.open(path, expected_types(schema), rows=("users", schema.users)))
 

@@ -82,14 +82,6 @@ def decoding(place: Path | RowGroup, problem: str = "cannot be decoded") -> Iter
         raise DataError(f"{place}: {problem}, the file is damaged or cut off: {error}") from error
 
 
-def existing_folder(path: Path | str) -> Path:
-    """The folder at `path`. Raises DataError where there is none."""
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; write a data folder with `gr prepare ... --out {path}`")
-    return path
-
-
 def read_footer(file: Path) -> pq.FileMetaData:
     """The footer of a part. Raises DataError where the file is not whole, OSError where another try may read it."""
     with decoding(file, "is not a whole Parquet file"):

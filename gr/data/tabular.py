@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gr.data.parquet import Parts, RowGroup, existing_folder
+from gr.data.parquet import Parts, RowGroup
 from gr.data.validate import packed
 from gr.errors import DataError
 from gr.schema import SparseColumn, TabularSchema
@@ -40,7 +40,7 @@ class TabularDataset:
         was cut off, a part without rows, a missing or unknown column, a wrong type, or another number of rows than the
         schema says.
         """
-        path = existing_folder(path)
+        path = Path(path)
         schema = TabularSchema.load(path)
         types = _types(schema)
         parts = Parts.open(path, types, rows=("rows", schema.rows))

@@ -19,8 +19,8 @@ from gr.dist import World
 from gr.dist import world as make_world
 from gr.embeddings.init import _table_key, truncated_normal
 from gr.experiment import build
-from gr.models.retrieval import RetrievalModel
 from gr.models.dense import initialise_dense
+from gr.models.retrieval import RetrievalModel
 from gr.parallel.load_balance import LoadBalancer
 from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler

@@ -76,8 +76,12 @@ def test_the_tower_of_the_page_trains_from_outside(tmp_path: Path) -> None:
             "from gr.config.optim import DENSE_OPTIMIZERS as D; import torch; from gr.training.module import "
             "build_optimizer; c = D.config('nadam')(); build_optimizer([torch.nn.Parameter(torch.ones(2))], c)",
         ),
-        ("callback", 1, "import gr.training.callbacks.gradient_norm; from gr.config.run import CALLBACKS; "
-         "assert 'gradient_norm' in CALLBACKS"),
+        (
+            "callback",
+            1,
+            "import gr.training.callbacks.gradient_norm; from gr.config.run import CALLBACKS; "
+            "assert 'gradient_norm' in CALLBACKS",
+        ),
         ("data_set", 2, "from gr.cli import main; assert main(['prepare', 'lastfm', '--help']) == 0"),
     ],
 )

@@ -21,13 +21,13 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     sizes = ["--records", "400", "--items", "200", "--categories", "10", "--length", "40"]
     prepare = ["-m", "gr", "prepare", "synthetic", "--out", "data/synthetic", *sizes]
     for command in (prepare, ["page.py"]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
 def test_importing_gr_costs_no_torch(tmp_path: Path) -> None:
-    lazy = "import sys, gr; heavy = {'torch', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
+    lazy = (
+        "import sys, gr; heavy = {'torch', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
+    )
     done = subprocess.run([sys.executable, "-c", lazy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset, Histories
 from gr.data.stochastic_length import Draws
 from gr.errors import ConfigError
-from tests.support.tiny_histories import generative_config, write_histories
+from tests.support.tiny_histories import tiny_ranking_config, write_histories
 
 CANDIDATES = {"supervision": "candidates"}
 
@@ -30,7 +30,7 @@ def read(dataset: Dataset) -> Histories:
     return dataset.read_row_group(0, RankingCollate(dataset.schema, CONFIG.data, CONFIG.task).columns)
 
 
-CONFIG = generative_config()
+CONFIG = tiny_ranking_config()
 
 
 def collated(dataset: Dataset, config: RankingConfig, users: list[int]) -> tuple[RankingBatch, Counts]:
@@ -54,7 +54,7 @@ def expected(dataset: Dataset, users: list[int], stop: int, length: int) -> dict
 @given(st.lists(st.integers(0, 39), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 5))
 def test_windows_hold_the_newest(dataset: Dataset, users: list[int], max_length: int, holdout: int) -> None:
     data = {**CONFIG.data.model_dump(), "max_length": max_length, "train_holdout": holdout, "candidates": 1}
-    config = generative_config(data=data, evaluation={"newest": 1, "path": "elsewhere", "global_batch_size": 16})
+    config = tiny_ranking_config(data=data, evaluation={"newest": 1, "path": "elsewhere", "global_batch_size": 16})
     batch, counts = collated(dataset, config, users)
     wanted = expected(dataset, users, holdout, max_length)
     assert batch.features[ITEM_FEATURE].values().tolist() == wanted["item_ids"]
@@ -80,8 +80,8 @@ def test_candidates_stay_whatever_stochastic_length_leaves_out(dataset: Dataset,
     data = {**CONFIG.data.model_dump(), "stochastic_length": {"alpha": alpha, "selector": "random"}}
     task = {**CONFIG.task.model_dump(), **CANDIDATES}
     users = list(range(40))
-    batch, counts = collated(dataset, generative_config(data=data, task=task), users)
-    whole, _ = collated(dataset, generative_config(task=task), users)
+    batch, counts = collated(dataset, tiny_ranking_config(data=data, task=task), users)
+    whole, _ = collated(dataset, tiny_ranking_config(task=task), users)
     assert counts.subsampled_tokens > 0
     assert batch.scored_B.tolist() == whole.scored_B.tolist()
     mine, theirs = batch.targets(), whole.targets()
@@ -94,7 +94,7 @@ def test_a_uniform_cut_ends_anywhere(dataset: Dataset) -> None:
     lengths = np.diff(read(dataset).offsets) - 4
     user = int(lengths.argmax())
     data = {**CONFIG.data.model_dump(), "cut": "uniform"}
-    batch, _ = collated(dataset, generative_config(data=data), [user] * 300)
+    batch, _ = collated(dataset, tiny_ranking_config(data=data), [user] * 300)
     assert set(batch.scored_B.tolist()) == set(range(1, min(16, lengths[user]) + 1))
 
 
@@ -119,10 +119,10 @@ def test_evaluation_predicts_the_newest(dataset: Dataset) -> None:
     ],
 )
 def test_unknown_labels(dataset: Dataset, task: dict, message: str) -> None:
-    config = generative_config(task={"kind": "ranking", "tasks": [task]})
+    config = tiny_ranking_config(task={"kind": "ranking", "tasks": [task]})
     with pytest.raises(ConfigError, match=message):
         RankingCollate(dataset.schema, config.data, config.task)
-    config = generative_config(
+    config = tiny_ranking_config(
         task={"kind": "ranking", "tasks": [{"kind": "bce", "action": "like"}, {"kind": "mse", "value": "x"}]}
     )
     with pytest.raises(ConfigError, match=r"task.tasks.1.value=x: tiny-histories has no such value; it has watched"):

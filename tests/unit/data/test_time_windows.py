@@ -12,7 +12,7 @@ from gr.data.loader import ResumableLoader
 from gr.data.time_windows import WindowPass, read_windows
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.schema import DataSchema
-from tests.support.tiny_histories import generative_config, write_histories
+from tests.support.tiny_histories import tiny_ranking_config, write_histories
 
 WINDOWS, G = 4, 12
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loader(folder: Path, *, rank: int = 0, world_size: int = 1, size: int = G, **data: object) -> ResumableLoader:
     dataset = Dataset.open(folder)
     given = {"path": str(folder), "max_length": 30, "train_holdout": 0, "stream": {"windows": WINDOWS}, **data}
-    config = generative_config(data=given)
+    config = tiny_ranking_config(data=given)
     collate = RankingCollate(dataset.schema, config.data, config.task)
     return ResumableLoader(
         WindowPass(dataset, config.data, collate, global_batch_size=size, rank=rank, world_size=world_size)

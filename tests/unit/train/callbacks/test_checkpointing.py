@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from gr.checkpoint.layout import FORMAT
 from gr.checkpoint import CheckpointStore, ModelState, resolve
+from gr.checkpoint.layout import FORMAT
 from gr.config.run import CheckpointConfig
 from gr.dist import World
 from gr.train.callbacks import Checkpointing, Evaluation
