@@ -315,7 +315,7 @@ def test_parts(tmp_path: Path) -> None:
 # Kills itself at the n-th call of a function of the module.
 KILLED = """
 import os, signal, sys
-from gr.data.prepare import criteo
+from gr.prepare import criteo
 owner, name = {"note": (criteo, "_write_json"), "group": (criteo._Parts, "_group")}[sys.argv[1]]
 function, calls = getattr(owner, name), iter(range(int(sys.argv[2])))
 def killing(*arguments):
