@@ -14,18 +14,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from gr.errors import ConfigError, DataError
 from gr.logging import get_logger
-from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, BadRows, Block, is_orc, read_blocks
+from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, Block, is_orc, read_blocks
 from gr.prepare.criteo_vocabulary import ValueCounts, Vocabulary, write_vocabulary
-from gr.prepare.write import atomic_folder
+from gr.prepare.lines import BadRows, OnBadRow
+from gr.prepare.tabular import ROWS_PER_GROUP, Transform, dense_feature, tabular_table
+from gr.prepare.write import PartWriter, atomic_folder, part_name
 from gr.schema import (
     FORMAT_VERSION,
     PART_PATTERN,
@@ -39,8 +40,6 @@ from gr.schema import (
 
 log = get_logger(__name__)
 
-ROWS_PER_GROUP = 16384
-Transform = Literal["log1p_clip", "torchrec_minshift"]
 _TASK, _COUNTS, _WRITTEN = "task.json", "counts", "written"
 
 
@@ -56,7 +55,7 @@ class CriteoOptions:
     transform: Transform | None = None
     max_rows: int | None = None
     vocabulary: Path | None = None
-    on_bad_row: Literal["fail", "skip"] = "fail"
+    on_bad_row: OnBadRow = "fail"
     rows_per_part: int = 1 << 20
 
 
@@ -213,21 +212,23 @@ class _Run:
     def _write(self, index: int, file: Path, vocabulary: Vocabulary, first_part: int) -> dict[str, Any]:
         place = self._work / _WRITTEN / f"{index:05d}.json"
         noted = self._noted(place, file)
-        if noted and all((self._work / _part_name(first_part + n)).exists() for n in range(noted["parts"])):
+        if noted and all((self._work / part_name(first_part + n)).exists() for n in range(noted["parts"])):
             return noted
         for path in self._work.glob(PART_PATTERN):
-            if path.name >= _part_name(first_part):
+            if path.name >= part_name(first_part):
                 path.unlink()
         counted = self._work / _COUNTS / f"{index:05d}" / "done.json"
         counts = self._noted(counted, file) if counted.exists() else None
         shift = counts["minimum"] if counts else 0
         negative, minimum, stamp = np.zeros(len(DENSE), dtype=np.int64), 0.0, _stamp(file)
-        writer = _Parts(self._work, first_part, self._options.rows_per_part)
+        writer = PartWriter(
+            self._work, ROWS_PER_GROUP, rows_per_part=self._options.rows_per_part, first_part=first_part
+        )
         for block in _shown(read_blocks(file, self._bad), f"write {file.name}"):
             minimum = min(minimum, *(column.min() for column in block.counts))
             negative += [int((column < 0).sum()) for column in block.counts]
-            writer.write(_table(block, vocabulary, self._transform, shift))
-        writer.close()
+            writer.write(_table(block, vocabulary, self._transform.name, shift))
+        writer.end_part()
         note = {
             **stamp,
             "name": file.name,
@@ -283,67 +284,9 @@ class _Run:
         )
 
 
-class _Parts:
-    """Writes part files from number `first` on, in row groups of ROWS_PER_GROUP rows, the last of a part shorter."""
-
-    def __init__(self, folder: Path, first: int, rows_per_part: int) -> None:
-        self._folder, self._first, self._rows_per_part = folder, first, rows_per_part
-        self._pending: pa.Table | None = None
-        self._writer: pq.ParquetWriter | None = None
-        self._part_rows = 0
-        self.rows = self.parts = 0
-
-    def write(self, table: pa.Table) -> None:
-        self._pending = table if self._pending is None else pa.concat_tables([self._pending, table])
-        while self._pending.num_rows >= self._group_rows():
-            self._group(self._group_rows())
-
-    def close(self) -> None:
-        if self._pending is not None and self._pending.num_rows:
-            self._group(self._pending.num_rows)
-        if self._writer is not None:
-            self._writer.close()
-
-    def _group_rows(self) -> int:
-        return min(ROWS_PER_GROUP, self._rows_per_part - self._part_rows)
-
-    def _group(self, rows: int) -> None:
-        assert self._pending is not None
-        group, self._pending = self._pending.slice(0, rows), self._pending.slice(rows)
-        if self._writer is None:
-            path = self._folder / _part_name(self._first + self.parts)
-            self._writer = pq.ParquetWriter(path, group.schema, compression="zstd")
-            self.parts += 1
-        self._writer.write_table(group, row_group_size=rows)
-        self.rows += rows
-        self._part_rows += rows
-        if self._part_rows == self._rows_per_part:
-            self._writer.close()
-            self._writer, self._part_rows = None, 0
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.parquet"
-
-
-def _table(block: Block, vocabulary: Vocabulary, transform: DenseTransform, minimum: int) -> pa.Table:
-    columns = {LABEL: pa.array(block.labels_B)}
-    columns |= {
-        name: pa.array(dense_feature(counts, transform.name, minimum))
-        for name, counts in zip(DENSE, block.counts, strict=True)
-    }
-    columns |= {name: pa.array(ids) for name, ids in zip(SPARSE, vocabulary.ids(block.categories), strict=True)}
-    return pa.table(columns)
-
-
-def dense_feature(counts_B: np.ndarray, transform: Transform, minimum: int) -> np.ndarray:
-    """The named transform of counts (missing ones 0), float32 [B]; formulas at gr.schema.DenseTransform.
-
-    minimum: least count of the source file, for torchrec_minshift.
-    """
-    if transform == "log1p_clip":
-        return np.log1p(np.maximum(counts_B, 0)).astype(np.float32)
-    return np.log(counts_B - minimum + 2).astype(np.float32)
+def _table(block: Block, vocabulary: Vocabulary, transform: Transform, minimum: int) -> pa.Table:
+    dense = [dense_feature(counts, transform, minimum) for counts in block.counts]
+    return tabular_table((LABEL, *DENSE, *SPARSE), block.labels_B, dense, vocabulary.ids(block.categories))
 
 
 def _shown(blocks: Iterator[Block], what: str) -> Iterator[Block]:

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from gr.data.validate import packed
 from gr.errors import DataError
-from gr.prepare.events import STABLE_ORDER, Events, collect, group_users
-from gr.prepare.parse import Format, check_in_catalogue, parse_catalogue, parse_events
+from gr.prepare.ratings import STABLE_ORDER, Format, check_in_catalogue, group_users, read_catalogue, read_ratings
 from gr.prepare.source import Source, SourceFile
 from gr.prepare.write import Users, write_folder
 from gr.schema import DataSchema, HistoryColumns
@@ -27,10 +26,9 @@ def _csv_id(line: str) -> int:
 
 def _separated(separator: str) -> Callable[[str], int]:
     def id_of_line(line: str) -> int:
-        first, found, _ = line.partition(separator)
-        if not found:
+        if separator not in line:
             raise ValueError(f"{line!r} has no {separator!r}")
-        return int(first)
+        return int(line.partition(separator)[0])
 
     return id_of_line
 
@@ -62,7 +60,7 @@ _STARS = (2, 3, 4, 5)
 
 
 def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
-    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in parse.py."""
+    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in ratings.py."""
     for layout in _LAYOUTS[name]:
         ratings = source.find(layout.ratings)
         if ratings is not None:
@@ -70,23 +68,22 @@ def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
     grouped = source.find(_GROUPED)
     if name == "movielens-1m" and grouped is not None:
         return _from_grouped(name, source, grouped, folder)
-    wanted = " or ".join([layout.ratings for layout in _LAYOUTS[name]] + [_GROUPED] * (name == "movielens-1m"))
-    raise DataError(f"{source.path}: has no {wanted}; give the unpacked folder or the zip archive of {name}")
+    files = " or ".join([layout.ratings for layout in _LAYOUTS[name]] + [_GROUPED] * (name == "movielens-1m"))
+    raise DataError(f"{source.path}: has no {files}; give the unpacked folder or the zip archive of {name}")
 
 
 def _movies(source: Source, layout: Layout) -> np.ndarray:
-    return parse_catalogue(
+    return read_catalogue(
         source.require(layout.movies), layout.id_of_line, encoding=layout.encoding, header=layout.movies_header
     )
 
 
 def _from_ratings(name: str, source: Source, file: SourceFile, layout: Layout, folder: Path) -> DataSchema:
     movies = _movies(source, layout)
-    events: Events = collect(parse_events(file, layout.form))
-    if len(events.items) == 0:
-        raise DataError(f"{file}: has no events")
-    check_in_catalogue(file, layout.form, events.items, movies)
-    users, columns = _with_actions(group_users(events))
+    events = read_ratings(file, layout.form)
+    user_ids, items, times, ratings = (events.column(name).to_numpy() for name in ("user", "item", "time", "rating"))
+    check_in_catalogue(file, layout.form, items, movies)
+    users, columns = _with_actions(group_users(user_ids, items, times, ratings))
     return write_folder(
         folder,
         users,

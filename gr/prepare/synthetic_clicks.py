@@ -21,31 +21,27 @@ Peak for 0.1 and 2 million rows of the defaults: 0.14 GB, and 1 and 4 s.
 B rows of a chunk, N dense columns, C sparse columns, H ids of a row in one column, V ids of a column, K = 2.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.optimize import brentq
 from scipy.special import expit
-from tqdm import tqdm
 
 from gr.errors import ConfigError
-from gr.prepare.criteo import ROWS_PER_GROUP, dense_feature
-from gr.prepare.synthetic import ORACLE_FILE, random_stream
+from gr.prepare.generate import random_stream, require_at_least, rows_between, size, stated, write_oracle
+from gr.prepare.tabular import ROWS_PER_GROUP, column_names, dense_feature, tabular_table, write_tabular
 from gr.schema import FORMAT_VERSION, DenseTransform, SourceRows, SparseColumn, TabularSchema
 
 BASE_RATE, WIDTH = 0.2, 2
 DENSE_SD, IDS_SD, PAIRS_SD = 0.5, 0.7, 1.5
 _FEATURE_SD = 1.0844187  # of log(x + 1); its mean square is the sum over k of (log(k + 1)^2 - log(k)^2) / (k + 1)
 _CHUNK = ROWS_PER_GROUP  # rows drawn together; part of the definition, since each chunk has its own random stream
-_GROUPS_PER_PART = 64
-_LABEL = "label"
 _LIMITS = {"rows": 1, "test_rows": 1, "columns": 2, "cardinality": 3, "dense": 1, "hots": 1, "seed": 0}
 _REASONS = {
     "columns": "; an interaction is of two columns",
@@ -59,25 +55,19 @@ _STREAMS = ("teacher", "settle", "train", "test")
 
 @dataclass(frozen=True)
 class ClickOptions:
-    """rows: of train/. columns: of ids. cardinality: rows of each table. dense: dense columns. skew: exponent of Zipf's
-    law. hots: ids of a row in each column. Raises ConfigError for values the definition does not allow.
-    """
+    """Size of the two folders. Raises ConfigError for values the definition does not allow."""
 
-    rows: int = 20_000
-    test_rows: int = 5_000
-    columns: int = 8
-    cardinality: int = 100
-    dense: int = 4
-    skew: float = 1.05
-    hots: int = 1
-    seed: int = 1
+    rows: int = size(20_000, "Rows of train/.")
+    test_rows: int = size(5_000, "Rows of test/.")
+    columns: int = size(8, "Columns of ids.")
+    cardinality: int = size(100, "Rows of each table; no row has id 0.")
+    dense: int = size(4, "Dense columns.")
+    skew: float = size(1.05, "Exponent of Zipf's law; 0: all ids alike.")
+    hots: int = size(1, "Ids of a row in each column.")
+    seed: int = size(1)
 
     def __post_init__(self) -> None:
-        for name, least in _LIMITS.items():
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)}: must be at least {least}{_REASONS.get(name, '')}; set {name} higher"
-                )
+        require_at_least(self, _LIMITS, _REASONS)
         for name, most in {"cardinality": np.iinfo(np.int32).max, "seed": np.iinfo(np.int64).max}.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at most {most}; set {name} lower")
@@ -100,9 +90,6 @@ class Clicks:
     ids_BCH: np.ndarray
     additive_B: np.ndarray
     logit_B: np.ndarray
-
-    def cut(self, start: int, stop: int) -> "Clicks":
-        return Clicks(**{name: value[start:stop] for name, value in vars(self).items()})
 
 
 class ClickStream:
@@ -131,9 +118,7 @@ class ClickStream:
 
     def chunks(self, part: Part, first: int, stop: int) -> Iterator[Clicks]:
         """Rows [first, stop) of the part in order, in chunks of at most 16,384; from a multiple of it, whole ones."""
-        for number in range(first // _CHUNK, -(-stop // _CHUNK)):
-            start = number * _CHUNK
-            yield self._draw(part, number).cut(max(first - start, 0), min(stop - start, _CHUNK))
+        yield from rows_between(partial(self._draw, part), _CHUNK, first, stop)
 
     def additive_logit(self, clicks: Clicks) -> np.ndarray:
         """float64 [B]: the logit without products of pairs, with the slope and bias of least log loss."""
@@ -171,20 +156,17 @@ class ClickStream:
 
 
 def write_clicks(options: ClickOptions, folder: Path, source: str = "gr prepare clicks") -> dict[str, Any]:
-    """Write the tabular folders folder/train and folder/test, and folder/oracle.json; returns what oracle.json says.
+    """Write the tabular folders folder/train and folder/test, and folder/oracle.json.
 
-    Raises ConfigError where the labels of test/ are all the same.
+    Returns the content of oracle.json. Raises ConfigError where the labels of test/ are all the same.
     """
-    stream, rows = ClickStream(options), {"train": options.rows, "test": options.test_rows}
-    with tqdm(total=sum(rows.values()), unit="row", unit_scale=True, desc="clicks", disable=None) as bar:
-        _write_part(stream, "train", options.rows, folder / "train", bar)
-        _write_part(stream, "test", options.test_rows, folder / "test", bar)
-    for part, count in rows.items():
-        stated = f"{source} {json.dumps(asdict(options))}, {part}"
-        _schema(options, f"clicks-{part}", count, stated).save(folder / part)
-    oracle = click_oracle(stream)
-    (folder / ORACLE_FILE).write_text(json.dumps(oracle, indent=2) + "\n", encoding="utf-8")
-    return oracle
+    stream = ClickStream(options)
+    sizes: dict[Part, int] = {"train": options.rows, "test": options.test_rows}
+    for part, rows in sizes.items():
+        schema = _schema(options, f"clicks-{part}", rows, stated(source, options, f", {part}"))
+        names = column_names(schema)
+        write_tabular(folder / part, schema, (_table(names, c) for c in stream.chunks(part, 0, rows)), f"clicks {part}")
+    return write_oracle(folder, click_oracle(stream))
 
 
 def click_oracle(stream: ClickStream) -> dict[str, Any]:
@@ -213,52 +195,26 @@ def click_oracle(stream: ClickStream) -> dict[str, Any]:
     }
 
 
-def _write_part(stream: ClickStream, part: Part, rows: int, folder: Path, bar: tqdm) -> None:
-    folder.mkdir(parents=True)
-    step = _CHUNK * _GROUPS_PER_PART
-    for number, first in enumerate(range(0, rows, step)):
-        writer: pq.ParquetWriter | None = None
-        for clicks in stream.chunks(part, first, min(first + step, rows)):
-            table = _table(clicks)
-            if writer is None:
-                writer = pq.ParquetWriter(folder / f"part-{number:05d}.parquet", table.schema, compression="zstd")
-            writer.write_table(table, row_group_size=table.num_rows)
-            bar.update(table.num_rows)
-        assert writer is not None
-        writer.close()
-
-
-def _table(clicks: Clicks) -> pa.Table:
-    columns = {_LABEL: pa.array(clicks.labels_B)}
-    for place, name in enumerate(_names("i", clicks.counts_BN.shape[1])):
-        columns[name] = pa.array(dense_feature(clicks.counts_BN[:, place], "log1p_clip", 0))
-    rows, columns_count, hots = clicks.ids_BCH.shape
-    for place, name in enumerate(_names("c", columns_count)):
-        ids = pa.array(clicks.ids_BCH[:, place].ravel())
-        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(hots))
-        columns[name] = ids if hots == 1 else pa.ListArray.from_arrays(offsets, ids)
-    return pa.table(columns)
+def _table(names: list[str], clicks: Clicks) -> pa.Table:
+    dense_BN = dense_feature(clicks.counts_BN, "log1p_clip", 0)
+    return tabular_table(names, clicks.labels_B, dense_BN.T, clicks.ids_BCH.transpose(1, 0, 2))
 
 
 def _schema(options: ClickOptions, name: str, rows: int, source: str) -> TabularSchema:
-    columns = _names("c", options.columns)
+    ids = [f"c{number + 1}" for number in range(options.columns)]
     return TabularSchema(
         format_version=FORMAT_VERSION,
         kind="tabular",
         name=name,
-        labels=[_LABEL],
-        dense=_names("i", options.dense),
+        labels=["label"],
+        dense=[f"i{number + 1}" for number in range(options.dense)],
         transform=DenseTransform(name="log1p_clip", version=1),
-        sparse=[SparseColumn(name=name, cardinality=options.cardinality, hots=options.hots) for name in columns],
+        sparse=[SparseColumn(name=column, cardinality=options.cardinality, hots=options.hots) for column in ids],
         rows=rows,
         threshold=1,
         files=[SourceRows(name=name, rows=rows, minimum=0)],
         source=source,
     )
-
-
-def _names(letter: str, count: int) -> list[str]:
-    return [f"{letter}{number}" for number in range(1, count + 1)]
 
 
 def _metrics(logit_B: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from gr.cli.prepare import command
 from gr.data.tabular import TabularDataset
 from gr.errors import ConfigError, DataError
-from gr.prepare import criteo_rows
+from gr.prepare import lines
 from gr.prepare.criteo import CriteoOptions, prepare_criteo
 from gr.prepare.criteo_rows import DENSE, SPARSE, find_sources
 
@@ -114,7 +114,7 @@ def test_packaging_of_the_lines_does_not_matter(tmp_path: Path, monkeypatch: pyt
         folder.mkdir()
         file = folder / ("train.txt.gz" if name == "zipped" else "train.txt")
         file.write_bytes(content)
-        monkeypatch.setattr(criteo_rows, "_BLOCK_BYTES", 1000 if name == "plain" else 1 << 20)
+        monkeypatch.setattr(lines, "BLOCK_BYTES", 1000 if name == "plain" else 1 << 20)
         assert prepare(folder, tmp_path / f"{name}-out").exit_code == 0
     tables = [table(tmp_path / f"{name}-out") for name in forms]
     assert all(each.equals(tables[0]) for each in tables)
@@ -316,7 +316,7 @@ def test_parts(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from gr.prepare import criteo
-owner, name = {"note": (criteo, "_write_json"), "group": (criteo._Parts, "_group")}[sys.argv[1]]
+owner, name = {"note": (criteo, "_write_json"), "group": (criteo.PartWriter, "_write_group")}[sys.argv[1]]
 function, calls = getattr(owner, name), iter(range(int(sys.argv[2])))
 def killing(*arguments):
     result = function(*arguments)

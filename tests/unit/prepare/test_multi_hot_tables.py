@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from gr.errors import ConfigError
-from gr.prepare import multi_hot_tables as multi_hot
-from gr.prepare.multi_hot_tables import MLPERF_HOTS, multi_hot_tables
+from gr.prepare import multi_hot
+from gr.prepare.multi_hot import MLPERF_HOTS, multi_hot_tables
 from tests.support.published_multi_hot import published_tables
 
 SIZES = (4, 50, 1, 300, 7, 129)

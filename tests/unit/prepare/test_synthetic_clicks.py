@@ -147,7 +147,7 @@ def test_written_folders(tmp_path: Path, hots: int) -> None:
 
 
 def test_parts_of_many_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gr.prepare.synthetic_clicks._GROUPS_PER_PART", 1)
+    monkeypatch.setattr("gr.prepare.tabular.ROWS_PER_PART", 16_384)
     write_clicks(SMALL, tmp_path)
     dataset = TabularDataset.open(tmp_path / "train")
     assert [group.file.name for group in dataset.row_groups] == ["part-00000.parquet", "part-00001.parquet"]
