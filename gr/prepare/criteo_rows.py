@@ -56,7 +56,7 @@ class Block:
     categories: list[Categories]
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return len(self.labels_B)
 
 

@@ -4,7 +4,6 @@ B users, T events.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -73,33 +72,6 @@ def _parse(form: Format, text: bytes) -> pa.Table:
     if not good.all():
         raise ValueError("a value is missing, not finite or whole, or an id is below 1")
     return table.set_column(3, "time", pa.array(time.astype(np.int64)))
-
-
-def read_catalogue(file: SourceFile, id_of_line: Callable[[str], int], *, encoding: str, header: int = 0) -> np.ndarray:
-    """Item ids, int64 ascending, one a line. id_of_line raises ValueError on a malformed line."""
-    ids = []
-    with file.open() as stream:
-        for number, line in enumerate(stream, start=1):
-            if number <= header:
-                continue
-            try:
-                item = id_of_line(line.decode(encoding).rstrip("\r\n"))
-                if item < 1:
-                    raise ValueError(f"item id {item} is below 1")
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: {error}") from None
-            ids.append(item)
-    if not ids:
-        raise DataError(f"{file}: has no items")
-    return np.unique(np.array(ids, dtype=np.int64))
-
-
-def check_in_catalogue(file: SourceFile, form: Format, items: np.ndarray, catalogue: np.ndarray) -> None:
-    """Raises DataError naming the line of the first event whose item the catalogue lacks. items: in file order."""
-    unknown = ~np.isin(items, catalogue)
-    if unknown.any():
-        first = int(unknown.argmax())
-        raise DataError(f"{file}, line {first + 1 + form.header}: item {items[first]} is not in the list of items")
 
 
 def group_users(users_T: np.ndarray, items_T: np.ndarray, times_T: np.ndarray, ratings_T: np.ndarray) -> Users:

@@ -5,7 +5,7 @@ B rows.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,13 @@ from gr.schema import TabularSchema
 
 ROWS_PER_GROUP = 16384
 ROWS_PER_PART = 1 << 20
+Rows = TypeVar("Rows", bound="HasRows")
 Transform = Literal["log1p_clip", "torchrec_minshift"]
+
+
+class HasRows(Protocol):
+    @property
+    def num_rows(self) -> int: ...
 
 
 def dense_feature(counts_B: np.ndarray, transform: Transform, minimum: int) -> np.ndarray:
@@ -61,8 +67,9 @@ def write_tabular(folder: Path, schema: TabularSchema, tables: Iterable[pa.Table
     schema.save(folder)
 
 
-def with_progress(tables: Iterable[pa.Table], title: str, rows: int | None = None) -> Iterator[pa.Table]:
+def with_progress(blocks: Iterable[Rows], title: str, rows: int | None = None) -> Iterator[Rows]:
+    """The blocks as they are, and a progress bar of their rows."""
     with tqdm(total=rows, unit="row", unit_scale=True, desc=title, disable=None) as bar:
-        for table in tables:
-            yield table
-            bar.update(table.num_rows)
+        for block in blocks:
+            yield block
+            bar.update(block.num_rows)

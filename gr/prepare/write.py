@@ -47,10 +47,7 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
 
     Raises DataError if `out` exists and force is not set.
     """
-    if out.exists() and not force:
-        raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
-    if out.exists() and not _is_replaceable(out):
-        raise DataError(f"{out}: is no data folder, so --force does not replace it; choose another --out")
+    require_replaceable(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     temporary.chmod(0o755)
@@ -67,9 +64,15 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_replaceable(out: Path) -> bool:
-    """Whether `out` is an empty folder, a data folder, or the folder of a stream (train/, test/)."""
-    return out.is_dir() and (not any(out.iterdir()) or any((out / p / SCHEMA_FILE).is_file() for p in (".", "train")))
+def require_replaceable(out: Path, force: bool) -> None:
+    """DataError if `out` exists, unless force is set and it is an empty folder, a data folder or a pair train/, test/."""
+    if not out.exists():
+        return
+    if not force:
+        raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
+    schemas = (out / SCHEMA_FILE, out / "train" / SCHEMA_FILE)
+    if not (out.is_dir() and (not any(out.iterdir()) or any(schema.is_file() for schema in schemas))):
+        raise DataError(f"{out}: is no data folder, so --force does not replace it; choose another --out")
 
 
 class PartWriter:
@@ -225,22 +228,8 @@ def write_folder(
     if columns is None:
         columns = HistoryColumns(timestamps=users.timestamps is not None, ratings=users.ratings is not None)
     writer = FolderWriter(folder, columns, item_cardinality=int(corpus.max()) + 1)
-    step = ROWS_PER_GROUP * GROUPS_PER_PART
-    for start in range(0, len(users.user_ids), step):
-        writer.write(_slice(users, start, min(start + step, len(users.user_ids)), columns))
+    writer.write(users)
     return writer.close(name=name, order=order, source=source, corpus=corpus)
-
-
-def _slice(users: Users, start: int, stop: int, columns: HistoryColumns) -> Users:
-    rows, events = slice(start, stop), slice(users.offsets[start], users.offsets[stop])
-    return Users(
-        users.user_ids[rows],
-        users.offsets[start : stop + 1] - users.offsets[start],
-        users.item_ids[events],
-        None if users.timestamps is None else users.timestamps[events],
-        None if users.ratings is None else users.ratings[events],
-        {name: c[rows if name in columns.user_columns else events] for name, c in users.columns.items()},
-    )
 
 
 def _fitted(offsets: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ seconds). The real files were not read in this project, only generated ones of t
 T events of a block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +136,8 @@ def _mapping(file: Path, name: str) -> np.ndarray:
     """int64 [largest item + 1]: id + 1 of each item, the least of several; 0 where it has none."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; --source needs it beside flat/")
-    table = _columns_of(file, (name, "item_id"), lambda parquet: parquet.read(columns=[name, "item_id"]))
+    with _opened(file, (name, "item_id")) as parquet:
+        table = parquet.read(columns=[name, "item_id"])
     checks = _Checks(file, BadRows(), 0, table.num_rows)
     items, ids = (checks.whole(column, table.column(column)) for column in ("item_id", name))
     for column, values in (("item_id", items), (name, ids)):
@@ -152,34 +153,35 @@ def _mapped(mapping: np.ndarray, items_T: np.ndarray) -> np.ndarray:
     return np.where(items_T < len(mapping), mapping[np.minimum(items_T, len(mapping) - 1)], 0)
 
 
-def _columns_of(file: Path, needed: tuple[str, ...], read: Callable[[pq.ParquetFile], Any]) -> Any:
-    """Result of `read` on the opened file. DataError where a column is missing or the file is damaged."""
+@contextmanager
+def _opened(file: Path, needed: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """The Parquet file. DataError where a column is missing, or a block of it cannot be read."""
     read_footer(file)
     try:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             if missing := [name for name in needed if name not in names]:
                 raise DataError(f"{file}: has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-            return read(parquet)
+            yield parquet
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be decoded, it is damaged or cut off: {error}") from error
 
 
 def _events(file: Path, bad: BadRows) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of the columns user, time, item and _FIELDS [T], in file order."""
     kind = EVENTS.get(file.stem)
-    listens = kind in (None, "listen")
-    needed = (*_WHOLE, *(["played_ratio_pct"] if listens else []), *(["event_type"] if kind is None else []))
-    _columns_of(file, needed, lambda parquet: None)
-    row = 0
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for block in parquet.iter_batches(_ROWS, columns=list(needed)):
-                checks = _Checks(file, bad, row, block.num_rows)
-                columns = _block(file, block, kind, checks)
-                yield {name: column[checks.good_T] for name, column in columns.items()}
-                row += block.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be decoded after row {row}, it is damaged or cut off: {error}") from error
+    needed = [*_WHOLE]
+    if kind in (None, "listen"):
+        needed.append("played_ratio_pct")
+    if kind is None:
+        needed.append("event_type")
+    first_row = 0
+    with _opened(file, needed) as parquet:
+        for block in parquet.iter_batches(_ROWS, columns=needed):
+            checks = _Checks(file, bad, first_row, block.num_rows)
+            columns = _block(file, block, kind, checks)
+            yield {name: column[checks.good_T] for name, column in columns.items()}
+            first_row += block.num_rows
 
 
 def _block(file: Path, block: pa.RecordBatch, kind: str | None, checks: _Checks) -> dict[str, np.ndarray]:
