@@ -4,9 +4,10 @@ One row of _ROWS a command; the part of gr.prepare it runs is imported when it r
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import click
@@ -73,7 +74,7 @@ _OUT = [
 ]
 _RAW = [
     _option("--source", "Folder, zip archive or URL of the raw data, as published.", required=True),
-    _option("--sha256", "Wanted digest of the archive; otherwise a download's digest is shown, not checked."),
+    _option("--sha256", "Expected digest of the archive; otherwise a download's digest is shown, not checked."),
     *_OUT,
 ]
 _ON_BAD_ROW = _option("--on-bad-row", "skip: counted.", type=click.Choice(["fail", "skip"]), default="fail")
@@ -88,17 +89,17 @@ _YAMBDA = [
     _ON_BAD_ROW,
 ]
 _ROWS_OF_CRITEO = "train.txt, day_N, *.tsv (plain or .gz), *.orc; or a folder or pattern of them."
-_TRANSFORM = "Of the counts x: log(max(x, 0) + 1), or log(x - least of the file + 2). Default: log1p_clip."
+_TRANSFORM = "Formula for counts x: log(max(x, 0) + 1), or log(x - smallest of the file + 2). Default: log1p_clip."
 _CRITEO = [
     _option("--source", _ROWS_OF_CRITEO, required=True),
     click.Argument(["more"], nargs=-1),
     *_OUT,
     _option("--threshold", "Occurrences from which a value gets an id. Default: 1.", type=click.IntRange(1)),
     _option("--transform", _TRANSFORM, type=click.Choice(["log1p_clip", "torchrec_minshift"])),
-    _option("--max-rows", "Of a table: values beyond share ids. Default: none.", type=click.IntRange(2)),
+    _option("--max-rows", "Rows of a table at most: values beyond share ids. Default: none.", type=click.IntRange(2)),
     _folder("--vocabulary", "Prepared folder whose ids and transform to use."),
     _ON_BAD_ROW,
-    _option("--rows-per-part", "Of a Parquet file.", type=click.IntRange(1), default=1 << 20),
+    _option("--rows-per-part", "Rows of a Parquet file at most.", type=click.IntRange(1), default=1 << 20),
     _option("--restart", "Begin again instead of continuing an interrupted run.", is_flag=True),
 ]
 
@@ -112,7 +113,7 @@ class _Row(NamedTuple):
     run: str
     report: Callable[[Any], list[str]]
     options: list[click.Option] = _OUT
-    fixed: dict[str, str] = {}  # noqa: RUF012
+    fixed: Mapping[str, str] = MappingProxyType({})
     sizes: str | None = None
 
 

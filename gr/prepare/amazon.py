@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from gr.errors import DataError
 from gr.prepare.ratings import STABLE_ORDER, Format, group_users, read_ratings
 from gr.prepare.source import Source
-from gr.prepare.write import Users, write_folder
+from gr.prepare.write import write_folder
 from gr.schema import DataSchema
 
 _MIN_EVENTS = 5
@@ -36,10 +36,13 @@ def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
         raise DataError(f"{file}: no line has an item and a user with {_MIN_EVENTS} lines each")
     users, _ = _renumber(users[enough], user_names)
     items, item_count = _renumber(items[enough], item_names)
-    times, ratings = (events.column(name).to_numpy()[enough] for name in ("time", "rating"))
+    long = (np.bincount(users) >= _MIN_EVENTS)[users]
+    if not long.any():
+        raise DataError(f"{file}: no user has {_MIN_EVENTS} events left after filtering")
+    times, ratings = (events.column(name).to_numpy()[enough][long] for name in ("time", "rating"))
     return write_folder(
         folder,
-        _long_enough(group_users(users, items, times, ratings)),
+        group_users(users[long], items[long], times, ratings),
         corpus=np.arange(1, item_count + 1),
         name="amazon-books",
         order=STABLE_ORDER.format(file=file.name),
@@ -61,20 +64,3 @@ def _renumber(codes: np.ndarray, names: pa.Array) -> tuple[np.ndarray, int]:
     numbers = np.zeros(len(names), dtype=np.int32)
     numbers[present[order]] = np.arange(1, len(present) + 1)
     return numbers[codes], len(present)
-
-
-def _long_enough(users: Users) -> Users:
-    """Users with at least 5 events. DataError if there is none."""
-    lengths = np.diff(users.offsets)
-    keep = lengths >= _MIN_EVENTS
-    if not keep.any():
-        raise DataError(f"no user has {_MIN_EVENTS} events left after filtering")
-    events = np.repeat(keep, lengths)
-    assert users.timestamps is not None and users.ratings is not None, "ratings have both"
-    return Users(
-        user_ids=users.user_ids[keep],
-        offsets=np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64),
-        item_ids=users.item_ids[events],
-        timestamps=users.timestamps[events],
-        ratings=users.ratings[events],
-    )

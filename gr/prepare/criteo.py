@@ -1,6 +1,6 @@
 """Criteo's click logs -> a tabular folder, in two passes over the source: count the values, then write the parts.
 
-Work goes to a folder beside the result, `.NAME.unfinished`, and is noted there source file by source file; the same
+Work goes to a folder beside the result, `.NAME.unfinished`, where each source file that is done has a note; the same
 command again continues after the last file that was finished, and gives the same bytes as one that was never stopped.
 
 Memory does not grow with the rows. It holds a block of the source, a row group, at most _ENTRIES counts
@@ -44,10 +44,12 @@ _TASK, _COUNTS, _WRITTEN = "task.json", "counts", "written"
 
 @dataclass(frozen=True)
 class CriteoOptions:
-    """threshold: occurrences from which a value gets an id of its own; None: 1, or that of `vocabulary`.
-    transform: of the counts; None: log1p_clip, or that of `vocabulary`. max_rows: of a table, beyond which values share
-    ids; None: no limit, or that of `vocabulary`. vocabulary: a tabular folder whose vocabulary to use. rows_per_part:
-    of each Parquet file; every source file begins a new one.
+    """Options of `gr prepare criteo`; None is the vocabulary's value, or the default where no vocabulary is given.
+
+    threshold: occurrences from which a value gets an id of its own, 1 by default. transform: formula of the dense
+    features, log1p_clip by default. max_rows: limit of a table's rows, beyond which values share ids; none by default.
+    vocabulary: a tabular folder whose vocabulary to use. rows_per_part: limit of a Parquet file; every source file
+    begins a new one.
     """
 
     threshold: int | None = None
@@ -61,9 +63,9 @@ class CriteoOptions:
 def prepare_criteo(
     sources: Sequence[Path], out: Path, options: CriteoOptions, *, force: bool = False, restart: bool = False
 ) -> TabularSchema:
-    """Write the tabular folder `out`, or go on with what an interrupted call left.
+    """Write the tabular folder `out`, or continue the work of an interrupted call.
 
-    force: replace a data folder at `out`. restart: throw away what an interrupted call left. Raises DataError for bad
+    force: replace a data folder at `out`. restart: throw away the work of an interrupted call. Raises DataError for bad
     rows and unreadable files, ConfigError for options that contradict each other, the vocabulary or the interrupted
     call's.
     """
@@ -119,7 +121,7 @@ class _Run:
         self._begin()
 
     def _begin(self) -> None:
-        """Make the folder, or see that what is there was begun with the same sources and options."""
+        """Make the folder, or check that an interrupted run began it with the same sources and options."""
         task = {name: value for name, value in vars(self._options).items() if name != "on_bad_row"}
         task["sources"] = [str(file.resolve()) for file in self._sources]
         task["vocabulary"] = task["vocabulary"] and str(task["vocabulary"].resolve())
@@ -172,7 +174,7 @@ class _Run:
         _write_json(folder / "done.json", {**stamp, "minimum": int(minimum), "bad_rows": self._bad.take()})
 
     def _vocabulary(self) -> Vocabulary:
-        """The vocabulary in the work folder, made first if it is not there."""
+        """The vocabulary in the work folder, made first if it is missing."""
         folder = self._work / VOCABULARY_FOLDER
         if not folder.exists():
             partial = self._work / f"{VOCABULARY_FOLDER}.partial"
@@ -228,7 +230,7 @@ class _Run:
         return note
 
     def _noted(self, place: Path, file: Path) -> dict[str, Any] | None:
-        """What was noted when the file was done, if it was."""
+        """The note written when the file was done; None if it is not. DataError for a file that changed since."""
         if not place.exists():
             return None
         note = json.loads(place.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Criteo's rows, as published, -> blocks of arrays; a row that is not one is an error with its line, or counted.
+"""Criteo's rows, as published, -> blocks of arrays; a bad row is an error with its line, or counted.
 
 Text: lines of a label, 13 counts and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing
 (Kaggle's train.txt and Terabyte's day_0 to day_23, plain or .gz). ORC: the columns label, i1..i13 (double) and c1..c26
@@ -28,8 +28,8 @@ from gr.prepare.lines import BadRows, Fault, parse_lines, whole_lines
 LABEL = "label"
 DENSE = tuple(f"i{n}" for n in range(1, 14))
 SPARSE = tuple(f"c{n}" for n in range(1, 27))
-LEAST_COUNT, LARGEST_COUNT = -3, 2**31 - 1
-_WANTED_COUNT = f"wanted a whole number from {LEAST_COUNT} to {LARGEST_COUNT}"
+SMALLEST_COUNT, LARGEST_COUNT = -3, 2**31 - 1
+_COUNT_RANGE = f"wanted a whole number from {SMALLEST_COUNT} to {LARGEST_COUNT}"
 _COLUMNS = (LABEL, *DENSE, *SPARSE)
 _NAMES = re.compile(r"day_\d+(\.gz)?|train\.txt(\.gz)?|.+\.tsv(\.gz)?|.+\.orc")
 _NUMBER, _HEX = re.compile(rb"-?\d{1,19}"), re.compile(rb"[0-9a-fA-F]{8}")
@@ -63,22 +63,22 @@ class Block:
 def find_sources(places: Sequence[str]) -> list[Path]:
     """Files of the given files, folders and patterns, in the order of the numbers in their names (day_2 before day_10).
 
-    From a folder: day_N, train.txt and *.tsv, plain or .gz, and *.orc. DataError if there is none, one comes twice, or
+    From a folder: day_N, train.txt and *.tsv, plain or .gz, and *.orc. DataError if it has none, one comes twice, or
     text and ORC are mixed.
     """
     files: list[Path] = []
     for place in places:
         path = Path(place)
         if path.is_dir():
-            own = [each for each in path.iterdir() if each.is_file() and _NAMES.fullmatch(each.name)]
+            matches = [file for file in path.iterdir() if file.is_file() and _NAMES.fullmatch(file.name)]
         else:
-            own = [path] if path.is_file() else [Path(each) for each in glob(place)]
-        if not own:
+            matches = [path] if path.is_file() else [Path(name) for name in glob(place)]
+        if not matches:
             raise DataError(
                 f"{place}: no such file, or no day_N, train.txt, *.tsv (or .gz of them) or *.orc in it; give --source "
                 "Criteo's rows"
             )
-        files += own
+        files += matches
     files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))])
     twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
     if twice:
@@ -125,8 +125,8 @@ def _parse(text: bytes) -> Block:
     if table.num_rows != text.count(b"\n") or labels.null_count or not np.isin(labels.to_numpy(), (0, 1)).all():
         raise ValueError("a line is cut in two, or a label is not 0 or 1")
     counts = [columns[name].fill_null(0).to_numpy() for name in DENSE]
-    if min(column.min() for column in counts) < LEAST_COUNT:
-        raise ValueError(f"a count is below {LEAST_COUNT}")
+    if min(column.min() for column in counts) < SMALLEST_COUNT:
+        raise ValueError(f"a count is below {SMALLEST_COUNT}")
     categories = [_from_hex(columns[name]) for name in SPARSE]
     return Block(labels.to_numpy(), [column.astype(np.float64) for column in counts], categories)
 
@@ -158,8 +158,8 @@ def _fault(line: bytes) -> Fault | None:
         shown = repr(field.decode("utf-8", "backslashreplace"))
         if name == LABEL and not (_NUMBER.fullmatch(field) and int(field) in (0, 1)):
             return Fault("label", f"label is {shown}, allowed are 0 and 1")
-        if name in DENSE and field and not (_NUMBER.fullmatch(field) and LEAST_COUNT <= int(field) <= LARGEST_COUNT):
-            return Fault("count", f"{name} is {shown}, {_WANTED_COUNT}, or nothing")
+        if name in DENSE and field and not (_NUMBER.fullmatch(field) and SMALLEST_COUNT <= int(field) <= LARGEST_COUNT):
+            return Fault("count", f"{name} is {shown}, {_COUNT_RANGE}, or nothing")
         if name in SPARSE and field and not _HEX.fullmatch(field):
             return Fault("category", f"{name} is {shown}, wanted 8 hexadecimal digits, or nothing")
     return None
@@ -184,15 +184,15 @@ def _orc_blocks(file: Path, bad: BadRows) -> Iterator[Block]:
 
 
 def _check_columns(file: Path, schema: pa.Schema) -> None:
-    wanted = f"wanted {LABEL}, i1 to i13 and c1 to c26"
+    layout = f"wanted {LABEL}, i1 to i13 and c1 to c26"
     for name in _COLUMNS:
         if name not in schema.names:
-            raise DataError(f"{file}: has no column {name}; {wanted}")
+            raise DataError(f"{file}: has no column {name}; {layout}")
         kind, element = schema.field(name).type, pa.int64() if name in SPARSE else pa.float64()
         if not pa.types.is_list(kind) or kind.value_type != element:
             raise DataError(f"{file}: column {name} has type {kind}, wanted list<{element}>")
     if unknown := [name for name in schema.names if name not in _COLUMNS]:
-        raise DataError(f"{file}: unknown column {unknown[0]}; {wanted}, and no other")
+        raise DataError(f"{file}: unknown column {unknown[0]}; {layout}, and no other")
 
 
 def _flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -213,9 +213,9 @@ def _good_rows(file: Path, first: int, batch: pa.RecordBatch, bad: BadRows) -> n
     for name in _COLUMNS:
         column = batch.column(name)
         lengths_B = column.value_lengths().fill_null(0).to_numpy()
-        fewest, wanted = (1, "1") if name == LABEL else (0, "0 or 1")
+        fewest, allowed_lengths = (1, "1") if name == LABEL else (0, "0 or 1")
         for row in np.flatnonzero((lengths_B > 1) | (lengths_B < fewest)).tolist():
-            faults.setdefault(row, Fault("fields", f"{name} holds {lengths_B[row]} values, wanted {wanted}"))
+            faults.setdefault(row, Fault("fields", f"{name} holds {lengths_B[row]} values, wanted {allowed_lengths}"))
         values = column.flatten()
         row_of_value = np.repeat(np.arange(len(column)), lengths_B).tolist()
         for place in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)).tolist():
@@ -227,7 +227,7 @@ def _good_rows(file: Path, first: int, batch: pa.RecordBatch, bad: BadRows) -> n
         if name == LABEL:
             reason, allowed, wrong = "label", "allowed are 0 and 1", ~np.isin(numbers, (0, 1))
         else:
-            reason, allowed, wrong = "count", _WANTED_COUNT, ~_are_counts(numbers)
+            reason, allowed, wrong = "count", _COUNT_RANGE, ~_are_counts(numbers)
         for place in np.flatnonzero(wrong).tolist():
             faults.setdefault(row_of_value[place], Fault(reason, f"{name} is {numbers[place]}, {allowed}"))
     good_B = np.ones(batch.num_rows, dtype=bool)
@@ -239,4 +239,4 @@ def _good_rows(file: Path, first: int, batch: pa.RecordBatch, bad: BadRows) -> n
 
 def _are_counts(numbers: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        return (numbers >= LEAST_COUNT) & (numbers <= LARGEST_COUNT) & (numbers == np.floor(numbers))
+        return (numbers >= SMALLEST_COUNT) & (numbers <= LARGEST_COUNT) & (numbers == np.floor(numbers))

@@ -65,10 +65,10 @@ def stated(command: str, options: Any, more: str = "") -> str:
     return f"{command} {json.dumps(asdict(options))}{more}"
 
 
-def equal_length_users(user_ids: np.ndarray, items_BN: np.ndarray, times_BN: np.ndarray | None = None) -> Users:
-    """Records of N events each as users."""
+def equal_length_users(record_B: np.ndarray, items_BN: np.ndarray, times_BN: np.ndarray | None = None) -> Users:
+    """Records of N events each as users, whose ids are the numbers of the records."""
     offsets = np.arange(len(items_BN) + 1, dtype=np.int64) * items_BN.shape[1]
-    return Users(user_ids, offsets, items_BN.ravel(), None if times_BN is None else times_BN.ravel())
+    return Users(record_B, offsets, items_BN.ravel(), None if times_BN is None else times_BN.ravel())
 
 
 def write_histories(

@@ -4,7 +4,7 @@ No event is left out: a user without a line in user_features has id 0 in its col
 user id the published one. Layout and ranges as the README of github.com/chongminggao/KuaiRand states them; the real
 files were not read in this project, only generated ones of that layout. Peak memory of those, with 1,000 users of whom
 one has a tenth of the events: 0.6 GB for 4 million, 0.8 GB for 16 million (benchmarks/prepare_histories.py). Beside
-it there are a few int64 for each video, of which 27K has 32 million.
+it each video takes a few int64; 27K has 32 million videos.
 
 T events of a block.
 """
@@ -34,15 +34,10 @@ _RANGED = ("follow_user_num_range", "fans_user_num_range", "friend_user_num_rang
 _FLAGS = ("is_lowactive_period", "is_live_streamer", "is_video_author")
 USER_FEATURES = ("user_active_degree", *_FLAGS, *_RANGED, *(f"onehot_feat{number}" for number in range(18)))
 TABS = 15
+_STANDARD, _RANDOM = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08"), "log_random_4_22_to_5_08"
 _LOGS = {
-    "1k": ("log_standard_4_08_to_4_21_1k", "log_standard_4_22_to_5_08_1k", "log_random_4_22_to_5_08_1k"),
-    "27k": (
-        "log_standard_4_08_to_4_21_27k_part1",
-        "log_standard_4_08_to_4_21_27k_part2",
-        "log_standard_4_22_to_5_08_27k_part1",
-        "log_standard_4_22_to_5_08_27k_part2",
-        "log_random_4_22_to_5_08_27k",
-    ),
+    "1k": [*(f"{log}_1k" for log in _STANDARD), f"{_RANDOM}_1k"],
+    "27k": [*(f"{log}_27k_part{part}" for log in _STANDARD for part in (1, 2)), f"{_RANDOM}_27k"],
 }
 _COUNTS = ("play_time_ms", "duration_ms")
 _RANGES = {

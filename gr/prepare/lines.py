@@ -20,7 +20,7 @@ Block = TypeVar("Block")
 
 
 class Fault(NamedTuple):
-    """Why a row is no example. reason: the name it is counted under. column: the field at fault, where there is one."""
+    """The fault of a row that is no example. reason: the name it is counted under. column: the field at fault."""
 
     reason: str
     problem: str

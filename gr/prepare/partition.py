@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gr.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
 
 EVENTS_PER_PARTITION = 2_000_000
-EVENTS_PER_GROUP = 1_000_000  # of a row group, if it has more than one user
+EVENTS_PER_GROUP = 1_000_000  # limit of a row group that has more than one user
 Columns = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 _LARGEST_ITEM = 2**31 - 2
 

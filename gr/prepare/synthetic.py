@@ -13,7 +13,7 @@ The generator, all of it from one seed (and numpy's sampling methods, which a ne
 5.  The item is uniform over the available items of its category, with replacement. The paper does not say how items
     are chosen, so its absolute numbers are not promised; compare with the oracle and with other models on this stream.
 
-The first 90 % of the records are train/, the last 10 % test/, file order is time order; there are no timestamps.
+The first 90 % of the records are train/, the last 10 % test/, file order is time order; without timestamps.
 Train with data.shuffle=false, data.train_holdout=0 for one pass, and evaluate on the newest event of test/.
 
 B records of a chunk, N events of a record, G = 5 slots for the categories of a record.
@@ -26,17 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from gr.errors import ConfigError
-from gr.prepare.generate import (
-    HISTORY_CHUNK,
-    equal_length_users,
-    random_stream,
-    rows_between,
-    size,
-    stated,
-    urn_slots,
-    write_histories,
-    write_oracle,
-)
+from gr.prepare import generate
 from gr.prepare.oracle import stream_oracle
 from gr.schema import HistoryColumns
 
@@ -49,11 +39,11 @@ _TRAIN_TENTHS = 9
 class StreamOptions:
     """Size of a stream. Raises ConfigError on sizes the definition does not allow."""
 
-    items: int = size(20_000, "Item ids 1..items.", at_least=1)
-    categories: int = size(100, "Groups of items.", at_least=1)
-    records: int = size(1_000_000, "Users; the last tenth is test.", at_least=1)
-    length: int = size(128, "Events of each record.", at_least=1)
-    seed: int = size(1, at_least=0)
+    items: int = generate.size(20_000, "Item ids 1..items.", at_least=1)
+    categories: int = generate.size(100, "Groups of items.", at_least=1)
+    records: int = generate.size(1_000_000, "Users; the last tenth is test.", at_least=1)
+    length: int = generate.size(128, "Events of each record.", at_least=1)
+    seed: int = generate.size(1, at_least=0)
 
     def __post_init__(self) -> None:
         if self.categories < SLOTS:
@@ -78,7 +68,7 @@ class Chunk:
     """Records and the latent values they were drawn from. Unused slots have prior 0 and category 0.
 
     record_B: number of the record; items_BN, category_BG, prior_BG, alpha_B; available_BG: items of the slot's category
-    that are there; count_BG: events of each slot before the last event.
+    that are available; count_BG: events of each slot before the last event.
     """
 
     record_B: np.ndarray
@@ -95,7 +85,7 @@ class Stream:
 
     def __init__(self, options: StreamOptions) -> None:
         self.options = options
-        random = random_stream(options.seed, 0)
+        random = generate.random_stream(options.seed, 0)
         one_of_each = random.permutation(options.categories)
         rest = random.integers(0, options.categories, options.items - options.categories)
         self.category_of_item = np.concatenate([[-1], one_of_each, rest])  # [items + 1], id 0 is in none
@@ -105,16 +95,16 @@ class Stream:
 
     def chunks(self, first: int, stop: int) -> Iterator[Chunk]:
         """Records [first, stop) in order, in chunks of at most 4,096."""
-        yield from rows_between(self._draw, HISTORY_CHUNK, first, stop)
+        yield from generate.rows_between(self._draw, generate.HISTORY_CHUNK, first, stop)
 
     def _draw(self, number: int) -> Chunk:
-        options, random = self.options, random_stream(self.options.seed, number + 1)
-        record_B = number * HISTORY_CHUNK + np.arange(HISTORY_CHUNK)
-        used_BG = np.arange(SLOTS) < random.integers(1, SLOTS + 1, HISTORY_CHUNK)[:, None]
-        category_BG = np.where(used_BG, _distinct(random, HISTORY_CHUNK, options.categories), 0)
-        weight_BG = random.standard_exponential((HISTORY_CHUNK, SLOTS)) * used_BG
+        options, random = self.options, generate.random_stream(self.options.seed, number + 1)
+        record_B = number * generate.HISTORY_CHUNK + np.arange(generate.HISTORY_CHUNK)
+        used_BG = np.arange(SLOTS) < random.integers(1, SLOTS + 1, generate.HISTORY_CHUNK)[:, None]
+        category_BG = np.where(used_BG, _distinct(random, generate.HISTORY_CHUNK, options.categories), 0)
+        weight_BG = random.standard_exponential((generate.HISTORY_CHUNK, SLOTS)) * used_BG
         prior_BG = weight_BG / weight_BG.sum(axis=1, keepdims=True)
-        alpha_B = random.uniform(1.0, 500.0, HISTORY_CHUNK)
+        alpha_B = random.uniform(1.0, 500.0, generate.HISTORY_CHUNK)
         slot_BN, count_BG = _categories_of_events(random, prior_BG, alpha_B, options.length)
         later_B = (1 - _AVAILABLE_AT_START) * np.minimum(record_B, options.records - 1) / options.records
         limit_B = ((_AVAILABLE_AT_START + later_B) * options.items).astype(np.int64)
@@ -130,15 +120,15 @@ def write_stream(options: StreamOptions, folder: Path, source: str = "gr prepare
     """Write folder/train, folder/test and folder/oracle.json; returns the content of oracle.json."""
     stream, split = Stream(options), options.train_records
     for part, first, stop in (("train", 0, split), ("test", split, options.records)):
-        write_histories(
+        generate.write_histories(
             folder / part,
-            (equal_length_users(chunk.record_B, chunk.items_BN) for chunk in stream.chunks(first, stop)),
+            (generate.equal_length_users(chunk.record_B, chunk.items_BN) for chunk in stream.chunks(first, stop)),
             HistoryColumns(),
             items=options.items,
             name=f"synthetic-{part}",
-            source=stated(source, options, f", records {first} to {stop - 1}"),
+            source=generate.stated(source, options, f", records {first} to {stop - 1}"),
         )
-    return write_oracle(folder, bayes_oracle(stream))
+    return generate.write_oracle(folder, bayes_oracle(stream))
 
 
 def bayes_oracle(stream: Stream) -> dict:
@@ -185,7 +175,7 @@ def _categories_of_events(
         if n:
             counts_BG[row_B, slot_BN[:, n - 1]] += 1
             weight_BG[row_B, slot_BN[:, n - 1]] += 1.0
-        slot_BN[:, n] = urn_slots(random, weight_BG, alpha_B + n, slots_B)
+        slot_BN[:, n] = generate.urn_slots(random, weight_BG, alpha_B + n, slots_B)
     return slot_BN, counts_BG
 
 

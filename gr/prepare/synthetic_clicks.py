@@ -5,7 +5,7 @@ The generator, all of it from one seed (and numpy's sampling methods, which a ne
 1.  A dense value is log(x + 1) of a count x with P(x >= k) = 1 / (k + 1).
 2.  An id of a column has rank r = 1..V with probability in proportion to r^-skew, V = cardinality - 1. Which of the
     ids 1..V has which rank is random in each column; id 0 (missing, rare or unseen) is never drawn. A row has `hots`
-    ids in each column, independent, so an id may be there twice.
+    ids in each column, independent, so an id may occur twice.
 3.  logit = bias + a . dense + sum over columns c of w_c + sum over pairs c < d of v_c . v_d, where w_c adds the weights
     of the row's ids in column c and v_c their hidden vectors of width 2, both divided by sqrt(hots). All are normal
     draws, then moved in each column to mean 0 under the ids' distribution, so that a pair's product says nothing
@@ -40,7 +40,8 @@ from gr.schema import FORMAT_VERSION, DenseTransform, SourceRows, SparseColumn, 
 
 BASE_RATE, WIDTH = 0.2, 2
 DENSE_SD, IDS_SD, PAIRS_SD = 0.5, 0.7, 1.5
-_FEATURE_SD = 1.0844187  # of log(x + 1); its mean square is the sum over k of (log(k + 1)^2 - log(k)^2) / (k + 1)
+# Standard deviation of log(x + 1), whose mean square is the sum over k of (log(k + 1)^2 - log(k)^2) / (k + 1).
+_FEATURE_SD = 1.0844187
 _CHUNK = ROWS_PER_GROUP  # rows drawn together; part of the definition, since each chunk has its own random stream
 _LIMITS = {"rows": 1, "test_rows": 1, "columns": 2, "cardinality": 3, "dense": 1, "hots": 1, "seed": 0}
 _REASONS = {
@@ -48,7 +49,7 @@ _REASONS = {
     "cardinality": "; id 0 is never drawn, and one id alone says nothing",
     "dense": "; DLRM needs a dense feature",
 }
-_MOST_SKEW = 3.0
+_LARGEST_SKEW = 3.0
 Part = Literal["train", "test"]
 _STREAMS = ("teacher", "settle", "train", "test")
 
@@ -71,9 +72,9 @@ class ClickOptions:
         for name, most in {"cardinality": np.iinfo(np.int32).max, "seed": np.iinfo(np.int64).max}.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at most {most}; set {name} lower")
-        if not 0 <= self.skew <= _MOST_SKEW:
+        if not 0 <= self.skew <= _LARGEST_SKEW:
             raise ConfigError(
-                f"skew={self.skew}: must be from 0 (all ids alike) to {_MOST_SKEW:g} (one id has most of a column); "
+                f"skew={self.skew}: must be from 0 (all ids alike) to {_LARGEST_SKEW:g} (one id has most of a column); "
                 "set it in between"
             )
 
@@ -100,7 +101,7 @@ class ClickStream:
         columns, ids = options.columns, options.cardinality - 1
         random = _random(options.seed, "teacher", 0)
         weight_V = np.arange(1, ids + 1, dtype=np.float64) ** -options.skew
-        self.probability_V = weight_V / weight_V.sum()  # of rank V + 1
+        self.probability_V = weight_V / weight_V.sum()  # probability of rank V + 1
         self._below_V = np.cumsum(self.probability_V)
         self._below_V /= self._below_V[-1]
         dense_N = random.standard_normal(options.dense)
@@ -110,10 +111,10 @@ class ClickStream:
         self.hidden_CVK = random.standard_normal((columns, ids, WIDTH), dtype=np.float32)
         self._centre_and_scale()
         self.bias = 0.0
-        settle = self._draw("settle", 0)
-        self.bias = float(brentq(lambda bias: expit(settle.logit_B + bias).mean() - BASE_RATE, -100.0, 100.0))
-        self._additive_slope, self._additive_bias = _least_log_loss(
-            settle.additive_B, expit(settle.logit_B + self.bias), self.bias
+        sample = self._draw("settle", 0)
+        self.bias = float(brentq(lambda bias: expit(sample.logit_B + bias).mean() - BASE_RATE, -100.0, 100.0))
+        self._additive_slope, self._additive_bias = _fitted_logit(
+            sample.additive_B, expit(sample.logit_B + self.bias), self.bias
         )
 
     def chunks(self, part: Part, first: int, stop: int) -> Iterator[Clicks]:
@@ -121,7 +122,7 @@ class ClickStream:
         yield from rows_between(partial(self._draw, part), _CHUNK, first, stop)
 
     def additive_logit(self, clicks: Clicks) -> np.ndarray:
-        """float64 [B]: the logit without products of pairs, with the slope and bias of least log loss."""
+        """float64 [B]: the logit without products of pairs, with the slope and bias of smallest log loss."""
         return self._additive_slope * (clicks.additive_B - self.bias) + self._additive_bias
 
     def _centre_and_scale(self) -> None:
@@ -172,8 +173,9 @@ def write_clicks(options: ClickOptions, folder: Path, source: str = "gr prepare 
 def click_oracle(stream: ClickStream) -> dict[str, Any]:
     """AUC, NE and log loss of the true probabilities on the labels of test/, which no model exceeds in expectation.
 
-    without_interactions: of the logit without products of pairs, with the slope and bias of least log loss. Nearly the
-    best additive model: one fitted to the true probabilities of 400,000 rows of the defaults has NE 0.949, this 0.952.
+    without_interactions: metrics of the logit without products of pairs, with the slope and bias of smallest log loss.
+    It is nearly the best additive model: one fitted to the true probabilities of 400,000 rows of the defaults has NE
+    0.949, this 0.952.
     Raises ConfigError where those labels are all the same.
     """
     options, parts = stream.options, []
@@ -218,7 +220,7 @@ def _schema(options: ClickOptions, name: str, rows: int, source: str) -> Tabular
 
 
 def _metrics(logit_B: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
-    """As gr.metrics.ranking, which needs torch, defines them."""
+    """AUC, NE and log loss by the definitions of gr.metrics.ranking, which needs torch."""
     _, place_B, count_U = np.unique(logit_B, return_inverse=True, return_counts=True)
     rank_B = (np.cumsum(count_U) - (count_U - 1) / 2)[place_B]
     positives, base_rate = int(labels_B.sum()), float(labels_B.mean())
@@ -229,14 +231,14 @@ def _metrics(logit_B: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
     return {"auc": auc, "ne": log_loss / entropy, "log_loss": log_loss}
 
 
-def _least_log_loss(score_B: np.ndarray, probability_B: np.ndarray, bias: float) -> tuple[float, float]:
-    """Slope and bias of a logit linear in the score, of least expected log loss: Newton's method from (1, bias)."""
+def _fitted_logit(score_B: np.ndarray, probability_B: np.ndarray, bias: float) -> tuple[float, float]:
+    """Slope and bias of the logit linear in the score of smallest expected log loss: Newton's method from (1, bias)."""
     design_B2 = np.stack([score_B, np.ones_like(score_B)], axis=1)
     fit_2 = np.array([1.0, bias])
     for _ in range(20):
-        guess_B = expit(design_B2 @ fit_2)
-        curvature_22 = (design_B2.T * (guess_B * (1 - guess_B))) @ design_B2
-        fit_2 += np.linalg.solve(curvature_22, design_B2.T @ (probability_B - guess_B))
+        fitted_B = expit(design_B2 @ fit_2)
+        curvature_22 = (design_B2.T * (fitted_B * (1 - fitted_B))) @ design_B2
+        fit_2 += np.linalg.solve(curvature_22, design_B2.T @ (probability_B - fitted_B))
     return float(fit_2[0]), float(fit_2[1])
 
 

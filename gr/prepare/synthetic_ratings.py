@@ -22,34 +22,26 @@ from pathlib import Path
 import numpy as np
 
 from gr.errors import ConfigError
-from gr.prepare.generate import (
-    DAY_SECONDS,
-    HISTORY_CHUNK,
-    START_SECOND,
-    random_stream,
-    size,
-    stated,
-    urn_slots,
-    write_histories,
-)
+from gr.prepare import generate
 from gr.prepare.write import Users
 from gr.schema import DataSchema, HistoryColumns
 
 _TAKES_PART, _MAX_ALPHA = 0.7, 500
 _MINUTE = 60
+_DAY_MINUTES = generate.DAY_SECONDS // _MINUTE
 
 
 @dataclass(frozen=True)
 class RatingOptions:
     """Size of the folder. Raises ConfigError on sizes the definition does not allow."""
 
-    users: int = size(2_000, at_least=1)
-    items: int = size(10_000, "Item ids 1..items.", at_least=1)
-    categories: int = size(128, "Of the items.", at_least=1)
-    user_categories: int = size(5, "Of a user.", at_least=1)
-    times: int = size(10, "Days.", at_least=1)
-    events: int = size(20, "Of a user at one time.", at_least=1)
-    seed: int = size(1, at_least=0)
+    users: int = generate.size(2_000, at_least=1)
+    items: int = generate.size(10_000, "Item ids 1..items.", at_least=1)
+    categories: int = generate.size(128, "Categories of the items.", at_least=1)
+    user_categories: int = generate.size(5, "Categories of each user.", at_least=1)
+    times: int = generate.size(10, "Days.", at_least=1)
+    events: int = generate.size(20, "Events of a user at one time.", at_least=1)
+    seed: int = generate.size(1, at_least=0)
 
     def __post_init__(self) -> None:
         if self.user_categories > self.categories:
@@ -59,10 +51,8 @@ class RatingOptions:
                 f"--items {self.items} leaves a category without items at first: give at least "
                 f"{self.categories * self.times} (categories x times)"
             )
-        if self.events * _MINUTE > DAY_SECONDS:
-            raise ConfigError(
-                f"--events {self.events} a time is more than a day has minutes: {DAY_SECONDS // _MINUTE} at most"
-            )
+        if self.events > _DAY_MINUTES:
+            raise ConfigError(f"--events {self.events} a time is more than a day has minutes: {_DAY_MINUTES} at most")
 
     @property
     def columns(self) -> HistoryColumns:
@@ -77,21 +67,21 @@ class RatingOptions:
 
 def write_ratings(options: RatingOptions, folder: Path) -> DataSchema:
     """Write a data folder of user histories."""
-    return write_histories(
+    return generate.write_histories(
         folder,
         _chunks(options),
         options.columns,
         items=options.items,
         name="streaming",
-        source=stated("gr prepare streaming", options),
+        source=generate.stated("gr prepare streaming", options),
     )
 
 
 def _chunks(options: RatingOptions) -> Iterator[Users]:
-    item_rating = random_stream(options.seed, 0).uniform(1, 5, options.items + 1)
-    for number, first in enumerate(range(0, options.users, HISTORY_CHUNK)):
-        random = random_stream(options.seed, 1 + number)
-        yield _draw(options, random, item_rating, np.arange(first, min(first + HISTORY_CHUNK, options.users)))
+    item_rating = generate.random_stream(options.seed, 0).uniform(1, 5, options.items + 1)
+    for number, first in enumerate(range(0, options.users, generate.HISTORY_CHUNK)):
+        random = generate.random_stream(options.seed, 1 + number)
+        yield _draw(options, random, item_rating, np.arange(first, min(first + generate.HISTORY_CHUNK, options.users)))
 
 
 def _draw(options: RatingOptions, random: np.random.Generator, item_rating: np.ndarray, user_ids: np.ndarray) -> Users:
@@ -107,12 +97,12 @@ def _draw(options: RatingOptions, random: np.random.Generator, item_rating: np.n
         exist = max(1, category_items * (t + 1) // options.times)
         for event in range(options.events):
             weight_BK = alpha_B[:, None] / K + count_BK
-            slot_B = urn_slots(random, weight_BK, weight_BK.sum(1), K)
+            slot_B = generate.urn_slots(random, weight_BK, weight_BK.sum(1), K)
             item_B = category_BK[row_B, slot_B] * category_items + random.integers(0, exist, users) + 1
             taste_B = 3 + 2 * np.cos(math.pi * t / 4 + phase_BK[row_B, slot_B])
             count_BK[present, slot_B[present]] += 1
             rating_B = (item_rating[item_B] + taste_B) / 2
-            second = START_SECOND + t * DAY_SECONDS + event * _MINUTE
+            second = generate.START_SECOND + t * generate.DAY_SECONDS + event * _MINUTE
             events.append((present, item_B[present], rating_B[present], np.full(len(present), second)))
     user, item, rating, time = (np.concatenate(parts) for parts in zip(*events, strict=True))
     order = np.argsort(user, kind="stable")

@@ -22,34 +22,24 @@ from pathlib import Path
 
 import numpy as np
 
-from gr.prepare.generate import (
-    DAY_SECONDS,
-    HISTORY_CHUNK,
-    START_SECOND,
-    equal_length_users,
-    random_stream,
-    size,
-    stated,
-    write_histories,
-    write_oracle,
-)
+from gr.prepare import generate
 from gr.prepare.oracle import stream_oracle
 from gr.prepare.synthetic import StreamOptions
 from gr.schema import HistoryColumns
 
 _LONG, _NOISE = 0.5, 0.1
-_SHORT_SECONDS, _LONG_SECONDS = (10, 100), (DAY_SECONDS, 10 * DAY_SECONDS)
-_YEAR_SECONDS = 365 * DAY_SECONDS
+_SHORT_SECONDS, _LONG_SECONDS = (10, 100), (generate.DAY_SECONDS, 10 * generate.DAY_SECONDS)
+_YEAR_SECONDS = 365 * generate.DAY_SECONDS
 
 
 @dataclass(frozen=True)
 class TimeOptions(StreamOptions):
     """Size of a stream, with the defaults of `gr prepare synthetic-time`."""
 
-    items: int = size(1_000, "Item ids 1..items.", at_least=1)
-    categories: int = size(50, "Groups of items.", at_least=1)
-    records: int = size(20_000, "Users; the last tenth is test.", at_least=1)
-    length: int = size(50, "Events of each record.", at_least=1)
+    items: int = generate.size(1_000, "Item ids 1..items.", at_least=1)
+    categories: int = generate.size(50, "Groups of items.", at_least=1)
+    records: int = generate.size(20_000, "Users; the last tenth is test.", at_least=1)
+    length: int = generate.size(50, "Events of each record.", at_least=1)
 
 
 class TimeStream:
@@ -57,20 +47,21 @@ class TimeStream:
 
     def __init__(self, options: StreamOptions) -> None:
         self.options = options
-        order = random_stream(options.seed, 0).permutation(options.items) + 1
+        order = generate.random_stream(options.seed, 0).permutation(options.items) + 1
         self.cluster_of_item = np.full(options.items + 1, -1)
         self.cluster_of_item[order] = np.arange(options.items) % options.categories
         self._by_cluster = np.argsort(self.cluster_of_item[1:], kind="stable") + 1
         self.size_K = np.bincount(self.cluster_of_item[1:], minlength=options.categories)
         self._start_K = np.cumsum(self.size_K) - self.size_K
 
-    def chunks(self, part: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first record, items_BN, times_BN) of part train or test, at most 4,096 records each."""
+    def chunks(self, part: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(record_B, items_BN, times_BN) of part train or test, at most 4,096 records each."""
         train, records = self.options.train_records, self.options.records
         first, stop = (0, train) if part == "train" else (train, records)
-        for number, start in enumerate(range(first, stop, HISTORY_CHUNK)):
-            random = random_stream(self.options.seed, 1 + 2 * number + (part == "test"))
-            yield start, *self._draw(random, min(HISTORY_CHUNK, stop - start))
+        for number, start in enumerate(range(first, stop, generate.HISTORY_CHUNK)):
+            random = generate.random_stream(self.options.seed, 1 + 2 * number + (part == "test"))
+            records_B = np.arange(start, min(start + generate.HISTORY_CHUNK, stop))
+            yield records_B, *self._draw(random, len(records_B))
 
     def _draw(self, random: np.random.Generator, records: int) -> tuple[np.ndarray, np.ndarray]:
         options = self.options
@@ -80,7 +71,7 @@ class TimeStream:
         fraction_BN = random.random((records, options.length))
         gaps_BN = np.where(long_BN, _log_uniform(_LONG_SECONDS, fraction_BN), _log_uniform(_SHORT_SECONDS, fraction_BN))
         gaps_BN = gaps_BN.astype(np.int64)
-        gaps_BN[:, 0] = random.integers(START_SECOND, START_SECOND + _YEAR_SECONDS, records)
+        gaps_BN[:, 0] = random.integers(generate.START_SECOND, generate.START_SECOND + _YEAR_SECONDS, records)
         pick_BN = random.random((records, options.length))
         home_B = random.integers(0, options.categories, records)
         items_BN = np.empty((records, options.length), dtype=np.int64)
@@ -99,15 +90,15 @@ def write_time_stream(options: StreamOptions, folder: Path, source: str = "gr pr
     """Write folder/train, folder/test and folder/oracle.json; returns the content of oracle.json."""
     stream = TimeStream(options)
     for part in ("train", "test"):
-        write_histories(
+        generate.write_histories(
             folder / part,
-            (equal_length_users(first + np.arange(len(i)), i, times) for first, i, times in stream.chunks(part)),
+            (generate.equal_length_users(*chunk) for chunk in stream.chunks(part)),
             HistoryColumns(timestamps=True),
             items=options.items,
             name=f"synthetic-time-{part}",
-            source=stated(source, options, f", {part}"),
+            source=generate.stated(source, options, f", {part}"),
         )
-    return write_oracle(folder, time_oracles(stream))
+    return generate.write_oracle(folder, time_oracles(stream))
 
 
 def time_oracles(stream: TimeStream) -> dict:

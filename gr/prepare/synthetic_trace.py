@@ -1,6 +1,6 @@
-"""Rows drawn from a tabular folder, as many as wanted: traffic of the real skew, for speed, caches and plans.
+"""Rows drawn from a tabular folder, in any number: traffic of the real skew, for speed, caches and plans.
 
-The profile is the first rows of the folder, at most `profile_rows`. There are two ways to draw from it:
+The profile is the first rows of the folder, at most `profile_rows`. Rows are drawn from it in two ways:
 
 block = 1   A row has the label, the dense values and the missing ids of one row of the profile, drawn uniformly:
             columns that are missing together stay so. Each other id is that of its column in another row, drawn
@@ -79,7 +79,7 @@ class Trace:
         return TabularRows(profile.labels_B[row_B], profile.dense_BN[row_B], ids_BH)
 
     def table(self, rows: TabularRows) -> pa.Table:
-        """As the parts of a tabular folder have it."""
+        """Rows as a table of the folder's columns."""
         ids = [rows.ids_BH[:, column] for column in self._columns]
         return tabular_table(column_names(self.schema), rows.labels_B, rows.dense_BN.T, ids)
 

@@ -65,7 +65,7 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
 
 
 def require_replaceable(out: Path, force: bool) -> None:
-    """DataError if `out` exists, unless force is set and it is an empty folder, a data folder or a pair train/, test/."""
+    """DataError if `out` exists, unless force is set and it is an empty folder, a data folder or train/ and test/."""
     if not out.exists():
         return
     if not force:

@@ -1,7 +1,7 @@
 """Yambda-50m, -500m and -5b (huggingface.co/datasets/yandex/yambda), the flat files as published.
 
 Events of all kinds in one history: a listen, a like and so on are bits of the column actions. Ids are the published
-ones; artist and album ids + 1, of an item with several the least. Timestamps are seconds since a day that is not
+ones; artist and album ids + 1, the smallest where an item has several. Timestamps are seconds since a day that is not
 published, in steps of 5 (in the published previews all are multiples of 5, and the largest, 26.0 M, is 300 days of
 seconds). The real files were not read in this project, only generated ones of that layout. Peak memory of those, with
 1,000 users of whom one has a tenth of the events: 0.5 GB for 4 million, 0.6 GB for 16 million
@@ -55,7 +55,7 @@ def prepare_yambda(size: str, source: Path, folder: Path, on_bad_row: OnBadRow =
     """Write yambda-50m, -500m or -5b into an empty folder. size: 50m, 500m or 5b. source: the folder with flat/ in it.
     on_bad_row: skip leaves bad rows of events out, counted.
 
-    Reads flat/SIZE/multi_event.parquet, or where there is none the five files of single kinds, ties in their order;
+    Reads flat/SIZE/multi_event.parquet, or without it the five files of single kinds, ties in their order;
     and the mappings of artists and albums. DataError for a missing or damaged file, a missing column, another type and
     a value out of its range, naming file, row and column.
     """
@@ -133,7 +133,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _mapping(file: Path, name: str) -> np.ndarray:
-    """int64 [largest item + 1]: id + 1 of each item, the least of several; 0 where it has none."""
+    """int64 [largest item + 1]: id + 1 of each item, the smallest of several; 0 where it has none."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; --source needs it beside flat/")
     with _opened(file, (name, "item_id")) as parquet:
