@@ -168,19 +168,20 @@ def _fault(line: bytes) -> Fault | None:
 def _orc_blocks(file: Path, bad: BadRows) -> Iterator[Block]:
     reader = orc.ORCFile(str(file))
     _check_columns(file, reader.schema)
-    row = 0
+    first = 0
     for stripe in range(reader.nstripes):
         batch = reader.read_stripe(stripe)
-        good_B = _good_rows(file, row, batch, bad)
-        row += batch.num_rows
-        batch = batch if good_B.all() else batch.filter(pa.array(good_B))
-        if batch.num_rows:
-            flat = {name: _flat(batch.column(name)) for name in _COLUMNS}
-            yield Block(
-                flat[LABEL][0].astype(np.int8),
-                [_filled(*flat[name]) for name in DENSE],
-                [_categories(*flat[name]) for name in SPARSE],
-            )
+        try:
+            block = _from_lists(batch)
+        except ValueError:
+            faults = list(map(_fault_of_lists, batch.to_pylist()))
+            for row, fault in enumerate(faults, first):
+                if fault:
+                    bad.add(file, f"row {row}", fault)
+            block = _from_lists(batch.filter(pa.array([fault is None for fault in faults], pa.bool_())))
+        if block.num_rows:
+            yield block
+        first += batch.num_rows
 
 
 def _check_columns(file: Path, schema: pa.Schema) -> None:
@@ -195,48 +196,38 @@ def _check_columns(file: Path, schema: pa.Schema) -> None:
         raise DataError(f"{file}: unknown column {unknown[0]}; {layout}, and no other")
 
 
-def _flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values [P] of the rows that have one, and which do, bool [B]. For rows of at most one value."""
-    values = column.flatten()
-    return values.to_numpy(zero_copy_only=False), column.value_lengths().fill_null(0).to_numpy() > 0
-
-
-def _filled(values_P: np.ndarray, present_B: np.ndarray) -> np.ndarray:
-    column = np.zeros(len(present_B))
-    column[present_B] = values_P
-    return column
-
-
-def _good_rows(file: Path, first: int, batch: pa.RecordBatch, bad: BadRows) -> np.ndarray:
-    """bool [B]. Reports the others in order of rows, each by its first fault in order of columns."""
-    faults: dict[int, Fault] = {}
+def _from_lists(batch: pa.RecordBatch) -> Block:
+    """ValueError if `_fault_of_lists` has one for a row."""
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in _COLUMNS:
-        column = batch.column(name)
-        lengths_B = column.value_lengths().fill_null(0).to_numpy()
-        fewest, allowed_lengths = (1, "1") if name == LABEL else (0, "0 or 1")
-        for row in np.flatnonzero((lengths_B > 1) | (lengths_B < fewest)).tolist():
-            faults.setdefault(row, Fault("fields", f"{name} holds {lengths_B[row]} values, wanted {allowed_lengths}"))
-        values = column.flatten()
-        row_of_value = np.repeat(np.arange(len(column)), lengths_B).tolist()
-        for place in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)).tolist():
-            fault = Fault("fields", f"{name} holds a null; a missing value is an empty list")
-            faults.setdefault(row_of_value[place], fault)
-        if name in SPARSE:
-            continue
-        numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
-        if name == LABEL:
-            reason, allowed, wrong = "label", "allowed are 0 and 1", ~np.isin(numbers, (0, 1))
-        else:
-            reason, allowed, wrong = "count", _COUNT_RANGE, ~_are_counts(numbers)
-        for place in np.flatnonzero(wrong).tolist():
-            faults.setdefault(row_of_value[place], Fault(reason, f"{name} is {numbers[place]}, {allowed}"))
-    good_B = np.ones(batch.num_rows, dtype=bool)
-    for row in sorted(faults):
-        good_B[row] = False
-        bad.add(file, f"row {first + row}", faults[row])
-    return good_B
+        values, lengths_B = batch.column(name).flatten(), batch.column(name).value_lengths().fill_null(0).to_numpy()
+        if values.null_count or (lengths_B > 1).any():
+            raise ValueError(f"{name} has a null, or several values in a row")
+        columns[name] = values.to_numpy(), lengths_B > 0
+    labels, present_B = columns[LABEL]
+    if not present_B.all() or not np.isin(labels, (0, 1)).all():
+        raise ValueError("a label is not 0 or 1")
+    counts = []
+    for name in DENSE:
+        values_P, present_B = columns[name]
+        if not ((values_P >= SMALLEST_COUNT) & (values_P <= LARGEST_COUNT) & (values_P == np.floor(values_P))).all():
+            raise ValueError(f"{name} is no count")
+        counts.append(np.zeros(len(present_B)))
+        counts[-1][present_B] = values_P
+    return Block(labels.astype(np.int8), counts, [_categories(*columns[name]) for name in SPARSE])
 
 
-def _are_counts(numbers: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        return (numbers >= SMALLEST_COUNT) & (numbers <= LARGEST_COUNT) & (numbers == np.floor(numbers))
+def _fault_of_lists(row: dict[str, list[float | None] | None]) -> Fault | None:
+    for name in _COLUMNS:
+        values = row[name] or []
+        if len(values) > 1 or (name == LABEL and not values):
+            allowed = "1" if name == LABEL else "0 or 1"
+            return Fault("fields", f"{name} holds {len(values)} values, wanted {allowed}")
+        for value in values:
+            if value is None:
+                return Fault("fields", f"{name} holds a null; a missing value is an empty list")
+            if name == LABEL and value not in (0, 1):
+                return Fault("label", f"label is {value}, allowed are 0 and 1")
+            if name in DENSE and not (SMALLEST_COUNT <= value <= LARGEST_COUNT and value == int(value)):
+                return Fault("count", f"{name} is {value}, {_COUNT_RANGE}")
+    return None

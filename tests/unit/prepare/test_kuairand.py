@@ -79,19 +79,21 @@ def test_events_of_all_logs_in_order_of_time(tmp_path: Path) -> None:
     result = prepare(source, tmp_path / "out")
     assert result.exit_code == 0, result.exception
     assert "3 users, 6 events, 6 candidate items" in result.output
-    schema, found = Dataset.open(tmp_path / "out").schema, histories_by_user(tmp_path / "out")
+    schema, histories = Dataset.open(tmp_path / "out").schema, histories_by_user(tmp_path / "out")
     assert (schema.time_unit, schema.actions, schema.values) == ("ms", list(ACTIONS), ["watch_fraction"])
     assert schema.event_features == {"tab": 16, "exposure": 3} and schema.contextual["user"] == 11
     assert "item id = video_id + 1" in schema.source and "ties in the order of the files" in schema.order
-    mine = found[7]
+    mine = histories[7]
     assert mine["item_ids"] == [10, 7, 4, 5], "the tie at 500 is in the order of the files"
     assert mine["actions"] == [1 << ACTIONS.index("long_view"), 0, 1 << ACTIONS.index("is_click"), 0]
     assert mine["watch_fraction"] == [2.5, 0.0, 0.25, 0.0], "a loop is more than the whole"
     assert mine["tab"] == [10, 7, 4, 5] and mine["exposure"] == [1, 2, 1, 1]
-    assert (mine["user"], found[0]["user"]) == (8, 1)
-    assert found[0]["item_ids"] == [1], "video 0 is an item, and not padding"
-    assert [found[n]["user_active_degree"] for n in (0, 2, 7)] == [1, 1, 2], "ids by order: full_active, high_active"
-    assert [found[n]["onehot_feat3"] for n in (0, 2, 7)] == [1, 2, 0], "3.0 is before 11, and empty is 0"
+    assert (mine["user"], histories[0]["user"]) == (8, 1)
+    assert histories[0]["item_ids"] == [1], "video 0 is an item, and not padding"
+    assert [histories[n]["user_active_degree"] for n in (0, 2, 7)] == [1, 1, 2], (
+        "ids by order: full_active, high_active"
+    )
+    assert [histories[n]["onehot_feat3"] for n in (0, 2, 7)] == [1, 2, 0], "3.0 is before 11, and empty is 0"
     assert list(schema.contextual)[1:] == list(USER_FEATURES)
 
 
@@ -106,9 +108,9 @@ def test_the_large_one_has_its_own_files(tmp_path: Path) -> None:
 def test_no_event_is_left_out_for_want_of_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = put(tmp_path / "k", [FIRST, SECOND, RANDOM], USERS[:1])
     assert prepare(source, tmp_path / "out").exit_code == 0
-    found = histories_by_user(tmp_path / "out")
-    assert sorted(found) == [0, 2, 7] and found[2]["onehot_feat3"] == found[2]["user_active_degree"] == 0
-    assert found[2]["user"] == 3
+    histories = histories_by_user(tmp_path / "out")
+    assert sorted(histories) == [0, 2, 7] and histories[2]["onehot_feat3"] == histories[2]["user_active_degree"] == 0
+    assert histories[2]["user"] == 3
     assert (
         "2 users without features" in Dataset.open(tmp_path / "out").schema.source
         and "2 users without features" in caplog.text

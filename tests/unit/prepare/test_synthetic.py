@@ -109,16 +109,16 @@ def test_expected_metrics_by_hand() -> None:
     score, size = np.array([[0.5, 0.2, 0.2]]), np.array([[3, 4, 8]])
     better, tied = group_ranks(score, size, np.array([2]))
     assert (better.tolist(), tied.tolist()) == ([3], [12])
-    found = expected_metrics(better, tied)  # rank uniform on 4..15
-    assert found["hr@1"] == 0.0 and found["hr@10"] == pytest.approx(7 / 12) and found["hr@50"] == 1.0
-    assert found["ndcg@10"] == pytest.approx(sum(1 / np.log2(1 + r) for r in range(4, 11)) / 12)
-    assert found["mrr"] == pytest.approx(sum(1 / r for r in range(4, 16)) / 12)
+    result = expected_metrics(better, tied)  # rank uniform on 4..15
+    assert result["hr@1"] == 0.0 and result["hr@10"] == pytest.approx(7 / 12) and result["hr@50"] == 1.0
+    assert result["ndcg@10"] == pytest.approx(sum(1 / np.log2(1 + r) for r in range(4, 11)) / 12)
+    assert result["mrr"] == pytest.approx(sum(1 / r for r in range(4, 16)) / 12)
 
 
 def test_seen_in_groups() -> None:
     groups = np.array([-1, 0, 0, 1, 1])
-    found = seen_in_groups(np.array([[1, 1, 2, 3], [4, 4, 4, 4]]), np.array([2, 3]), groups, 2)
-    assert found.tolist() == [[1, 1], [0, 1]]
+    result = seen_in_groups(np.array([[1, 1, 2, 3], [4, 4, 4, 4]]), np.array([2, 3]), groups, 2)
+    assert result.tolist() == [[1, 1], [0, 1]]
 
 
 def test_time_stream_follows_its_definition(tmp_path: Path) -> None:

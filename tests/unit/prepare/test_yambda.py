@@ -80,12 +80,12 @@ def test_events_of_all_kinds_in_order_of_time(tmp_path: Path) -> None:
     result = prepare(put(tmp_path / "y"), tmp_path / "out")
     assert result.exit_code == 0, result.exception
     assert "2 users, 7 events, 3 candidate items" in result.output
-    schema, found = Dataset.open(tmp_path / "out").schema, histories_by_user(tmp_path / "out")
+    schema, histories = Dataset.open(tmp_path / "out").schema, histories_by_user(tmp_path / "out")
     assert (schema.time_unit, schema.actions, schema.values) == ("s", list(ACTIONS), ["played_ratio"])
     assert schema.event_features == {"artist": 4, "album": 14, "organic": 3} and schema.contextual == {"user": 22}
     assert "seconds since an unpublished day, in steps of 5" in schema.source
     assert "1 items without artist; 1 items without album" in schema.source
-    mine = found[20]
+    mine = histories[20]
     assert mine["item_ids"] == [7, 300, 9, 9, 9] and mine["timestamps"] == [10, 15, 15, 20, 25]
     bit = {name: 1 << place for place, name in enumerate(ACTIONS)}
     listened = bit["listen"] | bit["listen_plus"]
@@ -93,7 +93,7 @@ def test_events_of_all_kinds_in_order_of_time(tmp_path: Path) -> None:
     assert mine["played_ratio"] == pytest.approx([0.5, 1.2, 0, 0, 0])
     assert mine["artist"] == [3, 1, 0, 0, 0], "the least of several, from 1"
     assert mine["album"] == [12, 0, 13, 13, 13] and mine["organic"] == [2, 1, 2, 2, 2]
-    assert mine["user"] == 21 and found[10]["actions"] == [listened, bit["like"]]
+    assert mine["user"] == 21 and histories[10]["actions"] == [listened, bit["like"]]
 
 
 def test_files_of_single_kinds_give_the_same_histories(tmp_path: Path) -> None:
