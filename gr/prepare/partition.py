@@ -39,7 +39,7 @@ class UserPartitions:
     """Events by user, on disk."""
 
     def __init__(self, folder: Path, fields: Mapping[str, str], *, expected_events: int) -> None:
-        """folder: empty. fields: those of an event beside user, time and item, each with its numpy type.
+        """folder: empty. fields: further fields of an event, beside user, time and item, each with its numpy type.
         expected_events: sets the number of partitions.
         """
         self.dtype = np.dtype([("user", "<i8"), ("time", "<i8"), ("item", "<i8"), *fields.items()])
