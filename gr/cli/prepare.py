@@ -1,300 +1,216 @@
-"""`gr prepare`: a public data set, or a generated one, -> a data folder. Imports no torch."""
+"""`gr prepare`: a public data set, or a generated one, -> a data folder. Imports no torch.
 
-from collections.abc import Callable
+One row of _ROWS a command; the part of gr.prepare it runs is imported when it runs or is asked for its options.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import click
 
-_SHARED = [
-    click.option("--out", type=click.Path(path_type=Path), required=True, help="Data folder to write."),
-    click.option("--force", is_flag=True, help="Replace --out if it exists."),
-]
-_RAW = [
-    click.option("--source", required=True, help="Folder, zip archive or URL of the raw data, as published."),
-    click.option("--sha256", help="Wanted digest of the archive; otherwise a download's digest is shown, not checked."),
-]
-_ON_BAD_ROW = click.option(
-    "--on-bad-row", type=click.Choice(["fail", "skip"]), default="fail", show_default=True, help="skip: counted."
-)
-_NAMES = {
-    "movielens-100k": "u.data and u.item, or RecBole's ml-100k.inter and ml-100k.item.",
-    "movielens-1m": "ratings.dat and movies.dat; or sequences.parquet (users already in order) and movies.dat.",
-    "movielens-20m": "ratings.csv and movies.csv.",
-    "amazon-books": "ratings_Books.csv: user,item,rating,seconds. Items and users with at least 5 ratings.",
-}
-_SYNTHETIC = {
-    "synthetic": (
-        "Dirichlet process over item categories (arXiv 2402.17152), with its oracle.",
-        (20_000, 100, 1_000_000, 128),
-    ),
-    "synthetic-time": (
-        "Next item depends on the gap before it, with oracles with and without time.",
-        (1_000, 50, 20_000, 50),
-    ),
-}
+
+def _load(name: str) -> Any:
+    """The object "module:name" of gr.prepare."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"gr.prepare.{module}"), attribute)
 
 
-@click.group()
-def command() -> None:
-    """Turn a public data set into schema.json and Parquet parts.
-
-    Events are ordered by time within each user, ties in file order; schema.json states the rule.
-    """
+def _option(name: str, text: str | None = None, **more: Any) -> click.Option:
+    return click.Option([name], help=text, show_default=more.get("default") is not None, **more)
 
 
-def _with(options: list[Callable], function: Callable) -> Callable:
-    for option in reversed(options):
-        function = option(function)
-    return function
+def _folder(name: str, text: str, **more: Any) -> click.Option:
+    return _option(name, text, type=click.Path(path_type=Path), **more)
 
 
-def _raw_command(name: str, files: str) -> click.Command:
-    def run(source: str, out: Path, force: bool, sha256: str | None) -> None:
-        from gr.prepare.amazon import prepare_amazon_books
-        from gr.prepare.movielens import prepare_movielens
-        from gr.prepare.source import open_source
-        from gr.prepare.write import atomic_folder
-
-        with atomic_folder(out, force) as folder:
-            place = open_source(source, sha256=sha256, download_to=out.parent)
-            if name == "amazon-books":
-                schema = prepare_amazon_books(place, folder)
-            else:
-                schema = prepare_movielens(name, place, folder)
-        click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} candidate items")
-        click.echo(f"order: {schema.order}")
-
-    return click.command(name, help=f"Needs {files}")(_with(_RAW + _SHARED, run))
-
-
-def _synthetic_command(name: str, summary: str, sizes: tuple[int, int, int, int]) -> click.Command:
-    def run(out: Path, force: bool, **options: int) -> None:
-        from gr.prepare.synthetic import StreamOptions, write_stream
-        from gr.prepare.synthetic_time import write_time_stream
-        from gr.prepare.write import atomic_folder
-
-        write = write_stream if name == "synthetic" else write_time_stream
-        with atomic_folder(out, force) as folder:
-            oracle = write(StreamOptions(**options), folder)
-        click.echo(f"{out}: train, test and oracle.json")
-        for knowledge in [oracle[key] for key in ("with_gap", "without_gap") if key in oracle] or [oracle]:
-            best = knowledge["filter_seen=none"]
-            click.echo(f"oracle, nothing filtered: hr@10 {best['hr@10']:.4f}  hr@50 {best['hr@50']:.4f}")
-
-    items, categories, records, length = sizes
-    number = click.IntRange(min=1)
-    own = [
-        click.option("--items", type=number, default=items, show_default=True, help="Item ids 1..items."),
-        click.option("--categories", type=number, default=categories, show_default=True, help="Groups of items."),
-        click.option(
-            "--records", type=number, default=records, show_default=True, help="Users; the last tenth is test."
-        ),
-        click.option("--length", type=number, default=length, show_default=True, help="Events of each record."),
-        click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True),
-    ]
-    return click.command(name, help=summary)(_with(own + _SHARED, run))
-
-
-def _shared(function: Callable) -> Callable:
-    return _with(_SHARED, function)
-
-
-@click.command("criteo")
-@click.option(
-    "--source", required=True, help="train.txt, day_N, *.tsv (plain or .gz), *.orc; or a folder or pattern of them."
-)
-@click.argument("more", nargs=-1)
-@_shared
-@click.option("--threshold", type=click.IntRange(min=1), help="Occurrences from which a value gets an id. Default: 1.")
-@click.option(
-    "--transform",
-    type=click.Choice(["log1p_clip", "torchrec_minshift"]),
-    help="Of the counts x: log(max(x, 0) + 1), or log(x - least of the file + 2). Default: log1p_clip.",
-)
-@click.option("--max-rows", type=click.IntRange(min=2), help="Of a table: values beyond share ids. Default: none.")
-@click.option("--vocabulary", type=click.Path(path_type=Path), help="Prepared folder whose ids and transform to use.")
-@_ON_BAD_ROW
-@click.option(
-    "--rows-per-part", type=click.IntRange(min=1), default=1 << 20, show_default=True, help="Of a Parquet file."
-)
-@click.option("--restart", is_flag=True, help="Begin again instead of continuing an interrupted run.")
-def criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart: bool, **options: Any) -> None:
-    """Criteo's click logs (Kaggle, Terabyte): label, 13 counts, 26 categories.
-
-    More files may follow, as a shell writes day_*.gz. The same command again continues an interrupted run. Id 0 is a
-    missing, rare or unseen category; a missing count is a count of 0.
-    """
-    from gr.prepare.criteo import CriteoOptions, prepare_criteo
-    from gr.prepare.criteo_rows import find_sources
-
-    schema = prepare_criteo(find_sources([source, *more]), out, CriteoOptions(**options), force=force, restart=restart)
-    ids = sum(column.cardinality for column in schema.sparse)
-    click.echo(f"{out}: {schema.rows} rows of {len(schema.files)} files, {ids} ids in {len(schema.sparse)} columns")
-    click.echo(f"transform: {schema.transform.name}, version {schema.transform.version}")
-    if schema.negative_counts:
-        effect = "taken as 0" if schema.transform.name == "log1p_clip" else "kept"
-        click.echo(f"negative counts, {effect}: {_listed(schema.negative_counts)}")
-    if schema.bad_rows:
-        click.echo(f"bad rows left out: {_listed(schema.bad_rows)}")
-
-
-@click.command("clicks")
-@_shared
-@click.option("--rows", type=int, default=20_000, show_default=True, help="Rows of train/.")
-@click.option("--test-rows", type=int, default=5_000, show_default=True, help="Rows of test/.")
-@click.option("--columns", type=int, default=8, show_default=True, help="Columns of ids.")
-@click.option("--cardinality", type=int, default=100, show_default=True, help="Rows of each table; no row has id 0.")
-@click.option("--dense", type=int, default=4, show_default=True, help="Dense columns.")
-@click.option("--skew", type=float, default=1.05, show_default=True, help="Exponent of Zipf's law; 0: all ids alike.")
-@click.option("--hots", type=int, default=1, show_default=True, help="Ids of a row in each column.")
-@click.option("--seed", type=int, default=1, show_default=True)
-def clicks(out: Path, force: bool, **options: Any) -> None:
-    """Labels of a planted factorization machine over Zipf ids, with its oracle.
-
-    Writes train/, test/ and oracle.json: AUC, NE and log loss of the true probabilities on the labels of test/.
-    """
-    from gr.prepare.synthetic_clicks import ClickOptions, write_clicks
-    from gr.prepare.write import atomic_folder
-
-    wanted = ClickOptions(**options)
-    with atomic_folder(out, force) as folder:
-        oracle = write_clicks(wanted, folder)
-    click.echo(f"{out}: {wanted.rows} rows in train, {wanted.test_rows} in test, oracle.json")
-    for name, best in (("oracle", oracle), ("without interactions", oracle["without_interactions"])):
-        click.echo(f"{name}: auc {best['auc']:.4f}  ne {best['ne']:.4f}  log_loss {best['log_loss']:.4f}")
-
-
-@click.command("trace")
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="Tabular folder to draw from.")
-@_shared
-@click.option("--rows", type=int, default=1_000_000, show_default=True, help="Rows to write.")
-@click.option("--block", type=int, default=1, show_default=True, help="Rows drawn together, in the source's order.")
-@click.option(
-    "--profile-rows", type=int, default=1_000_000, show_default=True, help="First rows of the source to read."
-)
-@click.option("--seed", type=int, default=1, show_default=True)
-def trace(source: Path, out: Path, force: bool, **options: int) -> None:
-    """Any number of rows with the skew and the missing columns of a tabular folder.
-
-    Ids are drawn column by column, where another row has one. With --block, whole runs of rows are: what occurs
-    together stays, and how soon an id comes again.
-    """
-    from gr.prepare.synthetic_trace import TraceOptions, write_trace
-    from gr.prepare.write import atomic_folder
-
-    wanted = TraceOptions(**options)
-    with atomic_folder(out, force) as folder:
-        schema = write_trace(source, folder, wanted)
-    click.echo(f"{out}: {schema.rows} rows in {len(schema.sparse)} columns of ids")
+def _size(field: Field) -> click.Option:
+    """Option of a field that gr.prepare.generate.size declares."""
+    at_least = field.metadata["at_least"]
+    kind = type(field.default) if at_least is None else click.IntRange(at_least)
+    return _option(f"--{field.name.replace('_', '-')}", field.metadata["help"], default=field.default, type=kind)
 
 
 def _hots(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
     try:
-        return tuple(int(number) for number in text.split(","))
+        return None if text is None else tuple(int(number) for number in text.split(","))
     except ValueError:
         raise click.BadParameter(f"{text!r} is no list of whole numbers, like 3,1,2") from None
 
 
-@click.command("multi-hot")
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="Tabular folder with one id a column.")
-@_shared
-@click.option(
-    "--hots", callback=_hots, help="Ids of a row in each column, like 3,1,2. Default: MLPerf's, for 26 columns."
-)
-def multi_hot(source: Path, out: Path, force: bool, hots: tuple[int, ...] | None) -> None:
-    """Several ids from each id of a tabular folder, as MLPerf's DLRM-v2 data has them.
+def _histories(schema: Any) -> list[str]:
+    counts = f"{schema.users} users, {schema.events} events, {schema.items} candidate items"
+    return [counts, f"order: {schema.order}"]
 
-    The ids are those of the published recipe, bit for bit, for columns of the same sizes. While it runs, their tables
-    take 4 bytes an element on the disk of --out.
-    """
-    from gr.prepare.multi_hot import prepare_multi_hot
-    from gr.prepare.multi_hot_tables import MLPERF_HOTS
-    from gr.prepare.write import atomic_folder
 
-    with atomic_folder(out, force) as folder:
-        schema = prepare_multi_hot(source, folder, hots or MLPERF_HOTS)
+def _sourced_histories(schema: Any) -> list[str]:
+    return [*_histories(schema), f"source: {schema.source}"]
+
+
+def _stream(oracle: Any) -> list[str]:
+    scorers = [oracle[key] for key in ("with_gap", "without_gap") if key in oracle] or [oracle]
+    best = [scorer["filter_seen=none"] for scorer in scorers]
+    lines = [f"oracle, nothing filtered: hr@10 {each['hr@10']:.4f}  hr@50 {each['hr@50']:.4f}" for each in best]
+    return ["train, test and oracle.json", *lines]
+
+
+def _clicks(oracle: Any) -> list[str]:
+    sizes, scores = oracle["options"], (("oracle", oracle), ("without interactions", oracle["without_interactions"]))
+    lines = [f"{n}: auc {s['auc']:.4f}  ne {s['ne']:.4f}  log_loss {s['log_loss']:.4f}" for n, s in scores]
+    return [f"{sizes['rows']} rows in train, {sizes['test_rows']} in test, oracle.json", *lines]
+
+
+def _multi_hot(schema: Any) -> list[str]:
     ids = sum(column.hots for column in schema.sparse)
-    click.echo(f"{out}: {schema.rows} rows, {ids} ids a row in {len(schema.sparse)} columns")
+    return [f"{schema.rows} rows, {ids} ids a row in {len(schema.sparse)} columns"]
 
 
-def _told(out: Path, schema: Any) -> None:
-    click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} candidate items")
-    click.echo(f"order: {schema.order}")
-    click.echo(f"source: {schema.source}")
+_OUT = [
+    _folder("--out", "Data folder to write.", required=True),
+    _option("--force", "Replace --out if it exists.", is_flag=True),
+]
+_RAW = [
+    _option("--source", "Folder, zip archive or URL of the raw data, as published.", required=True),
+    _option("--sha256", "Expected digest of the archive; otherwise a download's digest is shown, not checked."),
+    *_OUT,
+]
+_ON_BAD_ROW = _option("--on-bad-row", "skip: counted.", type=click.Choice(["fail", "skip"]), default="fail")
+_LOGS = [*_RAW, _ON_BAD_ROW]
+_TABULAR = _folder("--source", "Tabular folder to draw from.", required=True)
+_ONE_ID = _folder("--source", "Tabular folder with one id a column.", required=True)
+_HOTS = _option("--hots", "Ids of a row in each column, like 3,1,2. Default: MLPerf's, for 26 columns.", callback=_hots)
+_YAMBDA = [
+    _folder("--source", "Folder with flat/ and the mappings, as published.", required=True),
+    *_OUT,
+    _option("--size", type=click.Choice(["50m", "500m", "5b"]), default="50m"),
+    _ON_BAD_ROW,
+]
+_ROWS_OF_CRITEO = "train.txt, day_N, *.tsv (plain or .gz), *.orc; or a folder or pattern of them."
+_TRANSFORM = "Formula for counts x: log(max(x, 0) + 1), or log(x - smallest of the file + 2). Default: log1p_clip."
+_CRITEO = [
+    _option("--source", _ROWS_OF_CRITEO, required=True),
+    click.Argument(["more"], nargs=-1),
+    *_OUT,
+    _option("--threshold", "Occurrences from which a value gets an id. Default: 1.", type=click.IntRange(1)),
+    _option("--transform", _TRANSFORM, type=click.Choice(["log1p_clip", "torchrec_minshift"])),
+    _option("--max-rows", "Rows of a table at most: values beyond share ids. Default: none.", type=click.IntRange(2)),
+    _folder("--vocabulary", "Prepared folder whose ids and transform to use."),
+    _ON_BAD_ROW,
+    _option("--rows-per-part", "Rows of a Parquet file at most.", type=click.IntRange(1), default=1 << 20),
+    _option("--restart", "Begin again instead of continuing an interrupted run.", is_flag=True),
+]
 
 
-def _kuairand_command(size: str) -> click.Command:
-    def run(source: str, out: Path, force: bool, sha256: str | None, on_bad_row: Literal["fail", "skip"]) -> None:
-        from gr.prepare.kuairand import prepare_kuairand
-        from gr.prepare.source import open_source
-        from gr.prepare.write import atomic_folder
-
-        with atomic_folder(out, force) as folder:
-            place = open_source(source, sha256=sha256, download_to=out.parent)
-            schema = prepare_kuairand(size, place, folder, on_bad_row)
-        _told(out, schema)
-
-    summary = f"Needs the logs and user_features_{size}.csv of KuaiRand-{size.upper()}, unpacked; all events are kept."
-    return click.command(f"kuairand-{size}", help=summary)(_with([*_RAW, *_SHARED, _ON_BAD_ROW], run))
-
-
-@click.command("yambda")
-@click.option(
-    "--source", type=click.Path(path_type=Path), required=True, help="Folder with flat/ and the mappings, as published."
-)
-@_shared
-@click.option("--size", type=click.Choice(["50m", "500m", "5b"]), default="50m", show_default=True)
-@_ON_BAD_ROW
-def yambda(source: Path, out: Path, force: bool, size: str, on_bad_row: Literal["fail", "skip"]) -> None:
-    """Needs flat/SIZE/multi_event.parquet of Yambda, and its mappings of artists and albums.
-
-    Listens, likes, dislikes and their withdrawals in one history, as actions. Without multi_event.parquet the files of
-    single kinds are read.
+class _Row(NamedTuple):
+    """run(folder=, **fixed, **options) writes an empty folder and returns its schema or oracle; report makes the lines
+    to print of that. sizes: the options class of a generator, whose fields are options too.
     """
-    from gr.prepare.write import atomic_folder
-    from gr.prepare.yambda import prepare_yambda
 
-    with atomic_folder(out, force) as folder:
-        schema = prepare_yambda(size, source, folder, on_bad_row)
-    _told(out, schema)
-
-
-@click.command("streaming")
-@_shared
-@click.option("--users", type=click.IntRange(min=1), default=2_000, show_default=True)
-@click.option("--items", type=click.IntRange(min=1), default=10_000, show_default=True, help="Item ids 1..items.")
-@click.option("--categories", type=click.IntRange(min=1), default=128, show_default=True, help="Of the items.")
-@click.option("--user-categories", type=click.IntRange(min=1), default=5, show_default=True, help="Of a user.")
-@click.option("--times", type=click.IntRange(min=1), default=10, show_default=True, help="Days.")
-@click.option("--events", type=click.IntRange(min=1), default=20, show_default=True, help="Of a user at one time.")
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
-def streaming(out: Path, force: bool, **options: int) -> None:
-    """Rated histories whose tastes drift with time, after the streaming data of DLRM-v3."""
-    from gr.prepare.synthetic_ratings import RatingOptions, write_ratings
-    from gr.prepare.write import atomic_folder
-
-    wanted = RatingOptions(**options)
-    with atomic_folder(out, force) as folder:
-        schema = write_ratings(wanted, folder)
-    click.echo(f"{out}: {schema.users} users, {schema.events} events, {schema.items} items")
+    help: str
+    run: str
+    report: Callable[[Any], list[str]]
+    options: list[click.Option] = _OUT
+    fixed: Mapping[str, str] = MappingProxyType({})
+    sizes: str | None = None
 
 
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+_MOVIELENS, _KUAIRAND = "movielens:prepare_movielens", "kuairand:prepare_kuairand"
+_FILES_100K = "Needs u.data and u.item, or RecBole's ml-100k.inter and ml-100k.item."
+_FILES_1M = "Needs ratings.dat and movies.dat; or sequences.parquet (users already in order) and movies.dat."
+_FILES_BOOKS = "Needs ratings_Books.csv: user,item,rating,seconds. Items and users with at least 5 ratings."
+_FILES_KUAIRAND = "Needs the logs and user_features_{}.csv of KuaiRand-{}, unpacked; all events are kept."
+_YAMBDA_HELP = """Needs flat/SIZE/multi_event.parquet of Yambda, and its mappings of artists and albums.\n
+Listens, likes, dislikes and their withdrawals in one history, as actions. Without multi_event.parquet the files of
+single kinds are read."""
+_CRITEO_HELP = """Criteo's click logs (Kaggle, Terabyte): label, 13 counts, 26 categories.\n
+More files may follow, as a shell writes day_*.gz. The same command again continues an interrupted run. Id 0 is a
+missing, rare or unseen category; a missing count is a count of 0."""
+_CLICKS_HELP = """Labels of a planted factorization machine over Zipf ids, with its oracle.\n
+Writes train/, test/ and oracle.json: AUC, NE and log loss of the true probabilities on the labels of test/."""
+_TRACE_HELP = """Any number of rows with the skew and the missing columns of a tabular folder.\n
+Ids are drawn column by column, where another row has one. With --block, whole runs of rows are: what occurs together
+stays, and how soon an id comes again."""
+_MULTI_HOT_HELP = """Several ids from each id of a tabular folder, as MLPerf's DLRM-v2 data has them.\n
+The ids are those of the published recipe, bit for bit, for columns of the same sizes. While it runs, their tables take
+4 bytes an element on the disk of --out."""
+_SYNTHETIC_HELP = "Dirichlet process over item categories (arXiv 2402.17152), with its oracle."
+_TIME_HELP = "Next item depends on the gap before it, with oracles with and without time."
+_STREAMING_HELP = "Rated histories whose tastes drift with time, after the streaming data of DLRM-v3."
+
+_ROWS = {
+    "movielens-100k": _Row(_FILES_100K, _MOVIELENS, _histories, _RAW, {"name": "movielens-100k"}),
+    "movielens-1m": _Row(_FILES_1M, _MOVIELENS, _histories, _RAW, {"name": "movielens-1m"}),
+    "movielens-20m": _Row("Needs ratings.csv and movies.csv.", _MOVIELENS, _histories, _RAW, {"name": "movielens-20m"}),
+    "amazon-books": _Row(_FILES_BOOKS, "amazon:prepare_amazon_books", _histories, _RAW),
+    "kuairand-1k": _Row(_FILES_KUAIRAND.format("1k", "1K"), _KUAIRAND, _sourced_histories, _LOGS, {"size": "1k"}),
+    "kuairand-27k": _Row(_FILES_KUAIRAND.format("27k", "27K"), _KUAIRAND, _sourced_histories, _LOGS, {"size": "27k"}),
+    "yambda": _Row(_YAMBDA_HELP, "yambda:prepare_yambda", _sourced_histories, _YAMBDA),
+    "synthetic": _Row(_SYNTHETIC_HELP, "synthetic:write_stream", _stream, sizes="synthetic:StreamOptions"),
+    "synthetic-time": _Row(_TIME_HELP, "synthetic_time:write_time_stream", _stream, sizes="synthetic_time:TimeOptions"),
+    "streaming": _Row(
+        _STREAMING_HELP,
+        "synthetic_ratings:write_ratings",
+        lambda schema: [f"{schema.users} users, {schema.events} events, {schema.items} items"],
+        sizes="synthetic_ratings:RatingOptions",
+    ),
+    "clicks": _Row(_CLICKS_HELP, "synthetic_clicks:write_clicks", _clicks, sizes="synthetic_clicks:ClickOptions"),
+    "trace": _Row(
+        _TRACE_HELP,
+        "synthetic_trace:write_trace",
+        lambda schema: [f"{schema.rows} rows in {len(schema.sparse)} columns of ids"],
+        [_TABULAR, *_OUT],
+        sizes="synthetic_trace:TraceOptions",
+    ),
+    "multi-hot": _Row(_MULTI_HOT_HELP, "multi_hot:prepare_multi_hot", _multi_hot, [_ONE_ID, *_OUT, _HOTS]),
+}
 
 
-command.add_command(clicks)
-command.add_command(streaming)
-command.add_command(criteo)
-command.add_command(multi_hot)
-command.add_command(trace)
-command.add_command(yambda)
-for _size in ("1k", "27k"):
-    command.add_command(_kuairand_command(_size))
-for _name, _files in _NAMES.items():
-    command.add_command(_raw_command(_name, _files))
-for _name, (_summary, _sizes) in _SYNTHETIC.items():
-    command.add_command(_synthetic_command(_name, _summary, _sizes))
+class _Command(click.Command):
+    """The command of a row."""
+
+    def __init__(self, name: str, row: _Row) -> None:
+        super().__init__(name, help=row.help, params=[*row.options], callback=self._run)
+        self._row = row
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        if self._row.sizes:
+            self.params = [*self._row.options, *map(_size, fields(_load(self._row.sizes)))]
+        return super().get_params(context)
+
+    def _run(self, out: Path, force: bool, **values: Any) -> None:
+        if self._row.sizes:
+            options_class = _load(self._row.sizes)
+            sizes = {field.name: values.pop(field.name) for field in fields(options_class)}
+            values["options"] = options_class(**sizes)
+        with _load("write:atomic_folder")(out, force) as folder:
+            if "sha256" in values:
+                place, sha256 = values["source"], values.pop("sha256")
+                values["source"] = _load("source:open_source")(place, sha256=sha256, download_to=out.parent)
+            schema = _load(self._row.run)(folder=folder, **self._row.fixed, **values)
+        first, *more = self._row.report(schema)
+        click.echo("\n".join([f"{out}: {first}", *more]))
+
+
+def _criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart: bool, **values: Any) -> None:
+    """No row of the table: prepare_criteo keeps a folder of its own, to continue an interrupted run."""
+    files, options = _load("criteo_rows:find_sources")([source, *more]), _load("criteo:CriteoOptions")(**values)
+    schema = _load("criteo:prepare_criteo")(files, out, options, force=force, restart=restart)
+    ids = sum(column.cardinality for column in schema.sparse)
+    click.echo(f"{out}: {schema.rows} rows of {len(schema.files)} files, {ids} ids in {len(schema.sparse)} columns")
+    click.echo(f"transform: {schema.transform.name}, version {schema.transform.version}")
+    effect = "taken as 0" if schema.transform.name == "log1p_clip" else "kept"
+    counted = {f"negative counts, {effect}": schema.negative_counts, "bad rows left out": schema.bad_rows}
+    for title, counts in counted.items():
+        if counts:
+            click.echo(f"{title}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
+
+
+_GROUP_HELP = """Turn a public data set into schema.json and Parquet parts.\n
+Events are ordered by time within each user, ties in file order; schema.json states the rule."""
+_CRITEO_COMMAND = click.Command("criteo", params=_CRITEO, callback=_criteo, help=_CRITEO_HELP)
+command = click.Group(
+    "prepare", [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND], help=_GROUP_HELP
+)

@@ -3,6 +3,8 @@
 One pass, not repeated: keep lines whose item and whose user have at least 5 lines in the raw file; number the kept
 items, and users, in sorted order of their names, from 1; sort by time, ties in file order; drop users with fewer than
 5 events left. Items keep their numbers even if all their users are dropped, so the corpus is every kept item.
+
+T events.
 """
 
 from pathlib import Path
@@ -12,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gr.errors import DataError
-from gr.prepare.events import STABLE_ORDER, Events, group_users
-from gr.prepare.parse import Format, parse_events
+from gr.prepare.ratings import STABLE_ORDER, Format, group_users, read_ratings
 from gr.prepare.source import Source
-from gr.prepare.write import Users, write_folder
+from gr.prepare.write import write_folder
 from gr.schema import DataSchema
 
 _MIN_EVENTS = 5
@@ -27,36 +28,31 @@ def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
     header.
     """
     file = source.require("ratings_Books.csv")
-    codes: dict[str, list[pa.Array]] = {"user": [], "item": []}
-    times, ratings = [], []
-    for block in parse_events(file, _FORM):
-        for name, kept in codes.items():
-            kept.append(block.column(name))
-        times.append(block.column("time").to_numpy())
-        ratings.append(block.column("rating").to_numpy())
-    if not times:
-        raise DataError(f"{file}: has no events")
-    users, user_names = _codes(codes.pop("user"))
-    items, item_names = _codes(codes.pop("item"))
+    events = read_ratings(file, _FORM)
+    users, user_names = _codes(events.column("user"))
+    items, item_names = _codes(events.column("item"))
     enough = (np.bincount(users) >= _MIN_EVENTS)[users] & (np.bincount(items) >= _MIN_EVENTS)[items]
     if not enough.any():
         raise DataError(f"{file}: no line has an item and a user with {_MIN_EVENTS} lines each")
     users, _ = _renumber(users[enough], user_names)
-    items, kept_items = _renumber(items[enough], item_names)
-    grouped = group_users(Events(users, items, np.concatenate(times)[enough], np.concatenate(ratings)[enough]))
+    items, item_count = _renumber(items[enough], item_names)
+    long = (np.bincount(users) >= _MIN_EVENTS)[users]
+    if not long.any():
+        raise DataError(f"{file}: no user has {_MIN_EVENTS} events left after filtering")
+    times, ratings = (events.column(name).to_numpy()[enough][long] for name in ("time", "rating"))
     return write_folder(
         folder,
-        _long_enough(grouped),
-        corpus=np.arange(1, kept_items + 1),
+        group_users(users[long], items[long], times, ratings),
+        corpus=np.arange(1, item_count + 1),
         name="amazon-books",
         order=STABLE_ORDER.format(file=file.name),
         source=f"{file}; items and users with >= {_MIN_EVENTS} lines, then users with >= {_MIN_EVENTS} events",
     )
 
 
-def _codes(columns: list[pa.Array]) -> tuple[np.ndarray, pa.Array]:
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Codes int32 [T] into one array of unique names, in order of first sight."""
-    unified = pa.chunked_array(columns).unify_dictionaries()
+    unified = column.unify_dictionaries()
     codes = np.concatenate([chunk.indices.to_numpy() for chunk in unified.chunks])
     return codes, unified.chunk(0).dictionary
 
@@ -68,18 +64,3 @@ def _renumber(codes: np.ndarray, names: pa.Array) -> tuple[np.ndarray, int]:
     numbers = np.zeros(len(names), dtype=np.int32)
     numbers[present[order]] = np.arange(1, len(present) + 1)
     return numbers[codes], len(present)
-
-
-def _long_enough(users: Users) -> Users:
-    lengths = np.diff(users.offsets)
-    keep = lengths >= _MIN_EVENTS
-    if not keep.any():
-        raise DataError(f"no user has {_MIN_EVENTS} events left after filtering")
-    events = np.repeat(keep, lengths)
-    return Users(
-        user_ids=users.user_ids[keep],
-        offsets=np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64),
-        item_ids=users.item_ids[events],
-        timestamps=None if users.timestamps is None else users.timestamps[events],
-        ratings=None if users.ratings is None else users.ratings[events],
-    )

@@ -1,6 +1,6 @@
 """Criteo's click logs -> a tabular folder, in two passes over the source: count the values, then write the parts.
 
-Work goes to a folder beside the result, `.NAME.unfinished`, and is noted there source file by source file; the same
+Work goes to a folder beside the result, `.NAME.unfinished`, where each source file that is done has a note; the same
 command again continues after the last file that was finished, and gives the same bytes as one that was never stopped.
 
 Memory does not grow with the rows. It holds a block of the source, a row group, at most _ENTRIES counts
@@ -11,21 +11,21 @@ benchmarks/prepare.py: 0.2 GB for 0.5 and 2 million rows with 0.5 million values
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from gr.errors import ConfigError, DataError
 from gr.logging import get_logger
-from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, BadRows, Block, is_orc, read_blocks
+from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, Block, is_orc, read_blocks
 from gr.prepare.criteo_vocabulary import ValueCounts, Vocabulary, write_vocabulary
-from gr.prepare.write import atomic_folder
+from gr.prepare.lines import BadRows, OnBadRow
+from gr.prepare.tabular import ROWS_PER_GROUP, Transform, dense_feature, tabular_table, with_progress
+from gr.prepare.write import PartWriter, atomic_folder, part_name, require_replaceable
 from gr.schema import (
     FORMAT_VERSION,
     PART_PATTERN,
@@ -39,48 +39,45 @@ from gr.schema import (
 
 log = get_logger(__name__)
 
-ROWS_PER_GROUP = 16384
-Transform = Literal["log1p_clip", "torchrec_minshift"]
 _TASK, _COUNTS, _WRITTEN = "task.json", "counts", "written"
 
 
 @dataclass(frozen=True)
 class CriteoOptions:
-    """threshold: occurrences from which a value gets an id of its own; None: 1, or that of `vocabulary`.
-    transform: of the counts; None: log1p_clip, or that of `vocabulary`. max_rows: of a table, beyond which values share
-    ids; None: no limit, or that of `vocabulary`. vocabulary: a tabular folder whose vocabulary to use. rows_per_part:
-    of each Parquet file; every source file begins a new one.
+    """Options of `gr prepare criteo`; None is the vocabulary's value, or the default where no vocabulary is given.
+
+    threshold: occurrences from which a value gets an id of its own, 1 by default. transform: formula of the dense
+    features, log1p_clip by default. max_rows: limit of a table's rows, beyond which values share ids; none by default.
+    vocabulary: a tabular folder whose vocabulary to use. rows_per_part: limit of a Parquet file; every source file
+    begins a new one.
     """
 
     threshold: int | None = None
     transform: Transform | None = None
     max_rows: int | None = None
     vocabulary: Path | None = None
-    on_bad_row: Literal["fail", "skip"] = "fail"
+    on_bad_row: OnBadRow = "fail"
     rows_per_part: int = 1 << 20
 
 
 def prepare_criteo(
     sources: Sequence[Path], out: Path, options: CriteoOptions, *, force: bool = False, restart: bool = False
 ) -> TabularSchema:
-    """Write the tabular folder `out`, or go on with what an interrupted call left.
+    """Write the tabular folder `out`, or continue the work of an interrupted call.
 
-    force: replace a data folder at `out`. restart: throw away what an interrupted call left. Raises DataError for bad
+    force: replace a data folder at `out`. restart: throw away the work of an interrupted call. Raises DataError for bad
     rows and unreadable files, ConfigError for options that contradict each other, the vocabulary or the interrupted
     call's.
     """
-    if out.exists() and not force:
-        raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
-    if out.exists() and not (out.is_dir() and ((out / SCHEMA_FILE).is_file() or not any(out.iterdir()))):
-        raise DataError(f"{out}: is no data folder, so --force does not replace it; choose another --out")
+    require_replaceable(out, force)
     work = out.with_name(f".{out.name}.unfinished")
     if restart and work.exists():
         shutil.rmtree(work)
-    run = _Run(work, sources, options)
+    run = _Run(work, sources, _settled(options))
     try:
         schema = run.finish()
     except (DataError, ConfigError):
-        if not run.progress():
+        if not any(run.done()):
             shutil.rmtree(work, ignore_errors=True)
         raise
     with atomic_folder(out, force) as folder:
@@ -90,73 +87,66 @@ def prepare_criteo(
     return schema
 
 
+def _settled(options: CriteoOptions) -> CriteoOptions:
+    """Options with nothing unset but max_rows: the vocabulary's, or the defaults. ConfigError where they contradict."""
+    if options.vocabulary is None:
+        return replace(options, threshold=options.threshold or 1, transform=options.transform or "log1p_clip")
+    given = TabularSchema.load(options.vocabulary)
+    for name, own, value in (
+        ("threshold", options.threshold, given.threshold),
+        ("max-rows", options.max_rows, given.max_rows),
+    ):
+        if own is not None:
+            raise ConfigError(
+                f"--{name} and --vocabulary contradict each other: the vocabulary of {options.vocabulary} has "
+                f"{name} {value}; pass one of them"
+            )
+    if options.transform not in (None, given.transform.name):
+        raise ConfigError(
+            f"--transform {options.transform}: the data of --vocabulary {options.vocabulary} has "
+            f"{given.transform.name}, and one model needs one transform; leave --transform away"
+        )
+    return replace(options, threshold=given.threshold, transform=given.transform.name, max_rows=given.max_rows)
+
+
 class _Run:
     """One preparation, perhaps begun by an earlier process."""
 
     def __init__(self, work: Path, sources: Sequence[Path], options: CriteoOptions) -> None:
         self._work, self._sources, self._options = work, list(sources), options
+        assert options.threshold is not None and options.transform is not None, "settled"
+        self._threshold, self._transform = options.threshold, options.transform
         self._bad = BadRows(options.on_bad_row)
-        self._given = None if options.vocabulary is None else TabularSchema.load(options.vocabulary)
-        self._threshold, self._transform, self._max_rows = self._settle()
+        self._kind = pa.int64() if is_orc(self._sources[0]) else pa.uint32()
         self._begin()
 
-    def _settle(self) -> tuple[int, DenseTransform, int | None]:
-        options, given = self._options, self._given
-        if given is None:
-            transform = DenseTransform(name=options.transform or "log1p_clip", version=1)
-            return 1 if options.threshold is None else options.threshold, transform, options.max_rows
-        for name, mine, theirs in (
-            ("threshold", options.threshold, given.threshold),
-            ("max-rows", options.max_rows, given.max_rows),
-        ):
-            if mine is not None:
-                raise ConfigError(
-                    f"--{name} and --vocabulary contradict each other: the vocabulary of {options.vocabulary} has "
-                    f"{name} {theirs}; pass one of them"
-                )
-        if options.transform not in (None, given.transform.name):
-            raise ConfigError(
-                f"--transform {options.transform}: the data of --vocabulary {options.vocabulary} has "
-                f"{given.transform.name}, and one model needs one transform; leave --transform away"
-            )
-        return given.threshold, given.transform, given.max_rows
-
     def _begin(self) -> None:
-        """Make the folder, or see that what is there was begun with the same sources and options."""
-        task = {
-            "sources": [str(file.resolve()) for file in self._sources],
-            "threshold": self._threshold,
-            "transform": self._transform.model_dump(),
-            "max_rows": self._max_rows,
-            "vocabulary": None if self._options.vocabulary is None else str(self._options.vocabulary.resolve()),
-            "rows_per_part": self._options.rows_per_part,
-        }
+        """Make the folder, or check that an interrupted run began it with the same sources and options."""
+        task = {name: value for name, value in vars(self._options).items() if name != "on_bad_row"}
+        task["sources"] = [str(file.resolve()) for file in self._sources]
+        task["vocabulary"] = task["vocabulary"] and str(task["vocabulary"].resolve())
         file = self._work / _TASK
-        if file.exists():
-            begun = json.loads(file.read_text(encoding="utf-8"))
-            other = [name for name, value in task.items() if begun.get(name) != value]
-            if other:
-                raise ConfigError(
-                    f"{self._work}: an interrupted run had {other[0]}={begun.get(other[0])!r}, this one has "
-                    f"{task[other[0]]!r}; repeat that command to continue it, or pass --restart to begin again"
-                )
-            log.info("%s: continuing after %d files counted, %d written", self._work, *self.done())
+        if not file.exists():
+            for name in (_COUNTS, _WRITTEN):
+                (self._work / name).mkdir(parents=True, exist_ok=True)
+            _write_json(file, task)
             return
-        self._work.mkdir(parents=True, exist_ok=True)
-        for name in (_COUNTS, _WRITTEN):
-            (self._work / name).mkdir(exist_ok=True)
-        _write_json(file, task)
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in task.items():
+            if begun.get(name) != value:
+                raise ConfigError(
+                    f"{self._work}: an interrupted run had {name}={begun.get(name)!r}, this one has {value!r}; repeat "
+                    "that command to continue it, or pass --restart to begin again"
+                )
+        log.info("%s: continuing after %d files counted, %d written", self._work, *self.done())
 
     def done(self) -> tuple[int, int]:
         """Source files counted and written."""
         return len([*self._work.glob(f"{_COUNTS}/*/done.json")]), len([*self._work.glob(f"{_WRITTEN}/*.json")])
 
-    def progress(self) -> bool:
-        return any(self.done())
-
     def finish(self) -> TabularSchema:
         """Both passes, as far as they are not done, and the schema."""
-        if self._given is None or self._transform.name == "torchrec_minshift":
+        if self._options.vocabulary is None or self._transform == "torchrec_minshift":
             for index, file in enumerate(self._sources):
                 self._count(index, file)
         vocabulary = self._vocabulary()
@@ -174,17 +164,17 @@ class _Run:
             return
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        values = ValueCounts(folder, SPARSE if self._given is None else ())
+        values = ValueCounts(folder, SPARSE if self._options.vocabulary is None else ())
         minimum = 0.0
         stamp = _stamp(file)
-        for block in _shown(read_blocks(file, self._bad), f"count {file.name}"):
+        for block in with_progress(read_blocks(file, self._bad), f"count {file.name}"):
             minimum = min(minimum, *(column.min() for column in block.counts))
-            values.add(block.categories if self._given is None else ())
+            values.add(block.categories if self._options.vocabulary is None else ())
         values.close()
         _write_json(folder / "done.json", {**stamp, "minimum": int(minimum), "bad_rows": self._bad.take()})
 
     def _vocabulary(self) -> Vocabulary:
-        """The vocabulary in the work folder, made first if it is not there."""
+        """The vocabulary in the work folder, made first if it is missing."""
         folder = self._work / VOCABULARY_FOLDER
         if not folder.exists():
             partial = self._work / f"{VOCABULARY_FOLDER}.partial"
@@ -196,38 +186,37 @@ class _Run:
                 runs = sorted((self._work / _COUNTS).glob("*/run-*"))
                 for name in SPARSE:
                     write_vocabulary(
-                        partial / f"{name}.parquet", name, runs, kind=self._kind(), threshold=self._threshold
+                        partial / f"{name}.parquet", name, runs, kind=self._kind, threshold=self._threshold
                     )
             partial.rename(folder)
-        vocabulary = Vocabulary(folder, SPARSE, self._max_rows)
-        if vocabulary.kind != self._kind():
+        vocabulary = Vocabulary(folder, SPARSE, self._options.max_rows)
+        if vocabulary.kind != self._kind:
             raise DataError(
                 f"{self._options.vocabulary}: its vocabulary has values of type {vocabulary.kind}, the source's are "
-                f"{self._kind()}: ORC rows and text rows do not share one"
+                f"{self._kind}: ORC rows and text rows do not share one"
             )
         return vocabulary
-
-    def _kind(self) -> pa.DataType:
-        return pa.int64() if is_orc(self._sources[0]) else pa.uint32()
 
     def _write(self, index: int, file: Path, vocabulary: Vocabulary, first_part: int) -> dict[str, Any]:
         place = self._work / _WRITTEN / f"{index:05d}.json"
         noted = self._noted(place, file)
-        if noted and all((self._work / _part_name(first_part + n)).exists() for n in range(noted["parts"])):
+        if noted and all((self._work / part_name(first_part + n)).exists() for n in range(noted["parts"])):
             return noted
         for path in self._work.glob(PART_PATTERN):
-            if path.name >= _part_name(first_part):
+            if path.name >= part_name(first_part):
                 path.unlink()
         counted = self._work / _COUNTS / f"{index:05d}" / "done.json"
         counts = self._noted(counted, file) if counted.exists() else None
         shift = counts["minimum"] if counts else 0
         negative, minimum, stamp = np.zeros(len(DENSE), dtype=np.int64), 0.0, _stamp(file)
-        writer = _Parts(self._work, first_part, self._options.rows_per_part)
-        for block in _shown(read_blocks(file, self._bad), f"write {file.name}"):
+        writer = PartWriter(
+            self._work, ROWS_PER_GROUP, rows_per_part=self._options.rows_per_part, first_part=first_part
+        )
+        for block in with_progress(read_blocks(file, self._bad), f"write {file.name}"):
             minimum = min(minimum, *(column.min() for column in block.counts))
             negative += [int((column < 0).sum()) for column in block.counts]
             writer.write(_table(block, vocabulary, self._transform, shift))
-        writer.close()
+        writer.end_part()
         note = {
             **stamp,
             "name": file.name,
@@ -241,7 +230,7 @@ class _Run:
         return note
 
     def _noted(self, place: Path, file: Path) -> dict[str, Any] | None:
-        """What was noted when the file was done, if it was."""
+        """The note written when the file was done; None if it is not. DataError for a file that changed since."""
         if not place.exists():
             return None
         note = json.loads(place.read_text(encoding="utf-8"))
@@ -268,14 +257,14 @@ class _Run:
             name="criteo",
             labels=[LABEL],
             dense=list(DENSE),
-            transform=self._transform,
+            transform=DenseTransform(name=self._transform, version=1),
             sparse=[
                 SparseColumn(name=name, cardinality=size)
                 for name, size in zip(SPARSE, vocabulary.cardinalities, strict=True)
             ],
             rows=rows,
             threshold=self._threshold,
-            max_rows=self._max_rows,
+            max_rows=self._options.max_rows,
             files=[SourceRows(name=n["name"], rows=n["rows"], minimum=n["minimum"]) for n in notes],
             bad_rows=dict(sorted(bad_rows.items())),
             negative_counts={name: count for name, count in negative if count},
@@ -283,74 +272,9 @@ class _Run:
         )
 
 
-class _Parts:
-    """Writes part files from number `first` on, in row groups of ROWS_PER_GROUP rows, the last of a part shorter."""
-
-    def __init__(self, folder: Path, first: int, rows_per_part: int) -> None:
-        self._folder, self._first, self._rows_per_part = folder, first, rows_per_part
-        self._pending: pa.Table | None = None
-        self._writer: pq.ParquetWriter | None = None
-        self._part_rows = 0
-        self.rows = self.parts = 0
-
-    def write(self, table: pa.Table) -> None:
-        self._pending = table if self._pending is None else pa.concat_tables([self._pending, table])
-        while self._pending.num_rows >= self._group_rows():
-            self._group(self._group_rows())
-
-    def close(self) -> None:
-        if self._pending is not None and self._pending.num_rows:
-            self._group(self._pending.num_rows)
-        if self._writer is not None:
-            self._writer.close()
-
-    def _group_rows(self) -> int:
-        return min(ROWS_PER_GROUP, self._rows_per_part - self._part_rows)
-
-    def _group(self, rows: int) -> None:
-        assert self._pending is not None
-        group, self._pending = self._pending.slice(0, rows), self._pending.slice(rows)
-        if self._writer is None:
-            path = self._folder / _part_name(self._first + self.parts)
-            self._writer = pq.ParquetWriter(path, group.schema, compression="zstd")
-            self.parts += 1
-        self._writer.write_table(group, row_group_size=rows)
-        self.rows += rows
-        self._part_rows += rows
-        if self._part_rows == self._rows_per_part:
-            self._writer.close()
-            self._writer, self._part_rows = None, 0
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.parquet"
-
-
-def _table(block: Block, vocabulary: Vocabulary, transform: DenseTransform, minimum: int) -> pa.Table:
-    columns = {LABEL: pa.array(block.labels_B)}
-    columns |= {
-        name: pa.array(dense_feature(counts, transform.name, minimum))
-        for name, counts in zip(DENSE, block.counts, strict=True)
-    }
-    columns |= {name: pa.array(ids) for name, ids in zip(SPARSE, vocabulary.ids(block.categories), strict=True)}
-    return pa.table(columns)
-
-
-def dense_feature(counts_B: np.ndarray, transform: Transform, minimum: int) -> np.ndarray:
-    """The named transform of counts (missing ones 0), float32 [B]; formulas at gr.schema.DenseTransform.
-
-    minimum: least count of the source file, for torchrec_minshift.
-    """
-    if transform == "log1p_clip":
-        return np.log1p(np.maximum(counts_B, 0)).astype(np.float32)
-    return np.log(counts_B - minimum + 2).astype(np.float32)
-
-
-def _shown(blocks: Iterator[Block], what: str) -> Iterator[Block]:
-    with tqdm(unit="rows", unit_scale=True, desc=what, disable=None) as bar:
-        for block in blocks:
-            yield block
-            bar.update(block.rows)
+def _table(block: Block, vocabulary: Vocabulary, transform: Transform, minimum: int) -> pa.Table:
+    dense = [dense_feature(counts, transform, minimum) for counts in block.counts]
+    return tabular_table((LABEL, *DENSE, *SPARSE), block.labels_B, dense, vocabulary.ids(block.categories))
 
 
 def _stamp(file: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Occurrences of values, counted in bounded memory, and the vocabularies made of them.
 
-Counts are kept sorted by value; when they are many they go to disk as a run, one .npy pair a column. A vocabulary
+Counts in memory are sorted by value; when they are many they go to disk as a run, one .npy pair a column. A vocabulary
 merges the runs range by range. V values.
 """
 
@@ -23,14 +23,14 @@ class ValueCounts:
 
     def __init__(self, folder: Path, columns: Sequence[str], *, entries: int = _ENTRIES) -> None:
         self._folder, self._columns, self._limit = folder, columns, entries
-        self._kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in columns}
+        self._held: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in columns}
         self._entries = self._runs = 0
 
     def add(self, categories: Sequence[Categories]) -> None:
         """Count a block; one element a column."""
         for name, column in zip(self._columns, categories, strict=True):
             counts = np.bincount(column.codes_P, minlength=len(column.values))
-            self._kept[name].append((column.values, counts))
+            self._held[name].append((column.values, counts))
             self._entries += len(counts)
         if self._entries > self._limit:
             self._merge()
@@ -38,16 +38,16 @@ class ValueCounts:
                 self._spill()
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write the counts that are still in memory."""
         self._merge()
         self._spill()
 
     def _merge(self) -> None:
         self._entries = 0
-        for name, kept in self._kept.items():
-            if kept:
-                merged = _sum(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))
-                self._kept[name] = [merged]
+        for name, pairs in self._held.items():
+            if pairs:
+                merged = _sum(*(np.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
+                self._held[name] = [merged]
                 self._entries += len(merged[0])
 
     def _spill(self) -> None:
@@ -55,11 +55,11 @@ class ValueCounts:
             return
         run = self._folder / f"run-{self._runs:05d}"
         run.mkdir()
-        for name, kept in self._kept.items():
-            for values, counts in kept:
+        for name, pairs in self._held.items():
+            for values, counts in pairs:
                 np.save(run / f"{name}.values.npy", values)
                 np.save(run / f"{name}.counts.npy", counts)
-            kept.clear()
+            pairs.clear()
         self._entries, self._runs = 0, self._runs + 1
 
 
@@ -67,14 +67,14 @@ def write_vocabulary(
     file: Path, name: str, runs: Sequence[Path], *, kind: pa.DataType, threshold: int, entries: int = _ENTRIES
 ) -> int:
     """Write the values of column `name` that occur at least `threshold` times over all runs; ids from 1 in the order of
-    values. Returns how many. DataError if ids would not fit int32.
+    values. Returns their number. DataError if ids would not fit int32.
     """
     written = 0
     schema = pa.schema([("value", kind), ("id", pa.int32()), ("count", pa.int64())])
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for values, counts in _merged(runs, name, entries):
-            kept = counts >= threshold
-            size = int(kept.sum())
+            frequent = counts >= threshold
+            size = int(frequent.sum())
             if written + size > _LARGEST_VOCABULARY:
                 raise DataError(
                     f"{file}: column {name} has more than {_LARGEST_VOCABULARY} values; pass a --threshold above "
@@ -82,7 +82,7 @@ def write_vocabulary(
                 )
             ids = np.arange(written + 1, written + size + 1, dtype=np.int32)
             if size:
-                writer.write_table(pa.table([values[kept], ids, counts[kept]], schema=schema))
+                writer.write_table(pa.table([values[frequent], ids, counts[frequent]], schema=schema))
             written += size
     return written
 
@@ -110,8 +110,8 @@ class Vocabulary:
 
     def ids(self, categories: Sequence[Categories]) -> list[np.ndarray]:
         """Ids of a block, int32 [B] each; 0 for a missing value and for one that is not in the vocabulary."""
-        found = [_ids(values, column) for values, column in zip(self._values, categories, strict=True)]
-        return [np.where(ids_B < self._max_rows, ids_B, (ids_B - 1) % (self._max_rows - 1) + 1) for ids_B in found]
+        ids = [_ids(values, column) for values, column in zip(self._values, categories, strict=True)]
+        return [np.where(ids_B < self._max_rows, ids_B, (ids_B - 1) % (self._max_rows - 1) + 1) for ids_B in ids]
 
 
 def _ids(vocabulary: np.ndarray, column: Categories) -> np.ndarray:

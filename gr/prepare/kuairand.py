@@ -4,83 +4,57 @@ No event is left out: a user without a line in user_features has id 0 in its col
 user id the published one. Layout and ranges as the README of github.com/chongminggao/KuaiRand states them; the real
 files were not read in this project, only generated ones of that layout. Peak memory of those, with 1,000 users of whom
 one has a tenth of the events: 0.6 GB for 4 million, 0.8 GB for 16 million (benchmarks/prepare_histories.py). Beside
-it there are a few int64 for each video, of which 27K has 32 million.
+it each video takes a few int64; 27K has 32 million videos.
 
 T events of a block.
 """
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from csv import reader
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as csv
-from tqdm import tqdm
 
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.prepare.partition import BadEvents, Checks, UserPartitions, write_users
+from gr.prepare.lines import BadRows, Fault, OnBadRow, parse_lines, text_blocks
+from gr.prepare.partition import partitioned
 from gr.prepare.source import Source, SourceFile
 from gr.prepare.write import FolderWriter
 from gr.schema import DataSchema, HistoryColumns
 
 log = get_logger(__name__)
 
-ACTIONS = (
-    "is_click",
-    "is_like",
-    "is_follow",
-    "is_comment",
-    "is_forward",
-    "is_hate",
-    "long_view",
-    "is_profile_enter",
-)
-USER_FEATURES = (
-    "user_active_degree",
-    "is_lowactive_period",
-    "is_live_streamer",
-    "is_video_author",
-    "follow_user_num_range",
-    "fans_user_num_range",
-    "friend_user_num_range",
-    "register_days_range",
-    *(f"onehot_feat{number}" for number in range(18)),
-)
+ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
+_RANGED = ("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range")
+_FLAGS = ("is_lowactive_period", "is_live_streamer", "is_video_author")
+USER_FEATURES = ("user_active_degree", *_FLAGS, *_RANGED, *(f"onehot_feat{number}" for number in range(18)))
 TABS = 15
+_STANDARD, _RANDOM = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08"), "log_random_4_22_to_5_08"
 _LOGS = {
-    "1k": ("log_standard_4_08_to_4_21_1k", "log_standard_4_22_to_5_08_1k", "log_random_4_22_to_5_08_1k"),
-    "27k": (
-        "log_standard_4_08_to_4_21_27k_part1",
-        "log_standard_4_08_to_4_21_27k_part2",
-        "log_standard_4_22_to_5_08_27k_part1",
-        "log_standard_4_22_to_5_08_27k_part2",
-        "log_random_4_22_to_5_08_27k",
-    ),
+    "1k": [*(f"{log}_1k" for log in _STANDARD), f"{_RANDOM}_1k"],
+    "27k": [*(f"{log}_27k_part{part}" for log in _STANDARD for part in (1, 2)), f"{_RANDOM}_27k"],
 }
 _COUNTS = ("play_time_ms", "duration_ms")
-_NEEDED = ("user_id", "video_id", "time_ms", *ACTIONS, *_COUNTS, "is_rand", "tab")
 _RANGES = {
     **dict.fromkeys(("user_id", "video_id"), (0, 2**31 - 4)),
     "time_ms": (1, 2**53),
-    **dict.fromkeys((*ACTIONS, "is_rand"), (0, 1)),
+    **dict.fromkeys(ACTIONS, (0, 1)),
     **dict.fromkeys(_COUNTS, (0, 2**53)),
+    "is_rand": (0, 1),
     "tab": (0, TABS - 1),
 }
+_NEEDED = tuple(_RANGES)
 _FIELDS = {"actions": "<i4", "watch_fraction": "<f4", "tab": "<i4", "exposure": "<i4"}
 _LINE_BYTES = 71  # 23 GB of logs, 323 M lines
-_BLOCK_BYTES = 16 << 20
 _WHOLE = re.compile(rb"-?\d+")
 
 
-def prepare_kuairand(
-    size: str, source: Source, folder: Path, on_bad_row: Literal["fail", "skip"] = "fail"
-) -> DataSchema:
+def prepare_kuairand(size: str, source: Source, folder: Path, on_bad_row: OnBadRow = "fail") -> DataSchema:
     """Write kuairand-1k or -27k into an empty folder. size: 1k or 27k. on_bad_row: skip leaves bad lines out, counted.
 
     DataError for a missing file, naming it, and for a missing column, a line that is cut off or a value out of its
@@ -88,15 +62,17 @@ def prepare_kuairand(
     """
     files = [source.require(f"{name}.csv") for name in _LOGS[size]]
     users = _UserFeatures(source.require(f"user_features_{size}.csv"))
-    bad = BadEvents(on_bad_row)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.events.", dir=folder.parent) as place:
-        expected = sum(file.size for file in files) // _LINE_BYTES
-        partitions = UserPartitions(Path(place), _FIELDS, expected_events=expected)
-        endless = 0
+    bad, endless = BadRows(on_bad_row), 0
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        nonlocal endless
         for file in files:
-            for columns in _events(file, bad):
-                endless += int((columns.pop("duration_ms") == 0).sum())
-                partitions.add(columns)
+            for raw in _events(file, bad):
+                endless += int((raw["duration_ms"] == 0).sum())
+                yield _columns(raw)
+
+    expected = sum(file.size for file in files) // _LINE_BYTES
+    with partitioned(blocks(), _FIELDS, beside=folder, expected_events=expected) as partitions:
         if not partitions.events:
             raise DataError(f"{files[0]}: has no events, nor have the other logs")
         declared = HistoryColumns(
@@ -109,15 +85,15 @@ def prepare_kuairand(
         )
         items = partitions.items
         writer = FolderWriter(folder, declared, item_cardinality=int(items[-1]) + 1)
-        write_users(partitions, writer, users.columns)
-    notes = [*map(str, files), *filter(None, [bad.note()])]
-    for count, what in (
+        partitions.write_users(writer, users.columns)
+    notes = [*map(str, files), *bad.note()]
+    for count, effect in (
         (endless, "events of videos of no length, watch_fraction 0"),
         (users.unknown, "users without features"),
     ):
         if count:
-            log.warning("%s: %d %s", source.path, count, what)
-            notes.append(f"{count} {what}")
+            log.warning("%s: %d %s", source.path, count, effect)
+            notes.append(f"{count} {effect}")
     return writer.close(
         name=f"kuairand-{size}",
         order="by time_ms within each user; ties in the order of the files in `source`, then of their lines (stable)",
@@ -185,55 +161,39 @@ def _header(file: SourceFile, needed: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _events(file: SourceFile, bad: BadEvents) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of columns [T] in file order: those of _FIELDS, user, time, item and duration_ms."""
+def _events(file: SourceFile, bad: BadRows) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of the columns _NEEDED, int64 [T], in file order."""
     names = _header(file, _NEEDED)
-    line = 2
-    with (
-        file.open() as stream,
-        tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
-    ):
-        try:
-            for block in _blocks(stream, bad):
-                checks = Checks(bad, (file, "line", line), block.num_rows)
-                raw = {name: _integers(block.column(name), name, checks) for name in _NEEDED}
-                for name, (low, high) in _RANGES.items():
-                    checks.range(name, raw[name], low, high)
-                yield _columns({name: column[checks.good_T] for name, column in raw.items()})
-                line += block.num_rows
-                bar.update(block.num_rows * _LINE_BYTES)
-        except pa.ArrowInvalid:
-            raise _malformed(file, names) from None
+    texts = text_blocks(file, header=1)
+    yield from parse_lines(file, texts, partial(_parse, names), partial(_fault, names), bad, first=2)
 
 
-def _blocks(stream, bad: BadEvents) -> Iterator[pa.RecordBatch]:
-    """Columns of whole numbers; where bad lines are skipped of text, without lines of another number of fields."""
-
-    def skip(row: csv.InvalidRow) -> str:
-        bad.counts["(fields)"] += 1
-        return "skip"
-
-    yield from csv.open_csv(
-        stream,
-        csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-        csv.ParseOptions(ignore_empty_lines=False, invalid_row_handler=skip if bad.skip else None),
-        csv.ConvertOptions(
-            column_types=dict.fromkeys(_NEEDED, pa.string() if bad.skip else pa.int64()),
-            include_columns=list(_NEEDED),
-            strings_can_be_null=False,
-        ),
+def _parse(names: list[str], text: bytes) -> dict[str, np.ndarray]:
+    """ValueError where a value is no whole number, or out of its range."""
+    table = csv.read_csv(
+        pa.BufferReader(text),
+        csv.ReadOptions(column_names=names, block_size=len(text) + 1, use_threads=False),
+        csv.ParseOptions(ignore_empty_lines=False),
+        csv.ConvertOptions(column_types=dict.fromkeys(_NEEDED, pa.int64()), include_columns=list(_NEEDED)),
     )
+    raw = {name: table.column(name).to_numpy() for name in _NEEDED if not table.column(name).null_count}
+    for name, (low, high) in _RANGES.items():
+        if name not in raw or raw[name].min() < low or raw[name].max() > high:
+            raise ValueError(f"column {name} lacks a value or has one out of range")
+    return raw
 
 
-def _integers(column: pa.Array, name: str, checks: Checks) -> np.ndarray:
-    """int64 [T]; of text, 0 where it is no whole number, which is noted. ArrowInvalid where a number is missing."""
-    if column.null_count:
-        raise pa.ArrowInvalid(f"{name} is missing")
-    if pa.types.is_integer(column.type):
-        return column.to_numpy()
-    whole = pc.match_substring_regex(column, r"^-?\d{1,18}$")
-    checks.wrong(name, ~whole.to_numpy(zero_copy_only=False), lambda place: "is no whole number")
-    return pc.if_else(whole, column, "0").cast(pa.int64()).to_numpy()
+def _fault(names: list[str], line: bytes) -> Fault | None:
+    fields = line.split(b",")
+    if len(fields) != len(names):
+        return Fault("(fields)", f"has {len(fields)} fields, wanted {len(names)}")
+    for name, (low, high) in _RANGES.items():
+        field = fields[names.index(name)].strip()
+        if not _WHOLE.fullmatch(field):
+            return Fault(name, f"{field.decode('utf-8', 'replace')!r} is not a whole number", name)
+        if not low <= int(field) <= high:
+            return Fault(name, f"is {int(field)}, allowed are {low} to {high}", name)
+    return None
 
 
 def _columns(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -247,20 +207,4 @@ def _columns(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "watch_fraction": np.divide(play, duration, out=np.zeros(len(play)), where=duration > 0),
         "tab": raw["tab"] + 1,
         "exposure": raw["is_rand"] + 1,
-        "duration_ms": duration,
     }
-
-
-def _malformed(file: SourceFile, names: list[str]) -> DataError:
-    """Read again, slowly, to name the line."""
-    places = {name: names.index(name) for name in _NEEDED}
-    with file.open() as stream:
-        for number, line in enumerate(stream, 1):
-            fields = line.rstrip(b"\r\n").split(b",")
-            if number > 1 and len(fields) != len(names):
-                return DataError(f"{file}, line {number}: has {len(fields)} fields, wanted {len(names)}")
-            for name, place in places.items() if number > 1 else ():
-                if not _WHOLE.fullmatch(fields[place].strip()):
-                    shown = fields[place].decode("utf-8", "replace")
-                    return DataError(f"{file}, line {number}, column {name}: {shown!r} is not a whole number")
-    return DataError(f"{file}: cannot be parsed as lines of {', '.join(names)}")

@@ -3,8 +3,6 @@
 No filtering and no new ids: an item id is the movie id, the corpus is the whole list of movies, rated or not.
 """
 
-import csv
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,55 +12,43 @@ import pyarrow.parquet as pq
 
 from gr.data.validate import packed
 from gr.errors import DataError
-from gr.prepare.events import STABLE_ORDER, Events, collect, group_users
-from gr.prepare.parse import Format, check_in_catalogue, parse_catalogue, parse_events
+from gr.prepare.ratings import STABLE_ORDER, Format, group_users, read_ratings
 from gr.prepare.source import Source, SourceFile
 from gr.prepare.write import Users, write_folder
 from gr.schema import DataSchema, HistoryColumns
 
 
-def _csv_id(line: str) -> int:
-    return int(next(csv.reader([line]))[0])
-
-
-def _separated(separator: str) -> Callable[[str], int]:
-    def id_of_line(line: str) -> int:
-        first, found, _ = line.partition(separator)
-        if not found:
-            raise ValueError(f"{line!r} has no {separator!r}")
-        return int(first)
-
-    return id_of_line
-
-
 @dataclass(frozen=True)
 class Layout:
-    """One published layout: file and format of the ratings, and of the list of movies."""
+    """One published layout: file and format of the ratings, and of the list of movies, whose first field is the id."""
 
     ratings: str
     form: Format
     movies: str
-    id_of_line: Callable[[str], int]
+    separator: str
     encoding: str = "latin-1"
-    movies_header: int = 0
+    header: int = 0
+
+    def movie_id(self, line: str) -> int:
+        """ValueError on a malformed line."""
+        if self.separator not in line:
+            raise ValueError(f"{line!r} has no {self.separator!r}")
+        return int(line.partition(self.separator)[0].strip('"'))
 
 
-_RECBOLE = Layout(
-    "ml-100k.inter", Format("\t", 1, pa.int32()), "ml-100k.item", _separated("\t"), encoding="utf-8", movies_header=1
-)
+_U_DATA = Layout("u.data", Format("\t", 0, pa.int32()), "u.item", "|")
+_RECBOLE = Layout("ml-100k.inter", Format("\t", 1, pa.int32()), "ml-100k.item", "\t", "utf-8", 1)
 _LAYOUTS = {
-    "movielens-100k": [Layout("u.data", Format("\t", 0, pa.int32()), "u.item", _separated("|")), _RECBOLE],
-    "movielens-1m": [Layout("ratings.dat", Format("::", 0, pa.int32()), "movies.dat", _separated("::"))],
-    "movielens-20m": [
-        Layout("ratings.csv", Format(",", 1, pa.int32()), "movies.csv", _csv_id, encoding="utf-8", movies_header=1)
-    ],
+    "movielens-100k": [_U_DATA, _RECBOLE],
+    "movielens-1m": [Layout("ratings.dat", Format("::", 0, pa.int32()), "movies.dat", "::")],
+    "movielens-20m": [Layout("ratings.csv", Format(",", 1, pa.int32()), "movies.csv", ",", "utf-8", 1)],
 }
 _GROUPED = "sequences.parquet"
 _STARS = (2, 3, 4, 5)
 
 
 def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
-    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in parse.py."""
+    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in ratings.py."""
     for layout in _LAYOUTS[name]:
         ratings = source.find(layout.ratings)
         if ratings is not None:
@@ -70,23 +56,39 @@ def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
     grouped = source.find(_GROUPED)
     if name == "movielens-1m" and grouped is not None:
         return _from_grouped(name, source, grouped, folder)
-    wanted = " or ".join([layout.ratings for layout in _LAYOUTS[name]] + [_GROUPED] * (name == "movielens-1m"))
-    raise DataError(f"{source.path}: has no {wanted}; give the unpacked folder or the zip archive of {name}")
+    files = " or ".join([layout.ratings for layout in _LAYOUTS[name]] + [_GROUPED] * (name == "movielens-1m"))
+    raise DataError(f"{source.path}: has no {files}; give the unpacked folder or the zip archive of {name}")
 
 
 def _movies(source: Source, layout: Layout) -> np.ndarray:
-    return parse_catalogue(
-        source.require(layout.movies), layout.id_of_line, encoding=layout.encoding, header=layout.movies_header
-    )
+    """Movie ids, int64 ascending. DataError naming file and line."""
+    file, ids = source.require(layout.movies), []
+    with file.open() as stream:
+        for number, line in enumerate(stream, start=1):
+            if number <= layout.header:
+                continue
+            try:
+                ids.append(layout.movie_id(line.decode(layout.encoding).rstrip("\r\n")))
+                if ids[-1] < 1:
+                    raise ValueError(f"item id {ids[-1]} is below 1")
+            except ValueError as error:
+                raise DataError(f"{file}, line {number}: {error}") from None
+    if not ids:
+        raise DataError(f"{file}: has no items")
+    return np.unique(np.array(ids, dtype=np.int64))
 
 
 def _from_ratings(name: str, source: Source, file: SourceFile, layout: Layout, folder: Path) -> DataSchema:
     movies = _movies(source, layout)
-    events: Events = collect(parse_events(file, layout.form))
-    if len(events.items) == 0:
-        raise DataError(f"{file}: has no events")
-    check_in_catalogue(file, layout.form, events.items, movies)
-    users, columns = _with_actions(group_users(events))
+    events = read_ratings(file, layout.form)
+    user_ids, items, times, ratings = (events.column(name).to_numpy() for name in ("user", "item", "time", "rating"))
+    unknown = ~np.isin(items, movies)
+    if unknown.any():
+        first = int(unknown.argmax())
+        raise DataError(
+            f"{file}, line {first + 1 + layout.form.header}: item {items[first]} is not in the list of items"
+        )
+    users, columns = _with_actions(group_users(user_ids, items, times, ratings))
     return write_folder(
         folder,
         users,

@@ -7,6 +7,10 @@ under filtering is much higher than what the generator's structure explains. Hen
 B records, N events of history, G groups (categories, clusters): every candidate of a group has the group's score.
 """
 
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 
 HIT_RATE_AT = (1, 10, 50)
@@ -34,11 +38,11 @@ def expected_metrics(better_B: np.ndarray, tied_B: np.ndarray) -> dict[str, floa
     ranks = np.arange(1, int(last_B.max()) + 1)
     gain_to = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(1.0 + ranks))])
     reciprocal_to = np.concatenate([[0.0], np.cumsum(1.0 / ranks)])
-    out = {f"hr@{k}": np.clip(k - better_B, 0, tied_B) / tied_B for k in HIT_RATE_AT}
+    metrics = {f"hr@{k}": np.clip(k - better_B, 0, tied_B) / tied_B for k in HIT_RATE_AT}
     for k in NDCG_AT:
-        out[f"ndcg@{k}"] = (gain_to[np.minimum(last_B, k)] - gain_to[np.minimum(better_B, k)]) / tied_B
-    out["mrr"] = (reciprocal_to[last_B] - reciprocal_to[better_B]) / tied_B
-    return {name: float(values.mean()) for name, values in out.items()}
+        metrics[f"ndcg@{k}"] = (gain_to[np.minimum(last_B, k)] - gain_to[np.minimum(better_B, k)]) / tied_B
+    metrics["mrr"] = (reciprocal_to[last_B] - reciprocal_to[better_B]) / tied_B
+    return {name: float(values.mean()) for name, values in metrics.items()}
 
 
 def by_protocol(
@@ -59,7 +63,38 @@ def by_protocol(
     }
 
 
-def averaged(chunks: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, dict[str, float]]:
+def stream_oracle(
+    options: Any,
+    knows: str,
+    group_of_item: np.ndarray,
+    chunks: Iterable[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]],
+) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
+    """(header of oracle.json, expected metrics by scorer and protocol), for the newest event of the test records.
+
+    options: a StreamOptions. group_of_item: [E], group of each item id, or -1. chunks: (items_BN, size_BG, score_BG by
+    scorer) of all test records, as in `group_ranks`.
+    """
+    ranks: dict[str, list[dict[str, tuple[np.ndarray, np.ndarray]]]] = {}
+    repeats = []
+    for items_BN, size_BG, scores in chunks:
+        history_BN, target_B = items_BN[:, :-1], items_BN[:, -1]
+        seen_BG = seen_in_groups(history_BN, target_B, group_of_item, size_BG.shape[1])
+        repeats.append((history_BN == target_B[:, None]).any(axis=1))
+        for name, score_BG in scores.items():
+            ranks.setdefault(name, []).append(
+                by_protocol(score_BG, size_BG, seen_BG, group_of_item[target_B], repeats[-1])
+            )
+    about = {
+        "options": asdict(options),
+        "target": "newest event of each record of test/",
+        "records": options.records - options.train_records,
+        "repeated_targets": float(np.concatenate(repeats).mean()),
+        "knows": knows,
+    }
+    return about, {name: _averaged(chunks) for name, chunks in ranks.items()}
+
+
+def _averaged(chunks: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, dict[str, float]]:
     """expected_metrics of each protocol over all chunks."""
     return {
         name: expected_metrics(*(np.concatenate([chunk[name][i] for chunk in chunks]) for i in (0, 1)))

@@ -1,4 +1,4 @@
-"""Where raw data is: a folder, a zip archive, or a URL to a zip archive."""
+"""Places of raw data: a folder, a zip archive, or a URL to a zip archive."""
 
 import hashlib
 import urllib.error
@@ -69,23 +69,23 @@ class Source:
         if not zipfile.is_zipfile(self.path):
             return None
         with zipfile.ZipFile(self.path) as archive:
-            found = sorted((m for m in archive.namelist() if m.rsplit("/", 1)[-1] == name), key=len)
-        return SourceFile(self.path, found[0]) if found else None
+            members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == name]
+        return SourceFile(self.path, min(members, key=len)) if members else None
 
     def require(self, name: str) -> SourceFile:
-        """As find; DataError if there is none."""
-        found = self.find(name)
-        if found is None:
+        """The file `find` finds. DataError if there is none."""
+        file = self.find(name)
+        if file is None:
             raise DataError(
                 f"{self.path}: has no {name}; give the unpacked folder, or the zip archive, of the data set"
             )
-        return found
+        return file
 
 
 def open_source(location: str, *, sha256: str | None, download_to: Path) -> Source:
     """A local path as it is; a URL after download into the folder download_to.
 
-    sha256: wanted digest of the downloaded or given file; a mismatch is a DataError. Without it the digest of a
+    sha256: expected digest of the downloaded or given file; a mismatch is a DataError. Without it the digest of a
     download is logged and not checked: MovieLens publishes MD5 sums only, and Amazon none.
     """
     if not location.startswith(("http://", "https://")):
@@ -126,10 +126,10 @@ def _download(url: str, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _check(path: Path, wanted: str | None) -> None:
+def _check(path: Path, expected: str | None) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if wanted is None:
-        log.warning("%s: sha256 %s, not checked; pass it as --sha256 to check it the next time", path, found)
-    elif found != wanted.lower():
-        raise DataError(f"{path}: sha256 is {found}, --sha256 says {wanted}; the file is damaged or another version")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected is None:
+        log.warning("%s: sha256 %s, not checked; pass it as --sha256 to check it the next time", path, digest)
+    elif digest != expected.lower():
+        raise DataError(f"{path}: sha256 is {digest}, --sha256 says {expected}; the file is damaged or another version")

@@ -13,43 +13,37 @@ The generator, all of it from one seed (and numpy's sampling methods, which a ne
 5.  The item is uniform over the available items of its category, with replacement. The paper does not say how items
     are chosen, so its absolute numbers are not promised; compare with the oracle and with other models on this stream.
 
-The first 90 % of the records are train/, the last 10 % test/, file order is time order; there are no timestamps.
+The first 90 % of the records are train/, the last 10 % test/, file order is time order; without timestamps.
 Train with data.shuffle=false, data.train_holdout=0 for one pass, and evaluate on the newest event of test/.
 
 B records of a chunk, N events of a record, G = 5 slots for the categories of a record.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from gr.errors import ConfigError
-from gr.prepare.oracle import averaged, by_protocol, seen_in_groups
-from gr.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
+from gr.prepare import generate
+from gr.prepare.oracle import stream_oracle
 from gr.schema import HistoryColumns
 
 SLOTS = 5
-_CHUNK = (
-    8 * ROWS_PER_GROUP
-)  # records drawn together; part of the definition, since each chunk has its own random stream
 _AVAILABLE_AT_START = 0.4
 _TRAIN_TENTHS = 9
-ORACLE_FILE = "oracle.json"
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Size of a stream. length: events of each record. Raises ConfigError on sizes the definition does not allow."""
+    """Size of a stream. Raises ConfigError on sizes the definition does not allow."""
 
-    items: int = 20_000
-    categories: int = 100
-    records: int = 1_000_000
-    length: int = 128
-    seed: int = 1
+    items: int = generate.size(20_000, "Item ids 1..items.", at_least=1)
+    categories: int = generate.size(100, "Groups of items.", at_least=1)
+    records: int = generate.size(1_000_000, "Users; the last tenth is test.", at_least=1)
+    length: int = generate.size(128, "Events of each record.", at_least=1)
+    seed: int = generate.size(1, at_least=0)
 
     def __post_init__(self) -> None:
         if self.categories < SLOTS:
@@ -73,18 +67,17 @@ class StreamOptions:
 class Chunk:
     """Records and the latent values they were drawn from. Unused slots have prior 0 and category 0.
 
-    items_BN, category_BG, prior_BG, alpha_B; available_BG: items of the slot's category that are there; count_BG:
-    events of each slot before the last event; last_B: slot of the last event.
+    record_B: number of the record; items_BN, category_BG, prior_BG, alpha_B; available_BG: items of the slot's category
+    that are available; count_BG: events of each slot before the last event.
     """
 
-    first: int
+    record_B: np.ndarray
     items_BN: np.ndarray
     category_BG: np.ndarray
     prior_BG: np.ndarray
     alpha_B: np.ndarray
     available_BG: np.ndarray
     count_BG: np.ndarray
-    last_B: np.ndarray
 
 
 class Stream:
@@ -92,7 +85,7 @@ class Stream:
 
     def __init__(self, options: StreamOptions) -> None:
         self.options = options
-        random = random_stream(options.seed, 0)
+        random = generate.random_stream(options.seed, 0)
         one_of_each = random.permutation(options.categories)
         rest = random.integers(0, options.categories, options.items - options.categories)
         self.category_of_item = np.concatenate([[-1], one_of_each, rest])  # [items + 1], id 0 is in none
@@ -102,50 +95,40 @@ class Stream:
 
     def chunks(self, first: int, stop: int) -> Iterator[Chunk]:
         """Records [first, stop) in order, in chunks of at most 4,096."""
-        for number in range(first // _CHUNK, -(-stop // _CHUNK)):
-            chunk = self._draw(number)
-            keep = slice(max(first - chunk.first, 0), min(stop - chunk.first, _CHUNK))
-            kept = {name: value[keep] for name, value in vars(chunk).items() if name != "first"}
-            yield Chunk(chunk.first + keep.start, **kept)
+        yield from generate.rows_between(self._draw, generate.HISTORY_CHUNK, first, stop)
 
     def _draw(self, number: int) -> Chunk:
-        options, random = self.options, random_stream(self.options.seed, number + 1)
-        first = number * _CHUNK
-        record_B = np.minimum(np.arange(first, first + _CHUNK), options.records - 1)
-        used_BG = np.arange(SLOTS) < random.integers(1, SLOTS + 1, _CHUNK)[:, None]
-        category_BG = np.where(used_BG, _distinct(random, _CHUNK, options.categories), 0)
-        weight_BG = random.standard_exponential((_CHUNK, SLOTS)) * used_BG
+        options, random = self.options, generate.random_stream(self.options.seed, number + 1)
+        record_B = number * generate.HISTORY_CHUNK + np.arange(generate.HISTORY_CHUNK)
+        used_BG = np.arange(SLOTS) < random.integers(1, SLOTS + 1, generate.HISTORY_CHUNK)[:, None]
+        category_BG = np.where(used_BG, _distinct(random, generate.HISTORY_CHUNK, options.categories), 0)
+        weight_BG = random.standard_exponential((generate.HISTORY_CHUNK, SLOTS)) * used_BG
         prior_BG = weight_BG / weight_BG.sum(axis=1, keepdims=True)
-        alpha_B = random.uniform(1.0, 500.0, _CHUNK)
-        slot_BN, count_BG = _urn(random, prior_BG, alpha_B, options.length)
-        fraction_B = _AVAILABLE_AT_START + (1 - _AVAILABLE_AT_START) * record_B / options.records
-        there_B = (fraction_B * options.items).astype(np.int64)
-        ends = np.searchsorted(self._keys, category_BG * (options.items + 1) + there_B[:, None], side="right")
+        alpha_B = random.uniform(1.0, 500.0, generate.HISTORY_CHUNK)
+        slot_BN, count_BG = _categories_of_events(random, prior_BG, alpha_B, options.length)
+        later_B = (1 - _AVAILABLE_AT_START) * np.minimum(record_B, options.records - 1) / options.records
+        limit_B = ((_AVAILABLE_AT_START + later_B) * options.items).astype(np.int64)
+        ends = np.searchsorted(self._keys, category_BG * (options.items + 1) + limit_B[:, None], side="right")
         available_BG = ends - self._start[category_BG]
-        pick_BN = random.random((_CHUNK, options.length)) * np.take_along_axis(available_BG, slot_BN, axis=1)
+        pick_BN = random.random(slot_BN.shape) * np.take_along_axis(available_BG, slot_BN, axis=1)
         start_BN = np.take_along_axis(self._start[category_BG], slot_BN, axis=1)
         items_BN = self._by_category[start_BN + pick_BN.astype(np.int64)]
-        return Chunk(
-            first, items_BN, category_BG, prior_BG, alpha_B, available_BG, count_BG, slot_BN[:, -1].astype(np.int64)
-        )
+        return Chunk(record_B, items_BN, category_BG, prior_BG, alpha_B, available_BG, count_BG)
 
 
 def write_stream(options: StreamOptions, folder: Path, source: str = "gr prepare synthetic") -> dict:
-    """Write folder/train, folder/test and folder/oracle.json; returns what oracle.json says."""
-    stream = Stream(options)
-    corpus = np.arange(1, options.items + 1)
-    split = options.train_records
-    with tqdm(total=options.records, unit="record", desc="synthetic", disable=None) as bar:
-        for part, first, stop in (("train", 0, split), ("test", split, options.records)):
-            writer = FolderWriter(folder / part, HistoryColumns(), item_cardinality=options.items + 1)
-            for chunk in _whole_groups(stream, first, stop):
-                writer.write(as_users(chunk.first, chunk.items_BN))
-                bar.update(len(chunk.items_BN))
-            stated = f"{source} {json.dumps(asdict(options))}, records {first} to {stop - 1}"
-            writer.close(name=f"synthetic-{part}", order="as generated, oldest first", source=stated, corpus=corpus)
-    oracle = bayes_oracle(stream)
-    (folder / ORACLE_FILE).write_text(json.dumps(oracle, indent=2) + "\n", encoding="utf-8")
-    return oracle
+    """Write folder/train, folder/test and folder/oracle.json; returns the content of oracle.json."""
+    stream, split = Stream(options), options.train_records
+    for part, first, stop in (("train", 0, split), ("test", split, options.records)):
+        generate.write_histories(
+            folder / part,
+            (generate.equal_length_users(chunk.record_B, chunk.items_BN) for chunk in stream.chunks(first, stop)),
+            HistoryColumns(),
+            items=options.items,
+            name=f"synthetic-{part}",
+            source=generate.stated(source, options, f", records {first} to {stop - 1}"),
+        )
+    return generate.write_oracle(folder, bayes_oracle(stream))
 
 
 def bayes_oracle(stream: Stream) -> dict:
@@ -157,84 +140,51 @@ def bayes_oracle(stream: Stream) -> dict:
     available_c; items of one category tie, so metrics are expected values over random order of ties. Protocols:
     gr/prepare/oracle.py by_protocol.
     """
-    options, ranks, repeats = stream.options, [], []
+    about, metrics = stream_oracle(
+        stream.options,
+        "categories, prior and alpha of each record, category and availability of each item, the history",
+        stream.category_of_item,
+        _scored(stream),
+    )
+    return about | metrics["oracle"]
+
+
+def _scored(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """(items_BN, candidates of each category [B, C], {"oracle": score of each [B, C]}) of the test records."""
+    options = stream.options
     for chunk in stream.chunks(options.train_records, options.records):
+        row, slot = np.nonzero(chunk.prior_BG > 0)
+        category = chunk.category_BG[row, slot]
+        size_BC = np.zeros((len(chunk.items_BN), options.categories), dtype=np.int64)
+        size_BC[row, category] = chunk.available_BG[row, slot]
+        score_BC = np.zeros(size_BC.shape)
         weight_BG = chunk.alpha_B[:, None] * chunk.prior_BG + chunk.count_BG
-        size_BG = np.where(chunk.prior_BG > 0, chunk.available_BG, 0)
-        history_BN, target_B = chunk.items_BN[:, :-1], chunk.items_BN[:, -1]
-        seen_BC = seen_in_groups(history_BN, target_B, stream.category_of_item, options.categories)
-        seen_BG = np.where(chunk.prior_BG > 0, np.take_along_axis(seen_BC, chunk.category_BG, axis=1), 0)
-        repeats.append((history_BN == target_B[:, None]).any(axis=1))
-        ranks.append(by_protocol(weight_BG / chunk.available_BG, size_BG, seen_BG, chunk.last_B, repeats[-1]))
-    return {
-        "options": asdict(options),
-        "target": "newest event of each record of test/",
-        "records": options.records - options.train_records,
-        "repeated_targets": float(np.concatenate(repeats).mean()),
-        "knows": "categories, prior and alpha of each record, category and availability of each item, the history",
-    } | averaged(ranks)
+        score_BC[row, category] = (weight_BG / chunk.available_BG)[row, slot]
+        yield chunk.items_BN, size_BC, {"oracle": score_BC}
 
 
-def as_users(first: int, items_BN: np.ndarray, times_BN: np.ndarray | None = None) -> Users:
-    """Records of equal length as users numbered from `first`."""
-    offsets = np.arange(len(items_BN) + 1, dtype=np.int64) * items_BN.shape[1]
-    users = np.arange(first, first + len(items_BN))
-    return Users(users, offsets, items_BN.ravel(), None if times_BN is None else times_BN.ravel())
-
-
-def _whole_groups(stream: Stream, first: int, stop: int) -> Iterator[Chunk]:
-    """Chunks of [first, stop) that each begin a row group of the file: the split may cut a chunk anywhere."""
-    held: Chunk | None = None
-    for chunk in stream.chunks(first, stop):
-        chunk = chunk if held is None else _joined(held, chunk)
-        whole = len(chunk.items_BN) // ROWS_PER_GROUP * ROWS_PER_GROUP
-        held = _cut(chunk, whole, len(chunk.items_BN))
-        if whole:
-            yield _cut(chunk, 0, whole)
-    if held is not None and len(held.items_BN):
-        yield held
-
-
-def _cut(chunk: Chunk, start: int, stop: int) -> Chunk:
-    parts = {name: value[start:stop] for name, value in vars(chunk).items() if name != "first"}
-    return Chunk(chunk.first + start, **parts)
-
-
-def _joined(one: Chunk, two: Chunk) -> Chunk:
-    parts = {name: np.concatenate([value, vars(two)[name]]) for name, value in vars(one).items() if name != "first"}
-    return Chunk(one.first, **parts)
-
-
-def _urn(
+def _categories_of_events(
     random: np.random.Generator, prior_BG: np.ndarray, alpha_B: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Slots drawn, int8 [B, N], and how often each was drawn before the last event, int64 [B, G]."""
-    records = len(prior_BG)
+    counts_BG, row_B = np.zeros(prior_BG.shape, dtype=np.int64), np.arange(len(prior_BG))
     weight_BG = alpha_B[:, None] * prior_BG
-    counts_BG, row_B = np.zeros((records, SLOTS), dtype=np.int64), np.arange(records)
-    slot_BN = np.empty((records, length), dtype=np.int8)
-    last_used_B = (prior_BG > 0).sum(axis=1) - 1
+    slot_BN = np.empty((len(prior_BG), length), dtype=np.int8)
+    slots_B = (prior_BG > 0).sum(axis=1)
     for n in range(length):
         if n:
             counts_BG[row_B, slot_BN[:, n - 1]] += 1
             weight_BG[row_B, slot_BN[:, n - 1]] += 1.0
-        level_B = random.random(records) * (alpha_B + n)
-        drawn_B = (np.cumsum(weight_BG, axis=1) <= level_B[:, None]).sum(axis=1)
-        slot_BN[:, n] = np.minimum(drawn_B, last_used_B)  # rounding may put the level at the very end
+        slot_BN[:, n] = generate.urn_slots(random, weight_BG, alpha_B + n, slots_B)
     return slot_BN, counts_BG
 
 
 def _distinct(random: np.random.Generator, records: int, categories: int) -> np.ndarray:
     """SLOTS distinct categories for each record in random order, int64 [records, SLOTS]; Floyd's sampling, shuffled."""
-    out = np.empty((records, SLOTS), dtype=np.int64)
+    drawn = np.empty((records, SLOTS), dtype=np.int64)
     for slot in range(SLOTS):
         bound = categories - SLOTS + slot
         draw = random.integers(0, bound + 1, records)
-        taken = (out[:, :slot] == draw[:, None]).any(axis=1)
-        out[:, slot] = np.where(taken, bound, draw)
-    return random.permuted(out, axis=1)
-
-
-def random_stream(seed: int, stream: int) -> np.random.Generator:
-    """Numbers of their own for each (seed, stream)."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+        taken = (drawn[:, :slot] == draw[:, None]).any(axis=1)
+        drawn[:, slot] = np.where(taken, bound, draw)
+    return random.permuted(drawn, axis=1)

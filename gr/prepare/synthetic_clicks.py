@@ -5,7 +5,7 @@ The generator, all of it from one seed (and numpy's sampling methods, which a ne
 1.  A dense value is log(x + 1) of a count x with P(x >= k) = 1 / (k + 1).
 2.  An id of a column has rank r = 1..V with probability in proportion to r^-skew, V = cardinality - 1. Which of the
     ids 1..V has which rank is random in each column; id 0 (missing, rare or unseen) is never drawn. A row has `hots`
-    ids in each column, independent, so an id may be there twice.
+    ids in each column, independent, so an id may occur twice.
 3.  logit = bias + a . dense + sum over columns c of w_c + sum over pairs c < d of v_c . v_d, where w_c adds the weights
     of the row's ids in column c and v_c their hidden vectors of width 2, both divided by sqrt(hots). All are normal
     draws, then moved in each column to mean 0 under the ids' distribution, so that a pair's product says nothing
@@ -21,69 +21,60 @@ Peak for 0.1 and 2 million rows of the defaults: 0.14 GB, and 1 and 4 s.
 B rows of a chunk, N dense columns, C sparse columns, H ids of a row in one column, V ids of a column, K = 2.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.optimize import brentq
 from scipy.special import expit
-from tqdm import tqdm
 
 from gr.errors import ConfigError
-from gr.prepare.criteo import ROWS_PER_GROUP, dense_feature
-from gr.prepare.synthetic import ORACLE_FILE, random_stream
+from gr.prepare.generate import random_stream, require_at_least, rows_between, size, stated, write_oracle
+from gr.prepare.tabular import ROWS_PER_GROUP, column_names, dense_feature, tabular_table, write_tabular
 from gr.schema import FORMAT_VERSION, DenseTransform, SourceRows, SparseColumn, TabularSchema
 
 BASE_RATE, WIDTH = 0.2, 2
 DENSE_SD, IDS_SD, PAIRS_SD = 0.5, 0.7, 1.5
-_FEATURE_SD = 1.0844187  # of log(x + 1); its mean square is the sum over k of (log(k + 1)^2 - log(k)^2) / (k + 1)
+# Standard deviation of log(x + 1), whose mean square is the sum over k of (log(k + 1)^2 - log(k)^2) / (k + 1).
+_FEATURE_SD = 1.0844187
 _CHUNK = ROWS_PER_GROUP  # rows drawn together; part of the definition, since each chunk has its own random stream
-_GROUPS_PER_PART = 64
-_LABEL = "label"
 _LIMITS = {"rows": 1, "test_rows": 1, "columns": 2, "cardinality": 3, "dense": 1, "hots": 1, "seed": 0}
 _REASONS = {
     "columns": "; an interaction is of two columns",
     "cardinality": "; id 0 is never drawn, and one id alone says nothing",
     "dense": "; DLRM needs a dense feature",
 }
-_MOST_SKEW = 3.0
+_LARGEST_SKEW = 3.0
 Part = Literal["train", "test"]
 _STREAMS = ("teacher", "settle", "train", "test")
 
 
 @dataclass(frozen=True)
 class ClickOptions:
-    """rows: of train/. columns: of ids. cardinality: rows of each table. dense: dense columns. skew: exponent of Zipf's
-    law. hots: ids of a row in each column. Raises ConfigError for values the definition does not allow.
-    """
+    """Size of the two folders. Raises ConfigError for values the definition does not allow."""
 
-    rows: int = 20_000
-    test_rows: int = 5_000
-    columns: int = 8
-    cardinality: int = 100
-    dense: int = 4
-    skew: float = 1.05
-    hots: int = 1
-    seed: int = 1
+    rows: int = size(20_000, "Rows of train/.")
+    test_rows: int = size(5_000, "Rows of test/.")
+    columns: int = size(8, "Columns of ids.")
+    cardinality: int = size(100, "Rows of each table; no row has id 0.")
+    dense: int = size(4, "Dense columns.")
+    skew: float = size(1.05, "Exponent of Zipf's law; 0: all ids alike.")
+    hots: int = size(1, "Ids of a row in each column.")
+    seed: int = size(1)
 
     def __post_init__(self) -> None:
-        for name, least in _LIMITS.items():
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)}: must be at least {least}{_REASONS.get(name, '')}; set {name} higher"
-                )
+        require_at_least(self, _LIMITS, _REASONS)
         for name, most in {"cardinality": np.iinfo(np.int32).max, "seed": np.iinfo(np.int64).max}.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at most {most}; set {name} lower")
-        if not 0 <= self.skew <= _MOST_SKEW:
+        if not 0 <= self.skew <= _LARGEST_SKEW:
             raise ConfigError(
-                f"skew={self.skew}: must be from 0 (all ids alike) to {_MOST_SKEW:g} (one id has most of a column); "
+                f"skew={self.skew}: must be from 0 (all ids alike) to {_LARGEST_SKEW:g} (one id has most of a column); "
                 "set it in between"
             )
 
@@ -101,9 +92,6 @@ class Clicks:
     additive_B: np.ndarray
     logit_B: np.ndarray
 
-    def cut(self, start: int, stop: int) -> "Clicks":
-        return Clicks(**{name: value[start:stop] for name, value in vars(self).items()})
-
 
 class ClickStream:
     """The rows of one set of options; they can be drawn in any order."""
@@ -113,7 +101,7 @@ class ClickStream:
         columns, ids = options.columns, options.cardinality - 1
         random = _random(options.seed, "teacher", 0)
         weight_V = np.arange(1, ids + 1, dtype=np.float64) ** -options.skew
-        self.probability_V = weight_V / weight_V.sum()  # of rank V + 1
+        self.probability_V = weight_V / weight_V.sum()  # probability of rank V + 1
         self._below_V = np.cumsum(self.probability_V)
         self._below_V /= self._below_V[-1]
         dense_N = random.standard_normal(options.dense)
@@ -123,20 +111,18 @@ class ClickStream:
         self.hidden_CVK = random.standard_normal((columns, ids, WIDTH), dtype=np.float32)
         self._centre_and_scale()
         self.bias = 0.0
-        settle = self._draw("settle", 0)
-        self.bias = float(brentq(lambda bias: expit(settle.logit_B + bias).mean() - BASE_RATE, -100.0, 100.0))
-        self._additive_slope, self._additive_bias = _least_log_loss(
-            settle.additive_B, expit(settle.logit_B + self.bias), self.bias
+        sample = self._draw("settle", 0)
+        self.bias = float(brentq(lambda bias: expit(sample.logit_B + bias).mean() - BASE_RATE, -100.0, 100.0))
+        self._additive_slope, self._additive_bias = _fitted_logit(
+            sample.additive_B, expit(sample.logit_B + self.bias), self.bias
         )
 
     def chunks(self, part: Part, first: int, stop: int) -> Iterator[Clicks]:
         """Rows [first, stop) of the part in order, in chunks of at most 16,384; from a multiple of it, whole ones."""
-        for number in range(first // _CHUNK, -(-stop // _CHUNK)):
-            start = number * _CHUNK
-            yield self._draw(part, number).cut(max(first - start, 0), min(stop - start, _CHUNK))
+        yield from rows_between(partial(self._draw, part), _CHUNK, first, stop)
 
     def additive_logit(self, clicks: Clicks) -> np.ndarray:
-        """float64 [B]: the logit without products of pairs, with the slope and bias of least log loss."""
+        """float64 [B]: the logit without products of pairs, with the slope and bias of smallest log loss."""
         return self._additive_slope * (clicks.additive_B - self.bias) + self._additive_bias
 
     def _centre_and_scale(self) -> None:
@@ -171,27 +157,25 @@ class ClickStream:
 
 
 def write_clicks(options: ClickOptions, folder: Path, source: str = "gr prepare clicks") -> dict[str, Any]:
-    """Write the tabular folders folder/train and folder/test, and folder/oracle.json; returns what oracle.json says.
+    """Write the tabular folders folder/train and folder/test, and folder/oracle.json.
 
-    Raises ConfigError where the labels of test/ are all the same.
+    Returns the content of oracle.json. Raises ConfigError where the labels of test/ are all the same.
     """
-    stream, rows = ClickStream(options), {"train": options.rows, "test": options.test_rows}
-    with tqdm(total=sum(rows.values()), unit="row", unit_scale=True, desc="clicks", disable=None) as bar:
-        _write_part(stream, "train", options.rows, folder / "train", bar)
-        _write_part(stream, "test", options.test_rows, folder / "test", bar)
-    for part, count in rows.items():
-        stated = f"{source} {json.dumps(asdict(options))}, {part}"
-        _schema(options, f"clicks-{part}", count, stated).save(folder / part)
-    oracle = click_oracle(stream)
-    (folder / ORACLE_FILE).write_text(json.dumps(oracle, indent=2) + "\n", encoding="utf-8")
-    return oracle
+    stream = ClickStream(options)
+    sizes: dict[Part, int] = {"train": options.rows, "test": options.test_rows}
+    for part, rows in sizes.items():
+        schema = _schema(options, f"clicks-{part}", rows, stated(source, options, f", {part}"))
+        names = column_names(schema)
+        write_tabular(folder / part, schema, (_table(names, c) for c in stream.chunks(part, 0, rows)), f"clicks {part}")
+    return write_oracle(folder, click_oracle(stream))
 
 
 def click_oracle(stream: ClickStream) -> dict[str, Any]:
     """AUC, NE and log loss of the true probabilities on the labels of test/, which no model exceeds in expectation.
 
-    without_interactions: of the logit without products of pairs, with the slope and bias of least log loss. Nearly the
-    best additive model: one fitted to the true probabilities of 400,000 rows of the defaults has NE 0.949, this 0.952.
+    without_interactions: metrics of the logit without products of pairs, with the slope and bias of smallest log loss.
+    It is nearly the best additive model: one fitted to the true probabilities of 400,000 rows of the defaults has NE
+    0.949, this 0.952.
     Raises ConfigError where those labels are all the same.
     """
     options, parts = stream.options, []
@@ -213,43 +197,21 @@ def click_oracle(stream: ClickStream) -> dict[str, Any]:
     }
 
 
-def _write_part(stream: ClickStream, part: Part, rows: int, folder: Path, bar: tqdm) -> None:
-    folder.mkdir(parents=True)
-    step = _CHUNK * _GROUPS_PER_PART
-    for number, first in enumerate(range(0, rows, step)):
-        writer: pq.ParquetWriter | None = None
-        for clicks in stream.chunks(part, first, min(first + step, rows)):
-            table = _table(clicks)
-            if writer is None:
-                writer = pq.ParquetWriter(folder / f"part-{number:05d}.parquet", table.schema, compression="zstd")
-            writer.write_table(table, row_group_size=table.num_rows)
-            bar.update(table.num_rows)
-        assert writer is not None
-        writer.close()
-
-
-def _table(clicks: Clicks) -> pa.Table:
-    columns = {_LABEL: pa.array(clicks.labels_B)}
-    for place, name in enumerate(_names("i", clicks.counts_BN.shape[1])):
-        columns[name] = pa.array(dense_feature(clicks.counts_BN[:, place], "log1p_clip", 0))
-    rows, columns_count, hots = clicks.ids_BCH.shape
-    for place, name in enumerate(_names("c", columns_count)):
-        ids = pa.array(clicks.ids_BCH[:, place].ravel())
-        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(hots))
-        columns[name] = ids if hots == 1 else pa.ListArray.from_arrays(offsets, ids)
-    return pa.table(columns)
+def _table(names: list[str], clicks: Clicks) -> pa.Table:
+    dense_BN = dense_feature(clicks.counts_BN, "log1p_clip", 0)
+    return tabular_table(names, clicks.labels_B, dense_BN.T, clicks.ids_BCH.transpose(1, 0, 2))
 
 
 def _schema(options: ClickOptions, name: str, rows: int, source: str) -> TabularSchema:
-    columns = _names("c", options.columns)
+    ids = [f"c{number + 1}" for number in range(options.columns)]
     return TabularSchema(
         format_version=FORMAT_VERSION,
         kind="tabular",
         name=name,
-        labels=[_LABEL],
-        dense=_names("i", options.dense),
+        labels=["label"],
+        dense=[f"i{number + 1}" for number in range(options.dense)],
         transform=DenseTransform(name="log1p_clip", version=1),
-        sparse=[SparseColumn(name=name, cardinality=options.cardinality, hots=options.hots) for name in columns],
+        sparse=[SparseColumn(name=column, cardinality=options.cardinality, hots=options.hots) for column in ids],
         rows=rows,
         threshold=1,
         files=[SourceRows(name=name, rows=rows, minimum=0)],
@@ -257,12 +219,8 @@ def _schema(options: ClickOptions, name: str, rows: int, source: str) -> Tabular
     )
 
 
-def _names(letter: str, count: int) -> list[str]:
-    return [f"{letter}{number}" for number in range(1, count + 1)]
-
-
 def _metrics(logit_B: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
-    """As gr.metrics.ranking, which needs torch, defines them."""
+    """AUC, NE and log loss by the definitions of gr.metrics.ranking, which needs torch."""
     _, place_B, count_U = np.unique(logit_B, return_inverse=True, return_counts=True)
     rank_B = (np.cumsum(count_U) - (count_U - 1) / 2)[place_B]
     positives, base_rate = int(labels_B.sum()), float(labels_B.mean())
@@ -273,14 +231,14 @@ def _metrics(logit_B: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
     return {"auc": auc, "ne": log_loss / entropy, "log_loss": log_loss}
 
 
-def _least_log_loss(score_B: np.ndarray, probability_B: np.ndarray, bias: float) -> tuple[float, float]:
-    """Slope and bias of a logit linear in the score, of least expected log loss: Newton's method from (1, bias)."""
+def _fitted_logit(score_B: np.ndarray, probability_B: np.ndarray, bias: float) -> tuple[float, float]:
+    """Slope and bias of the logit linear in the score of smallest expected log loss: Newton's method from (1, bias)."""
     design_B2 = np.stack([score_B, np.ones_like(score_B)], axis=1)
     fit_2 = np.array([1.0, bias])
     for _ in range(20):
-        guess_B = expit(design_B2 @ fit_2)
-        curvature_22 = (design_B2.T * (guess_B * (1 - guess_B))) @ design_B2
-        fit_2 += np.linalg.solve(curvature_22, design_B2.T @ (probability_B - guess_B))
+        fitted_B = expit(design_B2 @ fit_2)
+        curvature_22 = (design_B2.T * (fitted_B * (1 - fitted_B))) @ design_B2
+        fit_2 += np.linalg.solve(curvature_22, design_B2.T @ (probability_B - fitted_B))
     return float(fit_2[0]), float(fit_2[1])
 
 

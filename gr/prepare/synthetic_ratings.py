@@ -14,34 +14,34 @@ dlrm_v3/streaming_synthetic_data.py). The process, not its numbers; all of it fr
 B users of a chunk, K categories of a user.
 """
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from gr.errors import ConfigError
-from gr.prepare.synthetic import random_stream
-from gr.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
+from gr.prepare import generate
+from gr.prepare.write import Users
 from gr.schema import DataSchema, HistoryColumns
 
-_CHUNK = 8 * ROWS_PER_GROUP
 _TAKES_PART, _MAX_ALPHA = 0.7, 500
-_START, _DAY, _MINUTE = 978_307_200, 86_400, 60  # 2001-01-01
+_MINUTE = 60
+_DAY_MINUTES = generate.DAY_SECONDS // _MINUTE
 
 
 @dataclass(frozen=True)
 class RatingOptions:
-    users: int = 2_000
-    items: int = 10_000
-    categories: int = 128
-    user_categories: int = 5
-    times: int = 10
-    events: int = 20
-    seed: int = 1
+    """Size of the folder. Raises ConfigError on sizes the definition does not allow."""
+
+    users: int = generate.size(2_000, at_least=1)
+    items: int = generate.size(10_000, "Item ids 1..items.", at_least=1)
+    categories: int = generate.size(128, "Categories of the items.", at_least=1)
+    user_categories: int = generate.size(5, "Categories of each user.", at_least=1)
+    times: int = generate.size(10, "Days.", at_least=1)
+    events: int = generate.size(20, "Events of a user at one time.", at_least=1)
+    seed: int = generate.size(1, at_least=0)
 
     def __post_init__(self) -> None:
         if self.user_categories > self.categories:
@@ -51,10 +51,8 @@ class RatingOptions:
                 f"--items {self.items} leaves a category without items at first: give at least "
                 f"{self.categories * self.times} (categories x times)"
             )
-        if self.events * _MINUTE > _DAY:
-            raise ConfigError(
-                f"--events {self.events} a time is more than a day has minutes: {_DAY // _MINUTE} at most"
-            )
+        if self.events > _DAY_MINUTES:
+            raise ConfigError(f"--events {self.events} a time is more than a day has minutes: {_DAY_MINUTES} at most")
 
     @property
     def columns(self) -> HistoryColumns:
@@ -69,58 +67,55 @@ class RatingOptions:
 
 def write_ratings(options: RatingOptions, folder: Path) -> DataSchema:
     """Write a data folder of user histories."""
-    item_rating = random_stream(options.seed, 0).uniform(1, 5, options.items + 1)
-    writer = FolderWriter(folder, options.columns, item_cardinality=options.items + 1)
-    with tqdm(total=options.users, unit="user", desc="streaming", disable=None) as bar:
-        for users in _chunks(options, item_rating):
-            writer.write(users)
-            bar.update(len(users.user_ids))
-    return writer.close(
+    return generate.write_histories(
+        folder,
+        _chunks(options),
+        options.columns,
+        items=options.items,
         name="streaming",
-        order="as generated, oldest first",
-        source=f"gr prepare streaming {json.dumps(asdict(options))}",
-        corpus=np.arange(1, options.items + 1),
+        source=generate.stated("gr prepare streaming", options),
     )
 
 
-def _chunks(options: RatingOptions, item_rating: np.ndarray) -> Iterator[Users]:
-    for number, first in enumerate(range(0, options.users, _CHUNK)):
-        yield _draw(options, item_rating, first, min(_CHUNK, options.users - first), number)
+def _chunks(options: RatingOptions) -> Iterator[Users]:
+    item_rating = generate.random_stream(options.seed, 0).uniform(1, 5, options.items + 1)
+    for number, first in enumerate(range(0, options.users, generate.HISTORY_CHUNK)):
+        random = generate.random_stream(options.seed, 1 + number)
+        yield _draw(options, random, item_rating, np.arange(first, min(first + generate.HISTORY_CHUNK, options.users)))
 
 
-def _draw(options: RatingOptions, item_rating: np.ndarray, first: int, users: int, number: int) -> Users:
-    random = random_stream(options.seed, 1 + number)
-    K, size = options.user_categories, options.items // options.categories
-    mine_BK = np.argsort(random.random((users, options.categories)), axis=1)[:, :K]
+def _draw(options: RatingOptions, random: np.random.Generator, item_rating: np.ndarray, user_ids: np.ndarray) -> Users:
+    users, K = len(user_ids), options.user_categories
+    category_items = options.items // options.categories
+    category_BK = np.argsort(random.random((users, options.categories)), axis=1)[:, :K]
     phase_BK = random.uniform(0, 2 * math.pi, (users, K))
     alpha_B = random.integers(1, _MAX_ALPHA + 1, users)
-    count_BK, rows = np.zeros((users, K)), np.arange(users)
-    drawn: list[tuple[np.ndarray, ...]] = []
+    count_BK, row_B = np.zeros((users, K)), np.arange(users)
+    events: list[tuple[np.ndarray, ...]] = []
     for t in range(options.times):
-        here_B = random.random(users) < _TAKES_PART
-        exist = max(1, size * (t + 1) // options.times)
+        present = np.flatnonzero(random.random(users) < _TAKES_PART)
+        exist = max(1, category_items * (t + 1) // options.times)
         for event in range(options.events):
             weight_BK = alpha_B[:, None] / K + count_BK
-            place_B = (random.random(users) * weight_BK.sum(1))[:, None]
-            slot_B = np.minimum((weight_BK.cumsum(1) < place_B).sum(1), K - 1)
-            item_B = mine_BK[rows, slot_B] * size + random.integers(0, exist, users) + 1
-            taste_B = 3 + 2 * np.cos(math.pi * t / 4 + phase_BK[rows, slot_B])
-            count_BK[rows[here_B], slot_B[here_B]] += 1
+            slot_B = generate.urn_slots(random, weight_BK, weight_BK.sum(1), K)
+            item_B = category_BK[row_B, slot_B] * category_items + random.integers(0, exist, users) + 1
+            taste_B = 3 + 2 * np.cos(math.pi * t / 4 + phase_BK[row_B, slot_B])
+            count_BK[present, slot_B[present]] += 1
             rating_B = (item_rating[item_B] + taste_B) / 2
-            now = _START + t * _DAY + event * _MINUTE
-            drawn.append((rows[here_B], item_B[here_B], rating_B[here_B], np.full(int(here_B.sum()), now)))
-    user, item, rating, time = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+            second = generate.START_SECOND + t * generate.DAY_SECONDS + event * _MINUTE
+            events.append((present, item_B[present], rating_B[present], np.full(len(present), second)))
+    user, item, rating, time = (np.concatenate(parts) for parts in zip(*events, strict=True))
     order = np.argsort(user, kind="stable")
     item, rating = item[order], rating[order].astype(np.float32)
     return Users(
-        user_ids=np.arange(first, first + users),
+        user_ids=user_ids,
         offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))]),
         item_ids=item,
         timestamps=time[order],
         ratings=rating,
         columns={
             "actions": (rating > 3).astype(np.int32) | (rating > 4).astype(np.int32) << 1,
-            "item_category_id": (item - 1) // size + 1,
-            "user": np.arange(first, first + users) + 1,
+            "item_category_id": (item - 1) // category_items + 1,
+            "user": user_ids + 1,
         },
     )

@@ -16,23 +16,30 @@ clusters comes; a model without time has to bet on both. The two oracles differ 
 The first 90 % of the records are train/, the last 10 % test/. B records of a chunk, N events, K clusters.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from gr.prepare.oracle import averaged, by_protocol, seen_in_groups
-from gr.prepare.synthetic import ORACLE_FILE, StreamOptions, as_users, random_stream
-from gr.prepare.write import ROWS_PER_GROUP, FolderWriter
+from gr.prepare import generate
+from gr.prepare.oracle import stream_oracle
+from gr.prepare.synthetic import StreamOptions
 from gr.schema import HistoryColumns
 
-_CHUNK = 8 * ROWS_PER_GROUP
 _LONG, _NOISE = 0.5, 0.1
-_SHORT_SECONDS, _LONG_SECONDS = (10, 100), (86_400, 864_000)
-_START, _YEAR = 978_307_200, 31_536_000  # 2001-01-01
+_SHORT_SECONDS, _LONG_SECONDS = (10, 100), (generate.DAY_SECONDS, 10 * generate.DAY_SECONDS)
+_YEAR_SECONDS = 365 * generate.DAY_SECONDS
+
+
+@dataclass(frozen=True)
+class TimeOptions(StreamOptions):
+    """Size of a stream, with the defaults of `gr prepare synthetic-time`."""
+
+    items: int = generate.size(1_000, "Item ids 1..items.", at_least=1)
+    categories: int = generate.size(50, "Groups of items.", at_least=1)
+    records: int = generate.size(20_000, "Users; the last tenth is test.", at_least=1)
+    length: int = generate.size(50, "Events of each record.", at_least=1)
 
 
 class TimeStream:
@@ -40,20 +47,21 @@ class TimeStream:
 
     def __init__(self, options: StreamOptions) -> None:
         self.options = options
-        order = random_stream(options.seed, 0).permutation(options.items) + 1
+        order = generate.random_stream(options.seed, 0).permutation(options.items) + 1
         self.cluster_of_item = np.full(options.items + 1, -1)
         self.cluster_of_item[order] = np.arange(options.items) % options.categories
         self._by_cluster = np.argsort(self.cluster_of_item[1:], kind="stable") + 1
         self.size_K = np.bincount(self.cluster_of_item[1:], minlength=options.categories)
         self._start_K = np.cumsum(self.size_K) - self.size_K
 
-    def chunks(self, part: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first record, items_BN, times_BN) of part train or test, at most 4,096 records each."""
+    def chunks(self, part: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(record_B, items_BN, times_BN) of part train or test, at most 4,096 records each."""
         train, records = self.options.train_records, self.options.records
         first, stop = (0, train) if part == "train" else (train, records)
-        for number, start in enumerate(range(first, stop, _CHUNK)):
-            random = random_stream(self.options.seed, 1 + 2 * number + (part == "test"))
-            yield start, *self._draw(random, min(_CHUNK, stop - start))
+        for number, start in enumerate(range(first, stop, generate.HISTORY_CHUNK)):
+            random = generate.random_stream(self.options.seed, 1 + 2 * number + (part == "test"))
+            records_B = np.arange(start, min(start + generate.HISTORY_CHUNK, stop))
+            yield records_B, *self._draw(random, len(records_B))
 
     def _draw(self, random: np.random.Generator, records: int) -> tuple[np.ndarray, np.ndarray]:
         options = self.options
@@ -63,7 +71,7 @@ class TimeStream:
         fraction_BN = random.random((records, options.length))
         gaps_BN = np.where(long_BN, _log_uniform(_LONG_SECONDS, fraction_BN), _log_uniform(_SHORT_SECONDS, fraction_BN))
         gaps_BN = gaps_BN.astype(np.int64)
-        gaps_BN[:, 0] = random.integers(_START, _START + _YEAR, records)
+        gaps_BN[:, 0] = random.integers(generate.START_SECOND, generate.START_SECOND + _YEAR_SECONDS, records)
         pick_BN = random.random((records, options.length))
         home_B = random.integers(0, options.categories, records)
         items_BN = np.empty((records, options.length), dtype=np.int64)
@@ -79,22 +87,18 @@ class TimeStream:
 
 
 def write_time_stream(options: StreamOptions, folder: Path, source: str = "gr prepare synthetic-time") -> dict:
-    """Write folder/train, folder/test and folder/oracle.json; returns what oracle.json says."""
+    """Write folder/train, folder/test and folder/oracle.json; returns the content of oracle.json."""
     stream = TimeStream(options)
-    corpus = np.arange(1, options.items + 1)
-    with tqdm(total=options.records, unit="record", desc="synthetic-time", disable=None) as bar:
-        for part in ("train", "test"):
-            writer = FolderWriter(folder / part, HistoryColumns(timestamps=True), item_cardinality=options.items + 1)
-            for first, items_BN, times_BN in stream.chunks(part):
-                writer.write(as_users(first, items_BN, times_BN))
-                bar.update(len(items_BN))
-            stated = f"{source} {json.dumps(asdict(options))}, {part}"
-            writer.close(
-                name=f"synthetic-time-{part}", order="as generated, oldest first", source=stated, corpus=corpus
-            )
-    oracle = time_oracles(stream)
-    (folder / ORACLE_FILE).write_text(json.dumps(oracle, indent=2) + "\n", encoding="utf-8")
-    return oracle
+    for part in ("train", "test"):
+        generate.write_histories(
+            folder / part,
+            (generate.equal_length_users(*chunk) for chunk in stream.chunks(part)),
+            HistoryColumns(timestamps=True),
+            items=options.items,
+            name=f"synthetic-time-{part}",
+            source=generate.stated(source, options, f", {part}"),
+        )
+    return generate.write_oracle(folder, time_oracles(stream))
 
 
 def time_oracles(stream: TimeStream) -> dict:
@@ -105,30 +109,28 @@ def time_oracles(stream: TimeStream) -> dict:
     Items of one score tie: metrics are expected values over random order of ties. Protocols: gr/prepare/oracle.py
     by_protocol.
     """
-    options, clusters = stream.options, stream.options.categories
-    found: dict[str, list] = {"with_gap": [], "without_gap": []}
-    repeats = []
+    about, metrics = stream_oracle(
+        stream.options,
+        "cluster of each item, the ring, the noise, the history; with_gap also the gap before the target",
+        stream.cluster_of_item,
+        _scored(stream),
+    )
+    return about | metrics
+
+
+def _scored(stream: TimeStream) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """(items_BN, size_BK, score_BK by oracle) of the chunks of test."""
+    clusters = stream.options.categories
     for _, items_BN, times_BN in stream.chunks("test"):
-        history_BN, target_B = items_BN[:, :-1], items_BN[:, -1]
-        long_B = times_BN[:, -1] - times_BN[:, -2] >= _LONG_SECONDS[0]
-        home_BK = np.eye(clusters)[stream.cluster_of_item[history_BN[:, 0]]]
-        after_BK = np.eye(clusters)[(stream.cluster_of_item[history_BN[:, -1]] + 1) % clusters]
-        repeats.append((history_BN == target_B[:, None]).any(axis=1))
-        seen_BK = seen_in_groups(history_BN, target_B, stream.cluster_of_item, clusters)
-        size_BK = np.broadcast_to(stream.size_K, seen_BK.shape)
-        beliefs = {"with_gap": long_B[:, None].astype(float), "without_gap": np.full((len(long_B), 1), _LONG)}
-        for name, long_B1 in beliefs.items():
-            cluster_BK = long_B1 * home_BK + (1.0 - long_B1) * after_BK
-            score_BK = (1.0 - _NOISE) * cluster_BK / stream.size_K + _NOISE / options.items
-            group_B = stream.cluster_of_item[target_B]
-            found[name].append(by_protocol(score_BK, size_BK, seen_BK, group_B, repeats[-1]))
-    return {
-        "options": asdict(options),
-        "target": "newest event of each record of test/",
-        "records": options.records - options.train_records,
-        "repeated_targets": float(np.concatenate(repeats).mean()),
-        "knows": "cluster of each item, the ring, the noise, the history; with_gap also the gap before the target",
-    } | {name: averaged(chunks) for name, chunks in found.items()}
+        home_BK = np.eye(clusters)[stream.cluster_of_item[items_BN[:, 0]]]
+        after_BK = np.eye(clusters)[(stream.cluster_of_item[items_BN[:, -2]] + 1) % clusters]
+        long_B1 = (times_BN[:, -1:] - times_BN[:, -2:-1] >= _LONG_SECONDS[0]).astype(float)
+        beliefs = {"with_gap": long_B1, "without_gap": np.full_like(long_B1, _LONG)}
+        scores = {}
+        for name, belief_B1 in beliefs.items():
+            cluster_BK = belief_B1 * home_BK + (1.0 - belief_B1) * after_BK
+            scores[name] = (1.0 - _NOISE) * cluster_BK / stream.size_K + _NOISE / stream.options.items
+        yield items_BN, np.broadcast_to(stream.size_K, home_BK.shape), scores
 
 
 def _log_uniform(bounds: tuple[int, int], fraction: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Rows drawn from a tabular folder, as many as wanted: traffic of the real skew, for speed, caches and plans.
+"""Rows drawn from a tabular folder, in any number: traffic of the real skew, for speed, caches and plans.
 
-The profile is the first rows of the folder, at most `profile_rows`. There are two ways to draw from it:
+The profile is the first rows of the folder, at most `profile_rows`. Rows are drawn from it in two ways:
 
 block = 1   A row has the label, the dense values and the missing ids of one row of the profile, drawn uniformly:
             columns that are missing together stay so. Each other id is that of its column in another row, drawn
@@ -22,30 +22,25 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from gr.data.tabular import TabularDataset, TabularRows
 from gr.errors import ConfigError
-from gr.prepare.criteo import ROWS_PER_GROUP
+from gr.prepare.generate import random_stream, require_at_least, size
+from gr.prepare.tabular import ROWS_PER_GROUP, column_names, tabular_table, write_tabular
 from gr.schema import SourceRows, TabularSchema
-
-_GROUPS_PER_PART = 64
 
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """rows: to write. block: see the module. Raises ConfigError for numbers below 1, and a seed below 0."""
+    """Size of the folder; for block see the module. Raises ConfigError for numbers below 1, and a seed below 0."""
 
-    rows: int
-    block: int = 1
-    profile_rows: int = 1_000_000
-    seed: int = 1
+    rows: int = size(1_000_000, "Rows to write.")
+    block: int = size(1, "Rows drawn together, in the source's order.")
+    profile_rows: int = size(1_000_000, "First rows of the source to read.")
+    seed: int = size(1)
 
     def __post_init__(self) -> None:
-        for name, least in {"rows": 1, "block": 1, "profile_rows": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}; set {name} higher")
+        require_at_least(self, {"rows": 1, "block": 1, "profile_rows": 1, "seed": 0})
 
 
 class Trace:
@@ -66,8 +61,7 @@ class Trace:
     def chunks(self) -> Iterator[TabularRows]:
         """All rows in order, in chunks of at most ROWS_PER_GROUP."""
         for number, start in enumerate(range(0, self.options.rows, ROWS_PER_GROUP)):
-            key = np.array([self.options.seed, number], dtype=np.uint64)
-            random = np.random.Generator(np.random.Philox(key=key))
+            random = random_stream(self.options.seed, number)
             yield self._draw(random, min(ROWS_PER_GROUP, self.options.rows - start))
 
     def _draw(self, random: np.random.Generator, count: int) -> TabularRows:
@@ -85,15 +79,9 @@ class Trace:
         return TabularRows(profile.labels_B[row_B], profile.dense_BN[row_B], ids_BH)
 
     def table(self, rows: TabularRows) -> pa.Table:
-        """As the parts of a tabular folder have it."""
-        schema = self.schema
-        arrays = {schema.labels[0]: pa.array(rows.labels_B)}
-        arrays |= {name: pa.array(dense_B) for name, dense_B in zip(schema.dense, rows.dense_BN.T, strict=True)}
-        for column, place in zip(schema.sparse, self._columns, strict=True):
-            ids = pa.array(rows.ids_BH[:, place].reshape(-1))
-            offsets = pa.array(np.arange(len(rows.labels_B) + 1, dtype=np.int32) * np.int32(column.hots))
-            arrays[column.name] = ids if column.hots == 1 else pa.ListArray.from_arrays(offsets, ids)
-        return pa.table(arrays)
+        """Rows as a table of the folder's columns."""
+        ids = [rows.ids_BH[:, column] for column in self._columns]
+        return tabular_table(column_names(self.schema), rows.labels_B, rows.dense_BN.T, ids)
 
 
 def write_trace(source: Path, folder: Path, options: TraceOptions) -> TabularSchema:
@@ -102,26 +90,12 @@ def write_trace(source: Path, folder: Path, options: TraceOptions) -> TabularSch
     Raises ConfigError as Trace does, DataError for bad rows of the source.
     """
     trace = Trace(TabularDataset.open(source), options)
-    writer: pq.ParquetWriter | None = None
-    with tqdm(total=options.rows, unit="row", unit_scale=True, desc="trace", disable=None) as bar:
-        for number, rows in enumerate(trace.chunks()):
-            table = trace.table(rows)
-            if number % _GROUPS_PER_PART == 0:
-                if writer is not None:
-                    writer.close()
-                path = folder / f"part-{number // _GROUPS_PER_PART:05d}.parquet"
-                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
-            assert writer is not None
-            writer.write_table(table, row_group_size=table.num_rows)
-            bar.update(table.num_rows)
-    assert writer is not None
-    writer.close()
     name = f"{trace.schema.name}-trace"
-    stated = f"gr prepare trace --seed {options.seed} --block {options.block}, {trace.profile_rows} rows of {source}"
+    origin = f"gr prepare trace --seed {options.seed} --block {options.block}, {trace.profile_rows} rows of {source}"
     files = [SourceRows(name=name, rows=options.rows, minimum=0)]
-    changes = {"name": name, "rows": options.rows, "files": files, "source": stated}
+    changes = {"name": name, "rows": options.rows, "files": files, "source": origin}
     schema = trace.schema.model_copy(update=changes | {"bad_rows": {}, "negative_counts": {}})
-    schema.save(folder)
+    write_tabular(folder, schema, map(trace.table, trace.chunks()), "trace")
     return schema
 
 

@@ -47,10 +47,7 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
 
     Raises DataError if `out` exists and force is not set.
     """
-    if out.exists() and not force:
-        raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
-    if out.exists() and not _is_replaceable(out):
-        raise DataError(f"{out}: is no data folder, so --force does not replace it; choose another --out")
+    require_replaceable(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     temporary.chmod(0o755)
@@ -67,24 +64,99 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_replaceable(out: Path) -> bool:
-    """Whether `out` is an empty folder, a data folder, or the folder of a stream (train/, test/)."""
-    return out.is_dir() and (not any(out.iterdir()) or any((out / p / SCHEMA_FILE).is_file() for p in (".", "train")))
+def require_replaceable(out: Path, force: bool) -> None:
+    """DataError if `out` exists, unless force is set and it is an empty folder, a data folder or train/ and test/."""
+    if not out.exists():
+        return
+    if not force:
+        raise DataError(f"{out}: exists already; pass --force to replace it, or choose another --out")
+    schemas = (out / SCHEMA_FILE, out / "train" / SCHEMA_FILE)
+    if not (out.is_dir() and (not any(out.iterdir()) or any(schema.is_file() for schema in schemas))):
+        raise DataError(f"{out}: is no data folder, so --force does not replace it; choose another --out")
+
+
+class PartWriter:
+    """Writes tables as part-00000.parquet, part-00001.parquet, ... in row groups, whatever their rows come in.
+
+    Memory: less than a row group, and what one call brings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        group_rows: int,
+        *,
+        groups_per_part: int | None = None,
+        rows_per_part: int | None = None,
+        first_part: int = 0,
+    ) -> None:
+        """A part ends after groups_per_part row groups or rows_per_part rows, where given."""
+        self._folder, self._group_rows, self._first_part = folder, group_rows, first_part
+        self._groups_per_part, self._rows_per_part = groups_per_part, rows_per_part
+        self._pending: pa.Table | None = None
+        self._writer: pq.ParquetWriter | None = None
+        self._part_rows = self._part_groups = 0
+        self.rows = self.parts = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows; those that do not fill a row group wait for more."""
+        self._pending = table if self._pending is None else pa.concat_tables([self._pending, table])
+        while self._pending.num_rows >= self._rows_of_next_group():
+            self._write_group(self._rows_of_next_group())
+
+    def end_group(self) -> None:
+        """Write the rows that wait as a row group of their own."""
+        if self._pending is not None and self._pending.num_rows:
+            self._write_group(self._pending.num_rows)
+
+    def end_part(self) -> None:
+        """Finish the file; the next row begins another."""
+        self.end_group()
+        self._close_file()
+
+    def _rows_of_next_group(self) -> int:
+        if self._rows_per_part is None:
+            return self._group_rows
+        return min(self._group_rows, self._rows_per_part - self._part_rows)
+
+    def _write_group(self, rows: int) -> None:
+        assert self._pending is not None
+        group, self._pending = self._pending.slice(0, rows), self._pending.slice(rows)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._folder / part_name(self._first_part + self.parts), group.schema, compression="zstd"
+            )
+            self.parts += 1
+        self._writer.write_table(group, row_group_size=rows)
+        self.rows += rows
+        self._part_rows += rows
+        self._part_groups += 1
+        if self._part_rows == self._rows_per_part or self._part_groups == self._groups_per_part:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer, self._part_rows, self._part_groups = None, 0, 0
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
 
 
 class FolderWriter:
-    """Writes parts as users come, in the order given, then items.parquet and schema.json. Memory: one part's group."""
+    """Writes parts as users come, in the order given, then items.parquet and schema.json."""
 
     def __init__(self, folder: Path, columns: HistoryColumns, *, item_cardinality: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._cardinality, self._columns = folder, item_cardinality, columns
         self._types = column_types(columns, item_cardinality)
         self._counts = np.zeros(item_cardinality, dtype=np.int64)
-        self._users = self._events = self._groups = 0
-        self._writer: pq.ParquetWriter | None = None
+        self._events = 0
+        self._parts = PartWriter(folder, ROWS_PER_GROUP, groups_per_part=GROUPS_PER_PART)
 
     def write(self, users: Users) -> None:
-        """Append users, in row groups of ROWS_PER_GROUP; the last of a call may be smaller."""
+        """Append users, in row groups of ROWS_PER_GROUP."""
         ids, counts = np.unique(users.item_ids[_fitted(users.offsets)], return_counts=True)
         self._counts[ids] += counts
         offsets = pa.array(users.offsets.astype(np.int32))
@@ -93,18 +165,18 @@ class FolderWriter:
             arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(users.column(name), type=self._types[name]))
         for name in self._columns.user_columns:
             arrays[name] = pa.array(users.column(name), type=self._types[name])
-        table = pa.table(arrays)
-        for start in range(0, table.num_rows, ROWS_PER_GROUP):
-            self._part(table.schema).write_table(table.slice(start, ROWS_PER_GROUP), row_group_size=ROWS_PER_GROUP)
-            self._groups += 1
-        self._users += len(users.user_ids)
+        self._parts.write(pa.table(arrays))
         self._events += len(users.item_ids)
+
+    def end_group(self) -> None:
+        """End the row group, so that the next user begins another."""
+        self._parts.end_group()
 
     def close(self, *, name: str, order: str, source: str, corpus: np.ndarray) -> DataSchema:
         """Finish the folder. corpus: candidate item ids. Raises DataError if no user was written."""
-        if self._writer is None:
+        self._parts.end_part()
+        if not self._parts.rows:
             raise DataError(f"{source}: no user is left to write")
-        self._writer.close()
         corpus = np.unique(corpus).astype(np.int64)
         items = pa.table({"item_id": corpus, "count": self._counts[corpus]})
         pq.write_table(items, self._folder / ITEMS_FILE)
@@ -114,21 +186,13 @@ class FolderWriter:
             item_cardinality=self._cardinality,
             order=order,
             source=source,
-            users=self._users,
+            users=self._parts.rows,
             events=self._events,
             items=len(corpus),
             **self._columns.model_dump(),
         )
         schema.save(self._folder)
         return schema
-
-    def _part(self, schema: pa.Schema) -> pq.ParquetWriter:
-        if self._writer is None or self._groups % GROUPS_PER_PART == 0:
-            if self._writer is not None:
-                self._writer.close()
-            path = self._folder / f"part-{self._groups // GROUPS_PER_PART:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        return self._writer
 
 
 def column_types(columns: HistoryColumns, item_cardinality: int) -> dict[str, pa.DataType]:
@@ -164,22 +228,8 @@ def write_folder(
     if columns is None:
         columns = HistoryColumns(timestamps=users.timestamps is not None, ratings=users.ratings is not None)
     writer = FolderWriter(folder, columns, item_cardinality=int(corpus.max()) + 1)
-    step = ROWS_PER_GROUP * GROUPS_PER_PART
-    for start in range(0, len(users.user_ids), step):
-        writer.write(_slice(users, start, min(start + step, len(users.user_ids)), columns))
+    writer.write(users)
     return writer.close(name=name, order=order, source=source, corpus=corpus)
-
-
-def _slice(users: Users, start: int, stop: int, columns: HistoryColumns) -> Users:
-    rows, events = slice(start, stop), slice(users.offsets[start], users.offsets[stop])
-    return Users(
-        users.user_ids[rows],
-        users.offsets[start : stop + 1] - users.offsets[start],
-        users.item_ids[events],
-        None if users.timestamps is None else users.timestamps[events],
-        None if users.ratings is None else users.ratings[events],
-        {name: c[rows if name in columns.user_columns else events] for name, c in users.columns.items()},
-    )
 
 
 def _fitted(offsets: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Yambda-50m, -500m and -5b (huggingface.co/datasets/yandex/yambda), the flat files as published.
 
 Events of all kinds in one history: a listen, a like and so on are bits of the column actions. Ids are the published
-ones; artist and album ids + 1, of an item with several the least. Timestamps are seconds since a day that is not
+ones; artist and album ids + 1, the smallest where an item has several. Timestamps are seconds since a day that is not
 published, in steps of 5 (in the published previews all are multiples of 5, and the largest, 26.0 M, is 300 days of
 seconds). The real files were not read in this project, only generated ones of that layout. Peak memory of those, with
 1,000 users of whom one has a tenth of the events: 0.5 GB for 4 million, 0.6 GB for 16 million
@@ -10,10 +10,9 @@ seconds). The real files were not read in this project, only generated ones of t
 T events of a block.
 """
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,8 @@ from tqdm import tqdm
 from gr.data.parquet import read_footer
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.prepare.partition import BadEvents, Checks, UserPartitions, write_users
+from gr.prepare.lines import BadRows, Fault, OnBadRow
+from gr.prepare.partition import partitioned
 from gr.prepare.write import FolderWriter
 from gr.schema import DataSchema, HistoryColumns
 
@@ -51,52 +51,72 @@ _CONVENTIONS = (
 )
 
 
-def prepare_yambda(size: str, source: Path, folder: Path, on_bad_row: Literal["fail", "skip"] = "fail") -> DataSchema:
+def prepare_yambda(size: str, source: Path, folder: Path, on_bad_row: OnBadRow = "fail") -> DataSchema:
     """Write yambda-50m, -500m or -5b into an empty folder. size: 50m, 500m or 5b. source: the folder with flat/ in it.
     on_bad_row: skip leaves bad rows of events out, counted.
 
-    Reads flat/SIZE/multi_event.parquet, or where there is none the five files of single kinds, ties in their order;
+    Reads flat/SIZE/multi_event.parquet, or without it the five files of single kinds, ties in their order;
     and the mappings of artists and albums. DataError for a missing or damaged file, a missing column, another type and
     a value out of its range, naming file, row and column.
     """
     files = _files(source / "flat" / size)
     artists, albums = (_mapping(source / f"{name}_item_mapping.parquet", f"{name}_id") for name in ("artist", "album"))
-    bad = BadEvents(on_bad_row)
+    bad = BadRows(on_bad_row)
     expected = sum(read_footer(file).num_rows for file in files)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.events.", dir=folder.parent) as place:
-        partitions = UserPartitions(Path(place), _FIELDS, expected_events=expected)
-        with tqdm(total=expected, unit="events", unit_scale=True, desc=f"yambda-{size}", disable=None) as bar:
-            for file in files:
-                for columns in _events(file, bad):
-                    partitions.add(columns)
-                    bar.update(len(columns["user"]))
+    blocks = _with_progress((block for file in files for block in _events(file, bad)), expected, f"yambda-{size}")
+    with partitioned(blocks, _FIELDS, beside=folder, expected_events=expected) as partitions:
         if not partitions.events:
             raise DataError(f"{files[0]}: has no events")
-        features = {"artist": int(artists.max()) + 1, "album": int(albums.max()) + 1, "organic": 3}
         declared = HistoryColumns(
             timestamps=True,
             actions=list(ACTIONS),
             values=["played_ratio"],
-            event_features=features,
+            event_features={"artist": int(artists.max()) + 1, "album": int(albums.max()) + 1, "organic": 3},
             contextual={"user": partitions.largest_user + 2},
         )
         items = partitions.items
         writer = FolderWriter(folder, declared, item_cardinality=int(items[-1]) + 1)
-        write_users(
-            partitions,
+        partitions.write_users(
             writer,
             contextual=lambda users_B: {"user": users_B + 1},
-            of_items=lambda items_T: {"artist": _of(artists, items_T), "album": _of(albums, items_T)},
+            of_items=lambda items_T: {"artist": _mapped(artists, items_T), "album": _mapped(albums, items_T)},
         )
-    unknown = {name: int((_of(ids, items) == 0).sum()) for name, ids in (("artist", artists), ("album", albums))}
-    notes = [*map(str, files), *filter(None, [bad.note()])]
-    notes += [f"{count} items without {name}" for name, count in unknown.items() if count]
+    notes = [*map(str, files), *bad.note()]
+    for name, mapping in (("artist", artists), ("album", albums)):
+        if count := int((_mapped(mapping, items) == 0).sum()):
+            notes.append(f"{count} items without {name}")
     return writer.close(
         name=f"yambda-{size}",
         order="by timestamp within each user; ties in the order of the files in `source`, then of their rows (stable)",
         source="; ".join([*notes, _CONVENTIONS]),
         corpus=items,
     )
+
+
+class _Checks:
+    """Checks of the rows of one block. first_row: its number in the file."""
+
+    def __init__(self, file: Path, bad: BadRows, first_row: int, rows: int) -> None:
+        self._file, self._bad, self._first_row = file, bad, first_row
+        self.good_T = np.ones(rows, dtype=bool)
+
+    def wrong(self, column: str, wrong_T: np.ndarray, problem: Callable[[int], str]) -> None:
+        """Mark rows as bad that were good so far. problem: states what is wrong with a row of the block."""
+        for row in np.flatnonzero(wrong_T & self.good_T).tolist():
+            self._bad.add(self._file, f"row {self._first_row + row}", Fault(column, problem(row), column))
+        self.good_T &= ~wrong_T
+
+    def range(self, column: str, values_T: np.ndarray, low: int, high: int) -> None:
+        outside_T = (values_T < low) | (values_T > high)
+        self.wrong(column, outside_T, lambda row: f"is {values_T[row]}, allowed are {low} to {high}")
+
+    def whole(self, column: str, values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """int64 [T], nulls 0 and marked. DataError for another type than whole numbers."""
+        if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
+            raise DataError(f"{self._file}: column {column} has type {values.type}, wanted whole numbers")
+        if values.null_count:
+            self.wrong(column, values.is_null().to_numpy(zero_copy_only=False), lambda row: "is null")
+        return values.cast(pa.int64()).fill_null(0).to_numpy()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -113,57 +133,59 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _mapping(file: Path, name: str) -> np.ndarray:
-    """int64 [largest item + 1]: id + 1 of each item, the least of several; 0 where it has none."""
+    """int64 [largest item + 1]: id + 1 of each item, the smallest of several; 0 where it has none."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; --source needs it beside flat/")
-    table = _columns_of(file, (name, "item_id"), lambda parquet: parquet.read(columns=[name, "item_id"]))
-    checks = Checks(BadEvents("fail"), (file, "row", 0), table.num_rows)
-    items, ids = (_whole(file, table.column(column), column, checks) for column in ("item_id", name))
+    with _opened(file, (name, "item_id")) as parquet:
+        table = parquet.read(columns=[name, "item_id"])
+    checks = _Checks(file, BadRows(), 0, table.num_rows)
+    items, ids = (checks.whole(column, table.column(column)) for column in ("item_id", name))
     for column, values in (("item_id", items), (name, ids)):
         checks.range(column, values, 0, 2**31 - 4)
     if not len(items):
         raise DataError(f"{file}: has no rows")
-    least = np.full(int(items.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(least, items, ids + 1)
-    return np.where(least == np.iinfo(np.int64).max, 0, least)
+    smallest = np.full(int(items.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(smallest, items, ids + 1)
+    return np.where(smallest == np.iinfo(np.int64).max, 0, smallest)
 
 
-def _of(mapping: np.ndarray, items_T: np.ndarray) -> np.ndarray:
+def _mapped(mapping: np.ndarray, items_T: np.ndarray) -> np.ndarray:
     return np.where(items_T < len(mapping), mapping[np.minimum(items_T, len(mapping) - 1)], 0)
 
 
-def _columns_of(file: Path, needed: tuple[str, ...], read):
-    """What `read` makes of the opened file. DataError where a column is missing or the file is damaged."""
+@contextmanager
+def _opened(file: Path, needed: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """The Parquet file. DataError where a column is missing, or a block of it cannot be read."""
     read_footer(file)
     try:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             if missing := [name for name in needed if name not in names]:
                 raise DataError(f"{file}: has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-            return read(parquet)
+            yield parquet
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be decoded, it is damaged or cut off: {error}") from error
 
 
-def _events(file: Path, bad: BadEvents) -> Iterator[dict[str, np.ndarray]]:
+def _events(file: Path, bad: BadRows) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of the columns user, time, item and _FIELDS [T], in file order."""
     kind = EVENTS.get(file.stem)
-    listens = kind in (None, "listen")
-    needed = (*_WHOLE, *(["played_ratio_pct"] if listens else []), *(["event_type"] if kind is None else []))
-    _columns_of(file, needed, lambda parquet: None)
-    row = 0
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for block in parquet.iter_batches(_ROWS, columns=list(needed)):
-                checks = Checks(bad, (file, "row", row), block.num_rows)
-                columns = _block(file, block, kind, checks)
-                yield {name: column[checks.good_T] for name, column in columns.items()}
-                row += block.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be decoded after row {row}, it is damaged or cut off: {error}") from error
+    needed = [*_WHOLE]
+    if kind in (None, "listen"):
+        needed.append("played_ratio_pct")
+    if kind is None:
+        needed.append("event_type")
+    first_row = 0
+    with _opened(file, needed) as parquet:
+        for block in parquet.iter_batches(_ROWS, columns=needed):
+            checks = _Checks(file, bad, first_row, block.num_rows)
+            columns = _block(file, block, kind, checks)
+            yield {name: column[checks.good_T] for name, column in columns.items()}
+            first_row += block.num_rows
 
 
-def _block(file: Path, block: pa.RecordBatch, kind: str | None, checks: Checks) -> dict[str, np.ndarray]:
-    raw = {name: _whole(file, block.column(name), name, checks) for name in _WHOLE}
+def _block(file: Path, block: pa.RecordBatch, kind: str | None, checks: _Checks) -> dict[str, np.ndarray]:
+    raw = {name: checks.whole(name, block.column(name)) for name in _WHOLE}
     if kind is None:
         bits = _kinds(file, block.column("event_type"), checks)
     else:
@@ -172,8 +194,8 @@ def _block(file: Path, block: pa.RecordBatch, kind: str | None, checks: Checks) 
     if "played_ratio_pct" in block.schema.names:
         column, is_listen = block.column("played_ratio_pct"), bits == _BITS["listen"]
         missing = column.is_null().to_numpy(zero_copy_only=False) & is_listen
-        checks.wrong("played_ratio_pct", missing, lambda place: "is null for a listen")
-        played = np.where(is_listen, _whole(file, column.fill_null(0), "played_ratio_pct", checks), 0)
+        checks.wrong("played_ratio_pct", missing, lambda row: "is null for a listen")
+        played = np.where(is_listen, checks.whole("played_ratio_pct", column.fill_null(0)), 0)
     for name, values in (*raw.items(), ("played_ratio_pct", played)):
         checks.range(name, values, *_RANGES[name])
     return {
@@ -186,7 +208,7 @@ def _block(file: Path, block: pa.RecordBatch, kind: str | None, checks: Checks) 
     }
 
 
-def _kinds(file: Path, column: pa.Array, checks: Checks) -> np.ndarray:
+def _kinds(file: Path, column: pa.Array, checks: _Checks) -> np.ndarray:
     """The bit of each event, int32 [T]. Text, or a dictionary of text."""
     names = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
     if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
@@ -197,10 +219,10 @@ def _kinds(file: Path, column: pa.Array, checks: Checks) -> np.ndarray:
     return np.array(list(_BITS.values()), dtype=np.int32)[place]
 
 
-def _whole(file: Path, column: pa.Array | pa.ChunkedArray, name: str, checks: Checks) -> np.ndarray:
-    """int64 [T], nulls 0. DataError for another type than whole numbers."""
-    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
-        raise DataError(f"{file}: column {name} has type {column.type}, wanted whole numbers")
-    if column.null_count:
-        checks.wrong(name, column.is_null().to_numpy(zero_copy_only=False), lambda place: "is null")
-    return column.cast(pa.int64()).fill_null(0).to_numpy()
+def _with_progress(
+    blocks: Iterator[dict[str, np.ndarray]], expected: int, title: str
+) -> Iterator[dict[str, np.ndarray]]:
+    with tqdm(total=expected, unit="event", unit_scale=True, desc=title, disable=None) as bar:
+        for columns in blocks:
+            yield columns
+            bar.update(len(columns["user"]))

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from gr.cli.prepare import command
 from gr.data.tabular import TabularDataset
 from gr.errors import ConfigError, DataError
-from gr.prepare import criteo_rows
+from gr.prepare import lines
 from gr.prepare.criteo import CriteoOptions, prepare_criteo
 from gr.prepare.criteo_rows import DENSE, SPARSE, find_sources
 
@@ -74,15 +74,15 @@ def test_rows_as_stated(tmp_path: Path, threshold: int) -> None:
     written, schema = table(tmp_path / "out"), TabularDataset.open(tmp_path / "out").schema
     assert written.column("label").to_pylist() == [int(row[0]) for row in rows]
     for place, name in enumerate(DENSE, 1):
-        wanted = [math.log(max(int(row[place] or 0), 0) + 1) for row in rows]
-        np.testing.assert_allclose(written.column(name).to_numpy(), wanted, rtol=1e-7)
+        expected = [math.log(max(int(row[place] or 0), 0) + 1) for row in rows]
+        np.testing.assert_allclose(written.column(name).to_numpy(), expected, rtol=1e-7)
     for place, column in enumerate(schema.sparse):
         ids = expected_ids(rows, place, threshold)
         assert column.cardinality == len(ids) + 1
         assert written.column(column.name).to_pylist() == [ids.get(row[14 + place], 0) for row in rows]
-        kept = pq.read_table(tmp_path / "out" / "vocabulary" / f"{column.name}.parquet")
-        assert [f"{value:08x}" for value in kept.column("value").to_pylist()] == list(ids)
-        assert min(kept.column("count").to_pylist(), default=threshold) >= threshold
+        vocabulary = pq.read_table(tmp_path / "out" / "vocabulary" / f"{column.name}.parquet")
+        assert [f"{value:08x}" for value in vocabulary.column("value").to_pylist()] == list(ids)
+        assert min(vocabulary.column("count").to_pylist(), default=threshold) >= threshold
     negative = sum(row[2].startswith("-") for row in rows)
     assert schema.rows == 300 and schema.threshold == threshold and schema.negative_counts == {"i2": negative}
     assert f"negative counts, taken as 0: i2 {negative}" in result.output and "bad rows" not in result.output
@@ -95,8 +95,8 @@ def test_torchrec_minshift_is_per_file_and_a_missing_count_is_0(tmp_path: Path) 
     assert prepare(tmp_path, tmp_path / "out", "--transform", "torchrec_minshift").exit_code == 0
     written = np.stack([table(tmp_path / "out").column(name).to_numpy() for name in DENSE], axis=1)
     counts = [np.array([[int(field or 0) for field in row[1:14]] for row in rows], dtype=np.int64) for rows in files]
-    wanted = np.concatenate([np.log(c - c.min() + 2, dtype=np.float32) for c in counts])  # as tsv_to_npys does
-    np.testing.assert_allclose(written, wanted, rtol=3e-7)
+    expected = np.concatenate([np.log(c - c.min() + 2, dtype=np.float32) for c in counts])  # as tsv_to_npys does
+    np.testing.assert_allclose(written, expected, rtol=3e-7)
     schema = TabularDataset.open(tmp_path / "out").schema
     assert [file.minimum for file in schema.files] == [-3, 0] and schema.transform.name == "torchrec_minshift"
 
@@ -114,7 +114,7 @@ def test_packaging_of_the_lines_does_not_matter(tmp_path: Path, monkeypatch: pyt
         folder.mkdir()
         file = folder / ("train.txt.gz" if name == "zipped" else "train.txt")
         file.write_bytes(content)
-        monkeypatch.setattr(criteo_rows, "_BLOCK_BYTES", 1000 if name == "plain" else 1 << 20)
+        monkeypatch.setattr(lines, "BLOCK_BYTES", 1000 if name == "plain" else 1 << 20)
         assert prepare(folder, tmp_path / f"{name}-out").exit_code == 0
     tables = [table(tmp_path / f"{name}-out") for name in forms]
     assert all(each.equals(tables[0]) for each in tables)
@@ -315,8 +315,8 @@ def test_parts(tmp_path: Path) -> None:
 # Kills itself at the n-th call of a function of the module.
 KILLED = """
 import os, signal, sys
-from gr.data.prepare import criteo
-owner, name = {"note": (criteo, "_write_json"), "group": (criteo._Parts, "_group")}[sys.argv[1]]
+from gr.prepare import criteo
+owner, name = {"note": (criteo, "_write_json"), "group": (criteo.PartWriter, "_write_group")}[sys.argv[1]]
 function, calls = getattr(owner, name), iter(range(int(sys.argv[2])))
 def killing(*arguments):
     result = function(*arguments)

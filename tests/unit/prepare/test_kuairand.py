@@ -21,6 +21,7 @@ from gr.data.loader import ResumableLoader
 from gr.errors import DataError
 from gr.prepare import partition
 from gr.prepare.kuairand import ACTIONS, USER_FEATURES
+from tests.support.history_folder import histories_by_user
 
 COLUMNS = (
     "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
@@ -68,19 +69,6 @@ def prepare(source: Path, out: Path, *more: str, size: str = "1k") -> Result:
     return CliRunner().invoke(command, [f"kuairand-{size}", "--source", str(source), "--out", str(out), *more])
 
 
-def histories(out: Path) -> dict[int, dict[str, list]]:
-    data = Dataset.open(out)
-    found = {}
-    for index in range(len(data.row_groups)):
-        names = [name for name in (*data.schema.event_columns, *data.schema.user_columns) if name != "item_ids"]
-        group = data.read_row_group(index, ["user_id", *names])
-        for row, user_id in enumerate(group.columns["user_id"].tolist()):
-            events = slice(group.offsets[row], group.offsets[row + 1])
-            flat = {name: group.columns[name][row].item() for name in data.schema.user_columns}
-            found[user_id] = {n: group.columns[n][events].tolist() for n in data.schema.event_columns} | flat
-    return found
-
-
 FIRST = [event(7, 3, 500, click=1, play=2500), event(0, 0, 300), event(7, 9, 100, view=1, play=25000)]
 SECOND = [event(7, 4, 500), event(2, 5, 50)]
 RANDOM = [event(7, 6, 400, rand=1)]
@@ -92,19 +80,21 @@ def test_events_of_all_logs_in_order_of_time(tmp_path: Path) -> None:
     result = prepare(source, tmp_path / "out")
     assert result.exit_code == 0, result.exception
     assert "3 users, 6 events, 6 candidate items" in result.output
-    schema, found = Dataset.open(tmp_path / "out").schema, histories(tmp_path / "out")
+    schema, histories = Dataset.open(tmp_path / "out").schema, histories_by_user(tmp_path / "out")
     assert (schema.time_unit, schema.actions, schema.values) == ("ms", list(ACTIONS), ["watch_fraction"])
     assert schema.event_features == {"tab": 16, "exposure": 3} and schema.contextual["user"] == 11
     assert "item id = video_id + 1" in schema.source and "ties in the order of the files" in schema.order
-    mine = found[7]
+    mine = histories[7]
     assert mine["item_ids"] == [10, 7, 4, 5], "the tie at 500 is in the order of the files"
     assert mine["actions"] == [1 << ACTIONS.index("long_view"), 0, 1 << ACTIONS.index("is_click"), 0]
     assert mine["watch_fraction"] == [2.5, 0.0, 0.25, 0.0], "a loop is more than the whole"
     assert mine["tab"] == [10, 7, 4, 5] and mine["exposure"] == [1, 2, 1, 1]
-    assert (mine["user"], found[0]["user"]) == (8, 1)
-    assert found[0]["item_ids"] == [1], "video 0 is an item, and not padding"
-    assert [found[n]["user_active_degree"] for n in (0, 2, 7)] == [1, 1, 2], "ids by order: full_active, high_active"
-    assert [found[n]["onehot_feat3"] for n in (0, 2, 7)] == [1, 2, 0], "3.0 is before 11, and empty is 0"
+    assert (mine["user"], histories[0]["user"]) == (8, 1)
+    assert histories[0]["item_ids"] == [1], "video 0 is an item, and not padding"
+    assert [histories[n]["user_active_degree"] for n in (0, 2, 7)] == [1, 1, 2], (
+        "ids by order: full_active, high_active"
+    )
+    assert [histories[n]["onehot_feat3"] for n in (0, 2, 7)] == [1, 2, 0], "3.0 is before 11, and empty is 0"
     assert list(schema.contextual)[1:] == list(USER_FEATURES)
 
 
@@ -112,16 +102,16 @@ def test_the_large_one_has_its_own_files(tmp_path: Path) -> None:
     source = put(tmp_path / "KuaiRand-27K", [FIRST, [], SECOND, [], RANDOM], USERS, size="27k")
     assert prepare(source, tmp_path / "large", size="27k").exit_code == 0
     assert prepare(put(tmp_path / "s", [FIRST, SECOND, RANDOM], USERS), tmp_path / "small").exit_code == 0
-    assert histories(tmp_path / "large") == histories(tmp_path / "small")
+    assert histories_by_user(tmp_path / "large") == histories_by_user(tmp_path / "small")
     assert Dataset.open(tmp_path / "large").schema.name == "kuairand-27k"
 
 
 def test_no_event_is_left_out_for_want_of_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = put(tmp_path / "k", [FIRST, SECOND, RANDOM], USERS[:1])
     assert prepare(source, tmp_path / "out").exit_code == 0
-    found = histories(tmp_path / "out")
-    assert sorted(found) == [0, 2, 7] and found[2]["onehot_feat3"] == found[2]["user_active_degree"] == 0
-    assert found[2]["user"] == 3
+    histories = histories_by_user(tmp_path / "out")
+    assert sorted(histories) == [0, 2, 7] and histories[2]["onehot_feat3"] == histories[2]["user_active_degree"] == 0
+    assert histories[2]["user"] == 3
     assert (
         "2 users without features" in Dataset.open(tmp_path / "out").schema.source
         and "2 users without features" in caplog.text
@@ -131,7 +121,7 @@ def test_no_event_is_left_out_for_want_of_features(tmp_path: Path, caplog: pytes
 def test_videos_of_no_length(tmp_path: Path) -> None:
     lines = [FIRST[0].replace(",10000,", ",0,")]
     assert prepare(put(tmp_path / "k", [lines, SECOND, []], USERS), tmp_path / "out").exit_code == 0
-    assert histories(tmp_path / "out")[7]["watch_fraction"] == [0.0, 0.0]
+    assert histories_by_user(tmp_path / "out")[7]["watch_fraction"] == [0.0, 0.0]
     assert "1 events of videos of no length, watch_fraction 0" in Dataset.open(tmp_path / "out").schema.source
 
 
@@ -164,9 +154,9 @@ def test_bad_lines_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out").exit_code == 1
     result = prepare(source, tmp_path / "out", "--on-bad-row", "skip")
     assert result.exit_code == 0, result.exception
-    assert "5 bad events left out: (fields) 1, user_id 1, video_id 2, is_click 1" in result.output
+    assert "5 bad events left out: (fields) 2, is_click 1, video_id 2" in result.output
     assert prepare(put(tmp_path / "good", [FIRST, SECOND, RANDOM], USERS), tmp_path / "wanted").exit_code == 0
-    assert histories(tmp_path / "out") == histories(tmp_path / "wanted")
+    assert histories_by_user(tmp_path / "out") == histories_by_user(tmp_path / "wanted")
 
 
 def test_missing_columns_and_files(tmp_path: Path) -> None:
@@ -227,7 +217,7 @@ def test_partitions_and_row_groups_change_no_history(
         patch.setattr(partition, "EVENTS_PER_PARTITION", per_partition)
         patch.setattr(partition, "EVENTS_PER_GROUP", per_group)
         assert prepare(source, Path(place) / "many").exit_code == 0
-        one, many = histories(Path(place) / "one"), histories(Path(place) / "many")
+        one, many = histories_by_user(Path(place) / "one"), histories_by_user(Path(place) / "many")
         data = Dataset.open(Path(place) / "many")
         largest = [np.diff(data.read_row_group(i).offsets) for i in range(len(data.row_groups))]
     assert one == many and sum(len(h["item_ids"]) for h in many.values()) == len(events)

@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from tests.unit.data.test_multi_hot import published
 
 from gr.cli.prepare import command
 from gr.data.tabular import TabularDataset
 from gr.errors import ConfigError, DataError
 from gr.prepare import multi_hot
 from gr.schema import SparseColumn
+from tests.support.published_multi_hot import published_tables
 from tests.support.tiny_tabular import DENSE, write_tiny_tabular
 
 ONE_ID = tuple(SparseColumn(name=f"c{n}", cardinality=size) for n, size in enumerate((41, 9, 300), 1))
@@ -36,7 +36,7 @@ def test_the_ids_of_the_published_recipe_and_all_else_as_it_was(source: Path, tm
     data, before = TabularDataset.open(out), TabularDataset.open(source)
     assert [column.hots for column in data.schema.sparse] == list(HOTS)
     assert data.row_counts == before.row_counts and "multi-hot of" in data.schema.source
-    tables = published(tuple(column.cardinality for column in ONE_ID), HOTS)
+    tables = published_tables(tuple(column.cardinality for column in ONE_ID), HOTS)
     for index in range(len(data.row_groups)):
         rows, old = data.read_row_group(index), before.read_row_group(index)
         expected = np.concatenate([t[ids] for t, ids in zip(tables, old.ids_BH.T, strict=True)], axis=1)

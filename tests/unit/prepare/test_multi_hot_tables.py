@@ -4,20 +4,12 @@ import numpy as np
 import pytest
 
 from gr.errors import ConfigError
-from gr.prepare import multi_hot_tables as multi_hot
-from gr.prepare.multi_hot_tables import MLPERF_HOTS, multi_hot_tables
+from gr.prepare import multi_hot
+from gr.prepare.multi_hot import MLPERF_HOTS, multi_hot_tables
+from tests.support.published_multi_hot import published_tables
 
 SIZES = (4, 50, 1, 300, 7, 129)
 HOTS = (3, 1, 2, 5, 1, 100)
-
-
-def published(cardinalities: tuple[int, ...], hots: tuple[int, ...]) -> list[np.ndarray]:
-    np.random.seed(0)
-    tables = []
-    for n, h in zip(cardinalities, hots, strict=True):
-        ids = np.arange(n)[:, np.newaxis]
-        tables.append(np.concatenate((ids, np.random.randint(0, n, size=(n, h - 1))), axis=-1))
-    return tables
 
 
 @pytest.mark.parametrize("draws", [1, 37, 1 << 22])
@@ -27,7 +19,7 @@ def test_bit_equal_to_the_published_recipe(monkeypatch: pytest.MonkeyPatch, draw
     tables = multi_hot_tables(SIZES, HOTS)
     assert np.array_equal(before, np.random.get_state()[1]), "the global stream is not ours"  # type: ignore[index]
     state = np.random.get_state()
-    for mine, theirs in zip(tables, published(SIZES, HOTS), strict=True):
+    for mine, theirs in zip(tables, published_tables(SIZES, HOTS), strict=True):
         assert mine.dtype == np.int32
         np.testing.assert_array_equal(mine, theirs)
     np.random.set_state(state)

@@ -109,8 +109,8 @@ def test_labels_follow_the_true_probabilities() -> None:
     clicks = joined(ClickStream(SMALL), "train", 0, 100_000)
     bin_B = (expit(clicks.logit_B) * 10).astype(int)
     for each in range(8):
-        here = bin_B == each
-        assert clicks.labels_B[here].mean() == pytest.approx(expit(clicks.logit_B[here]).mean(), abs=0.03)
+        rows = bin_B == each
+        assert clicks.labels_B[rows].mean() == pytest.approx(expit(clicks.logit_B[rows]).mean(), abs=0.03)
 
 
 def test_rows_do_not_depend_on_where_reading_starts_or_on_how_many_are_made() -> None:
@@ -147,7 +147,7 @@ def test_written_folders(tmp_path: Path, hots: int) -> None:
 
 
 def test_parts_of_many_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gr.prepare.synthetic_clicks._GROUPS_PER_PART", 1)
+    monkeypatch.setattr("gr.prepare.tabular.ROWS_PER_PART", 16_384)
     write_clicks(SMALL, tmp_path)
     dataset = TabularDataset.open(tmp_path / "train")
     assert [group.file.name for group in dataset.row_groups] == ["part-00000.parquet", "part-00001.parquet"]
@@ -158,17 +158,20 @@ def test_oracle_beats_additive_logits_and_agrees_with_the_metrics_of_training() 
     stream = ClickStream(SMALL)
     oracle, clicks = click_oracle(stream), joined(stream, "test", 0, SMALL.test_rows)
     scores = {"true": clicks.logit_B, "additive": stream.additive_logit(clicks), "raw": clicks.additive_B}
-    found = {}
+    metrics_of = {}
     for name, logit_B in scores.items():
         metrics = RankingMetrics("click", ALONE)
         metrics.update(torch.from_numpy(logit_B), torch.from_numpy(clicks.labels_B))
-        found[name] = metrics.compute()
-    for name, said in (("true", oracle), ("additive", oracle["without_interactions"])):
+        metrics_of[name] = metrics.compute()
+    for name, stated in (("true", oracle), ("additive", oracle["without_interactions"])):
         for metric in ("auc", "ne", "log_loss"):
-            assert said[metric] == pytest.approx(found[name][metric], rel=1e-5)
-    assert oracle["base_rate"] == pytest.approx(found["true"]["base_rate"])
-    assert found["true"]["auc"] > found["additive"]["auc"] + 0.1
-    assert found["true"]["ne"] < found["additive"]["ne"] - 0.1 and found["additive"]["ne"] < found["raw"]["ne"] - 0.01
+            assert stated[metric] == pytest.approx(metrics_of[name][metric], rel=1e-5)
+    assert oracle["base_rate"] == pytest.approx(metrics_of["true"]["base_rate"])
+    assert metrics_of["true"]["auc"] > metrics_of["additive"]["auc"] + 0.1
+    assert (
+        metrics_of["true"]["ne"] < metrics_of["additive"]["ne"] - 0.1
+        and metrics_of["additive"]["ne"] < metrics_of["raw"]["ne"] - 0.01
+    )
     assert oracle["options"] == vars(SMALL)
 
 

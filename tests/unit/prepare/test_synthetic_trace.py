@@ -53,13 +53,13 @@ def frequencies(ids_B: np.ndarray) -> np.ndarray:
 def stack_distances(ids_B: np.ndarray) -> list[int]:
     """Distinct ids since the same one before, by the definition: positions in a list of the most recent."""
     recent: list[int] = []
-    found = []
+    distances = []
     for one in ids_B.tolist():
         if one in recent:
-            found.append(recent.index(one))
+            distances.append(recent.index(one))
             recent.remove(one)
         recent.insert(0, one)
-    return found
+    return distances
 
 
 def test_skew_and_missing_groups_stay(source: Path, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.data.test_prepare_kuairand import histories
 
 from gr.cli.prepare import command
 from gr.data.dataset import Dataset
 from gr.errors import DataError
 from gr.prepare.yambda import ACTIONS
+from tests.support.history_folder import histories_by_user
 
 Event = tuple[int, int, int, str, int]  # uid, timestamp, item_id, event_type, played_ratio_pct
 EVENTS: list[Event] = [
@@ -80,12 +80,12 @@ def test_events_of_all_kinds_in_order_of_time(tmp_path: Path) -> None:
     result = prepare(put(tmp_path / "y"), tmp_path / "out")
     assert result.exit_code == 0, result.exception
     assert "2 users, 7 events, 3 candidate items" in result.output
-    schema, found = Dataset.open(tmp_path / "out").schema, histories(tmp_path / "out")
+    schema, histories = Dataset.open(tmp_path / "out").schema, histories_by_user(tmp_path / "out")
     assert (schema.time_unit, schema.actions, schema.values) == ("s", list(ACTIONS), ["played_ratio"])
     assert schema.event_features == {"artist": 4, "album": 14, "organic": 3} and schema.contextual == {"user": 22}
     assert "seconds since an unpublished day, in steps of 5" in schema.source
     assert "1 items without artist; 1 items without album" in schema.source
-    mine = found[20]
+    mine = histories[20]
     assert mine["item_ids"] == [7, 300, 9, 9, 9] and mine["timestamps"] == [10, 15, 15, 20, 25]
     bit = {name: 1 << place for place, name in enumerate(ACTIONS)}
     listened = bit["listen"] | bit["listen_plus"]
@@ -93,14 +93,14 @@ def test_events_of_all_kinds_in_order_of_time(tmp_path: Path) -> None:
     assert mine["played_ratio"] == pytest.approx([0.5, 1.2, 0, 0, 0])
     assert mine["artist"] == [3, 1, 0, 0, 0], "the least of several, from 1"
     assert mine["album"] == [12, 0, 13, 13, 13] and mine["organic"] == [2, 1, 2, 2, 2]
-    assert mine["user"] == 21 and found[10]["actions"] == [listened, bit["like"]]
+    assert mine["user"] == 21 and histories[10]["actions"] == [listened, bit["like"]]
 
 
 def test_files_of_single_kinds_give_the_same_histories(tmp_path: Path) -> None:
     """But for ties, which are then in the order of the kinds: (20, 15) is a listen and an unlike, in both."""
     assert prepare(put(tmp_path / "a"), tmp_path / "all").exit_code == 0
     assert prepare(put(tmp_path / "s", single=True, size="5b"), tmp_path / "single", "--size", "5b").exit_code == 0
-    assert histories(tmp_path / "all") == histories(tmp_path / "single")
+    assert histories_by_user(tmp_path / "all") == histories_by_user(tmp_path / "single")
     assert Dataset.open(tmp_path / "single").schema.name == "yambda-5b"
 
 
@@ -136,7 +136,7 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
     result = prepare(source, tmp_path / "out", "--on-bad-row", "skip")
     assert result.exit_code == 0 and "3 bad events left out: event_type 1, item_id 2" in result.output
     assert prepare(put(tmp_path / "good"), tmp_path / "wanted").exit_code == 0
-    assert histories(tmp_path / "out") == histories(tmp_path / "wanted")
+    assert histories_by_user(tmp_path / "out") == histories_by_user(tmp_path / "wanted")
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
@@ -177,5 +177,5 @@ def test_any_order_of_rows_with_distinct_times_gives_the_same_folder(events: lis
         contents = [
             {path.name: path.read_bytes() for path in (folder / f"{name}-out").glob("*.parquet")} for name in "ab"
         ]
-        counts = sum(len(history["item_ids"]) for history in histories(folder / "a-out").values())
+        counts = sum(len(history["item_ids"]) for history in histories_by_user(folder / "a-out").values())
     assert contents[0] == contents[1] and counts == len(events)
