@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.balance CONFIG [key=value ...]
 
 First, without training: the work of the busiest rank over the mean, as loaders deal and as gr.parallel.load_balance
-does, for batches of the data's lengths. Then training steps of these ranks, each batch both ways in turns: CPU seconds of the
-busier rank, which are what the others wait for.
+does, for batches of the data's lengths. Then training steps of these ranks, each batch both ways in turns: CPU seconds
+of the busier rank, which are what the others wait for.
 """
 
 import statistics
