@@ -133,7 +133,7 @@ def _on_torchrec_costs(arguments: argparse.Namespace) -> Record:
 
 def _own(arguments: argparse.Namespace) -> Record:
     """From a Parquet list of tables to an evaluated plan on H100s, under gr's own costs."""
-    from gr.planner.estimate import MEMORY, evaluate
+    from gr.planner.estimate import MEMORY, estimate
     from gr.planner.inventory import load_inventory
     from gr.planner.plan import search
     from gr.planner.topology import parse_topology
@@ -144,17 +144,17 @@ def _own(arguments: argparse.Namespace) -> Record:
     started = time.process_time()
     plan = search(model, topology)
     ended = time.process_time()
-    evaluation = evaluate(plan)
+    estimated = estimate(plan)
     kinds = [MEMORY.index("tables"), MEMORY.index("table_optimizer")]
-    tables_R = evaluation.memory_MR[kinds].sum(axis=0)
+    tables_R = estimated.memory_MR[kinds].sum(axis=0)
     return {
         "planning_cpu_seconds": ended - started,
-        "seconds": evaluation.cost,
+        "seconds": estimated.cost,
         "bound_seconds": plan.bound_seconds,
-        "gap": evaluation.gap,
+        "gap": estimated.gap,
         "tables_max": float(tables_R.max()),
         "tables_mean": float(tables_R.mean()),
-        "hbm_max": float(evaluation.total_memory_R.max()),
+        "hbm_max": float(estimated.total_memory_R.max()),
         "process_cpu_seconds": time.process_time(),
     }
 
@@ -310,7 +310,7 @@ def _own_costs(names: list[str], torchrec: dict[str, Record], timeout: int) -> R
         rows.append([name, f"{parameters / 1e12:.3f}", *_own_costs_row(limits, ours), _finished(torchrec[name])])
     return Report(
         "gr's planner under its own costs, from a Parquet list of tables to an evaluated plan",
-        "Process CPU s: imports, reading, planning and evaluation; planning CPU s: the search alone. Cost: the slowest "
+        "Process CPU s: imports, reading, planning and estimated; planning CPU s: the search alone. Cost: the slowest "
         "rank's share of a step that belongs to tables, h100 topology. Table bytes: weights and optimizer states. "
         "Limits in brackets.",
         (

@@ -29,7 +29,7 @@ from gr.batch import RetrievalBatch
 from gr.config import load_config
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World, world
-from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.estimate import MEMORY, estimate
 from gr.planner.inventory import retrieval_inventory
 from gr.prepare.synthetic import StreamOptions, write_stream
 from gr.train.module import TrainModule
@@ -107,7 +107,7 @@ def _predicted(built: Built, batch: RetrievalBatch, here: World) -> dict[str, fl
     inventory = retrieval_inventory(
         built.config, built.train_data.schema.item_cardinality, mean_length=max(1.0, tokens / examples)
     )
-    memory_MR = evaluate(replace(built.plan, inventory=inventory)).memory_MR
+    memory_MR = estimate(replace(built.plan, inventory=inventory)).memory_MR
     of_kind = {kind: float(memory_MR[row, here.rank]) for row, kind in enumerate(MEMORY)}
     return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
 

@@ -82,7 +82,7 @@ def _problem(config: str, overrides: tuple[str, ...], topology: str | None) -> t
 
 
 def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:
-    from gr.planner.estimate import evaluate, predicted
+    from gr.planner.estimate import estimate, predicted
     from gr.planner.plan import DoesNotFit, search
     from gr.planner.planfile import dump_plan
     from gr.planner.remedies import explanation
@@ -96,12 +96,12 @@ def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None
             text = explanation(inventory, topology, error)
         click.echo(f"error: {text}", err=True)
         return DOES_NOT_FIT
-    evaluation = evaluate(plan)
-    for part in summary(evaluation):
+    estimated = estimate(plan)
+    for part in summary(estimated):
         Console().print(part)
-    _write(json_path, lambda: dump_plan(plan, predicted(evaluation)))
-    _write(html_path, lambda: page(evaluation))
-    return 0 if evaluation.fits else DOES_NOT_FIT
+    _write(json_path, lambda: dump_plan(plan, predicted(estimated)))
+    _write(html_path, lambda: page(estimated))
+    return 0 if estimated.fits else DOES_NOT_FIT
 
 
 def _smallest(inventory: InventoryConfig, topology: Topology) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gr.config.inventory import TableConfig
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.estimate_tables import table_bytes
 from gr.planner.placement import Placement, Plan, Shard, shards
 from gr.planner.planfile import differences
@@ -57,7 +57,7 @@ class Comparison:
 
 def compare(before: Plan, after: Plan) -> Comparison:
     """Tables are matched by name."""
-    left, right = evaluate(before), evaluate(after)
+    left, right = estimate(before), estimate(after)
     return Comparison(
         others=tuple(differences(before, after.inventory, after.topology)),
         changes=tuple(_changes(before, after)),

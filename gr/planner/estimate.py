@@ -68,7 +68,7 @@ class TableShare:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Estimate:
     """P phases (PHASES), M kinds of memory (MEMORY), R ranks."""
 
     plan: Plan
@@ -119,7 +119,7 @@ class Evaluation:
         )
 
 
-def evaluate(plan: Plan) -> Evaluation:
+def estimate(plan: Plan) -> Estimate:
     """The predicted cost of `plan`: a sum over its shards, nothing fitted."""
     inventory, topology = plan.inventory, plan.topology
     asked, ranks = traffic(inventory, topology), topology.ranks
@@ -144,7 +144,7 @@ def evaluate(plan: Plan) -> Evaluation:
         memory[kind] += size
     work = dense_work(inventory, inventory.batch_on(ranks))
     hidden = _add_dense(seconds, (intra, inter), work, plan)
-    return Evaluation(
+    return Estimate(
         plan=plan,
         seconds_PR=np.stack([seconds[phase] for phase in PHASES]),
         hidden_P=np.array([hidden if phase == "gradient_all_reduce" else 0.0 for phase in PHASES]),
@@ -158,23 +158,23 @@ def evaluate(plan: Plan) -> Evaluation:
     )
 
 
-def predicted(evaluation: Evaluation) -> dict[str, Any]:
-    """The figures of an evaluation as plain numbers, in bytes and seconds, for plan files and scripts."""
+def predicted(estimated: Estimate) -> dict[str, Any]:
+    """The figures of an estimated as plain numbers, in bytes and seconds, for plan files and scripts."""
 
     def spread(values_R: np.ndarray) -> dict[str, float]:
         return {"min": float(values_R.min()), "mean": float(values_R.mean()), "max": float(values_R.max())}
 
-    seconds = zip(PHASES, evaluation.seconds_PR, evaluation.hidden_P, strict=True)
+    seconds = zip(PHASES, estimated.seconds_PR, estimated.hidden_P, strict=True)
     return {
-        "fits": evaluation.fits,
-        "step_seconds": evaluation.step_seconds,
-        "table_seconds": evaluation.cost,
-        "gap": evaluation.gap,
-        "straggler": evaluation.straggler,
+        "fits": estimated.fits,
+        "step_seconds": estimated.step_seconds,
+        "table_seconds": estimated.cost,
+        "gap": estimated.gap,
+        "straggler": estimated.straggler,
         "phase_seconds": {name: spread(row) | {"hidden": float(hidden)} for name, row, hidden in seconds},
-        "memory_bytes": {name: spread(row) for name, row in zip(MEMORY, evaluation.memory_MR, strict=True)}
-        | {"all": spread(evaluation.total_memory_R), "host": spread(evaluation.host_R)},
-        "sent_bytes": {"host": spread(evaluation.intra_bytes_R), "network": spread(evaluation.inter_bytes_R)},
+        "memory_bytes": {name: spread(row) for name, row in zip(MEMORY, estimated.memory_MR, strict=True)}
+        | {"all": spread(estimated.total_memory_R), "host": spread(estimated.host_R)},
+        "sent_bytes": {"host": spread(estimated.intra_bytes_R), "network": spread(estimated.inter_bytes_R)},
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
 from gr.planner.enumerate import search_space
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
 from gr.planner.plan import DoesNotFit, search, table_capacity
 from gr.planner.solve import too_large
@@ -80,11 +80,11 @@ def _trial(inventory: InventoryConfig, topology: Topology) -> Trial:
     if reason is not None:
         return Trial(topology.ranks, False, reason)
     try:
-        evaluation = evaluate(search(inventory, topology))
+        estimated = estimate(search(inventory, topology))
     except PlanError as error:  # of a part of a host, a constraint may leave no way
         return Trial(topology.ranks, False, str(error))
-    used = float(evaluation.total_memory_R.max())
-    return Trial(topology.ranks, evaluation.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
+    used = float(estimated.total_memory_R.max())
+    return Trial(topology.ranks, estimated.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
 
 
 def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFit) -> str:
@@ -226,14 +226,14 @@ def _fits(inventory: InventoryConfig, topology: Topology) -> bool:
 
 def _outcome(inventory: InventoryConfig, topology: Topology) -> str:
     try:
-        evaluation = evaluate(search(inventory, topology))
+        estimated = estimate(search(inventory, topology))
     except PlanError as error:
         return f"does not fit: {error}"
-    if not evaluation.fits:
+    if not estimated.fits:
         return "does not fit"
     return (
-        f"fits, {_gb(float(evaluation.total_memory_R.max()))} on the fullest rank, "
-        f"{evaluation.step_seconds * 1e3:.1f} ms a step"
+        f"fits, {_gb(float(estimated.total_memory_R.max()))} on the fullest rank, "
+        f"{estimated.step_seconds * 1e3:.1f} ms a step"
     )
 
 

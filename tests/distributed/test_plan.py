@@ -37,7 +37,7 @@ from gr.embeddings import TableOptimizer
 from gr.embeddings.optimizers import FUSED_ON_CPU, fused_params
 from gr.errors import PlanError
 from gr.parallel.tables import sequence_sharder
-from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.estimate import MEMORY, estimate
 from gr.planner.estimate_tables import table_bytes
 from gr.planner.for_run import constrained, run_topology
 from gr.planner.inventory import retrieval_inventory
@@ -339,12 +339,12 @@ def test_an_experiment_trains_with_a_plan_from_a_file(data: Path, tmp_path: Path
 
 
 def held(world: World, config: RetrievalConfig) -> tuple[list[int], list[float]]:
-    """Bytes of this rank's table weights and optimizer states: measured, and as evaluate() predicts them."""
+    """Bytes of this rank's table weights and optimizer states: measured, and as estimate() predicts them."""
     built = build(config, world)
     assert built.plan is not None
     tables = TableOptimizer(built.model, config.embeddings.optimizer)
     states = sum(state.nbytes for own in tables.states for state in own.values())
-    memory_MR = evaluate(built.plan).memory_MR
+    memory_MR = estimate(built.plan).memory_MR
     predicted = [float(memory_MR[MEMORY.index(kind), world.rank]) for kind in ("tables", "table_optimizer")]
     return [sum(shard.weight.nbytes for shard in tables.shards), states], predicted
 

@@ -4,7 +4,7 @@ import pytest
 
 from gr.config.inventory import TableConfig
 from gr.planner.compare import Change, compare
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.placement import Placement
 from tests.support.plans import hand_made, machine
 
@@ -28,8 +28,8 @@ def test_equal_plans_differ_in_nothing():
     plan = hand_made([TABLE, OTHER], [placed("table_wise", 0), placed("row_wise", 0, 1, name="u")], TWO)
     comparison = compare(plan, plan)
     assert comparison.changes == () and comparison.moved_bytes == 0 and comparison.others == ()
-    assert comparison.step_seconds[0] == comparison.step_seconds[1] == evaluate(plan).step_seconds
-    assert comparison.hbm_bytes[0] == comparison.hbm_bytes[1] == evaluate(plan).total_memory_R.max()
+    assert comparison.step_seconds[0] == comparison.step_seconds[1] == estimate(plan).step_seconds
+    assert comparison.hbm_bytes[0] == comparison.hbm_bytes[1] == estimate(plan).total_memory_R.max()
 
 
 def test_only_the_table_that_changed_is_named():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.config.inventory import InventoryConfig, TableConfig
-from gr.planner.estimate import PHASES, evaluate, placement_costs
+from gr.planner.estimate import PHASES, estimate, placement_costs
 from gr.planner.estimate_tables import Links, ShardCosts, table_bytes, traffic
 from gr.planner.placement import Placement, Plan, Shard
 from tests.support.plans import hand_made, machine
@@ -246,16 +246,16 @@ class TestLatency:
     )
     def test_is_paid_once_for_each_sharding_type(self, types, groups):
         plan = self.plan(types)
-        evaluation = evaluate(plan)
+        estimated = estimate(plan)
         asked = traffic(plan.inventory, plan.topology)
         seconds = np.zeros(2)
         for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
             costs = placement_costs(asked[index], table, placement, plan.inventory, plan.topology)
             seconds[list(placement.ranks)] += costs.seconds
-        assert evaluation.table_seconds_R - seconds == pytest.approx([groups * self.GROUP] * 2)
+        assert estimated.table_seconds_R - seconds == pytest.approx([groups * self.GROUP] * 2)
 
     def test_is_in_the_three_phases_with_collectives(self):
-        evaluation, plan = evaluate(self.plan(("table_wise",))), self.plan(("table_wise",))
+        estimated, plan = estimate(self.plan(("table_wise",))), self.plan(("table_wise",))
         costs = placement_costs(
             traffic(plan.inventory, plan.topology)[0],
             plan.inventory.tables[0],
@@ -264,7 +264,7 @@ class TestLatency:
             plan.topology,
         )
         for phase, share in (("input_all_to_all", 0.5), ("output_all_to_all", 0.25), ("gradient_all_to_all", 0.25)):
-            added = evaluation.seconds_PR[PHASES.index(phase)][0] - getattr(costs, phase)[0]
+            added = estimated.seconds_PR[PHASES.index(phase)][0] - getattr(costs, phase)[0]
             assert added == pytest.approx(share * self.GROUP)
 
     @staticmethod

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gr.experiment.retrieval import meta_model
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torchrec.distributed.types import ParameterSharding
@@ -15,10 +14,12 @@ from torchrec.distributed.types import ParameterSharding
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, PlanError
-from gr.planner.for_run import constrained, make_plan, run_topology
-from gr.planner.inventory import retrieval_inventory
+from gr.models import build_model
+from gr.planner.constraints import constrained
+from gr.planner.for_run import make_plan, run_topology
 from gr.planner.placement import Plan
 from gr.planner.planfile import dump_plan
+from tests.support.schemas import item_schema
 from tests.support.tiny import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -50,8 +51,7 @@ def configured(*, dim: int = 8, optimizer: str = "adam", **planner: object) -> R
 
 
 def planned(config: RetrievalConfig, world: World, *, rows: int = 30) -> tuple[Plan, ParameterSharding]:
-    plan, sharding = make_plan(meta_model(config, rows), retrieval_inventory(config, rows), config, world)
-    assert plan is not None
+    plan, sharding = make_plan(build_model(config, item_schema(rows)), config.inventory(item_schema(rows)), config, world)
     assert list(sharding.plan) == ["tables"] and list(sharding.plan["tables"]) == ["item_id"]
     return plan, sharding.plan["tables"]["item_id"]
 
@@ -98,7 +98,7 @@ def test_the_type_that_was_asked_for(sharding: str, optimizer: str) -> None:
 )
 def test_auto_may_not_change_what_is_trained(optimizer: str, allowed: tuple[str, ...]) -> None:
     config = configured(optimizer=optimizer)
-    (table,) = constrained(retrieval_inventory(config, 30), config.planner, "cpu").tables
+    (table,) = constrained(config.inventory(item_schema(30)), config.planner, "cpu").tables
     assert table.sharding_types == allowed
     assert table.kernels == (("dense",) if "adam" in optimizer else ("fused",))
     _, got = planned(configured(optimizer=optimizer), world_of(2))
@@ -233,8 +233,3 @@ def test_wrong_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="h1000"):
         run_topology("h1000", world_of(2, CUDA))
 
-
-def test_torchrec_reads_neither_plan_nor_topology() -> None:
-    for key in ("plan", "topology"):
-        with pytest.raises(ValueError, match="name=torchrec reads no plan and no topology"):
-            configured(name="torchrec", **{key: "x"})

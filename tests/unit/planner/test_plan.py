@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, GivenDense, InventoryConfig, TableConfig
 from gr.errors import PlanError
 from gr.planner.enumerate import KERNELS
-from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.estimate import MEMORY, estimate
 from gr.planner.estimate_tables import table_bytes
 from gr.planner.memory import fixed_memory
 from gr.planner.placement import Plan, column_blocks, shards
@@ -143,8 +143,8 @@ class TestAnyInventory:
         plan = found(*job)
         if plan is None:
             return
-        evaluation = evaluate(plan)
-        assert evaluation.fits
+        estimated = estimate(plan)
+        assert estimated.fits
         hbm, host = np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True):
             for shard in shards(table, placement):
@@ -157,9 +157,9 @@ class TestAnyInventory:
                 hbm[shard.rank] += of_rows
                 if placement.kernel == "fused_uvm_caching":
                     hbm[shard.rank] += table.cache_load_factor * weights + 4 * shard.rows
-        predicted = evaluation.memory_MR[[MEMORY.index("tables"), MEMORY.index("table_optimizer")]].sum(axis=0)
+        predicted = estimated.memory_MR[[MEMORY.index("tables"), MEMORY.index("table_optimizer")]].sum(axis=0)
         assert predicted == pytest.approx(hbm, rel=1e-12, abs=1e-6)
-        assert evaluation.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
+        assert estimated.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
 
     @given(jobs())
     @settings(max_examples=25)
@@ -211,4 +211,4 @@ def test_tables_get_what_the_rest_leaves():
 def test_the_bound_is_below_the_cost_wherever_the_most_read_row_is(name):
     table = TableConfig(name=name, rows=10, dim=16, ids_per_example=50.0, skew=1.0, sharding_types=("row_wise",))
     plan = search(InventoryConfig(rank_batch_size=512, tables=(table,)), machine(4, 4, "cuda"))
-    assert evaluate(plan).gap >= -1e-9
+    assert estimate(plan).gap >= -1e-9

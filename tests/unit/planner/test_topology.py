@@ -1,6 +1,6 @@
 """Topologies: named hardware and its sources, `name x ranks`, files that read back equal, and wrong inputs."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def test_hardware_names() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_has_a_source(name: str) -> None:
     entry = WRITTEN["hardware"][name]
-    assert set(entry["figures"]) == set(Topology.__dataclass_fields__) - _PLACE - {"peak_bf16", "peak_fp32"}
+    assert set(entry["figures"]) == {field.name for field in fields(Topology)} - _PLACE - {"peak_bf16", "peak_fp32"}
     assert set(entry["efficiency"]) == SCALED
     for figure in (*entry["figures"].values(), *entry["efficiency"].values()):
         key, _, said = figure["source"].partition(": ")
