@@ -35,16 +35,16 @@ log = get_logger(__name__)
 def make_plan(
     model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World
 ) -> tuple[Plan, ShardingPlan]:
-    """The run's plan and what TorchRec makes of it; the same on every rank.
+    """The run's plan and its ShardingPlan, the same on every rank.
 
-    model: what is to be sharded, may be on meta. Raises ConfigError or PlanError.
+    model: the model whose tables are to be sharded; it may be on meta. Raises ConfigError or PlanError.
     """
     plan = _from_main(config.planner, constrained(inventory, config.planner, world.device.type), world)
     return plan, to_sharding_plan(plan, model, world.device)
 
 
 def _from_main(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> Plan:
-    """The main rank's plan, sent to the others as JSON: they wait for seconds, and the process group for minutes."""
+    """The plan of the main rank, sent to the others as JSON: they wait seconds, a process group minutes."""
     text = ""
     if world.is_main:
         try:
@@ -79,7 +79,7 @@ def _plan(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> P
 
 
 def run_topology(described: str | None, world: World) -> Topology:
-    """The machine of this run: hardware as `described` (planner.topology) or else detected, ranks and hosts of `world`.
+    """The machine of this run: hardware as `described` (planner.topology) or detected, ranks and hosts of `world`.
 
     Raises ConfigError for a GPU that hardware.yaml does not know, PlanError for a wrong description.
     """

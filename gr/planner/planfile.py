@@ -1,4 +1,4 @@
-"""A plan as JSON: everything needed to train with it, to report it again and to know what it is for."""
+"""A plan as JSON: all that training with it and reporting it need, and hashes of the model and machine it is for."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from gr.planner.topology import Seconds, Topology
 FORMAT = "gr-plan-1"
 TABLE_IDENTITY = {"name", "rows", "dim", "dtype", "kind", "pooling", "features", "optimizer"}
 TOPOLOGY_IDENTITY = ("device", "ranks", "ranks_per_host")
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,7 +47,7 @@ class _File(_Part):
 
 
 def model_hash(inventory: InventoryConfig) -> str:
-    """A hash of the parts of a model that a plan depends on, tables and dense part; not of batch size or id statistics."""
+    """A hash of the tables and the dense part of a model; batch size and id statistics may change under a plan."""
     tables = [table.model_dump(mode="json", include=TABLE_IDENTITY) for table in inventory.tables]
     return _digest([tables, inventory.dense.model_dump(mode="json")])
 
@@ -219,7 +220,8 @@ def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> No
     """Raises PlanError where `plan` was made for another model or topology, or does not fit its own topology."""
     for what, of_plan, of_run in differences(plan, inventory, topology):
         raise PlanError(
-            f"the plan is for another {what}: {of_plan}, and this run has {of_run}; make one with `gr plan CONFIG --json`"
+            f"the plan is for another {what}: {of_plan}, and this run has {of_run}; make one with "
+            "`gr plan CONFIG --json`"
             + (", or let the run make one with planner.replan=true" if what == "topology" else "")
         )
     estimated, own = estimate(plan), plan.topology

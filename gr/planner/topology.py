@@ -1,4 +1,4 @@
-"""The machine a plan is for: ranks, hosts, memories, links. Numbers and their sources are in hardware.yaml."""
+"""The machine that a plan is for: ranks, hosts, memories, links. hardware.yaml has the numbers and their sources."""
 
 import difflib
 import json
@@ -9,7 +9,7 @@ from decimal import Decimal
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Optional, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
@@ -19,7 +19,6 @@ from gr.config.inventory import LARGEST_TOTAL, LARGEST_WORLD
 from gr.config.messages import describe_faults
 from gr.config.yaml import Node, Reader
 from gr.errors import PlanError
-
 
 _UNITS = {"B": 1} | {
     f"{prefix}{unit}": base**power
@@ -77,7 +76,7 @@ class Topology:
     peak_fp32: Flops
     intra_bandwidth: Rate
     inter_bandwidth: Rate
-    intra_latency: Seconds  # of a collective with next to nothing to send
+    intra_latency: Seconds  # a collective with next to nothing to send
     inter_latency: Seconds
     reserve_bytes: SizeOrNone  # context, collectives, what the allocator cannot use
 
@@ -95,7 +94,7 @@ class _NamedHardware(Section):
 
 
 _FIGURES: dict[str, Any] = {
-    name: (Optional[hint], None)  # noqa: UP045: an annotation that is a value
+    name: (hint | None, None)
     for name, hint in get_type_hints(Topology, include_extras=True).items()
     if name in {field.name for field in fields(Topology)} - {"name"}
 }

@@ -1,4 +1,4 @@
-"""Figures that both reports show, drawn from one Estimate."""
+"""Figures that both reports show, from one Estimate."""
 
 from dataclasses import dataclass, replace
 
@@ -9,13 +9,13 @@ from gr.planner.estimate_dense import dense_work
 from gr.planner.estimate_tables import TABLE_PHASES, traffic
 from gr.planner.report.units import count, duration, flops, percent, size
 
-EVEN = 0.02  # a straggler this little above the mean waits for nothing worth a name
+EVEN = 0.02  # a straggler less than this share above the mean is not explained
 LARGEST_TABLES = 3
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """The rank with the most table work, and what sets it apart from the mean rank."""
+    """The rank with the most table work, compared with the mean rank."""
 
     rank: int
     seconds: float
@@ -27,7 +27,7 @@ class Straggler:
 
     @property
     def excess(self) -> float:
-        """Of its table work over the mean rank's, less 1."""
+        """Its table work over the mean rank's, minus 1."""
         return self.seconds / self.mean_seconds - 1 if self.mean_seconds else 0.0
 
     def explanation(self) -> str:
@@ -45,7 +45,7 @@ class Straggler:
 
 
 def words(name: str) -> str:
-    """gradient_all_to_all -> gradient all-to-all."""
+    """The name of a phase or kind of memory in words: gradient_all_to_all -> gradient all-to-all."""
     return name.replace("all_to_all", "all-to-all").replace("all_reduce", "all-reduce").replace("_", " ")
 
 
@@ -53,7 +53,7 @@ def straggler(estimate: Estimate) -> Straggler:
     rank = estimate.straggler
     rows = {phase: estimate.seconds_PR[PHASES.index(phase)] for phase in TABLE_PHASES}
     phase = max(rows, key=lambda name: float(rows[name][rank] - rows[name].mean()))
-    there = sorted(_tables_on(estimate, rank), key=lambda table: -table.seconds)
+    shares = sorted(_tables_on(estimate, rank), key=lambda table: -table.seconds)
     return Straggler(
         rank=rank,
         seconds=float(estimate.table_seconds_R[rank]),
@@ -61,28 +61,29 @@ def straggler(estimate: Estimate) -> Straggler:
         phase=phase,
         phase_seconds=float(rows[phase][rank]),
         phase_mean_seconds=float(rows[phase].mean()),
-        tables=tuple(there[:LARGEST_TABLES]),
+        tables=tuple(shares[:LARGEST_TABLES]),
     )
 
 
 def _tables_on(estimate: Estimate, rank: int) -> list[TableShare]:
     """The tables with a shard on `rank`, with the seconds of that shard."""
     plan = estimate.plan
-    asked = traffic(plan.inventory, plan.topology)
-    found = []
+    traffic_T = traffic(plan.inventory, plan.topology)
+    shares = []
     for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
         if rank in placement.ranks:
-            costs = placement_costs(asked[index], table, placement, plan.inventory, plan.topology)
+            costs = placement_costs(traffic_T[index], table, placement, plan.inventory, plan.topology)
             seconds = float(costs.seconds[placement.ranks.index(rank)])
-            found.append(replace(estimate.tables[index], seconds=seconds))
-    return found
+            shares.append(replace(estimate.tables[index], seconds=seconds))
+    return shares
 
 
 def schedule(estimate: Estimate) -> list[tuple[float, float]]:
-    """Seconds from the start of the step, of each phase: where its hidden part starts, and where the rest of it does.
+    """(start of the hidden part, start of the rest) of each phase, in seconds from the start of the step.
 
     Every phase starts when the slowest rank has ended the one before. The hidden part of the gradient all-reduce lies
-    beside the end of the backward pass, that of another phase beside what precedes it, below zero in the step before.
+    beside the end of the backward pass, that of another phase beside the phase before it; it is below zero where that
+    phase belongs to the step before.
     """
     shown_P = estimate.seconds_PR.max(axis=1) - estimate.hidden_P
     ends_P = np.cumsum(shown_P)
@@ -98,7 +99,7 @@ def table_parameters(estimate: Estimate) -> int:
 
 
 def examples_per_second(estimate: Estimate) -> float:
-    """Over all ranks."""
+    """Examples a second over all ranks."""
     inventory, topology = estimate.plan.inventory, estimate.plan.topology
     examples = inventory.global_batch_size or inventory.batch_on(topology.ranks) * topology.ranks
     return examples / estimate.step_seconds
@@ -111,13 +112,13 @@ def peak_flops(estimate: Estimate) -> float:
 
 
 def imbalance(values_R: np.ndarray) -> float:
-    """Max over mean."""
+    """The maximum over the mean."""
     mean = float(values_R.mean())
     return float(values_R.max()) / mean if mean else 1.0
 
 
 def world(estimate: Estimate) -> str:
-    """1,024 ranks on 128 hosts."""
+    """The size of the topology in words: 1,024 ranks on 128 hosts."""
     topology = estimate.plan.topology
     return " on ".join(_counted(n, noun) for n, noun in ((topology.ranks, "rank"), (topology.hosts, "host")))
 
@@ -131,7 +132,7 @@ def device_word(estimate: Estimate) -> str:
 
 
 def verdict(estimate: Estimate) -> str:
-    """One sentence: whether every rank holds its part, and how full the fullest is."""
+    """One sentence that says whether the plan fits, and how full the fullest rank is."""
     total_R, capacity = estimate.total_memory_R, estimate.plan.topology.hbm_bytes
     rank = int(total_R.argmax())
     fullest = f"rank {rank} takes {size(total_R[rank])} of {size(capacity)} ({percent(total_R[rank] / capacity)})"
@@ -139,18 +140,18 @@ def verdict(estimate: Estimate) -> str:
         return f"Fits: the fullest, {fullest}."
     host_capacity = estimate.plan.topology.host_bytes
     over, host_over = int((total_R > capacity).sum()), int((estimate.host_R > host_capacity).sum())
-    said = []
+    faults = []
     if over:
-        said.append(f"memory runs out on {over:,} of {len(total_R):,} ranks; {fullest}")
+        faults.append(f"memory runs out on {over:,} of {len(total_R):,} ranks; {fullest}")
     if host_over:
         most = int(estimate.host_R.argmax())
         taken = f"{size(estimate.host_R[most])} of {size(host_capacity)}"
-        said.append(f"host memory runs out on {host_over:,} of {len(total_R):,} ranks; rank {most} takes {taken}")
-    return f"Does not fit: {'; '.join(said) or fullest}."
+        faults.append(f"host memory runs out on {host_over:,} of {len(total_R):,} ranks; rank {most} takes {taken}")
+    return f"Does not fit: {'; '.join(faults) or fullest}."
 
 
 def headline(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """(what, value, note) of each headline figure, in reading order."""
+    """(name, value, note) of each headline figure, in reading order."""
     topology, inventory = estimate.plan.topology, estimate.plan.inventory
     device = device_word(estimate)
     rank_batch = inventory.batch_on(topology.ranks)
@@ -167,9 +168,9 @@ def headline(estimate: Estimate) -> list[tuple[str, str, str]]:
     if estimate.flops:
         speed = peak_flops(estimate)
         inventory = estimate.plan.inventory
-        # The efficiency was put in: nobody should take it for a finding.
-        given = f"dense_efficiency={inventory.dense_efficiency:g}"
-        work = f"of {flops(speed)}/s ({inventory.precision}); {given}"
+        # The note names the efficiency, because the MFU follows from this assumption.
+        assumed = f"dense_efficiency={inventory.dense_efficiency:g}"
+        work = f"of {flops(speed)}/s ({inventory.precision}); {assumed}"
         figures.append(("MFU", percent(estimate.flops / estimate.step_seconds / speed), work))
     bound = estimate.plan.bound_seconds
     figures.append(

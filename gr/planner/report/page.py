@@ -15,11 +15,11 @@ from gr.planner.report.figures import headline, imbalance, schedule, straggler, 
 from gr.planner.report.units import percent, size, spans
 
 TEMPLATE = Path(__file__).with_name("page.html")
-DIGITS = 5  # of seconds in the page
+DIGITS = 5  # digits of every duration in the page
 
 
 def page(estimate: Estimate) -> str:
-    """The whole page. Names of tables are data: escaped here, and only ever shown as text."""
+    """The whole page. Names of tables are data: they are escaped here and shown only as text."""
     topology = estimate.plan.topology
     title = f"{estimate.plan.inventory.name} on {topology.name}"
     # `<` would let a name end the script element or open a comment in it.
@@ -43,7 +43,7 @@ def _data(estimate: Estimate, title: str) -> dict[str, Any]:
         "ranksPerHost": topology.ranks_per_host,
         "capacity": topology.hbm_bytes,
         "hostCapacity": topology.host_bytes,
-        # What is alike on every rank comes first, at the bottom of a stack.
+        # The kinds that are alike on every rank come first, at the bottom of a stack.
         "memory": _series(MEMORY[::-1], estimate.memory_MR[::-1].round()),
         "host": _series(("host_memory",), estimate.host_R[None].round()) if estimate.host_R.any() else [],
         "work": _series(TABLE_PHASES, estimate.seconds_PR[[PHASES.index(phase) for phase in TABLE_PHASES]]),
@@ -77,12 +77,12 @@ def _series(names: tuple[str, ...], values_NR: np.ndarray) -> list[dict[str, Any
 
 
 def _brief(value: float) -> float | int:
-    """Bytes whole, seconds to five digits: they make most of the page's size."""
+    """`value` with few digits, because values make most of the page's size: bytes whole, seconds to five digits."""
     return int(value) if float(value).is_integer() else float(f"{value:.{DIGITS}g}")
 
 
 def _phases(estimate: Estimate) -> list[dict[str, Any]]:
-    """hidden: seconds beside other phases, from hiddenStart on. rank: the slowest, None where all are alike."""
+    """Rows of the phase table. hidden: seconds beside other phases, from hiddenStart on. rank: the slowest, or None."""
     return [
         {
             "label": words(phase),
@@ -101,7 +101,7 @@ def _phases(estimate: Estimate) -> list[dict[str, Any]]:
 
 
 def _tables(estimate: Estimate) -> list[list[Any]]:
-    """Rows in the columns of page.html."""
+    """Rows of the table of tables, in the columns of page.html."""
     configs = {table.name: table for table in estimate.plan.inventory.tables}
     every = partial(_ranks, everyone=estimate.plan.topology.ranks)
     return [[*_row(configs[share.name], share), every(share)] for share in estimate.tables]

@@ -9,12 +9,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gr.planner.estimate import MEMORY, PHASES, Estimate, TableShare
+from gr.planner.estimate import MEMORY, Estimate, TableShare
 from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
 from gr.planner.report.units import duration, percent, size
 
 TOP = 10
-# As TorchRec writes them.
+# TorchRec's abbreviations.
 ABBREVIATIONS = {
     "data_parallel": "DP",
     "table_wise": "TW",
@@ -28,15 +28,12 @@ NAME_WIDTH = 22
 
 
 def summary(estimate: Estimate) -> list[RenderableType]:
-    """Renderables in the order of the page: verdict and headline, memory, step, links, tables."""
+    """Renderables: verdict and headline, memory, top tables. Phases, links and every table are on the page."""
     return [
         *_head(estimate),
+        Text(straggler(estimate).explanation()),
         Text(),
         _memory(estimate),
-        Text(),
-        _timeline(estimate),
-        Text(straggler(estimate).explanation()),
-        _links(estimate),
         Text(),
         _top(estimate),
         _types(estimate.tables),
@@ -48,13 +45,13 @@ def _head(estimate: Estimate) -> list[RenderableType]:
     title = Text(f"{estimate.plan.inventory.name} on {where}", style="bold")
     fits = Text(verdict(estimate), style="green" if estimate.fits else "bold red")
     grid = Table.grid(padding=(0, 2))
-    for what, value, note in headline(estimate):
-        grid.add_row(Text(what), Text(value, style="bold"), Text(note, style="dim"))
+    for name, value, note in headline(estimate):
+        grid.add_row(Text(name), Text(value, style="bold"), Text(note, style="dim"))
     return [title, fits, grid]
 
 
 def _table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
-    """Without a frame; the first `left` columns are text, the others figures."""
+    """A table without a frame. The first `left` columns are text, the others figures."""
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
@@ -78,36 +75,6 @@ def _spread(bytes_R: np.ndarray, capacity: float) -> Iterable[str]:
     low, mean, high = float(bytes_R.min()), float(bytes_R.mean()), float(bytes_R.max())
     share = percent(high / capacity) if capacity else "no capacity"
     return size(low), size(mean), size(high), share, f"{imbalance(bytes_R):.2f}"
-
-
-def _timeline(estimate: Estimate) -> Table:
-    columns = ("phase", "slowest rank", "rank", "mean", "hidden", "adds", "share")
-    table = _table("Step by phase; hidden: beside another phase", columns)
-    step = estimate.step_seconds
-    for index, phase in enumerate(PHASES):
-        seconds_R, hidden = estimate.seconds_PR[index], float(estimate.hidden_P[index])
-        slowest = float(seconds_R.max())
-        shown = slowest - hidden
-        table.add_row(
-            words(phase),
-            duration(slowest),
-            "all" if np.ptp(seconds_R) == 0 else str(int(seconds_R.argmax())),
-            duration(float(seconds_R.mean())),
-            duration(hidden),
-            duration(shown),
-            percent(shown / step),
-        )
-    table.add_row("step", "", "", "", "", duration(step), "", style="bold")
-    return table
-
-
-def _links(estimate: Estimate) -> Text:
-    lines = ["Sent in a step by the mean rank:"]
-    for name, bytes_R in (("its host", estimate.intra_bytes_R), ("other hosts", estimate.inter_bytes_R)):
-        most = int(bytes_R.argmax())
-        high = f"at most {size(float(bytes_R[most]))} (rank {most})" if np.ptp(bytes_R) else "every rank alike"
-        lines.append(f"{size(float(bytes_R.mean()))} to {name}, {high};")
-    return Text(" ".join(lines).rstrip(";"))
 
 
 def _top(estimate: Estimate) -> Table:

@@ -14,7 +14,7 @@ from gr.cluster.calibrate import (
     Measurement,
     calibrated,
     fit_link,
-    found_figures,
+    machine_figures,
     gemm_flops,
     lookup_bandwidth,
     measure,
@@ -63,7 +63,7 @@ def test_fit_refuses_noise(seconds: list[float]) -> None:
 def test_one_rank_measures_no_link(alone: World, tmp_path: Path) -> None:
     measured = measure(alone, TINY)
     assert measured == Measurement(*_rates(measured)) and min(_rates(measured)) > 0
-    found = found_figures(measured, alone)
+    found = machine_figures(measured, alone)
     topology = calibrated(CPU, found, alone)
     assert (topology.name, topology.ranks, topology.hosts) == ("cpu-measured", 1, 1)
     assert topology.intra_bandwidth == CPU.intra_bandwidth and topology.host_bandwidth == topology.hbm_bandwidth
@@ -84,7 +84,7 @@ def test_two_ranks_measure_the_link_between_them(local_size: int, where: str, ot
         assert link.latency > 0 and link.bandwidth > 0
         assert getattr(first, f"{other}_{name}") is None
     here = World(0, 2, 0, local_size, torch.device("cpu"))
-    found = found_figures(first, here)
+    found = machine_figures(first, here)
     assert found[f"{where}_bandwidth"] == getattr(first, f"{where}_all_to_all").bandwidth
     assert f"{other}_bandwidth" not in found
     assert calibrated(CPU, found, here).hosts == 2 // local_size
@@ -116,5 +116,5 @@ def test_rates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with world("cuda") as here:
         assert lookup_bandwidth(here.device, load) > 1e11
         assert gemm_flops(here.device, torch.bfloat16, load) > gemm_flops(here.device, torch.float32, load)
-        found = found_figures(measure(here, load), here)
+        found = machine_figures(measure(here, load), here)
     assert found["hbm_bytes"] > 10**9 and "host_bandwidth" not in found

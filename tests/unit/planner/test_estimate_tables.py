@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gr.config.inventory import InventoryConfig, TableConfig
 from gr.planner.estimate import PHASES, estimate, placement_costs
-from gr.planner.estimate_tables import Links, ShardCosts, table_bytes, traffic
+from gr.planner.estimate_tables import CollectiveCosts, ShardCosts, table_bytes, traffic
 from gr.planner.placement import Placement, Plan, Shard
 from tests.support.plans import hand_made, machine
 
@@ -89,29 +89,29 @@ class TestTraffic:
 
 class TestLinks:
     def test_an_all_to_all_keeps_the_part_of_its_own_rank(self):
-        seconds, intra, inter = Links(replace(TWO_HOSTS, inter_bandwidth=5e8)).all_to_all(np.array([4000.0]))
+        seconds, intra, inter = CollectiveCosts(replace(TWO_HOSTS, inter_bandwidth=5e8)).all_to_all(np.array([4000.0]))
         assert intra == [1000] and inter == [2000] and seconds == pytest.approx(2000 / 5e8)
 
     def test_a_ring_crosses_hosts_on_every_card_of_a_host(self):
-        seconds, intra, inter = Links(TWO_HOSTS).reduce_scatter(np.array([4000.0]))
+        seconds, intra, inter = CollectiveCosts(TWO_HOSTS).reduce_scatter(np.array([4000.0]))
         assert inter == [1500] and intra == [1500] and seconds == pytest.approx(3000 / 1e9)
-        twice = Links(TWO_HOSTS).all_reduce(np.array([4000.0]))
+        twice = CollectiveCosts(TWO_HOSTS).all_reduce(np.array([4000.0]))
         assert [float(figure[0]) for figure in twice] == pytest.approx([6e-6, 3000, 3000])
 
     def test_within_hosts_first_then_between_them(self):
-        seconds, intra, inter = Links(TWO_HOSTS).host_reduce_scatter(np.array([4000.0]))
+        seconds, intra, inter = CollectiveCosts(TWO_HOSTS).host_reduce_scatter(np.array([4000.0]))
         assert intra == [2000] and inter == [1000] and seconds == pytest.approx(3000 / 1e9)
 
     def test_one_rank_sends_nothing_and_waits_for_nobody(self):
-        links = Links(machine(1))
+        links = CollectiveCosts(machine(1))
         for collective in (links.all_to_all, links.reduce_scatter, links.host_reduce_scatter, links.all_reduce):
             assert [float(figure[0]) for figure in collective(np.array([4000.0]))] == [0, 0, 0]
         assert links.group_seconds() == 0
 
     def test_one_host_waits_for_its_own_link_only(self):
-        assert Links(machine(4, 4)).group_seconds() == pytest.approx(4 * (1e-5 + 3 * 0.2e-6))
+        assert CollectiveCosts(machine(4, 4)).group_seconds() == pytest.approx(4 * (1e-5 + 3 * 0.2e-6))
         slow = replace(TWO_HOSTS, inter_latency=1e-3)
-        assert Links(slow).group_seconds() == pytest.approx(4 * (1e-3 + 3 * 0.2e-6))
+        assert CollectiveCosts(slow).group_seconds() == pytest.approx(4 * (1e-3 + 3 * 0.2e-6))
 
 
 class TestShards:

@@ -51,7 +51,9 @@ def configured(*, dim: int = 8, optimizer: str = "adam", **planner: object) -> R
 
 
 def planned(config: RetrievalConfig, world: World, *, rows: int = 30) -> tuple[Plan, ParameterSharding]:
-    plan, sharding = make_plan(build_model(config, item_schema(rows)), config.inventory(item_schema(rows)), config, world)
+    plan, sharding = make_plan(
+        build_model(config, item_schema(rows)), config.inventory(item_schema(rows)), config, world
+    )
     assert list(sharding.plan) == ["tables"] and list(sharding.plan["tables"]) == ["item_id"]
     return plan, sharding.plan["tables"]["item_id"]
 
@@ -232,4 +234,3 @@ def test_wrong_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         run_topology("h100", world_of(2))
     with pytest.raises(PlanError, match="h1000"):
         run_topology("h1000", world_of(2, CUDA))
-
