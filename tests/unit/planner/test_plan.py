@@ -27,7 +27,7 @@ MACHINES = st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (6, 
 AGAIN = """
 import sys
 from gr.planner.planfile import dump_plan, parse_plan
-from gr.planner.search import search
+from gr.planner.plan import search
 plan = parse_plan(sys.stdin.read())
 print(dump_plan(search(plan.inventory, plan.topology)), end="")
 """
@@ -66,7 +66,7 @@ def tables(draw: st.DrawFn, name: str, ranks: int) -> TableConfig:
         dim=draw(st.sampled_from([4, 8, 12, 20, 32, 64])),
         dtype=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         kind=kind,
-        pooling="sum" if types == ("grid_shard",) else draw(st.sampled_from(["sum", "mean"])),
+        pooling="sum" if types and "grid_shard" in types else draw(st.sampled_from(["sum", "mean"])),
         ids_per_example=draw(st.sampled_from([0.3, 1.0, 20.0])),
         ids_per_step=draw(st.sampled_from([0.0, 100.0])),
         skew=draw(st.sampled_from([0.0, 0.5, 1.05, 3.0])),
@@ -93,7 +93,7 @@ def jobs(draw: st.DrawFn) -> tuple[InventoryConfig, Topology]:
     return inventory, replace(topology, hbm_bytes=int(10**hbm), host_bytes=int(10**host))
 
 
-def found(inventory: InventoryConfig, topology: Topology) -> Plan | None:
+def planned(inventory: InventoryConfig, topology: Topology) -> Plan | None:
     try:
         # A table that fits any constraint beside the drawn ones, which may exclude one another.
         return search(inventory.model_copy(update={"tables": (*inventory.tables, described(name="free"))}), topology)
@@ -105,7 +105,7 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=30)
     def test_each_cell_of_each_table_is_placed_once(self, job):
-        plan = found(*job)
+        plan = planned(*job)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True) if plan else ():
             assert placement.table == table.name
             cut = list(shards(table, placement))
@@ -114,7 +114,7 @@ class TestAnyInventory:
                 assert placement.ranks == tuple(range(plan.topology.ranks))
                 assert {(s.row, s.column, s.rows, s.columns) for s in cut} == {(0, 0, table.rows, table.dim)}
                 continue
-            step = -(-table.rows // 1000)  # of the rows of a large table, some
+            step = -(-table.rows // 1000)  # a sample of the rows of a large table
             rows = np.arange(0, table.rows, step)
             count = np.zeros((len(rows), table.dim), dtype=int)
             for shard in cut:
@@ -126,7 +126,7 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=30)
     def test_constraints_are_kept(self, job):
-        plan = found(*job)
+        plan = planned(*job)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True) if plan else ():
             assert placement_fault(table, placement, plan.topology) is None
             replicated = placement.sharding_type == "data_parallel"
@@ -140,7 +140,7 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=30)
     def test_memory_is_that_of_the_shards_and_fits(self, job):
-        plan = found(*job)
+        plan = planned(*job)
         if plan is None:
             return
         estimated = estimate(plan)
@@ -164,7 +164,7 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=25)
     def test_equal_inventories_have_equal_plans(self, job):
-        assert found(*job) == found(*job)
+        assert planned(*job) == planned(*job)
 
 
 class TestDeterminism:
