@@ -81,7 +81,7 @@ def test_diff(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_diff_of_other_models_and_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And of tables and files whose names look like markup."""
+    """The names of tables and files look like markup."""
     folder = tmp_path / "["
     folder.mkdir()
     for plan, names, ranks in (("a", ("a[/b]", "[red]x"), 8), ("b", ("a[/b]", "c", "d"), 2)):
@@ -102,7 +102,7 @@ def test_diff_of_other_models_and_machines(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("counts", "said"),
+    ("counts", "message"),
     [
         ((2, 1, 3), "2 tables are new, 1 is gone, 3 change place"),
         ((1, 2, 0), "1 table is new, 2 are gone"),
@@ -110,8 +110,8 @@ def test_diff_of_other_models_and_machines(tmp_path: Path, capsys: pytest.Captur
         ((0, 0, 0), "0 tables change place"),
     ],
 )
-def test_counts_of_a_diff(counts: tuple[int, int, int], said: str) -> None:
-    assert _counted(*counts) == said
+def test_counts_of_a_diff(counts: tuple[int, int, int], message: str) -> None:
+    assert _counted(*counts) == message
 
 
 def test_files_that_would_not_be_written(refused: Refused, inventory: str, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("tables=[{name: a, rows: 0, dim: 4}]", "rows"),
         ("tables=[{name: a, rows: 1, dim: -4}]", "dim"),
@@ -166,8 +166,8 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
         (f"rank_batch_size=1{'0' * 29}", "rank_batch_size: should be less than or equal to 9007199254740992"),
     ],
 )
-def test_wrong_tables(refused: Refused, inventory: str, override: str, said: str) -> None:
-    assert said in refused("plan", inventory, override, "--topology", "h100x8")
+def test_wrong_tables(refused: Refused, inventory: str, override: str, message: str) -> None:
+    assert message in refused("plan", inventory, override, "--topology", "h100x8")
 
 
 WITHOUT_TORCH = """

@@ -64,9 +64,9 @@ def test_what_was_not_on_its_rank_moves(before, after, bytes_):
 
 
 def test_a_new_table_is_filled_and_a_removed_one_is_gone():
-    mine, theirs = placed("table_wise", 0), placed("table_wise", 1, name="u")
-    comparison = compare(hand_made([TABLE], [mine], TWO), hand_made([OTHER], [theirs], TWO))
-    assert set(comparison.changes) == {Change("t", mine, None, 0), Change("u", None, theirs, 0)}
+    own, other = placed("table_wise", 0), placed("table_wise", 1, name="u")
+    comparison = compare(hand_made([TABLE], [own], TWO), hand_made([OTHER], [other], TWO))
+    assert set(comparison.changes) == {Change("t", own, None, 0), Change("u", None, other, 0)}
     assert (comparison.new, comparison.gone, comparison.moved) == (1, 1, 0)
     ((what, before, after),) = comparison.others
     assert what == "model" and "t of 10 x 16" in before and "u of 10 x 16" in after

@@ -97,7 +97,7 @@ class TestTotals:
     @given(jobs(), TOPOLOGIES)
     @settings(max_examples=60)
     def test_seconds_are_the_sum_of_the_shards_where_rows_repeat(self, job, topology):
-        """With ids enough, every shard reads some of its rows again."""
+        """Every shard has ids enough to read some of its rows again."""
         busy = job.tables[0].model_copy(update={"ids_per_example": 2.0 * job.tables[0].rows, "skew": 0.0})
         job = job.model_copy(update={"tables": (busy,), "index_dedup": False})
         options = search_space(job, topology)
@@ -117,9 +117,9 @@ class TestTotals:
                 (costs.hbm, options.hbm_O[option], options.extra_hbm_O[option]),
                 (costs.host, options.host_O[option], 0.0),
             ):
-                said = np.full(len(actual), even)
-                said[odd] += extra
-                assert (actual <= said * (1 + 1e-9)).all()
+                message = np.full(len(actual), even)
+                message[odd] += extra
+                assert (actual <= message * (1 + 1e-9)).all()
 
     def test_column_blocks_of_one_width_cost_what_their_option_says(self):
         options = space(described(dim=64, sharding_types=("column_wise",)))

@@ -1,4 +1,4 @@
-"""What a plan costs, computed by hand on two ranks, and what is true of any plan."""
+"""The estimate of a plan, computed by hand on two ranks, and properties of any plan."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ SMALL_LOOKUP = (20 * 8 + SMALL_DISTINCT * 32 + (20 - SMALL_DISTINCT) * 32 / 2 + 
 # A sort of 96 bytes an id and a gradient of 4 a column; rows and their states (row-wise Adagrad: 4 bytes) in and out.
 LARGE_UPDATE = (40 * (96 + 64) + 2 * LARGE_DISTINCT * (64 + 4)) / 1e10
 SMALL_UPDATE = (20 * (96 + 32) + 2 * SMALL_DISTINCT * 32) / 1e10
-# At dense_efficiency 0.5.
+# The dense part reaches dense_efficiency=0.5 of 1e11 FLOP/s.
 FORWARD, BACKWARD = 10 * 1e4 / 5e10, 2 * 10 * 1e4 / 5e10
 REDUCED = 2 * (1000 * 4 / 2) / 1e9  # gradients in fp32, a reduce-scatter and an all-gather
 
@@ -75,7 +75,7 @@ class TestByHand:
             ("tables", [40 * 16 * 4, 40 * 8 * 4]),
             ("table_optimizer", [40 * 4, 0]),
             ("table_gradients", [0, 0]),
-            # Of the shard: ids twice, and lengths. Of the rank's own examples: 20 + 10 ids, twice.
+            # The shard's ids twice, and its lengths; the 20 + 10 ids of the rank's own examples, twice.
             ("inputs", [2 * 40 * 8 + 20 * 4 + 2 * 30 * 8, 2 * 20 * 8 + 20 * 4 + 2 * 30 * 8]),
             # Vectors and their gradients; 10 examples with one vector of each table.
             ("embeddings", [2 * 20 * 64 + 2 * 10 * 24 * 4, 2 * 20 * 32 + 2 * 10 * 24 * 4]),
@@ -169,8 +169,8 @@ class TestByHand:
 
 class TestAnyPlan:
     def test_one_rank_sends_nothing(self):
-        here = tuple(replace(placement, ranks=(0,)) for placement in PLACEMENTS)
-        estimated = estimate(planned(here, machine(1)))
+        on_one_rank = tuple(replace(placement, ranks=(0,)) for placement in PLACEMENTS)
+        estimated = estimate(planned(on_one_rank, machine(1)))
         assert not estimated.intra_bytes_R.any() and not estimated.inter_bytes_R.any()
         sending = [PHASES.index(name) for name in PHASES if "all_" in name]
         assert not estimated.seconds_PR[sending].any()

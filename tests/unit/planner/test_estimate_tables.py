@@ -1,4 +1,4 @@
-"""What a shard costs: bytes by dtype and optimizer, traffic, links, kernels, latencies."""
+"""The cost of a shard: bytes by dtype and optimizer, traffic, links, kernels, latencies."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def costs_of(
     kernel: str = "fused",
     **job: object,
 ) -> ShardCosts:
-    """Of `table` on the first `ranks` of four, two a host; batch 8."""
+    """The traffic or costs of `table` on the first `ranks` of four, two a host; batch 8."""
     job = {"rank_batch_size": 8, "tables": (table,), **job}
     inventory, placement = InventoryConfig.model_validate(job), Placement("t", sharding_type, kernel, (0,), width)
     placement = replace(placement, ranks=tuple(range(ranks)))
@@ -56,9 +56,9 @@ class TestTableBytes:
 class TestTraffic:
     def test_a_step_reads_the_examples_of_all_ranks_and_their_shared_ids(self):
         inventory = InventoryConfig(rank_batch_size=8, tables=(described(ids_per_step=3.0, features=2),))
-        asked = traffic(inventory, TWO_HOSTS)
-        assert asked.own_ids == [5 * 8 + 3] and asked.ids == [4 * 43]
-        assert asked.own_outputs == [2 * 8] and asked.outputs == [64] and asked.lengths == [64]
+        lookups = traffic(inventory, TWO_HOSTS)
+        assert lookups.own_ids == [5 * 8 + 3] and lookups.ids == [4 * 43]
+        assert lookups.own_outputs == [2 * 8] and lookups.outputs == [64] and lookups.lengths == [64]
 
     def test_a_global_batch_is_divided_over_the_ranks(self):
         inventory = InventoryConfig(global_batch_size=30, tables=(described(),))
@@ -66,10 +66,10 @@ class TestTraffic:
 
     def test_dedup_sends_each_row_of_a_sequence_once_and_leaves_pooled_tables(self):
         tables = (described(name="s", kind="sequence", rows=10), described(name="p", rows=10))
-        asked = traffic(InventoryConfig(rank_batch_size=8, tables=tables, index_dedup=True), TWO_HOSTS)
-        assert asked.own_ids[0] == asked.own_distinct[0] == pytest.approx(10 * (1 - 0.9**40))
-        assert asked.own_outputs[0] == asked.own_ids[0]
-        assert asked.own_ids[1] == 40 and asked.own_outputs[1] == 8
+        lookups = traffic(InventoryConfig(rank_batch_size=8, tables=tables, index_dedup=True), TWO_HOSTS)
+        assert lookups.own_ids[0] == lookups.own_distinct[0] == pytest.approx(10 * (1 - 0.9**40))
+        assert lookups.own_outputs[0] == lookups.own_ids[0]
+        assert lookups.own_ids[1] == 40 and lookups.own_outputs[1] == 8
 
     @given(
         rows=st.integers(1, 10**9),
@@ -81,10 +81,10 @@ class TestTraffic:
         tables = tuple(
             described(name=str(i), rows=rows, ids_per_example=ids, skew=skew) for i, skew in enumerate(skews)
         )
-        asked = traffic(InventoryConfig(rank_batch_size=8, tables=tables), TWO_HOSTS)
-        for distinct in (asked.distinct, asked.own_distinct):
+        lookups = traffic(InventoryConfig(rank_batch_size=8, tables=tables), TWO_HOSTS)
+        for distinct in (lookups.distinct, lookups.own_distinct):
             assert distinct[1] <= distinct[0] * (1 + 1e-3)  # what distinct_ids is exact to
-        assert asked.hottest[1] >= asked.hottest[0] * (1 - 1e-9)
+        assert lookups.hottest[1] >= lookups.hottest[0] * (1 - 1e-9)
 
 
 class TestLinks:
@@ -206,7 +206,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
     def test_states_of_elements_go_with_the_weights_and_states_of_rows_stay(self, kernel):
-        """As fbgemm's split tables place them (construct_split_state)."""
+        """The split is that of fbgemm's tables (construct_split_state)."""
         costs = costs_of(described(optimizer="adam"), "table_wise", 1, kernel=kernel)
         assert costs.host == [64_000 * 3] and costs.table_optimizer == [0]
         costs = costs_of(described(optimizer="partial_rowwise_adam"), "table_wise", 1, kernel=kernel)
@@ -219,11 +219,11 @@ class TestKernels:
     def test_the_nearer_the_rows_the_less_they_cost(self):
         inventory = InventoryConfig(rank_batch_size=8, tables=(described(skew=1.0),))
         topology = replace(TWO_HOSTS, host_bandwidth=1e9)
-        asked = traffic(inventory, topology)[0]
+        lookups = traffic(inventory, topology)[0]
         seconds = [
             float(
                 placement_costs(
-                    asked, inventory.tables[0], Placement("t", "table_wise", kernel, (0,)), inventory, topology
+                    lookups, inventory.tables[0], Placement("t", "table_wise", kernel, (0,)), inventory, topology
                 ).seconds[0]
             )
             for kernel in ("fused", "fused_uvm_caching", "fused_uvm")
@@ -247,10 +247,10 @@ class TestLatency:
     def test_is_paid_once_for_each_sharding_type(self, types, groups):
         plan = self.plan(types)
         estimated = estimate(plan)
-        asked = traffic(plan.inventory, plan.topology)
+        lookups = traffic(plan.inventory, plan.topology)
         seconds = np.zeros(2)
         for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
-            costs = placement_costs(asked[index], table, placement, plan.inventory, plan.topology)
+            costs = placement_costs(lookups[index], table, placement, plan.inventory, plan.topology)
             seconds[list(placement.ranks)] += costs.seconds
         assert estimated.table_seconds_R - seconds == pytest.approx([groups * self.GROUP] * 2)
 

@@ -125,7 +125,7 @@ def test_on_cuda_every_optimizer_is_fused() -> None:
     st.sampled_from(["adam", "rowwise_adagrad", "sgd"]),
 )
 def test_every_element_is_held_once(sharding: str, world_size: int, rows: int, dim: int, optimizer: str) -> None:
-    """Also with fewer rows, or fewer blocks of four columns, than ranks."""
+    """It holds with fewer rows, or fewer blocks of four columns, than ranks too."""
     if sharding == "row_wise" and optimizer != "adam":  # fused on CPU, where every shard needs a row
         height = -(-rows // world_size)
         assume(-(-rows // height) == world_size)
@@ -164,9 +164,9 @@ def test_a_table_that_fits_nowhere_is_refused_on_every_rank() -> None:
     config = configured(optimizer="rowwise_adagrad")
     with pytest.raises(PlanError) as refusal:
         planned(config, Telling(0, 2, 0, 2, CPU), rows=10**13)
-    with pytest.raises(PlanError) as told:
+    with pytest.raises(PlanError) as relayed:
         planned(config, OneOfMany(1, 2, 1, 2, CPU, sent=sent[0]), rows=10**13)
-    assert len(sent) == 1 and str(told.value) == str(refusal.value) != ""
+    assert len(sent) == 1 and str(relayed.value) == str(refusal.value) != ""
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def given_plan(tmp_path: Path) -> Callable[..., RetrievalConfig]:
 
 
 def test_a_plan_that_was_given(given_plan: Callable[..., RetrievalConfig]) -> None:
-    """Also where auto could not have chosen it, and where the configuration asks for the same."""
+    """It holds where auto could not have chosen the plan, and where the configuration requires the same type."""
     for config in (given_plan(), given_plan(sharding="row_wise"), given_plan(tables={"item_id": "row_wise"})):
         _, got = planned(config, world_of(2))
         assert got.sharding_type == "row_wise" and got.ranks == [0, 1]

@@ -80,7 +80,7 @@ class TestLists:
 class TestFaults:
     @pytest.mark.parametrize("write", [write_json, write_parquet])
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
             ({"rows": 0}, "row 2: rows: should be greater than 0, got 0"),
             ({"dim": -4}, "row 2: dim: should be greater than 0, got -4"),
@@ -92,10 +92,10 @@ class TestFaults:
             ({"sharding_types": ["grid_shard"]}, "row 2: grid_shard does not exist for sequence tables"),
         ],
     )
-    def test_names_file_and_row(self, write, change, said):
+    def test_names_file_and_row(self, write, change, message):
         path = write([TABLES[0], {**TABLES[1], **change}])
         assert f"{path} row 2" in fault(path)
-        assert said in fault(path)
+        assert message in fault(path)
 
     def test_columns(self):
         wrong = [{**TABLES[0], "optimiser": "sgd"}]
@@ -116,8 +116,8 @@ class TestFaults:
         assert "NaN is not a finite number" in fault(write_json('[{"name": "a", "rows": 1, "dim": 4, "skew": NaN}]'))
         for value in ("nan", "inf"):
             rows = [{**TABLES[0], "skew": float(value)}]
-            said = f"row 1: skew: expected text, a finite number or a list, got {value}"
-            assert said in fault(write_parquet(rows))
+            message = f"row 1: skew: expected text, a finite number or a list, got {value}"
+            assert message in fault(write_parquet(rows))
 
     def test_what_python_does_not_convert(self):
         huge = f'[{{"name": "a", "rows": {"1" * 5000}, "dim": 4}}]'
@@ -143,9 +143,9 @@ class TestFaults:
         assert "tables.parquet: not a Parquet file" in fault("tables.parquet")
 
     def test_many_faults_are_counted(self):
-        said = fault(write_json([{"name": f"t{i}", "rows": 0, "dim": 4} for i in range(50)]))
-        assert said.count("rows: should be greater") == 20
-        assert "and 30 faults more" in said
+        message = fault(write_json([{"name": f"t{i}", "rows": 0, "dim": 4} for i in range(50)]))
+        assert message.count("rows: should be greater") == 20
+        assert "and 30 faults more" in message
 
 
 class TestExperiments:
@@ -178,7 +178,7 @@ class TestExperiments:
 
 
 class TestScale:
-    """What the models are published with."""
+    """The sizes that the models are published with."""
 
     def load(self, name: str) -> tuple[InventoryConfig, int, int]:
         inventory = load_inventory(SCALE / f"{name}.yaml")

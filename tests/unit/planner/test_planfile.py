@@ -178,8 +178,8 @@ class TestUnreadable:
         ],
     )
     def test_a_part_is_missing_or_wrong(self, change, message):
-        said = refusal(edited(change))
-        assert said.startswith(f"p.json: {message}") and said.endswith(AGAIN)
+        refused = refusal(edited(change))
+        assert refused.startswith(f"p.json: {message}") and refused.endswith(AGAIN)
 
 
 class TestNotWhole:
@@ -211,19 +211,19 @@ class TestNotWhole:
         assert refusal(edited(change)) == f"p.json: {message}"
 
     def test_an_edited_inventory(self):
-        said = refusal(edited(lambda c: c["inventory"]["tables"][0].update(rows=200)))
+        message = refusal(edited(lambda c: c["inventory"]["tables"][0].update(rows=200)))
         stated = model_hash(PLAN.inventory)
-        assert said.startswith(f"p.json: model_hash says {stated}, its content is ") and "it was edited" in said
+        assert message.startswith(f"p.json: model_hash says {stated}, its content is ") and "it was edited" in message
 
     def test_ranks_that_fill_no_hosts(self):
-        said = refusal(edited(lambda c: c["topology"].update(ranks_per_host=3)))
-        assert said == "p.json: 4 ranks do not fill hosts of 3"
+        message = refusal(edited(lambda c: c["topology"].update(ranks_per_host=3)))
+        assert message == "p.json: 4 ranks do not fill hosts of 3"
 
     def test_an_edited_topology(self):
-        said = refusal(edited(lambda c: c["topology"].update(ranks=8)))
-        stated, found = topology_hash(FOUR), topology_hash(machine(8, 2))
-        expected = f"p.json: topology_hash says {stated}, its content is {found}: it was edited; make the plan again"
-        assert said == expected
+        message = refusal(edited(lambda c: c["topology"].update(ranks=8)))
+        stated, actual = topology_hash(FOUR), topology_hash(machine(8, 2))
+        expected = f"p.json: topology_hash says {stated}, its content is {actual}: it was edited; make the plan again"
+        assert message == expected
 
 
 class TestPlacementFault:
@@ -362,11 +362,11 @@ class TestAnotherRun:
         check_plan(PLAN, PLAN.inventory, FOUR)
 
     def test_more_than_its_own_topology_holds(self):
-        for memory, said in (("hbm_bytes", " of 10 bytes, and"), ("host_bytes", " bytes to 10 of host memory")):
+        for memory, message in (("hbm_bytes", " of 10 bytes, and"), ("host_bytes", " bytes to 10 of host memory")):
             with pytest.raises(PlanError) as error:
                 check_plan(replace(PLAN, topology=replace(FOUR, **{memory: 10})), PLAN.inventory, FOUR)
             assert str(error.value).startswith("the plan does not fit its own topology: rank ")
-            assert said in str(error.value)
+            assert message in str(error.value)
 
     def test_another_model(self):
         other = TestHashes.changed({"rows": 5000})

@@ -49,14 +49,14 @@ def places(problem: Problem, option: int) -> Iterator[np.ndarray]:
     hosts = np.arange(capacity.ranks).reshape(-1, local)
     match Scope(int(options.scope_O[option])):
         case Scope.ALL:
-            found: list[tuple[int, ...]] = [tuple(range(capacity.ranks))]
+            choices: list[tuple[int, ...]] = [tuple(range(capacity.ranks))]
         case Scope.HOST:
-            found = [tuple(hosts[list(some)].ravel()) for some in combinations(range(len(hosts)), count // local)]
+            choices = [tuple(hosts[list(some)].ravel()) for some in combinations(range(len(hosts)), count // local)]
         case Scope.RANK:
-            found = list(_orders(range(capacity.ranks), count, odd))
+            choices = list(_orders(range(capacity.ranks), count, odd))
         case Scope.HOST_RANKS:
-            found = [order for host in hosts for order in _orders(host.tolist(), count, odd)]
-    for ranks in found:
+            choices = [order for host in hosts for order in _orders(host.tolist(), count, odd)]
+    for ranks in choices:
         if options.allowed_TR is None or options.allowed_TR[options.table_O[option], list(ranks)].all():
             yield np.array(ranks)
 
@@ -131,9 +131,9 @@ def tiny(seed: int) -> Problem:
         machine(ranks, local, "cuda"), intra_latency=one_of(0.0, 1e-6, 1e-5), inter_latency=one_of(1e-6, 1e-4)
     )
     options = search_space(InventoryConfig(rank_batch_size=one_of(1, 8, 512), tables=tables), topology)
-    least = sum(options.total_hbm_O[options.table_O == index].min() for index in range(len(tables)))
+    smallest = sum(options.total_hbm_O[options.table_O == index].min() for index in range(len(tables)))
     spare = one_of(1.0, 1.1, 1.5, 3.0, 1e9)
-    return Problem(options, Capacity(ranks, local, least * spare / ranks + 1, 1e10))
+    return Problem(options, Capacity(ranks, local, smallest * spare / ranks + 1, 1e10))
 
 
 def solved(problem: Problem) -> Solution | None:

@@ -78,18 +78,18 @@ def test_every_number_has_a_source(name: str) -> None:
     assert set(entry["figures"]) == {field.name for field in fields(Topology)} - _PLACE - {"peak_bf16", "peak_fp32"}
     assert set(entry["efficiency"]) == SCALED
     for figure in (*entry["figures"].values(), *entry["efficiency"].values()):
-        key, _, said = figure["source"].partition(": ")
-        assert said and (key == "assumed" or key in WRITTEN["sources"])
+        key, _, message = figure["source"].partition(": ")
+        assert message and (key == "assumed" or key in WRITTEN["sources"])
     assert all(0 < part["value"] < 1 for part in entry["efficiency"].values())
 
 
 def test_every_source_is_used() -> None:
-    said = [
+    message = [
         figure["source"]
         for entry in WRITTEN["hardware"].values()
         for figure in (*entry["figures"].values(), *entry["efficiency"].values())
     ]
-    assert [key for key in WRITTEN["sources"] if not any(key in source for source in said)] == []
+    assert [key for key in WRITTEN["sources"] if not any(key in source for source in message)] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +158,7 @@ def test_a_file_reads_back_equal(folder: Path, topology: Topology) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("h10", f"h10: unknown hardware 'h10'; did you mean 'h100'? (known: {', '.join(NAMES)})"),
         ("mi300x8", "mi300x8: unknown hardware 'mi300'; did you mean 'mi300xx8'? (known: "),
@@ -168,14 +168,14 @@ def test_a_file_reads_back_equal(folder: Path, topology: Topology) -> None:
         ("none/such.yaml", "none/such.yaml: no such file"),
     ],
 )
-def test_wrong_names(text: str, said: str) -> None:
+def test_wrong_names(text: str, message: str) -> None:
     with pytest.raises(PlanError) as caught:
         parse_topology(text)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("hardware: h100\nhbm_byte: 3\n", ":2: hbm_byte: unknown key; did you mean 'hbm_bytes'? (known: device, "),
         ("hardware: h1000\n", ":1: unknown hardware 'h1000'; did you mean 'h100'? (known: "),
@@ -193,8 +193,8 @@ def test_wrong_names(text: str, said: str) -> None:
         ("- h100\n", ":1: top level must be `key: value` lines"),
     ],
 )
-def test_wrong_files(wrong, text: str, said: str) -> None:
-    assert wrong(text).startswith(said)
+def test_wrong_files(wrong, text: str, message: str) -> None:
+    assert wrong(text).startswith(message)
 
 
 def test_wrong_overrides() -> None:

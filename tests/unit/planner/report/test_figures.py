@@ -1,4 +1,4 @@
-"""What both reports say: the schedule of a step, the straggler and why, and whether it fits."""
+"""Figures of both reports: the schedule of a step, the straggler and its explanation, the verdict."""
 
 from dataclasses import replace
 
@@ -31,13 +31,13 @@ def test_where_hidden_parts_lie() -> None:
 def test_a_straggler_is_explained() -> None:
     estimated = estimate_of(8, 26)
     estimated.seconds_PR[PHASES.index("lookup"), 5] += 4e-3
-    found = straggler(estimated)
-    assert (found.rank, found.phase) == (5, "lookup")
-    assert found.tables and all(5 in table.ranks for table in found.tables)
-    assert [t.seconds for t in found.tables] == sorted((t.seconds for t in found.tables), reverse=True)
-    text = found.explanation()
+    slowest = straggler(estimated)
+    assert (slowest.rank, slowest.phase) == (5, "lookup")
+    assert slowest.tables and all(5 in table.ranks for table in slowest.tables)
+    assert [t.seconds for t in slowest.tables] == sorted((t.seconds for t in slowest.tables), reverse=True)
+    text = slowest.explanation()
     assert text.startswith("Rank 5 has the most table work: ") and "It is furthest ahead in lookup: " in text
-    assert f"Its costliest tables: {found.tables[0].name} (" in text
+    assert f"Its costliest tables: {slowest.tables[0].name} (" in text
 
 
 def test_even_work_and_none() -> None:
@@ -56,8 +56,8 @@ def test_verdicts() -> None:
     host_R = np.zeros(8)
     host_R[3] = 200e9
     offloaded = replace(estimate_of(8, 26), host_R=host_R)
-    said = "Does not fit: host memory runs out on 1 of 8 ranks; rank 3 takes 200 GB of 192 GB."
-    assert verdict(offloaded) == said
+    expected = "Does not fit: host memory runs out on 1 of 8 ranks; rank 3 takes 200 GB of 192 GB."
+    assert verdict(offloaded) == expected
 
 
 def test_examples_are_those_of_the_global_batch() -> None:

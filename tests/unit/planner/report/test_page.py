@@ -19,9 +19,9 @@ HOSTILE = "</script><script>document.title='owned'</script><!-- \u2028 & \" 表"
 
 
 def data_of(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
 
 
 def test_it_holds_every_rank_and_table() -> None:
