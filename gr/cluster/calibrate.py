@@ -22,6 +22,8 @@ from gr.logging import get_logger
 from gr.planner.topology import Topology
 
 _log = get_logger(__name__)
+Work = Callable[[int], object]  # what is timed, by the number of the turn
+Collective = Callable[[ProcessGroup, torch.device, int], tuple[Work, float]]
 ROW_DIM = 128  # fp32: 512 bytes a row
 FIGURES = tuple(field.name for field in fields(Topology)[4:])  # after name, device, ranks and ranks_per_host
 
@@ -168,7 +170,7 @@ def _groups(world: World) -> tuple[ProcessGroup | None, ProcessGroup | None]:
     return intra, inter
 
 
-def all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
+def all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Work, float]:
     """An all-to-all of `size` bytes a rank, and the bytes that leave each rank in it."""
     ranks = dist.get_world_size(group)
     sent = torch.zeros(ranks, max(1, size // (4 * ranks)), device=device)
@@ -176,19 +178,14 @@ def all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Ca
     return lambda _: dist.all_to_all_single(received, sent, group=group), sent.nbytes * (ranks - 1) / ranks
 
 
-def all_reduce(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
+def all_reduce(group: ProcessGroup, device: torch.device, size: int) -> tuple[Work, float]:
     """An all-reduce of `size` bytes, and the bytes that leave each rank: of a reduce-scatter and an all-gather."""
     ranks = dist.get_world_size(group)
     values = torch.zeros(max(1, size // 4), device=device)
     return lambda _: dist.all_reduce(values, group=group), 2 * values.nbytes * (ranks - 1) / ranks
 
 
-def _times(
-    collective: Callable[[ProcessGroup, torch.device, int], tuple[Callable[[int], object], float]],
-    group: ProcessGroup,
-    world: World,
-    load: Load,
-) -> tuple[list[float], list[float]]:
+def _times(collective: Collective, group: ProcessGroup, world: World, load: Load) -> tuple[list[float], list[float]]:
     """(bytes sent, seconds) for each message size. All groups measure side by side and get the same figures."""
     works = [collective(group, world.device, size) for size in load.message_bytes]
     seconds = [median_seconds(work, world.device, load.repeats, lambda: dist.barrier(group)) for work, _ in works]
@@ -196,10 +193,7 @@ def _times(
 
 
 def median_seconds(
-    work: Callable[[int], object],
-    device: torch.device,
-    repeats: int,
-    start_together: Callable[[], object] = dist.barrier,
+    work: Work, device: torch.device, repeats: int, start_together: Callable[[], object] = dist.barrier
 ) -> float:
     """The median seconds of `repeats` turns, after one that warms up."""
     samples = []

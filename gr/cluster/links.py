@@ -1,13 +1,12 @@
 """Measurements of links for preflight: how fast all ranks exchange, and which host is slow."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from gr.cluster.calibrate import all_reduce, all_to_all, median_seconds
+from gr.cluster.calibrate import Work, all_reduce, all_to_all, median_seconds
 from gr.dist import World
 
 MESSAGE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -39,9 +38,8 @@ def measure_links(world: World, device: torch.device) -> LinkRates:
 
 def slow_hosts(links: LinkRates, bandwidth: float, hosts: int) -> list[int]:
     """Hosts whose every link is slower than `bandwidth`, in bytes/s; both of a slow pair where there are only two."""
-    return [
-        host for host in range(hosts) if all(rate < bandwidth for pair, rate in links.pairs.items() if host in pair)
-    ]
+    slow = {pair for pair, rate in links.pairs.items() if rate < bandwidth}
+    return [host for host in range(hosts) if all(pair in slow for pair in links.pairs if host in pair)]
 
 
 def _pairs(world: World, group: ProcessGroup, device: torch.device, size: int) -> dict[tuple[int, int], float]:
@@ -59,7 +57,7 @@ def _pairs(world: World, group: ProcessGroup, device: torch.device, size: int) -
     return rates
 
 
-def _exchange(group: ProcessGroup, device: torch.device, size: int, other: int) -> Callable[[int], object]:
+def _exchange(group: ProcessGroup, device: torch.device, size: int, other: int) -> Work:
     sent, received = (torch.zeros(size // 4, device=device) for _ in range(2))
 
     def work(_: int) -> None:

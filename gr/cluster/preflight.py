@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -175,16 +175,13 @@ def links(world: World, hosts: Sequence[str], config: RunConfig | None) -> Findi
     device = resolve_device(config.device if config else "auto", world.local_rank)
     described = config.planner.topology if config else None
     if world.size % world.local_size:
-        return Finding(
-            "links", "", (f"{world.size} ranks do not fill hosts of {world.local_size}: start as many on each",)
-        )
+        fault = f"{world.size} ranks do not fill hosts of {world.local_size}: start as many on each"
+        return Finding("links", "", (fault,))
     try:
-        placed = World(world.rank, world.size, world.local_rank, world.local_size, device)
-        topology = run_topology(described, placed)
+        topology = run_topology(described, replace(world, device=device))
     except GRError as error:
         return Finding("links", "", (str(error),))
-    count = world.size // world.local_size
-    assumed = topology.inter_bandwidth if count > 1 else topology.intra_bandwidth
+    assumed = topology.inter_bandwidth if topology.hosts > 1 else topology.intra_bandwidth
     rates = measure_links(world, device)
     summary = (
         f"all-to-all {rates.all_to_all / 1e9:.3g}, all-reduce {rates.all_reduce / 1e9:.3g} GB/s a rank; "
@@ -197,14 +194,13 @@ def links(world: World, hosts: Sequence[str], config: RunConfig | None) -> Findi
 
 def _slow_links(rates: LinkRates, assumed: float, hosts: Sequence[str]) -> tuple[str, ...]:
     remedy = "look at its links, or plan with a topology that `gr calibrate` measured here"
-    slow = slow_hosts(rates, MIN_SHARE * assumed, len(hosts))
-    named = [hosts[host] for host in slow] if rates.pairs else list(hosts)
-    if not named:
+    slow = [hosts[host] for host in slow_hosts(rates, MIN_SHARE * assumed, len(hosts))] if rates.pairs else hosts
+    if not slow:
         return (f"all hosts together: every pair of hosts is fast, the collectives are not: {remedy}",)
     rate = min(rates.all_to_all, rates.all_reduce, *rates.pairs.values())
     return tuple(
         f"{host}: its links give {rate / 1e9:.3g} GB/s a rank, less than half of {assumed / 1e9:.3g}: {remedy}"
-        for host in named
+        for host in slow
     )
 
 
