@@ -310,7 +310,7 @@ def _own_costs(names: list[str], torchrec: dict[str, Record], timeout: int) -> R
         rows.append([name, f"{parameters / 1e12:.3f}", *_own_costs_row(limits, ours), _finished(torchrec[name])])
     return Report(
         "gr's planner under its own costs, from a Parquet list of tables to a plan and its estimate",
-        "Process CPU s: imports, reading, planning and estimated; planning CPU s: the search alone. Cost: the slowest "
+        "Process CPU s: imports, reading, planning and estimate; planning CPU s: the search alone. Cost: the slowest "
         "rank's share of a step that belongs to tables, h100 topology. Table bytes: weights and optimizer states. "
         "Limits in brackets.",
         (

@@ -1,4 +1,4 @@
-"""Evaluations of made-up plans: random costs of any number of tables and ranks, for tests of the reports."""
+"""Made-up estimates: random costs of any number of tables and ranks, for tests of the reports."""
 
 import numpy as np
 

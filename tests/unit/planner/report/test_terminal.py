@@ -1,4 +1,4 @@
-"""The report in the terminal: one screen, and the numbers of the estimated."""
+"""The report in the terminal: one screen, with the numbers of the estimate."""
 
 import io
 from collections import Counter
