@@ -16,18 +16,8 @@ from gr.planner.placement import Plan
 from gr.planner.plan import search
 from gr.planner.planfile import check_plan, differences, dump_plan, load_plan, parse_plan
 from gr.planner.sharding_plan import to_sharding_plan
-from gr.planner.topology import Topology, parse_topology
+from gr.planner.topology import Topology, hardware_of_gpu, parse_topology
 
-# torch.cuda.get_device_name() of the boards in hardware.yaml. Their PCIe and NVL variants are other machines.
-HARDWARE_BY_GPU = {
-    "NVIDIA A100-SXM4-40GB": "a100-40g",
-    "NVIDIA A100-SXM4-80GB": "a100-80g",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-    "NVIDIA GB200": "gb200",
-    "AMD Instinct MI300X": "mi300x",
-}
 REFUSED = "refused: "
 log = get_logger(__name__)
 
@@ -85,7 +75,7 @@ def run_topology(described: str | None, world: World) -> Topology:
     """
     if described is None and world.device.type == "cuda":
         gpu = torch.cuda.get_device_name(world.device)
-        described = HARDWARE_BY_GPU.get(gpu)
+        described = hardware_of_gpu(gpu)
         if described is None:
             raise ConfigError(
                 f"planner.topology is unset and there are no figures for a {gpu!r}: set it to named hardware, or to a "

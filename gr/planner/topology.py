@@ -144,6 +144,11 @@ def hardware_names() -> tuple[str, ...]:
     return tuple(_hardware())
 
 
+def hardware_of_gpu(gpu: str) -> str | None:
+    """The hardware whose GPUs torch.cuda.get_device_name() calls `gpu`; None where hardware.yaml has no such board."""
+    return next((name for name, entry in _written().items() if entry.get("gpu") == gpu), None)
+
+
 def to_yaml(topology: Topology, measured: Mapping[str, Any] | None = None) -> str:
     """A file that `parse_topology` reads back as an equal topology. `measured`: for people, kept under that key."""
     # JSON's scalars are YAML's, and Python writes every float so that it reads back equal.
@@ -200,11 +205,17 @@ def _topology(figures: dict[str, Any], text: str) -> Topology:
 
 
 @cache
+def _written() -> dict[str, Any]:
+    """Named hardware as hardware.yaml has it."""
+    text = resources.files("gr.planner").joinpath("hardware.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)["hardware"]
+
+
+@cache
 def _hardware() -> dict[str, dict[str, Any]]:
     """Named hardware -> figures, with bandwidths and FLOP/s as a good kernel gets them: peak x efficiency."""
-    written = yaml.safe_load(resources.files("gr.planner").joinpath("hardware.yaml").read_text(encoding="utf-8"))
     hardware = {}
-    for name, entry in written["hardware"].items():
+    for name, entry in _written().items():
         plain = {key: figure["value"] for key, figure in entry["figures"].items()}
         config = TopologyConfig.model_validate({"device": entry["device"], **plain})
         figures = config.model_dump(exclude_none=True, exclude={"measured"})

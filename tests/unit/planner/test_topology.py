@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.errors import PlanError
-from gr.planner.topology import Topology, hardware_names, parse_topology, to_yaml, with_ranks
+from gr.planner.topology import Topology, hardware_names, hardware_of_gpu, parse_topology, to_yaml, with_ranks
 
 WRITTEN = yaml.safe_load(resources.files("gr.planner").joinpath("hardware.yaml").read_text())
 NAMES = ("a100-40g", "a100-80g", "h100", "h200", "b200", "gb200", "mi300x", "cpu")
@@ -72,24 +72,31 @@ def test_hardware_names() -> None:
     assert hardware_names() == NAMES
 
 
+def test_every_gpu_names_its_hardware() -> None:
+    boards = {name: entry.get("gpu") for name, entry in WRITTEN["hardware"].items()}
+    assert all((gpu is None) == (name == "cpu") for name, gpu in boards.items())
+    assert [hardware_of_gpu(gpu) for gpu in boards.values() if gpu] == list(NAMES[:-1])
+    assert hardware_of_gpu("NVIDIA H100 PCIe") is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_has_a_source(name: str) -> None:
     entry = WRITTEN["hardware"][name]
     assert set(entry["figures"]) == {field.name for field in fields(Topology)} - _PLACE - {"peak_bf16", "peak_fp32"}
     assert set(entry["efficiency"]) == SCALED
     for figure in (*entry["figures"].values(), *entry["efficiency"].values()):
-        key, _, message = figure["source"].partition(": ")
-        assert message and (key == "assumed" or key in WRITTEN["sources"])
+        key, _, statement = figure["source"].partition(": ")
+        assert statement and (key == "assumed" or key in WRITTEN["sources"])
     assert all(0 < part["value"] < 1 for part in entry["efficiency"].values())
 
 
 def test_every_source_is_used() -> None:
-    message = [
+    sources = [
         figure["source"]
         for entry in WRITTEN["hardware"].values()
         for figure in (*entry["figures"].values(), *entry["efficiency"].values())
     ]
-    assert [key for key in WRITTEN["sources"] if not any(key in source for source in message)] == []
+    assert [key for key in WRITTEN["sources"] if not any(key in source for source in sources)] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
