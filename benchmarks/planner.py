@@ -90,10 +90,10 @@ def _torchrec(arguments: argparse.Namespace) -> Record:
     """TorchRec's planner as it comes, fused kernels only, killed where it takes too many CPU seconds."""
     from benchmarks import torchrec_costs as costs
 
-    said = _Said()
+    messages = _Messages()
     planners = logging.getLogger("torchrec.distributed.planner.planners")
     planners.setLevel(logging.INFO)
-    planners.addFilter(said)
+    planners.addFilter(messages)
     name = arguments.case[0]
     given = costs.problem(inventory(name), CASES[name].ranks)
     limit = ENUMERATION_CPU_SECONDS + arguments.timeout
@@ -104,7 +104,7 @@ def _torchrec(arguments: argparse.Namespace) -> Record:
     except costs.PlannerError as error:
         return {"failure": str(error).strip().splitlines()[0], "cpu_seconds": time.process_time() - started}
     used = {"cpu_seconds": time.process_time() - started, "wall_seconds": time.monotonic() - wall}
-    timed_out = any(line.startswith("Exceeded time limit") for line in said.lines)
+    timed_out = any(line.startswith("Exceeded time limit") for line in messages.lines)
     return used | {"proposals": proposals, "timed_out": timed_out} | _scored(costs.score(given, plan))
 
 
@@ -132,8 +132,8 @@ def _on_torchrec_costs(arguments: argparse.Namespace) -> Record:
 
 
 def _own(arguments: argparse.Namespace) -> Record:
-    """From a Parquet list of tables to an evaluated plan on H100s, under gr's own costs."""
-    from gr.planner.estimate import MEMORY, evaluate
+    """From a Parquet list of tables to a plan on H100s and its estimate, under gr's own costs."""
+    from gr.planner.estimate import MEMORY, estimate
     from gr.planner.inventory import load_inventory
     from gr.planner.plan import search
     from gr.planner.topology import parse_topology
@@ -144,17 +144,17 @@ def _own(arguments: argparse.Namespace) -> Record:
     started = time.process_time()
     plan = search(model, topology)
     ended = time.process_time()
-    evaluation = evaluate(plan)
+    estimated = estimate(plan)
     kinds = [MEMORY.index("tables"), MEMORY.index("table_optimizer")]
-    tables_R = evaluation.memory_MR[kinds].sum(axis=0)
+    tables_R = estimated.memory_MR[kinds].sum(axis=0)
     return {
         "planning_cpu_seconds": ended - started,
-        "seconds": evaluation.cost,
+        "seconds": estimated.cost,
         "bound_seconds": plan.bound_seconds,
-        "gap": evaluation.gap,
+        "gap": estimated.gap,
         "tables_max": float(tables_R.max()),
         "tables_mean": float(tables_R.mean()),
-        "hbm_max": float(evaluation.total_memory_R.max()),
+        "hbm_max": float(estimated.total_memory_R.max()),
         "process_cpu_seconds": time.process_time(),
     }
 
@@ -174,8 +174,8 @@ WORKERS: dict[str, Callable[[argparse.Namespace], Record]] = {
 }
 
 
-class _Said(logging.Filter):
-    """Keeps what a logger says and lets none of it pass."""
+class _Messages(logging.Filter):
+    """Keeps the messages of a logger and lets none of them pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def _quiet_torchrec() -> None:
 
 
 def _run(worker: str, name: str, timeout: int, *others: str) -> Record:
-    """What a worker reports, or its failure with the CPU seconds and memory it took until then."""
+    """The report of a worker, or its failure with the CPU seconds and memory it took until then."""
     options = ["--worker", worker, "--case", name, "--timeout", str(timeout), *others]
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen([sys.executable, "-m", "benchmarks.planner", *options], stdout=output, stderr=errors)
@@ -217,7 +217,7 @@ def _progress(worker: str, name: str, timeout: int, *others: str) -> Record:
 
 
 def _peak_bytes() -> int:
-    """Of this program: getrusage would count the process that started it too."""
+    """The peak of this program alone: getrusage would count the process that started it too."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
@@ -309,8 +309,8 @@ def _own_costs(names: list[str], torchrec: dict[str, Record], timeout: int) -> R
         parameters = sum(table.rows * table.dim for table in model.tables)
         rows.append([name, f"{parameters / 1e12:.3f}", *_own_costs_row(limits, ours), _finished(torchrec[name])])
     return Report(
-        "gr's planner under its own costs, from a Parquet list of tables to an evaluated plan",
-        "Process CPU s: imports, reading, planning and evaluation; planning CPU s: the search alone. Cost: the slowest "
+        "gr's planner under its own costs, from a Parquet list of tables to a plan and its estimate",
+        "Process CPU s: imports, reading, planning and estimate; planning CPU s: the search alone. Cost: the slowest "
         "rank's share of a step that belongs to tables, h100 topology. Table bytes: weights and optimizer states. "
         "Limits in brackets.",
         (

@@ -20,9 +20,9 @@ CRITEO_ROWS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What gr's planner may take from a list of tables to a plan."""
+    """Limits for gr's planner, from a list of tables to a plan."""
 
-    process_cpu_seconds: float | None  # imports, reading, planning and evaluation
+    process_cpu_seconds: float | None  # imports, reading, planning and estimate
     planning_cpu_seconds: float | None
     gap: float
     peak_bytes: int = GIB

@@ -15,28 +15,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from os import environ
 from pathlib import Path
 
 import torch
-from gr.experiment.retrieval import Built
 from torch import Tensor
 
 from benchmarks.compare import print_machine
-from benchmarks.retrieval import do_step, first_batches, training
+from gr import dist
 from gr.batch import RetrievalBatch
 from gr.config import load_config
 from gr.config.retrieval import RetrievalConfig
-from gr.dist import World, world
-from gr.planner.estimate import MEMORY, evaluate
-from gr.planner.inventory import retrieval_inventory
+from gr.dist import World
+from gr.experiment import Built, build
+from gr.planner.estimate import MEMORY, estimate
 from gr.prepare.synthetic import StreamOptions, write_stream
 from gr.train.module import TrainModule
 
 SMOKE = "configs/retrieval/smoke.yaml"
 SMOKE_DATA = StreamOptions(items=2000, categories=20, records=2000, length=64)
-# What is compared: the kinds of memory of the planner that a measurement takes together.
+# The measurements, and the planner's kinds of memory that each takes together.
 COMPARED = {
     "tables": ("tables",),
     "table optimizer": ("table_optimizer",),
@@ -57,12 +57,14 @@ def main(arguments: Sequence[str]) -> None:
         return
     torch.set_num_threads(1)
     config = load_config(arguments[0], arguments[1:])
-    with world(config.device) as here:
-        predicted, measured = _compare(config, here)
-        of_all = [here.all_gather_ints([round(v[name]) for name in COMPARED]) for v in (predicted, measured)]
-        if here.is_main:
+    if not isinstance(config, RetrievalConfig):
+        raise SystemExit(f"{arguments[0]}: task.kind={config.kind}; this measures retrieval")
+    with dist.world(config.device) as world:
+        predicted, measured = _compare(config, world)
+        of_all = [world.all_gather_ints([round(v[name]) for name in COMPARED]) for v in (predicted, measured)]
+        if world.is_main:
             print_machine()
-            _print(config, here, *of_all)
+            _print(config, world, *of_all)
 
 
 def _launch(arguments: list[str]) -> None:
@@ -81,10 +83,12 @@ def _launch(arguments: list[str]) -> None:
         subprocess.run([*torchrun, "-m", "benchmarks.predicted", *arguments], check=True)
 
 
-def _compare(config: RetrievalConfig, here: World) -> tuple[dict[str, float], dict[str, float]]:
-    """Predicted and measured bytes of this rank by the names in COMPARED."""
-    built, module = training(config, here)
-    (batch,) = first_batches(config, here, 1)
+def _compare(config: RetrievalConfig, world: World) -> tuple[dict[str, float], dict[str, float]]:
+    """(predicted, measured) bytes of this rank by the names in COMPARED."""
+    built = build(config, world)
+    module = TrainModule(built.model, built.recipe.objective(world), config, world)
+    with closing(built.recipe.loader(world)) as loader:
+        batch = next(loader)
     for step in range(WARMUPS):
         do_step(module, batch, step)
     optimizer = module.table_optimizer
@@ -96,24 +100,26 @@ def _compare(config: RetrievalConfig, here: World) -> tuple[dict[str, float], di
         "dense optimizer": sum(t.nbytes for t in dense_states),
     }
     kept = _kept_for_backward(module, batch)
-    measured = {**held, "kept for backward": kept, "peak": _peak(module, batch, here, sum(held.values()))}
-    return _predicted(built, batch, here), {name: float(measured[name]) for name in COMPARED}
+    measured = {**held, "kept for backward": kept, "peak": _peak(module, batch, world, sum(held.values()))}
+    return _predicted(built, batch, world), {name: float(measured[name]) for name in COMPARED}
 
 
-def _predicted(built: Built, batch: RetrievalBatch, here: World) -> dict[str, float]:
-    if built.plan is None:
-        raise SystemExit("planner.name=torchrec: its planner predicts no memory")
+def _predicted(built: Built, batch: RetrievalBatch, world: World) -> dict[str, float]:
+    config, plan = built.recipe.config, built.plan
+    assert isinstance(config, RetrievalConfig) and plan is not None, "main() checks the kind, and it has a table"
     tokens, examples = len(batch.target_ids_T), batch.features.stride()
-    inventory = retrieval_inventory(
-        built.config, built.train_data.schema.item_cardinality, mean_length=max(1.0, tokens / examples)
-    )
-    memory_MR = evaluate(replace(built.plan, inventory=inventory)).memory_MR
-    of_kind = {kind: float(memory_MR[row, here.rank]) for row, kind in enumerate(MEMORY)}
+    inventory = config.inventory(built.recipe.schema, mean_length=max(1.0, tokens / examples))
+    memory_MR = estimate(replace(plan, inventory=inventory)).memory_MR
+    of_kind = {kind: float(memory_MR[row, world.rank]) for row, kind in enumerate(MEMORY)}
     return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
 
 
+def do_step(module: TrainModule, batch: RetrievalBatch, number: int) -> None:
+    module.backward(module.forward(module.prepare(batch, number)), number)
+
+
 def _kept_for_backward(module: TrainModule, batch: RetrievalBatch) -> int:
-    """Bytes of the storages that a forward saves, without parameters, tables and the batch itself."""
+    """Bytes of the storages that a forward pass saves, without parameters, tables and the batch itself."""
     owned = [*module.dense.values(), *(shard.weight for shard in module.table_optimizer.shards)]
     apart = {t.untyped_storage().data_ptr() for t in [*owned, batch.features.values(), batch.target_ids_T]}
     saved: dict[int, int] = {}
@@ -130,11 +136,11 @@ def _kept_for_backward(module: TrainModule, batch: RetrievalBatch) -> int:
     return sum(saved.values())
 
 
-def _peak(module: TrainModule, batch: RetrievalBatch, here: World, held: int) -> int:
-    """Most bytes in use during STEPS steps. held: those in use between steps."""
-    on_cuda = here.device.type == "cuda"
+def _peak(module: TrainModule, batch: RetrievalBatch, world: World, held: int) -> int:
+    """The most bytes in use during STEPS steps. held: bytes of parameters, tables and states."""
+    on_cuda = world.device.type == "cuda"
     if on_cuda:
-        torch.cuda.reset_peak_memory_stats(here.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
     else:
         # Gives free pages back, and starts the high-water mark anew (proc(5), clear_refs).
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -143,20 +149,22 @@ def _peak(module: TrainModule, batch: RetrievalBatch, here: World, held: int) ->
     for step in range(STEPS):
         do_step(module, batch, WARMUPS + 1 + step)
     if on_cuda:
-        return torch.cuda.max_memory_allocated(here.device)
+        return torch.cuda.max_memory_allocated(world.device)
     return held + _resident("VmHWM") - between
 
 
 def _resident(field: str) -> int:
-    """Bytes, of /proc/self/status."""
+    """A field of /proc/self/status in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
 
 
 def _print(
-    config: RetrievalConfig, here: World, predicted: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]
+    config: RetrievalConfig, world: World, predicted: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]
 ) -> None:
-    print(f"\n{config.run_dir}: {here.size} ranks on {here.device.type}, batch {config.trainer.global_batch_size}, kB")
+    print(
+        f"\n{config.run_dir}: {world.size} ranks on {world.device.type}, batch {config.trainer.global_batch_size}, kB"
+    )
     print(f"{'rank':>4s}  {'':20s} {'predicted':>12s} {'measured':>12s} {'error':>8s}")
     for rank, (ours, theirs) in enumerate(zip(predicted, measured, strict=True)):
         for name, a, b in zip(COMPARED, ours, theirs, strict=True):

@@ -42,7 +42,7 @@ class Problem:
     constraints: dict[str, ParameterConstraints]
 
     def capacity(self) -> Capacity:
-        """What tables may take of each rank, 15 % of HBM reserved."""
+        """The memory for tables on each rank, with 15 % of HBM reserved."""
         reserved = _reservation().reserve(self.topology, self.batch_size, self.module, [_sharder()], self.constraints)
         storage = reserved.devices[0].storage
         return Capacity(self.topology.world_size, RANKS_PER_HOST, storage.hbm, storage.ddr)
@@ -50,9 +50,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Score:
-    """What TorchRec's estimators say of a plan: R ranks."""
+    """The cost of a plan by TorchRec's estimators. R ranks."""
 
-    seconds: float  # of the slowest rank
+    seconds: float  # slowest rank
     hbm_R: np.ndarray
 
 
@@ -91,17 +91,17 @@ def torchrec_plan(given: Problem, timeout: int) -> tuple[list[ShardingOption], i
 
     Raises PlannerError where TorchRec finds no plan.
     """
-    found = _Found()
+    recorder = _Recorder()
     planner = EmbeddingShardingPlanner(
         topology=given.topology,
         batch_size=given.batch_size,
         constraints=given.constraints,
         storage_reservation=_reservation(),
-        stats=found,
+        stats=recorder,
         timeout_seconds=timeout,
     )
     planner.plan(given.module, [_sharder()])
-    return found.plan, found.proposals
+    return recorder.plan, recorder.proposals
 
 
 def options(given: Problem) -> Options:
@@ -160,7 +160,7 @@ def score(given: Problem, plan: list[ShardingOption]) -> Score:
 
 
 def differences(given: Problem) -> Iterator[str]:
-    """What `options` says otherwise than TorchRec's full enumeration, to 1e-9. Slow: for small cases."""
+    """Differences of `options` from TorchRec's full enumeration, to 1e-9. It is slow: for small cases."""
     ours = options(given)
     theirs = EmbeddingEnumerator(given.topology, given.batch_size, constraints=given.constraints).enumerate(
         given.module, [_sharder()]
@@ -205,8 +205,8 @@ class _OneShardOfASize(EmbeddingEnumerator):
         super().populate_estimates(sharding_options)
 
 
-class _Found(NoopEmbeddingStats):
-    """What the planner reports at its end."""
+class _Recorder(NoopEmbeddingStats):
+    """Keeps the plan and the number of proposals that TorchRec's planner reports at its end."""
 
     plan: list[ShardingOption]
     proposals: int
@@ -216,7 +216,7 @@ class _Found(NoopEmbeddingStats):
 
 
 def _width(option: ShardingOption) -> int:
-    """Of the column blocks; 0 where columns are not cut."""
+    """The width of the column blocks; 0 where columns are not cut."""
     return option.shards[0].size[1] if option.sharding_type in COLUMN_TYPES else 0
 
 

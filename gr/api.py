@@ -16,7 +16,7 @@ from gr.errors import ConfigError
 
 if TYPE_CHECKING:
     from gr.config.inventory import InventoryConfig
-    from gr.planner.estimate import Evaluation
+    from gr.planner.estimate import Estimate
     from gr.planner.topology import Topology
     from gr.train.trainer import Callback
 
@@ -73,18 +73,18 @@ def evaluate(
         return experiment.evaluate(loaded, path, own, split)
 
 
-def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Evaluation":
-    """Plans where the tables of a model go, and returns the best plan with the memory and time that it takes.
+def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Estimate":
+    """Plans where the tables of a model go, and returns an estimate of the memory and time that the best plan takes.
 
     config: an experiment, an inventory (configs/scale) or a list of tables (.json, .parquet). topology: named hardware
     and a number of ranks (h100x64), or a file of `gr calibrate`; unset: that of an experiment's planner.topology.
     Raises PlanError where the model does not fit. Imports no torch.
     """
-    from gr.planner.estimate import evaluate
+    from gr.planner.estimate import estimate
     from gr.planner.plan import search
 
     inventory, machine = planning_problem(config, overrides, topology)
-    return evaluate(search(inventory, machine))
+    return estimate(search(inventory, machine))
 
 
 def planning_problem(

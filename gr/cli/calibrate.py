@@ -94,7 +94,7 @@ def _start_ranks(ranks: int, arguments: list[str]) -> None:
 
 def _measure(path: Path, base: "Topology", device: Literal["auto", "cpu", "cuda"]) -> None:
     from gr import logging
-    from gr.cluster.calibrate import CPU_LOAD, CUDA_LOAD, calibrated, found_figures, measure, provenance
+    from gr.cluster.calibrate import CPU_LOAD, CUDA_LOAD, calibrated, machine_figures, measure, provenance
     from gr.dist import world
     from gr.planner.topology import to_yaml
 
@@ -103,7 +103,7 @@ def _measure(path: Path, base: "Topology", device: Literal["auto", "cpu", "cuda"
         measured = measure(own, CPU_LOAD if own.device.type == "cpu" else CUDA_LOAD)
         if not own.is_main:
             return
-        figures = found_figures(measured, own)
+        figures = machine_figures(measured, own)
         topology = calibrated(base, figures, own)
         try:
             path.write_text(to_yaml(topology, provenance(base, figures, measured, own)), encoding="utf-8")

@@ -61,7 +61,7 @@ def command(
 
 
 def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:
-    from gr.planner.estimate import evaluate, predicted
+    from gr.planner.estimate import estimate, predicted
     from gr.planner.plan import DoesNotFit, search
     from gr.planner.planfile import dump_plan
     from gr.planner.remedies import explanation
@@ -75,12 +75,12 @@ def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None
             text = explanation(inventory, topology, error)
         click.echo(f"error: {text}", err=True)
         return DOES_NOT_FIT
-    evaluation = evaluate(plan)
-    for part in summary(evaluation):
+    estimated = estimate(plan)
+    for part in summary(estimated):
         Console().print(part)
-    _write(json_path, lambda: dump_plan(plan, predicted(evaluation)))
-    _write(html_path, lambda: page(evaluation))
-    return 0 if evaluation.fits else DOES_NOT_FIT
+    _write(json_path, lambda: dump_plan(plan, predicted(estimated)))
+    _write(html_path, lambda: page(estimated))
+    return 0 if estimated.fits else DOES_NOT_FIT
 
 
 def _smallest(inventory: InventoryConfig, topology: Topology) -> int:
@@ -105,13 +105,13 @@ def _diff(before: Path, after: Path) -> None:
     from gr.planner.compare import compare
     from gr.planner.planfile import load_plan
 
-    found = compare(load_plan(before), load_plan(after))
-    for what, old, new in found.others:
+    comparison = compare(load_plan(before), load_plan(after))
+    for what, old, new in comparison.others:
         click.echo(f"the plans are for another {what}: {old} before, {new} after")
     table = Table(title=Text(f"from {before} to {after}"))  # Text: a path or a name is no markup
     for column in ("table", "before", "after", "moved GB"):
         table.add_column(column, justify="right" if column == "moved GB" else "left")
-    changes = sorted(found.changes, key=lambda change: -change.moved_bytes)
+    changes = sorted(comparison.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
         table.add_row(Text(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
@@ -119,19 +119,19 @@ def _diff(before: Path, after: Path) -> None:
         Console().print(table)
     if len(changes) > MOVES_SHOWN:
         click.echo(f"and {len(changes) - MOVES_SHOWN} tables more")
-    step, hbm = found.step_seconds, found.hbm_bytes
-    counted = _counted(found.new, found.gone, found.moved)
-    click.echo(f"{counted}; {found.moved_bytes / 1e9:.3f} GB move to another rank")
+    step, hbm = comparison.step_seconds, comparison.hbm_bytes
+    counted = _counted(comparison.new, comparison.gone, comparison.moved)
+    click.echo(f"{counted}; {comparison.moved_bytes / 1e9:.3f} GB move to another rank")
     click.echo(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
     click.echo(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
 
 
 def _counted(new: int, gone: int, moved: int) -> str:
-    """'2 tables are new, 1 is gone, 3 change place'; none new or gone is left unsaid."""
-    said = [(new, "is new", "are new"), (gone, "is gone", "are gone"), (moved, "changes place", "change place")]
-    said = [words for words in said if words[0]] or said[2:]
-    parts = [f"{count} {one if count == 1 else many}" for count, one, many in said]
-    parts[0] = parts[0].replace(" ", " table " if said[0][0] == 1 else " tables ", 1)
+    """A phrase like '2 tables are new, 1 is gone, 3 change place'; a count of 0 is left out unless all are."""
+    counts = [(new, "is new", "are new"), (gone, "is gone", "are gone"), (moved, "changes place", "change place")]
+    counts = [count for count in counts if count[0]] or counts[2:]
+    parts = [f"{count} {one if count == 1 else many}" for count, one, many in counts]
+    parts[0] = parts[0].replace(" ", " table " if counts[0][0] == 1 else " tables ", 1)
     return ", ".join(parts)
 
 

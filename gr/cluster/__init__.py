@@ -1,1 +1,1 @@
-"""What measures machines: checks before a run (preflight), links between ranks, figures for a topology (calibrate)."""
+"""Measurements of machines: checks before a run (preflight), links of ranks, figures of a topology (calibrate)."""

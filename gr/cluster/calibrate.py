@@ -1,6 +1,6 @@
-"""Measures what a Topology states: row lookups, matrix products, all-to-all and all-reduce; CPU or CUDA, any ranks.
+"""Measures the figures of a Topology: row lookups, matrix products, all-to-all, all-reduce; CPU or CUDA, any ranks.
 
-Every rank works at the same time, as in training, so that ranks which share a memory or a link show it.
+All ranks work at the same time, as in training, so that the figures of ranks that share a memory or link show it.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,15 @@ from gr.logging import get_logger
 from gr.planner.topology import Topology
 
 _log = get_logger(__name__)
+Work = Callable[[int], object]  # what is timed, by the number of the turn
+Collective = Callable[[ProcessGroup, torch.device, int], tuple[Work, float]]
 ROW_DIM = 128  # fp32: 512 bytes a row
 FIGURES = tuple(field.name for field in fields(Topology)[4:])  # after name, device, ranks and ranks_per_host
 
 
 @dataclass(frozen=True)
 class Load:
-    """How large the measurements are. The table is larger than caches, and every repeat reads other rows of it."""
+    """The size of the measurements. The table is larger than caches, and every repeat reads other rows of it."""
 
     table_rows: int
     lookups: int
@@ -51,7 +53,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Means over ranks; bytes/s, FLOP/s, seconds. A link is None where no two ranks have it between them."""
+    """Means over ranks in bytes/s, FLOP/s and seconds. A link is None where no two ranks have it between them."""
 
     lookup_bandwidth: float
     flops_bf16: float
@@ -63,7 +65,7 @@ class Measurement:
 
 
 def measure(world: World, load: Load) -> Measurement:
-    """Every rank must call it. Raises PlanError: times too noisy to fit a link, or hosts of unequal size."""
+    """Measures this machine; every rank must call it. Raises PlanError for noisy times or hosts of unequal size."""
     intra, inter = _groups(world)
     lookup = lookup_bandwidth(world.device, load)
     bf16, fp32 = (gemm_flops(world.device, dtype, load) for dtype in (torch.bfloat16, torch.float32))
@@ -80,7 +82,7 @@ def measure(world: World, load: Load) -> Measurement:
 def lookup_bandwidth(device: torch.device, load: Load) -> float:
     """Bytes/s of reading random rows and writing them out: 2 x 512 bytes a row."""
     _log.info("measuring row lookups")
-    # Written, not only allocated: the system backs untouched memory by one page of zeros.
+    # The table is written, not only allocated: the system backs untouched memory by one page of zeros.
     table = torch.ones(load.table_rows, ROW_DIM, device=device)
     out = torch.empty(load.lookups, ROW_DIM, device=device)
     ids = torch.randint(load.table_rows, (load.repeats + 1, load.lookups), device=device)
@@ -100,36 +102,36 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, load: Load) -> float:
 def fit_link(sent: list[float], seconds: list[float]) -> Link:
     """Least squares of seconds = latency + sent / bandwidth. Raises PlanError when no link behaves like that."""
     slope, latency = np.polyfit(sent, seconds, 1)
-    # Where the largest message takes hardly longer than the smallest, noise would be read as bandwidth.
+    # Noise would be read as bandwidth if the largest message took hardly longer than the smallest.
     if latency <= 0 or seconds[-1] < 2 * seconds[0]:
         shown = ", ".join(f"{size:.0f} bytes in {time * 1e6:.0f} us" for size, time in zip(sent, seconds, strict=True))
         raise PlanError(f"the link's times fit no latency and bandwidth ({shown}): run again on a quiet machine")
     return Link(float(latency), float(1 / slope))
 
 
-def found_figures(measured: Measurement, world: World) -> dict[str, Any]:
-    """The fields of a Topology that are known of this machine. Links take the all-to-all, which tables use."""
+def machine_figures(measured: Measurement, world: World) -> dict[str, Any]:
+    """The fields of Topology that are known of this machine. Links are those of all-to-all, which tables use."""
     memory = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // world.local_size
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "hbm_bytes": memory,
         "hbm_bandwidth": measured.lookup_bandwidth,
         "flops_bf16": measured.flops_bf16,
         "flops_fp32": measured.flops_fp32,
     }
     if world.device.type == "cuda":
-        found |= {"hbm_bytes": torch.cuda.get_device_properties(world.device).total_memory, "host_bytes": memory}
+        figures |= {"hbm_bytes": torch.cuda.get_device_properties(world.device).total_memory, "host_bytes": memory}
     else:
-        found["host_bandwidth"] = measured.lookup_bandwidth  # one memory
-        found |= {"peak_bf16": measured.flops_bf16, "peak_fp32": measured.flops_fp32}  # none is published
+        figures["host_bandwidth"] = measured.lookup_bandwidth  # one memory
+        figures |= {"peak_bf16": measured.flops_bf16, "peak_fp32": measured.flops_fp32}  # none is published
     for where, link in (("intra", measured.intra_all_to_all), ("inter", measured.inter_all_to_all)):
         if link is not None:
-            found |= {f"{where}_bandwidth": link.bandwidth, f"{where}_latency": link.latency}
-    return found
+            figures |= {f"{where}_bandwidth": link.bandwidth, f"{where}_latency": link.latency}
+    return figures
 
 
-def calibrated(base: Topology, found: Mapping[str, Any], world: World) -> Topology:
-    """`base` with this machine's ranks and the figures that were found on it. Raises PlanError: too little memory."""
-    topology = replace(base, name=f"{base.name}-measured", ranks=world.size, ranks_per_host=world.local_size, **found)
+def calibrated(base: Topology, figures: Mapping[str, Any], world: World) -> Topology:
+    """`base` with this machine's ranks and figures. Raises PlanError for too little memory."""
+    topology = replace(base, name=f"{base.name}-measured", ranks=world.size, ranks_per_host=world.local_size, **figures)
     if topology.reserve_bytes >= topology.hbm_bytes:
         raise PlanError(
             f"{topology.hbm_bytes} bytes of memory a rank are not more than the {topology.reserve_bytes} that "
@@ -138,8 +140,8 @@ def calibrated(base: Topology, found: Mapping[str, Any], world: World) -> Topolo
     return topology
 
 
-def provenance(base: Topology, found: Mapping[str, Any], measured: Measurement, world: World) -> dict[str, Any]:
-    """With what and when it was measured, every link, and what was not measured; for a topology file's `measured`."""
+def provenance(base: Topology, figures: Mapping[str, Any], measured: Measurement, world: World) -> dict[str, Any]:
+    """Date, software, every link and the figures taken from `base`, for the key `measured` of a topology file."""
     links = {
         field.name: {"latency": link.latency, "bandwidth": link.bandwidth}
         for field in fields(Measurement)
@@ -152,12 +154,12 @@ def provenance(base: Topology, found: Mapping[str, Any], measured: Measurement, 
         "device": torch.cuda.get_device_name(world.device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
         "backend": dist.get_backend(),
         **links,
-        f"taken_from_{base.name}": [name for name in FIGURES if name not in found],
+        f"taken_from_{base.name}": [name for name in FIGURES if name not in figures],
     }
 
 
 def _groups(world: World) -> tuple[ProcessGroup | None, ProcessGroup | None]:
-    """The ranks of this host, and the ranks of all hosts with this rank's place; None for a group of one."""
+    """(the ranks of this host, the ranks with this local rank on all hosts); None for a group of one."""
     size, local = world.size, world.local_size
     if size % local:
         raise PlanError(f"{size} ranks do not fill hosts of {local}: start as many on every host")
@@ -168,40 +170,32 @@ def _groups(world: World) -> tuple[ProcessGroup | None, ProcessGroup | None]:
     return intra, inter
 
 
-def all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
-    """The collective, and the bytes that leave each rank in it."""
+def all_to_all(group: ProcessGroup, device: torch.device, size: int) -> tuple[Work, float]:
+    """An all-to-all of `size` bytes a rank, and the bytes that leave each rank in it."""
     ranks = dist.get_world_size(group)
-    mine = torch.zeros(ranks, max(1, size // (4 * ranks)), device=device)
-    out = torch.empty_like(mine)
-    return lambda _: dist.all_to_all_single(out, mine, group=group), mine.nbytes * (ranks - 1) / ranks
+    sent = torch.zeros(ranks, max(1, size // (4 * ranks)), device=device)
+    received = torch.empty_like(sent)
+    return lambda _: dist.all_to_all_single(received, sent, group=group), sent.nbytes * (ranks - 1) / ranks
 
 
-def all_reduce(group: ProcessGroup, device: torch.device, size: int) -> tuple[Callable[[int], object], float]:
-    """As a ring or a halving tree does it: reduce-scatter, then all-gather."""
+def all_reduce(group: ProcessGroup, device: torch.device, size: int) -> tuple[Work, float]:
+    """An all-reduce of `size` bytes, and the bytes that leave each rank: of a reduce-scatter and an all-gather."""
     ranks = dist.get_world_size(group)
-    mine = torch.zeros(max(1, size // 4), device=device)
-    return lambda _: dist.all_reduce(mine, group=group), 2 * mine.nbytes * (ranks - 1) / ranks
+    values = torch.zeros(max(1, size // 4), device=device)
+    return lambda _: dist.all_reduce(values, group=group), 2 * values.nbytes * (ranks - 1) / ranks
 
 
-def _times(
-    collective: Callable[[ProcessGroup, torch.device, int], tuple[Callable[[int], object], float]],
-    group: ProcessGroup,
-    world: World,
-    load: Load,
-) -> tuple[list[float], list[float]]:
-    """Bytes sent and seconds for each message size. All groups measure side by side and come to the same figures."""
+def _times(collective: Collective, group: ProcessGroup, world: World, load: Load) -> tuple[list[float], list[float]]:
+    """(bytes sent, seconds) for each message size. All groups measure side by side and get the same figures."""
     works = [collective(group, world.device, size) for size in load.message_bytes]
     seconds = [median_seconds(work, world.device, load.repeats, lambda: dist.barrier(group)) for work, _ in works]
     return [sent for _, sent in works], _mean(world, seconds)
 
 
 def median_seconds(
-    work: Callable[[int], object],
-    device: torch.device,
-    repeats: int,
-    start_together: Callable[[], object] = dist.barrier,
+    work: Work, device: torch.device, repeats: int, start_together: Callable[[], object] = dist.barrier
 ) -> float:
-    """Of `repeats` turns. The first one warms up and is not counted."""
+    """The median seconds of `repeats` turns, after one that warms up."""
     samples = []
     for turn in range(repeats + 1):
         start_together()

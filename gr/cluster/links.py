@@ -1,13 +1,12 @@
-"""Links as a preflight measures them: how fast all ranks exchange, and which host is slow where they are not."""
+"""Measurements of links for preflight: how fast all ranks exchange, and which host is slow."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from gr.cluster.calibrate import all_reduce, all_to_all, median_seconds
+from gr.cluster.calibrate import Work, all_reduce, all_to_all, median_seconds
 from gr.dist import World
 
 MESSAGE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -15,34 +14,38 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Links:
-    """Bytes/s that leave a rank. pairs: by pair of neighbouring hosts, by index; the slowest rank of each counts."""
+class LinkRates:
+    """Bytes/s that leave a rank; the slowest rank counts. pairs: by the indices of two neighbouring hosts."""
 
     all_to_all: float
     all_reduce: float
     pairs: dict[tuple[int, int], float]
 
 
-def measure_links(world: World, device: torch.device) -> Links:
-    """Every rank must call it, of at least two, on hosts of equal size. device: where the messages are."""
+def measure_links(world: World, device: torch.device) -> LinkRates:
+    """The rates between all ranks; there are two or more, on hosts of equal size, and each calls this.
+
+    device: holds the messages.
+    """
     size = MESSAGE_BYTES[device.type]
     group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
     rates = []
     for collective in (all_to_all, all_reduce):
         work, sent = collective(group, device, size)
         rates.append(_slowest(world, sent / median_seconds(work, device, REPEATS, lambda: dist.barrier(group))))
-    return Links(rates[0], rates[1], _pairs(world, group, device, size))
+    return LinkRates(rates[0], rates[1], _pairs(world, group, device, size))
 
 
-def slow_hosts(links: Links, wanted: float, hosts: int) -> list[int]:
-    """Hosts whose every link is slower than `wanted`; both of a slow pair where there are only two hosts."""
-    return [host for host in range(hosts) if all(rate < wanted for pair, rate in links.pairs.items() if host in pair)]
+def slow_hosts(links: LinkRates, bandwidth: float, hosts: int) -> list[int]:
+    """Hosts whose every link is slower than `bandwidth`, in bytes/s; both of a slow pair where there are only two."""
+    slow = {pair for pair, rate in links.pairs.items() if rate < bandwidth}
+    return [host for host in range(hosts) if all(pair in slow for pair in links.pairs if host in pair)]
 
 
 def _pairs(world: World, group: ProcessGroup, device: torch.device, size: int) -> dict[tuple[int, int], float]:
-    """Each host with the next one, around: every rank with the one in its place there, one pair of a host at a time."""
+    """The rate of each host with the next one, in a ring. Each rank exchanges with its local rank on the other host."""
     hosts, host = world.size // world.local_size, world.rank // world.local_size
-    found = {}
+    rates = {}
     for first in range(hosts if hosts > 2 else hosts - 1):
         pair = first, (first + 1) % hosts
         rate = float("inf")
@@ -50,15 +53,15 @@ def _pairs(world: World, group: ProcessGroup, device: torch.device, size: int) -
             other = pair[1 - pair.index(host)] * world.local_size + world.local_rank
             work = _exchange(group, device, size, other)
             rate = size / median_seconds(work, device, REPEATS, lambda: None)
-        found[pair] = _slowest(world, rate)
-    return found
+        rates[pair] = _slowest(world, rate)
+    return rates
 
 
-def _exchange(group: ProcessGroup, device: torch.device, size: int, other: int) -> Callable[[int], object]:
-    mine, theirs = (torch.zeros(size // 4, device=device) for _ in range(2))
+def _exchange(group: ProcessGroup, device: torch.device, size: int, other: int) -> Work:
+    sent, received = (torch.zeros(size // 4, device=device) for _ in range(2))
 
     def work(_: int) -> None:
-        operations = [dist.P2POp(dist.isend, mine, other, group), dist.P2POp(dist.irecv, theirs, other, group)]
+        operations = [dist.P2POp(dist.isend, sent, other, group), dist.P2POp(dist.irecv, received, other, group)]
         for request in dist.batch_isend_irecv(operations):
             request.wait()
 

@@ -1,4 +1,4 @@
-"""Where tables go and what it costs: memory and step time of a model on a number of ranks, and the best plan for it.
+"""Sharding plans: memory and step time of a model on a number of ranks, and the best placement of its tables.
 
-The core reads numpy and scipy only, so this imports nothing: torch is loaded by `run`, `sharding_plan` and `torchrec`.
+The core needs numpy and scipy only; torch is imported by `for_run` and `sharding_plan` alone, so this imports nothing.
 """

@@ -1,9 +1,9 @@
 """A lower bound on the cost of any solution, from the linear relaxation of the choice of options.
 
-Relaxed: shards may be cut at will, so every rank carries the mean. What stays: each table takes (a mix of) options,
-their bytes fit all memories together, a shard dearer than the whole cost cannot be part of it, and each sharding type
-that is used costs its latencies. Memory is one constraint, so the linear program has one multiplier, the price of a
-byte, and is solved by a search over it; any price gives a bound, so none needs to be exact.
+The relaxation lets shards be cut at will, so every rank carries the mean. It keeps these constraints: each table takes
+(a mix of) options, their bytes fit all memories together, a shard dearer than the whole cost cannot be part of it, and
+each sharding type that is used costs its latencies. Memory is one constraint, so the linear program has one multiplier,
+the price of a byte, and is solved by a search over it; any price gives a bound, so none needs to be exact.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,16 @@ from gr.planner.candidates import Capacity, Options
 
 PRICE_STEPS = 30
 CEILING_STEPS = 30
-FAR_OFF = 1.25  # of the best bound
-TOLERANCE = 1e-4  # of the bound: how far below the relaxation's optimum it may stay
+FAR_OFF = 1.25  # ratio to the best bound above which a rough bound suffices
+TOLERANCE = 1e-4  # relative distance that the bound may stay below the relaxation's optimum
 
 
 @dataclass(frozen=True)
 class Relaxed:
-    """option_T: the cheapest options at `price` seconds a byte; they fit. seconds: a bound on the cost of a rank."""
+    """A solution of the relaxed problem.
+
+    option_T: the cheapest options at `price` seconds a byte; they fit. seconds: a bound on the cost of a rank.
+    """
 
     option_T: np.ndarray
     price: float
@@ -31,7 +34,10 @@ class Relaxed:
 
 @dataclass(frozen=True)
 class Group:
-    """Options of some sharding types. latency: what using these costs every rank. bound: of solutions among them."""
+    """Options of some sharding types.
+
+    latency: seconds that every rank pays for using these types. bound: no solution among the options costs less.
+    """
 
     usable_O: np.ndarray
     latency: float
@@ -49,27 +55,27 @@ class Relaxation:
         )
 
     def cheapest(self, usable_O: np.ndarray, price: float) -> tuple[np.ndarray, float] | None:
-        """The options of least seconds + price * bytes, and that sum; None where a table has none."""
+        """The option with the lowest seconds + price * bytes of each table, and the sum; None if one has none."""
         cost_O = np.where(usable_O, self.options.total_seconds_O + price * self.options.total_hbm_O, np.inf)
-        least_T = self.options.least_T(cost_O)
-        if not np.isfinite(least_T).all():
+        cost_T = self.options.minimum_T(cost_O)
+        if not np.isfinite(cost_T).all():
             return None
-        place_O = np.where(cost_O == least_T[self.options.table_O], np.arange(len(cost_O)), len(cost_O))
-        return self.options.least_T(place_O), float(least_T.sum())
+        index_O = np.where(cost_O == cost_T[self.options.table_O], np.arange(len(cost_O)), len(cost_O))
+        return self.options.minimum_T(index_O), float(cost_T.sum())
 
     def solve(self, usable_O: np.ndarray, *, share: float = 1.0) -> Relaxed | None:
         """The relaxation with `share` of the memory; None where the tables do not fit it."""
         ranks = self.capacity.ranks
         memory = share * self.capacity.hbm_bytes * ranks
-        found = self.cheapest(usable_O, 0.0)
-        if found is None:
+        free = self.cheapest(usable_O, 0.0)
+        if free is None:
             return None
-        option_T, cost = found
+        option_T, cost = free
         used = self._bytes(option_T)
         if used <= memory:
             return Relaxed(option_T, 0.0, cost / ranks)
-        least = self.options.least_T(np.where(usable_O, self.options.total_hbm_O, np.inf))
-        if least.sum() > memory:
+        smallest_T = self.options.minimum_T(np.where(usable_O, self.options.total_hbm_O, np.inf))
+        if smallest_T.sum() > memory:
             return None
         low, high, bound = 0.0, cost / used, cost / ranks
         fitting: np.ndarray | None = None
@@ -93,15 +99,15 @@ class Relaxation:
         return Relaxed(fitting, high, bound)
 
     def _at(self, usable_O: np.ndarray, price: float) -> tuple[np.ndarray, float]:
-        found = self.cheapest(usable_O, price)
-        assert found is not None, "usable options do not depend on the price"
-        return found
+        choice = self.cheapest(usable_O, price)
+        assert choice is not None, "usable options do not depend on the price"
+        return choice
 
     def _bytes(self, option_T: np.ndarray) -> float:
         return float(self.options.total_hbm_O[option_T].sum())
 
     def bound(self, usable_O: np.ndarray, latency: float) -> float | None:
-        """No solution among the usable options costs less, latency included; None where there is none."""
+        """A cost that no solution among the usable options is below, latency included; None where there is none."""
 
         def holds(cost: float) -> bool:
             relaxed = self.solve(usable_O & (self.shard_seconds_O + latency <= cost))
@@ -138,7 +144,7 @@ class Relaxation:
                     rough.append(Group(usable_O, latency, relaxed.seconds + latency))
         exact: list[Group] = []
         for group in sorted(rough, key=lambda g: g.bound):
-            # Far from the best, the rough bound will do: such a set is packed only where no better one can be.
+            # The rough bound suffices far from the best: such a set is packed only where no better one can be.
             near = not exact or group.bound < FAR_OFF * min(g.bound for g in exact)
             bound = self.bound(group.usable_O, group.latency) if near else group.bound
             assert bound is not None, "the rough bound exists"

@@ -11,23 +11,23 @@ import numpy as np
 
 
 class Scope(IntEnum):
-    """Where the shards of an option go."""
+    """The ranks that the shards of an option may take."""
 
-    RANK = 0  # each on a rank of its own, any rank
-    HOST = 1  # groups of one shard a rank of a host, on any hosts, a host of its own for each group
-    ALL = 2  # one on every rank
-    HOST_RANKS = 3  # each on a rank of its own, all on one host
+    RANK = 0  # any ranks, one shard on each
+    HOST = 1  # any hosts, one group of shards on each, one shard of a group on each rank of its host
+    ALL = 2  # every rank, one shard on each
+    HOST_RANKS = 3  # ranks of one host, one shard on each
 
 
 @dataclass(frozen=True)
 class Options:
-    """One entry an option. Its shards are alike but one: seconds_O and the bytes are those of the many.
+    """Arrays with one entry an option. All shards of an option but one are alike; seconds_O and the bytes are theirs.
 
-    extra_seconds_O, extra_hbm_O: what shard number extra_shard_O takes more than the others: it has the most read row.
-    Negative where it is the last of the column blocks, and narrower. Of scope HOST: that shard of every host.
-    total_seconds_O, total_hbm_O: exact sums over the shards, which may be less than the shards say: the last rows of a
-    table may not fill theirs.
-    group_seconds_S: what using a sharding type at all costs every rank, by index into SHARDING_TYPES: latencies.
+    extra_seconds_O, extra_hbm_O: what shard number extra_shard_O takes beyond the others, because it has the most read
+    row; negative where it is the last column block, and narrower. With scope HOST, that shard of every host.
+    total_seconds_O, total_hbm_O: exact sums over the shards. They may be below the sum of the entries above, because
+    the last rows of a table may not fill their shard.
+    group_seconds_S: latencies that every rank pays for using a sharding type at all, by index into SHARDING_TYPES.
     allowed_TR: False where a table may not be on a rank; None where every table may be on every rank.
     """
 
@@ -56,14 +56,14 @@ class Options:
     def _starts_T(self) -> np.ndarray:
         return np.searchsorted(self.table_O, np.arange(self.tables))
 
-    def least_T(self, values_O: np.ndarray) -> np.ndarray:
-        """The least value among the options of each table."""
+    def minimum_T(self, values_O: np.ndarray) -> np.ndarray:
+        """The smallest value among the options of each table."""
         return np.minimum.reduceat(values_O, self._starts_T)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the tables may take on each of `ranks` ranks, on hosts of `ranks_per_host`."""
+    """Memory for tables on each of `ranks` ranks, on hosts of `ranks_per_host`."""
 
     ranks: int
     ranks_per_host: int
@@ -73,9 +73,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Solution:
-    """option_T: the option of each table. ranks_T: the ranks of its shards.
+    """An assignment of tables to ranks.
 
-    cost: of the costliest rank, in seconds. bound_seconds: no solution costs less.
+    option_T: the option of each table. ranks_T: the ranks of its shards. cost: seconds of the costliest rank.
+    bound_seconds: no solution costs less.
     """
 
     option_T: np.ndarray

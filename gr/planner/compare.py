@@ -1,10 +1,10 @@
-"""What changes from one plan to another: which tables move, how many bytes, what the step gains."""
+"""The difference of two plans: the tables that move, their bytes, the change of step time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gr.config.inventory import TableConfig
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.estimate_tables import table_bytes
 from gr.planner.placement import Placement, Plan, Shard, shards
 from gr.planner.planfile import differences
@@ -25,15 +25,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """moved_bytes of a table that is new are none: it is filled, not moved.
+    """The difference of two plans. A new table moves no bytes: it is filled.
 
-    others: (model or topology, before, after) where the plans are for other ones.
+    others: ("model" or "topology", before, after) for each of the two that differs.
     """
 
     others: tuple[tuple[str, str, str], ...]
     changes: tuple[Change, ...]
     step_seconds: tuple[float, float]
-    hbm_bytes: tuple[float, float]  # of the fullest rank
+    hbm_bytes: tuple[float, float]  # on the fullest rank
 
     @property
     def moved_bytes(self) -> int:
@@ -56,8 +56,8 @@ class Comparison:
 
 
 def compare(before: Plan, after: Plan) -> Comparison:
-    """Tables are matched by name."""
-    left, right = evaluate(before), evaluate(after)
+    """The changes from `before` to `after`; tables are matched by name."""
+    left, right = estimate(before), estimate(after)
     return Comparison(
         others=tuple(differences(before, after.inventory, after.topology)),
         changes=tuple(_changes(before, after)),
@@ -87,9 +87,9 @@ def _moved(old: TableConfig, was: Placement, new: TableConfig, now: Placement) -
     moved = 0
     for shard in shards(new, now):
         cells = shard.rows * shard.columns
-        kept = sum(_overlap(shard, other) for other in held.get(shard.rank, []))
-        if cells > kept:
-            moved += round(sum(table_bytes(new, shard)) * (cells - kept) / cells)
+        unmoved = sum(_overlap(shard, other) for other in held.get(shard.rank, []))
+        if cells > unmoved:
+            moved += round(sum(table_bytes(new, shard)) * (cells - unmoved) / cells)
     return moved
 
 

@@ -1,4 +1,4 @@
-"""What a run's configuration and its device allow the planner to choose. No torch."""
+"""The choices that a run's configuration and device leave to the planner. No torch."""
 
 from typing import cast
 
@@ -9,7 +9,7 @@ from gr.errors import ConfigError
 
 
 def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str) -> InventoryConfig:
-    """`inventory` with what planner.sharding, planner.tables and the device (cpu or cuda) allow.
+    """`inventory` limited to what planner.sharding, planner.tables and the device (cpu or cuda) allow.
 
     auto allows the sharding types that train the same model: column shards keep row statistics of their own, and
     data-parallel replicas take Adam steps on rows that were not looked up. Raises ConfigError.
@@ -22,7 +22,7 @@ def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str)
 
 
 def sharding_type_of(planner: PlannerConfig, table: str) -> str:
-    """What the configuration asks for a table: a sharding type, or auto."""
+    """The sharding type that the configuration requires for a table, or auto."""
     return planner.tables.get(table, planner.sharding)
 
 

@@ -1,4 +1,4 @@
-"""Lists the ways to shard every table of an inventory, with what each costs on a topology."""
+"""Enumerates the ways to shard every table of an inventory, each with its cost on a topology."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,24 +6,19 @@ from zlib import crc32
 
 import numpy as np
 
-from gr.config.inventory import (
-    ROW_MULTIPLE,
-    SHARDING_TYPES,
-    AnyShardingType,
-    InventoryConfig,
-    Kernel,
-    TableConfig,
-)
+from gr.config.dlrm import ROW_MULTIPLE
+from gr.config.inventory import SHARDING_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
-from gr.planner.estimate_tables import ELEMENT_BYTES, Links, ShardCosts, Traffic, shard_costs, traffic
+from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, ShardCosts, Traffic, shard_costs, traffic
 from gr.planner.placement import column_blocks
 from gr.planner.topology import Topology
 
 KERNELS: tuple[Kernel, ...] = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
-# Narrower column blocks leave most lanes of a warp idle; where nothing but columns may be cut, fbgemm's least is taken.
-LEAST_COLUMNS = 8
-WIDTHS = 64  # tried for a table, at most about
+# Narrower column blocks leave most lanes of a warp idle. Where nothing but columns may be cut, fbgemm's ROW_MULTIPLE
+# is the minimum.
+MIN_COLUMNS = 8
+WIDTHS = 64  # about as many widths of column blocks are tried for a table, at most
 COLUMN_TYPES = {"column_wise", "table_column_wise", "grid_shard"}
 
 SCOPES: dict[AnyShardingType, Scope] = {
@@ -48,7 +43,7 @@ class _Cut:
 
 
 def row_parts(sharding_type: AnyShardingType, topology: Topology) -> int:
-    """Row blocks that `sharding_type` cuts a table (or a column block of it) into."""
+    """The number of row blocks that `sharding_type` cuts a table (or a column block of it) into."""
     return {
         Scope.ALL: topology.ranks if sharding_type == "row_wise" else 1,
         Scope.HOST: topology.ranks_per_host,
@@ -56,17 +51,17 @@ def row_parts(sharding_type: AnyShardingType, topology: Topology) -> int:
 
 
 def hottest_part(table: TableConfig, parts: int) -> int:
-    """Which row block has the most read row: any one that is full, always the same."""
+    """The index of the row block with the most read row: an arbitrary full block, the same for equal tables."""
     return crc32(table.name.encode()) % (table.rows // -(-table.rows // parts))
 
 
 def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
     """Every allowed option. Raises PlanError for a table whose constraints leave none."""
-    asked, tables = traffic(inventory, topology), inventory.tables
+    traffic_T, tables = traffic(inventory, topology), inventory.tables
     comm_bytes = ELEMENT_BYTES[inventory.comm_dtype]
-    columns = [_columns(cut, asked, topology, comm_bytes, tables) for cut in _cuts(tables, topology)]
-    found = {int(table) for part in columns for table in part["table_O"]}
-    if missing := [table for index, table in enumerate(tables) if index not in found]:
+    columns = [_columns(cut, traffic_T, topology, comm_bytes, tables) for cut in _cuts(tables, topology)]
+    covered = {int(table) for part in columns for table in part["table_O"]}
+    if missing := [table for index, table in enumerate(tables) if index not in covered]:
         raise PlanError(_no_option(missing[0], topology))
     merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
     order = np.argsort(merged["table_O"], kind="stable")
@@ -78,7 +73,7 @@ def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
 
 
 def _group_seconds(sharding_type: AnyShardingType, topology: Topology) -> float:
-    return 0.0 if sharding_type == "data_parallel" else Links(topology).group_seconds()
+    return 0.0 if sharding_type == "data_parallel" else CollectiveCosts(topology).group_seconds()
 
 
 def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]:
@@ -100,19 +95,19 @@ def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]
 
 
 def _in_hbm(table: TableConfig) -> bool:
-    """Whether a table may be replicated: a replica is wholly in the memory of its rank."""
+    """True where a table may be replicated: a replica is wholly in the memory of its rank."""
     return bool({"fused", "dense"} & set(table.kernels))
 
 
 def allowed_types(table: TableConfig) -> tuple[AnyShardingType, ...]:
-    """The types the solver may use: those that exist and compute the right numbers, within the table's constraint."""
-    exist = table.valid_sharding_types()
+    """The sharding types that the solver may use: the valid ones, within the table's constraint."""
+    valid = table.valid_sharding_types()
     if not _in_hbm(table):
-        exist = tuple(name for name in exist if name != "data_parallel")
+        valid = tuple(name for name in valid if name != "data_parallel")
     if table.sharding_types is not None:
-        return tuple(name for name in exist if name in table.sharding_types)
-    # It is column_wise with less freedom, at the same cost.
-    return tuple(name for name in exist if name != "table_column_wise")
+        return tuple(name for name in valid if name in table.sharding_types)
+    # table_column_wise is column_wise with less freedom, at the same cost.
+    return tuple(name for name in valid if name != "table_column_wise")
 
 
 def _may_span(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
@@ -122,7 +117,7 @@ def _may_span(table: TableConfig, sharding_type: AnyShardingType, topology: Topo
 
 
 def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> int:
-    """Column blocks that the ranks a table may be on have room for; 0 where it cannot be on them at all."""
+    """The most column blocks that fit the ranks a table may be on; 0 where it cannot be on them at all."""
     allowed = set(range(topology.ranks)) if table.ranks is None else set(table.ranks)
     on_host = np.bincount([rank // topology.ranks_per_host for rank in allowed], minlength=topology.hosts)
     match SCOPES[sharding_type]:
@@ -137,7 +132,7 @@ def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: T
 
 
 def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
-    """Whether row shards would have no rows, on CPU: fbgemm's fused CPU kernels of pooled tables do not run so."""
+    """True where a row shard would have no rows, which fbgemm's fused CPU kernels of pooled tables do not support."""
     if topology.device != "cpu" or "fused" not in table.kernels:
         return False
     parts = row_parts(sharding_type, topology)
@@ -145,39 +140,40 @@ def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: 
 
 
 def _widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
-    """Widths of column blocks worth trying, None for types that do not cut columns."""
+    """Widths of column blocks worth trying; None for types that do not cut columns."""
     if sharding_type not in COLUMN_TYPES:
         return [None]
     most = _most_blocks(table, sharding_type, topology)
     forced = table.sharding_types is not None and set(table.sharding_types) <= COLUMN_TYPES
-    least = ROW_MULTIPLE if forced else LEAST_COLUMNS
+    narrowest = ROW_MULTIPLE if forced else MIN_COLUMNS
     if table.kind == "sequence":
-        # One EmbeddingCollection sends column blocks of one width only, so there is one to choose.
-        counts = range(max(2, table.min_shards), min(most, table.dim // least) + 1)
+        # One EmbeddingCollection sends column blocks of one width only, so a single width is offered.
+        counts = range(max(2, table.min_shards), min(most, table.dim // narrowest) + 1)
         even: list[int | None] = [table.dim // n for n in counts if table.dim % (n * ROW_MULTIPLE) == 0]
         return even[:1] or ([table.dim] if forced else [])
     step = max(ROW_MULTIPLE, table.dim // WIDTHS // ROW_MULTIPLE * ROW_MULTIPLE)
-    tried = {*range(least, table.dim, step), *(table.dim // n for n in range(2, 9) if table.dim % n == 0)}
+    tried = {*range(narrowest, table.dim, step), *(table.dim // n for n in range(2, 9) if table.dim % n == 0)}
     widths: list[int | None] = [
         width
         for width in sorted(tried)
         if width % ROW_MULTIPLE == 0
-        and width >= least
+        and width >= narrowest
         and -(-table.dim // width) <= most
-        # One block of a grid differs already by its rows.
+        # A grid has no narrower last block: its one odd shard is the one with the most read row.
         and (sharding_type != "grid_shard" or table.dim % width == 0)
     ]
-    # One block is table_wise in all but name: among tables that are cut it needs no collectives of its own.
+    # A single block is table_wise in all but name, and needs no collectives of its own among tables that are cut.
     if sharding_type == "column_wise" and not (forced and widths):
         widths.append(table.dim)
     return widths
 
 
 def _columns(
-    cut: _Cut, asked: Traffic, topology: Topology, comm_bytes: int, tables: tuple[TableConfig, ...]
+    cut: _Cut, traffic_T: Traffic, topology: Topology, comm_bytes: int, tables: tuple[TableConfig, ...]
 ) -> dict[str, np.ndarray]:
+    """The arrays of Options for one cut: an option for each of its tables."""
     index, count = np.array(cut.tables), len(cut.tables)
-    t, parts, scope = asked[index], row_parts(cut.sharding_type, topology), SCOPES[cut.sharding_type]
+    t, parts, scope = traffic_T[index], row_parts(cut.sharding_type, topology), SCOPES[cut.sharding_type]
     width = t.dim if cut.width is None else np.full(count, cut.width)
     blocks, left = np.divmod(t.dim, width)
     last = np.where(left > 0, left, width)
@@ -240,8 +236,8 @@ def _no_option(table: TableConfig, topology: Topology) -> str:
         "min_shards": table.min_shards if table.min_shards > 1 else None,
         "max_shards": table.max_shards,
     }
-    said = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
+    constraints = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
     return (
         f"table {table.name}: no way to shard {table.rows} x {table.dim} ({table.kind}) over {topology.ranks} ranks "
-        f"of {topology.ranks_per_host} a host satisfies {said}; relax one of them"
+        f"of {topology.ranks_per_host} a host satisfies {constraints}; relax one of them"
     )

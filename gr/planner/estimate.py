@@ -1,4 +1,4 @@
-"""What a plan costs: memory by kind, seconds by phase and bytes by link, for every rank."""
+"""The estimate of a plan: memory by kind, seconds by phase and bytes by link, for every rank."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from gr.planner.estimate_tables import (
     ELEMENT_BYTES,
     TABLE_MEMORY,
     TABLE_PHASES,
-    Links,
+    CollectiveCosts,
     ShardCosts,
     Traffic,
     shard_costs,
@@ -24,7 +24,7 @@ from gr.planner.memory import PARAMETER_BYTES, fixed_memory
 from gr.planner.placement import Placement, Plan, Shard, column_blocks
 from gr.planner.topology import Topology
 
-# In the order of a step. A collective ends when the slowest rank has come to it.
+# The phases are in the order of a step. A collective ends when the slowest rank has come to it.
 PHASES = (
     "input_all_to_all",
     "lookup",
@@ -49,13 +49,13 @@ MEMORY = (
     "logits",
     "reserve",
 )
-# Of GROUP_COLLECTIVES latencies: lengths and ids, embeddings, gradients.
+# Shares of the GROUP_COLLECTIVES latencies: lengths and ids, embeddings, gradients.
 _LATENCY_SHARES = {"input_all_to_all": 0.5, "output_all_to_all": 0.25, "gradient_all_to_all": 0.25}
 
 
 @dataclass(frozen=True)
 class TableShare:
-    """One table in a plan. bytes: weights and optimizer states; seconds: of its costliest shard, a step."""
+    """One table in a plan. bytes: weights and optimizer states. seconds: a step of its costliest shard."""
 
     name: str
     sharding_type: str
@@ -68,8 +68,8 @@ class TableShare:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """P phases (PHASES), M kinds of memory (MEMORY), R ranks."""
+class Estimate:
+    """The predicted cost of a plan. P phases (PHASES), M kinds of memory (MEMORY), R ranks."""
 
     plan: Plan
     seconds_PR: np.ndarray
@@ -79,12 +79,12 @@ class Evaluation:
     intra_bytes_R: np.ndarray  # sent to ranks of the same host, a step
     inter_bytes_R: np.ndarray  # sent to ranks of other hosts, a step
     tables: tuple[TableShare, ...]
-    flops: float  # of the dense part, forward and backward, a rank and step
-    tokens: float  # of the sequence, a rank and step; 0 without one
+    flops: float  # a rank and step, of the dense part, forward and backward
+    tokens: float  # a rank and step; 0 where the dense part reads no sequence
 
     @cached_property
     def table_seconds_R(self) -> np.ndarray:
-        """What the solver balances: the phases that belong to tables, of each rank."""
+        """Seconds of each rank in the phases that belong to tables: what the solver balances."""
         return self.seconds_PR[[PHASES.index(phase) for phase in TABLE_PHASES]].sum(axis=0)
 
     @property
@@ -94,12 +94,12 @@ class Evaluation:
 
     @property
     def gap(self) -> float:
-        """Cost over its lower bound, less 1."""
+        """Cost over its lower bound, minus 1."""
         return self.cost / self.plan.bound_seconds - 1 if self.plan.bound_seconds else 0.0
 
     @property
     def step_seconds(self) -> float:
-        """Every phase waits for its slowest rank; what is hidden behind another phase is not counted."""
+        """Seconds of a step: every phase waits for its slowest rank, and hidden seconds are not counted."""
         return float((self.seconds_PR.max(axis=1) - self.hidden_P).sum())
 
     @property
@@ -119,32 +119,32 @@ class Evaluation:
         )
 
 
-def evaluate(plan: Plan) -> Evaluation:
+def estimate(plan: Plan) -> Estimate:
     """The predicted cost of `plan`: a sum over its shards, nothing fitted."""
     inventory, topology = plan.inventory, plan.topology
-    asked, ranks = traffic(inventory, topology), topology.ranks
+    traffic_T, ranks = traffic(inventory, topology), topology.ranks
     seconds = {phase: np.zeros(ranks) for phase in PHASES}
     memory = {kind: np.zeros(ranks) for kind in MEMORY}
     host, intra, inter = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     shares = []
     for index, (table, placement) in enumerate(zip(inventory.tables, plan.placements, strict=True)):
-        costs = placement_costs(asked[index], table, placement, inventory, topology)
-        at = np.array(placement.ranks)
+        costs = placement_costs(traffic_T[index], table, placement, inventory, topology)
+        index_R = np.array(placement.ranks)
         for phase in TABLE_PHASES:
-            np.add.at(seconds[phase], at, getattr(costs, phase))
+            np.add.at(seconds[phase], index_R, getattr(costs, phase))
         for kind in TABLE_MEMORY:
-            np.add.at(memory[kind], at, getattr(costs, kind))
+            np.add.at(memory[kind], index_R, getattr(costs, kind))
         for total, name in ((host, "host"), (intra, "intra_bytes"), (inter, "inter_bytes")):
-            np.add.at(total, at, getattr(costs, name))
+            np.add.at(total, index_R, getattr(costs, name))
         shares.append(_share(table, placement, costs))
     types = {p.sharding_type for p in plan.placements} - {"data_parallel"}
     for phase, share in _LATENCY_SHARES.items():
-        seconds[phase] += share * len(types) * Links(topology).group_seconds()
+        seconds[phase] += share * len(types) * CollectiveCosts(topology).group_seconds()
     for kind, size in fixed_memory(inventory, topology).items():
         memory[kind] += size
     work = dense_work(inventory, inventory.batch_on(ranks))
     hidden = _add_dense(seconds, (intra, inter), work, plan)
-    return Evaluation(
+    return Estimate(
         plan=plan,
         seconds_PR=np.stack([seconds[phase] for phase in PHASES]),
         hidden_P=np.array([hidden if phase == "gradient_all_reduce" else 0.0 for phase in PHASES]),
@@ -158,30 +158,30 @@ def evaluate(plan: Plan) -> Evaluation:
     )
 
 
-def predicted(evaluation: Evaluation) -> dict[str, Any]:
-    """The figures of an evaluation as plain numbers, in bytes and seconds, for plan files and scripts."""
+def predicted(estimate: Estimate) -> dict[str, Any]:
+    """The figures of an estimate as plain numbers, in bytes and seconds, for plan files and scripts."""
 
     def spread(values_R: np.ndarray) -> dict[str, float]:
         return {"min": float(values_R.min()), "mean": float(values_R.mean()), "max": float(values_R.max())}
 
-    seconds = zip(PHASES, evaluation.seconds_PR, evaluation.hidden_P, strict=True)
+    seconds = zip(PHASES, estimate.seconds_PR, estimate.hidden_P, strict=True)
     return {
-        "fits": evaluation.fits,
-        "step_seconds": evaluation.step_seconds,
-        "table_seconds": evaluation.cost,
-        "gap": evaluation.gap,
-        "straggler": evaluation.straggler,
+        "fits": estimate.fits,
+        "step_seconds": estimate.step_seconds,
+        "table_seconds": estimate.cost,
+        "gap": estimate.gap,
+        "straggler": estimate.straggler,
         "phase_seconds": {name: spread(row) | {"hidden": float(hidden)} for name, row, hidden in seconds},
-        "memory_bytes": {name: spread(row) for name, row in zip(MEMORY, evaluation.memory_MR, strict=True)}
-        | {"all": spread(evaluation.total_memory_R), "host": spread(evaluation.host_R)},
-        "sent_bytes": {"host": spread(evaluation.intra_bytes_R), "network": spread(evaluation.inter_bytes_R)},
+        "memory_bytes": {name: spread(row) for name, row in zip(MEMORY, estimate.memory_MR, strict=True)}
+        | {"all": spread(estimate.total_memory_R), "host": spread(estimate.host_R)},
+        "sent_bytes": {"host": spread(estimate.intra_bytes_R), "network": spread(estimate.inter_bytes_R)},
     }
 
 
 def placement_costs(
-    asked: Traffic, table: TableConfig, placement: Placement, inventory: InventoryConfig, topology: Topology
+    table_traffic: Traffic, table: TableConfig, placement: Placement, inventory: InventoryConfig, topology: Topology
 ) -> ShardCosts:
-    """Costs of every shard of one table, in the order of its ranks. asked: the traffic of this table."""
+    """Costs of every shard of one table, in the order of its ranks. table_traffic: of this table alone."""
     count, widths = len(placement.ranks), column_blocks(table.dim, placement.column_width)
     row_share, id_share = np.ones(count), np.ones(count)
     parts = 1 if placement.sharding_type == "data_parallel" else count // len(widths)
@@ -190,10 +190,10 @@ def placement_costs(
         rows = np.clip(table.rows - height * np.arange(parts), 0, height)
         row_share = np.tile(rows / table.rows, len(widths))
         hottest = np.tile(np.arange(parts) == hottest_part(table, parts), len(widths))
-        id_share = row_share * (1 - asked.hottest) + hottest * asked.hottest
+        id_share = row_share * (1 - table_traffic.hottest) + hottest * table_traffic.hottest
     columns = np.resize(np.repeat(widths, parts), count)
     costs = shard_costs(
-        asked,
+        table_traffic,
         topology,
         ELEMENT_BYTES[inventory.comm_dtype],
         placement.sharding_type,
@@ -231,7 +231,7 @@ def _add_dense(
     backward = work.backward_flops / speed
     # DDP reduces gradients; FSDP gathers weights in both passes and scatters gradients, half as much again.
     volume = work.parameters * PARAMETER_BYTES * (1.5 if inventory.dense_parallel == "fsdp" else 1.0)
-    reduced, intra, inter = Links(topology).all_reduce(np.array(volume))
+    reduced, intra, inter = CollectiveCosts(topology).all_reduce(np.array(volume))
     seconds["dense_forward"] += work.forward_flops / speed
     seconds["dense_backward"] += backward
     seconds["gradient_all_reduce"] += reduced

@@ -21,19 +21,19 @@ SCORE_BYTES = 4  # losses are computed in fp32
 
 @dataclass(frozen=True)
 class DenseWork:
-    """All but `parameters` are of one rank and step. logits_bytes: scores of the loss and their gradient."""
+    """The work of one rank in one step. logits_bytes: scores of the loss and their gradient."""
 
     parameters: int
     forward_flops: float
     backward_flops: float
     activation_bytes: float  # kept for backward
-    tokens: float  # of the sequence; 0 without one
+    tokens: float  # 0 where the dense part reads no sequence
     logits_bytes: float
 
 
 @dataclass(frozen=True)
 class _PerExample:
-    """What one example takes. matmul_flops, attention_flops: forward."""
+    """The work of one example, FLOPs of the forward pass. score_flops: of the loss."""
 
     parameters: int
     matmul_flops: float
@@ -44,7 +44,7 @@ class _PerExample:
 
 
 def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
-    """What `rank_batch_size` examples cost."""
+    """The work of `rank_batch_size` examples on one rank."""
     one = _per_example(inventory)
     matmul = one.matmul_flops + one.score_flops
     return DenseWork(
@@ -58,7 +58,7 @@ def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
 
 
 def sequence_flops(inventory: InventoryConfig, lengths_B: np.ndarray) -> np.ndarray:
-    """FLOPs of sequences of these lengths in tokens, forward and backward, float64 [B]. The dense part is a tower."""
+    """FLOPs of sequences of lengths_B tokens, forward and backward, float64 [B]. The dense part is a tower."""
     one = _per_example(inventory)
     matmul = (1 + BACKWARD_OF_MATMUL) * (one.matmul_flops + one.score_flops)
     attention = (1 + BACKWARD_OF_ATTENTION) * one.attention_flops

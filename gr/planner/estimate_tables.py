@@ -1,8 +1,8 @@
-"""What a shard of a table costs: bytes of memory, bytes on the links, seconds in each phase of a step.
+"""The cost of a shard of a table: bytes of memory, bytes on the links, seconds in each phase of a step.
 
-The model: seconds are bytes over bandwidth, plus a latency for each collective but the all-reduces. Everything is
-linear in two shares of a shard, so a whole option is costed without listing its shards: the share of the table's rows
-it holds, and the share of the table's ids it is asked for. Ids follow Zipf's law over rows in no particular order; the
+Seconds are bytes over bandwidth, plus a latency for each collective but the all-reduces. Every cost is linear in two
+shares of a shard, so a whole option is costed without listing its shards: the share of the table's rows that the shard
+holds, and the share of the table's ids that it receives. Ids follow Zipf's law over rows in no particular order; the
 most read row is on one shard. Functions are vectorised over tables or over shards.
 
 B examples a rank, R ranks, G = B R examples a step, L ranks a host, H hosts.
@@ -24,21 +24,21 @@ ID_BYTES = 8
 LENGTH_BYTES = 4
 OUTPUT_BYTES = 4  # fbgemm returns embeddings, and takes their gradients, in fp32
 STATE_BYTES = 4  # optimizer states are fp32
-SLOT_BYTES = 4  # of fbgemm's cache, for every row of the table
+SLOT_BYTES = 4  # fbgemm's cache has a slot number for every row of the table
 # A repeated row is read from the L2 cache, at about twice the bandwidth of HBM (assumed).
 REPEAT_COST = 0.5
 # Memory is read in sectors, so a narrow row costs as much as a sector.
 SECTOR_BYTES = 32
 # The backward pass sorts the ids of a batch: a radix sort of 64-bit ids reads and writes id and position four times.
 SORT_BYTES = 4 * 2 * (ID_BYTES + 4)
-# What a peer adds to the latency of an all-to-all: one message posted and matched (assumed).
+# Each peer adds one message, posted and matched, to the latency of an all-to-all (assumed).
 MESSAGE_SECONDS = 0.2e-6
 # All-to-alls a group of equally sharded tables adds: lengths, ids, embeddings, gradients.
 GROUP_COLLECTIVES = 4
 
 
 def optimizer_states(table: TableConfig) -> tuple[int, int]:
-    """Optimizer states of a table: numbers an element, and numbers a row."""
+    """The optimizer's states of a table: (numbers for each element, numbers for each row)."""
     optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
     return optimizer.states_a("element"), optimizer.states_a("row")
 
@@ -52,7 +52,7 @@ def table_bytes(table: TableConfig, shard: Shard) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ShardCosts:
-    """Seconds, bytes of HBM, bytes of host memory, and bytes sent, of each shard of an array of shards."""
+    """Seconds, bytes of HBM, bytes of host memory and bytes sent, of each shard in an array of shards."""
 
     input_all_to_all: np.ndarray
     lookup: np.ndarray
@@ -95,11 +95,11 @@ TABLE_MEMORY = ("tables", "table_optimizer", "table_gradients", "inputs", "embed
 
 @dataclass(frozen=True)
 class Traffic:
-    """What each table is asked for in a step: arrays over tables, or over the shards of one table.
+    """The lookups of each table in a step: arrays over tables, or scalars of one table.
 
-    ids: that reach the table's owners, over all ranks. distinct: rows among them. own_ids, own_distinct: the same of
-    one rank's examples, which a replicated table serves. outputs: vectors the owners return. hottest: share of the
-    ids that ask for the most read row.
+    ids: ids that reach the owners of the table, over all ranks. distinct: rows among them. own_ids, own_distinct: the
+    same for one rank's examples, which a replicated table serves. outputs: vectors that the owners return. hottest:
+    share of the ids that read the most read row. missed: share that misses the cache of fused_uvm_caching.
     """
 
     rows: np.ndarray
@@ -126,29 +126,29 @@ class Traffic:
 def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
     """The traffic of every table of `inventory`, in its order."""
 
-    def of(name: str) -> np.ndarray:
+    def column(name: str) -> np.ndarray:
         return np.array([getattr(table, name) for table in inventory.tables])
 
     ranks, batch = topology.ranks, inventory.batch_on(topology.ranks)
-    rows, skew = of("rows").astype(float), of("skew").astype(float)
-    pooled = of("kind") == "pooled"
-    read = of("ids_per_example") * batch + of("ids_per_step")
+    rows, skew = column("rows").astype(float), column("skew").astype(float)
+    pooled = column("kind") == "pooled"
+    read = column("ids_per_example") * batch + column("ids_per_step")
     own_distinct = distinct_ids(rows, read, skew)
-    # TorchRec's index dedup, of sequence tables: a rank asks for a row once.
+    # TorchRec's index dedup of sequence tables: a rank sends the id of a row once.
     deduplicated = ~pooled & inventory.index_dedup
     own_ids = np.where(deduplicated, own_distinct, read)
     hottest = np.where(deduplicated, np.minimum(hottest_share(rows, skew), 1 / own_distinct), hottest_share(rows, skew))
-    factor = of("cache_load_factor").astype(float)
-    own_outputs = np.where(pooled, of("features") * batch, own_ids)
+    factor = column("cache_load_factor").astype(float)
+    own_outputs = np.where(pooled, column("features") * batch, own_ids)
     per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
     return Traffic(
         rows=rows,
-        dim=of("dim"),
-        element_bytes=np.array([ELEMENT_BYTES[dtype] for dtype in of("dtype")]),
+        dim=column("dim"),
+        element_bytes=np.array([ELEMENT_BYTES[dtype] for dtype in column("dtype")]),
         column_states=per_element,
         row_states=per_row,
         pooled=pooled,
-        lengths=of("features") * batch * ranks,
+        lengths=column("features") * batch * ranks,
         ids=own_ids * ranks,
         distinct=distinct_ids(rows, read * ranks, skew),
         own_ids=own_ids,
@@ -156,33 +156,36 @@ def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
         outputs=own_outputs * ranks,
         own_outputs=own_outputs,
         hottest=hottest,
-        missed=miss_rate(rows, skew, factor, of("cacheability").astype(float)),
+        missed=miss_rate(rows, skew, factor, column("cacheability").astype(float)),
         cache_load_factor=factor,
     )
 
 
 @dataclass(frozen=True)
-class Links:
-    """Seconds a byte, and where the bytes go, of each collective on a topology; bytes are those a rank puts in."""
+class CollectiveCosts:
+    """The cost of each collective on a topology, as (seconds, bytes sent within the host, bytes sent to other hosts).
+
+    bytes_: what each rank puts in.
+    """
 
     topology: Topology
 
     def all_to_all(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(seconds, bytes to the same host, bytes to other hosts): every rank gets an equal part."""
+        """Every rank gets an equal part of every other rank's bytes."""
         t = self.topology
         intra = bytes_ * ((t.ranks_per_host - 1) / t.ranks)
         inter = bytes_ * ((t.ranks - t.ranks_per_host) / t.ranks)
         return np.maximum(intra / t.intra_bandwidth, inter / t.inter_bandwidth), intra, inter
 
     def reduce_scatter(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Over all ranks, in rings that cross from host to host on every network card of a host."""
+        """A reduce-scatter over all ranks, in rings that cross between hosts on every network card of a host."""
         t = self.topology
         sent = bytes_ * ((t.ranks - 1) / t.ranks)
         inter = sent / t.ranks_per_host if t.hosts > 1 else 0 * sent
         return np.maximum(sent / t.intra_bandwidth, inter / t.inter_bandwidth), sent - inter, inter
 
     def host_reduce_scatter(self, bytes_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Within the host, then an all-to-all of what is left between equal places on all hosts."""
+        """A reduce-scatter within the host, then an all-to-all of its result between equal local ranks of all hosts."""
         t = self.topology
         intra = bytes_ * ((t.ranks_per_host - 1) / t.ranks_per_host)
         inter = bytes_ / t.ranks_per_host * ((t.hosts - 1) / t.hosts)
@@ -193,7 +196,7 @@ class Links:
         return 2 * seconds, 2 * intra, 2 * inter
 
     def group_seconds(self) -> float:
-        """Latency that one more group of equally sharded tables adds to a step."""
+        """The latency in seconds that one more group of equally sharded tables adds to a step."""
         t = self.topology
         if t.ranks == 1:
             return 0.0
@@ -213,22 +216,22 @@ def shard_costs(
     columns, row_share, id_share = shares
     if sharding_type == "data_parallel":
         return _replica_costs(traffic, topology)
-    t, links = traffic, Links(topology)
+    t, collectives = traffic, CollectiveCosts(topology)
     ids, distinct, rows = t.ids * id_share, t.distinct * row_share, t.rows * row_share
     by_rows = sharding_type in ("row_wise", "table_row_wise", "grid_shard")
-    # A row shard of a pooled table returns a partial sum for every example; one of a sequence, the rows asked for.
+    # A row shard of a pooled table returns a partial sum for every example; that of a sequence table, the rows read.
     vectors = np.where(t.pooled, t.outputs if by_rows else t.outputs * id_share, t.outputs * id_share)
     input_bytes = ids * ID_BYTES + t.lengths * LENGTH_BYTES
     sent = vectors * columns * comm_bytes
     if not by_rows:
-        output = links.all_to_all(sent)
+        output = collectives.all_to_all(sent)
     elif sharding_type == "row_wise":
-        flat, scattered = links.all_to_all(sent), links.reduce_scatter(sent)
+        flat, scattered = collectives.all_to_all(sent), collectives.reduce_scatter(sent)
         seconds, intra, inter = (np.where(t.pooled, a, b) for a, b in zip(scattered, flat, strict=True))
         output = (seconds, intra, inter)
     else:
-        output = links.host_reduce_scatter(sent)
-    received = links.all_to_all(input_bytes)
+        output = collectives.host_reduce_scatter(sent)
+    received = collectives.all_to_all(input_bytes)
     weights = rows * columns * t.element_bytes
     column_states, row_states = rows * t.column_states * columns * STATE_BYTES, rows * t.row_states * STATE_BYTES
     lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, distinct, vectors))
@@ -256,18 +259,18 @@ def shard_costs(
 
 
 def _kernel_costs(
-    t: Traffic, topology: Topology, kernel: str, asked: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+    t: Traffic, topology: Topology, kernel: str, load: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of (lookup, update)."""
-    columns, id_share, distinct, vectors = asked
+    """Seconds of (lookup, update). load: columns, share of the ids, distinct rows and vectors returned, of a shard."""
+    columns, id_share, distinct, vectors = load
     ids = t.ids * id_share
     row_bytes = np.ceil(columns * t.element_bytes / SECTOR_BYTES) * SECTOR_BYTES
     column_bytes, state_bytes = t.column_states * columns * STATE_BYTES, t.row_states * STATE_BYTES
     near = topology.hbm_bandwidth
-    # Over the whole table, so that the cost of a shard stays linear in its shares.
+    # Repeats are counted over the whole table, so that the cost of a shard stays linear in its shares.
     repeats = np.maximum(t.ids - t.distinct, 0) * id_share * row_bytes * REPEAT_COST
     written = vectors * columns * OUTPUT_BYTES
-    # What is on the host crosses its link: rows that no cache holds, and the states of their elements.
+    # The host link carries rows that no cache holds, and the states of their elements.
     far = {"fused_uvm": np.ones_like(distinct), "fused_uvm_caching": t.missed}.get(kernel, np.zeros_like(distinct))
     far_states = np.ones_like(distinct) if kernel in ("fused_uvm", "fused_uvm_caching") else np.zeros_like(distinct)
     link = topology.host_bandwidth
@@ -280,7 +283,7 @@ def _kernel_costs(
 
 
 def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:
-    """A data-parallel table: a whole one on every rank, whose dense gradient is reduced over all of them."""
+    """Costs of a data-parallel table: whole on every rank, its dense gradient reduced over all of them."""
     weights = t.rows * t.dim * t.element_bytes
     states = t.rows * (t.column_states * t.dim + t.row_states) * STATE_BYTES
     gradients = t.rows * t.dim * OUTPUT_BYTES
@@ -288,7 +291,7 @@ def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:
     near = topology.hbm_bandwidth
     repeats = np.maximum(t.own_ids - t.own_distinct, 0) * REPEAT_COST
     reads = (t.own_distinct + repeats) * t.dim * t.element_bytes
-    seconds, intra, inter = Links(topology).all_reduce(gradients)
+    seconds, intra, inter = CollectiveCosts(topology).all_reduce(gradients)
     zero = 0 * weights
     return ShardCosts(
         input_all_to_all=zero,

@@ -1,7 +1,7 @@
 """Small problems as a mixed-integer linear program, solved by HiGHS.
 
-Variables: the cost; whether a table takes an option; whether an option has a shard on a rank, or on those of a host.
-With more than VARIABLES of them it is not tried: packing (pack.py) is close there, and much faster.
+The variables are the cost, whether a table takes an option, and whether an option has a shard on a rank or on the ranks
+of a host. A program of more than VARIABLES is not tried: packing (pack.py) is close there, and much faster.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from gr.planner.candidates import Capacity, Scope
 from gr.planner.pack import Choices, Focused, Option, Packing
 
 VARIABLES = 1200
-NODES = 100  # of the branching tree: a limit in work, not in time, so that equal inputs give equal plans
+NODES = 100  # nodes of the branching tree: a limit in work, not in time, so that equal inputs give equal plans
 GAP = 1e-3
 
 
@@ -45,14 +45,14 @@ def improved(packing: Packing, choices: Choices) -> Packing:
     )
     if result.x is None:
         return packing
-    found = _packing(result.x, options, places, Packing(capacity, choices))
-    # The program keeps to memory within a tolerance; a plan keeps to it.
-    fits = found.hbm_R.max() <= capacity.hbm_bytes and found.host_R.max() <= capacity.host_bytes
-    return found if fits and found.cost < packing.cost else packing
+    solution = _packing(result.x, options, places, Packing(capacity, choices))
+    # HiGHS keeps to memory within a tolerance; a plan must keep to it exactly.
+    fits = solution.hbm_R.max() <= capacity.hbm_bytes and solution.host_R.max() <= capacity.host_bytes
+    return solution if fits and solution.cost < packing.cost else packing
 
 
 class _Place:
-    """One or more shards of an option on given ranks. last: the narrower last column block."""
+    """One or more shards of an option on certain ranks. last: whether it is the narrower last column block."""
 
     def __init__(self, option: int, of: Option, ranks: np.ndarray, last: bool) -> None:
         self.option, self.ranks, self.last = option, ranks, last
@@ -85,7 +85,7 @@ def _rows(entries: list[tuple[int, int, float]], rows: int, count: int) -> coo_a
 
 
 def _choice(options: list[tuple[int, Option]], places: list[_Place], count: int) -> list[LinearConstraint]:
-    """One option a table; as many places as the option has shards; one shard of a table on a rank."""
+    """Constraints: one option a table, its shards all placed, at most one shard of a table on a rank."""
     tables = options[-1][0] + 1
     one = [(table, 1 + index, 1.0) for index, (table, _) in enumerate(options)]
     shards: list[tuple[int, int, float]] = []
@@ -110,12 +110,12 @@ def _choice(options: list[tuple[int, Option]], places: list[_Place], count: int)
 
 
 def _group(option: Option) -> range:
-    """The shards of one place."""
+    """The indices of the shards of one place."""
     return range({Scope.ALL: option.shards, Scope.HOST: option.group}.get(option.scope, 1))
 
 
 def _loads(options: int, places: list[_Place], packing: Packing, count: int) -> list[LinearConstraint]:
-    """No rank above the cost, nor above its memories; all in units near 1, for the tolerances of HiGHS are absolute."""
+    """Constraints: no rank is above the cost or its memories. Units are near 1: HiGHS has absolute tolerances."""
     capacity = packing.capacity
     seconds = [(rank, 0, -1.0) for rank in range(capacity.ranks)]
     hbm, host = [(0, 0, 0.0)], [(0, 0, 0.0)]

@@ -16,18 +16,8 @@ from gr.planner.placement import Plan
 from gr.planner.plan import search
 from gr.planner.planfile import check_plan, differences, dump_plan, load_plan, parse_plan
 from gr.planner.sharding_plan import to_sharding_plan
-from gr.planner.topology import Topology, parse_topology
+from gr.planner.topology import Topology, hardware_of_gpu, parse_topology
 
-# torch.cuda.get_device_name() of the boards in hardware.yaml. Their PCIe and NVL variants are other machines.
-HARDWARE_BY_GPU = {
-    "NVIDIA A100-SXM4-40GB": "a100-40g",
-    "NVIDIA A100-SXM4-80GB": "a100-80g",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-    "NVIDIA GB200": "gb200",
-    "AMD Instinct MI300X": "mi300x",
-}
 REFUSED = "refused: "
 log = get_logger(__name__)
 
@@ -35,16 +25,16 @@ log = get_logger(__name__)
 def make_plan(
     model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World
 ) -> tuple[Plan, ShardingPlan]:
-    """The run's plan and what TorchRec makes of it; the same on every rank.
+    """The run's plan and its ShardingPlan, the same on every rank.
 
-    model: what is to be sharded, may be on meta. Raises ConfigError or PlanError.
+    model: the model whose tables are to be sharded; it may be on meta. Raises ConfigError or PlanError.
     """
     plan = _from_main(config.planner, constrained(inventory, config.planner, world.device.type), world)
     return plan, to_sharding_plan(plan, model, world.device)
 
 
 def _from_main(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> Plan:
-    """The main rank's plan, sent to the others as JSON: they wait for seconds, and the process group for minutes."""
+    """The plan of the main rank, sent to the others as JSON: they wait seconds, a process group minutes."""
     text = ""
     if world.is_main:
         try:
@@ -79,13 +69,13 @@ def _plan(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> P
 
 
 def run_topology(described: str | None, world: World) -> Topology:
-    """The machine of this run: hardware as `described` (planner.topology) or else detected, ranks and hosts of `world`.
+    """The machine of this run: hardware as `described` (planner.topology) or detected, ranks and hosts of `world`.
 
     Raises ConfigError for a GPU that hardware.yaml does not know, PlanError for a wrong description.
     """
     if described is None and world.device.type == "cuda":
         gpu = torch.cuda.get_device_name(world.device)
-        described = HARDWARE_BY_GPU.get(gpu)
+        described = hardware_of_gpu(gpu)
         if described is None:
             raise ConfigError(
                 f"planner.topology is unset and there are no figures for a {gpu!r}: set it to named hardware, or to a "

@@ -1,4 +1,4 @@
-"""How many distinct rows a step reads, when ids follow a Zipf law: row i of E is drawn with p_i = i^-s / H(E, s).
+"""Distinct rows that a step reads, when ids follow Zipf's law: row i of E is drawn with p_i = i^-s / H(E, s).
 
 All functions are vectorised over tables (numpy broadcasting) and hold for tables of any size: sums over rows are exact
 over the hottest ones and integrals in log(row) over the rest.
@@ -7,10 +7,11 @@ over the hottest ones and integrals in log(row) over the rest.
 import numpy as np
 from numpy.typing import ArrayLike
 
+from gr.config.inventory import STEEPEST
+
 HEAD = 48  # rows summed one by one
 PANELS = 16  # intervals of the tail, equal in log(row)
-CACHE_FRACTION = 0.2  # of the rows, in the definition of cacheability
-MAX_SKEW = 64.0  # all draws but 1e-19 read the first row
+CACHE_FRACTION = 0.2  # share of the rows that is cached, in the definition of cacheability
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 _HEAD_ROWS = np.arange(1.0, HEAD + 1)
 
@@ -45,14 +46,14 @@ def hottest_share(rows: ArrayLike, skew: ArrayLike) -> np.ndarray:
 
 
 def miss_rate(rows: ArrayLike, skew: ArrayLike, cache_fraction: ArrayLike, cacheability: ArrayLike) -> np.ndarray:
-    """Share of draws that miss a cache of the hottest `cache_fraction` of the rows.
+    """The share of draws that miss a cache of the hottest `cache_fraction` of the rows.
 
     Where cacheability is not NaN, the skew is the one with which a cache of CACHE_FRACTION misses that share.
     """
-    E, s, fraction, given = np.broadcast_arrays(rows, skew, cache_fraction, np.asarray(cacheability, float))
-    if (known := ~np.isnan(given)).any():
+    E, s, fraction, stated = np.broadcast_arrays(rows, skew, cache_fraction, np.asarray(cacheability, float))
+    if (known := ~np.isnan(stated)).any():
         s = np.array(s, dtype=float)
-        s[known] = _skew_of(E[known], given[known])
+        s[known] = _skew_of(E[known], stated[known])
     return _missed(E, s, fraction)
 
 
@@ -77,8 +78,8 @@ def _missed(rows: np.ndarray, skew: np.ndarray, fraction: np.ndarray | float) ->
 
 
 def _skew_of(rows: np.ndarray, cacheability: np.ndarray) -> np.ndarray:
-    """Bisection: the miss rate falls with the skew."""
-    low, high = np.zeros(rows.shape), np.full(rows.shape, MAX_SKEW)
+    """The skew with which a cache of CACHE_FRACTION misses `cacheability`, by bisection: misses fall with the skew."""
+    low, high = np.zeros(rows.shape), np.full(rows.shape, STEEPEST)
     for _ in range(40):
         middle = (low + high) / 2.0
         above = _missed(rows, middle, CACHE_FRACTION) > cacheability

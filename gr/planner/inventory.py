@@ -20,7 +20,7 @@ FAULTS_SHOWN = 20
 
 
 def is_inventory(path: str | Path) -> bool:
-    """Whether the file describes tables, as opposed to an experiment.
+    """True where the file describes tables, False where it describes an experiment.
 
     Raises ConfigError when it cannot be read, or has neither `tables` nor its like among an experiment's keys.
     """
@@ -63,8 +63,8 @@ def _load(path: Path, overrides: Sequence[str]) -> InventoryConfig:
         return load_section(InventoryConfig, path, overrides)
     if not rows:
         raise ConfigError(f"{path}: holds no tables; write one a row, with name, rows and dim")
-    given = Node({"tables": Node(_checked_rows(path, rows), str(path))}, str(path))
-    return load_section(InventoryConfig, path, overrides, given=given)
+    tree = Node({"tables": Node(_checked_rows(path, rows), str(path))}, str(path))
+    return load_section(InventoryConfig, path, overrides, given=tree)
 
 
 def _json(path: Path) -> Any:
@@ -105,12 +105,12 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole(value: Any) -> Any:
-    """Pandas writes an integer column with gaps as floats."""
+    """`value` as an integer where it is a whole float: pandas writes an integer column with gaps as floats."""
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
 
 
 def _checked_rows(path: Path, rows: list[Any]) -> list[Node]:
-    """Every row as a Node whose origin is its number, from 1, without nulls. Raises ConfigError with every fault."""
+    """Every row as a Node without nulls, whose origin is its number from 1. Raises ConfigError with every fault."""
     nodes: list[Node] = []
     faults: list[str] = []
     first: dict[str, int] = {}
@@ -126,7 +126,7 @@ def _checked_rows(path: Path, rows: list[Any]) -> list[Node]:
             table = TableConfig.model_validate_json(json.dumps(plain, allow_nan=False), strict=True)
         except ValidationError as error:
             faults += describe_faults(TableConfig, error.errors(include_url=False), node)
-        except (TypeError, ValueError):  # of json: bytes, dates, decimals, infinities
+        except (TypeError, ValueError):  # json has no bytes, dates, decimals and infinities
             odd = next(key for key, value in plain.items() if not _is_plain(value))
             faults.append(f"{origin}: {odd}: expected text, a finite number or a list, got {plain[odd]!r:.60}")
         else:

@@ -1,4 +1,4 @@
-"""What a rank holds whatever the plan: dense part, activations, the vectors its own examples got, the reserve."""
+"""Memory of a rank that no plan changes: dense part, activations, vectors of its own examples, the reserve."""
 
 from typing import cast
 
@@ -11,12 +11,12 @@ from gr.planner.estimate_tables import ID_BYTES, OUTPUT_BYTES
 from gr.planner.topology import Topology
 
 PARAMETER_BYTES = 4  # fp32 weights and gradients; bf16 is autocast
-# A step's ids, before and after their exchange; on a GPU also those of two later steps, and of one after its exchange.
+# Copies of a step's ids: before and after their exchange; on a GPU also two later steps before and one after it.
 BATCHES_OF_IDS = {"cpu": 2, "cuda": 5}
 
 
 def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, float]:
-    """Bytes of each kind (evaluate.MEMORY) on every rank, apart from the table shards."""
+    """Bytes of each kind of memory (estimate.MEMORY) on every rank, apart from the table shards."""
     batch = inventory.batch_on(topology.ranks)
     work = dense_work(inventory, batch)
     optimizer = cast(type[DenseOptimizerConfig], DENSE_OPTIMIZERS.config(inventory.dense_optimizer))

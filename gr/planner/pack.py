@@ -1,8 +1,8 @@
 """Packs tables onto ranks under a target cost: best fit first, then ruin and recreate (Schrimpf et al., 2000).
 
-Each table is inserted by the option, and on the ranks, that add least cost in all and least beyond the targets. To
-improve, the tables of an overloaded rank and of some others are taken out and inserted again in another order; what is
-not worse is kept.
+Each table is inserted by the option, and on the ranks, that add the lowest total cost and the smallest excess over the
+targets. To improve, tables of an overloaded rank and of some others are removed and inserted again in another order; a
+result that is not worse is kept.
 
 T tables, O options, R ranks.
 """
@@ -13,20 +13,20 @@ import numpy as np
 
 from gr.planner.candidates import Capacity, Options, Scope
 
-# What an excess weighs, relative to its target, in units of the target seconds.
+# Weights of an excess relative to its target, in units of the target seconds.
 OVERLOAD_WEIGHT = 20.0
 MEMORY_WEIGHT = 0.05
-RUINED = 12  # tables taken out at once, at most
-# Options that are tried of those with room for all their shards, and where none has, of all.
+RUINED = 12  # tables removed at once, at most
+# Options that are tried: among those with room for all their shards, and among all where none has room.
 FITTING, OTHERS = 3, 9
-COUNTS = 10
+COUNTS = 10  # smallest counts of shards that are all tried
 PATIENCE = 60  # rounds without a gain of a thousandth
 FAR = 1e6  # seconds: more than any load
 
 
 @dataclass(frozen=True)
 class Targets:
-    """seconds: of every rank. hbm: bytes of a rank, exceeded where it must be (capacity may not)."""
+    """Limits for each rank that packing aims at. hbm: bytes, which may be exceeded where capacity may not."""
 
     seconds: float
     hbm: float
@@ -34,7 +34,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of one table; odd: the shard that is not like the others."""
+    """One option of one table. odd: index of the shard that is unlike the others."""
 
     index: int
     total: float
@@ -50,7 +50,7 @@ class Option:
 
     @property
     def odd_ones(self) -> slice:
-        """Which shards are odd: one, or one on every host of a grid."""
+        """The odd shards: one, or one on every host of a grid."""
         return slice(self.odd, None if self.scope is Scope.HOST else self.odd + 1, self.group)
 
     @property
@@ -60,7 +60,7 @@ class Option:
 
 
 class Packing:
-    """Options and ranks of tables, and what they come to on each rank."""
+    """The options and ranks of tables, and the load of each rank."""
 
     def __init__(self, capacity: Capacity, choices: "Choices") -> None:
         self.capacity, self.allowed_TR = capacity, choices.allowed_TR
@@ -75,7 +75,7 @@ class Packing:
         self._random = np.random.default_rng(0)
 
     def put(self, table: int, option: Option, ranks: np.ndarray) -> None:
-        """Adds a table that is not there yet."""
+        """Adds a table that is not in the packing yet."""
         self._chosen_T[table], self.ranks_T[table] = option, ranks
         self._shift(table, 1.0)
 
@@ -90,8 +90,8 @@ class Packing:
     def fill(self, targets: Targets, relaxed_T: np.ndarray) -> bool:
         """Inserts every table; False where one does not fit the memory.
 
-        relaxed_T: the options of the relaxation. Tables that it puts on all ranks come first, and stay there, then
-        those on whole hosts: later there may be no room on every rank. Then the largest first.
+        relaxed_T: the options of the relaxation. Tables that it puts on all ranks are inserted first and never moved,
+        then tables on whole hosts, because later there may be no room on every rank; then the largest first.
         """
         self._choices_T = [Focused(every, targets.seconds) for every in self._every_T]
         urgency_T = np.zeros(len(self._every_T))
@@ -99,7 +99,7 @@ class Packing:
             hint = next((one for one in choices.all if one.index == option), choices.all[0])
             if hint.scope is Scope.ALL:
                 self._choices_T[table] = Focused([hint], targets.seconds)
-            # A shard is at most 1 of the target, or 2 where memory or the finest cut force it.
+            # A shard takes at most the whole target, or twice that where memory or the finest cut force it.
             rank = {Scope.ALL: 8.0, Scope.HOST: 4.0, Scope.HOST_RANKS: 4.0}.get(hint.scope, 0.0)
             urgency_T[table] = rank + min(hint.seconds / targets.seconds, 2.0)
         self._urgency_T = urgency_T
@@ -109,7 +109,7 @@ class Packing:
         return self.cost <= targets.seconds and bool(self.hbm_R.max() <= targets.hbm)
 
     def improve(self, targets: Targets, rounds: int) -> None:
-        """Ruin and recreate, until every rank is within the targets or for `rounds` rounds."""
+        """Ruins and recreates until every rank is within the targets, for at most `rounds` rounds."""
         excess = _penalty(self.seconds_R, self.hbm_R, targets)
         movable = [t for t, option in enumerate(self._chosen_T) if option.scope is not Scope.ALL]
         on_R = self._tables_on_ranks(movable)
@@ -150,7 +150,7 @@ class Packing:
                 on_R[rank].add(table)
 
     def _ruined(self, on_R: list[set[int]], movable: list[int], targets: Targets) -> list[int]:
-        """Tables of a rank with too much, of one with little or any one, and a few from anywhere."""
+        """Tables of an overloaded rank, of a rank with little load or a random one, and a few random tables."""
         draw, ranks = self._random, self.capacity.ranks
         over_R = np.maximum(self.seconds_R / targets.seconds - 1.0, 0.0)
         if not over_R.any():
@@ -189,7 +189,7 @@ class Packing:
         return True
 
     def _candidates(self, table: int, targets: Targets) -> list[Option]:
-        """Options worth placing: those of wide scope, and of the others the cheapest that finds room, or a few."""
+        """Options worth placing: all of wide scope, and the cheapest others that find room, or a sample."""
         choices = self._choices_T[table]
         if not choices.alone:
             return choices.all
@@ -197,20 +197,20 @@ class Packing:
         room = len(free_R) - np.searchsorted(free_R, choices.alone_seconds)
         fitting = np.flatnonzero(room >= choices.alone_wide)
         if len(fitting):
-            kept = [choices.alone[i] for i in fitting[:FITTING]]
+            alone = [choices.alone[i] for i in fitting[:FITTING]]
         else:
-            kept = [choices.alone[i] for i in range(0, len(choices.alone), max(1, len(choices.alone) // OTHERS))]
-        return sorted([*kept, *choices.wide], key=lambda option: option.total)
+            alone = [choices.alone[i] for i in range(0, len(choices.alone), max(1, len(choices.alone) // OTHERS))]
+        return sorted([*alone, *choices.wide], key=lambda option: option.total)
 
     def _place(self, table: int, option: Option, targets: Targets) -> tuple[float, np.ndarray] | None:
-        """(penalty for what is beyond the targets, ranks) of an option at its best; None where it does not fit."""
+        """(penalty for the excess over the targets, ranks) of an option at its best; None where it does not fit."""
         key_R = self._keys(table, option, targets, (option.seconds, option.hbm))
         if option.scope is Scope.ALL:
             ranks = np.arange(len(key_R)) if np.isfinite(key_R).all() else None
         elif option.scope is Scope.RANK and option.odd_seconds < 0 and option.shards > 1:
             ranks = self._with_last(table, option, targets, key_R)
         else:
-            ranks = self._least(option, key_R)
+            ranks = self._best_ranks(option, key_R)
         if ranks is None:
             return None
         after, hbm = self.seconds_R[ranks] + option.seconds, self.hbm_R[ranks] + option.hbm
@@ -221,9 +221,9 @@ class Packing:
         return _penalty(after, hbm, targets), ranks
 
     def _keys(self, table: int, option: Option, targets: Targets, shard: tuple[float, float]) -> np.ndarray:
-        """Smallest where a shard of (seconds, bytes) goes best; infinite where it does not fit the memory.
+        """A key for each rank, smallest where a shard of (seconds, bytes) goes best, infinite where it does not fit.
 
-        Best is the fullest rank that it leaves within the target, or else the least loaded.
+        The best rank is the fullest one that the shard leaves within the target, or else the least loaded.
         """
         seconds, bytes_ = shard
         beyond_R = self.seconds_R > targets.seconds - seconds
@@ -239,17 +239,17 @@ class Packing:
         return key_R
 
     def _with_last(self, table: int, option: Option, targets: Targets, key_R: np.ndarray) -> np.ndarray | None:
-        """Equal column blocks first, then the narrower one, which finds room where they do not."""
-        most = _smallest(key_R, option.shards - 1)
-        if most is None:
+        """The ranks of equal column blocks, then of the narrower last one, which fits where they do not."""
+        equal = _smallest(key_R, option.shards - 1)
+        if equal is None:
             return None
         last = (option.seconds + option.odd_seconds, option.hbm + option.odd_hbm)
         key_R = self._keys(table, option, targets, last)
-        key_R[most] = np.inf
-        least = _smallest(key_R, 1)
-        return None if least is None else np.concatenate([most, least])
+        key_R[equal] = np.inf
+        narrow = _smallest(key_R, 1)
+        return None if narrow is None else np.concatenate([equal, narrow])
 
-    def _least(self, option: Option, key_R: np.ndarray) -> np.ndarray | None:
+    def _best_ranks(self, option: Option, key_R: np.ndarray) -> np.ndarray | None:
         local = self.capacity.ranks_per_host
         if option.scope is Scope.RANK:
             return _smallest(key_R, option.shards)
@@ -263,7 +263,7 @@ class Packing:
 
 
 def _penalty(seconds: np.ndarray, hbm: np.ndarray, targets: Targets) -> float:
-    """What is beyond the targets, and more than in proportion, so that one large excess weighs more than many small."""
+    """The excess over the targets, weighted more than in proportion: one large excess is worse than many small ones."""
     over = np.maximum(seconds / targets.seconds - 1.0, 0.0)
     more = np.maximum(hbm / targets.hbm - 1.0, 0.0)
     return float(
@@ -273,7 +273,7 @@ def _penalty(seconds: np.ndarray, hbm: np.ndarray, targets: Targets) -> float:
 
 
 def _smallest(key: np.ndarray, count: int) -> np.ndarray | None:
-    """The `count` places with the smallest keys, all finite, smallest first; None where there are not so many."""
+    """The indices of the `count` smallest keys, smallest first; None where fewer keys are finite."""
     if count > len(key):
         return None
     if count == 1:
@@ -285,9 +285,10 @@ def _smallest(key: np.ndarray, count: int) -> np.ndarray | None:
 
 
 class Focused:
-    """The options of one table worth trying with shards of at most `seconds`, cheapest first.
+    """The options of one table that are worth trying with shards of at most `seconds`, cheapest first.
 
-    alone: of scope RANK, the least counts of shards and some larger ones, three widths of each. wide: the others.
+    alone: options of scope RANK with the smallest counts of shards and some larger ones, three widths of each. wide:
+    all others.
     """
 
     def __init__(self, every: list[Option], seconds: float) -> None:
@@ -300,7 +301,7 @@ class Focused:
         for count in [*counts[:COUNTS], *counts[COUNTS::COUNTS]]:
             same = sorted((option for option in alone if option.shards == count), key=lambda o: o.seconds)
             self.alone += [same[i] for i in sorted({0, len(same) // 2, len(same) - 1})]
-        # Of equally many shards the widest first: they fill ranks, and leave one narrow block.
+        # Among equal counts of shards the widest come first: they fill ranks, and leave one narrow block.
         self.alone.sort(key=lambda o: (o.shards, o.total, -o.seconds))
         self.all = sorted([*self.alone, *self.wide], key=lambda o: o.total)
         self.alone_seconds = np.array([option.seconds for option in self.alone])
@@ -308,7 +309,7 @@ class Focused:
 
 
 class Choices:
-    """The usable options of every table, as the packing reads them: cheapest first."""
+    """The usable options of every table in the form that Packing reads, cheapest first."""
 
     def __init__(self, options: Options, usable_O: np.ndarray, ranks_per_host: int) -> None:
         self.allowed_TR = options.allowed_TR

@@ -1,4 +1,4 @@
-"""A sharding plan: where every shard of every table is, for one inventory on one topology."""
+"""A sharding plan: the rank of every shard of every table, for one inventory on one topology."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from gr.planner.topology import Topology
 
 @dataclass(frozen=True)
 class Placement:
-    """How one table is cut and where its shards are.
+    """The cut of one table and the ranks of its shards.
 
     ranks: one rank a shard, in the order of `shards`; every rank, in order, for row_wise and data_parallel.
     column_width: columns of a block under column_wise, table_column_wise and grid_shard; the last may be narrower.
@@ -24,7 +24,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Shard:
-    """A rectangle of a table on a rank; data_parallel tables have one whole one on every rank."""
+    """A rectangle of a table on a rank; a data_parallel table has a whole copy on every rank."""
 
     rank: int
     row: int
@@ -44,7 +44,7 @@ class Plan:
 
 
 def column_blocks(dim: int, width: int | None) -> list[int]:
-    """Widths of the column blocks of a table of `dim` columns: `width` each, and what is left."""
+    """Widths of the column blocks of a table of `dim` columns: `width` each, then the remainder."""
     if width is None:
         return [dim]
     whole, left = divmod(dim, width)

@@ -1,4 +1,4 @@
-"""The plan of an inventory on a topology: space of options -> solver -> placements."""
+"""The plan of an inventory on a topology: enumerated options -> solver -> placements."""
 
 from gr.config.inventory import SHARDING_TYPES, InventoryConfig
 from gr.errors import PlanError
@@ -11,7 +11,7 @@ from gr.planner.topology import Topology
 
 
 def search(inventory: InventoryConfig, topology: Topology) -> Plan:
-    """The best plan found, with a lower bound on the cost of any. Equal inputs give equal plans.
+    """The best plan of the solver, with a lower bound on the cost of any. Equal inputs give equal plans.
 
     Raises DoesNotFit (a PlanError) where memory does not suffice, PlanError where constraints exclude one another.
     """
@@ -32,7 +32,7 @@ def search(inventory: InventoryConfig, topology: Topology) -> Plan:
 
 
 def table_capacity(inventory: InventoryConfig, topology: Topology) -> Capacity:
-    """What is left for table shards on each rank. Raises DoesNotFit where the rest alone is too large."""
+    """The memory left for table shards on each rank. Raises DoesNotFit where the rest alone is too large."""
     fixed = fixed_memory(inventory, topology)
     left = topology.hbm_bytes - sum(fixed.values())
     if left <= 0:

@@ -1,58 +1,30 @@
-"""A plan as JSON: everything needed to train with it, to report it again and to know what it is for."""
+"""A plan as JSON: all that training with it and reporting it need, and hashes of the model and machine it is for."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gr.config.base import LARGEST
 from gr.config.dlrm import ROW_MULTIPLE
-from gr.config.inventory import LARGEST_TOTAL, LARGEST_WORLD, AnyShardingType, InventoryConfig, Kernel, TableConfig
+from gr.config.inventory import AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
 from gr.files import is_transient
 from gr.planner.enumerate import COLUMN_TYPES, row_parts
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.placement import Placement, Plan, column_blocks
-from gr.planner.topology import Topology
+from gr.planner.topology import Seconds, Topology
 
 FORMAT = "gr-plan-1"
 TABLE_IDENTITY = {"name", "rows", "dim", "dtype", "kind", "pooling", "features", "optimizer"}
 TOPOLOGY_IDENTITY = ("device", "ranks", "ranks_per_host")
 
-_Ranks = Annotated[int, Field(gt=0, le=LARGEST_WORLD)]
-_Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
-_Rate = Annotated[float, Field(gt=0.0, le=LARGEST_TOTAL, allow_inf_nan=False)]
-_Seconds = Annotated[float, Field(ge=0.0, le=LARGEST, allow_inf_nan=False)]
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Topology(_Part):
-    """Every field of Topology."""
-
-    name: str
-    device: Literal["cuda", "cpu"]
-    ranks: _Ranks
-    ranks_per_host: _Ranks
-    hbm_bytes: Annotated[int, Field(gt=0, le=LARGEST)]
-    host_bytes: _Bytes
-    hbm_bandwidth: _Rate
-    host_bandwidth: _Rate
-    flops_bf16: _Rate
-    flops_fp32: _Rate
-    peak_bf16: _Rate
-    peak_fp32: _Rate
-    intra_bandwidth: _Rate
-    inter_bandwidth: _Rate
-    intra_latency: _Seconds
-    inter_latency: _Seconds
-    reserve_bytes: _Bytes
 
 
 class _Placement(_Part):
@@ -67,21 +39,21 @@ class _File(_Part):
     format: Literal["gr-plan-1"]
     model_hash: str
     topology_hash: str
-    bound_seconds: _Seconds
+    bound_seconds: Seconds
     predicted: dict[str, Any] | None = None
-    topology: _Topology
+    topology: Topology
     inventory: InventoryConfig
     placements: list[_Placement]
 
 
 def model_hash(inventory: InventoryConfig) -> str:
-    """Of what a plan depends on in a model: its tables and dense part. Batch size and id statistics are left out."""
+    """A hash of the tables and the dense part of a model; batch size and id statistics may change under a plan."""
     tables = [table.model_dump(mode="json", include=TABLE_IDENTITY) for table in inventory.tables]
     return _digest([tables, inventory.dense.model_dump(mode="json")])
 
 
 def topology_hash(topology: Topology) -> str:
-    """Of the kind of device, the ranks and their hosts. A plan stays valid when bandwidths are known better."""
+    """A hash of device, ranks and ranks per host. A plan stays valid when bandwidths are known better."""
     return _digest([getattr(topology, name) for name in TOPOLOGY_IDENTITY])
 
 
@@ -141,18 +113,18 @@ def parse_plan(text: str, origin: str = "plan") -> Plan:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"{part}." for part in first["loc"])[:-1]
-        said = ": ".join(part for part in (origin, where, first["msg"].lower()) if part)
-        raise PlanError(f"{said}; make the plan again with `gr plan --json`") from error
-    topology = Topology(**file.topology.model_dump())
+        message = ": ".join(part for part in (origin, where, first["msg"].lower()) if part)
+        raise PlanError(f"{message}; make the plan again with `gr plan --json`") from error
+    topology = file.topology
     if topology.ranks % topology.ranks_per_host:
         raise PlanError(f"{origin}: {topology.ranks} ranks do not fill hosts of {topology.ranks_per_host}")
-    for name, stated, found in (
+    for name, stated, actual in (
         ("model_hash", file.model_hash, model_hash(file.inventory)),
         ("topology_hash", file.topology_hash, topology_hash(topology)),
     ):
-        if stated != found:
+        if stated != actual:
             raise PlanError(
-                f"{origin}: {name} says {stated}, its content is {found}: it was edited; make the plan again"
+                f"{origin}: {name} says {stated}, its content is {actual}: it was edited; make the plan again"
             )
     return Plan(file.inventory, topology, _placements(file, topology, origin), file.bound_seconds)
 
@@ -169,29 +141,29 @@ def _json(text: str, origin: str) -> Any:
 
 
 def _placements(file: _File, topology: Topology, origin: str) -> tuple[Placement, ...]:
-    given: dict[str, _Placement] = {}
+    placed: dict[str, _Placement] = {}
     for placement in file.placements:
-        if placement.table in given:
+        if placement.table in placed:
             raise PlanError(f"{origin}: table {placement.table} is placed twice")
-        given[placement.table] = placement
+        placed[placement.table] = placement
     names = [table.name for table in file.inventory.tables]
-    if strange := sorted(set(given) - set(names)):
-        raise PlanError(f"{origin}: places {strange[0]}, which is no table of its inventory")
-    if missing := [name for name in names if name not in given]:
+    if unknown := sorted(set(placed) - set(names)):
+        raise PlanError(f"{origin}: places {unknown[0]}, which is no table of its inventory")
+    if missing := [name for name in names if name not in placed]:
         raise PlanError(f"{origin}: has no placement for table {missing[0]}; make the plan again with `gr plan --json`")
-    return tuple(_placement(table, given[table.name], topology, origin) for table in file.inventory.tables)
+    return tuple(_placement(table, placed[table.name], topology, origin) for table in file.inventory.tables)
 
 
-def _placement(table: TableConfig, given: _Placement, topology: Topology, origin: str) -> Placement:
-    ranks = tuple(range(topology.ranks)) if given.ranks == "all" else tuple(given.ranks)
-    placement = Placement(table.name, given.sharding_type, given.kernel, ranks, given.column_width)
+def _placement(table: TableConfig, written: _Placement, topology: Topology, origin: str) -> Placement:
+    ranks = tuple(range(topology.ranks)) if written.ranks == "all" else tuple(written.ranks)
+    placement = Placement(table.name, written.sharding_type, written.kernel, ranks, written.column_width)
     if fault := placement_fault(table, placement, topology):
         raise PlanError(f"{origin}: table {table.name}: {fault}")
     return placement
 
 
 def placement_fault(table: TableConfig, placement: Placement, topology: Topology) -> str | None:
-    """What makes a placement impossible, or None."""
+    """The reason why a placement is impossible, or None."""
     kind, ranks, width = placement.sharding_type, placement.ranks, placement.column_width
     if kind not in table.valid_sharding_types():
         return f"{kind} {table.why_invalid(kind)}"
@@ -228,8 +200,8 @@ def placement_fault(table: TableConfig, placement: Placement, topology: Topology
 
 
 def differences(plan: Plan, inventory: InventoryConfig, topology: Topology) -> list[tuple[str, str, str]]:
-    """(what, the plan's, the other): what of model and topology is another one, with hashes and descriptions."""
-    found = [
+    """("model" or "topology", the plan's, the other): what differs, each as its hash and a description."""
+    hashes = [
         ("model", model_hash(plan.inventory), model_hash(inventory)),
         ("topology", topology_hash(plan.topology), topology_hash(topology)),
     ]
@@ -239,24 +211,25 @@ def differences(plan: Plan, inventory: InventoryConfig, topology: Topology) -> l
             f"{of_plan} ({_described(what, plan.inventory, plan.topology)})",
             f"{other} ({_described(what, inventory, topology)})",
         )
-        for what, of_plan, other in found
+        for what, of_plan, other in hashes
         if of_plan != other
     ]
 
 
 def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> None:
     """Raises PlanError where `plan` was made for another model or topology, or does not fit its own topology."""
-    for what, of_plan, here in differences(plan, inventory, topology):
+    for what, of_plan, of_run in differences(plan, inventory, topology):
         raise PlanError(
-            f"the plan is for another {what}: {of_plan}, and this run has {here}; make one with `gr plan CONFIG --json`"
+            f"the plan is for another {what}: {of_plan}, and this run has {of_run}; make one with "
+            "`gr plan CONFIG --json`"
             + (", or let the run make one with planner.replan=true" if what == "topology" else "")
         )
-    evaluation, own = evaluate(plan), plan.topology
-    if not evaluation.fits:
-        rank = int(evaluation.total_memory_R.argmax())
+    estimated, own = estimate(plan), plan.topology
+    if not estimated.fits:
+        rank = int(estimated.total_memory_R.argmax())
         raise PlanError(
-            f"the plan does not fit its own topology: rank {rank} needs {evaluation.total_memory_R[rank]:.0f} of "
-            f"{own.hbm_bytes} bytes, and a rank offloads up to {evaluation.host_R.max():.0f} bytes to {own.host_bytes} "
+            f"the plan does not fit its own topology: rank {rank} needs {estimated.total_memory_R[rank]:.0f} of "
+            f"{own.hbm_bytes} bytes, and a rank offloads up to {estimated.host_R.max():.0f} bytes to {own.host_bytes} "
             "of host memory; make one with `gr plan CONFIG --json`"
         )
 

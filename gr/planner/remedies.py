@@ -1,4 +1,4 @@
-"""Why tables do not fit, and what would help: every remedy is tried before it is named."""
+"""Explanations of tables that do not fit, and remedies: every remedy is tried before it is named."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
 from gr.planner.enumerate import search_space
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
 from gr.planner.plan import DoesNotFit, search, table_capacity
 from gr.planner.solve import too_large
@@ -28,10 +28,10 @@ class Trial:
 
 
 def smallest(inventory: InventoryConfig, topology: Topology) -> tuple[int | None, list[Trial]]:
-    """The least number of ranks that fits, and every number tried; None up to MOST_RANKS.
+    """The smallest number of ranks that fits, None up to MOST_RANKS; and every number tried.
 
-    Parts of one host are tried in powers of two, then whole hosts. Where the tables are too large in all is known
-    without a plan, so only the numbers above that are planned.
+    Parts of one host are tried in powers of two, then whole hosts. A sum tells without a plan whether the tables exceed
+    all memory together, so only larger numbers are planned.
     """
     local, tried = topology.ranks_per_host, dict[int, Trial]()
 
@@ -41,24 +41,24 @@ def smallest(inventory: InventoryConfig, topology: Topology) -> tuple[int | None
         return tried[ranks].fits
 
     sizes = [1 << power for power in range(local.bit_length()) if 1 << power < local]
-    found = next((ranks for ranks in sizes if fits(ranks)), None)
-    if found is None:
+    smallest_ranks = next((ranks for ranks in sizes if fits(ranks)), None)
+    if smallest_ranks is None:
         most = MOST_RANKS // local
-        least = _least(most, lambda hosts: _may_fit(inventory, with_ranks(topology, hosts * local)) is None)
-        if least is not None:
-            if least > 1:
-                fits((least - 1) * local)
-            found = _first_that_fits(least, most, lambda hosts: fits(hosts * local))
-            found = None if found is None else found * local
-    return found, sorted(tried.values(), key=lambda trial: trial.ranks)
+        start = _first(most, lambda hosts: _may_fit(inventory, with_ranks(topology, hosts * local)) is None)
+        if start is not None:
+            if start > 1:
+                fits((start - 1) * local)
+            hosts = _first_that_fits(start, most, lambda hosts: fits(hosts * local))
+            smallest_ranks = None if hosts is None else hosts * local
+    return smallest_ranks, sorted(tried.values(), key=lambda trial: trial.ranks)
 
 
-def _first_that_fits(least: int, most: int, fits: Callable[[int], bool]) -> int | None:
-    """From `least` on, in growing steps, then back by halves to the first; None where nothing fits soon."""
-    below, hosts = least - 1, least
+def _first_that_fits(start: int, most: int, fits: Callable[[int], bool]) -> int | None:
+    """The first number from `start` on that fits, by growing steps and then halving; None up to four times `start`."""
+    below, hosts = start - 1, start
     while not fits(hosts):
         below, hosts = hosts, hosts + max(1, hosts // 8)
-        if hosts > min(most, 4 * least):
+        if hosts > min(most, 4 * start):
             return None
     while hosts - below > 1:
         middle = (below + hosts) // 2
@@ -67,7 +67,7 @@ def _first_that_fits(least: int, most: int, fits: Callable[[int], bool]) -> int 
 
 
 def _may_fit(inventory: InventoryConfig, topology: Topology) -> str | None:
-    """Why no plan can fit, as far as sums tell; None where they do not exclude one."""
+    """The reason why no plan can fit, by sums alone; None where they do not exclude one."""
     try:
         capacity = table_capacity(inventory, topology)
         return too_large(search_space(inventory, topology), capacity)
@@ -80,15 +80,15 @@ def _trial(inventory: InventoryConfig, topology: Topology) -> Trial:
     if reason is not None:
         return Trial(topology.ranks, False, reason)
     try:
-        evaluation = evaluate(search(inventory, topology))
-    except PlanError as error:  # of a part of a host, a constraint may leave no way
+        estimated = estimate(search(inventory, topology))
+    except PlanError as error:  # a constraint may exclude every option on a part of a host
         return Trial(topology.ranks, False, str(error))
-    used = float(evaluation.total_memory_R.max())
-    return Trial(topology.ranks, evaluation.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
+    used = float(estimated.total_memory_R.max())
+    return Trial(topology.ranks, estimated.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
 
 
 def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFit) -> str:
-    """`error` in full: the shortfall in bytes, the tables that cause it, and what each remedy was found to do."""
+    """`error` with the shortfall in bytes, the tables that cause it, and the outcome of each remedy."""
     lines = [f"{inventory.name} does not fit {topology.name} x {topology.ranks}: {error}"]
     lines += _shortfall(inventory, topology)
     lines.append("remedies tried:")
@@ -104,7 +104,7 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
     except DoesNotFit:
         yield f"shortfall: {int(fixed - topology.hbm_bytes):,} bytes a rank before any table is placed"
         return
-    host_T = options.least_T(options.host_O)
+    host_T = options.minimum_T(options.host_O)
     if host_T.max() > topology.host_bytes:
         widest = int(host_T.argmax())
         yield (
@@ -112,12 +112,12 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
             f"shard of {inventory.tables[widest].name} takes {_gb(host_T[widest])}, and a rank has "
             f"{_gb(topology.host_bytes)}"
         )
-    least_T = options.least_T(options.total_hbm_O)
-    shard_T = options.least_T(options.hbm_O + np.maximum(options.extra_hbm_O, 0))
-    missing = float(least_T.sum()) - left * topology.ranks
+    table_T = options.minimum_T(options.total_hbm_O)
+    shard_T = options.minimum_T(options.hbm_O + np.maximum(options.extra_hbm_O, 0))
+    missing = float(table_T.sum()) - left * topology.ranks
     if missing > 0:
         yield (
-            f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(least_T.sum())}, and {topology.ranks} "
+            f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(table_T.sum())}, and {topology.ranks} "
             f"ranks have {_gb(left * topology.ranks)} for them"
         )
     wide = np.flatnonzero(shard_T > left)
@@ -130,11 +130,11 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
         )
     elif missing <= 0:
         yield (
-            f"shortfall: none in total ({_gb(least_T.sum())} of {_gb(left * topology.ranks)}), but no packing of the "
+            f"shortfall: none in total ({_gb(table_T.sum())} of {_gb(left * topology.ranks)}), but no packing of the "
             "shards was found"
         )
-    largest = np.argsort(-least_T, kind="stable")[:NAMED]
-    yield "largest tables: " + ", ".join(f"{inventory.tables[t].name} {_gb(least_T[t])}" for t in largest)
+    largest = np.argsort(-table_T, kind="stable")[:NAMED]
+    yield "largest tables: " + ", ".join(f"{inventory.tables[t].name} {_gb(table_T[t])}" for t in largest)
 
 
 def _remedies(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
@@ -165,17 +165,18 @@ def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
     bytes_T = np.array([table.rows * table.dim for table in inventory.tables])
     order = np.argsort(-bytes_T, kind="stable")
     most = len(order)
-    least = _least(most, lambda count: _may_fit(_with_offload(inventory, order[:count]), topology) is None)
-    found = None
-    if least is not None:
-        found = _first_that_fits(least, most, lambda count: _fits(_with_offload(inventory, order[:count]), topology))
-    if found is None:
+    start = _first(most, lambda count: _may_fit(_with_offload(inventory, order[:count]), topology) is None)
+    offloaded = None
+    if start is not None:
+        offloaded = _first_that_fits(
+            start, most, lambda count: _fits(_with_offload(inventory, order[:count]), topology)
+        )
+    if offloaded is None:
         return "offload: with every table on the host (fused_uvm_caching) it still does not fit"
-    names = [inventory.tables[t].name for t in order[:found]]
+    names = [inventory.tables[t].name for t in order[:offloaded]]
     named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    return (
-        f"offload {named} (kernels: [fused_uvm_caching]): {_outcome(_with_offload(inventory, order[:found]), topology)}"
-    )
+    outcome = _outcome(_with_offload(inventory, order[:offloaded]), topology)
+    return f"offload {named} (kernels: [fused_uvm_caching]): {outcome}"
 
 
 def _with_offload(inventory: InventoryConfig, tables: np.ndarray) -> InventoryConfig:
@@ -199,18 +200,18 @@ def _smaller_batch(inventory: InventoryConfig, topology: Topology) -> str:
     def with_batch(halved: int) -> InventoryConfig:
         return inventory.model_copy(update={field: max(1, batch >> halved) * per_rank})
 
-    least = _least(halvings, lambda halved: _may_fit(with_batch(halved), topology) is None)
-    found = None
-    if least is not None:
-        found = next((n for n in range(least, halvings + 1) if _fits(with_batch(n), topology)), None)
-    if found is None:
+    start = _first(halvings, lambda halved: _may_fit(with_batch(halved), topology) is None)
+    halved = None
+    if start is not None:
+        halved = next((n for n in range(start, halvings + 1) if _fits(with_batch(n), topology)), None)
+    if halved is None:
         return f"smaller batch: even {field}={per_rank} does not fit"
-    smaller = with_batch(found)
+    smaller = with_batch(halved)
     return f"smaller batch, halved to {field}={getattr(smaller, field)}: {_outcome(smaller, topology)}"
 
 
-def _least(most: int, holds: Callable[[int], bool]) -> int | None:
-    """The least of 1..most for which `holds`, which is monotone; None where it does not at `most`."""
+def _first(most: int, holds: Callable[[int], bool]) -> int | None:
+    """The first of 1..most for which `holds` is true; it is monotone. None where it is false at `most`."""
     if most < 1 or not holds(most):
         return None
     low, high = 0, most
@@ -226,14 +227,14 @@ def _fits(inventory: InventoryConfig, topology: Topology) -> bool:
 
 def _outcome(inventory: InventoryConfig, topology: Topology) -> str:
     try:
-        evaluation = evaluate(search(inventory, topology))
+        estimated = estimate(search(inventory, topology))
     except PlanError as error:
         return f"does not fit: {error}"
-    if not evaluation.fits:
+    if not estimated.fits:
         return "does not fit"
     return (
-        f"fits, {_gb(float(evaluation.total_memory_R.max()))} on the fullest rank, "
-        f"{evaluation.step_seconds * 1e3:.1f} ms a step"
+        f"fits, {_gb(float(estimated.total_memory_R.max()))} on the fullest rank, "
+        f"{estimated.step_seconds * 1e3:.1f} ms a step"
     )
 
 

@@ -22,7 +22,7 @@ from gr.planner.placement import Placement, Plan, column_blocks, shards
 
 
 def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device) -> ShardingPlan:
-    """`plan` for the embedding collections of `model`, which may be on meta, on ranks whose tables live on `device`.
+    """The ShardingPlan of `plan` for the collections of `model`, which may be on meta, with tables on `device`.
 
     Raises PlanError where the tables of the plan are not the model's, or TorchRec cannot run it on the device.
     """
@@ -45,7 +45,7 @@ def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device) -> Shar
 
 
 class _Home(NamedTuple):
-    """Where a table of the model is: the path of its collection; and what it is."""
+    """A table of the model. path: of its collection."""
 
     path: str
     kind: str
@@ -71,8 +71,8 @@ def _check_names(of_model: list[str], of_plan: dict[str, Placement]) -> None:
     faults = []
     if missing := [name for name in of_model if name not in of_plan]:
         faults.append(f"the model's {_listed(missing)} not in the plan")
-    if strange := [name for name in of_plan if name not in of_model]:
-        faults.append(f"the plan's {_listed(strange)} not in the model")
+    if unknown := [name for name in of_plan if name not in of_model]:
+        faults.append(f"the plan's {_listed(unknown)} not in the model")
     if faults:
         raise PlanError(f"{', '.join(faults)}: make a plan for this model with `gr plan`")
 
@@ -85,7 +85,7 @@ def _listed(names: list[str]) -> str:
 def _check_column_blocks(
     homes: Mapping[str, _Home], tables: Mapping[str, TableConfig], placements: Mapping[str, Placement]
 ) -> None:
-    """TorchRec sends the column blocks of a sequence collection as rows of one width (ShardedEmbeddingCollection)."""
+    """Refuses unequal column blocks: ShardedEmbeddingCollection sends those of all its tables as rows of one width."""
     first: dict[str, tuple[str, int]] = {}
     for name, home in homes.items():
         if home.kind == "pooled" or placements[name].sharding_type != "column_wise":

@@ -1,7 +1,7 @@
-"""The solver: an option for every table and a rank for every shard, least cost of the costliest rank, within memory.
+"""The solver: an option for every table and ranks for its shards, minimising the costliest rank within memory.
 
 The bound (bound.py) says which sharding types can hold the best solution and how good it can be. Packing (pack.py)
-under a target cost either succeeds or not, so the least target is found by halving the distance to the bound.
+under a target cost either succeeds or fails, so the lowest target is approached by halving the distance to the bound.
 """
 
 from dataclasses import replace
@@ -11,16 +11,15 @@ from gr.planner.bound import FAR_OFF, Group, Relaxation
 from gr.planner.candidates import Capacity, Options, Solution
 from gr.planner.pack import Choices, Packing, Targets
 
-CLOSE = 1.001  # to the bound: nothing better is looked for
+CLOSE = 1.001  # ratio to the bound at which the search ends
 FIRST_TARGETS = (1.005, 1.04, 1.1, 1.3, 1.8, 3.0, 6.0, 20.0)
 HALVINGS = 3
-ROUNDS = 150  # of ruin and recreate, for a target
+ROUNDS = 150  # rounds of ruin and recreate for a target
 SMALL = 20_000  # options times ranks, up to which the integer program is tried
-EVEN = 1.5  # largest to mean memory of the tables that is aimed at, at no cost
-SLACK = 1 + 1e-9  # of the cost, for rounding
-BALANCE, GIVEN_UP = 3.0, 0.02  # largest to mean memory that is held to, where it costs no more than this share
-
-
+EVEN = 1.5  # ratio of largest to mean table memory that is aimed at where it costs nothing
+SLACK = 1 + 1e-9  # factor on the cost, for rounding
+# Ratio of largest to mean table memory that is kept to where it costs no more than this share.
+BALANCE, GIVEN_UP = 3.0, 0.02
 NO_WAY = "no way was found to place the tables within the memory"
 
 
@@ -29,7 +28,7 @@ class DoesNotFit(PlanError):
 
 
 def solve_balanced(options: Options, capacity: Capacity) -> Solution:
-    """As solve, with no rank above BALANCE of the mean memory where that costs at most GIVEN_UP."""
+    """The solution of solve(), with no rank above BALANCE times the mean memory where that costs at most GIVEN_UP."""
     relaxation = _relaxation(options, capacity)
     best = relaxation.groups[0]
     relaxed = relaxation.solve(best.usable_O)
@@ -40,7 +39,7 @@ def solve_balanced(options: Options, capacity: Capacity) -> Solution:
         try:
             balanced = solve(options, replace(capacity, hbm_bytes=BALANCE * mean))
         except DoesNotFit:
-            balanced = None  # a table whose least shard is above it
+            balanced = None  # the smallest shard of a table is above the cap
         if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * best.bound:
             return replace(balanced, bound_seconds=best.bound)
     free = _solve(relaxation)
@@ -50,7 +49,7 @@ def solve_balanced(options: Options, capacity: Capacity) -> Solution:
 
 
 def solve(options: Options, capacity: Capacity) -> Solution:
-    """The best solution found and a bound on all. Raises DoesNotFit. Equal inputs give equal solutions."""
+    """The best solution of the search and a bound on all. Raises DoesNotFit. Equal inputs give equal solutions."""
     return _solve(_relaxation(options, capacity))
 
 
@@ -67,7 +66,7 @@ def _solve(relaxation: Relaxation) -> Solution:
     small = len(options.table_O) * capacity.ranks < SMALL
     best: tuple[float, Packing] | None = None
     for group in relaxation.groups:
-        # Large problems take the first set of types that packs well: the others' bounds are close to its cost.
+        # A large problem takes the first set of types that packs well: the bounds of the others are close to its cost.
         if best is not None and (group.bound >= best[0] or (not small and best[0] <= FAR_OFF * bound)):
             break
         choices = Choices(options, group.usable_O, capacity.ranks_per_host)
@@ -87,10 +86,10 @@ def _solve(relaxation: Relaxation) -> Solution:
 
 
 def too_large(options: Options, capacity: Capacity) -> str | None:
-    """Why no solution can fit, as far as sums of the least shards tell; None where they do not exclude one."""
-    total = options.least_T(options.total_hbm_O).sum()
-    shard = options.least_T(options.hbm_O).max()
-    host = options.least_T(options.host_O).max()
+    """The reason why no solution can fit, by sums of the smallest shards; None where they do not exclude one."""
+    total = options.minimum_T(options.total_hbm_O).sum()
+    shard = options.minimum_T(options.hbm_O).max()
+    host = options.minimum_T(options.host_O).max()
     if host > capacity.host_bytes:
         return (
             f"the largest shard offloaded to the host takes at least {host / 1e9:,.1f} GB there, and a rank has "
@@ -105,34 +104,34 @@ def too_large(options: Options, capacity: Capacity) -> str | None:
 
 
 def _refined(relaxation: Relaxation, group: Group, choices: Choices, best: Packing) -> Packing:
-    """The best packing found with the options of `group`: of least cost, then of balanced memory at that cost."""
-    capacity, least = relaxation.capacity, group.bound - group.latency
-    low = least
+    """The best packing with the options of `group`: lowest cost first, then balanced memory at that cost."""
+    capacity, bound = relaxation.capacity, group.bound - group.latency
+    low = bound
     for _ in range(HALVINGS):
-        if best.cost <= CLOSE * least or best.cost <= CLOSE * low:
+        if best.cost <= CLOSE * bound or best.cost <= CLOSE * low:
             break
         target = Targets((low + best.cost) / 2, capacity.hbm_bytes)
-        found = _filled(relaxation, group, choices, target)
-        if found is None:
+        packing = _filled(relaxation, group, choices, target)
+        if packing is None:
             low = target.seconds
             continue
-        found.improve(target, ROUNDS)
-        best = found if found.cost < best.cost else best
-        low = low if found.cost <= target.seconds else target.seconds
+        packing.improve(target, ROUNDS)
+        best = packing if packing.cost < best.cost else best
+        low = low if packing.cost <= target.seconds else target.seconds
     balanced = Targets(best.cost * SLACK, min(EVEN * best.hbm_R.mean(), capacity.hbm_bytes))
     best.improve(balanced, ROUNDS // 2)
     return best
 
 
 def _first(relaxation: Relaxation, group: Group, choices: Choices) -> Packing | None:
-    """Best fit under rising targets, until one holds."""
+    """A packing by best fit under rising targets, up to the first that holds; None where memory suffices for none."""
     best: Packing | None = None
-    least = group.bound - group.latency
+    bound = group.bound - group.latency
     for factor in FIRST_TARGETS:
-        target = Targets(factor * least, relaxation.capacity.hbm_bytes)
-        found = _filled(relaxation, group, choices, target)
-        if found is not None and (best is None or found.cost < best.cost):
-            best = found
+        target = Targets(factor * bound, relaxation.capacity.hbm_bytes)
+        packing = _filled(relaxation, group, choices, target)
+        if packing is not None and (best is None or packing.cost < best.cost):
+            best = packing
         if best is not None and best.cost <= target.seconds:
             break
     return best

@@ -1,4 +1,4 @@
-"""The machine a plan is for: ranks, hosts, memories, links. Numbers and their sources are in hardware.yaml."""
+"""The machine that a plan is for: ranks, hosts, memories, links. hardware.yaml has the numbers and their sources."""
 
 import difflib
 import json
@@ -9,47 +9,16 @@ from decimal import Decimal
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from gr.config.base import Section
+from gr.config.base import LARGEST, Section
+from gr.config.inventory import LARGEST_TOTAL, LARGEST_WORLD
 from gr.config.messages import describe_faults
 from gr.config.yaml import Node, Reader
 from gr.errors import PlanError
-
-
-@dataclass(frozen=True)
-class Topology:
-    """`ranks` equal ranks on hosts of `ranks_per_host`. All figures are per rank, in bytes, seconds, FLOP/s.
-
-    Bandwidths are what a well-written kernel gets, one direction: the published peak times the efficiency in
-    hardware.yaml, or a measurement of `gr calibrate`.
-    """
-
-    name: str
-    device: str  # cuda or cpu
-    ranks: int
-    ranks_per_host: int
-    hbm_bytes: int  # host memory on cpu
-    host_bytes: int  # for offloaded tables
-    hbm_bandwidth: float
-    host_bandwidth: float
-    flops_bf16: float
-    flops_fp32: float
-    peak_bf16: float  # published FLOP/s, the denominator of MFU
-    peak_fp32: float
-    intra_bandwidth: float
-    inter_bandwidth: float
-    intra_latency: float  # seconds a collective takes with next to nothing to send
-    inter_latency: float
-    reserve_bytes: int  # context, collectives, what the allocator cannot use
-
-    @property
-    def hosts(self) -> int:
-        return self.ranks // self.ranks_per_host
-
 
 _UNITS = {"B": 1} | {
     f"{prefix}{unit}": base**power
@@ -74,35 +43,64 @@ def _in_bytes_a_second(value: Any) -> Any:
     return _in_bytes(value, "/s")
 
 
-Size = Annotated[int, BeforeValidator(_in_bytes), Field(gt=0)]
-SizeOrNone = Annotated[int, BeforeValidator(_in_bytes), Field(ge=0)]
-Rate = Annotated[float, BeforeValidator(_in_bytes_a_second), Field(gt=0, allow_inf_nan=False)]
-Flops = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ranks = Annotated[int, Field(gt=0, le=LARGEST_WORLD)]
+Size = Annotated[int, BeforeValidator(_in_bytes), Field(gt=0, le=LARGEST)]
+SizeOrNone = Annotated[int, BeforeValidator(_in_bytes), Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, BeforeValidator(_in_bytes_a_second), Field(gt=0, le=LARGEST_TOTAL, allow_inf_nan=False)]
+Flops = Annotated[float, Field(gt=0, le=LARGEST_TOTAL, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 
 
-class TopologyConfig(Section):
-    """A topology as a user writes it: named hardware with some of its figures replaced, or every figure."""
+@dataclass(frozen=True)
+class Topology:
+    """`ranks` equal ranks on hosts of `ranks_per_host`. All figures are per rank, in bytes, seconds, FLOP/s.
 
-    hardware: str | None = Field(None, description="Named hardware that supplies what is not set here.")
+    Bandwidths are what a well-written kernel gets, one direction: the published peak times the efficiency in
+    hardware.yaml, or a measurement of `gr calibrate`. The constructor checks nothing: the limits in the annotations are
+    for what is read from files (TopologyConfig, planfile.py).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    ranks: Ranks
+    ranks_per_host: Ranks  # joined by the fast link
+    hbm_bytes: Size  # host memory on cpu
+    host_bytes: SizeOrNone  # for offloaded tables
+    hbm_bandwidth: Rate
+    host_bandwidth: Rate
+    flops_bf16: Flops
+    flops_fp32: Flops
+    peak_bf16: Flops  # published FLOP/s, the denominator of MFU
+    peak_fp32: Flops
+    intra_bandwidth: Rate
+    inter_bandwidth: Rate
+    intra_latency: Seconds  # a collective with next to nothing to send
+    inter_latency: Seconds
+    reserve_bytes: SizeOrNone  # context, collectives, what the allocator cannot use
+
+    @property
+    def hosts(self) -> int:
+        return self.ranks // self.ranks_per_host
+
+
+class _NamedHardware(Section):
+    """The keys of a topology file that are no figures."""
+
+    hardware: str | None = Field(None, description="Named hardware that supplies what is not set in the file.")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]*$")] | None = None
-    device: Literal["cuda", "cpu"] | None = None
-    ranks: PositiveInt | None = Field(None, description="Unset: those of one host.")
-    ranks_per_host: PositiveInt | None = Field(None, description="Ranks that the fast link joins.")
-    hbm_bytes: Size | None = None
-    host_bytes: SizeOrNone | None = None
-    hbm_bandwidth: Rate | None = None
-    host_bandwidth: Rate | None = None
-    flops_bf16: Flops | None = None
-    flops_fp32: Flops | None = None
-    peak_bf16: Flops | None = Field(None, description="Published FLOP/s, for MFU; unset: flops_bf16.")
-    peak_fp32: Flops | None = None
-    intra_bandwidth: Rate | None = None
-    inter_bandwidth: Rate | None = None
-    intra_latency: Seconds | None = None
-    inter_latency: Seconds | None = None
-    reserve_bytes: SizeOrNone | None = None
-    measured: dict[str, Any] = Field({}, description="What `gr calibrate` did; read by people only.")
+    measured: dict[str, Any] = Field({}, description="How `gr calibrate` measured the figures; read by people only.")
+
+
+_FIGURES: dict[str, Any] = {
+    name: (hint | None, None)
+    for name, hint in get_type_hints(Topology, include_extras=True).items()
+    if name in {field.name for field in fields(Topology)} - {"name"}
+}
+# A topology as a user writes it: named hardware with some of its figures replaced, or every figure of Topology. Unset
+# ranks are those of one host, unset peaks the FLOP/s.
+TopologyConfig: type[_NamedHardware] = create_model("TopologyConfig", __base__=_NamedHardware, **_FIGURES)
 
 
 def parse_topology(text: str, overrides: Mapping[str, Any] | None = None) -> Topology:
@@ -120,30 +118,35 @@ def parse_topology(text: str, overrides: Mapping[str, Any] | None = None) -> Top
     except ValidationError as error:
         faults = describe_faults(TopologyConfig, error.errors(include_url=False), tree)
         raise PlanError("; ".join(faults)) from None
-    given = config.model_dump(exclude_none=True, exclude={"hardware", "measured"})
+    written = config.model_dump(exclude_none=True, exclude={"hardware", "measured"})
     figures: dict[str, Any] = {"name": config.hardware or Path(text).stem}
     if config.hardware is not None:
         figures |= _figures_of(config.hardware, tree, text)
-    return _topology(figures | given, text)
+    return _topology(figures | written, text)
 
 
 def with_ranks(topology: Topology, ranks: int) -> Topology:
-    """As many ranks of the same hardware. Raises PlanError unless they are part of one host or fill whole hosts."""
-    each = topology.ranks_per_host
+    """The same hardware with `ranks` ranks. Raises PlanError unless they are part of one host or fill whole hosts."""
+    local = topology.ranks_per_host
     if ranks < 1:
         raise PlanError(f"{topology.name}: {ranks} ranks; use at least 1")
-    if ranks > each and ranks % each:
-        below = ranks // each * each
+    if ranks > local and ranks % local:
+        below = ranks // local * local
         raise PlanError(
-            f"{topology.name}: {ranks} ranks do not fill hosts of {each}: use {below} or {below + each} ranks, "
+            f"{topology.name}: {ranks} ranks do not fill hosts of {local}: use {below} or {below + local} ranks, "
             "or set ranks_per_host in a topology file"
         )
-    return replace(topology, ranks=ranks, ranks_per_host=min(ranks, each))
+    return replace(topology, ranks=ranks, ranks_per_host=min(ranks, local))
 
 
 def hardware_names() -> tuple[str, ...]:
-    """What may stand before the x of `h100x64`."""
+    """The names that may stand before the x of `h100x64`."""
     return tuple(_hardware())
+
+
+def hardware_of_gpu(gpu: str) -> str | None:
+    """The hardware whose GPUs torch.cuda.get_device_name() calls `gpu`; None where hardware.yaml has no such board."""
+    return next((name for name, entry in _written().items() if entry.get("gpu") == gpu), None)
 
 
 def to_yaml(topology: Topology, measured: Mapping[str, Any] | None = None) -> str:
@@ -202,15 +205,21 @@ def _topology(figures: dict[str, Any], text: str) -> Topology:
 
 
 @cache
+def _written() -> dict[str, Any]:
+    """Named hardware as hardware.yaml has it."""
+    text = resources.files("gr.planner").joinpath("hardware.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)["hardware"]
+
+
+@cache
 def _hardware() -> dict[str, dict[str, Any]]:
     """Named hardware -> figures, with bandwidths and FLOP/s as a good kernel gets them: peak x efficiency."""
-    written = yaml.safe_load(resources.files("gr.planner").joinpath("hardware.yaml").read_text(encoding="utf-8"))
-    found = {}
-    for name, entry in written["hardware"].items():
+    hardware = {}
+    for name, entry in _written().items():
         plain = {key: figure["value"] for key, figure in entry["figures"].items()}
         config = TopologyConfig.model_validate({"device": entry["device"], **plain})
         figures = config.model_dump(exclude_none=True, exclude={"measured"})
         figures |= {"peak_bf16": figures["flops_bf16"], "peak_fp32": figures["flops_fp32"]}
         figures |= {key: figures[key] * part["value"] for key, part in entry["efficiency"].items()}
-        found[name] = figures
-    return found
+        hardware[name] = figures
+    return hardware

@@ -38,7 +38,7 @@ from gr.errors import PlanError
 from gr.experiment import build
 from gr.parallel.tables import sequence_sharder
 from gr.planner.constraints import constrained
-from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.estimate import MEMORY, estimate
 from gr.planner.estimate_tables import table_bytes
 from gr.planner.for_run import run_topology
 from gr.planner.placement import Placement, Plan, shards
@@ -344,12 +344,12 @@ def test_an_experiment_trains_with_a_plan_from_a_file(data: Path, tmp_path: Path
 
 
 def held(world: World, config: RetrievalConfig) -> tuple[list[int], list[float]]:
-    """Bytes of this rank's table weights and optimizer states: measured, and as evaluate() predicts them."""
+    """Bytes of this rank's table weights and optimizer states: measured, and as estimate() predicts them."""
     built = build(config, world)
     assert built.plan is not None
     tables = TableOptimizer(built.model, config.embeddings.optimizer)
     states = sum(state.nbytes for own in tables.states for state in own.values())
-    memory_MR = evaluate(built.plan).memory_MR
+    memory_MR = estimate(built.plan).memory_MR
     predicted = [float(memory_MR[MEMORY.index(kind), world.rank]) for kind in ("tables", "table_optimizer")]
     return [sum(shard.weight.nbytes for shard in tables.shards), states], predicted
 

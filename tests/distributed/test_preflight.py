@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gr.cluster import preflight as checks
-from gr.cluster.links import Links, slow_hosts
+from gr.cluster.links import LinkRates, slow_hosts
 from gr.cluster.preflight import Finding, preflight
 from gr.config.run import PlannerConfig
 from gr.dist import World
@@ -146,8 +146,8 @@ def test_links_that_are_slower_than_the_plan_counts_on(tmp_path: Path) -> None:
 
 def test_the_slow_host_of_four_is_named() -> None:
     rates = {(0, 1): 9.0, (1, 2): 2.0, (2, 3): 3.0, (3, 0): 8.0}
-    assert slow_hosts(Links(2.0, 2.0, rates), wanted=5.0, hosts=4) == [2]
-    assert slow_hosts(Links(2.0, 2.0, {(0, 1): 2.0}), wanted=5.0, hosts=2) == [0, 1], "nothing tells them apart"
+    assert slow_hosts(LinkRates(2.0, 2.0, rates), bandwidth=5.0, hosts=4) == [2]
+    assert slow_hosts(LinkRates(2.0, 2.0, {(0, 1): 2.0}), bandwidth=5.0, hosts=2) == [0, 1], "nothing tells them apart"
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gr.planner.estimate import MEMORY, Evaluation
+from gr.planner.estimate import MEMORY, Estimate
 from gr.planner.report import page
 from gr.planner.report.units import size
-from tests.support.evaluations import evaluation_of
+from tests.support.estimates import estimate_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -80,10 +80,10 @@ def chromium(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
 
 
-def opened(folder: Path, evaluation: Evaluation, address: str = "", script: str = "") -> Page:
+def opened(folder: Path, estimated: Estimate, address: str = "", script: str = "") -> Page:
     """`script` runs after the page's own."""
     file = folder / "plan.html"
-    file.write_text(page(evaluation).replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    file.write_text(page(estimated).replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     shown = Page(chromium(folder, "--dump-dom", f"{file.as_uri()}{address}"))
     assert shown.root.get("data-error") is None and shown.root.get("data-ready") == "yes", shown.root
     return shown
@@ -91,60 +91,60 @@ def opened(folder: Path, evaluation: Evaluation, address: str = "", script: str 
 
 @pytest.mark.parametrize(("ranks", "tables"), [(1, 1), (8, 26), (1024, 1000)])
 def test_every_rank_has_its_bars_and_every_table_its_row(tmp_path: Path, ranks: int, tables: int) -> None:
-    evaluation = evaluation_of(ranks, tables)
-    shown = opened(tmp_path, evaluation)
+    estimated = estimate_of(ranks, tables)
+    shown = opened(tmp_path, estimated)
     assert shown.ranks == {section: list(range(ranks)) for section in ("memory", "work", "links")}
     # The page holds five digits of them.
-    by_seconds = sorted(evaluation.tables, key=lambda share: -float(f"{share.seconds:.5g}"))
+    by_seconds = sorted(estimated.tables, key=lambda share: -float(f"{share.seconds:.5g}"))
     assert shown.tables == [share.name for share in by_seconds]
     assert shown.sorted["seconds"] == "descending" and set(shown.sorted.values()) == {"descending", "none"}
 
 
 def test_the_address_searches_and_sorts(tmp_path: Path) -> None:
-    evaluation = evaluation_of(8, 200)
-    shown = opened(tmp_path, evaluation, "#q=ITEM&sort=bytes&dir=asc&order=size")
-    items = sorted((share for share in evaluation.tables if "item" in share.name), key=lambda share: share.bytes)
+    estimated = estimate_of(8, 200)
+    shown = opened(tmp_path, estimated, "#q=ITEM&sort=bytes&dir=asc&order=size")
+    items = sorted((share for share in estimated.tables if "item" in share.name), key=lambda share: share.bytes)
     assert len(items) == 20 and shown.tables == [share.name for share in items]
     assert shown.sorted["bytes"] == "ascending"
-    assert shown.ranks["memory"] == np.argsort(-evaluation.total_memory_R).tolist()
+    assert shown.ranks["memory"] == np.argsort(-estimated.total_memory_R).tolist()
 
 
 def test_a_wrong_address_shows_the_page_all_the_same(tmp_path: Path) -> None:
-    shown = opened(tmp_path, evaluation_of(8, 26), "#sort=nothing&order=best&%")
+    shown = opened(tmp_path, estimate_of(8, 26), "#sort=nothing&order=best&%")
     assert len(shown.tables) == 26 and shown.sorted["seconds"] == "descending"
 
 
 def test_headers_are_buttons(tmp_path: Path) -> None:
-    evaluation = evaluation_of(8, 26)
+    estimated = estimate_of(8, 26)
     click = "document.querySelector('th[data-key={}] button').click();"
-    shown = opened(tmp_path, evaluation, script=click.format("name"))
-    assert shown.tables == sorted(share.name for share in evaluation.tables) and shown.sorted["name"] == "ascending"
-    shown = opened(tmp_path, evaluation, script=click.format("rows") * 2)
+    shown = opened(tmp_path, estimated, script=click.format("name"))
+    assert shown.tables == sorted(share.name for share in estimated.tables) and shown.sorted["name"] == "ascending"
+    shown = opened(tmp_path, estimated, script=click.format("rows") * 2)
     rows = [int(row[5].replace(",", "")) for row in shown.rows if row]
     assert rows == sorted(rows) and shown.sorted["rows"] == "ascending"
 
 
 def test_arrow_keys_tell_a_rank(tmp_path: Path) -> None:
     right = "svg.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));"
-    evaluation = evaluation_of(16, 26)
-    shown = opened(tmp_path, evaluation, script=f"{{ const svg = find('#memory svg'); {right * 10} }}")
-    assert shown.tips[:4] == ["rank 9, host 1", "all", size(evaluation.total_memory_R[9]), "tables"]
+    estimated = estimate_of(16, 26)
+    shown = opened(tmp_path, estimated, script=f"{{ const svg = find('#memory svg'); {right * 10} }}")
+    assert shown.tips[:4] == ["rank 9, host 1", "all", size(estimated.total_memory_R[9]), "tables"]
     assert len(shown.tips) == 1 + 2 * (1 + len(MEMORY))
 
 
 def test_names_are_text(tmp_path: Path) -> None:
-    shown = opened(tmp_path, evaluation_of(8, 3, names=(HOSTILE,)))
+    shown = opened(tmp_path, estimate_of(8, 3, names=(HOSTILE,)))
     assert HOSTILE in shown.tables and shown.images == 0
 
 
 def test_offloaded_tables_have_a_picture_of_host_memory(tmp_path: Path) -> None:
-    evaluation = replace(evaluation_of(8, 3), host_R=np.full(8, 1e9))
-    assert opened(tmp_path, evaluation).ranks["host"] == list(range(8))
+    estimated = replace(estimate_of(8, 3), host_R=np.full(8, 1e9))
+    assert opened(tmp_path, estimated).ranks["host"] == list(range(8))
 
 
 def test_a_screenshot_is_not_empty(tmp_path: Path) -> None:
     file, picture = tmp_path / "plan.html", tmp_path / "plan.png"
-    file.write_text(page(evaluation_of(1024, 1000)), encoding="utf-8")
+    file.write_text(page(estimate_of(1024, 1000)), encoding="utf-8")
     chromium(tmp_path, f"--screenshot={picture}", "--window-size=1400,2400", file.as_uri())
     content = picture.read_bytes()
     assert struct.unpack(">II", content[16:24]) == (1400, 2400)

@@ -1,4 +1,4 @@
-"""What a plan costs, for people: tables for the terminal and one HTML page."""
+"""Reports on a plan for people: one screen for the terminal and one HTML page."""
 
 from gr.planner.report.page import page
 from gr.planner.report.terminal import summary

@@ -1,21 +1,21 @@
-"""Figures that both reports show, drawn from one Evaluation."""
+"""Figures that both reports show, from one Estimate."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gr.planner.estimate import PHASES, Evaluation, TableShare, placement_costs
+from gr.planner.estimate import PHASES, Estimate, TableShare, placement_costs
 from gr.planner.estimate_dense import dense_work
 from gr.planner.estimate_tables import TABLE_PHASES, traffic
 from gr.planner.report.units import count, duration, flops, percent, size
 
-EVEN = 0.02  # a straggler this little above the mean waits for nothing worth a name
+EVEN = 0.02  # a straggler less than this share above the mean is not explained
 LARGEST_TABLES = 3
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """The rank with the most table work, and what sets it apart from the mean rank."""
+    """The rank with the most table work, compared with the mean rank."""
 
     rank: int
     seconds: float
@@ -27,7 +27,7 @@ class Straggler:
 
     @property
     def excess(self) -> float:
-        """Of its table work over the mean rank's, less 1."""
+        """Its table work over the mean rank's, minus 1."""
         return self.seconds / self.mean_seconds - 1 if self.mean_seconds else 0.0
 
     def explanation(self) -> str:
@@ -45,80 +45,81 @@ class Straggler:
 
 
 def words(name: str) -> str:
-    """gradient_all_to_all -> gradient all-to-all."""
+    """The name of a phase or kind of memory in words: gradient_all_to_all -> gradient all-to-all."""
     return name.replace("all_to_all", "all-to-all").replace("all_reduce", "all-reduce").replace("_", " ")
 
 
-def straggler(evaluation: Evaluation) -> Straggler:
-    rank = evaluation.straggler
-    rows = {phase: evaluation.seconds_PR[PHASES.index(phase)] for phase in TABLE_PHASES}
+def straggler(estimate: Estimate) -> Straggler:
+    rank = estimate.straggler
+    rows = {phase: estimate.seconds_PR[PHASES.index(phase)] for phase in TABLE_PHASES}
     phase = max(rows, key=lambda name: float(rows[name][rank] - rows[name].mean()))
-    there = sorted(_tables_on(evaluation, rank), key=lambda table: -table.seconds)
+    shares = sorted(_tables_on(estimate, rank), key=lambda table: -table.seconds)
     return Straggler(
         rank=rank,
-        seconds=float(evaluation.table_seconds_R[rank]),
-        mean_seconds=float(evaluation.table_seconds_R.mean()),
+        seconds=float(estimate.table_seconds_R[rank]),
+        mean_seconds=float(estimate.table_seconds_R.mean()),
         phase=phase,
         phase_seconds=float(rows[phase][rank]),
         phase_mean_seconds=float(rows[phase].mean()),
-        tables=tuple(there[:LARGEST_TABLES]),
+        tables=tuple(shares[:LARGEST_TABLES]),
     )
 
 
-def _tables_on(evaluation: Evaluation, rank: int) -> list[TableShare]:
+def _tables_on(estimate: Estimate, rank: int) -> list[TableShare]:
     """The tables with a shard on `rank`, with the seconds of that shard."""
-    plan = evaluation.plan
-    asked = traffic(plan.inventory, plan.topology)
-    found = []
+    plan = estimate.plan
+    traffic_T = traffic(plan.inventory, plan.topology)
+    shares = []
     for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
         if rank in placement.ranks:
-            costs = placement_costs(asked[index], table, placement, plan.inventory, plan.topology)
+            costs = placement_costs(traffic_T[index], table, placement, plan.inventory, plan.topology)
             seconds = float(costs.seconds[placement.ranks.index(rank)])
-            found.append(replace(evaluation.tables[index], seconds=seconds))
-    return found
+            shares.append(replace(estimate.tables[index], seconds=seconds))
+    return shares
 
 
-def schedule(evaluation: Evaluation) -> list[tuple[float, float]]:
-    """Seconds from the start of the step, of each phase: where its hidden part starts, and where the rest of it does.
+def schedule(estimate: Estimate) -> list[tuple[float, float]]:
+    """(start of the hidden part, start of the rest) of each phase, in seconds from the start of the step.
 
     Every phase starts when the slowest rank has ended the one before. The hidden part of the gradient all-reduce lies
-    beside the end of the backward pass, that of another phase beside what precedes it, below zero in the step before.
+    beside the end of the backward pass, that of another phase beside the phase before it; it is below zero where that
+    phase belongs to the step before.
     """
-    shown_P = evaluation.seconds_PR.max(axis=1) - evaluation.hidden_P
+    shown_P = estimate.seconds_PR.max(axis=1) - estimate.hidden_P
     ends_P = np.cumsum(shown_P)
     starts_P = ends_P - shown_P
-    hidden_P = starts_P - evaluation.hidden_P
+    hidden_P = starts_P - estimate.hidden_P
     reduce = PHASES.index("gradient_all_reduce")
-    hidden_P[reduce] = ends_P[PHASES.index("dense_backward")] - evaluation.hidden_P[reduce]
+    hidden_P[reduce] = ends_P[PHASES.index("dense_backward")] - estimate.hidden_P[reduce]
     return list(zip(hidden_P.tolist(), starts_P.tolist(), strict=True))
 
 
-def table_parameters(evaluation: Evaluation) -> int:
-    return sum(table.rows * table.dim for table in evaluation.plan.inventory.tables)
+def table_parameters(estimate: Estimate) -> int:
+    return sum(table.rows * table.dim for table in estimate.plan.inventory.tables)
 
 
-def examples_per_second(evaluation: Evaluation) -> float:
-    """Over all ranks."""
-    inventory, topology = evaluation.plan.inventory, evaluation.plan.topology
+def examples_per_second(estimate: Estimate) -> float:
+    """Examples a second over all ranks."""
+    inventory, topology = estimate.plan.inventory, estimate.plan.topology
     examples = inventory.global_batch_size or inventory.batch_on(topology.ranks) * topology.ranks
-    return examples / evaluation.step_seconds
+    return examples / estimate.step_seconds
 
 
-def peak_flops(evaluation: Evaluation) -> float:
+def peak_flops(estimate: Estimate) -> float:
     """Published FLOP/s of a rank at the inventory's precision."""
-    topology = evaluation.plan.topology
-    return topology.peak_bf16 if evaluation.plan.inventory.precision == "bf16" else topology.peak_fp32
+    topology = estimate.plan.topology
+    return topology.peak_bf16 if estimate.plan.inventory.precision == "bf16" else topology.peak_fp32
 
 
 def imbalance(values_R: np.ndarray) -> float:
-    """Max over mean."""
+    """The maximum over the mean."""
     mean = float(values_R.mean())
     return float(values_R.max()) / mean if mean else 1.0
 
 
-def world(evaluation: Evaluation) -> str:
-    """1,024 ranks on 128 hosts."""
-    topology = evaluation.plan.topology
+def world(estimate: Estimate) -> str:
+    """The size of the topology in words: 1,024 ranks on 128 hosts."""
+    topology = estimate.plan.topology
     return " on ".join(_counted(n, noun) for n, noun in ((topology.ranks, "rank"), (topology.hosts, "host")))
 
 
@@ -126,57 +127,57 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def device_word(evaluation: Evaluation) -> str:
-    return "GPU" if evaluation.plan.topology.device == "cuda" else "rank"
+def device_word(estimate: Estimate) -> str:
+    return "GPU" if estimate.plan.topology.device == "cuda" else "rank"
 
 
-def verdict(evaluation: Evaluation) -> str:
-    """One sentence: whether every rank holds its part, and how full the fullest is."""
-    total_R, capacity = evaluation.total_memory_R, evaluation.plan.topology.hbm_bytes
+def verdict(estimate: Estimate) -> str:
+    """One sentence that says whether the plan fits, and how full the fullest rank is."""
+    total_R, capacity = estimate.total_memory_R, estimate.plan.topology.hbm_bytes
     rank = int(total_R.argmax())
     fullest = f"rank {rank} takes {size(total_R[rank])} of {size(capacity)} ({percent(total_R[rank] / capacity)})"
-    if evaluation.fits:
+    if estimate.fits:
         return f"Fits: the fullest, {fullest}."
-    host_capacity = evaluation.plan.topology.host_bytes
-    over, host_over = int((total_R > capacity).sum()), int((evaluation.host_R > host_capacity).sum())
-    said = []
+    host_capacity = estimate.plan.topology.host_bytes
+    over, host_over = int((total_R > capacity).sum()), int((estimate.host_R > host_capacity).sum())
+    faults = []
     if over:
-        said.append(f"memory runs out on {over:,} of {len(total_R):,} ranks; {fullest}")
+        faults.append(f"memory runs out on {over:,} of {len(total_R):,} ranks; {fullest}")
     if host_over:
-        most = int(evaluation.host_R.argmax())
-        taken = f"{size(evaluation.host_R[most])} of {size(host_capacity)}"
-        said.append(f"host memory runs out on {host_over:,} of {len(total_R):,} ranks; rank {most} takes {taken}")
-    return f"Does not fit: {'; '.join(said) or fullest}."
+        most = int(estimate.host_R.argmax())
+        taken = f"{size(estimate.host_R[most])} of {size(host_capacity)}"
+        faults.append(f"host memory runs out on {host_over:,} of {len(total_R):,} ranks; rank {most} takes {taken}")
+    return f"Does not fit: {'; '.join(faults) or fullest}."
 
 
-def headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """(what, value, note) of each headline figure, in reading order."""
-    topology, inventory = evaluation.plan.topology, evaluation.plan.inventory
-    device = device_word(evaluation)
+def headline(estimate: Estimate) -> list[tuple[str, str, str]]:
+    """(name, value, note) of each headline figure, in reading order."""
+    topology, inventory = estimate.plan.topology, estimate.plan.inventory
+    device = device_word(estimate)
     rank_batch = inventory.batch_on(topology.ranks)
-    tables, dense = table_parameters(evaluation), dense_work(inventory, rank_batch).parameters
+    tables, dense = table_parameters(estimate), dense_work(inventory, rank_batch).parameters
     amount = _counted(len(inventory.tables), "table")
     figures = [
         ("Parameters", count(tables + dense), f"{amount}; {count(dense)} in the dense part"),
-        ("Step", duration(evaluation.step_seconds), f"{rank_batch:,} examples a rank"),
-        ("Examples", f"{count(examples_per_second(evaluation))}/s", "over all ranks"),
+        ("Step", duration(estimate.step_seconds), f"{rank_batch:,} examples a rank"),
+        ("Examples", f"{count(examples_per_second(estimate))}/s", "over all ranks"),
     ]
-    if evaluation.tokens:
-        rate = count(evaluation.tokens / evaluation.step_seconds)
-        figures.append(("Tokens", f"{rate}/s/{device}", f"{count(evaluation.tokens)} a rank and step"))
-    if evaluation.flops:
-        speed = peak_flops(evaluation)
-        inventory = evaluation.plan.inventory
-        # The efficiency was put in: nobody should take it for a finding.
-        given = f"dense_efficiency={inventory.dense_efficiency:g}"
-        work = f"of {flops(speed)}/s ({inventory.precision}); {given}"
-        figures.append(("MFU", percent(evaluation.flops / evaluation.step_seconds / speed), work))
-    bound = evaluation.plan.bound_seconds
+    if estimate.tokens:
+        rate = count(estimate.tokens / estimate.step_seconds)
+        figures.append(("Tokens", f"{rate}/s/{device}", f"{count(estimate.tokens)} a rank and step"))
+    if estimate.flops:
+        speed = peak_flops(estimate)
+        inventory = estimate.plan.inventory
+        # The note names the efficiency, because the MFU follows from this assumption.
+        assumed = f"dense_efficiency={inventory.dense_efficiency:g}"
+        work = f"of {flops(speed)}/s ({inventory.precision}); {assumed}"
+        figures.append(("MFU", percent(estimate.flops / estimate.step_seconds / speed), work))
+    bound = estimate.plan.bound_seconds
     figures.append(
         (
             "Gap to the bound",
-            percent(evaluation.gap),
-            f"table work {duration(evaluation.cost)}, bound {duration(bound)}",
+            percent(estimate.gap),
+            f"table work {duration(estimate.cost)}, bound {duration(bound)}",
         )
     )
     return figures

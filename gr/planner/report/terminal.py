@@ -9,12 +9,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gr.planner.estimate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.estimate import MEMORY, Estimate, TableShare
 from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
 from gr.planner.report.units import duration, percent, size
 
 TOP = 10
-# As TorchRec writes them.
+# TorchRec's abbreviations.
 ABBREVIATIONS = {
     "data_parallel": "DP",
     "table_wise": "TW",
@@ -27,50 +27,47 @@ ABBREVIATIONS = {
 NAME_WIDTH = 22
 
 
-def summary(evaluation: Evaluation) -> list[RenderableType]:
-    """Renderables in the order of the page: verdict and headline, memory, step, links, tables."""
+def summary(estimate: Estimate) -> list[RenderableType]:
+    """Renderables: verdict and headline, memory, top tables. Phases, links and every table are on the page."""
     return [
-        *_head(evaluation),
+        *_head(estimate),
+        Text(straggler(estimate).explanation()),
         Text(),
-        _memory(evaluation),
+        _memory(estimate),
         Text(),
-        _timeline(evaluation),
-        Text(straggler(evaluation).explanation()),
-        _links(evaluation),
-        Text(),
-        _top(evaluation),
-        _types(evaluation.tables),
+        _top(estimate),
+        _types(estimate.tables),
     ]
 
 
-def _head(evaluation: Evaluation) -> list[RenderableType]:
-    where = f"{evaluation.plan.topology.name}: {world(evaluation)}"
-    title = Text(f"{evaluation.plan.inventory.name} on {where}", style="bold")
-    fits = Text(verdict(evaluation), style="green" if evaluation.fits else "bold red")
+def _head(estimate: Estimate) -> list[RenderableType]:
+    where = f"{estimate.plan.topology.name}: {world(estimate)}"
+    title = Text(f"{estimate.plan.inventory.name} on {where}", style="bold")
+    fits = Text(verdict(estimate), style="green" if estimate.fits else "bold red")
     grid = Table.grid(padding=(0, 2))
-    for what, value, note in headline(evaluation):
-        grid.add_row(Text(what), Text(value, style="bold"), Text(note, style="dim"))
+    for name, value, note in headline(estimate):
+        grid.add_row(Text(name), Text(value, style="bold"), Text(note, style="dim"))
     return [title, fits, grid]
 
 
 def _table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
-    """Without a frame; the first `left` columns are text, the others figures."""
+    """A table without a frame. The first `left` columns are text, the others figures."""
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     return table
 
 
-def _memory(evaluation: Evaluation) -> Table:
-    capacity = evaluation.plan.topology.hbm_bytes
+def _memory(estimate: Estimate) -> Table:
+    capacity = estimate.plan.topology.hbm_bytes
     columns = ("kind", "min", "mean", "max", "max used", "max / mean")
     table = _table(f"Memory per rank, of {size(capacity)} (1 GB = 1e9 bytes)", columns)
-    for kind, bytes_R in zip(MEMORY, evaluation.memory_MR, strict=True):
+    for kind, bytes_R in zip(MEMORY, estimate.memory_MR, strict=True):
         table.add_row(words(kind), *_spread(bytes_R, capacity))
-    table.add_row("all", *_spread(evaluation.total_memory_R, capacity), style="bold")
-    if evaluation.host_R.any():
-        host = evaluation.plan.topology.host_bytes
-        table.add_row(f"host memory, of {size(host)}", *_spread(evaluation.host_R, host))
+    table.add_row("all", *_spread(estimate.total_memory_R, capacity), style="bold")
+    if estimate.host_R.any():
+        host = estimate.plan.topology.host_bytes
+        table.add_row(f"host memory, of {size(host)}", *_spread(estimate.host_R, host))
     return table
 
 
@@ -80,46 +77,16 @@ def _spread(bytes_R: np.ndarray, capacity: float) -> Iterable[str]:
     return size(low), size(mean), size(high), share, f"{imbalance(bytes_R):.2f}"
 
 
-def _timeline(evaluation: Evaluation) -> Table:
-    columns = ("phase", "slowest rank", "rank", "mean", "hidden", "adds", "share")
-    table = _table("Step by phase; hidden: beside another phase", columns)
-    step = evaluation.step_seconds
-    for index, phase in enumerate(PHASES):
-        seconds_R, hidden = evaluation.seconds_PR[index], float(evaluation.hidden_P[index])
-        slowest = float(seconds_R.max())
-        shown = slowest - hidden
-        table.add_row(
-            words(phase),
-            duration(slowest),
-            "all" if np.ptp(seconds_R) == 0 else str(int(seconds_R.argmax())),
-            duration(float(seconds_R.mean())),
-            duration(hidden),
-            duration(shown),
-            percent(shown / step),
-        )
-    table.add_row("step", "", "", "", "", duration(step), "", style="bold")
-    return table
-
-
-def _links(evaluation: Evaluation) -> Text:
-    lines = ["Sent in a step by the mean rank:"]
-    for name, bytes_R in (("its host", evaluation.intra_bytes_R), ("other hosts", evaluation.inter_bytes_R)):
-        most = int(bytes_R.argmax())
-        high = f"at most {size(float(bytes_R[most]))} (rank {most})" if np.ptp(bytes_R) else "every rank alike"
-        lines.append(f"{size(float(bytes_R.mean()))} to {name}, {high};")
-    return Text(" ".join(lines).rstrip(";"))
-
-
-def _top(evaluation: Evaluation) -> Table:
-    shown = min(TOP, len(evaluation.tables))
-    title = f"The {shown} costliest and the {shown} largest of {len(evaluation.tables):,} tables"
+def _top(estimate: Estimate) -> Table:
+    shown = min(TOP, len(estimate.tables))
+    title = f"The {shown} costliest and the {shown} largest of {len(estimate.tables):,} tables"
     table = _table(title, ("costliest", "type", "a shard", "", "largest", "type", "all shards"), left=2)
     for index in (0, 4):
         table.columns[index].max_width = NAME_WIDTH
         table.columns[index].overflow = "ellipsis"
     table.columns[4].justify = table.columns[5].justify = "left"
-    by_seconds = sorted(evaluation.tables, key=lambda share: -share.seconds)
-    by_bytes = sorted(evaluation.tables, key=lambda share: -share.bytes)
+    by_seconds = sorted(estimate.tables, key=lambda share: -share.seconds)
+    by_bytes = sorted(estimate.tables, key=lambda share: -share.bytes)
     for costly, large in list(zip(by_seconds, by_bytes, strict=True))[:shown]:
         table.add_row(
             Text(costly.name),

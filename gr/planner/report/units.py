@@ -1,4 +1,4 @@
-"""Numbers as people read them, three digits. SI prefixes: 1 GB is 1e9 bytes."""
+"""Numbers in three digits with SI prefixes: 1 GB is 1e9 bytes."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -27,7 +27,7 @@ def three_digits(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes: 80.0 GB."""
+    """Bytes with a unit: 80.0 GB."""
     if abs(value) < 999.5:
         return f"{value:.0f} B"
     text, prefix = scaled(value, _PREFIXES)
@@ -40,7 +40,7 @@ def flops(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """1.50 T parameters, 26.1 B."""
+    """A count with a short-scale prefix: 1.50 T, 26.1 B."""
     if abs(value) < 999.5 and value == int(value):
         return f"{value:.0f}"
     text, prefix = scaled(value, _COUNTS)
@@ -48,7 +48,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12.3 ms."""
+    """Seconds with a unit: 12.3 ms."""
     for unit, power in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if abs(seconds) >= 0.9995 * power:
             return f"{three_digits(seconds / power)} {unit}"
@@ -60,7 +60,7 @@ def percent(fraction: float) -> str:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """0-7, 12."""
+    """Sorted integers with runs written as spans: 0-7, 12."""
     ordered = sorted(numbers)
     starts = [b for a, b in pairwise([-2, *ordered]) if b != a + 1]
     ends = [a for a, b in pairwise([*ordered, -2]) if b != a + 1]

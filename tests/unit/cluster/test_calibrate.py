@@ -14,9 +14,9 @@ from gr.cluster.calibrate import (
     Measurement,
     calibrated,
     fit_link,
-    found_figures,
     gemm_flops,
     lookup_bandwidth,
+    machine_figures,
     measure,
     provenance,
 )
@@ -37,8 +37,8 @@ def _no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _measure(here: World, local_size: int) -> Measurement:
-    return measure(replace(here, local_size=local_size, local_rank=here.rank % local_size), TINY)
+def _measure(world_of_rank: World, local_size: int) -> Measurement:
+    return measure(replace(world_of_rank, local_size=local_size, local_rank=world_of_rank.rank % local_size), TINY)
 
 
 def _rates(measured: Measurement) -> tuple[float, float, float]:
@@ -48,8 +48,8 @@ def _rates(measured: Measurement) -> tuple[float, float, float]:
 def test_fit_recovers_a_link() -> None:
     link = Link(latency=20e-6, bandwidth=40e9)
     sent = [4096.0, 1e6, 1e8]
-    found = fit_link(sent, [link.latency + size / link.bandwidth for size in sent])
-    assert found.latency == pytest.approx(link.latency) and found.bandwidth == pytest.approx(link.bandwidth)
+    fitted = fit_link(sent, [link.latency + size / link.bandwidth for size in sent])
+    assert fitted.latency == pytest.approx(link.latency) and fitted.bandwidth == pytest.approx(link.bandwidth)
 
 
 @pytest.mark.parametrize("seconds", [[1e-3, 1.9e-3], [2e-3, 1e-3], [1e-6, 1e-2]])
@@ -63,12 +63,12 @@ def test_fit_refuses_noise(seconds: list[float]) -> None:
 def test_one_rank_measures_no_link(alone: World, tmp_path: Path) -> None:
     measured = measure(alone, TINY)
     assert measured == Measurement(*_rates(measured)) and min(_rates(measured)) > 0
-    found = found_figures(measured, alone)
-    topology = calibrated(CPU, found, alone)
+    figures = machine_figures(measured, alone)
+    topology = calibrated(CPU, figures, alone)
     assert (topology.name, topology.ranks, topology.hosts) == ("cpu-measured", 1, 1)
     assert topology.intra_bandwidth == CPU.intra_bandwidth and topology.host_bandwidth == topology.hbm_bandwidth
-    notes = provenance(CPU, found, measured, alone)
-    assert set(notes["taken_from_cpu"]) | set(found) == set(FIGURES)
+    notes = provenance(CPU, figures, measured, alone)
+    assert set(notes["taken_from_cpu"]) | set(figures) == set(FIGURES)
     assert {"intra_bandwidth", "inter_latency", "reserve_bytes"} <= set(notes["taken_from_cpu"])
     path = tmp_path / "here.yaml"
     path.write_text(to_yaml(topology, notes))
@@ -83,11 +83,11 @@ def test_two_ranks_measure_the_link_between_them(local_size: int, where: str, ot
         link = getattr(first, f"{where}_{name}")
         assert link.latency > 0 and link.bandwidth > 0
         assert getattr(first, f"{other}_{name}") is None
-    here = World(0, 2, 0, local_size, torch.device("cpu"))
-    found = found_figures(first, here)
-    assert found[f"{where}_bandwidth"] == getattr(first, f"{where}_all_to_all").bandwidth
-    assert f"{other}_bandwidth" not in found
-    assert calibrated(CPU, found, here).hosts == 2 // local_size
+    world_of_rank = World(0, 2, 0, local_size, torch.device("cpu"))
+    figures = machine_figures(first, world_of_rank)
+    assert figures[f"{where}_bandwidth"] == getattr(first, f"{where}_all_to_all").bandwidth
+    assert f"{other}_bandwidth" not in figures
+    assert calibrated(CPU, figures, world_of_rank).hosts == 2 // local_size
 
 
 def test_four_ranks_on_two_hosts_measure_both_links() -> None:
@@ -113,8 +113,10 @@ def test_rates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     load = Load(1 << 21, 1 << 19, 4096, (1 << 14, 1 << 24), repeats=5)
-    with world("cuda") as here:
-        assert lookup_bandwidth(here.device, load) > 1e11
-        assert gemm_flops(here.device, torch.bfloat16, load) > gemm_flops(here.device, torch.float32, load)
-        found = found_figures(measure(here, load), here)
-    assert found["hbm_bytes"] > 10**9 and "host_bandwidth" not in found
+    with world("cuda") as world_of_rank:
+        assert lookup_bandwidth(world_of_rank.device, load) > 1e11
+        assert gemm_flops(world_of_rank.device, torch.bfloat16, load) > gemm_flops(
+            world_of_rank.device, torch.float32, load
+        )
+        figures = machine_figures(measure(world_of_rank, load), world_of_rank)
+    assert figures["hbm_bytes"] > 10**9 and "host_bandwidth" not in figures

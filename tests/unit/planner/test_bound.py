@@ -77,10 +77,10 @@ class TestRelaxed:
         assert relaxation(CHOICES, 100.0).solve(usable) is None
         assert relaxation(CHOICES, 100.0).bound(usable, 0.0) is None
 
-    def test_equal_options_are_told_apart_by_nothing_and_the_first_is_taken(self):
+    def test_the_first_of_equal_options_is_taken(self):
         rows = [CHOICE[0], CHOICE[0]]
-        found = relaxation(rows, 100.0).cheapest(np.full(2, True), 0.0)
-        assert found is not None and found[0].tolist() == [0] and found[1] == 2.0
+        choice = relaxation(rows, 100.0).cheapest(np.full(2, True), 0.0)
+        assert choice is not None and choice[0].tolist() == [0] and choice[1] == 2.0
 
 
 class TestBound:

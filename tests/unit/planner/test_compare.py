@@ -4,7 +4,7 @@ import pytest
 
 from gr.config.inventory import TableConfig
 from gr.planner.compare import Change, compare
-from gr.planner.estimate import evaluate
+from gr.planner.estimate import estimate
 from gr.planner.placement import Placement
 from tests.support.plans import hand_made, machine
 
@@ -28,8 +28,8 @@ def test_equal_plans_differ_in_nothing():
     plan = hand_made([TABLE, OTHER], [placed("table_wise", 0), placed("row_wise", 0, 1, name="u")], TWO)
     comparison = compare(plan, plan)
     assert comparison.changes == () and comparison.moved_bytes == 0 and comparison.others == ()
-    assert comparison.step_seconds[0] == comparison.step_seconds[1] == evaluate(plan).step_seconds
-    assert comparison.hbm_bytes[0] == comparison.hbm_bytes[1] == evaluate(plan).total_memory_R.max()
+    assert comparison.step_seconds[0] == comparison.step_seconds[1] == estimate(plan).step_seconds
+    assert comparison.hbm_bytes[0] == comparison.hbm_bytes[1] == estimate(plan).total_memory_R.max()
 
 
 def test_only_the_table_that_changed_is_named():
@@ -64,9 +64,9 @@ def test_what_was_not_on_its_rank_moves(before, after, bytes_):
 
 
 def test_a_new_table_is_filled_and_a_removed_one_is_gone():
-    mine, theirs = placed("table_wise", 0), placed("table_wise", 1, name="u")
-    comparison = compare(hand_made([TABLE], [mine], TWO), hand_made([OTHER], [theirs], TWO))
-    assert set(comparison.changes) == {Change("t", mine, None, 0), Change("u", None, theirs, 0)}
+    own, other = placed("table_wise", 0), placed("table_wise", 1, name="u")
+    comparison = compare(hand_made([TABLE], [own], TWO), hand_made([OTHER], [other], TWO))
+    assert set(comparison.changes) == {Change("t", own, None, 0), Change("u", None, other, 0)}
     assert (comparison.new, comparison.gone, comparison.moved) == (1, 1, 0)
     ((what, before, after),) = comparison.others
     assert what == "model" and "t of 10 x 16" in before and "u of 10 x 16" in after

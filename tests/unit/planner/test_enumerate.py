@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, InventoryConfig, TableConfig
+from gr.config.inventory import SHARDING_TYPES, InventoryConfig, TableConfig, sharding_types_of
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
 from gr.planner.enumerate import KERNELS, SCOPES, hottest_part, row_parts, search_space
@@ -37,18 +37,18 @@ def types(options: Options) -> list[str]:
 
 @st.composite
 def jobs(draw: st.DrawFn) -> InventoryConfig:
-    kind = draw(st.sampled_from(["pooled", "sequence"]))
+    kind, pooling = draw(st.sampled_from(["pooled", "sequence"])), draw(st.sampled_from(["sum", "mean"]))
     table = described(
         rows=draw(st.sampled_from([1, 2, 3, 5, 7, 10, 1000, 10**6])),  # some fewer than ranks
         dim=draw(st.sampled_from([4, 8, 12, 20, 32, 64])),  # some not a multiple of the width
         dtype=draw(st.sampled_from(["fp32", "fp16"])),
         kind=kind,
-        pooling=draw(st.sampled_from(["sum", "mean"])),
+        pooling=pooling,
         features=draw(st.integers(1, 3)),
         ids_per_example=draw(st.sampled_from([0.01, 0.3, 1.0, 50.0])),
         skew=draw(st.sampled_from([0.0, 0.5, 1.0, 1.05, 2.0, 4.0])),
         optimizer=draw(st.sampled_from(["adam", "rowwise_adagrad", "sgd"])),
-        sharding_types=SEQUENCE_TYPES if kind == "sequence" else SHARDING_TYPES,
+        sharding_types=sharding_types_of(kind, pooling),
         kernels=KERNELS,
     )
     return InventoryConfig(
@@ -97,7 +97,7 @@ class TestTotals:
     @given(jobs(), TOPOLOGIES)
     @settings(max_examples=60)
     def test_seconds_are_the_sum_of_the_shards_where_rows_repeat(self, job, topology):
-        """With ids enough, every shard reads some of its rows again."""
+        """Every shard has ids enough to read some of its rows again."""
         busy = job.tables[0].model_copy(update={"ids_per_example": 2.0 * job.tables[0].rows, "skew": 0.0})
         job = job.model_copy(update={"tables": (busy,), "index_dedup": False})
         options = search_space(job, topology)
@@ -117,9 +117,9 @@ class TestTotals:
                 (costs.hbm, options.hbm_O[option], options.extra_hbm_O[option]),
                 (costs.host, options.host_O[option], 0.0),
             ):
-                said = np.full(len(actual), even)
-                said[odd] += extra
-                assert (actual <= said * (1 + 1e-9)).all()
+                message = np.full(len(actual), even)
+                message[odd] += extra
+                assert (actual <= message * (1 + 1e-9)).all()
 
     def test_column_blocks_of_one_width_cost_what_their_option_says(self):
         options = space(described(dim=64, sharding_types=("column_wise",)))
@@ -151,7 +151,7 @@ class TestHottestPart:
 class TestConstraints:
     def test_unset_every_type_that_is_right_is_tried(self):
         assert set(types(space(described()))) == set(SHARDING_TYPES) - {"table_column_wise"}
-        assert set(types(space(described(kind="sequence")))) == set(SEQUENCE_TYPES)
+        assert set(types(space(described(kind="sequence")))) == set(sharding_types_of("sequence", "sum"))
         assert "grid_shard" not in types(space(described(pooling="mean")))
 
     @pytest.mark.parametrize("sharding_type", SHARDING_TYPES)

@@ -1,4 +1,4 @@
-"""What a plan costs, computed by hand on two ranks, and what is true of any plan."""
+"""The estimate of a plan, computed by hand on two ranks, and properties of any plan."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gr.config.inventory import GivenDense, InventoryConfig, LossInventory, TableConfig
-from gr.planner.estimate import MEMORY, PHASES, evaluate
+from gr.planner.estimate import MEMORY, PHASES, estimate
 from gr.planner.placement import Placement, Plan
 from gr.planner.topology import Topology
 from tests.support.plans import hand_made, machine
@@ -36,7 +36,7 @@ SMALL_LOOKUP = (20 * 8 + SMALL_DISTINCT * 32 + (20 - SMALL_DISTINCT) * 32 / 2 + 
 # A sort of 96 bytes an id and a gradient of 4 a column; rows and their states (row-wise Adagrad: 4 bytes) in and out.
 LARGE_UPDATE = (40 * (96 + 64) + 2 * LARGE_DISTINCT * (64 + 4)) / 1e10
 SMALL_UPDATE = (20 * (96 + 32) + 2 * SMALL_DISTINCT * 32) / 1e10
-# At dense_efficiency 0.5.
+# The dense part reaches dense_efficiency=0.5 of 1e11 FLOP/s.
 FORWARD, BACKWARD = 10 * 1e4 / 5e10, 2 * 10 * 1e4 / 5e10
 REDUCED = 2 * (1000 * 4 / 2) / 1e9  # gradients in fp32, a reduce-scatter and an all-gather
 
@@ -48,7 +48,7 @@ def planned(
 
 
 def phase(plan: Plan, name: str) -> list[float]:
-    return evaluate(plan).seconds_PR[PHASES.index(name)].tolist()
+    return estimate(plan).seconds_PR[PHASES.index(name)].tolist()
 
 
 class TestByHand:
@@ -75,7 +75,7 @@ class TestByHand:
             ("tables", [40 * 16 * 4, 40 * 8 * 4]),
             ("table_optimizer", [40 * 4, 0]),
             ("table_gradients", [0, 0]),
-            # Of the shard: ids twice, and lengths. Of the rank's own examples: 20 + 10 ids, twice.
+            # The shard's ids twice, and its lengths; the 20 + 10 ids of the rank's own examples, twice.
             ("inputs", [2 * 40 * 8 + 20 * 4 + 2 * 30 * 8, 2 * 20 * 8 + 20 * 4 + 2 * 30 * 8]),
             # Vectors and their gradients; 10 examples with one vector of each table.
             ("embeddings", [2 * 20 * 64 + 2 * 10 * 24 * 4, 2 * 20 * 32 + 2 * 10 * 24 * 4]),
@@ -88,77 +88,77 @@ class TestByHand:
         ],
     )
     def test_memory(self, kind, bytes_):
-        assert evaluate(planned()).memory_MR[MEMORY.index(kind)].tolist() == pytest.approx(bytes_)
+        assert estimate(planned()).memory_MR[MEMORY.index(kind)].tolist() == pytest.approx(bytes_)
 
     def test_a_step_waits_for_the_slowest_rank_in_every_phase(self):
-        evaluation = evaluate(planned())
+        estimated = estimate(planned())
         assert min(REDUCED, BACKWARD) == BACKWARD  # is what the backward pass hides of the all-reduce
         tables = LARGE_INPUT + LARGE_LOOKUP + 2 * LARGE_OUTPUT + LARGE_UPDATE + LATENCY
-        assert evaluation.step_seconds == pytest.approx(tables + FORWARD + BACKWARD + REDUCED - BACKWARD, rel=1e-9)
+        assert estimated.step_seconds == pytest.approx(tables + FORWARD + BACKWARD + REDUCED - BACKWARD, rel=1e-9)
 
     def test_an_all_reduce_shorter_than_the_backward_pass_is_hidden(self):
         fast = replace(machine(2), intra_bandwidth=1e12)
-        evaluation = evaluate(planned(topology=fast))
-        reduced = evaluation.seconds_PR[PHASES.index("gradient_all_reduce")][0]
+        estimated = estimate(planned(topology=fast))
+        reduced = estimated.seconds_PR[PHASES.index("gradient_all_reduce")][0]
         assert reduced == pytest.approx(REDUCED / 1000)
-        assert evaluation.hidden_P.tolist() == [0.0] * 8 + [reduced]
+        assert estimated.hidden_P.tolist() == [0.0] * 8 + [reduced]
 
     def test_phases_wait_each_for_its_own_slowest_rank(self):
         """Rank 0 has the wider table, rank 1 the longer update."""
         slow_sgd = SMALL.model_copy(update={"ids_per_example": 20.0, "dim": 4})
         plan = Plan(JOB.model_copy(update={"tables": (LARGE, slow_sgd)}), machine(2), PLACEMENTS, 0.0)
-        seconds = evaluate(plan).seconds_PR
+        seconds = estimate(plan).seconds_PR
         output, update = seconds[PHASES.index("output_all_to_all")], seconds[PHASES.index("update")]
         assert output[0] > output[1] and update[0] < update[1]
         slowest = seconds.max(axis=1).sum()
-        assert evaluate(plan).step_seconds == pytest.approx(slowest - BACKWARD) and slowest > seconds.sum(axis=0).max()
+        assert estimate(plan).step_seconds == pytest.approx(slowest - BACKWARD) and slowest > seconds.sum(axis=0).max()
 
     def test_the_straggler_has_the_costliest_tables(self):
-        assert evaluate(planned()).straggler == 0
+        assert estimate(planned()).straggler == 0
         swapped = tuple(replace(p, ranks=(1 - p.ranks[0],)) for p in PLACEMENTS)
-        assert evaluate(planned(swapped)).straggler == 1
+        assert estimate(planned(swapped)).straggler == 1
 
     def test_the_cost_is_that_of_the_straggler_and_the_gap_is_to_the_bound(self):
-        cost = evaluate(planned()).cost
+        cost = estimate(planned()).cost
         assert cost == pytest.approx(LARGE_INPUT + LARGE_LOOKUP + 2 * LARGE_OUTPUT + LARGE_UPDATE + LATENCY, rel=1e-9)
-        assert evaluate(planned(bound=cost / 1.25)).gap == pytest.approx(0.25)
-        assert evaluate(planned(bound=cost)).gap == pytest.approx(0.0)
-        assert evaluate(planned(bound=0.0)).gap == 0  # one rank, nothing to look up: no bound to compare with
+        assert estimate(planned(bound=cost / 1.25)).gap == pytest.approx(0.25)
+        assert estimate(planned(bound=cost)).gap == pytest.approx(0.0)
+        assert estimate(planned(bound=0.0)).gap == 0  # one rank, nothing to look up: no bound to compare with
 
     def test_bytes_on_the_links(self):
         dense = 2 * 1000 * 4 / 2
-        evaluation = evaluate(planned())
-        assert evaluation.intra_bytes_R.tolist() == pytest.approx([200 + 2 * 640 + dense, 120 + 2 * 320 + dense])
-        assert evaluation.inter_bytes_R.tolist() == [0, 0]
-        apart = evaluate(planned(topology=machine(2, 1)))
-        assert apart.inter_bytes_R.tolist() == pytest.approx(evaluation.intra_bytes_R.tolist())
+        estimated = estimate(planned())
+        assert estimated.intra_bytes_R.tolist() == pytest.approx([200 + 2 * 640 + dense, 120 + 2 * 320 + dense])
+        assert estimated.inter_bytes_R.tolist() == [0, 0]
+        apart = estimate(planned(topology=machine(2, 1)))
+        assert apart.inter_bytes_R.tolist() == pytest.approx(estimated.intra_bytes_R.tolist())
         assert apart.intra_bytes_R.tolist() == [0, 0]
 
     def test_fits_to_the_byte(self):
-        most = int(evaluate(planned()).total_memory_R.max())
-        assert evaluate(planned()).total_memory_R.argmax() == 0
-        assert evaluate(planned(topology=replace(machine(2), hbm_bytes=most))).fits
-        assert not evaluate(planned(topology=replace(machine(2), hbm_bytes=most - 1))).fits
+        most = int(estimate(planned()).total_memory_R.max())
+        assert estimate(planned()).total_memory_R.argmax() == 0
+        assert estimate(planned(topology=replace(machine(2), hbm_bytes=most))).fits
+        assert not estimate(planned(topology=replace(machine(2), hbm_bytes=most - 1))).fits
 
     def test_offloaded_tables_take_host_memory(self):
         offloaded = (replace(PLACEMENTS[0], kernel="fused_uvm"), PLACEMENTS[1])
         held = 40 * 16 * 4  # the state of a row stays in HBM
-        evaluation = evaluate(planned(offloaded))
-        assert evaluation.host_R.tolist() == [held, 0]
-        assert evaluation.memory_MR[MEMORY.index("tables")].tolist() == [0, 40 * 8 * 4]
-        assert evaluate(planned(offloaded, replace(machine(2), host_bytes=held))).fits
-        assert not evaluate(planned(offloaded, replace(machine(2), host_bytes=held - 1))).fits
+        estimated = estimate(planned(offloaded))
+        assert estimated.host_R.tolist() == [held, 0]
+        assert estimated.memory_MR[MEMORY.index("tables")].tolist() == [0, 40 * 8 * 4]
+        assert estimate(planned(offloaded, replace(machine(2), host_bytes=held))).fits
+        assert not estimate(planned(offloaded, replace(machine(2), host_bytes=held - 1))).fits
 
     def test_shares_of_the_tables(self):
-        large, small = evaluate(planned()).tables
+        large, small = estimate(planned()).tables
         assert (large.name, large.sharding_type, large.kernel, large.ranks) == ("large", "table_wise", "fused", (0,))
         assert (large.shards, large.bytes, large.largest_shard_bytes) == (1, 2720, 2720)
         assert large.seconds == pytest.approx(LARGE_INPUT + LARGE_LOOKUP + 2 * LARGE_OUTPUT + LARGE_UPDATE)
         assert small.bytes == 1280
 
     def test_work_of_the_dense_part(self):
-        evaluation = evaluate(planned())
-        assert evaluation.flops == 3 * 10 * 1e4 and evaluation.tokens == 0
+        estimated = estimate(planned())
+        assert estimated.flops == 3 * 10 * 1e4 and estimated.tokens == 0
 
     def test_fp32_work_at_the_speed_of_fp32(self):
         plan = planned(topology=replace(machine(2), flops_fp32=1e10))
@@ -169,22 +169,22 @@ class TestByHand:
 
 class TestAnyPlan:
     def test_one_rank_sends_nothing(self):
-        here = tuple(replace(placement, ranks=(0,)) for placement in PLACEMENTS)
-        evaluation = evaluate(planned(here, machine(1)))
-        assert not evaluation.intra_bytes_R.any() and not evaluation.inter_bytes_R.any()
+        on_one_rank = tuple(replace(placement, ranks=(0,)) for placement in PLACEMENTS)
+        estimated = estimate(planned(on_one_rank, machine(1)))
+        assert not estimated.intra_bytes_R.any() and not estimated.inter_bytes_R.any()
         sending = [PHASES.index(name) for name in PHASES if "all_" in name]
-        assert not evaluation.seconds_PR[sending].any()
+        assert not estimated.seconds_PR[sending].any()
 
     def test_shards_on_one_rank_add_up(self):
         """Two equal tables on one rank take twice the time of one, less the latency they share."""
         tables = [LARGE, LARGE.model_copy(update={"name": "twin"})]
         placements = [Placement(table.name, "table_wise", "fused", (0,)) for table in tables]
-        one = evaluate(hand_made(tables[:1], placements[:1], machine(2))).table_seconds_R[0] - LATENCY
-        two = evaluate(hand_made(tables, placements, machine(2))).table_seconds_R[0] - LATENCY
+        one = estimate(hand_made(tables[:1], placements[:1], machine(2))).table_seconds_R[0] - LATENCY
+        two = estimate(hand_made(tables, placements, machine(2))).table_seconds_R[0] - LATENCY
         assert two == pytest.approx(2 * one)
 
     def test_rows_beyond_the_last_take_nothing(self):
         """5 rows over 4 ranks: 2, 2, 1 and none."""
         table = TableConfig(name="t", rows=5, dim=4, optimizer="sgd")
         plan = hand_made([table], [Placement("t", "row_wise", "fused", (0, 1, 2, 3))], machine(4))
-        assert evaluate(plan).memory_MR[MEMORY.index("tables")] == pytest.approx(np.array([32, 32, 16, 0]))
+        assert estimate(plan).memory_MR[MEMORY.index("tables")] == pytest.approx(np.array([32, 32, 16, 0]))

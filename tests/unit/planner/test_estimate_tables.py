@@ -1,4 +1,4 @@
-"""What a shard costs: bytes by dtype and optimizer, traffic, links, kernels, latencies."""
+"""The cost of a shard: bytes by dtype and optimizer, traffic, links, kernels, latencies."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.config.inventory import InventoryConfig, TableConfig
-from gr.planner.estimate import PHASES, evaluate, placement_costs
-from gr.planner.estimate_tables import Links, ShardCosts, table_bytes, traffic
+from gr.planner.estimate import PHASES, estimate, placement_costs
+from gr.planner.estimate_tables import CollectiveCosts, ShardCosts, table_bytes, traffic
 from gr.planner.placement import Placement, Plan, Shard
 from tests.support.plans import hand_made, machine
 
@@ -29,7 +29,7 @@ def costs_of(
     kernel: str = "fused",
     **job: object,
 ) -> ShardCosts:
-    """Of `table` on the first `ranks` of four, two a host; batch 8."""
+    """The traffic or costs of `table` on the first `ranks` of four, two a host; batch 8."""
     job = {"rank_batch_size": 8, "tables": (table,), **job}
     inventory, placement = InventoryConfig.model_validate(job), Placement("t", sharding_type, kernel, (0,), width)
     placement = replace(placement, ranks=tuple(range(ranks)))
@@ -56,9 +56,9 @@ class TestTableBytes:
 class TestTraffic:
     def test_a_step_reads_the_examples_of_all_ranks_and_their_shared_ids(self):
         inventory = InventoryConfig(rank_batch_size=8, tables=(described(ids_per_step=3.0, features=2),))
-        asked = traffic(inventory, TWO_HOSTS)
-        assert asked.own_ids == [5 * 8 + 3] and asked.ids == [4 * 43]
-        assert asked.own_outputs == [2 * 8] and asked.outputs == [64] and asked.lengths == [64]
+        lookups = traffic(inventory, TWO_HOSTS)
+        assert lookups.own_ids == [5 * 8 + 3] and lookups.ids == [4 * 43]
+        assert lookups.own_outputs == [2 * 8] and lookups.outputs == [64] and lookups.lengths == [64]
 
     def test_a_global_batch_is_divided_over_the_ranks(self):
         inventory = InventoryConfig(global_batch_size=30, tables=(described(),))
@@ -66,10 +66,10 @@ class TestTraffic:
 
     def test_dedup_sends_each_row_of_a_sequence_once_and_leaves_pooled_tables(self):
         tables = (described(name="s", kind="sequence", rows=10), described(name="p", rows=10))
-        asked = traffic(InventoryConfig(rank_batch_size=8, tables=tables, index_dedup=True), TWO_HOSTS)
-        assert asked.own_ids[0] == asked.own_distinct[0] == pytest.approx(10 * (1 - 0.9**40))
-        assert asked.own_outputs[0] == asked.own_ids[0]
-        assert asked.own_ids[1] == 40 and asked.own_outputs[1] == 8
+        lookups = traffic(InventoryConfig(rank_batch_size=8, tables=tables, index_dedup=True), TWO_HOSTS)
+        assert lookups.own_ids[0] == lookups.own_distinct[0] == pytest.approx(10 * (1 - 0.9**40))
+        assert lookups.own_outputs[0] == lookups.own_ids[0]
+        assert lookups.own_ids[1] == 40 and lookups.own_outputs[1] == 8
 
     @given(
         rows=st.integers(1, 10**9),
@@ -81,37 +81,37 @@ class TestTraffic:
         tables = tuple(
             described(name=str(i), rows=rows, ids_per_example=ids, skew=skew) for i, skew in enumerate(skews)
         )
-        asked = traffic(InventoryConfig(rank_batch_size=8, tables=tables), TWO_HOSTS)
-        for distinct in (asked.distinct, asked.own_distinct):
+        lookups = traffic(InventoryConfig(rank_batch_size=8, tables=tables), TWO_HOSTS)
+        for distinct in (lookups.distinct, lookups.own_distinct):
             assert distinct[1] <= distinct[0] * (1 + 1e-3)  # what distinct_ids is exact to
-        assert asked.hottest[1] >= asked.hottest[0] * (1 - 1e-9)
+        assert lookups.hottest[1] >= lookups.hottest[0] * (1 - 1e-9)
 
 
 class TestLinks:
     def test_an_all_to_all_keeps_the_part_of_its_own_rank(self):
-        seconds, intra, inter = Links(replace(TWO_HOSTS, inter_bandwidth=5e8)).all_to_all(np.array([4000.0]))
+        seconds, intra, inter = CollectiveCosts(replace(TWO_HOSTS, inter_bandwidth=5e8)).all_to_all(np.array([4000.0]))
         assert intra == [1000] and inter == [2000] and seconds == pytest.approx(2000 / 5e8)
 
     def test_a_ring_crosses_hosts_on_every_card_of_a_host(self):
-        seconds, intra, inter = Links(TWO_HOSTS).reduce_scatter(np.array([4000.0]))
+        seconds, intra, inter = CollectiveCosts(TWO_HOSTS).reduce_scatter(np.array([4000.0]))
         assert inter == [1500] and intra == [1500] and seconds == pytest.approx(3000 / 1e9)
-        twice = Links(TWO_HOSTS).all_reduce(np.array([4000.0]))
+        twice = CollectiveCosts(TWO_HOSTS).all_reduce(np.array([4000.0]))
         assert [float(figure[0]) for figure in twice] == pytest.approx([6e-6, 3000, 3000])
 
     def test_within_hosts_first_then_between_them(self):
-        seconds, intra, inter = Links(TWO_HOSTS).host_reduce_scatter(np.array([4000.0]))
+        seconds, intra, inter = CollectiveCosts(TWO_HOSTS).host_reduce_scatter(np.array([4000.0]))
         assert intra == [2000] and inter == [1000] and seconds == pytest.approx(3000 / 1e9)
 
     def test_one_rank_sends_nothing_and_waits_for_nobody(self):
-        links = Links(machine(1))
+        links = CollectiveCosts(machine(1))
         for collective in (links.all_to_all, links.reduce_scatter, links.host_reduce_scatter, links.all_reduce):
             assert [float(figure[0]) for figure in collective(np.array([4000.0]))] == [0, 0, 0]
         assert links.group_seconds() == 0
 
     def test_one_host_waits_for_its_own_link_only(self):
-        assert Links(machine(4, 4)).group_seconds() == pytest.approx(4 * (1e-5 + 3 * 0.2e-6))
+        assert CollectiveCosts(machine(4, 4)).group_seconds() == pytest.approx(4 * (1e-5 + 3 * 0.2e-6))
         slow = replace(TWO_HOSTS, inter_latency=1e-3)
-        assert Links(slow).group_seconds() == pytest.approx(4 * (1e-3 + 3 * 0.2e-6))
+        assert CollectiveCosts(slow).group_seconds() == pytest.approx(4 * (1e-3 + 3 * 0.2e-6))
 
 
 class TestShards:
@@ -206,7 +206,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
     def test_states_of_elements_go_with_the_weights_and_states_of_rows_stay(self, kernel):
-        """As fbgemm's split tables place them (construct_split_state)."""
+        """The split is that of fbgemm's tables (construct_split_state)."""
         costs = costs_of(described(optimizer="adam"), "table_wise", 1, kernel=kernel)
         assert costs.host == [64_000 * 3] and costs.table_optimizer == [0]
         costs = costs_of(described(optimizer="partial_rowwise_adam"), "table_wise", 1, kernel=kernel)
@@ -219,11 +219,11 @@ class TestKernels:
     def test_the_nearer_the_rows_the_less_they_cost(self):
         inventory = InventoryConfig(rank_batch_size=8, tables=(described(skew=1.0),))
         topology = replace(TWO_HOSTS, host_bandwidth=1e9)
-        asked = traffic(inventory, topology)[0]
+        lookups = traffic(inventory, topology)[0]
         seconds = [
             float(
                 placement_costs(
-                    asked, inventory.tables[0], Placement("t", "table_wise", kernel, (0,)), inventory, topology
+                    lookups, inventory.tables[0], Placement("t", "table_wise", kernel, (0,)), inventory, topology
                 ).seconds[0]
             )
             for kernel in ("fused", "fused_uvm_caching", "fused_uvm")
@@ -246,16 +246,16 @@ class TestLatency:
     )
     def test_is_paid_once_for_each_sharding_type(self, types, groups):
         plan = self.plan(types)
-        evaluation = evaluate(plan)
-        asked = traffic(plan.inventory, plan.topology)
+        estimated = estimate(plan)
+        lookups = traffic(plan.inventory, plan.topology)
         seconds = np.zeros(2)
         for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
-            costs = placement_costs(asked[index], table, placement, plan.inventory, plan.topology)
+            costs = placement_costs(lookups[index], table, placement, plan.inventory, plan.topology)
             seconds[list(placement.ranks)] += costs.seconds
-        assert evaluation.table_seconds_R - seconds == pytest.approx([groups * self.GROUP] * 2)
+        assert estimated.table_seconds_R - seconds == pytest.approx([groups * self.GROUP] * 2)
 
     def test_is_in_the_three_phases_with_collectives(self):
-        evaluation, plan = evaluate(self.plan(("table_wise",))), self.plan(("table_wise",))
+        estimated, plan = estimate(self.plan(("table_wise",))), self.plan(("table_wise",))
         costs = placement_costs(
             traffic(plan.inventory, plan.topology)[0],
             plan.inventory.tables[0],
@@ -264,7 +264,7 @@ class TestLatency:
             plan.topology,
         )
         for phase, share in (("input_all_to_all", 0.5), ("output_all_to_all", 0.25), ("gradient_all_to_all", 0.25)):
-            added = evaluation.seconds_PR[PHASES.index(phase)][0] - getattr(costs, phase)[0]
+            added = estimated.seconds_PR[PHASES.index(phase)][0] - getattr(costs, phase)[0]
             assert added == pytest.approx(share * self.GROUP)
 
     @staticmethod

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gr.experiment.retrieval import meta_model
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torchrec.distributed.types import ParameterSharding
@@ -15,10 +14,12 @@ from torchrec.distributed.types import ParameterSharding
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, PlanError
-from gr.planner.for_run import constrained, make_plan, run_topology
-from gr.planner.inventory import retrieval_inventory
+from gr.models import build_model
+from gr.planner.constraints import constrained
+from gr.planner.for_run import make_plan, run_topology
 from gr.planner.placement import Plan
 from gr.planner.planfile import dump_plan
+from tests.support.schemas import item_schema
 from tests.support.tiny import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -50,8 +51,9 @@ def configured(*, dim: int = 8, optimizer: str = "adam", **planner: object) -> R
 
 
 def planned(config: RetrievalConfig, world: World, *, rows: int = 30) -> tuple[Plan, ParameterSharding]:
-    plan, sharding = make_plan(meta_model(config, rows), retrieval_inventory(config, rows), config, world)
-    assert plan is not None
+    plan, sharding = make_plan(
+        build_model(config, item_schema(rows)), config.inventory(item_schema(rows)), config, world
+    )
     assert list(sharding.plan) == ["tables"] and list(sharding.plan["tables"]) == ["item_id"]
     return plan, sharding.plan["tables"]["item_id"]
 
@@ -98,7 +100,7 @@ def test_the_type_that_was_asked_for(sharding: str, optimizer: str) -> None:
 )
 def test_auto_may_not_change_what_is_trained(optimizer: str, allowed: tuple[str, ...]) -> None:
     config = configured(optimizer=optimizer)
-    (table,) = constrained(retrieval_inventory(config, 30), config.planner, "cpu").tables
+    (table,) = constrained(config.inventory(item_schema(30)), config.planner, "cpu").tables
     assert table.sharding_types == allowed
     assert table.kernels == (("dense",) if "adam" in optimizer else ("fused",))
     _, got = planned(configured(optimizer=optimizer), world_of(2))
@@ -123,7 +125,7 @@ def test_on_cuda_every_optimizer_is_fused() -> None:
     st.sampled_from(["adam", "rowwise_adagrad", "sgd"]),
 )
 def test_every_element_is_held_once(sharding: str, world_size: int, rows: int, dim: int, optimizer: str) -> None:
-    """Also with fewer rows, or fewer blocks of four columns, than ranks."""
+    """It holds with fewer rows, or fewer blocks of four columns, than ranks too."""
     if sharding == "row_wise" and optimizer != "adam":  # fused on CPU, where every shard needs a row
         height = -(-rows // world_size)
         assume(-(-rows // height) == world_size)
@@ -162,9 +164,9 @@ def test_a_table_that_fits_nowhere_is_refused_on_every_rank() -> None:
     config = configured(optimizer="rowwise_adagrad")
     with pytest.raises(PlanError) as refusal:
         planned(config, Telling(0, 2, 0, 2, CPU), rows=10**13)
-    with pytest.raises(PlanError) as told:
+    with pytest.raises(PlanError) as relayed:
         planned(config, OneOfMany(1, 2, 1, 2, CPU, sent=sent[0]), rows=10**13)
-    assert len(sent) == 1 and str(told.value) == str(refusal.value) != ""
+    assert len(sent) == 1 and str(relayed.value) == str(refusal.value) != ""
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def given_plan(tmp_path: Path) -> Callable[..., RetrievalConfig]:
 
 
 def test_a_plan_that_was_given(given_plan: Callable[..., RetrievalConfig]) -> None:
-    """Also where auto could not have chosen it, and where the configuration asks for the same."""
+    """It holds where auto could not have chosen the plan, and where the configuration requires the same type."""
     for config in (given_plan(), given_plan(sharding="row_wise"), given_plan(tables={"item_id": "row_wise"})):
         _, got = planned(config, world_of(2))
         assert got.sharding_type == "row_wise" and got.ranks == [0, 1]
@@ -232,9 +234,3 @@ def test_wrong_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         run_topology("h100", world_of(2))
     with pytest.raises(PlanError, match="h1000"):
         run_topology("h1000", world_of(2, CUDA))
-
-
-def test_torchrec_reads_neither_plan_nor_topology() -> None:
-    for key in ("plan", "topology"):
-        with pytest.raises(ValueError, match="name=torchrec reads no plan and no topology"):
-            configured(name="torchrec", **{key: "x"})

@@ -41,8 +41,8 @@ class TestDistinct:
     def test_measured_by_drawing(self):
         rows, draws, skew = 5_000, 20_000, 1.05
         random = np.random.default_rng(0)
-        seen = [len(np.unique(random.choice(rows, draws, p=shares(rows, skew)))) for _ in range(20)]
-        assert float(distinct_ids(rows, draws, skew)) == pytest.approx(np.mean(seen), rel=0.01)
+        distinct = [len(np.unique(random.choice(rows, draws, p=shares(rows, skew)))) for _ in range(20)]
+        assert float(distinct_ids(rows, draws, skew)) == pytest.approx(np.mean(distinct), rel=0.01)
 
     def test_nothing_is_drawn(self):
         assert distinct_ids([10, 1], 0.0, 1.0).tolist() == [0.0, 0.0]

@@ -1,36 +1,18 @@
 """Inventories from lists of tables and from experiments, and the published sizes of configs/scale."""
 
-import inspect
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from gr.config import load_config
-from gr.config.inventory import ROW_MULTIPLE, STEEPEST, InventoryConfig
-from gr.config.retrieval import RetrievalConfig
-from gr.embeddings import collection
+from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
-from gr.models.retrieval import RetrievalModel
-from gr.models.sequence_ranking import SequenceRanker
-from gr.ops.linear_cross_entropy import linear_cross_entropy
 from gr.planner.estimate_dense import dense_work
-from gr.planner.id_distribution import MAX_SKEW
-from gr.planner.inventory import (
-    LOSS_CHUNK,
-    SMALL_CORPUS,
-    is_inventory,
-    load_inventory,
-    ranking_inventory,
-    retrieval_inventory,
-)
-from gr.tasks import negatives
+from gr.planner.inventory import is_inventory, load_inventory
+from tests.support.schemas import item_schema
 from tests.support.tiny import tiny_config
-from tests.support.tiny_histories import SCHEMA as HISTORIES
-from tests.support.tiny_histories import generative_config
 
 ROOT = Path(__file__).parents[3]
 SCALE = ROOT / "configs" / "scale"
@@ -98,7 +80,7 @@ class TestLists:
 class TestFaults:
     @pytest.mark.parametrize("write", [write_json, write_parquet])
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
             ({"rows": 0}, "row 2: rows: should be greater than 0, got 0"),
             ({"dim": -4}, "row 2: dim: should be greater than 0, got -4"),
@@ -110,10 +92,10 @@ class TestFaults:
             ({"sharding_types": ["grid_shard"]}, "row 2: grid_shard does not exist for sequence tables"),
         ],
     )
-    def test_names_file_and_row(self, write, change, said):
+    def test_names_file_and_row(self, write, change, message):
         path = write([TABLES[0], {**TABLES[1], **change}])
         assert f"{path} row 2" in fault(path)
-        assert said in fault(path)
+        assert message in fault(path)
 
     def test_columns(self):
         wrong = [{**TABLES[0], "optimiser": "sgd"}]
@@ -134,8 +116,8 @@ class TestFaults:
         assert "NaN is not a finite number" in fault(write_json('[{"name": "a", "rows": 1, "dim": 4, "skew": NaN}]'))
         for value in ("nan", "inf"):
             rows = [{**TABLES[0], "skew": float(value)}]
-            said = f"row 1: skew: expected text, a finite number or a list, got {value}"
-            assert said in fault(write_parquet(rows))
+            message = f"row 1: skew: expected text, a finite number or a list, got {value}"
+            assert message in fault(write_parquet(rows))
 
     def test_what_python_does_not_convert(self):
         huge = f'[{{"name": "a", "rows": {"1" * 5000}, "dim": 4}}]'
@@ -161,71 +143,19 @@ class TestFaults:
         assert "tables.parquet: not a Parquet file" in fault("tables.parquet")
 
     def test_many_faults_are_counted(self):
-        said = fault(write_json([{"name": f"t{i}", "rows": 0, "dim": 4} for i in range(50)]))
-        assert said.count("rows: should be greater") == 20
-        assert "and 30 faults more" in said
-
-
-def retrieval(**model: object) -> RetrievalConfig:
-    return tiny_config(Path("data"), Path("runs"), model=model)
-
-
-TOWERS = {
-    "hstu": {},
-    "rectangular": {"dim": 10, "tower": {"kind": "hstu", "layers": 3, "heads": 2, "qk_dim": 3, "v_dim": 7}},
-    "time bias": {"tower": {"kind": "hstu", "time_bias": True, "position_bias": False}},
-    "both biases, concat": {"tower": {"kind": "hstu", "time_bias": True, "time_buckets": 64, "concat_ua": True}},
-    "softmax": {"tower": {"kind": "hstu", "attention": "softmax", "position_bias": False}},
-    "stu": {"dim": 12, "tower": {"kind": "stu", "layers": 2, "heads": 3, "qk_dim": 4, "v_dim": 6}},
-    "stu, group norm": {"tower": {"kind": "stu", "group_norm": True}},
-    "sasrec": {"dim": 12, "tower": {"kind": "sasrec", "layers": 3, "heads": 2, "ffn_dim": 20}},
-}
+        message = fault(write_json([{"name": f"t{i}", "rows": 0, "dim": 4} for i in range(50)]))
+        assert message.count("rows: should be greater") == 20
+        assert "and 30 faults more" in message
 
 
 class TestExperiments:
-    @pytest.mark.parametrize("model", TOWERS.values(), ids=TOWERS)
-    def test_tables_and_dense_parameters_are_those_of_the_model(self, model):
-        config = retrieval(**model)
-        with torch.device("meta"):
-            built = RetrievalModel(config, 61)
-        inventory = retrieval_inventory(config, 61)
-        tables = built.tables.embedding_configs()
-        assert [(t.name, t.rows, t.dim, t.features) for t in inventory.tables] == [
-            (t.name, t.num_embeddings, t.embedding_dim, len(t.feature_names)) for t in tables
-        ]
-        dense = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("tables."))
-        assert dense_work(inventory, 4).parameters == dense
-
-    @pytest.mark.parametrize("form", ["interleaved", "additive"])
-    @pytest.mark.parametrize("time", [None, {"buckets": 7}])
-    def test_generative_ranking(self, form, time):
-        given = {"dim": 12, "input": {"kind": form}, "time": time, "head": [5, 6]}
-        config = generative_config(model=given, task={"supervision": "candidates"})
-        with torch.device("meta"):
-            built = SequenceRanker(config, HISTORIES)
-        inventory = ranking_inventory(config, HISTORIES)
-        assert [(t.name, t.rows, t.dim) for t in inventory.tables] == [
-            (t.name, t.num_embeddings, t.embedding_dim) for t in built.tables.embedding_configs()
-        ]
-        dense = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("tables."))
-        assert dense_work(inventory, 4).parameters == dense
-        assert inventory.dense.max_length == built.tokens.max_length
-
-    def test_our_own_configurations(self):
-        for path in sorted((ROOT / "configs" / "retrieval").glob("ml-1m-*.yaml")):
-            config = load_config(path)
-            with torch.device("meta"):
-                built = RetrievalModel(config, 3953)
-            dense = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("tables."))
-            assert dense_work(retrieval_inventory(config, 3953), 1).parameters == dense
-
     def test_batch_dtypes_and_lengths(self):
-        config = retrieval()
-        inventory = retrieval_inventory(config, 61, mean_length=5.0)
+        config = tiny_config(Path("data"), Path("runs"))
+        inventory = config.inventory(item_schema(61), mean_length=5.0)
         assert (inventory.global_batch_size, inventory.precision) == (16, "fp32")
         assert (inventory.tables[0].dtype, inventory.tables[0].optimizer) == ("fp32", "adam")
         assert dense_work(inventory, 4).tokens == 20
-        assert dense_work(retrieval_inventory(config, 61), 4).tokens == 4 * 16
+        assert dense_work(config.inventory(item_schema(61)), 4).tokens == 4 * 16
 
     @pytest.mark.parametrize(
         ("kind", "rows", "ids_per_example", "ids_per_step", "scores"),
@@ -240,21 +170,15 @@ class TestExperiments:
     )
     def test_candidates(self, kind, rows, ids_per_example, ids_per_step, scores):
         config = tiny_config(Path("data"), Path("runs"), task={"negatives": kind})
-        inventory = retrieval_inventory(config, rows, mean_length=5.0)
+        inventory = config.inventory(item_schema(rows), mean_length=5.0)
         table = inventory.tables[0]
         assert (table.ids_per_example, table.ids_per_step) == (ids_per_example, ids_per_step)
         assert inventory.loss.scores_per_example == scores
         assert inventory.loss.tokens_at_once == (1024 if kind["kind"] in ("full", "in_batch") else None)
 
-    def test_constants_are_those_of_the_code_that_imports_torch(self):
-        assert negatives.SMALL_CORPUS == SMALL_CORPUS
-        assert collection.ROW_MULTIPLE == ROW_MULTIPLE
-        assert MAX_SKEW == STEEPEST  # which is on a floor above
-        assert inspect.signature(linear_cross_entropy).parameters["chunk"].default == LOSS_CHUNK
-
 
 class TestScale:
-    """What the models are published with."""
+    """The sizes that the models are published with."""
 
     def load(self, name: str) -> tuple[InventoryConfig, int, int]:
         inventory = load_inventory(SCALE / f"{name}.yaml")
@@ -270,11 +194,13 @@ class TestScale:
         inventory, rows, parameters = self.load("dlrm-v3-mlperf")
         assert (rows, parameters) == (1_010_000_128, 517_120_065_536)
         assert {(table.dim, table.dtype, table.kind) for table in inventory.tables} == {(512, "fp16", "sequence")}
+        assert dense_work(inventory, 1).parameters == 16_693_585  # counted from its modules
 
     def test_dlrm_v4(self):
         inventory, rows, parameters = self.load("dlrm-v4-hstu")
         assert (len(inventory.tables), rows, parameters) == (11, 293_051_712, 150_042_476_544)
         assert {(table.dim, table.dtype, table.kind) for table in inventory.tables} == {(512, "fp32", "sequence")}
+        assert dense_work(inventory, 1).parameters == 15_243_057  # counted from its modules
 
     def test_hstu(self):
         inventory, rows, parameters = self.load("hstu-1.5t")

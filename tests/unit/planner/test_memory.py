@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from gr.config.inventory import GivenDense, HSTUDense, InventoryConfig, LossInventory, TableConfig
+from gr.config.inventory import GivenDense, InventoryConfig, LossInventory, TableConfig, TowerDense
+from gr.config.towers import STUConfig
 from gr.planner.estimate import MEMORY
 from gr.planner.estimate_dense import dense_work
 from gr.planner.memory import fixed_memory
@@ -12,7 +13,8 @@ from tests.support.plans import machine
 
 POOLED = TableConfig(name="pooled", rows=100, dim=8, features=2, ids_per_example=3.0)
 SEQUENCE = TableConfig(name="sequence", rows=100, dim=4, kind="sequence", ids_per_example=20.0, ids_per_step=50.0)
-HSTU = HSTUDense(layers=4, dim=8, heads=1, qk_dim=8, v_dim=8, mean_length=20.0, max_length=32)
+TOWER = STUConfig(layers=4, heads=1, qk_dim=8, v_dim=8)
+STU = TowerDense(tower=TOWER, dim=8, mean_length=20.0, max_length=32)
 
 
 def job(**fields: object) -> InventoryConfig:
@@ -20,7 +22,7 @@ def job(**fields: object) -> InventoryConfig:
     return InventoryConfig.model_validate(given)
 
 
-def test_kinds_are_those_of_an_evaluation():
+def test_kinds_are_those_of_an_estimate():
     assert set(fixed_memory(job(), machine(2))) == set(MEMORY) - {"tables", "table_optimizer", "table_gradients"}
 
 
@@ -37,7 +39,7 @@ def test_a_rank_has_its_part_of_a_global_batch():
     assert whole["inputs"] - 2 * 50 * 8 == 2 * (part["inputs"] - 2 * 50 * 8)
 
 
-@pytest.mark.parametrize(("optimizer", "states"), [("adam", 8000), ("adagrad", 4000), ("sgd", 0)])
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 8000), ("adagrad", 4000), ("sgd", 0)])
 def test_ddp_has_everything_on_every_rank(optimizer, states):
     for ranks in (1, 8):
         fixed = fixed_memory(job(dense_optimizer=optimizer), machine(ranks))
@@ -45,7 +47,7 @@ def test_ddp_has_everything_on_every_rank(optimizer, states):
 
 
 def test_fsdp_has_its_shards_and_two_layers_gathered():
-    inventory = job(dense=HSTU, dense_parallel="fsdp")
+    inventory = job(dense=STU, dense_parallel="fsdp")
     whole = 4 * dense_work(inventory, 10).parameters
     fixed = fixed_memory(inventory, machine(8))
     assert fixed["dense_parameters"] == whole / 8 + 2 * whole / 4
@@ -54,7 +56,7 @@ def test_fsdp_has_its_shards_and_two_layers_gathered():
 
 
 def test_activations_and_logits_are_those_of_the_dense_part():
-    inventory = job(dense=HSTU, loss=LossInventory(scores_per_example=100.0))
+    inventory = job(dense=STU, loss=LossInventory(scores_per_example=100.0))
     fixed, work = fixed_memory(inventory, machine(2)), dense_work(inventory, 10)
     assert fixed["activations"] == work.activation_bytes > 0
     assert fixed["logits"] == work.logits_bytes == 2 * 4 * 10 * 100

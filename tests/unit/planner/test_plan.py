@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, GivenDense, InventoryConfig, TableConfig
 from gr.errors import PlanError
 from gr.planner.enumerate import KERNELS
-from gr.planner.estimate import MEMORY, evaluate
+from gr.planner.estimate import MEMORY, estimate
 from gr.planner.estimate_tables import table_bytes
 from gr.planner.memory import fixed_memory
 from gr.planner.placement import Plan, column_blocks, shards
@@ -27,7 +27,7 @@ MACHINES = st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (6, 
 AGAIN = """
 import sys
 from gr.planner.planfile import dump_plan, parse_plan
-from gr.planner.search import search
+from gr.planner.plan import search
 plan = parse_plan(sys.stdin.read())
 print(dump_plan(search(plan.inventory, plan.topology)), end="")
 """
@@ -66,7 +66,7 @@ def tables(draw: st.DrawFn, name: str, ranks: int) -> TableConfig:
         dim=draw(st.sampled_from([4, 8, 12, 20, 32, 64])),
         dtype=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         kind=kind,
-        pooling="sum" if types == ("grid_shard",) else draw(st.sampled_from(["sum", "mean"])),
+        pooling="sum" if types and "grid_shard" in types else draw(st.sampled_from(["sum", "mean"])),
         ids_per_example=draw(st.sampled_from([0.3, 1.0, 20.0])),
         ids_per_step=draw(st.sampled_from([0.0, 100.0])),
         skew=draw(st.sampled_from([0.0, 0.5, 1.05, 3.0])),
@@ -93,7 +93,7 @@ def jobs(draw: st.DrawFn) -> tuple[InventoryConfig, Topology]:
     return inventory, replace(topology, hbm_bytes=int(10**hbm), host_bytes=int(10**host))
 
 
-def found(inventory: InventoryConfig, topology: Topology) -> Plan | None:
+def planned(inventory: InventoryConfig, topology: Topology) -> Plan | None:
     try:
         # A table that fits any constraint beside the drawn ones, which may exclude one another.
         return search(inventory.model_copy(update={"tables": (*inventory.tables, described(name="free"))}), topology)
@@ -105,7 +105,7 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=30)
     def test_each_cell_of_each_table_is_placed_once(self, job):
-        plan = found(*job)
+        plan = planned(*job)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True) if plan else ():
             assert placement.table == table.name
             cut = list(shards(table, placement))
@@ -114,7 +114,7 @@ class TestAnyInventory:
                 assert placement.ranks == tuple(range(plan.topology.ranks))
                 assert {(s.row, s.column, s.rows, s.columns) for s in cut} == {(0, 0, table.rows, table.dim)}
                 continue
-            step = -(-table.rows // 1000)  # of the rows of a large table, some
+            step = -(-table.rows // 1000)  # a sample of the rows of a large table
             rows = np.arange(0, table.rows, step)
             count = np.zeros((len(rows), table.dim), dtype=int)
             for shard in cut:
@@ -126,7 +126,7 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=30)
     def test_constraints_are_kept(self, job):
-        plan = found(*job)
+        plan = planned(*job)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True) if plan else ():
             assert placement_fault(table, placement, plan.topology) is None
             replicated = placement.sharding_type == "data_parallel"
@@ -140,11 +140,11 @@ class TestAnyInventory:
     @given(jobs())
     @settings(max_examples=30)
     def test_memory_is_that_of_the_shards_and_fits(self, job):
-        plan = found(*job)
+        plan = planned(*job)
         if plan is None:
             return
-        evaluation = evaluate(plan)
-        assert evaluation.fits
+        estimated = estimate(plan)
+        assert estimated.fits
         hbm, host = np.zeros(plan.topology.ranks), np.zeros(plan.topology.ranks)
         for table, placement in zip(plan.inventory.tables, plan.placements, strict=True):
             for shard in shards(table, placement):
@@ -157,14 +157,14 @@ class TestAnyInventory:
                 hbm[shard.rank] += of_rows
                 if placement.kernel == "fused_uvm_caching":
                     hbm[shard.rank] += table.cache_load_factor * weights + 4 * shard.rows
-        predicted = evaluation.memory_MR[[MEMORY.index("tables"), MEMORY.index("table_optimizer")]].sum(axis=0)
+        predicted = estimated.memory_MR[[MEMORY.index("tables"), MEMORY.index("table_optimizer")]].sum(axis=0)
         assert predicted == pytest.approx(hbm, rel=1e-12, abs=1e-6)
-        assert evaluation.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
+        assert estimated.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
 
     @given(jobs())
     @settings(max_examples=25)
     def test_equal_inventories_have_equal_plans(self, job):
-        assert found(*job) == found(*job)
+        assert planned(*job) == planned(*job)
 
 
 class TestDeterminism:
@@ -211,4 +211,4 @@ def test_tables_get_what_the_rest_leaves():
 def test_the_bound_is_below_the_cost_wherever_the_most_read_row_is(name):
     table = TableConfig(name=name, rows=10, dim=16, ids_per_example=50.0, skew=1.0, sharding_types=("row_wise",))
     plan = search(InventoryConfig(rank_batch_size=512, tables=(table,)), machine(4, 4, "cuda"))
-    assert evaluate(plan).gap >= -1e-9
+    assert estimate(plan).gap >= -1e-9

@@ -76,10 +76,10 @@ PLACEMENTS: dict[str, tuple[Placement, Callable]] = {
 @settings(max_examples=15)
 @given(rows=st.integers(1, 40))
 def test_the_rectangles_are_torchrecs(sharding: str, device: torch.device, rows: int) -> None:
-    """Also with fewer rows than ranks. 256 columns: TorchRec's grid makes blocks of 128."""
+    """It holds with fewer rows than ranks too. TorchRec's grid makes blocks of 128 of the 256 columns."""
     placement, constructor = PLACEMENTS[sharding]
     got = converted(placement, rows, 256, device)
-    wanted = construct_module_sharding_plan(
+    expected = construct_module_sharding_plan(
         Bags(rows, 256).outer.inner,
         {"t": constructor()},
         EmbeddingBagCollectionSharder(),
@@ -87,12 +87,12 @@ def test_the_rectangles_are_torchrecs(sharding: str, device: torch.device, rows:
         world_size=RANKS,
         device_type=device.type,
     )["t"]
-    assert got.sharding_type == sharding and got.ranks == wanted.ranks
+    assert got.sharding_type == sharding and got.ranks == expected.ranks
     assert got.compute_kernel == ("dense" if sharding == "data_parallel" else "fused")
     if sharding == "data_parallel":
-        assert got.sharding_spec is None and wanted.sharding_spec is None
+        assert got.sharding_spec is None and expected.sharding_spec is None
         return
-    assert got.sharding_spec.shards == wanted.sharding_spec.shards
+    assert got.sharding_spec.shards == expected.sharding_spec.shards
     places = [str(shard.placement) for shard in got.sharding_spec.shards]
     device_of = {"cpu": "rank:{0}/cpu", "cuda": "rank:{0}/cuda:{1}"}[device.type]
     assert places == [device_of.format(rank, rank % RANKS_PER_HOST) for rank in placement.ranks]
@@ -156,8 +156,8 @@ def test_a_plan_of_another_model() -> None:
     assert "tables x0, x1, x2, x3, x4 and 4 more are not in the plan" in refusal(Sequences("a", "b", *many))
 
 
-@pytest.mark.parametrize(("widths", "said"), [((4, 8), "4 (table a) and 8 "), ((12, 4), "12 (table a) and 4 ")])
-def test_one_width_of_column_blocks_in_a_sequence_collection(widths: tuple[int, int], said: str) -> None:
+@pytest.mark.parametrize(("widths", "message"), [((4, 8), "4 (table a) and 8 "), ((12, 4), "12 (table a) and 4 ")])
+def test_one_width_of_column_blocks_in_a_sequence_collection(widths: tuple[int, int], message: str) -> None:
     """Pooled tables may differ, and have blocks of several widths: tests/distributed trains with them."""
     tables = [TableConfig(name=name, rows=10, dim=16, kind="sequence") for name in "ab"]
     placements = [
@@ -166,4 +166,4 @@ def test_one_width_of_column_blocks_in_a_sequence_collection(widths: tuple[int, 
     ]
     with pytest.raises(PlanError, match="takes one width: let one of them be row_wise or table_wise") as refused:
         to_sharding_plan(hand_made(tables, placements, machine(4)), Sequences("a", "b", dim=16), CPU)
-    assert str(refused.value).startswith(f"tables: column blocks of {said}")
+    assert str(refused.value).startswith(f"tables: column blocks of {message}")

@@ -1,6 +1,6 @@
 """Topologies: named hardware and its sources, `name x ranks`, files that read back equal, and wrong inputs."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.errors import PlanError
-from gr.planner.topology import Topology, hardware_names, parse_topology, to_yaml, with_ranks
+from gr.planner.topology import Topology, hardware_names, hardware_of_gpu, parse_topology, to_yaml, with_ranks
 
 WRITTEN = yaml.safe_load(resources.files("gr.planner").joinpath("hardware.yaml").read_text())
 NAMES = ("a100-40g", "a100-80g", "h100", "h200", "b200", "gb200", "mi300x", "cpu")
@@ -72,24 +72,31 @@ def test_hardware_names() -> None:
     assert hardware_names() == NAMES
 
 
+def test_every_gpu_names_its_hardware() -> None:
+    boards = {name: entry.get("gpu") for name, entry in WRITTEN["hardware"].items()}
+    assert all((gpu is None) == (name == "cpu") for name, gpu in boards.items())
+    assert [hardware_of_gpu(gpu) for gpu in boards.values() if gpu] == list(NAMES[:-1])
+    assert hardware_of_gpu("NVIDIA H100 PCIe") is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_has_a_source(name: str) -> None:
     entry = WRITTEN["hardware"][name]
-    assert set(entry["figures"]) == set(Topology.__dataclass_fields__) - _PLACE - {"peak_bf16", "peak_fp32"}
+    assert set(entry["figures"]) == {field.name for field in fields(Topology)} - _PLACE - {"peak_bf16", "peak_fp32"}
     assert set(entry["efficiency"]) == SCALED
     for figure in (*entry["figures"].values(), *entry["efficiency"].values()):
-        key, _, said = figure["source"].partition(": ")
-        assert said and (key == "assumed" or key in WRITTEN["sources"])
+        key, _, statement = figure["source"].partition(": ")
+        assert statement and (key == "assumed" or key in WRITTEN["sources"])
     assert all(0 < part["value"] < 1 for part in entry["efficiency"].values())
 
 
 def test_every_source_is_used() -> None:
-    said = [
+    sources = [
         figure["source"]
         for entry in WRITTEN["hardware"].values()
         for figure in (*entry["figures"].values(), *entry["efficiency"].values())
     ]
-    assert [key for key in WRITTEN["sources"] if not any(key in source for source in said)] == []
+    assert [key for key in WRITTEN["sources"] if not any(key in source for source in sources)] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +165,7 @@ def test_a_file_reads_back_equal(folder: Path, topology: Topology) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("h10", f"h10: unknown hardware 'h10'; did you mean 'h100'? (known: {', '.join(NAMES)})"),
         ("mi300x8", "mi300x8: unknown hardware 'mi300'; did you mean 'mi300xx8'? (known: "),
@@ -168,14 +175,14 @@ def test_a_file_reads_back_equal(folder: Path, topology: Topology) -> None:
         ("none/such.yaml", "none/such.yaml: no such file"),
     ],
 )
-def test_wrong_names(text: str, said: str) -> None:
+def test_wrong_names(text: str, message: str) -> None:
     with pytest.raises(PlanError) as caught:
         parse_topology(text)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("hardware: h100\nhbm_byte: 3\n", ":2: hbm_byte: unknown key; did you mean 'hbm_bytes'? (known: device, "),
         ("hardware: h1000\n", ":1: unknown hardware 'h1000'; did you mean 'h100'? (known: "),
@@ -193,8 +200,8 @@ def test_wrong_names(text: str, said: str) -> None:
         ("- h100\n", ":1: top level must be `key: value` lines"),
     ],
 )
-def test_wrong_files(wrong, text: str, said: str) -> None:
-    assert wrong(text).startswith(said)
+def test_wrong_files(wrong, text: str, message: str) -> None:
+    assert wrong(text).startswith(message)
 
 
 def test_wrong_overrides() -> None:

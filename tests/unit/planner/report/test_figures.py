@@ -1,4 +1,4 @@
-"""What both reports say: the schedule of a step, the straggler and why, and whether it fits."""
+"""Figures of both reports: the schedule of a step, the straggler and its explanation, the verdict."""
 
 from dataclasses import replace
 
@@ -7,70 +7,70 @@ import pytest
 
 from gr.planner.estimate import PHASES
 from gr.planner.report.figures import examples_per_second, headline, schedule, straggler, verdict, words
-from tests.support.evaluations import evaluation_of
+from tests.support.estimates import estimate_of
 
 
 def test_a_schedule_ends_with_the_step() -> None:
-    evaluation = evaluation_of(8, 26)
-    slowest_P = evaluation.seconds_PR.max(axis=1)
-    shown_P = slowest_P - evaluation.hidden_P
-    starts = [start for _, start in schedule(evaluation)]
+    estimated = estimate_of(8, 26)
+    slowest_P = estimated.seconds_PR.max(axis=1)
+    shown_P = slowest_P - estimated.hidden_P
+    starts = [start for _, start in schedule(estimated)]
     assert starts[0] == 0
     np.testing.assert_allclose(np.diff(starts), shown_P[:-1])
-    assert starts[-1] + shown_P[-1] == pytest.approx(evaluation.step_seconds)
+    assert starts[-1] + shown_P[-1] == pytest.approx(estimated.step_seconds)
 
 
 def test_where_hidden_parts_lie() -> None:
-    evaluation = evaluation_of(8, 26)
-    hidden = dict(zip(PHASES, schedule(evaluation), strict=True))
-    assert hidden["input_all_to_all"][0] == -evaluation.hidden_P[0]
+    estimated = estimate_of(8, 26)
+    hidden = dict(zip(PHASES, schedule(estimated), strict=True))
+    assert hidden["input_all_to_all"][0] == -estimated.hidden_P[0]
     after_backward = hidden["gradient_all_to_all"][1]
-    assert hidden["gradient_all_reduce"][0] == pytest.approx(after_backward - evaluation.hidden_P[-1])
+    assert hidden["gradient_all_reduce"][0] == pytest.approx(after_backward - estimated.hidden_P[-1])
 
 
 def test_a_straggler_is_explained() -> None:
-    evaluation = evaluation_of(8, 26)
-    evaluation.seconds_PR[PHASES.index("lookup"), 5] += 4e-3
-    found = straggler(evaluation)
-    assert (found.rank, found.phase) == (5, "lookup")
-    assert found.tables and all(5 in table.ranks for table in found.tables)
-    assert [t.seconds for t in found.tables] == sorted((t.seconds for t in found.tables), reverse=True)
-    text = found.explanation()
+    estimated = estimate_of(8, 26)
+    estimated.seconds_PR[PHASES.index("lookup"), 5] += 4e-3
+    slowest = straggler(estimated)
+    assert (slowest.rank, slowest.phase) == (5, "lookup")
+    assert slowest.tables and all(5 in table.ranks for table in slowest.tables)
+    assert [t.seconds for t in slowest.tables] == sorted((t.seconds for t in slowest.tables), reverse=True)
+    text = slowest.explanation()
     assert text.startswith("Rank 5 has the most table work: ") and "It is furthest ahead in lookup: " in text
-    assert f"Its costliest tables: {found.tables[0].name} (" in text
+    assert f"Its costliest tables: {slowest.tables[0].name} (" in text
 
 
 def test_even_work_and_none() -> None:
-    evaluation = evaluation_of(8, 26)
-    even = replace(evaluation, seconds_PR=np.full_like(evaluation.seconds_PR, 1e-3))
+    estimated = estimate_of(8, 26)
+    even = replace(estimated, seconds_PR=np.full_like(estimated.seconds_PR, 1e-3))
     assert straggler(even).explanation().endswith("0.0 % above the mean; table work is even.")
-    free = replace(evaluation, seconds_PR=np.zeros_like(evaluation.seconds_PR))
+    free = replace(estimated, seconds_PR=np.zeros_like(estimated.seconds_PR))
     assert straggler(free).explanation() == "Tables cost nothing in this step."
 
 
 def test_verdicts() -> None:
-    assert verdict(evaluation_of(8, 26)).startswith("Fits: the fullest, rank ")
-    tight = evaluation_of(8, 26, hbm_gb=56.0)
+    assert verdict(estimate_of(8, 26)).startswith("Fits: the fullest, rank ")
+    tight = estimate_of(8, 26, hbm_gb=56.0)
     over = int((tight.total_memory_R > 56e9).sum())
     assert verdict(tight).startswith(f"Does not fit: memory runs out on {over} of 8 ranks; rank ")
     host_R = np.zeros(8)
     host_R[3] = 200e9
-    offloaded = replace(evaluation_of(8, 26), host_R=host_R)
-    said = "Does not fit: host memory runs out on 1 of 8 ranks; rank 3 takes 200 GB of 192 GB."
-    assert verdict(offloaded) == said
+    offloaded = replace(estimate_of(8, 26), host_R=host_R)
+    expected = "Does not fit: host memory runs out on 1 of 8 ranks; rank 3 takes 200 GB of 192 GB."
+    assert verdict(offloaded) == expected
 
 
 def test_examples_are_those_of_the_global_batch() -> None:
-    evaluation = evaluation_of(8, 26)
-    assert examples_per_second(evaluation) == pytest.approx(512 * 8 / evaluation.step_seconds)
-    inventory = evaluation.plan.inventory.model_copy(update={"rank_batch_size": None, "global_batch_size": 1001})
-    divided = replace(evaluation, plan=replace(evaluation.plan, inventory=inventory))
-    assert examples_per_second(divided) == pytest.approx(1001 / evaluation.step_seconds)
+    estimated = estimate_of(8, 26)
+    assert examples_per_second(estimated) == pytest.approx(512 * 8 / estimated.step_seconds)
+    inventory = estimated.plan.inventory.model_copy(update={"rank_batch_size": None, "global_batch_size": 1001})
+    divided = replace(estimated, plan=replace(estimated.plan, inventory=inventory))
+    assert examples_per_second(divided) == pytest.approx(1001 / estimated.step_seconds)
 
 
 def test_headline_of_a_model_without_a_sequence_or_dense_part() -> None:
-    evaluation = replace(evaluation_of(8, 26), tokens=0.0, flops=0.0)
-    names = [name for name, _, _ in headline(evaluation)]
+    estimated = replace(estimate_of(8, 26), tokens=0.0, flops=0.0)
+    names = [name for name, _, _ in headline(estimated)]
     assert names == ["Parameters", "Step", "Examples", "Gap to the bound"]
 
 

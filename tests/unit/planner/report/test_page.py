@@ -8,32 +8,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gr.planner.estimate import MEMORY, Evaluation, evaluate
+from gr.planner.estimate import MEMORY, Estimate, estimate
 from gr.planner.estimate_tables import TABLE_PHASES
 from gr.planner.plan import search
 from gr.planner.report import page, summary
 from gr.planner.report.page import TEMPLATE
-from tests.support.evaluations import evaluation_of
+from tests.support.estimates import estimate_of
 
 HOSTILE = "</script><script>document.title='owned'</script><!-- \u2028 & \" 表"
 
 
 def data_of(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
 
 
 def test_it_holds_every_rank_and_table() -> None:
-    evaluation = evaluation_of(64, 40)
-    data = data_of(page(evaluation))
+    estimated = estimate_of(64, 40)
+    data = data_of(page(estimated))
     assert [series["key"] for series in data["memory"]] == list(MEMORY[::-1])
     assert [series["key"] for series in data["work"]] == list(TABLE_PHASES)
     memory_MR = np.array([series["values"] for series in data["memory"]])[::-1]
-    np.testing.assert_array_equal(memory_MR, evaluation.memory_MR)
+    np.testing.assert_array_equal(memory_MR, estimated.memory_MR)
     seconds_R = np.array([series["values"] for series in data["work"]]).sum(axis=0)
-    np.testing.assert_allclose(seconds_R, evaluation.table_seconds_R, rtol=1e-4)
-    for row, share, table in zip(data["tables"], evaluation.tables, evaluation.plan.inventory.tables, strict=True):
+    np.testing.assert_allclose(seconds_R, estimated.table_seconds_R, rtol=1e-4)
+    for row, share, table in zip(data["tables"], estimated.tables, estimated.plan.inventory.tables, strict=True):
         assert row[:3] == [share.name, share.sharding_type, share.kernel]
         assert row[5:10] == [table.rows, table.dim, share.shards, share.bytes, share.largest_shard_bytes]
         assert row[11] == "all" or ranks_in(row[11]) == set(share.ranks)
@@ -46,11 +46,11 @@ def ranks_in(text: str) -> set[int]:
 
 
 def test_a_thousand_tables_on_a_thousand_ranks_stay_small() -> None:
-    assert len(page(evaluation_of(1024, 1000)).encode()) < 1_000_000
+    assert len(page(estimate_of(1024, 1000)).encode()) < 1_000_000
 
 
 def test_it_asks_the_network_for_nothing() -> None:
-    text = page(evaluation_of(8, 26))
+    text = page(estimate_of(8, 26))
     addresses = set(re.findall(r"https?://[^\"'\s)]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in text and not re.search(r"(?:src|href)\s*=|url\(|@import|fetch\(", text)
@@ -58,9 +58,9 @@ def test_it_asks_the_network_for_nothing() -> None:
 
 
 def test_names_are_data() -> None:
-    evaluation = evaluation_of(8, 3, names=(HOSTILE,))
-    inventory = evaluation.plan.inventory.model_copy(update={"name": HOSTILE + "{{data}}"})
-    text = page(replace(evaluation, plan=replace(evaluation.plan, inventory=inventory)))
+    estimated = estimate_of(8, 3, names=(HOSTILE,))
+    inventory = estimated.plan.inventory.model_copy(update={"name": HOSTILE + "{{data}}"})
+    text = page(replace(estimated, plan=replace(estimated.plan, inventory=inventory)))
     assert data_of(text)["tables"][0][0] == HOSTILE
     assert data_of(text)["title"] == HOSTILE + "{{data}} on h100x8"
     assert text.count("<script") == TEMPLATE.read_text(encoding="utf-8").count("<script")
@@ -68,8 +68,8 @@ def test_names_are_data() -> None:
 
 
 def test_every_series_has_a_colour_in_light_and_in_dark() -> None:
-    evaluation = replace(evaluation_of(16, 5), host_R=np.full(16, 1e9))
-    text = page(evaluation)
+    estimated = replace(estimate_of(16, 5), host_R=np.full(16, 1e9))
+    text = page(estimated)
     for kind in ("memory", "host", "work", "links"):
         for series in data_of(text)[kind]:
             assert len(re.findall(rf"--{series['key']}:", text)) == 2, series["key"]
@@ -77,14 +77,14 @@ def test_every_series_has_a_colour_in_light_and_in_dark() -> None:
 
 @pytest.mark.parametrize("change", ["nothing costs", "one rank"])
 def test_edges(change: str) -> None:
-    evaluation: Evaluation = evaluation_of(1, 1)
+    estimated: Estimate = estimate_of(1, 1)
     if change == "nothing costs":
-        evaluation = replace(evaluation, intra_bytes_R=np.zeros(1), inter_bytes_R=np.zeros(1), tokens=0.0, flops=0.0)
-    assert data_of(page(evaluation))["ranks"] == 1
+        estimated = replace(estimated, intra_bytes_R=np.zeros(1), inter_bytes_R=np.zeros(1), tokens=0.0, flops=0.0)
+    assert data_of(page(estimated))["ranks"] == 1
 
 
 def test_both_reports_take_what_the_planner_makes() -> None:
-    made_up = evaluation_of(8, 12)
-    evaluation = evaluate(search(made_up.plan.inventory, made_up.plan.topology))
-    assert len(data_of(page(evaluation))["tables"]) == 12
-    assert len(summary(evaluation)) == len(summary(made_up))
+    made_up = estimate_of(8, 12)
+    estimated = estimate(search(made_up.plan.inventory, made_up.plan.topology))
+    assert len(data_of(page(estimated))["tables"]) == 12
+    assert len(summary(estimated)) == len(summary(made_up))

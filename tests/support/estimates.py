@@ -1,9 +1,9 @@
-"""Evaluations of made-up plans: random costs of any number of tables and ranks, for tests of the reports."""
+"""Made-up estimates: random costs of any number of tables and ranks, for tests of the reports."""
 
 import numpy as np
 
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, GivenDense, InventoryConfig, Kernel, TableConfig
-from gr.planner.estimate import MEMORY, PHASES, Evaluation, TableShare
+from gr.planner.estimate import MEMORY, PHASES, Estimate, TableShare
 from gr.planner.estimate_tables import TABLE_PHASES
 from gr.planner.placement import Placement, Plan
 from gr.planner.topology import Topology
@@ -85,9 +85,9 @@ def around(mean: float, spread: float, ranks: int, random: np.random.Generator) 
     return mean * np.maximum(0.2, 1 + spread * random.standard_normal(ranks))
 
 
-def evaluation_of(
+def estimate_of(
     ranks: int, tables: int, *, hbm_gb: float = 80.0, names: tuple[str, ...] = (), seed: int = 0
-) -> Evaluation:
+) -> Estimate:
     """`names` are those of the first tables."""
     random = np.random.default_rng(seed)
     rows_T = np.maximum(3, random.lognormal(14, 2.5, tables)).astype(int)
@@ -110,7 +110,7 @@ def evaluation_of(
     seconds_PR = 1e-3 * np.stack([around(*PHASE_MS[phase][:2], ranks, random) for phase in PHASES])
     memory_MR = np.round(GB * np.stack([around(*MEMORY_GB[kind], ranks, random) for kind in MEMORY]))
     bound = float(table_seconds(seconds_PR).mean())
-    return Evaluation(
+    return Estimate(
         plan=Plan(inventory, topology_of(ranks, hbm_gb), placements, bound),
         seconds_PR=seconds_PR,
         hidden_P=np.array([PHASE_MS[phase][2] for phase in PHASES]) * 1e-3,
