@@ -27,6 +27,7 @@ from benchmarks.compare import print_machine
 from gr import dist
 from gr.batch import RetrievalBatch
 from gr.config import load_config
+from gr.config.inventory import InventoryConfig, TowerDense
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
 from gr.experiment import Built, build
@@ -108,10 +109,26 @@ def _predicted(built: Built, batch: RetrievalBatch, world: World) -> dict[str, f
     config, plan = built.recipe.config, built.plan
     assert isinstance(config, RetrievalConfig) and plan is not None, "main() checks the kind, and it has a table"
     tokens, examples = len(batch.target_ids_T), batch.features.stride()
-    inventory = config.inventory(built.recipe.schema, mean_length=max(1.0, tokens / examples))
+    inventory = at_mean_length(config.inventory(built.recipe.schema), max(1.0, tokens / examples))
     memory_MR = estimate(replace(plan, inventory=inventory)).memory_MR
     of_kind = {kind: float(memory_MR[row, world.rank]) for row, kind in enumerate(MEMORY)}
     return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
+
+
+def at_mean_length(inventory: InventoryConfig, mean_length: float) -> InventoryConfig:
+    """`inventory`, which counts every example as the longest there can be, for examples of `mean_length` tokens."""
+    dense = inventory.dense
+    assert isinstance(dense, TowerDense)
+    share = mean_length / dense.mean_length
+    tables = [t.model_copy(update={"ids_per_example": t.ids_per_example * share}) for t in inventory.tables]
+    scores = inventory.loss.scores_per_example * share
+    return inventory.model_copy(
+        update={
+            "tables": tuple(tables),
+            "dense": dense.model_copy(update={"mean_length": mean_length}),
+            "loss": inventory.loss.model_copy(update={"scores_per_example": scores}),
+        }
+    )
 
 
 def do_step(module: TrainModule, batch: RetrievalBatch, number: int) -> None:

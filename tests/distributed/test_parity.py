@@ -27,7 +27,8 @@ from gr.tasks import CandidateSampler
 from gr.train.module import TrainModule
 from gr.train.pipeline import Pipeline
 from tests.support.ranks import run_ranks
-from tests.support.tiny import tiny_config, tiny_schema, write_tiny
+from tests.support.schemas import item_schema
+from tests.support.tiny import ITEMS, tiny_config, write_tiny
 
 STEPS = 6
 LOSS, WEIGHT = 2e-5, 2e-5  # absolute; losses are 3 to 17 nats, weights about 0.1
@@ -143,7 +144,7 @@ def unsharded_optimizer(kind: str, weight: torch.nn.Parameter, column_shards: in
 
 def run_unsharded(config: RetrievalConfig, column_shards: int) -> Outcome:
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    model = RetrievalModel(config, tiny_schema())
+    model = RetrievalModel(config, item_schema(ITEMS))
     model.tables.to_empty(device="cpu")
     weight = model.tables.embeddings["item_id"].weight
     with torch.no_grad():

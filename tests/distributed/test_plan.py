@@ -55,7 +55,8 @@ from tests.distributed.test_parity import (
 )
 from tests.support.plans import hand_made, machine
 from tests.support.ranks import run_ranks
-from tests.support.tiny import tiny_schema, write_tiny
+from tests.support.schemas import item_schema
+from tests.support.tiny import ITEMS, write_tiny
 
 RANKS, RANKS_PER_HOST, STEPS, B, DIM = 4, 2, 3, 6, 16
 CPU = torch.device("cpu")
@@ -320,7 +321,7 @@ def test_shards_take_the_bytes_that_are_predicted(kind: type[nn.Module], optimiz
 def experiment_plan(config: RetrievalConfig, ranks: int) -> Plan:
     """A plan for the experiment that no planner would make: the whole item table on the last rank."""
     world = World(0, ranks, 0, ranks, CPU)
-    inventory = constrained(config.inventory(tiny_schema()), config.planner, "cpu")
+    inventory = constrained(config.inventory(item_schema(ITEMS)), config.planner, "cpu")
     topology = run_topology(None, world)
     (table,) = inventory.tables
     placement = Placement(table.name, "table_wise", table.kernels[0], (ranks - 1,))

@@ -21,10 +21,11 @@ from gr.embeddings import CANDIDATE_FEATURE, build_tables, initialise_tables
 from gr.parallel.tables import shard_tables
 from gr.planner.for_run import make_plan
 from tests.support.pooled import PooledTable, build_bags, compute_kernel
-from tests.support.tiny import tiny_config, tiny_schema
+from tests.support.schemas import item_schema
+from tests.support.tiny import tiny_config
 
 ROWS = 12
-SCHEMA = tiny_schema(ROWS)
+SCHEMA = item_schema(ROWS)
 
 
 class Holder(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 
 from gr.config.retrieval import RetrievalConfig
 from gr.prepare.write import FolderWriter, Users
-from gr.schema import DataSchema, HistoryColumns
+from gr.schema import HistoryColumns
 
 ITEMS = 61
 
@@ -27,22 +27,7 @@ def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool
     return folder
 
 
-def tiny_schema(rows: int = ITEMS, *, timestamps: bool = False) -> DataSchema:
-    """Data whose item table has `rows` rows."""
-    return DataSchema(
-        format_version=1,
-        name="tiny",
-        item_cardinality=rows,
-        order="as generated",
-        users=1,
-        events=0,
-        items=rows - 1,
-        source="tests",
-        **HistoryColumns(timestamps=timestamps).model_dump(),
-    )
-
-
-def tiny_config(data: Path, run_dir: Path, **sections) -> RetrievalConfig:
+def tiny_config(data: Path | str, run_dir: Path | str, /, **sections) -> RetrievalConfig:
     """A 2-layer HSTU of width 8 without dropout; `sections` replace or extend the sections of the configuration."""
     tree: dict = {
         "run_dir": str(run_dir),

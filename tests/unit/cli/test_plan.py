@@ -134,7 +134,7 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
         "planner.tables: no table named x; the model"
     )
     assert refused("plan", config, f"data.path={tmp_path}/none", "--topology", "cpux2").startswith(
-        f"{tmp_path}/none/schema.json: cannot be"
+        f"{tmp_path}/none: no such folder"
     )
     assert refused("plan", f"{tmp_path}/none.yaml", "--topology", "cpux2") == f"{tmp_path}/none.yaml: no such file"
     misspelt = tmp_path / "tabels.yaml"

@@ -16,7 +16,8 @@ from gr.batch import EvaluationBatch, RetrievalBatch
 from gr.dist import World
 from gr.models.retrieval import RetrievalModel
 from gr.tasks import Candidates, CandidateSampler
-from tests.support.tiny import tiny_config, tiny_schema
+from tests.support.schemas import item_schema
+from tests.support.tiny import tiny_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 ROWS, D, N, S, TEMPERATURE = 31, 8, 7, 5, 0.2
@@ -46,7 +47,7 @@ def build(*, precision: str = "fp32", **tower: object) -> RetrievalModel:
         trainer={"steps": 1, "precision": precision},
     )
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": N})})
-    model = RetrievalModel(config, tiny_schema(ROWS))
+    model = RetrievalModel(config, item_schema(ROWS))
     model.tables.to_empty(device="cpu")
     random = torch.Generator().manual_seed(4)
     for parameter in model.parameters():

@@ -22,7 +22,7 @@ from tests.support import ROOT
 from tests.support.schemas import item_schema, tabular_schema
 from tests.support.tiny import ITEMS, tiny_config
 from tests.support.tiny_histories import SCHEMA as HISTORIES
-from tests.support.tiny_histories import generative_config
+from tests.support.tiny_histories import tiny_ranking_config
 from tests.support.tiny_tabular import COLUMNS, DENSE
 
 DIMS = st.sampled_from([4, 6, 8, 10, 12])
@@ -83,7 +83,7 @@ def check_retrieval(tower: dict[str, Any], dim: int) -> None:
 
 def check_ranking(tower: dict[str, Any], model: dict[str, Any], supervision: str) -> None:
     try:
-        config = generative_config(model={**model, "tower": tower}, task={"supervision": supervision})
+        config = tiny_ranking_config(model={**model, "tower": tower}, task={"supervision": supervision})
     except ValidationError:
         assume(False)
     built = assert_counts_are_the_models(config, HISTORIES)

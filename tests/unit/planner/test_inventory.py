@@ -151,11 +151,10 @@ class TestFaults:
 class TestExperiments:
     def test_batch_dtypes_and_lengths(self):
         config = tiny_config(Path("data"), Path("runs"))
-        inventory = config.inventory(item_schema(61), mean_length=5.0)
+        inventory = config.inventory(item_schema(61))
         assert (inventory.global_batch_size, inventory.precision) == (16, "fp32")
         assert (inventory.tables[0].dtype, inventory.tables[0].optimizer) == ("fp32", "adam")
-        assert dense_work(inventory, 4).tokens == 20
-        assert dense_work(config.inventory(item_schema(61)), 4).tokens == 4 * 16
+        assert dense_work(inventory, 4).tokens == 4 * 16
 
     @pytest.mark.parametrize(
         ("kind", "rows", "ids_per_example", "ids_per_step", "scores"),
@@ -169,8 +168,8 @@ class TestExperiments:
         ],
     )
     def test_candidates(self, kind, rows, ids_per_example, ids_per_step, scores):
-        config = tiny_config(Path("data"), Path("runs"), task={"negatives": kind})
-        inventory = config.inventory(item_schema(rows), mean_length=5.0)
+        config = tiny_config(Path("data"), Path("runs"), task={"negatives": kind}, data={"max_length": 5})
+        inventory = config.inventory(item_schema(rows))
         table = inventory.tables[0]
         assert (table.ids_per_example, table.ids_per_step) == (ids_per_example, ids_per_step)
         assert inventory.loss.scores_per_example == scores
