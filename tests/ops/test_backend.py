@@ -14,7 +14,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.ops import backend as backend_module
-from gr.ops import native
+from gr.ops import cpp_extension
 from gr.ops.backend import Backend, backend_for, force_backend
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_forcing_is_scoped(backend: Backend) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="'native', 'torch', 'triton' or 'fbgemm', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'native', 'torch' or 'triton', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
         pass
 
 
@@ -47,9 +47,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A CUDA device as far as torch says; nothing about its operators is remembered."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend_module._detected.cache_clear()
+    backend_module._default_backend.cache_clear()
     yield torch.device("cuda", 1)
-    backend_module._detected.cache_clear()
+    backend_module._default_backend.cache_clear()
 
 
 def test_cuda_takes_triton_or_nothing(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +86,11 @@ def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     def no_compiler() -> None:
         raise InstallError("no C++ compiler (this test)")
 
-    monkeypatch.setattr(native, "load", no_compiler)
+    monkeypatch.setattr(cpp_extension, "load", no_compiler)
     # Where an earlier test has configured logging, pytest listens at this logger too, and would hear it twice.
     monkeypatch.setattr(logging.getLogger("gr"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("gr"), "propagate", True)
-    backend_module._detected.cache_clear()
+    backend_module._default_backend.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="gr"):
             assert [backend_for(CPU), backend_for(CPU)] == ["torch", "torch"]
@@ -98,21 +98,21 @@ def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         with pytest.raises(InstallError), force_backend("native"):
             pass
     finally:
-        backend_module._detected.cache_clear()
+        backend_module._default_backend.cache_clear()
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InstallError, match=r"g\+\+"):
-        native._find_compiler()
+        cpp_extension._find_compiler()
 
 
 def test_failed_build_shows_the_compiler_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("#error this is broken\n")
-    monkeypatch.setattr(native, "_sources", lambda: [source])
+    monkeypatch.setattr(cpp_extension, "_sources", lambda: [source])
     with pytest.raises(InstallError, match="this is broken"):
-        native._build(native._find_compiler(), tmp_path / "ops.so")
+        cpp_extension._build(cpp_extension._find_compiler(), tmp_path / "ops.so")
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -123,11 +123,11 @@ def _load_with_a_slow_build(cache: Path) -> None:
         time.sleep(0.3)
         library.write_bytes(b"")
 
-    native._build = build
-    native._try_out = lambda: None
+    cpp_extension._build = build
+    cpp_extension._try_out = lambda: None
     setattr(torch.ops, "load_library", lambda path: None)  # noqa: B010 (mypy: it is a method)
-    native.load.cache_clear()
-    native.load()
+    cpp_extension.load.cache_clear()
+    cpp_extension.load()
 
 
 def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gr.ops.backend import Backend, force_backend
 from gr.ops.hstu_attention import AttentionMask, TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import native as native_path
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.reference import hstu_attention_reference
 from tests.support.tolerances import assert_near
 
@@ -266,9 +267,8 @@ def test_nan_in_an_input_is_not_hidden(backend: Backend) -> None:
 
 def test_double_runs_the_definition(backend: Backend) -> None:
     case = make_case([5, 9], (1, 8, 8), torch.float64, biased=False)
-    direct = hstu_attention_reference(
-        case.q, case.k, case.v, case.offsets, scale_T=torch.tensor([1 / 211], dtype=torch.float64)
-    )
+    call = AttentionCall(case.offsets, MAX_LENGTH, torch.tensor([1 / 211], dtype=torch.float64))
+    direct = hstu_attention_reference(Operands(case.q, case.k, case.v), call)
     assert torch.equal(run(case, torch.float64, backend)[0], direct)
 
 

@@ -17,8 +17,8 @@ pytestmark = [
 ]
 if importlib.util.find_spec("triton") is not None:
     from gr.ops.hstu_attention import triton as attention
-    from gr.ops.layer import triton as layer
-    from gr.ops.layer.gate import Gate
+    from gr.ops.norm_mul_dropout import triton as gate_kernels
+    from gr.ops.norm_mul_dropout.reference import Gate
     from gr.ops.sampled_logits import triton as logits
     from tests.support.compiled import Compiled, compile_for
 
@@ -104,15 +104,15 @@ def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
     [(50, 1, False), (512, 1, True), (1024, 8, True), (2048, 8, True), (4096, 1, True), (4096, 8, True)],
     ids=str,
 )
-@pytest.mark.parametrize("kernel", ["gate_kernel", "gate_backward_kernel"])
-def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+def test_norm_mul_dropout(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
     types = {name: "*bf16" for name in ("u_ptr", "a_ptr", "y_ptr", "dy_ptr", "du_ptr", "da_ptr")}
     types |= {name: "*fp32" for name in ("weight", "bias", "sums")} | {"eps": "fp32", "keep_scale": "fp32"}
     types |= {"rows": "i32", "u_row": "i32", "a_row": "i32", "seed": "i32", "dropped": "i64"}
     gate = Gate(groups=groups, eps=1e-6, silu=concat, concat=concat, dropout=0.2)
-    shape = layer.shape_of(width, concat, gate)
+    shape = gate_kernels.shape_of(width, concat, gate)
     constants: dict[str, Any] = shape | ({} if concat else {"weight": None, "bias": None})
-    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.warps_of(shape))
+    done = compile_for(getattr(gate_kernels, kernel), arch, types, constants, warps=gate_kernels.warps_of(shape))
     assert done.spills == 0 and done.shared <= SHARED[arch]
 
 

@@ -1,7 +1,7 @@
 // What happens to one tile of scores between the products: scale, bias, activation and mask, forward and backward.
 #pragma once
 
-#include "tile.h"
+#include "../tile.h"
 
 namespace gr {
 

@@ -13,7 +13,7 @@ no candidates, i and j are positions.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr.ops.hstu_attention.mask import AttentionMask
-from gr.ops.hstu_attention.time_buckets import BUCKET_WIDTH, TimeBuckets
+from gr.ops.hstu_attention.call import AttentionCall, Operands
+from gr.ops.hstu_attention.time_buckets import BUCKET_WIDTH
 
 MAX_WIDTH = {2: 256, 4: 128}  # of q, k and v per head, by bytes of an element; wider float32 tiles spill registers
 _TABLE_PROGRAMS = 1024  # how many programs share the gradient of the tables, at least
@@ -580,78 +580,47 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What the kernels of one call share beside q, k and v."""
-
-    offsets_B1: Tensor
-    targets_B: Tensor | None
-    scale: Tensor
-    buckets: TimeBuckets | None
-    alpha: float
-    max_length: int
-    window: int
-    contextual: int
-    full: int
-
-    def features(self, q: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> dict[str, Any]:
-        """The compile-time part of a launch."""
-        return {
-            **{"Q": q.shape[2], "V": v.shape[2], "QP": padded_width(q.shape[2]), "VP": padded_width(v.shape[2])},
-            **{"ROW_SCALE": self.scale.numel() > 1, "TARGETS": self.targets_B is not None},
-            **{"TIME": time is not None, "POSITION": position is not None},
-            **{"WINDOW": self.window, "CONTEXT": self.contextual, "FULL": self.full},
-            "FAST": q.dtype.itemsize == 2 and not triton.knobs.runtime.interpret,
-        }
-
-    def tables(self, position: Tensor | None, time: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Times in int32 seconds, edges, time bias, and position bias from the entry of distance 0 on."""
-        middle = None if position is None else position[position.numel() // 2 :]
-        if self.buckets is None or time is None:
-            return None, None, None, None, middle
-        return (*self.buckets.seconds, time, middle)
-
-    def tiles(self, kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
-        biased = any(table is not None for table in tables)
-        return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
+def _features(
+    call: AttentionCall, q: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None
+) -> dict[str, Any]:
+    """The compile-time arguments of a launch."""
+    mask = call.mask
+    return {
+        **{"Q": q.shape[2], "V": v.shape[2], "QP": padded_width(q.shape[2]), "VP": padded_width(v.shape[2])},
+        **{"ROW_SCALE": call.scale_T.numel() > 1, "TARGETS": mask.num_targets_B is not None},
+        **{"TIME": time is not None, "POSITION": position is not None},
+        **{"WINDOW": mask.max_attn_len, "CONTEXT": mask.contextual_len, "FULL": mask.min_full_attn_seq_len},
+        "FAST": q.dtype.itemsize == 2 and not triton.knobs.runtime.interpret,
+    }
 
 
-def hstu_attention_triton(
-    q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
-    offsets_B1: Tensor,
-    *,
-    max_length: int,
-    scale_T: Tensor,
-    alpha: float = 1.0,
-    mask: AttentionMask | None = None,
-    output: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    time_buckets: TimeBuckets | None = None,
-) -> Tensor:
-    """As hstu_attention_reference, for float32, bfloat16 and float16; the same bits every time.
+def _inputs(call: AttentionCall, position: Tensor | None, time: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Offsets, targets, scale, both times in int32 seconds, edges, time bias, position bias from distance 0 on."""
+    middle = None if position is None else position[position.numel() // 2 :]
+    shared = (call.offsets_B1, call.mask.num_targets_B, call.scale_T)
+    if call.time_buckets is None or time is None:
+        return *shared, None, None, None, None, middle
+    return *shared, *call.time_buckets.seconds, time, middle
 
-    max_length: no sequence is longer; the grids depend on it, so that nothing waits for the device.
-    output: what an earlier call with the same arguments returned, which is then not computed again.
+
+def _tiles(kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
+    biased = any(table is not None for table in tables)
+    return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
+
+
+def _last_bucket(time: Tensor | None) -> int:
+    return 0 if time is None else time.numel() - 1
+
+
+def hstu_attention_triton(operands: Operands, call: AttentionCall) -> Tensor:
+    """hstu_attention_reference for float32, bfloat16 and float16; the same bits every time.
+
+    The grids depend on call.max_length and not on the offsets, so that nothing waits for the device.
     """
-    mask = AttentionMask() if mask is None else mask
-    targets_B = None if mask.num_targets_B is None else mask.num_targets_B.contiguous()
-    call = _Call(
-        offsets_B1.contiguous(),
-        targets_B,
-        scale_T.float().contiguous(),
-        time_buckets,
-        alpha,
-        max_length,
-        mask.max_attn_len,
-        mask.contextual_len,
-        mask.min_full_attn_seq_len,
-    )
-    position = None if position_bias is None else position_bias.float().contiguous()
-    time = None if time_bias is None else time_bias.float().contiguous()
-    return _Triton.apply(q_THQ, k_THQ, v_THV, position, time, call, output)
+    targets_B = call.mask.num_targets_B
+    if targets_B is not None:
+        call = replace(call, mask=replace(call.mask, num_targets_B=targets_B.contiguous()))
+    return _Triton.apply(*operands, call)
 
 
 def _operand(x_THD: Tensor) -> Tensor:
@@ -672,10 +641,10 @@ class _Triton(torch.autograd.Function):
         v: Tensor,
         position: Tensor | None,
         time: Tensor | None,
-        call: _Call,
         output: Tensor | None,
+        call: AttentionCall,
     ) -> Tensor:
-        tiles = call.tiles("forward", q, v, position, time)
+        tiles = _tiles("forward", q, v, position, time)
         ctx.save_for_backward(q, k, v, position, time)
         ctx.call = call
         if output is not None:
@@ -683,13 +652,13 @@ class _Triton(torch.autograd.Function):
         q, k, v = (_operand(x) for x in (q, k, v))
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         heads = q.shape[1]
-        grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+        grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
         if q.numel():
             with torch.cuda.device_of(q):
                 forward_kernel[grid](
-                    *(q, k, v, out, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-                    *(*_strides(q, k, v, out), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
-                    **{"M": tiles.outer, "N": tiles.inner, **call.features(q, v, position, time)},
+                    *(q, k, v, out, *_inputs(call, position, time)),
+                    *(*_strides(q, k, v, out), heads, _last_bucket(time), call.alpha / 2),
+                    **{"M": tiles.outer, "N": tiles.inner, **_features(call, q, v, position, time)},
                     num_warps=tiles.warps,
                     num_stages=tiles.stages,
                 )
@@ -714,32 +683,34 @@ class _Triton(torch.autograd.Function):
 _Operands = tuple[Tensor, ...]  # q, k, v and the gradient of the output
 
 
-def _query_gradient(call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor) -> None:
+def _query_gradient(
+    call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor
+) -> None:
     q, _, v, _ = operands
-    tiles, heads = call.tiles("query_gradient", q, v, position, time), q.shape[1]
-    grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+    tiles, heads = _tiles("query_gradient", q, v, position, time), q.shape[1]
+    grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
     query_gradient_kernel[grid](
-        *(*operands, dq, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-        *(*_strides(*operands, dq), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.outer, "N": tiles.inner, **call.features(q, v, position, time)},
+        *(*operands, dq, *_inputs(call, position, time)),
+        *(*_strides(*operands, dq), heads, _last_bucket(time), call.alpha / 2),
+        **{"M": tiles.outer, "N": tiles.inner, **_features(call, q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
 
 
 def _key_gradient(
-    call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dk: Tensor, dv: Tensor
+    call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None, dk: Tensor, dv: Tensor
 ) -> Tensor | None:
     """Fills dk and dv; returns dcandidates [T, H] of key_gradient_kernel, or None."""
     q, _, v, _ = operands
-    tiles, heads = call.tiles("key_gradient", q, v, position, time), q.shape[1]
-    wanted = position is not None and call.targets_B is not None
-    dcandidates_TH = q.new_empty(q.shape[:2], dtype=torch.float32) if wanted else None
-    grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+    tiles, heads = _tiles("key_gradient", q, v, position, time), q.shape[1]
+    shifted = position is not None and call.mask.num_targets_B is not None
+    dcandidates_TH = q.new_empty(q.shape[:2], dtype=torch.float32) if shifted else None
+    grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
     key_gradient_kernel[grid](
-        *(*operands, dk, dv, dcandidates_TH, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-        *(*_strides(*operands, dk, dv), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.inner, "N": tiles.outer, **call.features(q, v, position, time)},
+        *(*operands, dk, dv, dcandidates_TH, *_inputs(call, position, time)),
+        *(*_strides(*operands, dk, dv), heads, _last_bucket(time), call.alpha / 2),
+        **{"M": tiles.inner, "N": tiles.outer, **_features(call, q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -747,24 +718,24 @@ def _key_gradient(
 
 
 def _table_gradients(
-    call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dcandidates_TH: Tensor | None
+    call: AttentionCall,
+    operands: _Operands,
+    position: Tensor | None,
+    time: Tensor | None,
+    dcandidates_TH: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     q, _, v, _ = operands
-    tiles, heads, sequences = (
-        call.tiles("table_gradient", q, v, position, time),
-        q.shape[1],
-        call.offsets_B1.numel() - 1,
-    )
+    tiles, heads = _tiles("table_gradient", q, v, position, time), q.shape[1]
     below = triton.cdiv(call.max_length, tiles.outer)
-    ahead = below - 1 if call.contextual else 0
-    parts = min(sequences, triton.cdiv(_TABLE_PROGRAMS, (below + ahead) * heads))
+    ahead = below - 1 if call.mask.contextual_len else 0
+    parts = min(call.sequences, triton.cdiv(_TABLE_PROGRAMS, (below + ahead) * heads))
     grid = (below + ahead, parts, heads)
     squares = None if position is None else q.new_empty(*reversed(grid), tiles.outer, tiles.outer, dtype=torch.float32)
     sums = None if time is None else q.new_zeros(*reversed(grid), time.numel(), dtype=torch.float32)
     table_gradient_kernel[grid](
-        *(*operands, squares, sums, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-        *(*_strides(*operands), sequences, ahead, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.outer, "C": tiles.inner, **call.features(q, v, position, time)},
+        *(*operands, squares, sums, *_inputs(call, position, time)),
+        *(*_strides(*operands), call.sequences, ahead, _last_bucket(time), call.alpha / 2),
+        **{"M": tiles.outer, "C": tiles.inner, **_features(call, q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -775,7 +746,7 @@ def _table_gradients(
 
 
 def _along_diagonals(
-    call: _Call, position: Tensor, squares_AMM: Tensor, ahead: int, dcandidates_TH: Tensor | None
+    call: AttentionCall, position: Tensor, squares_AMM: Tensor, ahead: int, dcandidates_TH: Tensor | None
 ) -> Tensor:
     """The gradient of the position table from the summed tiles of each of A distances from the diagonal."""
     away = torch.arange(squares_AMM.shape[0], device=position.device)[:, None, None] - ahead
@@ -784,10 +755,10 @@ def _along_diagonals(
     # Beyond the table there are only zeros. index_put_ with accumulate sorts, so its sums have one order.
     index_AMM = (middle - away * m.numel() + m[None, :] - m[:, None]).clamp(0, position.numel() - 1)
     total = squares_AMM.new_zeros(position.numel()).index_put_((index_AMM,), squares_AMM, accumulate=True)
-    if dcandidates_TH is not None and call.targets_B is not None:
+    if dcandidates_TH is not None and call.mask.num_targets_B is not None:
         offsets, tokens = call.offsets_B1, dcandidates_TH.shape[0]
         lengths_B = offsets.diff()
-        history_B = lengths_B - call.targets_B
+        history_B = lengths_B - call.mask.num_targets_B
         # Key j of a sequence is j - history from its candidates; a candidate is 0 from itself.
         ends_T = (offsets[:-1] + history_B).repeat_interleave(lengths_B, output_size=tokens)
         from_end_T = (torch.arange(tokens, device=offsets.device) - ends_T).clamp(max=0)
