@@ -11,15 +11,7 @@ from torch import Tensor
 
 from gr.dist import World
 from gr.errors import DataError, TrainingError
-from gr.metrics.ranking import (
-    BINS,
-    LifetimeMetrics,
-    RankingMetrics,
-    _bins,
-    auc_by_group,
-    compute_tasks,
-    normalised_entropy,
-)
+from gr.metrics.ranking import BINS, LifetimeMetrics, RankingMetrics, _bins, auc_by_group, normalised_entropy
 from tests.support.ranks import run_ranks
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -42,6 +34,10 @@ def columns(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, labels, weights, groups = zip(*rows, strict=True)
     real = {"dtype": torch.float64}
     return torch.tensor(logits, **real), torch.tensor(labels), torch.tensor(weights, **real), torch.tensor(groups)
+
+
+def compute_tasks(tasks: dict[str, RankingMetrics | LifetimeMetrics]) -> dict[str, float]:
+    return {f"{name}/{metric}": value for name, task in tasks.items() for metric, value in task.compute().items()}
 
 
 def plain_auc(rows: Rows) -> float:
