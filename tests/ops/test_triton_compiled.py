@@ -31,7 +31,7 @@ TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 
 ATTENTION_TYPES = {
     **{name: "*i64" for name in ("offsets", "targets")},
-    **{name: "*i32" for name in ("asked_at", "happened_at", "edges")},
+    **{name: "*i32" for name in ("query_times", "key_times", "edges")},
     **{name: "*fp32" for name in ("scale_ptr", "time", "position", "dcandidates_ptr", "dposition_ptr", "dtime_ptr")},
     **{name: "i32" for name in ("heads", "last", "sequences", "ahead")},
     **{f"{name}_{of}": "i32" for name in ("q", "k", "v", "g", "out", "dq", "dk", "dv") for of in ("row", "head")},
@@ -49,7 +49,7 @@ def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: in
         **{"FAST": size == 2, "M": tiles.inner if outer_is_keys else tiles.outer},
         **{"N": tiles.outer if outer_is_keys else tiles.inner, "C": tiles.inner, "dcandidates_ptr": None},
     }
-    absent = ("targets",) if biased else ("asked_at", "happened_at", "edges", "time", "position")
+    absent = ("targets",) if biased else ("query_times", "key_times", "edges", "time", "position")
     constants |= dict.fromkeys(absent)
     element = "*bf16" if size == 2 else "*fp32"
     values = {f"{name}_ptr": element for name in ("q", "k", "v", "g", "out", "dq", "dk", "dv")}

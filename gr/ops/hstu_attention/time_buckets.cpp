@@ -9,7 +9,7 @@
 namespace gr {
 namespace {
 
-// Bucket of (i, j): how many edges are <= |query_timestamp_i - timestamp_j|. Differences of neighbouring columns are
+// The bucket of (i, j): the number of edges <= |query_timestamp_i - timestamp_j|. Differences of neighbouring columns are
 // close, so the search starts from the last answer.
 at::Tensor time_bucket_ids(const at::Tensor& timestamps, const at::Tensor& query_timestamps, const at::Tensor& offsets,
                            const at::Tensor& pair_offsets, const at::Tensor& edges) {
