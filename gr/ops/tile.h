@@ -1,6 +1,6 @@
 // Tiles in memory: the operand layouts of ATen's brgemm, the sigmoid, and scratch memory.
 //
-// S is the element type of q, k and v (float or bfloat16); scores and sums are float. This file names no instruction set:
+// S is the element type of q, k and v (float or bfloat16); scores and sums are float. No instruction set appears here:
 // brgemm picks AVX2, AVX-512 or AMX at run time, and the loops below are written so that the compiler vectorises them.
 #pragma once
 
