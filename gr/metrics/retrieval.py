@@ -38,6 +38,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
-        raise ValueError(f"a and b must be vectors over the same users, at least 2, not of shapes {a.shape} and {b.shape}")
+        raise ValueError(f"a and b must be vectors over the same users, at least 2, not {a.shape} and {b.shape}")
     difference = a - b
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))

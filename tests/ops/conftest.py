@@ -1,4 +1,4 @@
-"""What the operator tests share."""
+"""Fixtures of the operator tests."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Which implementation runs, and building the C++ operators."""
+"""The choice of an implementation, and the build of the C++ operators."""
 
 import importlib.util
 import logging
@@ -44,7 +44,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A CUDA device as far as torch says; nothing about its operators is remembered."""
+    """A CUDA device as far as torch reports, with an empty cache of default backends."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend_module._default_backend.cache_clear()
@@ -66,7 +66,7 @@ def test_cuda_takes_triton_or_nothing(gpu: torch.device, monkeypatch: pytest.Mon
 def test_a_gpu_without_a_compiler_is_one_line_and_no_slower_run(
     gpu: torch.device, compiler: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton itself looks for one, after its own cache and the driver's library; "false" has no headers, say."""
+    """Triton looks for a compiler after its own cache and the driver's library; "false" acts as one without headers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -82,7 +82,7 @@ def test_a_gpu_without_a_compiler_is_one_line_and_no_slower_run(
         assert backend_for(gpu) == "torch"
 
 
-def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_fallback_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def no_compiler() -> None:
         raise InstallError("no C++ compiler (this test)")
 
@@ -131,7 +131,7 @@ def _load_with_a_slow_build(cache: Path) -> None:
 
 
 def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They start together on an empty cache. Forked, so that what they replace is replaced in them only."""
+    """Four processes start together on an empty cache. They are forked, so that their patches stay in them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_load_with_a_slow_build, args=(tmp_path,)) for _ in range(4)]
@@ -144,6 +144,6 @@ def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_loading_leaves_denormals_alone() -> None:
-    """-ffast-math in the link would flush them to zero in the whole process."""
+    """-ffast-math in the link would flush denormals to zero in the whole process."""
     with force_backend(backend_for(CPU)):
         assert float(torch.tensor(1e-40) * 1.0) > 0

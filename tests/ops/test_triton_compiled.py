@@ -1,6 +1,7 @@
 """Every Triton kernel in every shape that is launched, compiled for three generations of GPUs, and read: no GPU needed.
 
-A kernel that spills registers, misses the tensor cores, or loads without a pipeline is correct and slow; here it fails.
+A kernel that spills registers, misses the tensor cores, or loads without a pipeline is correct and slow; these tests
+reject it.
 """
 
 import importlib.util
@@ -40,7 +41,7 @@ ATTENTION_TYPES = {
 
 
 def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: int) -> "Compiled":
-    """As the towers call it: candidates without a bias (STU), both biases without candidates (HSTU)."""
+    """A kernel as the towers call it: candidates without a bias (STU), both biases without candidates (HSTU)."""
     tiles = TILES[kernel, size, width, biased]
     outer_is_keys = kernel == "key_gradient"
     constants: dict[str, Any] = {
