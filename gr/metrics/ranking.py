@@ -139,8 +139,8 @@ class RankingMetrics:
         every = _Examples(*(torch.cat(world.all_gather_variable(column)) for column in columns))
         counted_N = every.weights_B > 0
         logits_N, labels_N, weights_N = (column[counted_N] for column in every[:3])
-        span = logits_N.aminmax() if len(logits_N) else (math.inf, -math.inf)
-        means = _means(_sums(logits_N, labels_N, weights_N), *map(float, span), self._intake.task)
+        lowest, highest = map(float, logits_N.aminmax()) if len(logits_N) else (math.inf, -math.inf)
+        means = _means(_sums(logits_N, labels_N, weights_N), lowest, highest, self._intake.task)
         means["auc"] = auc_by_group(logits_N, labels_N, weights_N)[0].item()
         if self._grouped:
             means |= self._gauc(*auc_by_group(logits_N, labels_N, weights_N, every.groups_B[counted_N]))
