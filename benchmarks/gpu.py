@@ -3,14 +3,15 @@
     python -m benchmarks.gpu [--seconds 480] [--data DIR] [--out gpu.json]
 
 Ceilings of the device; correctness of every dtype, bias and mask against float64 with poisoned outputs; a sweep of
-tiles on shapes from recommenders' lengths to 8,192; softmax attention of equal shape and, where they are installed,
-FBGEMM's CUTLASS kernels of HSTU attention; the tower of a published run, the layer, the loss and, with --data, the
-training step. Stops starting new work after --seconds. Not yet run on a GPU: with TRITON_INTERPRET=1 and no GPU it goes
-through the same steps on tiny shapes and the CPU, which checks the plumbing and times nothing of interest.
+tiles on shapes from recommenders' lengths to 8,192; softmax attention of equal shape; the tower of a published run, the
+layer, the loss and, with --data, the training step. Stops starting new work after --seconds. Not yet run on a GPU: with
+TRITON_INTERPRET=1 and no GPU it goes through the same steps on tiny shapes and the CPU, which checks the plumbing and
+times nothing of interest.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +32,7 @@ from benchmarks.compare import compare
 from benchmarks.machine import describe, peaks
 from gr.config.inventory import HSTUDense, InventoryConfig, TableConfig
 from gr.config.towers import STUConfig
-from gr.errors import InstallError
-from gr.ops import fbgemm
-from gr.ops.backend import Forced, force_backend
+from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import triton as kernels
 from gr.ops.hstu_attention.triton import Tiles
@@ -90,9 +89,9 @@ def poisoned() -> Iterator[None]:
         torch.empty_like = empty
 
 
-def check(run: Run, dtype: torch.dtype, biased: bool, mask: AttentionMask | None, backend: Forced) -> float:
-    """The largest relative error of the output and every gradient; NaN if something was not written, or if Triton's
-    bits are others the second time."""
+def check(run: Run, dtype: torch.dtype, biased: bool, mask: AttentionMask | None) -> float:
+    """The largest relative error of the output and every gradient; NaN if something was not written, or if the
+    second run gives other bits."""
     lengths = [1, 33] if run.small else [1, 63, 64, 65, 300, 1000]
     q, k, v, grad, offsets = inputs(lengths, 2, 64, dtype, run.device)
     longest, options = max(lengths), {}
@@ -109,9 +108,9 @@ def check(run: Run, dtype: torch.dtype, biased: bool, mask: AttentionMask | None
         wanted = own + [x for x in given.values() if isinstance(x, Tensor)]
         return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(to))]
 
-    with force_backend(backend), poisoned():
+    with force_backend("triton"), poisoned():
         actual, again = outputs(dtype), outputs(dtype)
-    if backend == "triton" and not all(torch.equal(x, y) for x, y in zip(actual, again, strict=True)):
+    if not all(torch.equal(x, y) for x, y in zip(actual, again, strict=True)):
         return float("nan")
     errors = [(x.double() - y).norm() / y.norm() for x, y in zip(actual, outputs(torch.float64), strict=True)]
     return float(torch.stack(errors).max()) if not any(e.isnan() for e in errors) else float("nan")
@@ -123,25 +122,11 @@ def correctness(run: Run) -> None:
     masks = {"causal": None, "candidates": AttentionMask(num_targets_B=targets), "window": AttentionMask(None, 40)}
     assert len(targets) == lengths
     dtypes = (torch.float16, torch.float32) if run.small else tuple(TOLERANCE)
-    runs: list[tuple[Forced, torch.dtype, bool]] = [("triton", dtype, b) for dtype in dtypes for b in (False, True)]
-    if has_fbgemm(run):
-        runs.append(("fbgemm", torch.bfloat16, False))
-    for backend, dtype, biased in runs:
-        for name, mask in masks.items():
-            error = check(run, dtype, biased, mask, backend)
-            verdict = "ok" if error < TOLERANCE[dtype] else "WRONG"
-            label = f"{backend} {dtype}, {'biased' if biased else 'plain'}, {name}"
-            run.note("correctness", label, f"{error:.1e} {verdict}")
-
-
-@functools.cache
-def has_fbgemm(run: Run) -> bool:
-    try:
-        fbgemm.load()
-    except InstallError as error:
-        run.note("fbgemm", "not measured", str(error))
-        return False
-    return True
+    for dtype, biased, (name, mask) in itertools.product(dtypes, (False, True), masks.items()):
+        error = check(run, dtype, biased, mask)
+        verdict = "ok" if error < TOLERANCE[dtype] else "WRONG"
+        label = f"triton {dtype}, {'biased' if biased else 'plain'}, {name}"
+        run.note("correctness", label, f"{error:.1e} {verdict}")
 
 
 def shapes(run: Run) -> list[tuple[str, list[int], int, int]]:
@@ -161,7 +146,6 @@ def shapes(run: Run) -> list[tuple[str, list[int], int, int]]:
 def sweep(run: Run) -> None:
     """Every kernel takes the same tiles in turn: a table of forward and backward is enough to choose each."""
     shipped, dtype = dict(kernels.TILES), torch.float16 if run.small else torch.bfloat16
-    peer = has_fbgemm(run)
     for name, lengths, heads, width in shapes(run):
         q, k, v, grad, offsets = inputs(lengths, heads, width, dtype, run.device)
         call = functools.partial(hstu_attention, q, k, v, offsets, max_length=max(lengths), divisor=float(max(lengths)))
@@ -177,9 +161,6 @@ def sweep(run: Run) -> None:
             except OutOfResources as error:
                 run.note("sweep", label, f"does not fit: {error}")
         kernels.TILES.update(shipped)
-        if peer and not run.late:
-            with force_backend("fbgemm"):
-                run.note("sweep", f"{name}, fbgemm", both_ways(run, call, [q, k, v], grad, work))
         if len(set(lengths)) == 1 and not run.late:
             softmax(run, name, len(lengths), lengths[0], heads, width)
 

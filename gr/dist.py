@@ -1,4 +1,4 @@
-"""Where a process stands among its peers: rank, world size, device, process group."""
+"""The place of a process among its peers: rank, world size, device, process group."""
 
 import ctypes
 import glob
@@ -22,17 +22,18 @@ from gr import watchdog
 from gr.errors import ConfigError, TransientError
 from gr.logging import get_logger, log_once
 
-TIMEOUT_SECONDS = 600.0  # of collectives, where no configuration sets it
+TIMEOUT_SECONDS = 600.0  # the default time limit of a collective
 CONNECT_SECONDS = 120.0
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run. There always is a default process group, also for one process.
+    """One process of a run. There always is a default process group, also for a single process.
 
-    host_group: for numbers that the host decides with, so that no GPU is waited for; None: the default group.
+    host_group: a gloo group for values that the host decides with, which need not wait for a GPU; None means the
+    default group.
     """
 
     rank: int
@@ -47,7 +48,7 @@ class World:
         return self.rank == 0
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Sums of `values` over ranks, in float64. Every rank must call it."""
+        """The sums of `values` over ranks, in float64. Every rank must call it."""
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -55,16 +56,16 @@ class World:
         return tensor.tolist()
 
     def all_gather_ints(self, values: list[int]) -> list[list[int]]:
-        """`values` of every rank, in rank order. Every rank must call it with as many values."""
+        """The values of every rank, in rank order. Every rank must call it, with the same number of values."""
         if self.size == 1:
             return [values]
-        mine = torch.tensor(values, dtype=torch.int64)
-        out = mine.new_empty(self.size * len(values))
-        dist.all_gather_single(out, mine, group=self.host_group)
+        own = torch.tensor(values, dtype=torch.int64)
+        out = own.new_empty(self.size * len(values))
+        dist.all_gather_single(out, own, group=self.host_group)
         return out.view(self.size, -1).tolist()
 
     def all_gather_variable(self, values: Tensor) -> list[Tensor]:
-        """1-D `values` of every rank, in rank order; their lengths may differ. Every rank must call it."""
+        """The 1-D values of every rank, in rank order; their lengths may differ. Every rank must call it."""
         if self.size == 1:
             return [values]
         lengths = [length for (length,) in self.all_gather_ints([len(values)])]
@@ -75,9 +76,9 @@ class World:
         return [row[:length] for row, length in zip(out.view(self.size, -1), lengths, strict=True)]
 
     def exchange_rows(self, rows_NF: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """The first send[0] rows go to rank 0, the next to rank 1, ...; returns what came, in rank order.
+        """Sends the first send[0] rows to rank 0, the next send[1] to rank 1, ..., and returns the rows received.
 
-        receive: rows from each rank. Every rank must call it.
+        receive: the number of rows from each rank; they are returned in rank order. Every rank must call it.
         """
         out = rows_NF.new_empty(sum(receive), rows_NF.shape[1])
         if rows_NF.shape[1]:
@@ -88,7 +89,7 @@ class World:
         return self.host_group if tensor.device.type == "cpu" else None
 
     def from_main(self, text: str) -> str:
-        """The main rank's `text`, on every rank: for what one rank has to decide, such as what is on disk."""
+        """The text of the main rank, on every rank: for decisions of one rank, such as on the state of a disk."""
         if self.size == 1:
             return text
         letters = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
@@ -100,39 +101,39 @@ class World:
         return bytes(letters[: int(length)].tolist()).decode()
 
     def gather_text(self, text: str) -> list[str]:
-        """`text` of every rank, in rank order. Every rank must call it."""
+        """The text of every rank, in rank order. Every rank must call it."""
         letters = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(part.tolist()).decode() for part in self.all_gather_variable(letters)]
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so on any rank. Every rank must call it."""
-        return self.all_reduce_sum([float(here)])[0] > 0
+    def any(self, flag: bool) -> bool:
+        """True if `flag` is True on any rank. Every rank must call it."""
+        return self.all_reduce_sum([float(flag)])[0] > 0
 
 
 def gpus_out_of_reach() -> int:
-    """NVIDIA GPUs that this machine offers, where torch can use none of them."""
+    """The number of NVIDIA GPUs of this machine if torch can use none of them, else 0."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         offered = len(glob.glob("/dev/nvidia[0-9]*"))
     else:
-        offered = len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
+        offered = len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
     return 0 if torch.cuda.is_available() else offered
 
 
-def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises ConfigError when cuda is asked for and there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+def resolve_device(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
+    """The device of this process. Raises ConfigError for cuda on a machine where torch sees no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU here: set device=cpu, or run `gr doctor` for the remedy")
-    if wanted == "cpu" or not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
 
 
 def use_cpu_well(world: World) -> None:
-    """For the entry point of a process that trains on CPU: a rank takes its share of the cores it may use.
+    """Gives a rank that trains on CPU its share of the cores, and lets glibc keep freed memory. For entry points.
 
-    OMP_NUM_THREADS decides where it is set, but for the 1 that torchrun sets by itself on any box. glibc is told to
-    keep what is freed: by default it maps each large tensor of each step anew, and the kernel clears its pages.
+    OMP_NUM_THREADS has precedence, except for the 1 that torchrun sets by itself. By default glibc maps each large
+    tensor of each step anew, and the kernel clears its pages.
     """
     if world.device.type == "cpu":
         torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
@@ -143,11 +144,11 @@ def use_cpu_well(world: World) -> None:
 
 
 def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:
-    """Threads of one of `local_size` ranks on a machine with `cores`."""
-    wanted = environment.get("OMP_NUM_THREADS", "")
-    set_by_torchrun = wanted == "1" and "TORCHELASTIC_RUN_ID" in environment
-    if wanted.isdecimal() and int(wanted) > 0 and not set_by_torchrun:
-        return int(wanted)
+    """The number of threads of one of `local_size` ranks on a machine with `cores`."""
+    requested = environment.get("OMP_NUM_THREADS", "")
+    set_by_torchrun = requested == "1" and "TORCHELASTIC_RUN_ID" in environment
+    if requested.isdecimal() and int(requested) > 0 and not set_by_torchrun:
+        return int(requested)
     return max(1, cores // local_size)
 
 
@@ -157,24 +158,24 @@ def world(
 ) -> Iterator[World]:
     """Joins the process group that torchrun describes in the environment, or makes one of a single process.
 
-    timeout: seconds after which a collective fails. logs: where NCCL writes its flight record when one does. Raises
-    ConfigError: more ranks than this host has CPUs or GPUs, an environment that is incomplete; TransientError: no
-    way to the others.
+    timeout: seconds after which a collective fails. logs: the folder for the flight record that NCCL writes then.
+    Raises ConfigError for more ranks than this host has CPUs or GPUs and for an incomplete environment, TransientError
+    if the other ranks cannot be reached.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    chosen = resolve_device(device, local_rank)
-    if device == "auto" and not local_rank and (lost := gpus_out_of_reach()):
+    resolved = resolve_device(device, local_rank)
+    if device == "auto" and not local_rank and (unusable := gpus_out_of_reach()):
         log.warning(
             "running on CPU: %s offers %d GPU(s), and torch %s can use none: `gr doctor` says why; set device=cpu if "
             "CPU is meant",
-            *(socket.gethostname(), lost, torch.__version__),
+            *(socket.gethostname(), unusable, torch.__version__),
         )
-    check_room(chosen.type, local_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    check_room(resolved.type, local_size)
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)
         _record_flights(logs)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    backend = "nccl" if resolved.type == "cuda" else "gloo"
     if size > 1:
         _check_rendezvous(rank)
     store = _store(rank, size, local_size, timeout)
@@ -188,17 +189,17 @@ def world(
         raise TransientError(f"rank {rank} on {socket.gethostname()} cannot join: {reason}") from error
     watchdog.add_detail(_collectives)
     try:
-        yield World(rank, size, local_rank, local_size, chosen, _host_group(timeout))
+        yield World(rank, size, local_rank, local_size, resolved, _host_group(timeout))
     finally:
         dist.destroy_process_group()
 
 
 def _store(rank: int, size: int, local_size: int, timeout: float) -> dist.Store | None:
-    """Where the ranks find each other's addresses; None: as torch has it.
+    """The store with the addresses of the ranks, or None for torch's own choice.
 
-    torch 2.13's torchrun keeps one store for all attempts of its ranks, where the quicker ones of an attempt find the
-    addresses of dead ones. Each attempt gets its own keys. Over several hosts the attempts' numbers may differ, and
-    launch.node switches the sharing off.
+    The torchrun of torch 2.13 shares one store among all attempts, so the faster ranks of an attempt would find the
+    addresses of dead ranks. Here each attempt gets its own keys. Over several hosts the numbers of attempts may differ;
+    there launch.node switches the sharing off.
     """
     if size == 1:
         return dist.HashStore()
@@ -211,7 +212,7 @@ def _store(rank: int, size: int, local_size: int, timeout: float) -> dist.Store 
 
 
 def _host_group(timeout: float) -> dist.ProcessGroup | None:
-    """See World. Raises ConfigError where gloo finds no way to the others."""
+    """World.host_group. Raises ConfigError if gloo cannot connect the hosts."""
     if dist.get_backend() == "gloo":
         return None
     try:
@@ -224,26 +225,25 @@ def _host_group(timeout: float) -> dist.ProcessGroup | None:
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:
-    """What is done inside is queued on `stream`; None: where it would be anyway, and CUDA is not even looked for."""
+    """A context that queues its work on `stream`; with None it changes nothing and does not touch CUDA."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def check_room(device: str, local_size: int) -> None:
     """Raises ConfigError when this host has fewer GPUs (device cuda) or CPUs than ranks."""
-    room = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
-    if local_size > room:
+    capacity = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    if local_size > capacity:
         kind = "GPUs" if device == "cuda" else "CPUs"
         raise ConfigError(
-            f"{local_size} ranks on {socket.gethostname()}, which has {room} {kind}: start at most {room} a host "
-            f"(torchrun --nproc-per-node {room})"
+            f"{local_size} ranks on {socket.gethostname()}, which has {capacity} {kind}: "
+            f"start at most {capacity} a host (torchrun --nproc-per-node {capacity})"
         )
 
 
 def _check_rendezvous(rank: int) -> None:
-    """Raises ConfigError where the address that the ranks meet at is missing, TransientError where it does not answer
-    for CONNECT_SECONDS.
+    """Raises ConfigError if the rendezvous address is missing, TransientError if it stays silent for CONNECT_SECONDS.
 
-    Without torchrun rank 0 listens there, and may come later than the others.
+    Without torchrun rank 0 listens at that address, and may start later than the others.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
@@ -270,7 +270,7 @@ def _check_rendezvous(rank: int) -> None:
 
 
 def _record_flights(logs: Path | None) -> None:
-    """NCCL keeps its last collectives, and writes them where one times out. What a user set stays."""
+    """Lets NCCL record its last collectives and write them when one times out, unless the user's settings differ."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if logs is not None:
@@ -278,9 +278,9 @@ def _record_flights(logs: Path | None) -> None:
 
 
 def _collectives(folder: Path) -> str:
-    """The collective that this rank is in or was in last; writes all that torch remembers to folder.
+    """The current or last collective of this rank, in words; writes the records of torch to the folder.
 
-    On GPUs, that of NCCL and that of gloo, in which the host talks.
+    On GPUs there are two: one of NCCL and one of gloo, which connects the hosts.
     """
     records = {"collectives": c10d._dump_fr_trace_json()}  # type: ignore[attr-defined]
     if dist.get_backend() == "nccl":

@@ -10,7 +10,7 @@ class ConfigError(GRError):
 
 
 class TransientError(GRError):
-    """What another try of the same command may cure: the other ranks cannot be reached, run_dir is in use."""
+    """A failure that another try of the same command may cure: other ranks are out of reach, run_dir is in use."""
 
 
 class DataError(GRError):

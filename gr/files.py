@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of, and that survive a power failure; which faults of a file system stay."""
+"""Atomic, durable replacement of files, and the rule which file system errors another try may cure."""
 
 import errno
 import json
@@ -7,31 +7,27 @@ from pathlib import Path
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FOR_GOOD = {
+_PERMANENT = {
     *DISK_FULL,
-    *(
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EEXIST,
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-    ),  # another path is needed
-    *(errno.EACCES, errno.EPERM, errno.EROFS),  # another owner or mount
-    *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),  # another file system: this one has no locks
+    # Another path is needed.
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    # Another owner or mount is needed.
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    # Another file system is needed: this one has no locks.
+    *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
 }
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a file system said no in a way that another try may cure, such as EIO or ESTALE of a network.
+    """True for an OSError that another try may cure, such as EIO or ESTALE of a network file system.
 
-    An OSError without a number is a library's word on what it read, and stays.
+    An OSError without a number comes from a library that rejects the content of a file, so it is not transient.
     """
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in _FOR_GOOD
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _PERMANENT
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` at once."""
+    """Replaces the file at `path` atomically: a reader sees the old text or the new, also after a power failure."""
     draft = path.with_name(f".{path.name}")
     with draft.open("w") as file:
         file.write(text)
@@ -41,5 +37,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` at once."""
+    """Replaces the file at `path` atomically, as write_text does."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""Plain log lines on stderr. Only rank 0 speaks below WARNING; the other ranks say who they are."""
+"""Plain log lines on stderr. Only rank 0 logs below WARNING; lines of other ranks begin with the rank."""
 
 import logging
 import sys
 
 _ROOT = "gr"
-_said: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -14,15 +14,15 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def log_once(logger: logging.Logger, message: str, level: int = logging.WARNING) -> None:
-    """Log a message the first time this process meets it. The caller still counts every occurrence."""
+    """Logs a message the first time in this process, and not again. The caller still counts every occurrence."""
     key = (logger.name, message)
-    if key not in _said:
-        _said.add(key)
+    if key not in _logged:
+        _logged.add(key)
         logger.log(level, message)
 
 
 def configure(rank: int = 0) -> None:
-    """Send gr's log lines to stderr, from INFO on rank 0 and from WARNING elsewhere. A later call replaces this one."""
+    """Sends gr's log lines to stderr, from INFO on rank 0, from WARNING elsewhere. A later call replaces this one."""
     handler = _CurrentStderr()
     handler.setFormatter(_PlainFormatter(rank))
     root = logging.getLogger(_ROOT)
@@ -32,7 +32,7 @@ def configure(rank: int = 0) -> None:
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Looks up sys.stderr at each line, so that redirected and captured streams are honoured."""
+    """A handler that looks up sys.stderr at each line, so that redirected and captured streams are honoured."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -42,8 +42,8 @@ class _CurrentStderr(logging.StreamHandler):
 class _PlainFormatter(logging.Formatter):
     def __init__(self, rank: int) -> None:
         super().__init__("%(message)s")
-        self._who = f"[rank {rank}] " if rank else ""
+        self._prefix = f"[rank {rank}] " if rank else ""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._who}{level}{super().format(record)}"
+        return f"{self._prefix}{level}{super().format(record)}"

@@ -1,9 +1,9 @@
-"""status.json of a run folder: how a run stands, for people and launchers. See docs/design/run-contract.md.
+"""status.json of a run folder: the state of a run, for people and launchers. See docs/design/run-contract.md.
 
-running   under way; a run that crashed leaves it behind, so launchers try such a run again
-stopped   asked to stop by a signal, saved, resumable
-done      every step and the final report
-failed    an error that trying again will not cure
+running   in progress; a run that crashed leaves this state behind, so launchers start such a run again
+stopped   a signal stopped the run; it has saved and can resume
+done      every step has run and the final report is written
+failed    an error ended the run, and trying again will not cure it
 """
 
 import fcntl
@@ -24,7 +24,7 @@ State = Literal["running", "stopped", "done", "failed"]
 
 @dataclass(frozen=True)
 class RunError:
-    """What ended a run, on the rank that met it first."""
+    """The error that ended a run, on the rank that met it first."""
 
     rank: int
     host: str
@@ -33,9 +33,11 @@ class RunError:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """step: steps done, of `steps`. loss: mean of the last log interval. seconds_per_step: its mean, without
-    evaluations and checkpoints. checkpoint: step of the last complete one. save_seconds: that the last save of this
-    attempt took. updated: Unix seconds.
+    """The content of status.json.
+
+    step: the steps done, of `steps`. loss, seconds_per_step: means over the last log interval, the latter without
+    evaluations and checkpoints. checkpoint: the step of the last complete checkpoint. save_seconds: the duration of the
+    last save of this attempt. updated: Unix seconds.
     """
 
     state: State
@@ -51,7 +53,10 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises GRError where `run_dir` has no status.json or one that is not ours, OSError where another try may help."""
+    """The status in `run_dir`.
+
+    Raises GRError if there is no status.json or not one of this version of gr, OSError if another try may help.
+    """
     path = run_dir / STATUS
     try:
         text = path.read_text()
@@ -72,18 +77,18 @@ def read_status(run_dir: Path) -> RunStatus:
 
 
 class StatusFile:
-    """Writes status.json: rank 0 throughout, and the first rank that fails."""
+    """The writer of status.json: rank 0 during the run, and the first rank that fails."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
     def start(self, status: RunStatus) -> None:
-        """Replaces what an earlier attempt left."""
+        """Replaces the status of an earlier attempt."""
         with self._locked():
             self._write(status)
 
     def update(self, **changes: Any) -> None:
-        """Changes some fields. A failure stays: the first rank to fail knows why, the others only that it is gone."""
+        """Changes some fields. A failed state stays: the first rank to fail knows the cause, later ones do not."""
         with self._locked():
             status = read_status(self.run_dir)
             if status.state != "failed":
@@ -97,7 +102,7 @@ class StatusFile:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Two ranks must not write at once: the slower one would take back what the other said."""
+        """Holds a lock, since of two ranks that write at once the slower would undo the change of the other."""
         with (self.run_dir / f".{STATUS}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

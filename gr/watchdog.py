@@ -1,7 +1,7 @@
-"""Ends a process that hangs, after writing where it stands.
+"""A watchdog that ends a process that hangs, after writing a report of what it was doing.
 
-Code says where it is with enter(), which costs nothing to speak of and does nothing where no one watches. Every rank
-watches itself, so all of them report, not only the one that is late.
+Code reports its progress with enter(), which costs nanoseconds and does nothing without a watchdog. Every rank watches
+itself, so all of them report, not only the late one.
 """
 
 import faulthandler
@@ -21,8 +21,8 @@ from gr.logging import get_logger
 log = get_logger(__name__)
 TICK_SECONDS = 1.0
 STDERR = 2
-# Between report and end: ranks are late by different amounts, and each should report before a peer's end breaks its
-# collective.
+# Seconds between the report and the end of the process: ranks are late by different amounts, and each should report
+# before the end of a peer breaks its collective.
 GRACE_SECONDS = 10.0
 _PACKAGE = str(Path(__file__).parent)
 
@@ -30,7 +30,7 @@ _watch: "_Watch | None" = None
 
 
 def enter(place: str, budget: str | None = None) -> None:
-    """Says where this process is from now on. budget: the limit that starts to run; without one the last runs on."""
+    """Sets the place of this process in reports. budget: the time limit to start; None keeps the last one."""
     if _watch is not None:
         _watch.place = place
         if budget is not None:
@@ -38,16 +38,16 @@ def enter(place: str, budget: str | None = None) -> None:
 
 
 def add_detail(detail: Callable[[Path], str]) -> None:
-    """What else a report should say: a function of the folder to write into, such as the collective under way."""
+    """Adds a line to reports: the result of a function of the folder to write into, such as the current collective."""
     if _watch is not None:
         _watch.details.append(detail)
 
 
 @contextmanager
 def watching(limits: Mapping[str, float], folder: Path, rank: int) -> Iterator[None]:
-    """Watches the thread that calls it. limits: seconds by budget; the first one starts to run.
+    """Watches the calling thread. limits: seconds by budget; the first budget starts at once.
 
-    Reports are a log line and folder/stacks-rank-R.txt; then the process ends with code 1.
+    A report is a log line and folder/stacks-rank-R.txt; then the process ends with code 1.
     """
     global _watch
     assert _watch is None, "a process watches itself once"
@@ -66,26 +66,26 @@ class _Watch:
         self.clock = next(iter(self.limits)), time.monotonic()
         self.details: list[Callable[[Path], str]] = []
         self._watched = threading.get_ident()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gr-watchdog", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
-        while not self._over.wait(min(TICK_SECONDS, min(self.limits.values()) / 4)):
+        while not self._stopped.wait(min(TICK_SECONDS, min(self.limits.values()) / 4)):
             budget, since = self.clock
-            left = since + self.limits[budget] - time.monotonic()
-            if left < 0:
+            remaining = since + self.limits[budget] - time.monotonic()
+            if remaining < 0:
                 self._report(budget, since)
                 time.sleep(GRACE_SECONDS)
                 sys.stderr.flush()
                 os._exit(1)
-            # For native code that never gives the interpreter back: this clock needs no interpreter.
-            faulthandler.dump_traceback_later(left + 2 * GRACE_SECONDS, exit=True, file=STDERR)
+            # Native code may never release the interpreter; faulthandler's own timer does not need it.
+            faulthandler.dump_traceback_later(remaining + 2 * GRACE_SECONDS, exit=True, file=STDERR)
 
     def _report(self, budget: str, since: float) -> None:
         path = self.folder / f"stacks-rank-{self.rank}.txt"
@@ -100,9 +100,9 @@ class _Watch:
                 file.flush()
                 faulthandler.dump_traceback(file)
                 for detail in self.details:
-                    said = detail(self.folder)
-                    file.write(f"\n{said}\n")
-                    line += f", {said}"
+                    text = detail(self.folder)
+                    file.write(f"\n{text}\n")
+                    line += f", {text}"
         except OSError as error:
             faulthandler.dump_traceback(STDERR)
             path = Path(f"above ({error})")
@@ -110,8 +110,8 @@ class _Watch:
 
 
 def _innermost(frame: FrameType) -> str:
-    """The deepest line of this package under way, and the function that it called into."""
+    """The innermost line of this package on the stack, and the function that it called into."""
     stack = traceback.extract_stack(frame)
-    ours = [entry for entry in stack if entry.filename.startswith(_PACKAGE)] or stack[-1:]
-    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}"
-    return where if stack[-1] is ours[-1] else f"{where} -> {stack[-1].name}"
+    own = [entry for entry in stack if entry.filename.startswith(_PACKAGE)] or stack[-1:]
+    place = f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}"
+    return place if stack[-1] is own[-1] else f"{place} -> {stack[-1].name}"

@@ -1,1 +1,4 @@
-"""From a laptop to a cluster: TorchX components, Slurm script, Kubernetes manifests. Imports torchx, never gr."""
+"""Launchers from a laptop to a cluster: TorchX components, a Slurm script, Kubernetes manifests.
+
+The package imports torchx, never gr.
+"""

@@ -1,9 +1,9 @@
-"""torchrun in a process of its own: launch.node's child, which hears that node's USR1 and nothing else.
+"""torchrun in a process of its own, a child of launch.node, which reacts to USR1 of that node and to no other signal.
 
-Slurm signals every process of a step. A second signal would end torchrun while its ranks save, so it is deaf to TERM;
-a handler that does nothing, and not SIG_IGN, which the ranks would inherit.
+Slurm signals every process of a step. A second signal would end torchrun while its ranks save, so TERM has a handler
+that does nothing. SIG_IGN would not do, since the ranks would inherit it.
 
-exit code   2 where a rank left with 2 (gr's, for what another try will not cure), else torchrun's
+exit code   2 if a rank left with 2 (gr's code for errors that another try will not cure), else torchrun's
 """
 
 import ctypes
@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGHUP, lambda *_: None)
-    # Should launch.node be killed, the ranks save and leave, instead of holding their GPUs for nobody.
+    # If launch.node is killed, the ranks save and leave instead of holding their GPUs.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +26,7 @@ def main() -> int:
 
     try:
         torchrun()
-    except SignalException as end:  # launch.node asked for it, and says what became of the run
+    except SignalException as end:  # launch.node sent the signal, and reports the outcome of the run
         return 128 + end.sigval
     except ChildFailedError as error:
         if any(failure.exitcode == 2 for failure in error.failures.values()):

@@ -11,8 +11,8 @@ import sys
 from torchx import specs
 
 GPUS_OF_A_HOST = 8
-# CPUs and memory (MB) that go with one GPU, or one CPU: a little under what hosts have, since the system keeps some.
-# Clouds differ: cpu= and memory= say what theirs have.
+# The CPUs and memory (MB) a GPU, or a CPU: a little under the hosts' own, since the system keeps some. Clouds differ;
+# cpu= and memory= state their sizes.
 _SHARES = {
     "cpu": (1, 4_000),
     "a100": (11, 125_000),
@@ -23,10 +23,10 @@ _SHARES = {
 
 
 class LaunchError(SystemExit):
-    """A mistake in the command, shown as one line; nothing was submitted. Exit code 2, as of every such mistake."""
+    """A mistake in the command, shown as one line; nothing was submitted. The exit code is 2."""
 
     def __init__(self, message: str) -> None:
-        sys.stderr.write(f"error: {message}\n")  # of itself, SystemExit with a message exits with 1
+        sys.stderr.write(f"error: {message}\n")  # SystemExit with a message would exit with 1
         super().__init__(2)
 
 
@@ -41,14 +41,14 @@ def host(name: str) -> specs.Resource:
         raise LaunchError(
             f"--resource={name} is not known: give NAME or NAMExCOUNT with NAME one of {', '.join(_SHARES)}"
         )
-    said: dict[str, int] = {}
-    for each in more:
-        key, _, value = each.rpartition("=")
-        if not (key in ("cpu", "memory") or "/" in key) or key in said or not re.fullmatch(r"[1-9]\d*", value):
+    sizes: dict[str, int] = {}
+    for item in more:
+        key, _, value = item.rpartition("=")
+        if not (key in ("cpu", "memory") or "/" in key) or key in sizes or not re.fullmatch(r"[1-9]\d*", value):
             raise LaunchError(
-                f"--resource={name}: {each}: after the name go cpu=COUNT, memory=GB and VENDOR/DEVICE=COUNT, each once"
+                f"--resource={name}: {item}: after the name go cpu=COUNT, memory=GB and VENDOR/DEVICE=COUNT, each once"
             )
-        said[key] = int(value)
+        sizes[key] = int(value)
     kind, count = match[1], int(match[2] or GPUS_OF_A_HOST)
     gpu = 0 if kind == "cpu" else count
     if gpu > GPUS_OF_A_HOST:
@@ -56,35 +56,35 @@ def host(name: str) -> specs.Resource:
             f"--resource={name}: a host has {GPUS_OF_A_HOST} GPUs; use {kind}x{GPUS_OF_A_HOST} and more nodes"
         )
     cpus, memory = _SHARES[kind]
-    cpus, memory = said.pop("cpu", cpus * count), said.pop("memory", 0) * 1_000 or memory * count
-    return specs.Resource(cpu=cpus, gpu=gpu, memMB=memory, devices=said)
+    cpus, memory = sizes.pop("cpu", cpus * count), sizes.pop("memory", 0) * 1_000 or memory * count
+    return specs.Resource(cpu=cpus, gpu=gpu, memMB=memory, devices=sizes)
 
 
 def ranks(nproc: int, resource: str) -> int:
-    """Ranks of a node: `nproc`, or where that is 0 one a GPU and one on a CPU host."""
+    """The ranks of a node: `nproc`, or for 0 one a GPU, and one on a CPU host."""
     offered = host(resource)
-    limit, what = (offered.gpu, "GPUs") if offered.gpu else (offered.cpu, "CPUs")
+    limit, unit = (offered.gpu, "GPUs") if offered.gpu else (offered.cpu, "CPUs")
     if not 0 <= nproc <= limit:
         raise LaunchError(
-            f"--nproc={nproc} ranks, but --resource={resource} offers {limit} {what} a node: use --nproc={limit} and "
+            f"--nproc={nproc} ranks, but --resource={resource} offers {limit} {unit} a node: use --nproc={limit} and "
             "more nodes, or a larger resource"
         )
     return nproc or offered.gpu or 1
 
 
 def nodes(nnodes: str) -> tuple[int, int]:
-    """N or MIN:MAX as two numbers."""
+    """N or MIN:MAX as the minimum and the maximum."""
     match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", nnodes)
-    least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if least > most:
+    min_nodes, max_nodes = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if min_nodes > max_nodes:
         raise LaunchError(f"--nnodes={nnodes}: give N, or MIN:MAX with 1 <= MIN <= MAX")
-    return least, most
+    return min_nodes, max_nodes
 
 
 def device(resource: str) -> list[str]:
-    """The first override on GPU hosts: a rank that finds no GPU is to fail, and not to train on CPU at a GPU's price.
+    """The first override on GPU hosts, so that a rank without a GPU fails instead of training on CPU at a GPU's price.
 
-    A device= of the user's own comes later, and wins.
+    A device= of the user comes later, and wins.
     """
     return ["device=cuda"] if host(resource).gpu else []
 
@@ -133,12 +133,12 @@ def train(
         image: container image, where the scheduler runs containers; it has to hold gr and launch/
         mounts: for containers, as TorchX writes them: type=bind,src=/data,dst=/data
     """
-    least, most = nodes(nnodes)
+    min_nodes, max_nodes = nodes(nnodes)
     if retries < 0:
         raise LaunchError(f"--retries={retries}: give 0 or more")
     arguments = ["train", config, *device(resource), *overrides]
     role = _role("train", [*_agents(nnodes, ranks(nproc, resource), retries), *arguments], resource, image)
-    role.num_replicas, role.min_replicas = most, least
+    role.num_replicas, role.min_replicas = max_nodes, min_nodes
     role.max_retries, role.retry_policy = retries, specs.RetryPolicy.APPLICATION
     try:
         role.mounts = specs.parse_mounts(mounts.split(",")) if mounts else []

@@ -2,8 +2,8 @@
 
     python -m launch.node --nnodes 2:4 --nproc 8 --rendezvous node0 --id 1234 train CONFIG [KEY.PATH=VALUE]...
 
-It checks what only the node itself can see, prints the environment it sets, and runs `torchrun ... -m gr train`. What
-became of the run is read from RUN_DIR/status.json, since torchrun exits with 1 after any signal, saved or not.
+It checks what only the node itself can see, prints the environment it sets, and runs `torchrun ... -m gr train`. The
+outcome of the run is read from RUN_DIR/status.json, since torchrun exits with 1 after any signal, saved or not.
 
 exit code   meaning
 0           done
@@ -30,17 +30,17 @@ from launch.outcome import CRASHED, DONE, FAILED, STOPPED, Attempt, NodeError
 from launch.rendezvous import Group, await_rendezvous, parse_group
 from launch.stop import Stop
 
-# A membership that is at least the minimum is taken as complete after so long without a newcomer.
+# The seconds without a newcomer after which a membership of the minimum or more counts as complete.
 LAST_CALL_SECONDS = 15
 POLL_SECONDS = 0.5
-STATUS_SECONDS = 10.0  # between two looks at status.json, which all nodes share
+STATUS_SECONDS = 10.0  # the interval between two reads of status.json, which all nodes share
 NOT_NEGATIVE = click.IntRange(min=0)
 SHOWN = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Those of the command line, which says what they mean."""
+    """The options of the command line; `--help` explains them."""
 
     nnodes: str
     nproc: str
@@ -55,7 +55,7 @@ class Options:
 
 
 def resolved(config: str, overrides: tuple[str, ...]) -> dict:
-    """The configuration as gr reads it here. gr has printed the fault where it cannot."""
+    """The configuration as gr resolves it on this node. Exits with FAILED after gr has printed a fault."""
     import yaml
 
     if not Path(config).is_file():
@@ -63,75 +63,75 @@ def resolved(config: str, overrides: tuple[str, ...]) -> dict:
             f"{config} is not here, in {Path.cwd()}: submit from a folder that every node mounts (or ship it: "
             "torchx -cfg job_dir=..., an image), and name the configuration relative to it"
         )
-    wrong = next((word for word in overrides if word.startswith("-")), None)
-    if wrong:
-        raise NodeError(f"{wrong}: what follows the configuration are values, KEY.PATH=VALUE (planner.plan=plan.json)")
+    option = next((word for word in overrides if word.startswith("-")), None)
+    if option:
+        raise NodeError(f"{option}: what follows the configuration are values, KEY.PATH=VALUE (planner.plan=plan.json)")
     command = [sys.executable, "-m", "gr", "config", "show", config, *overrides]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if shown.returncode:
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if output.returncode:
         sys.exit(FAILED)
-    return yaml.safe_load(shown.stdout)
+    return yaml.safe_load(output.stdout)
 
 
-def processes(wanted: str, gpus: int) -> int:
-    """Ranks to start here: one a GPU, or one on a CPU node, where `wanted` is auto."""
-    if wanted == "auto":
+def processes(nproc: str, gpus: int) -> int:
+    """The number of ranks to start on this node; auto means one a GPU, or one on a CPU node."""
+    if nproc == "auto":
         return gpus or 1
-    limit, what = (gpus, "GPUs") if gpus else (cpus(), "CPUs")
-    if not (wanted.isascii() and wanted.isdigit() and int(wanted)):
-        raise NodeError(f"--nproc={wanted}: give a number of ranks for this node, or auto for one a GPU")
-    if int(wanted) > limit:
+    limit, unit = (gpus, "GPUs") if gpus else (cpus(), "CPUs")
+    if not (nproc.isascii() and nproc.isdigit() and int(nproc)):
+        raise NodeError(f"--nproc={nproc}: give a number of ranks for this node, or auto for one a GPU")
+    if int(nproc) > limit:
         raise NodeError(
-            f"--nproc={wanted} ranks, but this node offers {limit} {what}: use --nproc={limit} and more nodes, or a "
+            f"--nproc={nproc} ranks, but this node offers {limit} {unit}: use --nproc={limit} and more nodes, or a "
             "larger --resource"
         )
-    return int(wanted)
+    return int(nproc)
 
 
 def visible_gpus() -> int:
-    """GPUs here, counted without torch, which need not be able to use them."""
+    """The number of GPUs on this node, counted without torch, which may be unable to use them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """CPUs this process may use: its affinity, or a container's quota (cgroup v2) where that is less."""
-    own = len(os.sched_getaffinity(0))
+    """The number of CPUs this process may use: its affinity, or a smaller quota of its container (cgroup v2)."""
+    allowed = len(os.sched_getaffinity(0))
     quota, period = limit.read_text().split() if limit.exists() else ("max", "")
-    return own if quota == "max" else max(1, min(own, math.ceil(int(quota) / int(period))))
+    return allowed if quota == "max" else max(1, min(allowed, math.ceil(int(quota) / int(period))))
 
 
 def environment(nproc: int) -> dict[str, str]:
-    """What the ranks get beyond the user's own environment, which wins. The one place for it."""
-    ours = {
+    """The only variables that launch.node adds to the environment of the ranks; the user's own values win."""
+    defaults = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(max(1, cpus() // nproc)),
         # torch 2.13: ranks that torchrun starts again would find the addresses of dead ones in a store that it shares
         # with them, and a node that comes back would wait for an address that nobody publishes.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    return {name: os.environ.get(name, value) for name, value in ours.items()}
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def node_logs(run_dir: Path) -> Path:
-    """The folder of this node's ranks under run_dir, which is made. Raises NodeError where it cannot be."""
+    """Makes the log folder of this node's ranks under run_dir. Raises NodeError if it cannot be made."""
     folder = run_dir / "logs" / socket.gethostname()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        for_good = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+        permanent = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
         raise NodeError(
             f"run_dir={run_dir} cannot be written: {error.strerror}; mend its owner or its mount, or set another one",
-            outcome=FAILED if for_good else CRASHED,
+            outcome=FAILED if permanent else CRASHED,
         ) from None
     return folder
 
 
 @dataclass(frozen=True)
 class Node:
-    """This node's share: so many ranks of the group."""
+    """One node of the group, with its number of ranks."""
 
     options: Options
     group: Group
@@ -139,7 +139,7 @@ class Node:
     stop: Stop
 
     def train(self, arguments: Sequence[str], run_dir: Path) -> int:
-        """The outcome of an attempt of a run, from what it wrote into run_dir and, where that is silent, its code."""
+        """Runs an attempt; the outcome comes from run_dir or, if that holds none, from the exit code of the agent."""
         logs, attempt = node_logs(run_dir), Attempt(run_dir)
         code = self._start(["train", *arguments], attempt, logs)
         outcome = attempt.outcome(settle=code != FAILED and not self.stop.asked)
@@ -166,10 +166,10 @@ class Node:
         return STOPPED if self.stop.asked and code == CRASHED else code
 
     def _start(self, arguments: Sequence[str], attempt: Attempt | None, logs: Path | None) -> int:
-        """Checks the nodes and runs the agent. Returns DONE, FAILED or CRASHED, as far as its exit code tells."""
+        """Checks the nodes and runs the agent. Returns DONE, FAILED or CRASHED by its exit code."""
         self._say(self._described())
         try:
-            if self.options.preflight and attempt is not None and (self.ranks > 1 or self.group.most > 1):
+            if self.options.preflight and attempt is not None and (self.ranks > 1 or self.group.max_nodes > 1):
                 self._check_nodes(arguments[1:])
             if self.group.rendezvous is not None:
                 await_rendezvous(self.group.rendezvous, self.options.join_timeout, self.stop)
@@ -182,29 +182,29 @@ class Node:
         return code if code in (DONE, FAILED) else CRASHED
 
     def _check_nodes(self, arguments: Sequence[str]) -> None:
-        """`gr doctor --cluster` on every rank of the job, before any of them trains. Raises NodeError.
+        """Runs `gr doctor --cluster` on every rank of the job, before any of them trains. Raises NodeError.
 
-        A node of an elastic job looks at itself alone: the others may be training.
+        A node of an elastic job checks itself alone, since the others may be training.
         """
         name = f"{self.group.job_id}-preflight"
-        # A port of its own: the store of one may still be leaving when that of the other comes.
-        apart = Group(1, 1, None, name) if self.group.elastic else self.group.next_port(name)
-        if apart.rendezvous:
-            await_rendezvous(apart.rendezvous, self.options.join_timeout, self.stop)
+        # The check has a port of its own: its store may still be closing when the store of the training starts.
+        check = Group(1, 1, None, name) if self.group.elastic else self.group.next_port(name)
+        if check.rendezvous:
+            await_rendezvous(check.rendezvous, self.options.join_timeout, self.stop)
         if self.stop.asked:
             return
-        code = self._run_agent([*self._torchrun(apart, None), "gr", "doctor", "--cluster", *arguments], None)
+        code = self._run_agent([*self._torchrun(check, None), "gr", "doctor", "--cluster", *arguments], None)
         if code and not self.stop.asked:
-            # Worth another try: a scheduler may give other nodes, and one that was signalled fails the check of all.
+            # Another try may help: a scheduler may give other nodes, and a signalled node fails the check of all.
             raise NodeError(
                 "these nodes are not fit to train together; FAULT above says why (--no-preflight skips this)", CRASHED
             )
 
     def _torchrun(self, group: Group, logs: Path | None) -> list[str]:
-        """The agent's command, up to the module that ranks run."""
+        """The command of the agent, up to the module that ranks run."""
         endpoint, own_address = group.meeting_place()
-        words = {
-            "nnodes": f"{group.least}:{group.most}" if group.elastic else str(group.least),
+        options = {
+            "nnodes": f"{group.min_nodes}:{group.max_nodes}" if group.elastic else str(group.min_nodes),
             "nproc-per-node": str(self.ranks),
             "max-restarts": str(self.options.restarts if logs is not None else 0),
             "rdzv-backend": "c10d",
@@ -215,50 +215,51 @@ class Node:
             "signals-to-handle": "SIGUSR1",
         }
         if own_address is not None:
-            words["local-addr"] = own_address
+            options["local-addr"] = own_address
         if logs is not None:
-            words |= {"log-dir": str(logs), "tee": "3"}
-        return [sys.executable, "-m", "launch.agent", *(f"--{name}={value}" for name, value in words.items()), "-m"]
+            options |= {"log-dir": str(logs), "tee": "3"}
+        return [sys.executable, "-m", "launch.agent", *(f"--{name}={value}" for name, value in options.items()), "-m"]
 
     def _run_agent(self, command: Sequence[str], attempt: Attempt | None) -> int:
-        """The exit code of torchrun, which is told, once, when this node is asked to stop and when the run failed for
-        good (else it would start the ranks again).
+        """Runs torchrun and returns its exit code.
 
-        It gets a session of its own, so that Ctrl-C in a terminal reaches each rank once, through torchrun, not twice.
+        It gets one signal, on a request to stop this node or when the run has failed permanently; without that signal
+        it would start the ranks again. It has a session of its own, so that Ctrl-C in a terminal reaches each rank
+        once, through torchrun, and not twice.
         """
-        ours = {**os.environ, **environment(self.ranks)}
-        child = subprocess.Popen(command, env=ours, start_new_session=True, preexec_fn=_deaf_to_termination)
-        told, look = False, time.monotonic() + STATUS_SECONDS
+        variables = {**os.environ, **environment(self.ranks)}
+        child = subprocess.Popen(command, env=variables, start_new_session=True, preexec_fn=_ignore_termination)
+        signalled, next_read = False, time.monotonic() + STATUS_SECONDS
         while True:
             try:
                 return child.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 if self.stop.at_once:
                     os.killpg(child.pid, signal.SIGKILL)
-                for_good = False
-                if attempt is not None and not self.stop.asked and time.monotonic() > look:
-                    for_good, look = attempt.outcome() == FAILED, time.monotonic() + STATUS_SECONDS
-                if not told and (self.stop.asked or for_good):
-                    told = True
+                failed = False
+                if attempt is not None and not self.stop.asked and time.monotonic() > next_read:
+                    failed, next_read = attempt.outcome() == FAILED, time.monotonic() + STATUS_SECONDS
+                if not signalled and (self.stop.asked or failed):
+                    signalled = True
                     child.send_signal(signal.SIGUSR1)
 
     def _described(self) -> str:
-        place, ours = self.group.rendezvous or "local", environment(self.ranks)
-        said = {"nodes": self.options.nnodes, "ranks_here": self.ranks, "rendezvous": place, "id": self.group.job_id}
-        theirs = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SHOWN)}
-        return " ".join(f"{name}={value}" for name, value in (said | theirs | ours).items())
+        place, added = self.group.rendezvous or "local", environment(self.ranks)
+        facts = {"nodes": self.options.nnodes, "ranks_here": self.ranks, "rendezvous": place, "id": self.group.job_id}
+        present = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SHOWN)}
+        return " ".join(f"{name}={value}" for name, value in (facts | present | added).items())
 
     def _say(self, text: str) -> None:
         click.echo(f"node {socket.gethostname()}: {text}", err=True)
 
 
-def _deaf_to_termination() -> None:
-    """Until launch.agent has a handler of its own."""
+def _ignore_termination() -> None:
+    """Ignores TERM until launch.agent has installed its own handler."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def run(options: Options, arguments: tuple[str, ...], stop: Stop) -> int:
-    """The node's exit code."""
+    """Runs this node's part of the job and returns its exit code."""
     verb, *rest = arguments
     if verb.startswith("-"):
         raise NodeError(f"no such option: {verb} (--help lists them)")

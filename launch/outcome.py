@@ -1,4 +1,4 @@
-"""What an attempt of a job came to: exit codes, and RUN_DIR as launchers read it (docs/design/run-contract.md)."""
+"""The outcome of an attempt of a job: exit codes, and RUN_DIR as launchers read it (docs/design/run-contract.md)."""
 
 import json
 import socket
@@ -13,20 +13,21 @@ SETTLE_SECONDS = 10.0
 
 
 class NodeError(click.ClickException):
-    """Shown as one line that begins with the node's name. outcome: CRASHED where another try may help."""
+    """An error shown as one line that begins with the node's name. outcome: CRASHED if another try may help."""
 
     def __init__(self, message: str, outcome: int = FAILED) -> None:
         super().__init__(message)
-        self.exit_code = outcome  # type: ignore[misc]  # click declares it of the class
+        self.exit_code = outcome  # type: ignore[misc]  # click declares it on the class
 
     def show(self, file: object = None) -> None:
         click.echo(f"error: {socket.gethostname()}: {self.format_message()}", err=True)
 
 
 class Attempt:
-    """One attempt of the run in run_dir: what it wrote to status.json, and whether it left a new checkpoint.
+    """One attempt of the run in run_dir: its status.json, and whether it left a new checkpoint.
 
-    What was there before is remembered, and counts for nothing. (Times would not do: the clocks of two nodes differ.)
+    The status and checkpoints of earlier attempts are recorded at the start and ignored. (Times cannot tell attempts
+    apart, since the clocks of two nodes differ.)
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -41,14 +42,14 @@ class Attempt:
         return outcome
 
     def sentence(self) -> str:
-        """The end of the run in words, with the error where there was one."""
+        """The end of the run in words, with its error if there is one."""
         status = self._parsed()
         error = status.get("error")
         why = f": rank {error['rank']} on {error['host']}: {error['message']}" if error else ""
         return f"the run {status.get('state')} at step {status.get('step')} of {status.get('steps')}{why}"
 
     def crashes(self, job_id: str) -> int:
-        """Records that this attempt crashed; returns how many of this job have, in a row, without a new checkpoint."""
+        """Records a crash of this attempt; returns the crashes of this job in a row without a new checkpoint."""
         path = self._run_dir / "logs" / "crashes.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         earlier = known["crashes"] if known.get("job") == job_id and self._saved() <= self._saved_before else 0
@@ -65,7 +66,7 @@ class Attempt:
     def _read(self) -> str:
         try:
             return (self._run_dir / "status.json").read_text()
-        except OSError:  # not there yet; or a network folder that does not answer, which is no news
+        except OSError:  # the file does not exist yet, or a network folder does not answer, which is no news
             return ""
 
     def _saved(self) -> set[str]:

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:  # one table of hosts serves both, and stan
     )
     raise SystemExit(FAILED) from None
 
-WORKSPACE, GROUP = "/workspace", 10001  # of docker/Dockerfile
+WORKSPACE, GROUP = "/workspace", 10001  # as in docker/Dockerfile
 OCCUPIED = (f"{WORKSPACE}/launch", "/opt/gr", "/dev/shm")  # no volume may hide them
 # Ranks save within the first; the rest of the pod's grace period is for the agents to leave.
 SAVE_SECONDS, LEAVE_SECONDS = 240, 60
@@ -39,7 +39,7 @@ OVERRIDE = re.compile(r"[A-Za-z_][^=]*=.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Job:
-    """What both kinds say. claims: PersistentVolumeClaim -> where pods mount it."""
+    """The settings that both kinds share. claims: PersistentVolumeClaim -> its mount path in pods."""
 
     name: str
     arguments: tuple[str, ...]
@@ -51,7 +51,7 @@ class Job:
     claims: dict[str, str]
 
     def command(self, rendezvous: str) -> list[str]:
-        """What a pod runs."""
+        """The command of a pod."""
         options = {"nnodes": self.nodes, "nproc": self.nproc, "rendezvous": rendezvous, "id": self.name}
         options |= {"join-timeout": JOIN_SECONDS, "grace": SAVE_SECONDS}
         words = [f"--{name}={value}" for name, value in options.items()]
@@ -78,35 +78,38 @@ class Job:
 
     @property
     def pod(self) -> dict[str, Any]:
-        claimed = [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in self.claims]
+        volumes = [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in self.claims]
         return {
             "terminationGracePeriodSeconds": SAVE_SECONDS + LEAVE_SECONDS,
-            # Volumes come with root as their owner, and the image's user is another.
+            # Root owns new volumes, and the user of the image is another.
             "securityContext": {"fsGroup": GROUP, "fsGroupChangePolicy": "OnRootMismatch"},
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}, *claimed],
+            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}, *volumes],
         }
 
 
 def failure_policies(restarts: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the Job and of the JobSet: a failure for good ends all, an eviction restarts all and is not counted.
+    """The policies of the Job and of the JobSet: a permanent failure ends all, an eviction restarts all uncounted.
 
-    All that a Job says when its podFailurePolicy ends it is that, and a message. One that is not known here ends the
-    JobSet, rather than restarting it for ever.
+    A Job that its podFailurePolicy ends tells only that, and a message. An unknown message ends the JobSet, rather than
+    restarting it for ever.
     """
     ends = {"containerName": "trainer", "operator": "In", "values": [FAILED, STOPPED]}
     disrupted = {"type": "DisruptionTarget", "status": "True"}
-    of_job = [{"action": "FailJob", "onExitCodes": ends}, {"action": "FailJob", "onPodConditions": [disrupted]}]
+    job_rules = [{"action": "FailJob", "onExitCodes": ends}, {"action": "FailJob", "onPodConditions": [disrupted]}]
     evicted = [f"failed with exit code {STOPPED} ", "has condition DisruptionTarget "]
-    of_set: list[dict[str, Any]] = [
+    set_rules: list[dict[str, Any]] = [
         {"name": "evicted", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureMessagePatterns": evicted},
         {"name": "failed_for_good", "action": "FailJobSet"},
     ]
-    rules = [{**rule, "onJobFailureReasons": ["PodFailurePolicy"]} for rule in of_set]
-    return {"rules": of_job}, {"maxRestarts": restarts, "rules": rules}
+    rules = [{**rule, "onJobFailureReasons": ["PodFailurePolicy"]} for rule in set_rules]
+    return {"rules": job_rules}, {"maxRestarts": restarts, "rules": rules}
 
 
 def jobset(job: Job, restarts: int) -> dict[str, Any]:
-    """One indexed Job, a pod a node. A pod that fails restarts all, at most `restarts` times, unless it is for good."""
+    """A JobSet of one indexed Job, a pod a node.
+
+    A pod that fails restarts all, at most `restarts` times, unless the failure is permanent.
+    """
     container = {
         "name": "trainer",
         "image": job.image,
@@ -116,13 +119,13 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
         "resources": {"limits": job.limits},
         "volumeMounts": job.mounts,
     }
-    of_job, of_set = failure_policies(restarts)
+    job_policy, set_policy = failure_policies(restarts)
     indexed = {
         "parallelism": job.nodes,
         "completions": job.nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": of_job,
+        "podFailurePolicy": job_policy,
         "template": {"spec": {"restartPolicy": "Never", **job.pod, "containers": [container]}},
     }
     return {
@@ -132,14 +135,14 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
         "spec": {
             "suspend": bool(job.queue),  # Kueue starts it once every pod has a place
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": of_set,
+            "failurePolicy": set_policy,
             "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": indexed}}],
         },
     }
 
 
 def trainjob(job: Job, runtime: str) -> dict[str, Any]:
-    """How often it is restarted is the runtime's business. Its torch plugin names the first node in PET_MASTER_ADDR."""
+    """A TrainJob. Its runtime decides on restarts, and the torch plugin names the first node in PET_MASTER_ADDR."""
     pod = {"spec": {**job.pod, "containers": [{"name": "node", "volumeMounts": job.mounts}]}}
     node = {"name": "node", "template": {"spec": {"template": pod}}}
     patch = {"template": {"spec": {"replicatedJobs": [node]}}}
@@ -179,15 +182,17 @@ def _claims(given: tuple[str, ...]) -> dict[str, str]:
 
 
 def _run_dir(config: str, overrides: tuple[str, ...]) -> str | None:
-    """Of the last override that says it, or of the file. None where that is only in the image, or does not say it."""
-    said = [value.strip() for key, _, value in (each.partition("=") for each in overrides) if key.strip() == "run_dir"]
-    if said or not Path(config).is_file():
-        return said[-1] if said else None
+    """The run_dir of the last override with one, or of the file. None if the file has none or is only in the image."""
+    values = [
+        value.strip() for key, _, value in (each.partition("=") for each in overrides) if key.strip() == "run_dir"
+    ]
+    if values or not Path(config).is_file():
+        return values[-1] if values else None
     try:
-        read = yaml.safe_load(Path(config).read_text())
+        settings = yaml.safe_load(Path(config).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise LaunchError(f"{config} cannot be read: {' '.join(str(error).split())}") from None
-    return str(read["run_dir"]) if isinstance(read, dict) and "run_dir" in read else None
+    return str(settings["run_dir"]) if isinstance(settings, dict) and "run_dir" in settings else None
 
 
 def _check(name: str, claims: dict[str, str], config: str, overrides: tuple[str, ...]) -> None:
@@ -197,15 +202,15 @@ def _check(name: str, claims: dict[str, str], config: str, overrides: tuple[str,
         if not OVERRIDE.fullmatch(each):
             raise LaunchError(f"{each!r} is no override: give KEY.PATH=VALUE")
     run_dir = _run_dir(config, overrides)
-    kept = run_dir and any((PurePosixPath(WORKSPACE) / run_dir).is_relative_to(path) for path in claims.values())
-    if not kept:
-        seen = (
+    durable = run_dir and any((PurePosixPath(WORKSPACE) / run_dir).is_relative_to(path) for path in claims.values())
+    if not durable:
+        problem = (
             f"run_dir={run_dir} is on no --claim, so"
             if run_dir
             else f"{config} says no run_dir here; unless it is on a --claim,"
         )
         click.echo(
-            f"warning: {seen} checkpoints and status end with their pod and nothing can be resumed: add "
+            f"warning: {problem} checkpoints and status end with their pod and nothing can be resumed: add "
             f"--claim=NAME:/mnt run_dir=/mnt/{name}",
             err=True,
         )
@@ -231,13 +236,13 @@ _SHARED = [
 
 
 def _job(config: str, overrides: tuple[str, ...], nnodes: str, nproc: int, claims: tuple[str, ...], **rest: str) -> Job:
-    least, most = nodes(nnodes)
-    if least != most:
+    min_nodes, max_nodes = nodes(nnodes)
+    if min_nodes != max_nodes:
         raise LaunchError(f"--nnodes={nnodes}: a JobSet has a fixed number of pods; give one number")
     mounted = _claims(claims)
     _check(rest["name"], mounted, config, overrides)
     arguments, nproc = (config, *device(rest["resource"]), *overrides), ranks(nproc, rest["resource"])
-    return Job(arguments=arguments, nodes=most, nproc=nproc, claims=mounted, **rest)
+    return Job(arguments=arguments, nodes=max_nodes, nproc=nproc, claims=mounted, **rest)
 
 
 def _shared(command: Any) -> Any:

@@ -1,31 +1,31 @@
-"""Asking a node to stop: signals are remembered from its start to its end, and end nothing by themselves."""
+"""Requests to stop a node: signals are recorded from its start to its end, and end nothing by themselves."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-# HUP: the terminal, or the connection to it, is gone. (nohup ignores it, and so do we then.)
+# HUP: the terminal, or the connection to it, is gone. (Under nohup it is ignored, here too.)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stop:
-    """Within it, signals are only counted."""
+    """A context in which signals are only recorded."""
 
     def __init__(self) -> None:
-        self._heard: list[int] = []
+        self._received: list[int] = []
 
     @property
     def asked(self) -> bool:
-        return bool(self._heard)
+        return bool(self._received)
 
     @property
     def at_once(self) -> bool:
-        """A second Ctrl-C."""
-        return self._heard.count(signal.SIGINT) > 1
+        """True after a second Ctrl-C."""
+        return self._received.count(signal.SIGINT) > 1
 
     def __enter__(self) -> Self:
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._hear) for number in heard}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(
@@ -34,5 +34,5 @@ class Stop:
         for number, action in self._before.items():
             signal.signal(number, action)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard.append(number)
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)

@@ -1,4 +1,4 @@
-"""Metrics of several tasks at once, named "task/metric". P predictions, C tasks."""
+"""Metrics of several tasks at once. P predictions, C tasks."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,13 +10,13 @@ from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
 from gr.metrics.prequential import PrequentialMetrics
-from gr.metrics.ranking import LifetimeMetrics, RankingMetrics, compute_tasks
+from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
 
 log = get_logger(__name__)
 
 
 class RegressionMetrics:
-    """Squared error of one task over all examples since the start, in memory that does not grow."""
+    """The squared error of one task over all examples since the start, in constant memory."""
 
     def __init__(self, task: str, world: World) -> None:
         self.task, self.world = task, world
@@ -28,7 +28,7 @@ class RegressionMetrics:
         self._sums_5 += torch.stack([term.sum() for term in terms])
 
     def compute(self) -> dict[str, float]:
-        """mse; label_variance, the mse of who predicts the mean label; examples. On every rank; collective.
+        """mse, label_variance (the mse of predicting the mean label) and examples, on every rank. Collective.
 
         Raises DataError for no example, TrainingError for outputs that are not finite.
         """
@@ -49,7 +49,7 @@ class MultiTaskMetrics:
     def __init__(
         self, tasks: Sequence[ActionTask | ValueTask], world: World, binary: Callable[[str], BinaryMetrics]
     ) -> None:
-        """binary: makes the metrics of a bce task, given its name; RankingMetrics are grouped by user."""
+        """binary: a function that makes the metrics of a bce task from its name; RankingMetrics are grouped by user."""
         self._tasks = {
             task.name: binary(task.name) if isinstance(task, ActionTask) else RegressionMetrics(task.name, world)
             for task in tasks
@@ -64,17 +64,17 @@ class MultiTaskMetrics:
                 metrics.update(output_P, label_P)
 
     def compute(self) -> dict[str, float]:
-        """As the tasks' own compute(). Collective.
+        """The metrics of every task, on every rank. Collective.
 
-        A task that cannot be measured, as where all its labels are of one class, is left out and said once; the first
-        one raises.
+        A task that cannot be measured, for example because its labels are of one class, is left out and logged once;
+        the first task raises DataError instead.
         """
-        found: dict[str, float] = {}
-        for number, (name, metrics) in enumerate(self._tasks.items()):
+        values: dict[str, float] = {}
+        for index, (name, metrics) in enumerate(self._tasks.items()):
             try:
-                found |= compute_tasks({name: metrics})
+                values |= {f"{name}/{metric}": value for metric, value in metrics.compute().items()}
             except DataError as error:
-                if number == 0:
+                if index == 0:
                     raise
                 log_once(log, f"left out: {error}")
-        return found
+        return values

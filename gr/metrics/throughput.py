@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Throughput:
-    """Adds up the examples and tokens of all ranks; read() gives rates and starts anew."""
+    """Sums of the examples and tokens of all ranks; read() returns rates and starts anew."""
 
     examples: int = 0
     tokens: int = 0
@@ -17,7 +17,7 @@ class Throughput:
         self.seconds += seconds
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading; the time between steps (evaluation, checkpoints) is not in them."""
+        """Rates since the last reading, without the time between steps (evaluation, checkpoints)."""
         seconds = max(self.seconds, 1e-9)
         rates = {"examples_per_second": self.examples / seconds, "tokens_per_second": self.tokens / seconds}
         self.examples, self.tokens, self.seconds = 0, 0, 0.0

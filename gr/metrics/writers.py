@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl for programs, TensorBoard for people."""
+"""Writers of metrics: metrics.jsonl for programs, TensorBoard for people."""
 
 import json
 import time
@@ -12,7 +12,7 @@ class MetricsWriter:
     """Writes each record to run_dir/metrics.jsonl and run_dir/tensorboard."""
 
     def __init__(self, run_dir: Path, steps_done: int = 0) -> None:
-        """steps_done: what a killed run wrote of later steps is dropped, since they will be run again."""
+        """steps_done: records that a killed run wrote of later steps are dropped, since these steps run again."""
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         _drop_after(path, steps_done)
@@ -34,8 +34,8 @@ def _drop_after(path: Path, steps_done: int) -> None:
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
-    if len(kept) < len(lines):
+    complete = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
+    if len(complete) < len(lines):
         draft = path.with_name(f".{path.name}")
-        draft.write_text("".join(kept))
+        draft.write_text("".join(complete))
         draft.replace(path)

@@ -1,1 +1,1 @@
-"""Operators: one folder each, with reference.py as the definition and faster paths beside it."""
+"""Operators, one folder each: reference.py is the definition, and faster paths stand beside it."""

@@ -1,10 +1,10 @@
-"""The one rule that says which implementation of an operator runs.
+"""The one rule that chooses which implementation of an operator runs.
 
-"native": C++ built on this machine (gr.ops.native), for CPU tensors. "triton": for CUDA tensors. "torch": plain PyTorch
-on any device, and for CPU tensors where the C++ cannot be had, which is said. On a GPU nothing but Triton is taken
-unless forced: CUDA builds of torch bring it, and what it may lack costs less than slow steps. "fbgemm": HSTU attention
-by FBGEMM's CUTLASS kernels, and everything else as under "triton"; only when forced. Operators ask backend_for() at
-each call; nothing is configured in modules.
+native   C++ compiled on this machine (gr.ops.cpp_extension); the choice for CPU tensors
+triton   Triton kernels; the only choice for CUDA tensors, since slow steps cost more there than installing Triton
+torch    plain PyTorch on any device; the fallback for CPU tensors where the C++ cannot be built, logged once
+
+Operators call backend_for() at each call; no module holds a setting.
 """
 
 import contextlib
@@ -17,47 +17,36 @@ import torch
 
 from gr.errors import InstallError
 from gr.logging import get_logger, log_once
-from gr.ops import fbgemm, native, triton
+from gr.ops import cpp_extension, triton
 
 Backend = Literal["native", "torch", "triton"]
-Forced = Literal[Backend, "fbgemm"]
 
 _logger = get_logger(__name__)
-_forced: ContextVar[Forced | None] = ContextVar("gr.ops forced backend", default=None)
+_forced: ContextVar[Backend | None] = ContextVar("gr.ops forced backend", default=None)
 
 
 def backend_for(device: torch.device) -> Backend:
-    """The implementation that tensors on `device` use now. The first call may build the C++ operators (20 seconds).
+    """The implementation for tensors on `device` at this moment. The first call may build the C++ operators (20 s).
 
     Raises InstallError for CUDA tensors where Triton does not run.
     """
-    forced = _forced.get()
-    return "triton" if forced == "fbgemm" else forced or _detected(device.type)
-
-
-def fbgemm_forced() -> bool:
-    """Whether HSTU attention is to run by FBGEMM's kernels. They have no other operator, so no other asks."""
-    return _forced.get() == "fbgemm"
+    return _forced.get() or _default_backend(device.type)
 
 
 @contextlib.contextmanager
-def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
+def force_backend(name: Literal[Backend, "auto"]) -> Iterator[None]:
     """Use one implementation inside a `with` block; "auto" changes nothing.
 
-    Raises ValueError for another name, and InstallError if it cannot be had on this machine: "triton" needs what
-    gr.ops.triton.load() says, "fbgemm" what gr.ops.fbgemm.load() says, too.
+    Raises ValueError for any other name, and InstallError if this machine cannot run the implementation.
     """
     if name == "auto":
         yield
         return
-    if name not in get_args(Forced):
-        raise ValueError(f"backend must be 'native', 'torch', 'triton' or 'fbgemm', not {name!r}")
+    if name not in get_args(Backend):
+        raise ValueError(f"backend must be 'native', 'torch' or 'triton', not {name!r}")
     if name == "native":
-        native.load()
+        cpp_extension.load()
     elif name == "triton":
-        triton.load()
-    elif name == "fbgemm":
-        fbgemm.load()
         triton.load()
     token = _forced.set(name)
     try:
@@ -67,13 +56,13 @@ def force_backend(name: Literal[Forced, "auto"]) -> Iterator[None]:
 
 
 @functools.cache
-def _detected(device_type: str) -> Backend:
+def _default_backend(device_type: str) -> Backend:
     if device_type == "cuda":
         triton.load()
         return "triton"
     if device_type == "cpu":
         try:
-            native.load()
+            cpp_extension.load()
             return "native"
         except InstallError as error:
             log_once(_logger, f"CPU operators fall back to plain PyTorch, which is several times slower: {error}")

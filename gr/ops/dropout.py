@@ -1,4 +1,4 @@
-"""Dropout whose mask is cheap on CPU: torch draws one Bernoulli number an element there, and it shows in a profile."""
+"""Dropout with a mask that is cheap on CPU, where torch draws one Bernoulli number an element, a tenth of a step."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ LEVELS = 1 << 16
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zeroes each element with `probability` and scales the rest so that the mean stays; the identity in evaluation.
+    """Zeroes each element with `probability` and scales the others so that the mean stays; the identity in evaluation.
 
     On CPU the probability is rounded to a multiple of 1/65536, and four elements share one 64-bit draw of torch's
     generator.

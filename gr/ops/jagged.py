@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def check_offsets(offsets_B1: Tensor, tokens: int, max_length: int) -> None:
-    """Raise ValueError unless offsets_B1 cuts `tokens` tokens into sequences of at most `max_length`.
+    """Raises ValueError unless offsets_B1 cuts `tokens` tokens into sequences of at most `max_length`.
 
-    The values are read on CPU only: elsewhere that would stop the device's queue at every call.
+    The values are read on CPU only: reading them from a device would stop its queue at every call.
     """
     if offsets_B1.dtype != torch.int64 or offsets_B1.dim() != 1 or offsets_B1.numel() == 0:
         raise ValueError(
@@ -29,7 +29,7 @@ def check_offsets(offsets_B1: Tensor, tokens: int, max_length: int) -> None:
 
 
 def padded_rows(offsets_B1: Tensor, tokens: int, padded_length: int) -> Tensor:
-    """Row b * N + i of token i of example b, int64 [T]: where each packed token lies in a padded [B * N, ...]."""
+    """int64 [T]: the row b * N + i of a padded [B * N, ...] that holds token i of example b, N = padded_length."""
     starts_B = offsets_B1[:-1]
     examples = torch.arange(starts_B.numel(), device=starts_B.device)
     shift_T = torch.repeat_interleave(examples * padded_length - starts_B, offsets_B1.diff(), output_size=tokens)
@@ -49,7 +49,7 @@ def jagged_to_padded(values: Tensor, offsets_B1: Tensor, padded_length: int) -> 
 
 
 def padded_to_jagged(padded: Tensor, offsets_B1: Tensor, tokens: int) -> Tensor:
-    """Padded [B, N, ...] to packed [T, ...], T = tokens, leaving out the padding. Differentiable.
+    """Padded [B, N, ...] to packed [T, ...], T = tokens, without the padding. Differentiable.
 
     Raises ValueError if the offsets do not fit [B, N] and T.
     """

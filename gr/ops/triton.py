@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run here, before the first of them is asked for. Each stands beside its operator."""
+"""The check that Triton can run on this machine. The kernels themselves stand beside their operators."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from gr.errors import InstallError
 def load() -> None:
     """Starts Triton on this machine's GPU. TRITON_INTERPRET=1 in the environment runs kernels slowly on CPU tensors.
 
-    Raises InstallError, one line with what to do, without a GPU or where Triton is not installed or does not start.
+    Raises InstallError, one line with a remedy, if there is no GPU, or if Triton is not installed or does not start.
     """
     if importlib.util.find_spec("triton") is None:
         raise InstallError("triton is not installed: it comes with CUDA builds of torch, or pip install triton==3.7.1")
@@ -23,7 +23,7 @@ def load() -> None:
     from triton.runtime import driver
 
     try:
-        driver.active  # noqa: B018 (builds a C module, or takes it from Triton's cache, as the first kernel would)
+        driver.active  # noqa: B018 (builds a C module or takes it from Triton's cache, as the first kernel would)
     except (RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError) as error:
         raise InstallError(
             f"triton does not start on this machine ({' '.join(str(error).split())}): it builds a C module when it "

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gr.config.towers import HSTUConfig
 from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
-from gr.ops.layer import gated_projection, norm_linear
+from gr.ops.norm_linear import norm_linear
+from gr.ops.norm_mul_dropout import norm_mul_dropout_linear
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
 
@@ -108,4 +109,4 @@ class HSTULayer(nn.Module):
             a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
             return x_TD + self.output(dropout(torch.cat([u, a, u * a], dim=-1), dropped, self.training))
         weight, bias = self.output.weight.T, self.output.bias
-        return x_TD + gated_projection(u, a_THV.flatten(1), weight, bias_D=bias, eps=NORM_EPS, dropout=dropped)
+        return x_TD + norm_mul_dropout_linear(u, a_THV.flatten(1), weight, bias_D=bias, eps=NORM_EPS, dropout=dropped)

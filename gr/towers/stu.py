@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gr.config.towers import STUConfig
 from gr.ops.hstu_attention import AttentionMask, hstu_attention
-from gr.ops.layer import gated_projection, norm_linear
+from gr.ops.norm_linear import norm_linear
+from gr.ops.norm_mul_dropout import norm_mul_dropout_linear
 from gr.sequence import JaggedSequence
 
 NORM_EPS = 1e-6
@@ -114,7 +115,7 @@ class STULayer(nn.Module):
         # Of a group norm each head has one weight, which all its columns share.
         shared = self.config.v_dim if self.config.group_norm else 1
         weight_U, bias_U = (p.repeat_interleave(shared) for p in (self.output_norm.weight, self.output_norm.bias))
-        return x_TD + gated_projection(
+        return x_TD + norm_mul_dropout_linear(
             u_TU,
             a_THV.flatten(1),
             self.output.weight.T,

@@ -1,4 +1,7 @@
-"""Triton kernels on CPU tensors, in a process started with TRITON_INTERPRET=1: tests/ops/test_triton.py starts it."""
+"""Triton kernels on CPU tensors, in a process that tests/ops/test_triton.py starts with TRITON_INTERPRET=1.
+
+Test modules import bodies of tests/ops, which take the backend from the fixture of this file.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from gr.ops.backend import Backend
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +24,17 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def backend() -> Backend:
+    return "triton"
+
+
 @pytest.fixture(autouse=True)
 def _bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of values, added up in float32; float32 rounded to the nearest, ties to even.
+    """Makes the interpreter multiply bfloat16 values in float32, and round float32 to the nearest, ties to even.
 
-    The interpreter keeps bfloat16 as its bits. It multiplies those bits (triton issue 11584), and rounds towards zero.
+    The interpreter keeps bfloat16 as its bits. By itself it multiplies those bits (triton issue 11584) and rounds
+    towards zero.
     """
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -1,4 +1,4 @@
-"""What conftest.py changes in the interpreter, alone: the tests of the kernels in bfloat16 stand on it."""
+"""The changes of conftest.py to the interpreter, alone: the tests of the kernels in bfloat16 rely on them."""
 
 import torch
 import triton

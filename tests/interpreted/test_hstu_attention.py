@@ -13,9 +13,21 @@ from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import hstu_attention
 from gr.ops.hstu_attention import triton as kernels
 from gr.ops.hstu_attention.triton import Tiles
-from tests.ops.test_hstu_attention import DTYPES, MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
+from tests.ops.test_hstu_attention import (
+    DTYPES,
+    MAX_LENGTH,
+    NAMES,
+    Case,
+    make_case,
+    offsets_of,
+    run,
+    test_a_known_output_is_returned_with_its_gradients,
+    test_few_tokens,
+)
 from tests.ops.test_hstu_masks import mask_of, masked_case
 from tests.support.tolerances import assert_near
+
+__all__ = ["test_a_known_output_is_returned_with_its_gradients", "test_few_tokens"]
 
 LENGTHS = [98, 0, 1, 63, 64, 65]
 TARGETS = [40, 0, 1, 5, 0, 64]
@@ -46,7 +58,7 @@ def test_shipped_tiles(widths: tuple[int, int, int], dtype: torch.dtype) -> None
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_widest_heads(dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the shipped tiles in half precision; float32, which has none so wide, shows that the kernels are exact."""
+    """Half precisions use the shipped tiles; float32, which has none so wide, shows that the kernels are exact."""
     if dtype == torch.float32:
         use_tiles(monkeypatch, 32, 64)
     assert_kernels(make_case([65, 0, 1, 34], (1, 200, 256), dtype, biased=biased), dtype)
@@ -73,7 +85,7 @@ def test_tiles_that_are_not_square(tiles: tuple[int, int], monkeypatch: pytest.M
 @pytest.mark.parametrize(("window", "prefix"), [(0, 0), (40, 0), (0, 70)], ids=str)
 @pytest.mark.usefixtures("large_tiles")
 def test_tables_summed_over_many_sequences(window: int, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each program of the tables takes all sequences in turn, empty and short ones among them."""
+    """One program of the tables takes all sequences in turn, among them empty and short ones."""
     monkeypatch.setattr(kernels, "_TABLE_PROGRAMS", 1)
     assert_kernels(masked_case(mask_of([0, 0, 28, 0], window, prefix), [70, 0, 98, 0]), torch.float32)
 
@@ -105,7 +117,7 @@ def test_a_thousand_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("large_tiles")
 def test_times_in_any_order_and_at_the_edges_of_buckets() -> None:
-    """Queries asked before their keys happened, and differences of exactly an edge and one less."""
+    """Queries earlier than their keys, and differences of exactly an edge and of one less."""
     case = make_case([70, 65], (1, 16, 16), torch.float32)
     assert case.buckets is not None
     edges = torch.tensor([0, 1, 2, 3, 4, 5, 10**6, 2**30, 412, 411, 410])  # 412 = ceil(exp(20 x .301))
@@ -173,24 +185,6 @@ def test_same_bits_every_time_and_whatever_the_batch() -> None:
     batched = run(replace(case, position_bias=None, time_bias=None, buckets=None), torch.float32, "triton")
     for together, single in zip(batched, run(alone, torch.float32, "triton"), strict=True):
         assert torch.equal(together[163:], single)
-
-
-@pytest.mark.usefixtures("large_tiles")
-def test_a_known_output_is_returned_with_its_gradients() -> None:
-    case = make_case([70, 5], (2, 16, 16), torch.float32, biased=False)
-    values = [x.float().requires_grad_() for x in (case.q, case.k, case.v)]
-    with force_backend("triton"):
-        first = hstu_attention(*values, case.offsets, max_length=MAX_LENGTH, divisor=211.0)
-        marked = first.detach() + 1
-        again = hstu_attention(*values, case.offsets, max_length=MAX_LENGTH, divisor=211.0, output=marked)
-        assert torch.equal(again, marked)
-        wanted, got = (torch.autograd.grad(out, values, case.grad.float()) for out in (first, again))
-    assert all(torch.equal(x, y) for x, y in zip(wanted, got, strict=True))
-
-
-@pytest.mark.parametrize("lengths", [[], [0, 0], [1]], ids=str)
-def test_few_tokens(lengths: list[int]) -> None:
-    assert_kernels(make_case(lengths, (1, 16, 16), torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 129), (torch.bfloat16, 257)], ids=str)

@@ -1,4 +1,4 @@
-"""What the operator tests share."""
+"""Fixtures of the operator tests."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gr.errors import InstallError
-from gr.ops import native
+from gr.ops import cpp_extension
 from gr.ops.backend import Backend
 
 
@@ -21,7 +21,7 @@ def _seeded() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "native":
         try:
-            native.load()
+            cpp_extension.load()
         except InstallError as error:
             pytest.skip(f"no C++ operators here: {error}")
     return request.param

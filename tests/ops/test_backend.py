@@ -1,4 +1,4 @@
-"""Which implementation runs, and building the C++ operators."""
+"""The choice of an implementation, and the build of the C++ operators."""
 
 import importlib.util
 import logging
@@ -14,7 +14,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.ops import backend as backend_module
-from gr.ops import native
+from gr.ops import cpp_extension
 from gr.ops.backend import Backend, backend_for, force_backend
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_forcing_is_scoped(backend: Backend) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="'native', 'torch', 'triton' or 'fbgemm', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'native', 'torch' or 'triton', not 'cuda'"), force_backend("cuda"):  # type: ignore[arg-type]
         pass
 
 
@@ -44,12 +44,12 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A CUDA device as far as torch says; nothing about its operators is remembered."""
+    """A CUDA device as far as torch reports, with an empty cache of default backends."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend_module._detected.cache_clear()
+    backend_module._default_backend.cache_clear()
     yield torch.device("cuda", 1)
-    backend_module._detected.cache_clear()
+    backend_module._default_backend.cache_clear()
 
 
 def test_cuda_takes_triton_or_nothing(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_cuda_takes_triton_or_nothing(gpu: torch.device, monkeypatch: pytest.Mon
 def test_a_gpu_without_a_compiler_is_one_line_and_no_slower_run(
     gpu: torch.device, compiler: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton itself looks for one, after its own cache and the driver's library; "false" has no headers, say."""
+    """Triton looks for a compiler after its own cache and the driver's library; "false" acts as one without headers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -82,15 +82,15 @@ def test_a_gpu_without_a_compiler_is_one_line_and_no_slower_run(
         assert backend_for(gpu) == "torch"
 
 
-def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_fallback_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def no_compiler() -> None:
         raise InstallError("no C++ compiler (this test)")
 
-    monkeypatch.setattr(native, "load", no_compiler)
+    monkeypatch.setattr(cpp_extension, "load", no_compiler)
     # Where an earlier test has configured logging, pytest listens at this logger too, and would hear it twice.
     monkeypatch.setattr(logging.getLogger("gr"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("gr"), "propagate", True)
-    backend_module._detected.cache_clear()
+    backend_module._default_backend.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="gr"):
             assert [backend_for(CPU), backend_for(CPU)] == ["torch", "torch"]
@@ -98,21 +98,21 @@ def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         with pytest.raises(InstallError), force_backend("native"):
             pass
     finally:
-        backend_module._detected.cache_clear()
+        backend_module._default_backend.cache_clear()
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InstallError, match=r"g\+\+"):
-        native._find_compiler()
+        cpp_extension._find_compiler()
 
 
 def test_failed_build_shows_the_compiler_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("#error this is broken\n")
-    monkeypatch.setattr(native, "_sources", lambda: [source])
+    monkeypatch.setattr(cpp_extension, "_sources", lambda: [source])
     with pytest.raises(InstallError, match="this is broken"):
-        native._build(native._find_compiler(), tmp_path / "ops.so")
+        cpp_extension._build(cpp_extension._find_compiler(), tmp_path / "ops.so")
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -123,15 +123,15 @@ def _load_with_a_slow_build(cache: Path) -> None:
         time.sleep(0.3)
         library.write_bytes(b"")
 
-    native._build = build
-    native._try_out = lambda: None
+    cpp_extension._build = build
+    cpp_extension._check_runs = lambda: None
     setattr(torch.ops, "load_library", lambda path: None)  # noqa: B010 (mypy: it is a method)
-    native.load.cache_clear()
-    native.load()
+    cpp_extension.load.cache_clear()
+    cpp_extension.load()
 
 
 def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They start together on an empty cache. Forked, so that what they replace is replaced in them only."""
+    """Four processes start together on an empty cache. They are forked, so that their patches stay in them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_load_with_a_slow_build, args=(tmp_path,)) for _ in range(4)]
@@ -144,6 +144,6 @@ def test_four_processes_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_loading_leaves_denormals_alone() -> None:
-    """-ffast-math in the link would flush them to zero in the whole process."""
+    """-ffast-math in the link would flush denormals to zero in the whole process."""
     with force_backend(backend_for(CPU)):
         assert float(torch.tensor(1e-40) * 1.0) > 0

@@ -1,4 +1,4 @@
-"""The cheap mask is a fair one."""
+"""The rate, scale and independence of the cheap dropout mask."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def test_fraction_and_scale(probability):
 
 def test_neighbours_that_share_a_draw_are_independent():
     torch.manual_seed(0)
-    kept = (dropout(torch.ones(200_000, 4), 0.5, training=True) > 0).double()
-    correlation = torch.corrcoef(kept.T) - torch.eye(4)
+    keep = (dropout(torch.ones(200_000, 4), 0.5, training=True) > 0).double()
+    correlation = torch.corrcoef(keep.T) - torch.eye(4)
     assert float(correlation.abs().max()) < 0.012
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gr.ops.backend import Backend, force_backend
 from gr.ops.hstu_attention import AttentionMask, TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import native as native_path
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.reference import hstu_attention_reference
 from tests.support.tolerances import assert_near
 
@@ -27,7 +28,7 @@ NAMES = ("out", "dq", "dk", "dv", "dposition_bias", "dtime_bias")
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one call, in float64; run() rounds them to the dtype it is asked for."""
+    """The inputs of one call, in float64; run() rounds them to its dtype."""
 
     q: Tensor
     k: Tensor
@@ -72,7 +73,7 @@ def make_case(
 
 
 def run(case: Case, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
-    """The output, then the gradients of q, k, v and of the tables there are."""
+    """The output, then the gradients of q, k, v and of the bias tables, if any."""
     q, k, v = (x.to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
     table_dtype = torch.promote_types(dtype, torch.float32)
     position, time = (
@@ -105,7 +106,7 @@ def assert_case(case: Case, dtype: torch.dtype, backend: Backend) -> None:
 
 @pytest.fixture
 def bfloat16_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiles of bfloat16, also on CPUs where float32 tiles are chosen because they are faster."""
+    """Forces the tiles of bfloat16, also on CPUs where the faster float32 tiles are the default."""
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this CPU has no bfloat16 products")
     monkeypatch.setattr(native_path, "native_dtype", lambda dtype: dtype)
@@ -167,8 +168,10 @@ def test_a_known_output_is_returned_with_its_gradients(backend: Backend, dtype: 
         marked = first.detach() + 1
         again = hstu_attention(*values, case.offsets, max_length=MAX_LENGTH, divisor=211.0, output=marked)
         assert torch.equal(again, marked)
-        wanted, got = (torch.autograd.grad(out, values, case.grad.to(dtype)) for out in (first, again))
-    assert all(torch.equal(x, y) for x, y in zip(wanted, got, strict=True))
+        expected_gradients, actual_gradients = (
+            torch.autograd.grad(out, values, case.grad.to(dtype)) for out in (first, again)
+        )
+    assert all(torch.equal(x, y) for x, y in zip(expected_gradients, actual_gradients, strict=True))
 
 
 @pytest.mark.parametrize("removed", ["position_bias", "time_bias"])
@@ -246,7 +249,7 @@ def test_same_bits_every_time_and_on_two_threads(backend: Backend) -> None:
 
 
 def test_an_example_does_not_depend_on_its_batch(backend: Backend) -> None:
-    """Its output and its own gradients; bit for bit, since the same tiles are computed."""
+    """The output and gradients of a sequence are equal bit for bit, since the same tiles are computed."""
     case = make_case([130, 200, 63], (1, 50, 50), torch.float32, biased=False)
     whole = run(case, torch.float32, backend)
     alone = replace(
@@ -266,9 +269,8 @@ def test_nan_in_an_input_is_not_hidden(backend: Backend) -> None:
 
 def test_double_runs_the_definition(backend: Backend) -> None:
     case = make_case([5, 9], (1, 8, 8), torch.float64, biased=False)
-    direct = hstu_attention_reference(
-        case.q, case.k, case.v, case.offsets, scale_T=torch.tensor([1 / 211], dtype=torch.float64)
-    )
+    call = AttentionCall(case.offsets, MAX_LENGTH, torch.tensor([1 / 211], dtype=torch.float64))
+    direct = hstu_attention_reference(Operands(case.q, case.k, case.v), call)
     assert torch.equal(run(case, torch.float64, backend)[0], direct)
 
 

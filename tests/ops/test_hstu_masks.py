@@ -74,8 +74,8 @@ def test_definition_is_the_rules() -> None:
         if targets + prefix > length or (full and not window):
             continue
         mask = mask_of(None, window, prefix, full)
-        wanted = [[sees(i, j, length, mask, targets) for j in range(length)] for i in range(length)]
-        assert seen(mask, length, length - targets).tolist() == wanted, (length, targets, mask)
+        expected = [[sees(i, j, length, mask, targets) for j in range(length)] for i in range(length)]
+        assert seen(mask, length, length - targets).tolist() == expected, (length, targets, mask)
 
 
 @pytest.mark.parametrize("prefix", [0, 1], ids=["", "prefix"])
@@ -90,7 +90,7 @@ def test_path_matches_definition(backend: Backend, targets: list[int] | None, wi
 @pytest.mark.parametrize(("window", "full"), [(0, 0), (20, 0), (20, 70)], ids=str)
 @pytest.mark.parametrize("targets", [None, [60, 0, 0, 58, 1]], ids=["", "targets"])
 def test_long_prefix(backend: Backend, targets: list[int] | None, window: int, full: int) -> None:
-    """Of more than one tile, so that tiles above the diagonal are met, in a sequence that is a prefix alone too."""
+    """A prefix of more than one tile reaches tiles above the diagonal; one sequence is a prefix alone."""
     case = masked_case(mask_of(targets, window, 70, full), [200, 0, 70, 128, 130])
     assert_masked(case, torch.float32, backend)
 
@@ -104,7 +104,7 @@ def test_each_bias_under_targets_and_window(backend: Backend, position: bool, ti
 
 @pytest.mark.parametrize("mask", [mask_of(TARGETS, 30), mask_of([100, 0, 0, 50, 1, 0], 0, 1)], ids=["window", "prefix"])
 def test_bfloat16(backend: Backend, mask: AttentionMask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the dtype is computed on this CPU, and by the bfloat16 tiles where they exist but are not chosen."""
+    """The default tiles of this CPU, and the bfloat16 tiles where they exist but are not the default."""
     assert_masked(masked_case(mask, LENGTHS), torch.bfloat16, backend)
     if torch.cpu._is_avx512_bf16_supported():
         monkeypatch.setattr(native_path, "native_dtype", lambda dtype: dtype)
@@ -115,12 +115,12 @@ def test_a_mask_that_hides_nothing_changes_nothing(backend: Backend) -> None:
     plain = make_case(LENGTHS, (2, 16, 16), torch.float32)
     for mask in (AttentionMask(), mask_of([0] * 6), mask_of(None, window=MAX_LENGTH)):
         masked = run(replace(plain, mask=mask), torch.float32, backend)
-        for name, wanted, got in zip(NAMES, run(plain, torch.float32, backend), masked, strict=True):
-            assert torch.equal(got, wanted) or (name == "dposition_bias" and backend == "torch"), name
+        for name, expected, actual in zip(NAMES, run(plain, torch.float32, backend), masked, strict=True):
+            assert torch.equal(actual, expected) or (name == "dposition_bias" and backend == "torch"), name
 
 
 def test_candidates_never_see_each_other(backend: Backend) -> None:
-    """Changing one moves its own output alone, by no bit of any other; and it gets no gradient from the others."""
+    """A change of a candidate changes no bit of another output, and it gets no gradient from other outputs."""
     case = masked_case(mask_of([80, 4], 0), [200, 70])
     before = run(case, torch.float32, backend)[0]
     for changed in (120, 150, 199, 266, 269):
@@ -140,13 +140,13 @@ def test_candidates_never_see_each_other(backend: Backend) -> None:
 
 @pytest.mark.parametrize("window", [0, 50])
 def test_candidates_at_once_are_candidates_one_by_one(backend: Backend, window: int) -> None:
-    """With both biases: a candidate stands right after the history, and asks at the same moment."""
+    """With both biases, a candidate stands right after the history and has its query time."""
     history, candidates, width = 100, 70, 16
     tokens = history + candidates
     moments = torch.randint(0, 10**6, (history,)).sort().values
-    asked = int(moments[-1]) + 1000
-    times = F.pad(moments, (0, candidates), value=asked)
-    queries = F.pad(moments[1:], (0, candidates + 1), value=asked)
+    query_time = int(moments[-1]) + 1000
+    times = F.pad(moments, (0, candidates), value=query_time)
+    queries = F.pad(moments[1:], (0, candidates + 1), value=query_time)
     q, k, v = (torch.randn(tokens, 2, width) for _ in range(3))
     position, time = torch.randn(2 * MAX_LENGTH - 1), torch.randn(129)
 

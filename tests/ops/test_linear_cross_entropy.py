@@ -65,7 +65,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_a_small_loss_keeps_its_digits() -> None:
-    """log(sum) and the target's logit, both near 60 here, would cancel to an error of 1e-6."""
+    """log(sum) and the target's logit, both near 60, would cancel to an error of 1e-6."""
     queries, items, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[60.0, 1.0], [52.0, 0.0]]), torch.tensor([0])
     expected = linear_cross_entropy_reference(queries.double(), items.double(), target, scale=1.0)
     loss = linear_cross_entropy(queries, items, target, scale=1.0)
@@ -73,7 +73,7 @@ def test_a_small_loss_keeps_its_digits() -> None:
 
 
 def test_multiplicities_are_a_bias() -> None:
-    """An item that stands in the table three times weighs as one item with a bias of log 3."""
+    """An item that occurs three times in the table weighs as one item with a bias of log 3."""
     items, queries, target = torch.randn(4, 6), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
     bias = torch.tensor([3.0, 1, 2, 1]).log()
     repeated = linear_cross_entropy(queries, items[[0, 1, 2, 3, 0, 0, 2]], target, scale=2.0)

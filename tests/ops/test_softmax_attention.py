@@ -50,7 +50,7 @@ def test_too_long() -> None:
 
 
 def test_dropout_zero_weight_path_equals_the_fused_one() -> None:
-    """A probability that rounds to nothing takes the unfused path: same numbers as without."""
+    """A probability that rounds to zero takes the unfused path and gives the same numbers as no dropout."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
     offsets = torch.tensor([0, 3, 3, 9])

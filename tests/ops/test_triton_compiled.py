@@ -1,6 +1,7 @@
 """Every Triton kernel in every shape that is launched, compiled for three generations of GPUs, and read: no GPU needed.
 
-A kernel that spills registers, misses the tensor cores, or loads without a pipeline is correct and slow; here it fails.
+A kernel that spills registers, misses the tensor cores, or loads without a pipeline is correct and slow; these tests
+reject it.
 """
 
 import importlib.util
@@ -17,8 +18,8 @@ pytestmark = [
 ]
 if importlib.util.find_spec("triton") is not None:
     from gr.ops.hstu_attention import triton as attention
-    from gr.ops.layer import triton as layer
-    from gr.ops.layer.gate import Gate
+    from gr.ops.norm_mul_dropout import triton as gate_kernels
+    from gr.ops.norm_mul_dropout.reference import Gate
     from gr.ops.sampled_logits import triton as logits
     from tests.support.compiled import Compiled, compile_for
 
@@ -31,7 +32,7 @@ TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 
 ATTENTION_TYPES = {
     **{name: "*i64" for name in ("offsets", "targets")},
-    **{name: "*i32" for name in ("asked_at", "happened_at", "edges")},
+    **{name: "*i32" for name in ("query_times", "key_times", "edges")},
     **{name: "*fp32" for name in ("scale_ptr", "time", "position", "dcandidates_ptr", "dposition_ptr", "dtime_ptr")},
     **{name: "i32" for name in ("heads", "last", "sequences", "ahead")},
     **{f"{name}_{of}": "i32" for name in ("q", "k", "v", "g", "out", "dq", "dk", "dv") for of in ("row", "head")},
@@ -40,7 +41,7 @@ ATTENTION_TYPES = {
 
 
 def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: int) -> "Compiled":
-    """As the towers call it: candidates without a bias (STU), both biases without candidates (HSTU)."""
+    """A kernel as the towers call it: candidates without a bias (STU), both biases without candidates (HSTU)."""
     tiles = TILES[kernel, size, width, biased]
     outer_is_keys = kernel == "key_gradient"
     constants: dict[str, Any] = {
@@ -49,7 +50,7 @@ def compile_attention(kernel: str, size: int, width: int, biased: bool, arch: in
         **{"FAST": size == 2, "M": tiles.inner if outer_is_keys else tiles.outer},
         **{"N": tiles.outer if outer_is_keys else tiles.inner, "C": tiles.inner, "dcandidates_ptr": None},
     }
-    absent = ("targets",) if biased else ("asked_at", "happened_at", "edges", "time", "position")
+    absent = ("targets",) if biased else ("query_times", "key_times", "edges", "time", "position")
     constants |= dict.fromkeys(absent)
     element = "*bf16" if size == 2 else "*fp32"
     values = {f"{name}_ptr": element for name in ("q", "k", "v", "g", "out", "dq", "dk", "dv")}
@@ -104,15 +105,15 @@ def test_sampled_logits(kernel: str, width: int, arch: int) -> None:
     [(50, 1, False), (512, 1, True), (1024, 8, True), (2048, 8, True), (4096, 1, True), (4096, 8, True)],
     ids=str,
 )
-@pytest.mark.parametrize("kernel", ["gate_kernel", "gate_backward_kernel"])
-def test_gate(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+def test_norm_mul_dropout(kernel: str, width: int, groups: int, concat: bool, arch: int) -> None:
     types = {name: "*bf16" for name in ("u_ptr", "a_ptr", "y_ptr", "dy_ptr", "du_ptr", "da_ptr")}
     types |= {name: "*fp32" for name in ("weight", "bias", "sums")} | {"eps": "fp32", "keep_scale": "fp32"}
     types |= {"rows": "i32", "u_row": "i32", "a_row": "i32", "seed": "i32", "dropped": "i64"}
     gate = Gate(groups=groups, eps=1e-6, silu=concat, concat=concat, dropout=0.2)
-    shape = layer.shape_of(width, concat, gate)
+    shape = gate_kernels.shape_of(width, concat, gate)
     constants: dict[str, Any] = shape | ({} if concat else {"weight": None, "bias": None})
-    done = compile_for(getattr(layer, kernel), arch, types, constants, warps=layer.warps_of(shape))
+    done = compile_for(getattr(gate_kernels, kernel), arch, types, constants, warps=gate_kernels.warps_of(shape))
     assert done.spills == 0 and done.shared <= SHARED[arch]
 
 

@@ -15,25 +15,25 @@ from gr.dist import World, check_room, cpu_threads, gpus_out_of_reach, resolve_d
 from gr.errors import ConfigError, GRError, TransientError
 from tests.support.ranks import run_ranks
 
-# What rank 0 and rank 1 hold, each time.
+# The values of rank 0 and of rank 1 in each case.
 PAIRS = [([3, 1, 2], [7]), ([], [5, 6]), ([4], []), ([], []), ([1, 2], [3, 4])]
 
 
-def exchange(here: World) -> dict[str, list]:
-    own = [torch.tensor(pair[here.rank], dtype=torch.int64) for pair in PAIRS]
+def exchange(process: World) -> dict[str, list]:
+    own = [torch.tensor(pair[process.rank], dtype=torch.int64) for pair in PAIRS]
     return {
-        "gathered": [[part.tolist() for part in here.all_gather_variable(values)] for values in own],
-        "dtypes": [part.dtype for part in here.all_gather_variable(torch.ones(here.rank, dtype=torch.float16))],
+        "gathered": [[part.tolist() for part in process.all_gather_variable(values)] for values in own],
+        "dtypes": [part.dtype for part in process.all_gather_variable(torch.ones(process.rank, dtype=torch.float16))],
         # 2^24 + 1 has no float32: the sums must be float64.
-        "sums": here.all_reduce_sum([float(here.rank + 1), 2.0**24 + here.rank, 0.1]),
-        "ints": here.all_gather_ints([here.rank, 2**60 + here.rank]),
+        "sums": process.all_reduce_sum([float(process.rank + 1), 2.0**24 + process.rank, 0.1]),
+        "ints": process.all_gather_ints([process.rank, 2**60 + process.rank]),
         # Rank 0 keeps one row and sends two, rank 1 sends one and keeps none.
-        "rows": here.exchange_rows(
-            torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8]]][here.rank]),
-            [[1, 2], [1, 0]][here.rank],
-            [[1, 1], [2, 0]][here.rank],
+        "rows": process.exchange_rows(
+            torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8]]][process.rank]),
+            [[1, 2], [1, 0]][process.rank],
+            [[1, 1], [2, 0]][process.rank],
         ).tolist(),
-        "no columns": here.exchange_rows(torch.empty(2, 0), [1, 1], [1, 1]).shape,
+        "no columns": process.exchange_rows(torch.empty(2, 0), [1, 1], [1, 1]).shape,
     }
 
 
@@ -49,11 +49,11 @@ def test_two_ranks() -> None:
 
 
 def test_one_rank_needs_no_process_group() -> None:
-    here = World(0, 1, 0, 1, torch.device("cpu"))
+    process = World(0, 1, 0, 1, torch.device("cpu"))
     values = torch.tensor([2, 3])
-    assert here.all_gather_variable(values)[0] is values
-    assert here.all_reduce_sum([1.5]) == [1.5] and here.all_gather_ints([4]) == [[4]]
-    assert here.is_main and not World(1, 2, 1, 2, torch.device("cpu")).is_main
+    assert process.all_gather_variable(values)[0] is values
+    assert process.all_reduce_sum([1.5]) == [1.5] and process.all_gather_ints([4]) == [[4]]
+    assert process.is_main and not World(1, 2, 1, 2, torch.device("cpu")).is_main
 
 
 def test_world_of_one_process_makes_and_ends_its_group(alone: World) -> None:
@@ -69,7 +69,7 @@ def test_the_group_ends_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class TestJoining:
-    """What a launcher can get wrong, said before anything hangs."""
+    """Mistakes of a launcher are reported before anything hangs."""
 
     def joined(self, monkeypatch: pytest.MonkeyPatch, raised: type[GRError] = ConfigError, **environment: str) -> str:
         monkeypatch.setattr(gr.dist, "CONNECT_SECONDS", 0.2)
@@ -83,8 +83,11 @@ class TestJoining:
 
     def test_more_ranks_than_cpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-        said = self.joined(monkeypatch, RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
-        assert said.startswith("3 ranks on ") and "2 CPUs: start at most 2 a host (torchrun --nproc-per-node 2)" in said
+        message = self.joined(monkeypatch, RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+        assert (
+            message.startswith("3 ranks on ")
+            and "2 CPUs: start at most 2 a host (torchrun --nproc-per-node 2)" in message
+        )
 
     def test_more_ranks_than_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -92,23 +95,23 @@ class TestJoining:
             check_room("cuda", 2)
 
     def test_half_an_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        said = self.joined(monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
-        assert said.startswith(
+        message = self.joined(monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
+        assert message.startswith(
             "WORLD_SIZE is set, but MASTER_ADDR or MASTER_PORT is not: start the ranks with torchrun"
         )
 
     @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
     def test_no_way_to_rank_0(self, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
         where = {"MASTER_ADDR": address, "MASTER_PORT": "1"}
-        said = self.joined(monkeypatch, TransientError, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
-        assert f"cannot reach rank 0 at {address}:1: " in said and "--rdzv-endpoint" in said
+        message = self.joined(monkeypatch, TransientError, RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
+        assert f"cannot reach rank 0 at {address}:1: " in message and "--rdzv-endpoint" in message
 
     def test_a_port_that_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            said = self.joined(monkeypatch, TransientError, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
-        assert said.startswith("rank 0 on ") and "cannot join: " in said and port in said
+            message = self.joined(monkeypatch, TransientError, RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", **where)
+        assert message.startswith("rank 0 on ") and "cannot join: " in message and port in message
 
 
 class TestDevice:
@@ -125,21 +128,21 @@ class TestDevice:
     def test_gpus_that_torch_cannot_use(
         self, monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: int, lost: int
     ) -> None:
-        """A job on GPU machines with the CPU build must not train there without a word."""
+        """A job on GPU machines with the CPU build must not train on CPU silently."""
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(gr.dist.glob, "glob", lambda _: [f"/dev/nvidia{i}" for i in range(devices)])
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus_out_of_reach() == lost
-        said: list[str] = []
-        monkeypatch.setattr(gr.dist.log, "warning", lambda message, *values: said.append(message % values))
+        warnings: list[str] = []
+        monkeypatch.setattr(gr.dist.log, "warning", lambda message, *values: warnings.append(message % values))
         with world("cpu"):
-            assert not said, "as was asked for"
+            assert not warnings, "the device was requested"
         with world("auto"):
-            assert len(said) == bool(lost)
+            assert len(warnings) == bool(lost)
         if lost:
-            assert f"offers {lost} GPU(s), and torch {torch.__version__} can use none" in said[0]
+            assert f"offers {lost} GPU(s), and torch {torch.__version__} can use none" in warnings[0]
 
     def test_with_gpus_a_rank_takes_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -166,8 +169,8 @@ def test_threads_of_a_rank(ranks, cores, environment, threads):
     assert cpu_threads(ranks, cores, environment) == threads
 
 
-def threads_after(here: World) -> int:
-    use_cpu_well(here)
+def threads_after(process: World) -> int:
+    use_cpu_well(process)
     return torch.get_num_threads()
 
 
@@ -194,7 +197,7 @@ for prepare in (lambda: None, lambda: use_cpu_well(World(0, 1, 0, 1, torch.devic
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept() -> None:
-    """Pages that the kernel had to clear for a tensor of 32 MiB, made and freed 16 times, in a new process."""
+    """The pages that the kernel cleared in a new process that makes and frees a tensor of 32 MiB 16 times."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < before / 4, (before, after)

@@ -1,4 +1,4 @@
-"""Files that are replaced at once, and faults that pass."""
+"""Atomic replacement of files, and the rule which errors are transient."""
 
 import errno
 import json

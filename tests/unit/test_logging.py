@@ -1,4 +1,4 @@
-"""Log lines: who speaks, on which rank, and how often."""
+"""Log lines: their logger, their rank, and how often they appear."""
 
 import logging
 

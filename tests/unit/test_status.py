@@ -1,4 +1,4 @@
-"""status.json: what is written, what stays, what is refused."""
+"""status.json: writing, keeping a failure, refusing damaged files."""
 
 import errno
 import json

@@ -1,17 +1,15 @@
 """HSTU attention on packed sequences: the pointwise (SiLU, no softmax) attention of arXiv 2402.17152.
 
-T packed tokens, B examples, H heads, Q width of q and k per head, V width of v per head, N max_length.
+T packed tokens, B sequences, H heads, Q width of q and k per head, V width of v per head, N max_length.
 """
-
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gr.ops.backend import backend_for, fbgemm_forced
+from gr.ops.backend import backend_for
+from gr.ops.checks import FLOAT_DTYPES
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
-from gr.ops.hstu_attention.fbgemm import hstu_attention_fbgemm
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
 from gr.ops.hstu_attention.reference import hstu_attention_reference
@@ -19,8 +17,6 @@ from gr.ops.hstu_attention.time_buckets import TimeBuckets, time_bucket_ids
 from gr.ops.jagged import check_offsets
 
 __all__ = ["AttentionMask", "TimeBuckets", "hstu_attention", "time_bucket_ids"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def hstu_attention(
@@ -43,21 +39,21 @@ def hstu_attention(
     q_THQ, k_THQ [T, H, Q] and v_THV [T, H, V]: float32, bfloat16, float16 or float64, any strides.
     offsets_B1: int64 [B + 1], the bounds of the sequences; empty ones are fine.
     max_length: no sequence is longer, in tokens.
-    divisor: positive; one number, or a float tensor [T] with one for each query. Gets no gradient.
-    alpha: what q_i . k_j is multiplied by; 1/sqrt(Q) in the production layer.
-    mask: which j a query sees, if not all j <= i.
-    output: what an earlier call with the same arguments returned. It is returned again, with gradients, and not
-        computed again (but in float64 and by fbgemm): for layers that rebuild their activations in the backward pass.
-    position_bias: [2 N - 1], entry (N - 1) + (j - i) is added to score (i, j), N = max_length; all
-        candidates of a mask count as the token after the history.
-    time_bias: [num_buckets + 1], entry time_buckets[i, j] is added to score (i, j). Heads share both tables.
-    time_buckets: from time_bucket_ids, once per batch; given if and only if time_bias is, and not with a contextual
-        prefix, which sees keys ahead of it.
+    divisor: positive; one number, or a float tensor [T] with one value a query. It gets no gradient.
+    alpha: the factor of q_i . k_j; 1/sqrt(Q) in the production layer.
+    mask: the keys that a query sees, where these are not all j <= i.
+    output: the result of an earlier call with the same arguments. It is returned with gradients and not computed again
+        (except in float64): for layers that rebuild their activations in the backward pass.
+    position_bias: [2 N - 1], N = max_length. Entry (N - 1) + (j - i) is added to score (i, j); all candidates of a mask
+        count as the token after the history.
+    time_bias: [num_buckets + 1]. Entry time_buckets[i, j] is added to score (i, j). Heads share both tables.
+    time_buckets: from time_bucket_ids, once a batch; given if and only if time_bias is. They do not combine with a
+        contextual prefix, which sees keys ahead of itself.
     Returns [T, H, V] in the dtype of q. Gradients: q, k, v, position_bias, time_bias.
     C++ and Triton give the same bits every time, on any number of threads, whatever the other sequences of the batch.
     float64 runs the definition (reference.py), which is slow and meant for checks.
     Raises ValueError if shapes, dtypes or lengths do not fit.
-    Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor is that of the public code.
+    Source: arXiv 2402.17152, Eq. 2, with rab^{p,t} of App. A; the divisor follows the public code.
     """
     _check_values(q_THQ, k_THQ, v_THV)
     _check_devices(q_THQ.device, offsets_B1, divisor, position_bias, time_bias)
@@ -70,35 +66,33 @@ def hstu_attention(
             raise ValueError("contextual_len and time_bias do not combine: the prefix sees keys ahead, without buckets")
     if output is not None and (output.shape, output.dtype) != (v_THV.shape, v_THV.dtype):
         raise ValueError(f"output must be {v_THV.dtype} {list(v_THV.shape)}, not {output.dtype} {list(output.shape)}")
-    return _path(q_THQ, max_length)(
-        q_THQ,
-        k_THQ,
-        v_THV,
-        offsets_B1,
-        scale_T=_scale(divisor, q_THQ),
-        alpha=alpha,
-        mask=None if mask is None or mask.causal else mask,
-        output=output,
-        position_bias=position_bias,
-        time_bias=time_bias,
-        time_buckets=time_buckets,
+    call = AttentionCall(
+        offsets_B1.contiguous(),
+        max_length,
+        _scale(divisor, q_THQ),
+        alpha,
+        AttentionMask() if mask is None or mask.causal else mask,
+        time_buckets,
     )
+    return _compute(Operands(q_THQ, k_THQ, v_THV, position_bias, time_bias, output), call)
 
 
-def _path(q_THQ: Tensor, max_length: int) -> Callable[..., Tensor]:
-    if q_THQ.dtype == torch.float64:
-        return hstu_attention_reference
-    if fbgemm_forced():
-        return functools.partial(hstu_attention_fbgemm, max_length=max_length)
-    match backend_for(q_THQ.device):
+def _compute(operands: Operands, call: AttentionCall) -> Tensor:
+    if operands.q_THQ.dtype == torch.float64:
+        return hstu_attention_reference(operands, call)
+    position, time = (
+        None if table is None else table.float().contiguous() for table in (operands.position_bias, operands.time_bias)
+    )
+    operands = operands._replace(position_bias=position, time_bias=time)
+    match backend_for(operands.q_THQ.device):
         case "native":
-            return hstu_attention_native
+            return hstu_attention_native(operands, call)
         case "triton":
-            from gr.ops.hstu_attention.triton import hstu_attention_triton  # no triton on CPU machines
+            from gr.ops.hstu_attention.triton import hstu_attention_triton  # CPU machines have no triton
 
-            return functools.partial(hstu_attention_triton, max_length=max_length)
+            return hstu_attention_triton(operands, call)
         case "torch":
-            return hstu_attention_blocked
+            return hstu_attention_blocked(operands, call)
 
 
 def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
@@ -110,8 +104,8 @@ def _check_values(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor) -> None:
         raise ValueError(f"v_THV must start with [T, H] = {list(q_THQ.shape[:2])}, not {list(v_THV.shape)}")
     if min(*q_THQ.shape[1:], *v_THV.shape[1:]) == 0:
         raise ValueError(f"H, Q and V must be positive: q_THQ is {list(q_THQ.shape)}, v_THV is {list(v_THV.shape)}")
-    if q_THQ.dtype not in _DTYPES:
-        raise ValueError(f"q_THQ must be one of {', '.join(map(str, _DTYPES))}, not {q_THQ.dtype}")
+    if q_THQ.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"q_THQ must be one of {', '.join(map(str, FLOAT_DTYPES))}, not {q_THQ.dtype}")
     if not q_THQ.dtype == k_THQ.dtype == v_THV.dtype:
         raise ValueError(f"q_THQ, k_THQ and v_THV differ in dtype: {q_THQ.dtype}, {k_THQ.dtype}, {v_THV.dtype}")
     if not q_THQ.device == k_THQ.device == v_THV.device:
@@ -142,20 +136,22 @@ def _check_biases(
 
 
 def _check_buckets(time_buckets: TimeBuckets | None, offsets_B1: Tensor) -> None:
-    """Buckets of another batch would be read out of bounds."""
+    """Raise ValueError for the buckets of another batch, which would be read out of bounds."""
     if time_buckets is None:
         return
-    made_for_B1 = time_buckets.offsets_B1
-    if made_for_B1.device != offsets_B1.device:
-        raise ValueError(f"time_buckets are on {made_for_B1.device}, offsets_B1 on {offsets_B1.device}")
-    if made_for_B1.shape != offsets_B1.shape:
-        raise ValueError(f"time_buckets have {made_for_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}")
-    if offsets_B1.device.type == "cpu" and not torch.equal(made_for_B1, offsets_B1):
+    bucket_offsets_B1 = time_buckets.offsets_B1
+    if bucket_offsets_B1.device != offsets_B1.device:
+        raise ValueError(f"time_buckets are on {bucket_offsets_B1.device}, offsets_B1 on {offsets_B1.device}")
+    if bucket_offsets_B1.shape != offsets_B1.shape:
+        raise ValueError(
+            f"time_buckets have {bucket_offsets_B1.numel() - 1} sequences, offsets_B1 {offsets_B1.numel() - 1}"
+        )
+    if offsets_B1.device.type == "cpu" and not torch.equal(bucket_offsets_B1, offsets_B1):
         raise ValueError("time_buckets were made for sequences of other lengths than offsets_B1 has")
 
 
 def _scale(divisor: float | Tensor, q_THQ: Tensor) -> Tensor:
-    """1 / divisor, [1] or [T], in float32 or better."""
+    """1 / divisor, [1] or [T], in float32 or better, contiguous. Raises ValueError for a divisor that does not fit."""
     dtype = torch.promote_types(q_THQ.dtype, torch.float32)
     if not isinstance(divisor, Tensor):
         if not divisor > 0:
@@ -170,4 +166,4 @@ def _scale(divisor: float | Tensor, q_THQ: Tensor) -> Tensor:
         raise ValueError("divisor gets no gradient: pass divisor.detach()")
     if divisor.device.type == "cpu" and divisor.numel() and not bool((divisor > 0).all()):
         raise ValueError(f"divisor must be positive; its smallest entry is {float(divisor.min())}")
-    return divisor.to(dtype).reciprocal()
+    return divisor.to(dtype).reciprocal().contiguous()

@@ -1,8 +1,8 @@
 """HSTU attention in plain torch, for machines without a compiler and for other devices. Letters as in reference.py.
 
 Sequences with the same number of blocks share one batched product, and a block of queries meets only the keys from the
-first to the last that one of its rows sees: without a mask, those up to its own end. No work is spent on padding beyond
-the edge of a block. Scores are recomputed in the backward pass.
+first to the last that one of its rows sees: without a mask, the keys up to its own end. No work is spent on padding
+beyond the edge of a block. Scores are recomputed in the backward pass.
 G sequences of a group, n their length padded to whole blocks, r rows of one block of queries, c the keys it meets.
 """
 
@@ -15,38 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.time_buckets import TimeBuckets
 
 _BLOCK = 64
 
 
-def hstu_attention_blocked(
-    q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
-    offsets_B1: Tensor,
-    *,
-    scale_T: Tensor,
-    alpha: float = 1.0,
-    mask: AttentionMask | None = None,
-    output: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    time_buckets: TimeBuckets | None = None,
-) -> Tensor:
-    """As hstu_attention_reference, on any device. Half precisions are computed in float32: the bias needs it.
-
-    output: what an earlier call with the same arguments returned, which is then not computed again.
-    """
-    position = None if position_bias is None else position_bias.to(_compute_dtype(q_THQ))
-    time = None if time_bias is None else time_bias.to(_compute_dtype(q_THQ))
-    plan = _Plan(alpha, mask, time_buckets)
-    return _Blocked.apply(q_THQ, k_THQ, v_THV, position, time, (offsets_B1, scale_T), plan, output)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def hstu_attention_blocked(operands: Operands, call: AttentionCall) -> Tensor:
+    """hstu_attention_reference on any device. Half precisions are computed in float32, which the bias needs."""
+    return _Blocked.apply(*operands, call)
 
 
 @dataclass(frozen=True)
@@ -59,9 +37,9 @@ class _Group:
     pair_starts_G: Tensor | None
 
     def take(self, x_THD: Tensor) -> Tensor:
-        """[T, H, D] to [G, H, n, D], in the dtype of the computation."""
+        """[T, H, D] to [G, H, n, D], in float32."""
         padded = F.pad(x_THD, (0, 0, 0, 0, 0, 1))[self.tokens_Gn].transpose(1, 2)
-        return padded.to(_compute_dtype(x_THD)).contiguous()
+        return padded.float().contiguous()
 
     def put(self, x_GHnD: Tensor, out_THD: Tensor) -> None:
         """The inverse of take, into an output with one row more than there are tokens."""
@@ -70,57 +48,52 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of queries, the keys they meet, and of those the ones they do not see (None: those after the query)."""
+    """Rows of queries, the keys they meet, and which of these keys are hidden (None: the keys after the query)."""
 
     rows: slice
     keys: slice
-    unseen_G1rc: Tensor | None
+    hidden_G1rc: Tensor | None
 
     def hide(self, x_GHrc: Tensor) -> None:
-        if self.unseen_G1rc is None:
+        if self.hidden_G1rc is None:
             x_GHrc[..., self.rows.start :].tril_()
         else:
-            x_GHrc.masked_fill_(self.unseen_G1rc, 0.0)
+            x_GHrc.masked_fill_(self.hidden_G1rc, 0.0)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a call does besides its products."""
+def _groups(call: AttentionCall) -> Iterator[_Group]:
+    """The sequences of a call by their number of blocks; empty ones are left out."""
+    offsets_B1, targets_B, buckets = call.offsets_B1, call.mask.num_targets_B, call.time_buckets
+    lengths_B = offsets_B1.diff()
+    history_B = lengths_B if targets_B is None else lengths_B - targets_B
+    blocks_B = (lengths_B + _BLOCK - 1) // _BLOCK
+    for blocks in blocks_B.unique().tolist():
+        if blocks == 0:
+            continue
+        members_G = (blocks_B == blocks).nonzero().flatten()
+        position_n = torch.arange(blocks * _BLOCK, device=offsets_B1.device)
+        inside_Gn = position_n < lengths_B[members_G][:, None]
+        tokens_Gn = (offsets_B1[members_G][:, None] + position_n).where(inside_Gn, offsets_B1[-1])
+        pair_starts_G = None if buckets is None else buckets.pair_offsets_B1[members_G]
+        yield _Group(tokens_Gn, lengths_B[members_G], history_B[members_G], pair_starts_G)
 
-    alpha: float
-    mask: AttentionMask | None
-    time_buckets: TimeBuckets | None
 
-    def groups(self, offsets_B1: Tensor) -> Iterator[_Group]:
-        lengths_B = offsets_B1.diff()
-        targets_B = None if self.mask is None else self.mask.num_targets_B
-        history_B = lengths_B if targets_B is None else lengths_B - targets_B
-        blocks_B = (lengths_B + _BLOCK - 1) // _BLOCK
-        for blocks in blocks_B.unique().tolist():
-            if blocks == 0:
-                continue
-            members_G = (blocks_B == blocks).nonzero().flatten()
-            position_n = torch.arange(blocks * _BLOCK, device=offsets_B1.device)
-            inside_Gn = position_n < lengths_B[members_G][:, None]
-            tokens_Gn = (offsets_B1[members_G][:, None] + position_n).where(inside_Gn, offsets_B1[-1])
-            pair_starts_G = None if self.time_buckets is None else self.time_buckets.pair_offsets_B1[members_G]
-            yield _Group(tokens_Gn, lengths_B[members_G], history_B[members_G], pair_starts_G)
-
-    def blocks(self, group: _Group) -> Iterator[_Block]:
-        count = group.tokens_Gn.shape[1]
-        if self.mask is None:
-            for start in range(0, count, _BLOCK):
-                yield _Block(slice(start, start + _BLOCK), slice(0, start + _BLOCK), None)
-            return
-        i_n = torch.arange(count, device=group.tokens_Gn.device)
-        first_Gn, end_Gn = _key_ranges(self.mask, i_n, group.history_G[:, None])
-        firsts = first_Gn.view(-1, count // _BLOCK, _BLOCK).amin((0, 2)).tolist()
-        ends = end_Gn.view(-1, count // _BLOCK, _BLOCK).amax((0, 2)).tolist()
-        for start, first, end in zip(range(0, count, _BLOCK), firsts, ends, strict=True):
-            rows, keys = slice(start, start + _BLOCK), slice(first, max(end, start + _BLOCK))
-            j_c = i_n[keys]
-            seen_Grc = (j_c >= first_Gn[:, rows, None]) & (j_c < end_Gn[:, rows, None])
-            yield _Block(rows, keys, ~(seen_Grc | (j_c == i_n[rows, None]))[:, None])
+def _blocks(mask: AttentionMask, group: _Group) -> Iterator[_Block]:
+    """The blocks of queries of a group, in order."""
+    count = group.tokens_Gn.shape[1]
+    if mask.causal:
+        for start in range(0, count, _BLOCK):
+            yield _Block(slice(start, start + _BLOCK), slice(0, start + _BLOCK), None)
+        return
+    i_n = torch.arange(count, device=group.tokens_Gn.device)
+    first_Gn, end_Gn = _key_ranges(mask, i_n, group.history_G[:, None])
+    firsts = first_Gn.view(-1, count // _BLOCK, _BLOCK).amin((0, 2)).tolist()
+    ends = end_Gn.view(-1, count // _BLOCK, _BLOCK).amax((0, 2)).tolist()
+    for start, first, end in zip(range(0, count, _BLOCK), firsts, ends, strict=True):
+        rows, keys = slice(start, start + _BLOCK), slice(first, max(end, start + _BLOCK))
+        j_c = i_n[keys]
+        seen_Grc = (j_c >= first_Gn[:, rows, None]) & (j_c < end_Gn[:, rows, None])
+        yield _Block(rows, keys, ~(seen_Grc | (j_c == i_n[rows, None]))[:, None])
 
 
 def _key_ranges(mask: AttentionMask, i_n: Tensor, history_G1: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,17 +111,17 @@ def _key_ranges(mask: AttentionMask, i_n: Tensor, history_G1: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class _Bias:
-    """The two tables, and where the scores of a block of queries find their entries."""
+    """The two bias tables, and the index of the entry of every score."""
 
     position: Tensor | None
     time: Tensor | None
     time_buckets: TimeBuckets | None
 
     def position_index(self, group: _Group, block: _Block) -> Tensor:
-        """int64 [r, c], or [G, r, c] under a mask. Clamped for pairs that are not seen, whose scores are not used."""
+        """int64 [r, c], or [G, r, c] under a mask. Clamped for hidden pairs, whose scores are not used."""
         assert self.position is not None
         i_r1, j_1c = _pairs(block, group.tokens_Gn.device)
-        if block.unseen_G1rc is not None:
+        if block.hidden_G1rc is not None:
             history_G11 = group.history_G[:, None, None]
             i_r1, j_1c = i_r1.minimum(history_G11), j_1c.minimum(history_G11)
         return (self.position.shape[0] // 2 + j_1c - i_r1).clamp(0, self.position.shape[0] - 1)
@@ -163,8 +136,8 @@ class _Bias:
 
     def add_to(self, scores_GHrc: Tensor, group: _Group, block: _Block) -> None:
         if self.position is not None:
-            added = self.position[self.position_index(group, block)]
-            scores_GHrc += added if added.dim() == 2 else added[:, None]
+            bias = self.position[self.position_index(group, block)]
+            scores_GHrc += bias if bias.dim() == 2 else bias[:, None]
         if self.time is not None:
             scores_GHrc += self.time[self.time_index(group, block).long()][:, None]
 
@@ -190,7 +163,7 @@ def _pairs(block: _Block, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _scales(group: _Group, scale_T: Tensor) -> Tensor:
-    """1 / divisor as [G, 1, n, 1], zero past the end of a sequence; [1, 1, 1, 1] if one serves all."""
+    """1 / divisor as [G, 1, n, 1], zero past the end of a sequence; [1, 1, 1, 1] for one divisor."""
     if scale_T.numel() == 1:
         return scale_T.view(1, 1, 1, 1)
     return F.pad(scale_T, (0, 1))[group.tokens_Gn][:, None, :, None]
@@ -205,44 +178,42 @@ class _Blocked(torch.autograd.Function):
         v: Tensor,
         position: Tensor | None,
         time: Tensor | None,
-        fixed: tuple[Tensor, Tensor],
-        plan: _Plan,
         output: Tensor | None,
+        call: AttentionCall,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position, time, *fixed)
-        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, position, time)
+        ctx.call = call
         if output is not None:
             return output.view_as(output)
-        offsets_B1, scale_T = fixed
-        bias = _Bias(position, time, plan.time_buckets)
+        bias = _Bias(position, time, call.time_buckets)
         out = v.new_empty(v.shape[0] + 1, *v.shape[1:])
-        for group in plan.groups(offsets_B1):
+        for group in _groups(call):
             q_GHnQ, k_GHnQ, v_GHnV = (group.take(x) for x in (q, k, v))
             out_GHnV = torch.empty_like(v_GHnV)
-            for block in plan.blocks(group):
-                scores_GHrc = _scores(q_GHnQ, k_GHnQ, block, plan.alpha)
+            for block in _blocks(call.mask, group):
+                scores_GHrc = _scores(q_GHnQ, k_GHnQ, block, call.alpha)
                 bias.add_to(scores_GHrc, group, block)
                 weights_GHrc = F.silu(scores_GHrc, inplace=True)
                 block.hide(weights_GHrc)
                 torch.matmul(weights_GHrc, v_GHnV[:, :, block.keys], out=out_GHnV[:, :, block.rows])
-            group.put(out_GHnV.mul_(_scales(group, scale_T)), out)
+            group.put(out_GHnV.mul_(_scales(group, call.scale_T)), out)
         return out[:-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position, time, offsets_B1, scale_T = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        bias = _Bias(position, time, plan.time_buckets)
+        q, k, v, position, time = ctx.saved_tensors
+        call: AttentionCall = ctx.call
+        bias = _Bias(position, time, call.time_buckets)
         dq, dk, dv = (x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
         dposition, dtime = (torch.zeros_like(q.new_empty(0) if x is None else x).double() for x in (position, time))
-        for group in plan.groups(offsets_B1):
+        for group in _groups(call):
             q_GHnQ, k_GHnQ, v_GHnV, g_GHnV = (group.take(x) for x in (q, k, v, grad))
-            g_GHnV *= _scales(group, scale_T)
+            g_GHnV *= _scales(group, call.scale_T)
             dq_GHnQ, dk_GHnQ, dv_GHnV = torch.empty_like(q_GHnQ), torch.zeros_like(k_GHnQ), torch.zeros_like(v_GHnV)
-            for block in plan.blocks(group):
+            for block in _blocks(call.mask, group):
                 rows, keys = block.rows, block.keys
-                scores_GHrc = _scores(q_GHnQ, k_GHnQ, block, plan.alpha)
+                scores_GHrc = _scores(q_GHnQ, k_GHnQ, block, call.alpha)
                 bias.add_to(scores_GHrc, group, block)
                 weights_GHrc = F.silu(scores_GHrc)
                 block.hide(weights_GHrc)
@@ -253,12 +224,12 @@ class _Blocked(torch.autograd.Function):
                 dq_GHnQ[:, :, rows] = dscores_GHrc @ k_GHnQ[:, :, keys]
                 dk_GHnQ[:, :, keys] += dscores_GHrc.transpose(2, 3) @ q_GHnQ[:, :, rows]
                 bias.add_gradients(dscores_GHrc, group, block, dposition, dtime)
-            if plan.alpha != 1.0:
-                dq_GHnQ, dk_GHnQ = dq_GHnQ.mul_(plan.alpha), dk_GHnQ.mul_(plan.alpha)
+            if call.alpha != 1.0:
+                dq_GHnQ, dk_GHnQ = dq_GHnQ.mul_(call.alpha), dk_GHnQ.mul_(call.alpha)
             for x, dx in ((dq_GHnQ, dq), (dk_GHnQ, dk), (dv_GHnV, dv)):
                 group.put(x, dx)
         dtables = (None if x is None else dx.to(x.dtype) for x, dx in ((position, dposition), (time, dtime)))
-        return dq[:-1], dk[:-1], dv[:-1], *dtables, None, None, None
+        return dq[:-1], dk[:-1], dv[:-1], *dtables, None, None
 
 
 def _scores(q_GHnQ: Tensor, k_GHnQ: Tensor, block: _Block, alpha: float) -> Tensor:

@@ -1,9 +1,9 @@
-// HSTU attention on CPU: O_i = sum over the keys j that i sees, which are those j <= i if there is no mask, of
+// HSTU attention on CPU: O_i = sum over the keys j that i sees (all j <= i without a mask) of
 // silu(alpha q_i . k_j + position[j - i] + time[bucket(i, j)]) / divisor_i v_j.
 //
 // One task per (sequence, head), longest first. A task owns its rows of every output and its private sums for the two
 // bias tables, which are added up in task order afterwards: results do not depend on the number of threads.
-// Only tiles in which something is seen are computed, and nothing but the inputs is kept for the backward pass.
+// Tiles that are hidden entirely are skipped, and only the inputs are kept for the backward pass.
 #include "scores.h"
 
 #include <ATen/Dispatch.h>
@@ -20,7 +20,7 @@
 namespace gr {
 namespace {
 
-// One (sequence, head): its rows in q, k, v and in the output or its gradient.
+// The rows of one (sequence, head) in q, k, v and in the output or its gradient.
 template <typename S, typename M> struct Head {
   Rows<S> q, k, v, g;  // g: gradient of the output, backward only
   Width<S> dq, dv;     // widths of q and k, and of v
@@ -71,7 +71,7 @@ void forward_task(const Head<S, M>& head, Scratch& scratch, S* out, int64_t stri
   }
 }
 
-// Where one task writes its gradients.
+// The places where one task writes its gradients.
 template <typename S> struct Gradients {
   S *q, *k, *v;
   int64_t q_stride, k_stride, v_stride;
@@ -109,7 +109,7 @@ template <typename S> struct BackwardBuffers {
   }
 };
 
-// Writes columns [0, rows) of turned tile x_t [width, kTile] as rows of the output.
+// Writes columns [0, rows) of the transposed tile x_t [width, kTile] as rows of the output.
 template <typename S>
 void store_transposed(const float* x_t, int64_t rows, const Width<S>& width, float* turned, S* out, int64_t stride) {
   transpose(x_t, width.real, kTile, kTile, turned, width.ld);
@@ -121,7 +121,7 @@ inline void scale(float* x, int64_t count, float by) {
 }
 
 // Queries outer, keys inner: S = Q K^T, dP = G V^T, then dV^T += G^T P, dK^T += Q^T dS, dQ += dS K. Five products a
-// tile, and no computed tile is ever transposed: P and dS are right operands of the turned sums.
+// tile, and no computed tile is ever transposed: P and dS are right operands of the transposed sums.
 template <typename S, typename M>
 void backward_task(const Head<S, M>& head, Scratch& scratch, const Gradients<S>& out) {
   const Width<S>&d = head.dq, &dv = head.dv;
@@ -163,7 +163,7 @@ void backward_task(const Head<S, M>& head, Scratch& scratch, const Gradients<S>&
   }
 }
 
-// The arguments shared by both directions. Checked by the Python caller: shapes, offsets, dtypes, unit stride of the
+// The arguments shared by both directions. The Python caller checks shapes, offsets, dtypes and the unit stride of the
 // last dimension.
 struct Arguments {
   const at::Tensor &q, &k, &v, &offsets, &scale;
@@ -172,7 +172,7 @@ struct Arguments {
   const std::optional<at::Tensor>& num_targets;
   int64_t max_attn_len, contextual_len, min_full_attn_seq_len;
   bool masked() const { return num_targets || max_attn_len > 0 || contextual_len > 0; }
-  // Of the position table, a sequence uses the side of the past; with a contextual prefix, that of the future too.
+  // A sequence uses the past side of the position table; with a contextual prefix it uses the future side too.
   int64_t sides() const { return contextual_len > 0 ? 2 : 1; }
   int64_t heads() const { return q.size(1); }
   int64_t sequences() const { return offsets.numel() - 1; }
@@ -191,7 +191,7 @@ template <typename M> M mask_of(const Arguments& a, int64_t sequence, int64_t co
   } else {
     const int64_t targets = a.num_targets ? a.num_targets->const_data_ptr<int64_t>()[sequence] : 0;
     const int64_t window = a.max_attn_len > 0 ? a.max_attn_len : count;
-    // An empty contextual prefix is all that an empty sequence can have.
+    // The contextual prefix of an empty sequence is empty.
     return {count - targets, std::min(a.contextual_len, count), window, a.min_full_attn_seq_len};
   }
 }

@@ -1,4 +1,4 @@
-"""Which tokens of its own sequence a query sees, beyond the causal rule. B examples, T packed tokens."""
+"""The tokens of its own sequence that a query sees, beyond the causal rule. B sequences, T packed tokens."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """A sequence is a contextual prefix, a history and candidates, in this order; all three may be absent.
+    """A sequence is a contextual prefix, a history and candidates, in this order; each of the three may be absent.
 
-    num_targets_B: int64 [B], how many of a sequence's last tokens are candidates. A candidate sees the history and
-        itself; nothing else sees it. All candidates of a sequence stand at the position after its history.
-    max_attn_len: a token sees that many tokens before itself, 0 for all; candidates count from the end of the history.
-        The whole prefix counts as one token, so it lies outside the window of the tokens further on.
-    contextual_len: tokens of the prefix, in every sequence that is not empty. They see prefix and history, also ahead
-        of themselves, whatever the window; so in a stack of layers the history learns of its own future through them.
-    min_full_attn_seq_len: with a window, that many of the newest tokens of the history, and all candidates, see
+    num_targets_B: int64 [B], the number of candidates, which are the last tokens of a sequence. A candidate sees the
+        history and itself; no other token sees it. All candidates stand at the position after the history.
+    max_attn_len: the window, the number of tokens before itself that a token sees, 0 for all. Candidates count from the
+        end of the history. The whole prefix counts as one token, so it lies outside the window of later tokens.
+    contextual_len: the tokens of the prefix, in every sequence that is not empty. They see prefix and history, also
+        ahead of themselves, whatever the window; so in a stack of layers the history sees its own future through them.
+    min_full_attn_seq_len: with a window, so many of the newest tokens of the history, and all candidates, see
         everything before them.
     Source: the mask of the public production code (meta-recsys/generative-recommenders, pt_hstu_attention.py).
     """
@@ -28,11 +28,11 @@ class AttentionMask:
 
     @property
     def causal(self) -> bool:
-        """True if nothing is asked for beyond the causal rule."""
+        """True if the mask is the causal rule alone."""
         return self.num_targets_B is None and not self.max_attn_len and not self.contextual_len
 
     def check(self, offsets_B1: Tensor) -> None:
-        """Raise ValueError unless the mask fits the sequences. Values of tensors are read on CPU only."""
+        """Raises ValueError unless the mask fits the sequences. Values of tensors are read on CPU only."""
         for name in ("max_attn_len", "contextual_len", "min_full_attn_seq_len"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: it is {getattr(self, name)}")

@@ -7,51 +7,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr.ops.hstu_attention.mask import AttentionMask
-from gr.ops.hstu_attention.time_buckets import TimeBuckets
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 
 
 def native_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the operator computes in: bfloat16 where the CPU has AMX, else float32.
+    """The dtype that the operator computes in: bfloat16 for bfloat16 where the CPU has AMX, else float32.
 
-    Without AVX512-BF16 torch has no bfloat16 products at all; with it but without AMX they are no faster than float32
-    ones, and the tiles of scores still have to be converted: float32 took 0.75 of the time.
+    Without AVX512-BF16 torch has no bfloat16 products at all. With it but without AMX they are no faster than float32
+    products, and the tiles of scores still have to be converted: float32 took 0.75 of the time.
     """
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
 
 
-def hstu_attention_native(
-    q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
-    offsets_B1: Tensor,
-    *,
-    scale_T: Tensor,
-    alpha: float = 1.0,
-    mask: AttentionMask | None = None,
-    output: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    time_buckets: TimeBuckets | None = None,
-) -> Tensor:
-    """As hstu_attention_reference, for float32 and bfloat16 on CPU; the same bits on any number of threads.
-
-    output: what an earlier call with the same arguments returned, which is then not computed again.
-    """
-    mask = AttentionMask() if mask is None else mask
-    position = None if position_bias is None else position_bias.float().contiguous()
-    time = None if time_bias is None else time_bias.float().contiguous()
-    fixed = (
-        offsets_B1.contiguous(),
-        scale_T.float().contiguous(),
-        None if time_buckets is None else time_buckets.ids_P,
-        None if time_buckets is None else time_buckets.pair_offsets_B1,
-        None if mask.num_targets_B is None else mask.num_targets_B.contiguous(),
+def hstu_attention_native(operands: Operands, call: AttentionCall) -> Tensor:
+    """hstu_attention_reference for float32 and half precisions on CPU; the same bits on any number of threads."""
+    buckets, targets_B = call.time_buckets, call.mask.num_targets_B
+    index_tensors = (
+        None if buckets is None else buckets.ids_P,
+        None if buckets is None else buckets.pair_offsets_B1,
+        None if targets_B is None else targets_B.contiguous(),
     )
-    numbers = (alpha, mask.max_attn_len, mask.contextual_len, mask.min_full_attn_seq_len)
-    return _Native.apply(q_THQ, k_THQ, v_THV, position, time, fixed, numbers, output)
+    return _Native.apply(*operands, index_tensors, call)
 
 
 def _operand(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,11 +38,11 @@ def _operand(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
     return x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
 
 
-def _call(op: Any, operands: Sequence[Tensor], saved: Sequence[Tensor | None], numbers: tuple[float, ...]) -> Any:
-    position, time, offsets_B1, scale_T, ids_P, pair_offsets_B1, num_targets_B = saved
-    alpha, *lengths = numbers
+def _run(op: Any, operands: Sequence[Tensor], saved: Sequence[Tensor | None], call: AttentionCall) -> Any:
+    position, time, ids_P, pair_offsets_B1, num_targets_B = saved
     tables = (position, time, ids_P, pair_offsets_B1)
-    return op(*operands, offsets_B1, scale_T, *tables, alpha, num_targets_B, *lengths)
+    lengths = (call.mask.max_attn_len, call.mask.contextual_len, call.mask.min_full_attn_seq_len)
+    return op(*operands, call.offsets_B1, call.scale_T, *tables, call.alpha, num_targets_B, *lengths)
 
 
 class _Native(torch.autograd.Function):
@@ -78,22 +56,22 @@ class _Native(torch.autograd.Function):
         v: Tensor,
         position: Tensor | None,
         time: Tensor | None,
-        fixed: tuple[Tensor | None, ...],
-        numbers: tuple[float, ...],
         output: Tensor | None,
+        index_tensors: tuple[Tensor | None, ...],
+        call: AttentionCall,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position, time, *fixed)
-        ctx.numbers = numbers
+        ctx.save_for_backward(q, k, v, position, time, *index_tensors)
+        ctx.call = call
         if output is not None:
             return output.view_as(output)
         operands = [_operand(x, native_dtype(q.dtype)) for x in (q, k, v)]
-        return _call(torch.ops.gr.hstu_attention, operands, (position, time, *fixed), numbers).to(q.dtype)
+        return _run(torch.ops.gr.hstu_attention, operands, (position, time, *index_tensors), call).to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *others = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         operands = [_operand(x, native_dtype(q.dtype)) for x in (grad, q, k, v)]
-        *dvalues, dposition, dtime = _call(torch.ops.gr.hstu_attention_backward, operands, others, ctx.numbers)
-        dtables = (None if x is None else dx.to(x.dtype) for x, dx in zip(others[:2], (dposition, dtime), strict=True))
+        *dvalues, dposition, dtime = _run(torch.ops.gr.hstu_attention_backward, operands, saved, ctx.call)
+        dtables = (None if x is None else dx.to(x.dtype) for x, dx in zip(saved[:2], (dposition, dtime), strict=True))
         return *(dx.to(q.dtype) for dx in dvalues), *dtables, None, None, None

@@ -6,55 +6,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
-from gr.ops.hstu_attention.time_buckets import TimeBuckets
 
 
-def hstu_attention_reference(
-    q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
-    offsets_B1: Tensor,
-    *,
-    scale_T: Tensor,
-    alpha: float = 1.0,
-    mask: AttentionMask | None = None,
-    output: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    time_buckets: TimeBuckets | None = None,
-) -> Tensor:
+def hstu_attention_reference(operands: Operands, call: AttentionCall) -> Tensor:
     """Eq. 2 of arXiv 2402.17152 on each sequence: (silu(alpha Q K^T + rab^{p,t}) / divisor, masked) V.
 
-    scale_T: 1 / divisor of each query, [T], or [1] for one of all. Differentiable; any float dtype.
-    output is not used.
+    Differentiable; any float dtype. operands.output is ignored.
     """
+    q_THQ, k_THQ, v_THV, position_bias, time_bias, _ = operands
     outputs = [v_THV[:0]]
-    bounds = offsets_B1.tolist()
-    for b, (start, end) in enumerate(itertools.pairwise(bounds)):
-        n = end - start
+    for b, (start, end) in enumerate(itertools.pairwise(call.offsets_B1.tolist())):
+        n, targets_B = end - start, call.mask.num_targets_B
+        history = n if targets_B is None else n - int(targets_B[b])
         i_n1, j_1n = torch.arange(n, device=q_THQ.device)[:, None], torch.arange(n, device=q_THQ.device)[None, :]
-        history = n if mask is None or mask.num_targets_B is None else n - int(mask.num_targets_B[b])
-        scores_Hnn = alpha * torch.einsum("ihd,jhd->hij", q_THQ[start:end], k_THQ[start:end])
+        scores_Hnn = call.alpha * torch.einsum("ihd,jhd->hij", q_THQ[start:end], k_THQ[start:end])
         if position_bias is not None:
             middle = position_bias.shape[0] // 2  # the entry of distance 0
-            apart_nn = j_1n.clamp(max=history) - i_n1.clamp(max=history)
-            scores_Hnn = scores_Hnn + position_bias[middle + apart_nn]
-        if time_bias is not None and time_buckets is not None:
-            pair_nn = time_buckets.pair_offsets_B1[b] + i_n1 * (i_n1 + 1) // 2 + j_1n
-            buckets_nn = time_buckets.ids_P[pair_nn.where(j_1n <= i_n1, 0)].long()
+            distance_nn = j_1n.clamp(max=history) - i_n1.clamp(max=history)
+            scores_Hnn = scores_Hnn + position_bias[middle + distance_nn]
+        if time_bias is not None and call.time_buckets is not None:
+            pair_nn = call.time_buckets.pair_offsets_B1[b] + i_n1 * (i_n1 + 1) // 2 + j_1n
+            buckets_nn = call.time_buckets.ids_P[pair_nn.where(j_1n <= i_n1, 0)].long()
             scores_Hnn = scores_Hnn + time_bias[buckets_nn]
-        scale_n1 = (scale_T if scale_T.numel() == 1 else scale_T[start:end]).to(q_THQ.dtype)[:, None]
-        seen_nn = j_1n <= i_n1 if mask is None else seen(mask, n, history).to(q_THQ.device)
-        weights_Hnn = (F.silu(scores_Hnn) * scale_n1).masked_fill(~seen_nn, 0.0)
+        scale_n1 = (call.scale_T if call.scale_T.numel() == 1 else call.scale_T[start:end]).to(q_THQ.dtype)[:, None]
+        hidden_nn = ~seen(call.mask, n, history).to(q_THQ.device)
+        weights_Hnn = (F.silu(scores_Hnn) * scale_n1).masked_fill(hidden_nn, 0.0)
         outputs.append(torch.einsum("hij,jhd->ihd", weights_Hnn, v_THV[start:end]))
     return torch.cat(outputs)
 
 
 def seen(mask: AttentionMask, length: int, history: int) -> Tensor:
-    """bool [n, n]: whether query i sees key j, for n = length tokens of which the first `history` are no candidates.
+    """bool [n, n]: whether query i sees key j, for n = length tokens, the candidates among them from `history` on.
 
-    As the public production code has it: tokens are renumbered, the prefix being one place and the candidates another.
+    Tokens are renumbered as in the public production code: the prefix is one place, the candidates are another.
     """
     place_n = torch.arange(length)
     end = history

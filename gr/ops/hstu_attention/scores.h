@@ -1,19 +1,19 @@
-// What happens to one tile of scores between the products: scale, bias, activation and mask, forward and backward.
+// The steps on one tile of scores between the products: scale, bias, activation and mask, forward and backward.
 #pragma once
 
-#include "tile.h"
+#include "../tile.h"
 
 namespace gr {
 
-// Which keys query i sees: [first(i), end(i)), and itself. place(i): where it stands for the position bias.
+// The keys that query i sees: [first(i), end(i)), and itself. place(i): its position in the position bias.
 struct Causal {
   static constexpr bool kCausal = true;
   int64_t place(int64_t i) const { return i; }
 };
 
-// The last tokens, from `history` on, are candidates: all stand where the history ends, and none is seen by another.
-// The first `contextual` tokens see the whole history. window: how far back a query looks; the prefix is one step.
-// The last `full` tokens of the history look all the way back, and candidates with them.
+// The tokens from `history` on are candidates: all stand where the history ends, and none is seen by another token.
+// The first `contextual` tokens see the whole history. window: how far back a query looks; the prefix counts as one.
+// The last `full` tokens of the history, and all candidates, look all the way back.
 struct Masked {
   static constexpr bool kCausal = false;
   int64_t history, contextual, window, full;
@@ -26,10 +26,10 @@ struct Masked {
   int64_t end(int64_t i) const { return i < contextual ? history : std::min(i + 1, history); }
 };
 
-// What a row of a tile sees, in columns of the tile: [begin, end), and `own` if it lies outside of them, else -1.
+// The columns of a tile that a row sees: [begin, end), and `own` if it lies outside of them, else -1.
 struct Seen {
   int64_t begin, end, own;
-  // The columns to activate, whole vectors of them.
+  // The columns to activate, in whole vectors.
   int64_t from() const { return own >= 0 ? 0 : begin / kEdge * kEdge; }
   int64_t to(int64_t columns) const { return own >= 0 ? columns : round_up(end, kEdge); }
 };
@@ -54,7 +54,7 @@ template <typename M> struct Tile {
   }
 };
 
-// The key tiles that tile `own` of queries meets: [begin, end), and itself.
+// The key tiles of the query tile `own`: [begin, end), and itself.
 struct KeyTiles {
   int64_t begin, end, own;
   int64_t start() const { return begin < end ? begin : own; }
@@ -75,7 +75,7 @@ template <typename M> KeyTiles key_tiles(const M& mask, int64_t i, int64_t count
   }
 }
 
-// What is added to the scores of one sequence. Row i of `buckets` starts at i (i + 1) / 2 and has i + 1 entries.
+// The biases of the scores of one sequence. Row i of `buckets` starts at i (i + 1) / 2 and has i + 1 entries.
 struct Bias {
   const float* position;  // the entry of distance 0, or null
   const float* time;      // table, or null
@@ -136,7 +136,7 @@ void add_bias_gradient(const Tile<M> tile, const Bias& bias, const float* __rest
   }
 }
 
-// Zero in the columns that the row does not see.
+// Zeroes the columns that the row does not see.
 inline void hide(const Seen& seen, int64_t columns, float* __restrict row) {
   const float own = seen.own >= 0 ? row[seen.own] : 0.f;
   std::fill(row, row + seen.begin, 0.f);
@@ -144,7 +144,7 @@ inline void hide(const Seen& seen, int64_t columns, float* __restrict row) {
   if (seen.own >= 0) row[seen.own] = own;
 }
 
-// s <- silu(s), zero where nothing is seen.
+// s <- silu(s), or zero in hidden columns.
 template <typename M> void activate(const Tile<M> tile, float* __restrict s) {
   for (int64_t r = 0; r < tile.m; ++r) {
     const Seen seen = tile.seen(r);
@@ -155,7 +155,7 @@ template <typename M> void activate(const Tile<M> tile, float* __restrict s) {
   }
 }
 
-// s <- silu(s) scale_i, dp <- d loss / d s, both zero where nothing is seen.
+// s <- silu(s) scale_i, dp <- d loss / d s, both zero in hidden columns.
 template <typename M>
 void activate_gradient(const Tile<M> tile, const float* scale, float* __restrict s, float* __restrict dp) {
   for (int64_t r = 0; r < tile.m; ++r) {

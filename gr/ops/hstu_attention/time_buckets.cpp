@@ -9,8 +9,8 @@
 namespace gr {
 namespace {
 
-// Bucket of (i, j): how many edges are <= |query_timestamp_i - timestamp_j|. Differences of neighbouring columns are
-// close, so the search starts from the last answer.
+// The bucket of (i, j): the number of edges <= |query_timestamp_i - timestamp_j|. Neighbouring columns have close
+// differences, so the search starts from the last bucket.
 at::Tensor time_bucket_ids(const at::Tensor& timestamps, const at::Tensor& query_timestamps, const at::Tensor& offsets,
                            const at::Tensor& pair_offsets, const at::Tensor& edges) {
   const int64_t *off = offsets.const_data_ptr<int64_t>(), *pairs = pair_offsets.const_data_ptr<int64_t>();

@@ -17,7 +17,7 @@ _LARGEST_INT64, _LARGEST_INT32 = 2**63 - 1, 2**31 - 1
 
 @dataclass(frozen=True)
 class TimeBuckets:
-    """The times of a batch for all its layers and heads; what a path reads of them is made once, when first asked for.
+    """The times of a batch, for all layers and heads. Each derived tensor is computed once, when it is first used.
 
     timestamps_T, query_timestamps_T: int64 seconds. offsets_B1: int64. num_buckets: ids lie in [0, num_buckets].
     """
@@ -29,7 +29,7 @@ class TimeBuckets:
 
     @functools.cached_property
     def pair_offsets_B1(self) -> Tensor:
-        """int64: where the pairs of each sequence start in ids_P."""
+        """int64: the start of each sequence's pairs in ids_P."""
         lengths_B = self.offsets_B1.diff()
         return torch.nn.functional.pad((lengths_B * (lengths_B + 1) // 2).cumsum(0), (1, 0))
 
@@ -37,7 +37,7 @@ class TimeBuckets:
     def ids_P(self) -> Tensor:
         """uint8, P = sum of n (n + 1) / 2 over sequences of length n: the id of every visible pair.
 
-        That of query i and key j <= i, counted in sequence b, lies at pair_offsets_B1[b] + i (i + 1) / 2 + j.
+        The id of query i and key j <= i of sequence b is element pair_offsets_B1[b] + i (i + 1) / 2 + j.
         """
         edges = torch.tensor(_edges(self.num_buckets), dtype=torch.int64, device=self.timestamps_T.device)
         if backend_for(self.timestamps_T.device) != "native":
@@ -47,10 +47,10 @@ class TimeBuckets:
 
     @functools.cached_property
     def seconds(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For kernels that find buckets themselves, in int32: query_timestamps_T and timestamps_T from the earliest of
-        the batch on, and the smallest difference of each bucket, with one that is never reached at the end.
+        """The int32 inputs of kernels that compute ids themselves: query_timestamps_T and timestamps_T as seconds since
+        the earliest of the batch, and the smallest difference of each bucket, with an unreachable one at the end.
 
-        Raises ValueError if the times of the batch span 68 years or more; on a GPU that stops the device instead.
+        Raises ValueError if the times of the batch span 68 years or more; on a GPU such times stop the device instead.
         """
         times = torch.stack([self.query_timestamps_T, self.timestamps_T])
         if times.numel():
@@ -60,8 +60,8 @@ class TimeBuckets:
             elif int(times.max()) >= _LARGEST_INT32:
                 raise ValueError(f"timestamps of a batch span {int(times.max())} seconds, 68 years or more")
         edges = [0, *(min(edge, _LARGEST_INT32) for edge in _edges(self.num_buckets)), _LARGEST_INT32]
-        asked_T, happened_T = times.int().unbind()
-        return asked_T, happened_T, torch.tensor(edges, dtype=torch.int32, device=times.device)
+        query_times_T, key_times_T = times.int().unbind()
+        return query_times_T, key_times_T, torch.tensor(edges, dtype=torch.int32, device=times.device)
 
 
 def time_bucket_ids(
@@ -69,10 +69,10 @@ def time_bucket_ids(
 ) -> TimeBuckets:
     """bucket(i, j) = min(floor(ln(max(1, |query_timestamp_i - timestamp_j|)) / 0.301), num_buckets) for j <= i.
 
-    timestamps_T, query_timestamps_T: int64 seconds [T]: of the event, and of the moment its successor is asked for.
-    offsets_B1: int64 [B + 1]. num_buckets: 0 to 255; the matching bias table has num_buckets + 1 entries.
-    Computed on integers by comparison with the edges of the buckets, so every device and path gives the same ids;
-    the edges are exact up to 10^6 years.
+    timestamps_T, query_timestamps_T: int64 seconds [T], the times of the event and of the prediction of its successor.
+    offsets_B1: int64 [B + 1]. num_buckets: 0 to 255; the bias table has num_buckets + 1 entries.
+    Ids come from comparing integers with the edges of the buckets, so every device and path gives the same ids; the
+    edges are exact up to 10^6 years.
     Raises ValueError if shapes, dtypes or num_buckets do not fit.
     Source: Zhai et al. 2024 (arXiv 2402.17152), App. A rab^t, with the bucket function of the public research code.
     """
@@ -93,7 +93,7 @@ def _edges(num_buckets: int) -> tuple[int, ...]:
 
 
 def _bucket_ids(timestamps_T: Tensor, query_timestamps_T: Tensor, offsets_B1: Tensor, edges: Tensor) -> Tensor:
-    """Query by query: the keys of query i of a sequence are its i + 1 first tokens."""
+    """ids_P, query by query: the keys of query i of a sequence are its first i + 1 tokens."""
     tokens = timestamps_T.shape[0]
     token_T = torch.arange(tokens, device=timestamps_T.device)
     start_T = torch.repeat_interleave(offsets_B1[:-1], offsets_B1.diff(), output_size=tokens)
@@ -101,5 +101,5 @@ def _bucket_ids(timestamps_T: Tensor, query_timestamps_T: Tensor, offsets_B1: Te
     query_P = torch.repeat_interleave(token_T, keys_T)
     row_start_T = keys_T.cumsum(0) - keys_T
     key_P = torch.arange(query_P.numel(), device=query_P.device) + (start_T - row_start_T)[query_P]
-    apart_P = (query_timestamps_T[query_P] - timestamps_T[key_P]).abs()
-    return torch.bucketize(apart_P, edges, right=True).to(torch.uint8)
+    seconds_P = (query_timestamps_T[query_P] - timestamps_T[key_P]).abs()
+    return torch.bucketize(seconds_P, edges, right=True).to(torch.uint8)

@@ -1,19 +1,20 @@
-"""HSTU attention in Triton, for CUDA tensors; runs under TRITON_INTERPRET=1 on CPU tensors, for tests.
+"""HSTU attention in Triton, for CUDA tensors; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests.
 
-Forward, and a backward in mirrored kernels: queries outer for dq, keys outer for dk and dv, distances outer for the
-tables. Every sum has one owner and one order, so results are the same bits each time, and a sequence's do not depend on
-its batch. There is no softmax, so nothing but the inputs is kept, and no [n, n] tensor exists at any time.
+There are a forward kernel and three mirrored backward kernels: queries outer for dq, keys outer for dk and dv,
+distances outer for the tables. Every sum has one owner and one order, so results are the same bits each time, and the
+results of a sequence do not depend on its batch. Without a softmax only the inputs are saved, and no [n, n] tensor ever
+exists.
 
 The score of query i and key j is s; kernels hold h = s / 2, since silu(s) = h tanh(h) + h takes one special-function
-instruction. A tile is masked before its activation (silu(0) = 0): masking the rounded weights costs a scalar conversion
-each. Tiles in which a row sees all keys are computed in a loop of their own, without a mask.
+instruction. A tile is masked before its activation (silu(0) = 0), since masking the rounded weights costs a scalar
+conversion each. Tiles in which every row sees all keys have a loop of their own, without a mask.
 
-Letters as in reference.py; M rows of a tile of queries, N of keys. Inside a sequence of n tokens, of which `past` are
-no candidates, i and j are positions.
+Letters as in reference.py; a tile has M queries and N keys. i and j are positions in a sequence of n tokens, the first
+`past` of which are no candidates. query_times and key_times are TimeBuckets.seconds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr.ops.hstu_attention.mask import AttentionMask
-from gr.ops.hstu_attention.time_buckets import BUCKET_WIDTH, TimeBuckets
+from gr.ops.hstu_attention.call import AttentionCall, Operands
+from gr.ops.hstu_attention.time_buckets import BUCKET_WIDTH
 
-MAX_WIDTH = {2: 256, 4: 128}  # of q, k and v per head, by bytes of an element; wider float32 tiles spill registers
-_TABLE_PROGRAMS = 1024  # how many programs share the gradient of the tables, at least
+MAX_WIDTH = {2: 256, 4: 128}  # widest head by bytes of an element; wider float32 tiles spill registers
+_TABLE_PROGRAMS = 1024  # the fewest programs that share the gradient of the tables
 _BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / BUCKET_WIDTH)
 
 
@@ -54,7 +55,7 @@ def _store_rows(ptr, stride, rows, n, x, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def _activation(h, FAST: tl.constexpr):
-    """silu(2 h), and its derivative there."""
+    """silu(2 h), and the derivative of silu at 2 h."""
     if FAST:  # absolute error 2^-11: below the rounding of half precision
         t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], tl.float32, is_pure=True, pack=1)
     else:
@@ -66,7 +67,7 @@ def _activation(h, FAST: tl.constexpr):
 
 @triton.jit
 def _sequence(offsets, targets, heads, TARGETS: tl.constexpr):
-    """(sequence start, n, past, head) of this program."""
+    """The sequence start, n, past and head of this program."""
     sequence = tl.program_id(0) // heads
     start = tl.load(offsets + sequence)
     n = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
@@ -100,35 +101,35 @@ def _seen(i, j, past, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.cons
 
 
 @triton.jit
-def _bucket(apart, edges, last):
-    """How many edges are <= apart, as in time_buckets.py: a guess by the logarithm, set right by the edges themselves.
+def _bucket(seconds, edges, last):
+    """The bucket id of `seconds`, the number of edges <= seconds as in time_buckets.py.
 
-    edges[0] is 0, edges[last + 1] is never reached.
+    A logarithm gives a guess that comparisons with the edges correct. edges[0] is 0, edges[last + 1] is unreachable.
     """
-    guess = (tl.log2(tl.maximum(apart, 1).to(tl.float32)) * _BUCKETS_PER_OCTAVE).to(tl.int32)
+    guess = (tl.log2(tl.maximum(seconds, 1).to(tl.float32)) * _BUCKETS_PER_OCTAVE).to(tl.int32)
     guess = tl.minimum(guess, last)
-    guess -= (apart < tl.load(edges + guess)).to(tl.int32)
-    return guess + (apart >= tl.load(edges + guess + 1)).to(tl.int32)
+    guess -= (seconds < tl.load(edges + guess)).to(tl.int32)
+    return guess + (seconds >= tl.load(edges + guess + 1)).to(tl.int32)
 
 
 @triton.jit
-def _bucket_range(asked, happened, edges, last):
-    """The first and the last bucket that a tile can meet, whatever the order of its times."""
-    least = tl.min(asked) - tl.max(happened)
-    most = tl.max(asked) - tl.min(happened)
-    nearest = tl.maximum(tl.maximum(least, -most), 0)
-    return _bucket(nearest, edges, last), _bucket(tl.maximum(most, -least), edges, last)
+def _bucket_range(query_time, key_time, edges, last):
+    """The first and the last bucket of a tile, whatever the order of its times."""
+    smallest = tl.min(query_time) - tl.max(key_time)
+    largest = tl.max(query_time) - tl.min(key_time)
+    nearest = tl.maximum(tl.maximum(smallest, -largest), 0)
+    return _bucket(nearest, edges, last), _bucket(tl.maximum(largest, -smallest), edges, last)
 
 
 @triton.jit
 def _half_bias(
-    h, i, j, n, past, asked_at, happened_at, edges, last, time, position,
+    h, i, j, n, past, query_times, key_times, edges, last, time, position,
     ORIENTATION: tl.constexpr, MASK: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     CONTEXT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """h plus half of the bias of queries i and keys j, both vectors. ORIENTATION 0: [queries, keys], 1: turned.
+    """h plus half of the bias of the vectors of queries i and keys j. ORIENTATION 0: [queries, keys], 1: transposed.
 
-    position: the entry of distance 0. Where log buckets are wide, far from the diagonal, a tile has one bucket.
+    position points at the entry of distance 0. Far from the diagonal, where buckets are wide, a tile has one bucket.
     """
     i2, j2 = tl.expand_dims(i, 1 - ORIENTATION), tl.expand_dims(j, ORIENTATION)
     if POSITION:
@@ -139,14 +140,14 @@ def _half_bias(
         else:
             h += 0.5 * tl.load(at)
     if TIME:
-        asked = tl.load(asked_at + tl.minimum(i, n - 1))
-        happened = tl.load(happened_at + tl.minimum(j, n - 1))
-        first_bucket, last_bucket = _bucket_range(asked, happened, edges, last)
+        query_time = tl.load(query_times + tl.minimum(i, n - 1))
+        key_time = tl.load(key_times + tl.minimum(j, n - 1))
+        first_bucket, last_bucket = _bucket_range(query_time, key_time, edges, last)
         if first_bucket == last_bucket:
             h += 0.5 * tl.load(time + first_bucket)
         else:
-            apart = tl.abs(tl.expand_dims(asked, 1 - ORIENTATION) - tl.expand_dims(happened, ORIENTATION))
-            h += 0.5 * tl.load(time + _bucket(apart, edges, last))
+            seconds = tl.abs(tl.expand_dims(query_time, 1 - ORIENTATION) - tl.expand_dims(key_time, ORIENTATION))
+            h += 0.5 * tl.load(time + _bucket(seconds, edges, last))
     return h
 
 
@@ -155,10 +156,11 @@ def _key_tiles(
     first, n, past, M: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, WINDOW: tl.constexpr,
     CONTEXT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The keys that rows [first, first + M) of queries meet: (lead, plain, tail, own), and three counts.
+    """The key tiles of the queries [first, first + M): the starts (lead, plain, tail, own), and the counts of the lead,
+    tail and own tiles.
 
-    Masked tiles from `lead`, plain ones from `plain`, masked ones from `tail`, and from `own` for candidates, which see
-    themselves beyond the end of the history.
+    Tiles from `lead` are masked, tiles from `plain` need no mask, tiles from `tail` are masked, and so are tiles from
+    `own`, in which candidates see themselves beyond the end of the history.
     """
     begin, end = _seen_keys(tl.minimum(first + tl.arange(0, M), n - 1), past, WINDOW, CONTEXT, FULL)
     lead = tl.min(begin) // N * N
@@ -174,7 +176,7 @@ def _key_tiles(
 
 @triton.jit
 def _forward_tile(
-    acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at, edges, last, time, position,
+    acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, query_times, key_times, edges, last, time, position,
     Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
     TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr,
     FAST: tl.constexpr,
@@ -182,7 +184,7 @@ def _forward_tile(
     j = j0 + tl.arange(0, N)
     k = _load_rows(k_ptr, k_row, j, n, Q, QP, MASK)
     h = tl.dot(q, tl.trans(k), input_precision="tf32x3") * half_alpha
-    h = _half_bias(h, i, j, n, past, asked_at, happened_at, edges, last, time, position, 0, MASK, TIME, POSITION,
+    h = _half_bias(h, i, j, n, past, query_times, key_times, edges, last, time, position, 0, MASK, TIME, POSITION,
                    WINDOW, CONTEXT, FULL)  # fmt: skip
     if MASK:
         h = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), h, 0.0)
@@ -193,7 +195,7 @@ def _forward_tile(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges, time, position,
+    q_ptr, k_ptr, v_ptr, out_ptr, offsets, targets, scale_ptr, query_times, key_times, edges, time, position,
     q_row, k_row, v_row, out_row, q_head, k_head, v_head, out_head, heads, last, half_alpha,
     Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
@@ -208,21 +210,21 @@ def forward_kernel(
     v_ptr += start * v_row + head * v_head
     out_ptr += start * out_row + head * out_head
     if TIME:
-        asked_at += start
-        happened_at += start
+        query_times += start
+        key_times += start
     i = first + tl.arange(0, M)
     q = _load_rows(q_ptr, q_row, i, n, Q, QP, True)
     acc = tl.zeros([M, VP], tl.float32)
     lead, plain, tail, own, leads, tails, owns = _key_tiles(first, n, past, M, N, TARGETS, WINDOW, CONTEXT, FULL)
     for j0 in range(plain, tail, N):
-        acc = _forward_tile(acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at,
+        acc = _forward_tile(acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, query_times, key_times,
                             edges, last, time, position, Q, V, QP, VP, N, False, TIME, POSITION, WINDOW, CONTEXT, FULL,
                             FAST)  # fmt: skip
     for t in range(0, leads + tails + owns):
         j0 = tl.where(t < leads, lead + t * N, tail + (t - leads) * N)
         if TARGETS:
             j0 = tl.where(t < leads + tails, j0, own + (t - leads - tails) * N)
-        acc = _forward_tile(acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at,
+        acc = _forward_tile(acc, q, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, query_times, key_times,
                             edges, last, time, position, Q, V, QP, VP, N, True, TIME, POSITION, WINDOW, CONTEXT, FULL,
                             FAST)  # fmt: skip
     if ROW_SCALE:
@@ -234,7 +236,7 @@ def forward_kernel(
 
 @triton.jit
 def _query_gradient_tile(
-    acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at, happened_at, edges, last, time,
+    acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, query_times, key_times, edges, last, time,
     position, Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr,
     FULL: tl.constexpr, FAST: tl.constexpr,
@@ -242,7 +244,7 @@ def _query_gradient_tile(
     j = j0 + tl.arange(0, N)
     k = _load_rows(k_ptr, k_row, j, n, Q, QP, MASK)
     h = tl.dot(q, tl.trans(k), input_precision="tf32x3") * half_alpha
-    h = _half_bias(h, i, j, n, past, asked_at, happened_at, edges, last, time, position, 0, MASK, TIME, POSITION,
+    h = _half_bias(h, i, j, n, past, query_times, key_times, edges, last, time, position, 0, MASK, TIME, POSITION,
                    WINDOW, CONTEXT, FULL)  # fmt: skip
     _, slope = _activation(h, FAST)
     if MASK:
@@ -254,7 +256,7 @@ def _query_gradient_tile(
 
 @triton.jit
 def query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges, time, position,
+    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, offsets, targets, scale_ptr, query_times, key_times, edges, time, position,
     q_row, k_row, v_row, g_row, dq_row, q_head, k_head, v_head, g_head, dq_head, heads, last, half_alpha,
     Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
@@ -270,23 +272,23 @@ def query_gradient_kernel(
     g_ptr += start * g_row + head * g_head
     dq_ptr += start * dq_row + head * dq_head
     if TIME:
-        asked_at += start
-        happened_at += start
+        query_times += start
+        key_times += start
     i = first + tl.arange(0, M)
     q = _load_rows(q_ptr, q_row, i, n, Q, QP, True)
     g = _load_rows(g_ptr, g_row, i, n, V, VP, True)
     acc = tl.zeros([M, QP], tl.float32)
     lead, plain, tail, own, leads, tails, owns = _key_tiles(first, n, past, M, N, TARGETS, WINDOW, CONTEXT, FULL)
     for j0 in range(plain, tail, N):
-        acc = _query_gradient_tile(acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at,
-                                   happened_at, edges, last, time, position, Q, V, QP, VP, N, False, TIME, POSITION,
+        acc = _query_gradient_tile(acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, query_times,
+                                   key_times, edges, last, time, position, Q, V, QP, VP, N, False, TIME, POSITION,
                                    WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
     for t in range(0, leads + tails + owns):
         j0 = tl.where(t < leads, lead + t * N, tail + (t - leads) * N)
         if TARGETS:
             j0 = tl.where(t < leads + tails, j0, own + (t - leads - tails) * N)
-        acc = _query_gradient_tile(acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, asked_at,
-                                   happened_at, edges, last, time, position, Q, V, QP, VP, N, True, TIME, POSITION,
+        acc = _query_gradient_tile(acc, q, g, i, j0, k_ptr, v_ptr, k_row, v_row, n, past, half_alpha, query_times,
+                                   key_times, edges, last, time, position, Q, V, QP, VP, N, True, TIME, POSITION,
                                    WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
     if ROW_SCALE:
         acc *= tl.load(scale_ptr + start + i, mask=i < n, other=0.0)[:, None]
@@ -299,10 +301,11 @@ def query_gradient_kernel(
 def _query_tiles(
     first, n, past, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr
 ):
-    """The queries that keys [first, first + N) meet: (lead, plain, tail, late) and four counts, all in whole tiles.
+    """The query tiles of the keys [first, first + N): the starts (lead, plain, tail, late), and the counts of prefix,
+    lead, tail and late tiles.
 
-    Masked tiles from 0 for the prefix, masked ones from `lead`, plain ones from `plain`, masked ones from `tail`, and
-    from `late` for the rows that see past their window.
+    Tiles from 0 are masked, for the prefix; tiles from `lead` are masked, tiles from `plain` need no mask, tiles from
+    `tail` are masked, and so are tiles from `late`, for rows that see beyond their window.
     """
     lead = first // M * M
     plain = tl.cdiv(first + N - 1, M) * M
@@ -330,16 +333,16 @@ def _query_tiles(
 
 @triton.jit
 def _key_gradient_tile(
-    dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, asked_at,
-    happened_at, edges, last, time, position, Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr,
+    dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, query_times,
+    key_times, edges, last, time, position, Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr,
     M: tl.constexpr, MASK: tl.constexpr, ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr,
     POSITION: tl.constexpr, WINDOW: tl.constexpr, CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """On the turned tile [keys, queries], so that no computed tile is ever transposed."""
+    """The sums of one transposed tile [keys, queries], a layout in which no computed tile is ever transposed."""
     i = i0 + tl.arange(0, M)
     q = _load_rows(q_ptr, q_row, i, n, Q, QP, MASK)
     h = tl.dot(k, tl.trans(q), input_precision="tf32x3") * half_alpha
-    h = _half_bias(h, i, j, n, past, asked_at, happened_at, edges, last, time, position, 1, MASK, TIME, POSITION,
+    h = _half_bias(h, i, j, n, past, query_times, key_times, edges, last, time, position, 1, MASK, TIME, POSITION,
                    WINDOW, CONTEXT, FULL)  # fmt: skip
     if MASK:
         seen = _seen(i[None, :], j[:, None], past, WINDOW, CONTEXT, FULL)
@@ -362,14 +365,14 @@ def _key_gradient_tile(
 
 @triton.jit
 def key_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, dcandidates_ptr, offsets, targets, scale_ptr, asked_at, happened_at,
+    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, dcandidates_ptr, offsets, targets, scale_ptr, query_times, key_times,
     edges, time, position, q_row, k_row, v_row, g_row, dk_row, dv_row, q_head, k_head, v_head, g_head, dk_head,
     dv_head, heads, last, half_alpha,
     Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """dcandidates [T, H]: of each key, the sum over its sequence's candidates of d loss / d score, if asked for."""
+    """dcandidates [T, H]: for each key, the sum of d loss / d score over the candidates of its sequence, or None."""
     start, n, past, head = _sequence(offsets, targets, heads, TARGETS)
     first = tl.program_id(1) * N
     if first >= n:
@@ -381,8 +384,8 @@ def key_gradient_kernel(
     dk_ptr += start * dk_row + head * dk_head
     dv_ptr += start * dv_row + head * dv_head
     if TIME:
-        asked_at += start
-        happened_at += start
+        query_times += start
+        key_times += start
     if ROW_SCALE:
         scale_ptr += start
     j = first + tl.arange(0, N)
@@ -393,8 +396,8 @@ def key_gradient_kernel(
     lead, plain, tail, late, prefixes, leads, tails, lates = _query_tiles(first, n, past, M, N, WINDOW, CONTEXT, FULL)
     for i0 in range(plain, tail, M):
         dk, dv, dcandidates = _key_gradient_tile(
-            dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, asked_at,
-            happened_at, edges, last, time, position, Q, V, QP, VP, M, False, ROW_SCALE, TARGETS, TIME, POSITION,
+            dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, query_times,
+            key_times, edges, last, time, position, Q, V, QP, VP, M, False, ROW_SCALE, TARGETS, TIME, POSITION,
             WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
     for t in range(0, prefixes + leads + tails + lates):
         i0 = tl.where(t < prefixes + leads, lead + (t - prefixes) * M, tail + (t - prefixes - leads) * M)
@@ -403,8 +406,8 @@ def key_gradient_kernel(
         if FULL:
             i0 = tl.where(t < prefixes + leads + tails, i0, late + (t - prefixes - leads - tails) * M)
         dk, dv, dcandidates = _key_gradient_tile(
-            dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, asked_at,
-            happened_at, edges, last, time, position, Q, V, QP, VP, M, True, ROW_SCALE, TARGETS, TIME, POSITION,
+            dk, dv, dcandidates, k, v, j, i0, q_ptr, g_ptr, q_row, g_row, n, past, half_alpha, scale_ptr, query_times,
+            key_times, edges, last, time, position, Q, V, QP, VP, M, True, ROW_SCALE, TARGETS, TIME, POSITION,
             WINDOW, CONTEXT, FULL, FAST)  # fmt: skip
     if not ROW_SCALE:
         scale = tl.load(scale_ptr)
@@ -419,18 +422,18 @@ def key_gradient_kernel(
 
 @triton.jit
 def _add_bucket_sums(
-    dscore, i, j, n, asked_at, happened_at, edges, last, sums,
+    dscore, i, j, n, query_times, key_times, edges, last, sums,
 ):  # fmt: skip
-    """Adds the sum of dscore over every bucket of the tile to this program's own row of sums.
+    """Adds the sum of dscore over every bucket of the tile to the row of sums that this program owns.
 
-    The atomic is for order, not for sharing: one thread makes all of a program's additions to an address, one by one.
+    The atomic serves order, not sharing: one thread makes all additions of a program to an address, one by one.
     """
-    asked = tl.load(asked_at + tl.minimum(i, n - 1))
-    happened = tl.load(happened_at + tl.minimum(j, n - 1))
-    apart = tl.abs(asked[:, None] - happened[None, :])
-    first_bucket, last_bucket = _bucket_range(asked, happened, edges, last)
+    query_time = tl.load(query_times + tl.minimum(i, n - 1))
+    key_time = tl.load(key_times + tl.minimum(j, n - 1))
+    seconds = tl.abs(query_time[:, None] - key_time[None, :])
+    first_bucket, last_bucket = _bucket_range(query_time, key_time, edges, last)
     for bucket in range(first_bucket, last_bucket + 1):
-        inside = (apart >= tl.load(edges + bucket)) & (apart < tl.load(edges + bucket + 1))
+        inside = (seconds >= tl.load(edges + bucket)) & (seconds < tl.load(edges + bucket + 1))
         tl.atomic_add(sums + bucket, tl.sum(tl.where(inside, dscore, 0.0)), sem="relaxed")
 
 
@@ -438,7 +441,7 @@ def _add_bucket_sums(
 def _products(
     x_ptr, x_row, i, y_ptr, y_row, j, n, M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """[M, M]: rows i of x times rows j of y, C columns at a time: whole rows take up to twice the registers."""
+    """[M, M]: rows i of x times rows j of y, C columns at a time, since whole rows take up to twice the registers."""
     W: tl.constexpr = DP if DP < C else C
     products = tl.zeros([M, M], tl.float32)
     for first in range(0, D, W):
@@ -450,18 +453,18 @@ def _products(
 
 @triton.jit
 def table_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dposition_ptr, dtime_ptr, offsets, targets, scale_ptr, asked_at, happened_at, edges,
+    q_ptr, k_ptr, v_ptr, g_ptr, dposition_ptr, dtime_ptr, offsets, targets, scale_ptr, query_times, key_times, edges,
     time, position, q_row, k_row, v_row, g_row, q_head, k_head, v_head, g_head, sequences, ahead, last, half_alpha,
     Q: tl.constexpr, V: tl.constexpr, QP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     ROW_SCALE: tl.constexpr, TARGETS: tl.constexpr, TIME: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     CONTEXT: tl.constexpr, FULL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """A program adds up the M x M tiles at one distance from the diagonal, of one head and every so many sequences.
+    """A program adds up the M x M tiles at one distance from the diagonal, of one head and of every n-th sequence.
 
-    In such tiles an element always has the same distance, so they are added up whole: dposition [programs, M, M].
-    Candidates, whose distances differ from sequence to sequence, are left to key_gradient_kernel. dtime [programs,
-    last + 1] starts at zero. ahead: how many tile distances lie above the diagonal, where only a prefix looks.
-    One loop goes over the tiles of all its sequences: of two nested ones, each keeps registers for the sum.
+    In such tiles an element always has the same distance, so the tiles are added up whole: dposition [programs, M, M].
+    Candidates, whose distances differ between sequences, are summed by key_gradient_kernel. dtime [programs, last + 1]
+    starts at zero. ahead: the number of tile distances above the diagonal, where only a prefix looks.
+    One loop goes over the tiles of all sequences, since two nested loops would each hold registers for the sum.
     """
     away = tl.program_id(0) - ahead
     head = tl.program_id(2).to(tl.int64)
@@ -483,11 +486,11 @@ def table_gradient_kernel(
         if (i0 < stop) & ((away == 0) | ((j0 < tl.max(end)) & (j0 + M > tl.min(begin)))):
             q, k = q_ptr + start * q_row + head * q_head, k_ptr + start * k_row + head * k_head
             h = _products(q, q_row, i, k, k_row, j, n, M, C, Q, QP) * half_alpha
-            asked, happened = asked_at, happened_at
+            query_at, key_at = query_times, key_times
             if TIME:
-                asked += start
-                happened += start
-            h = _half_bias(h, i, j, n, past, asked, happened, edges, last, time, position, 0, True, TIME, POSITION,
+                query_at += start
+                key_at += start
+            h = _half_bias(h, i, j, n, past, query_at, key_at, edges, last, time, position, 0, True, TIME, POSITION,
                            WINDOW, CONTEXT, FULL)  # fmt: skip
             _, slope = _activation(h, FAST)
             slope = tl.where(_seen(i[:, None], j[None, :], past, WINDOW, CONTEXT, FULL), slope, 0.0)
@@ -498,7 +501,7 @@ def table_gradient_kernel(
             g, v = g_ptr + start * g_row + head * g_head, v_ptr + start * v_row + head * v_head
             dscore = _products(g, g_row, i, v, v_row, j, n, M, C, V, VP) * slope
             if TIME:
-                _add_bucket_sums(dscore, i, j, n, asked, happened, edges, last, dtime_ptr + program * (last + 1))
+                _add_bucket_sums(dscore, i, j, n, query_at, key_at, edges, last, dtime_ptr + program * (last + 1))
             if POSITION:
                 acc += tl.where(i[:, None] < past, dscore, 0.0)
         i0 += M
@@ -511,9 +514,9 @@ def table_gradient_kernel(
 
 
 class Tiles(NamedTuple):
-    """Rows and columns of a tile of scores (the latter along the loop), warps and pipeline stages of a program.
+    """Rows (outer) and columns (inner, along the loop) of a tile of scores, warps and pipeline stages of a program.
 
-    Tiles of the tables are square; inner is then how many elements of a head are multiplied at a time.
+    The tiles of the tables are square; their inner is the number of elements of a head multiplied at a time.
     """
 
     outer: int
@@ -522,8 +525,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By kernel, bytes of an element, padded width of a head up to which they hold, and whether there is a bias, which takes
-# registers. tests/ops/test_triton_compiled.py compiles them and looks for spills. Not timed on a GPU.
+# The key is the kernel, the bytes of an element, the largest padded width of a head, and whether there is a bias, which
+# takes registers. tests/ops/test_triton_compiled.py compiles them and looks for spills. Not timed on a GPU.
 TILES = {
     ("forward", 2, 64, False): Tiles(128, 64, 8, 3),
     ("forward", 2, 64, True): Tiles(128, 64, 8, 3),
@@ -564,7 +567,7 @@ TILES = {
 
 
 def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool) -> Tiles:
-    """The row of TILES for heads of `width`, padded; ValueError if there is none."""
+    """The entry of TILES for heads of the padded width `width`. Raises ValueError if there is none."""
     for (name, size, widest, bias), tiles in TILES.items():
         if (name, size, bias) == (kernel, dtype.itemsize, biased) and width <= widest:
             return tiles
@@ -576,82 +579,51 @@ def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool) -> Tiles
 
 
 def padded_width(width: int) -> int:
-    """The width of a tile: a power of two that tensor cores take."""
+    """The width of a tile for heads of `width`: a power of two that tensor cores take."""
     return max(16, triton.next_power_of_2(width))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What the kernels of one call share beside q, k and v."""
-
-    offsets_B1: Tensor
-    targets_B: Tensor | None
-    scale: Tensor
-    buckets: TimeBuckets | None
-    alpha: float
-    max_length: int
-    window: int
-    contextual: int
-    full: int
-
-    def features(self, q: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> dict[str, Any]:
-        """The compile-time part of a launch."""
-        return {
-            **{"Q": q.shape[2], "V": v.shape[2], "QP": padded_width(q.shape[2]), "VP": padded_width(v.shape[2])},
-            **{"ROW_SCALE": self.scale.numel() > 1, "TARGETS": self.targets_B is not None},
-            **{"TIME": time is not None, "POSITION": position is not None},
-            **{"WINDOW": self.window, "CONTEXT": self.contextual, "FULL": self.full},
-            "FAST": q.dtype.itemsize == 2 and not triton.knobs.runtime.interpret,
-        }
-
-    def tables(self, position: Tensor | None, time: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Times in int32 seconds, edges, time bias, and position bias from the entry of distance 0 on."""
-        middle = None if position is None else position[position.numel() // 2 :]
-        if self.buckets is None or time is None:
-            return None, None, None, None, middle
-        return (*self.buckets.seconds, time, middle)
-
-    def tiles(self, kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
-        biased = any(table is not None for table in tables)
-        return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
+def _features(
+    call: AttentionCall, q: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None
+) -> dict[str, Any]:
+    """The compile-time arguments of a launch."""
+    mask = call.mask
+    return {
+        **{"Q": q.shape[2], "V": v.shape[2], "QP": padded_width(q.shape[2]), "VP": padded_width(v.shape[2])},
+        **{"ROW_SCALE": call.scale_T.numel() > 1, "TARGETS": mask.num_targets_B is not None},
+        **{"TIME": time is not None, "POSITION": position is not None},
+        **{"WINDOW": mask.max_attn_len, "CONTEXT": mask.contextual_len, "FULL": mask.min_full_attn_seq_len},
+        "FAST": q.dtype.itemsize == 2 and not triton.knobs.runtime.interpret,
+    }
 
 
-def hstu_attention_triton(
-    q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
-    offsets_B1: Tensor,
-    *,
-    max_length: int,
-    scale_T: Tensor,
-    alpha: float = 1.0,
-    mask: AttentionMask | None = None,
-    output: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    time_buckets: TimeBuckets | None = None,
-) -> Tensor:
-    """As hstu_attention_reference, for float32, bfloat16 and float16; the same bits every time.
+def _inputs(call: AttentionCall, position: Tensor | None, time: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Offsets, targets, scale, both times in int32 seconds, edges, time bias, position bias from distance 0 on."""
+    middle = None if position is None else position[position.numel() // 2 :]
+    shared = (call.offsets_B1, call.mask.num_targets_B, call.scale_T)
+    if call.time_buckets is None or time is None:
+        return *shared, None, None, None, None, middle
+    return *shared, *call.time_buckets.seconds, time, middle
 
-    max_length: no sequence is longer; the grids depend on it, so that nothing waits for the device.
-    output: what an earlier call with the same arguments returned, which is then not computed again.
+
+def _tiles(kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
+    biased = any(table is not None for table in tables)
+    return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
+
+
+def _last_bucket(time: Tensor | None) -> int:
+    return 0 if time is None else time.numel() - 1
+
+
+def hstu_attention_triton(operands: Operands, call: AttentionCall) -> Tensor:
+    """hstu_attention_reference for float32, bfloat16 and float16; the same bits every time.
+
+    The grids depend on call.max_length and not on the offsets, so that nothing waits for the device.
     """
-    mask = AttentionMask() if mask is None else mask
-    targets_B = None if mask.num_targets_B is None else mask.num_targets_B.contiguous()
-    call = _Call(
-        offsets_B1.contiguous(),
-        targets_B,
-        scale_T.float().contiguous(),
-        time_buckets,
-        alpha,
-        max_length,
-        mask.max_attn_len,
-        mask.contextual_len,
-        mask.min_full_attn_seq_len,
-    )
-    position = None if position_bias is None else position_bias.float().contiguous()
-    time = None if time_bias is None else time_bias.float().contiguous()
-    return _Triton.apply(q_THQ, k_THQ, v_THV, position, time, call, output)
+    targets_B = call.mask.num_targets_B
+    if targets_B is not None:
+        call = replace(call, mask=replace(call.mask, num_targets_B=targets_B.contiguous()))
+    return _Triton.apply(*operands, call)
 
 
 def _operand(x_THD: Tensor) -> Tensor:
@@ -672,10 +644,10 @@ class _Triton(torch.autograd.Function):
         v: Tensor,
         position: Tensor | None,
         time: Tensor | None,
-        call: _Call,
         output: Tensor | None,
+        call: AttentionCall,
     ) -> Tensor:
-        tiles = call.tiles("forward", q, v, position, time)
+        tiles = _tiles("forward", q, v, position, time)
         ctx.save_for_backward(q, k, v, position, time)
         ctx.call = call
         if output is not None:
@@ -683,13 +655,13 @@ class _Triton(torch.autograd.Function):
         q, k, v = (_operand(x) for x in (q, k, v))
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         heads = q.shape[1]
-        grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+        grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
         if q.numel():
             with torch.cuda.device_of(q):
                 forward_kernel[grid](
-                    *(q, k, v, out, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-                    *(*_strides(q, k, v, out), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
-                    **{"M": tiles.outer, "N": tiles.inner, **call.features(q, v, position, time)},
+                    *(q, k, v, out, *_inputs(call, position, time)),
+                    *(*_strides(q, k, v, out), heads, _last_bucket(time), call.alpha / 2),
+                    **{"M": tiles.outer, "N": tiles.inner, **_features(call, q, v, position, time)},
                     num_warps=tiles.warps,
                     num_stages=tiles.stages,
                 )
@@ -714,32 +686,34 @@ class _Triton(torch.autograd.Function):
 _Operands = tuple[Tensor, ...]  # q, k, v and the gradient of the output
 
 
-def _query_gradient(call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor) -> None:
+def _query_gradient(
+    call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor
+) -> None:
     q, _, v, _ = operands
-    tiles, heads = call.tiles("query_gradient", q, v, position, time), q.shape[1]
-    grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+    tiles, heads = _tiles("query_gradient", q, v, position, time), q.shape[1]
+    grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
     query_gradient_kernel[grid](
-        *(*operands, dq, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-        *(*_strides(*operands, dq), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.outer, "N": tiles.inner, **call.features(q, v, position, time)},
+        *(*operands, dq, *_inputs(call, position, time)),
+        *(*_strides(*operands, dq), heads, _last_bucket(time), call.alpha / 2),
+        **{"M": tiles.outer, "N": tiles.inner, **_features(call, q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
 
 
 def _key_gradient(
-    call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dk: Tensor, dv: Tensor
+    call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None, dk: Tensor, dv: Tensor
 ) -> Tensor | None:
-    """Fills dk and dv; returns dcandidates [T, H] of key_gradient_kernel, or None."""
+    """Fills dk and dv, and returns dcandidates [T, H] of key_gradient_kernel, or None."""
     q, _, v, _ = operands
-    tiles, heads = call.tiles("key_gradient", q, v, position, time), q.shape[1]
-    wanted = position is not None and call.targets_B is not None
-    dcandidates_TH = q.new_empty(q.shape[:2], dtype=torch.float32) if wanted else None
-    grid = ((call.offsets_B1.numel() - 1) * heads, triton.cdiv(call.max_length, tiles.outer))
+    tiles, heads = _tiles("key_gradient", q, v, position, time), q.shape[1]
+    shifted = position is not None and call.mask.num_targets_B is not None
+    dcandidates_TH = q.new_empty(q.shape[:2], dtype=torch.float32) if shifted else None
+    grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
     key_gradient_kernel[grid](
-        *(*operands, dk, dv, dcandidates_TH, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-        *(*_strides(*operands, dk, dv), heads, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.inner, "N": tiles.outer, **call.features(q, v, position, time)},
+        *(*operands, dk, dv, dcandidates_TH, *_inputs(call, position, time)),
+        *(*_strides(*operands, dk, dv), heads, _last_bucket(time), call.alpha / 2),
+        **{"M": tiles.inner, "N": tiles.outer, **_features(call, q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -747,24 +721,24 @@ def _key_gradient(
 
 
 def _table_gradients(
-    call: _Call, operands: _Operands, position: Tensor | None, time: Tensor | None, dcandidates_TH: Tensor | None
+    call: AttentionCall,
+    operands: _Operands,
+    position: Tensor | None,
+    time: Tensor | None,
+    dcandidates_TH: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     q, _, v, _ = operands
-    tiles, heads, sequences = (
-        call.tiles("table_gradient", q, v, position, time),
-        q.shape[1],
-        call.offsets_B1.numel() - 1,
-    )
+    tiles, heads = _tiles("table_gradient", q, v, position, time), q.shape[1]
     below = triton.cdiv(call.max_length, tiles.outer)
-    ahead = below - 1 if call.contextual else 0
-    parts = min(sequences, triton.cdiv(_TABLE_PROGRAMS, (below + ahead) * heads))
+    ahead = below - 1 if call.mask.contextual_len else 0
+    parts = min(call.sequences, triton.cdiv(_TABLE_PROGRAMS, (below + ahead) * heads))
     grid = (below + ahead, parts, heads)
     squares = None if position is None else q.new_empty(*reversed(grid), tiles.outer, tiles.outer, dtype=torch.float32)
     sums = None if time is None else q.new_zeros(*reversed(grid), time.numel(), dtype=torch.float32)
     table_gradient_kernel[grid](
-        *(*operands, squares, sums, call.offsets_B1, call.targets_B, call.scale, *call.tables(position, time)),
-        *(*_strides(*operands), sequences, ahead, 0 if time is None else time.numel() - 1, call.alpha / 2),
-        **{"M": tiles.outer, "C": tiles.inner, **call.features(q, v, position, time)},
+        *(*operands, squares, sums, *_inputs(call, position, time)),
+        *(*_strides(*operands), call.sequences, ahead, _last_bucket(time), call.alpha / 2),
+        **{"M": tiles.outer, "C": tiles.inner, **_features(call, q, v, position, time)},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -775,20 +749,20 @@ def _table_gradients(
 
 
 def _along_diagonals(
-    call: _Call, position: Tensor, squares_AMM: Tensor, ahead: int, dcandidates_TH: Tensor | None
+    call: AttentionCall, position: Tensor, squares_AMM: Tensor, ahead: int, dcandidates_TH: Tensor | None
 ) -> Tensor:
-    """The gradient of the position table from the summed tiles of each of A distances from the diagonal."""
+    """The gradient of the position table. squares_AMM: the summed tiles at each of A distances from the diagonal."""
     away = torch.arange(squares_AMM.shape[0], device=position.device)[:, None, None] - ahead
     m = torch.arange(squares_AMM.shape[1], device=position.device)
     middle = position.numel() // 2
-    # Beyond the table there are only zeros. index_put_ with accumulate sorts, so its sums have one order.
+    # Elements beyond the table are zero. index_put_ with accumulate sorts, so its sums have one order.
     index_AMM = (middle - away * m.numel() + m[None, :] - m[:, None]).clamp(0, position.numel() - 1)
     total = squares_AMM.new_zeros(position.numel()).index_put_((index_AMM,), squares_AMM, accumulate=True)
-    if dcandidates_TH is not None and call.targets_B is not None:
+    if dcandidates_TH is not None and call.mask.num_targets_B is not None:
         offsets, tokens = call.offsets_B1, dcandidates_TH.shape[0]
         lengths_B = offsets.diff()
-        history_B = lengths_B - call.targets_B
-        # Key j of a sequence is j - history from its candidates; a candidate is 0 from itself.
+        history_B = lengths_B - call.mask.num_targets_B
+        # The distance of key j from the candidates of its sequence is j - history; a candidate is at distance 0.
         ends_T = (offsets[:-1] + history_B).repeat_interleave(lengths_B, output_size=tokens)
         from_end_T = (torch.arange(tokens, device=offsets.device) - ends_T).clamp(max=0)
         total.index_put_((middle + from_end_T,), dcandidates_TH.sum(1, dtype=torch.float64), accumulate=True)

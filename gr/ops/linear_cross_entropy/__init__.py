@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over all items, straight from queries and item vectors. T tokens, K items, D width."""
+"""Softmax cross-entropy over all items, computed from queries and item vectors. T tokens, K items, D width."""
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ def linear_cross_entropy(
 
     queries_TD [T, D], items_KD [K, D]: float32, bfloat16 or float64; bfloat16 is computed in float32.
     target_T: int64 [T], rows of items_KD. scale: 1 / temperature. bias_K: [K], for example log multiplicities or
-    -log q. chunk: tokens whose [chunk, K] logits are held at one time.
+    -log q. chunk: the number of tokens whose [chunk, K] logits exist at one time.
     Returns the loss of each token, [T], float32 or float64. Gradients: queries, items (dense), bias.
     Raises ValueError if shapes or dtypes do not fit, IndexError if a CPU target lies outside [0, K).
-    Source: the full softmax that the sampled loss of arXiv 2402.17152 approximates; recomputation by chunks as in
+    Source: the full softmax that the sampled loss of arXiv 2402.17152 approximates; recomputation by chunks follows
     Wijmans et al. 2024 (arXiv 2411.09009, "Cut Your Losses").
     """
     _check(queries_TD, items_KD, target_T, bias_K, chunk)

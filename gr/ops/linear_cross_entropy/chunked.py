@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 def linear_cross_entropy_chunked(
     queries_TD: Tensor, items_KD: Tensor, target_T: Tensor, *, scale: float, bias_K: Tensor | None, chunk: int
 ) -> Tensor:
-    """As linear_cross_entropy_reference."""
+    """linear_cross_entropy_reference, `chunk` tokens at a time."""
     return _Chunked.apply(queries_TD, items_KD, bias_K, target_T, scale, chunk)
 
 

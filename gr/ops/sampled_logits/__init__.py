@@ -1,19 +1,18 @@
 """Logits of a few sampled items for every token, the core of sampled-softmax losses.
 
-T tokens, S samples of each, K items, D width.
+T tokens, S samples a token, K items, D width.
 """
 
 import torch
 from torch import Tensor
 
 from gr.ops.backend import backend_for
+from gr.ops.checks import FLOAT_DTYPES
 from gr.ops.sampled_logits.chunked import sampled_logits_chunked
 from gr.ops.sampled_logits.native import sampled_logits_native
 from gr.ops.sampled_logits.reference import sampled_logits_reference
 
 __all__ = ["sampled_logits"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Te
         case "native":
             return sampled_logits_native(queries_TD, items_KD, index_TS)
         case "triton":
-            from gr.ops.sampled_logits.triton import sampled_logits_triton  # no triton on CPU machines
+            from gr.ops.sampled_logits.triton import sampled_logits_triton  # CPU machines have no triton
 
             return sampled_logits_triton(queries_TD, items_KD, index_TS)
         case "torch":
@@ -45,9 +44,9 @@ def _check(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> None:
         raise ValueError(f"queries_TD must be [T, D] with D > 0, not {list(queries_TD.shape)}")
     if items_KD.dim() != 2 or items_KD.shape[1] != queries_TD.shape[1]:
         raise ValueError(f"items_KD must be [K, D] with D = {queries_TD.shape[1]}, not {list(items_KD.shape)}")
-    if queries_TD.dtype not in _DTYPES or items_KD.dtype != queries_TD.dtype:
+    if queries_TD.dtype not in FLOAT_DTYPES or items_KD.dtype != queries_TD.dtype:
         raise ValueError(
-            f"queries_TD and items_KD must share a dtype of {', '.join(map(str, _DTYPES))}; "
+            f"queries_TD and items_KD must share a dtype of {', '.join(map(str, FLOAT_DTYPES))}; "
             f"they are {queries_TD.dtype} and {items_KD.dtype}"
         )
     if not queries_TD.device == items_KD.device == index_TS.device:

@@ -1,7 +1,7 @@
 """Sampled logits in plain torch, a chunk of tokens at a time: never more than a few MB of [T, K] or [T, S, D].
 
-Letters as in reference.py. Where a token samples a fair share of the items, the product with all of them costs less
-than gathering rows; else rows are gathered.
+If a token samples a fair share of the items, the product with all items costs less than gathering rows; otherwise rows
+are gathered. Letters as in reference.py.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _ITEMS_PER_SAMPLE = 64  # a gathered row costs about as much as this many rows i
 
 
 def sampled_logits_chunked(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
-    """As sampled_logits_reference, on any device."""
+    """sampled_logits_reference on any device."""
     return _Chunked.apply(queries_TD, items_KD, index_TS)
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 def sampled_logits_native(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
-    """As sampled_logits_reference, on CPU, computed in float32; the same bits on any number of threads."""
+    """sampled_logits_reference on CPU, computed in float32; the same bits on any number of threads."""
     return _Native.apply(queries_TD.float(), items_KD.float(), index_TS.contiguous()).to(queries_TD.dtype)
 
 

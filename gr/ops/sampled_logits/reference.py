@@ -1,4 +1,4 @@
-"""The definition of sampled logits. T tokens, S samples of each, K items, D width."""
+"""The definition of sampled logits. T tokens, S samples a token, K items, D width."""
 
 from torch import Tensor
 

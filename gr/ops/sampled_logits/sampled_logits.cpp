@@ -25,7 +25,7 @@ struct Padded {
   int64_t vectors;
   at::Tensor storage;
   Lanes* data;
-  // Zeros. One vector more than needed, since the data is aligned by hand.
+  // Zeros, and one vector more than needed, since the data is aligned by hand.
   Padded(int64_t rows, int64_t width, const at::TensorOptions& options)
       : vectors((width + kLanes - 1) / kLanes), storage(at::zeros({rows * vectors * kLanes + kLanes}, options)) {
     const auto address = reinterpret_cast<uintptr_t>(storage.mutable_data_ptr<float>());
@@ -98,7 +98,7 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
           }
           const Lanes sums = sum_each(products);
           float* to = logits + t * samples + s;
-          // A copy of fixed size is one store, of variable size a call.
+          // A copy of fixed size is one store, a copy of variable size is a call.
           if (have == kLanes) std::memcpy(to, &sums, sizeof(sums));
           else std::memcpy(to, &sums, have * sizeof(float));
         }

@@ -1,7 +1,8 @@
-"""Sampled logits in Triton, for CUDA tensors; runs under TRITON_INTERPRET=1 on CPU tensors, for tests.
+"""Sampled logits in Triton, for CUDA tensors; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests.
 
-A program owns what it writes: a token's logits, a token's gradient, an item's gradient. The last finds its samples in
-the sorted index, so nothing is added atomically and results are the same bits each time. Letters as in reference.py.
+A program owns its output: the logits of a token, the gradient of a token, or the gradient of an item. The last reads
+its samples from the sorted index, so nothing is added atomically and results are the same bits each time. Letters as in
+reference.py.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK_ELEMENTS = 4096  # of gathered rows held at a time, in registers
+_BLOCK_ELEMENTS = 4096  # the elements of gathered rows in registers at a time
 WARPS = 4
 
 
@@ -63,7 +64,7 @@ def query_gradient_kernel(
 def item_gradient_kernel(
     grad, queries, order, bounds, ditems, samples, query_row, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """order: the places of the index, sorted by item; bounds [K + 1]: where each item's begin."""
+    """order: the flat positions in index, sorted by item. bounds [K + 1]: the start of each item's run in order."""
     item = tl.program_id(0).to(tl.int64)
     end = tl.load(bounds + item + 1)
     acc = tl.zeros([DP], tl.float32)
@@ -77,15 +78,15 @@ def item_gradient_kernel(
 
 
 def shape_of(width: int) -> dict[str, int]:
-    """The compile-time part of a launch for rows of `width` elements."""
+    """The compile-time arguments of a launch for rows of `width` elements."""
     padded = triton.next_power_of_2(width)
     return {"D": width, "DP": padded, "BLOCK": max(4, min(64, _BLOCK_ELEMENTS // padded))}
 
 
 def sampled_logits_triton(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Tensor:
-    """As sampled_logits_reference, accumulated in float32.
+    """sampled_logits_reference, accumulated in float32.
 
-    Raises IndexError if an index lies outside of [0, K); on a GPU that stops the device instead.
+    Raises IndexError if an index lies outside of [0, K); on a GPU such an index stops the device instead.
     """
     if index_TS.numel():
         low, high = index_TS.aminmax()

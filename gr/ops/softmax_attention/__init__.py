@@ -18,7 +18,7 @@ def softmax_attention(
     q_THQ, k_THQ [T, H, Q], v_THV [T, H, V]: one float dtype. offsets_B1: int64 [B + 1]; empty sequences are fine.
     max_length: no sequence is longer, in tokens. dropout: probability that an attention weight is zeroed.
     Returns [T, H, V]. Gradients: q, k, v.
-    Computed on padded tensors, by torch's scaled_dot_product_attention where there is no dropout.
+    The computation is on padded tensors, by torch's scaled_dot_product_attention if there is no dropout.
     Raises ValueError if shapes or lengths do not fit.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), Eq. 1, masked to the past.
     """
@@ -29,12 +29,12 @@ def softmax_attention(
     tokens = q_THQ.shape[0]
     check_offsets(offsets_B1, tokens, max_length)
     if tokens == 0:
-        # Empty, but of the graph: DDP waits for the gradient of every parameter, also on a rank without tokens.
+        # Empty, but connected to the graph: DDP waits for the gradient of every parameter, also without tokens.
         return v_THV + (q_THQ.sum() + k_THQ.sum())
-    # Padding to the longest sequence there is saves work; reading it from a device would stop its queue.
+    # Padding to the longest sequence of the batch saves work; reading its length from a device would stop the queue.
     longest = int(offsets_B1.diff().max()) if offsets_B1.device.type == "cpu" else max_length
     q, k, v = (jagged_to_padded(x, offsets_B1, longest).transpose(1, 2) for x in (q_THQ, k_THQ, v_THV))
-    # Padding follows the end of a sequence, so the causal mask already hides it from every real query.
+    # Padding follows the end of a sequence, so the causal mask hides it from every query before the end.
     if dropout:
         out = dropout_op(_causal_weights(q, k), dropout, training=True) @ v
     else:
@@ -43,7 +43,7 @@ def softmax_attention(
 
 
 def _causal_weights(q_BHNQ: Tensor, k_BHNQ: Tensor) -> Tensor:
-    """[B, H, N, N], made whole: torch's fused kernel has no dropout on CPU either."""
+    """[B, H, N, N]. torch's fused kernel has no dropout on CPU, so the weights are made in full."""
     N, width = q_BHNQ.shape[2:]
     later = torch.ones(N, N, dtype=torch.bool, device=q_BHNQ.device).triu(1)
     scores = (q_BHNQ * width**-0.5) @ k_BHNQ.transpose(2, 3)

@@ -1,4 +1,4 @@
-"""Ranking metrics against their definitions written plainly, and against themselves at other world sizes."""
+"""Metrics of clicks against their plain definitions, and against themselves at other world sizes."""
 
 import math
 
@@ -11,15 +11,7 @@ from torch import Tensor
 
 from gr.dist import World
 from gr.errors import DataError, TrainingError
-from gr.metrics.ranking import (
-    BINS,
-    LifetimeMetrics,
-    RankingMetrics,
-    _bins,
-    auc_by_group,
-    compute_tasks,
-    normalised_entropy,
-)
+from gr.metrics.ranking import BINS, LifetimeMetrics, RankingMetrics, _bins, auc_by_group, normalised_entropy
 from tests.support.ranks import run_ranks
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -42,6 +34,10 @@ def columns(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, labels, weights, groups = zip(*rows, strict=True)
     real = {"dtype": torch.float64}
     return torch.tensor(logits, **real), torch.tensor(labels), torch.tensor(weights, **real), torch.tensor(groups)
+
+
+def compute_tasks(tasks: dict[str, RankingMetrics | LifetimeMetrics]) -> dict[str, float]:
+    return {f"{name}/{metric}": value for name, task in tasks.items() for metric, value in task.compute().items()}
 
 
 def plain_auc(rows: Rows) -> float:
@@ -94,11 +90,11 @@ class TestAgainstPlainStatements:
     def test_groups(self, rows: Rows) -> None:
         gauc, groups, skipped = plain_gauc(rows)
         metrics = exact(rows, grouped=True)
-        found = metrics.compute()
-        assert (found["gauc_groups"], found["gauc_groups_skipped"]) == (groups, skipped)
-        assert ("gauc" in found) == bool(groups)
-        assert not groups or found["gauc"] == pytest.approx(gauc, rel=1e-12)
-        assert {name: found[name] for name in plain_metrics(rows)} == pytest.approx(plain_metrics(rows), rel=1e-12)
+        values = metrics.compute()
+        assert (values["gauc_groups"], values["gauc_groups_skipped"]) == (groups, skipped)
+        assert ("gauc" in values) == bool(groups)
+        assert not groups or values["gauc"] == pytest.approx(gauc, rel=1e-12)
+        assert {name: values[name] for name in plain_metrics(rows)} == pytest.approx(plain_metrics(rows), rel=1e-12)
 
     @settings(max_examples=25)
     @given(rows_of_both_classes)
@@ -107,9 +103,9 @@ class TestAgainstPlainStatements:
         logits, labels, weights, _ = columns(rows)
         for part in (slice(0, 1), slice(1, 1), slice(1, None)):
             metrics.update(logits[part], labels[part], weights[part])
-        found, wanted = metrics.compute(), plain_metrics(rows)
-        assert found.pop("auc_error") >= abs(found["auc"] - wanted["auc"]) - 1e-12
-        assert found == pytest.approx(wanted, rel=1e-12)  # logits far enough apart for bins of their own
+        values, expected = metrics.compute(), plain_metrics(rows)
+        assert values.pop("auc_error") >= abs(values["auc"] - expected["auc"]) - 1e-12
+        assert values == pytest.approx(expected, rel=1e-12)  # logits far enough apart for bins of their own
 
     def test_probabilities_are_logits_in_another_form(self) -> None:
         rows = [(-3.5, 0, 1.0, 0), (-1.0, 1, 2.0, 0), (0.5, 0, 0.5, 0), (2.0, 1, 1.0, 0)]
@@ -119,9 +115,9 @@ class TestAgainstPlainStatements:
             LifetimeMetrics("click", HERE, predictions="probabilities"),
         ):
             metrics.update(logits.double().sigmoid(), labels.bool(), weights)
-            found = metrics.compute()
-            found.pop("auc_error", None)
-            assert found == pytest.approx(plain_metrics(rows), rel=1e-12)
+            values = metrics.compute()
+            values.pop("auc_error", None)
+            assert values == pytest.approx(plain_metrics(rows), rel=1e-12)
 
 
 class TestKnownValues:
@@ -131,9 +127,9 @@ class TestKnownValues:
         metrics = RankingMetrics("click", HERE, predictions="probabilities")
         # Two predictions that differ by next to nothing: one alone would be an error.
         metrics.update(torch.tensor([0.25, 0.25, 0.25, 0.25 + 1e-12], dtype=torch.float64), torch.tensor([0, 1, 0, 0]))
-        found = metrics.compute()
-        assert found["ne"] == pytest.approx(1.0, abs=1e-11) and found["calibration"] == pytest.approx(1.0, abs=1e-11)
-        assert (found["accuracy"], found["base_rate"]) == (0.75, base_rate)
+        values = metrics.compute()
+        assert values["ne"] == pytest.approx(1.0, abs=1e-11) and values["calibration"] == pytest.approx(1.0, abs=1e-11)
+        assert (values["accuracy"], values["base_rate"]) == (0.75, base_rate)
 
     @pytest.mark.parametrize(("logits", "auc"), [([-2, -1, 1, 2], 1.0), ([2, 1, -1, -2], 0.0), ([1, 1, 1, 2], 0.75)])
     def test_auc_by_hand(self, logits: list[float], auc: float) -> None:
@@ -167,8 +163,8 @@ class TestKnownValues:
     def test_large_logits_keep_their_loss(self) -> None:
         metrics = RankingMetrics("click", HERE)
         metrics.update(torch.tensor([500.0, -500.0, 25.0]), torch.tensor([0, 1, 1]))
-        wanted = (1000 + math.log1p(math.exp(-25))) / 3
-        assert metrics.compute()["log_loss"] == pytest.approx(wanted, rel=1e-15)
+        expected = (1000 + math.log1p(math.exp(-25))) / 3
+        assert metrics.compute()["log_loss"] == pytest.approx(expected, rel=1e-15)
 
 
 class TestBins:
@@ -187,10 +183,10 @@ class TestBins:
         for metrics in (once, always):
             for part in range(0, 20000, 1000):
                 metrics.update(logits[part : part + 1000], labels[part : part + 1000])
-        wanted, found = once.compute(), always.compute()
-        assert 0 < found["auc_error"] < 2e-4
-        assert abs(found.pop("auc") - wanted.pop("auc")) <= found.pop("auc_error")
-        assert found == pytest.approx(wanted, rel=1e-12)
+        expected, values = once.compute(), always.compute()
+        assert 0 < values["auc_error"] < 2e-4
+        assert abs(values.pop("auc") - expected.pop("auc")) <= values.pop("auc_error")
+        assert values == pytest.approx(expected, rel=1e-12)
 
 
 class TestWindow:
@@ -255,20 +251,20 @@ class TestWorldSizes:
         assert {name: alone[f"click/window/{name}"] for name in plain_metrics(rows)} == pytest.approx(
             plain_metrics(rows[-18:]), rel=1e-12
         )
-        for found in run_ranks(measure, size, rows):
-            assert found == pytest.approx(alone, rel=1e-12)
+        for values in run_ranks(measure, size, rows):
+            assert values == pytest.approx(alone, rel=1e-12)
 
     def test_one_rank_without_an_update(self) -> None:
-        for found in run_ranks(_only_rank_0, 2):
-            assert (found["auc"], found["examples"]) == (1.0, 2)
+        for values in run_ranks(_only_rank_0, 2):
+            assert (values["auc"], values["examples"]) == (1.0, 2)
 
     def test_ranks_that_each_predict_one_value(self) -> None:
-        for found in run_ranks(_one_value_a_rank, 2):
-            assert [found[f"{first}/{name}"] for first in (0, 1) for name in ("auc", "base_rate")] == [1.0, 0.5] * 2
+        for values in run_ranks(_one_value_a_rank, 2):
+            assert [values[f"{first}/{name}"] for first in (0, 1) for name in ("auc", "base_rate")] == [1.0, 0.5] * 2
 
     def test_all_ranks_raise_alike(self) -> None:
-        for found in run_ranks(_faults, 2):
-            assert found == [
+        for values in run_ranks(_faults, 2):
+            assert values == [
                 "TrainingError: task 'click': 1 of 4 predictions are not finite logits: the model has diverged; lower "
                 "its learning rate, or look for inputs that are not finite",
                 "ValueError: ranks updated [1, 2] times: with a window all ranks must update equally often",
@@ -291,7 +287,7 @@ def _one_value_a_rank(world: World) -> dict[str, float]:
 
 
 def _faults(world: World) -> list[str]:
-    found = []
+    faults = []
     diverged = RankingMetrics("click", world)
     diverged.update(torch.tensor([1.0, math.nan if world.rank else 0.0]), torch.tensor([0, 1]))
     unequal = RankingMetrics("click", world, window=5)
@@ -301,8 +297,8 @@ def _faults(world: World) -> list[str]:
         try:
             metrics.compute()
         except (TrainingError, ValueError) as error:
-            found.append(f"{type(error).__name__}: {error}")
-    return found
+            faults.append(f"{type(error).__name__}: {error}")
+    return faults
 
 
 @pytest.fixture(params=[RankingMetrics, LifetimeMetrics])
@@ -345,8 +341,8 @@ class TestErrors:
         metrics = kind("click", HERE)
         weights = torch.tensor([1.0, 1.0, 0.0])
         metrics.update(torch.tensor([1.0, 2.0, math.nan]), torch.tensor([0, 1, -7]), weights)
-        found = metrics.compute()
-        assert (found["auc"], found["examples"]) == (1.0, 2)
+        values = metrics.compute()
+        assert (values["auc"], values["examples"]) == (1.0, 2)
 
     def test_shapes(self, kind) -> None:
         with pytest.raises(ValueError, match=r"vectors of one length, found shapes \(2,\), \(3,\)"):
@@ -369,8 +365,8 @@ def test_tasks_have_metrics_of_their_own() -> None:
     tasks = {"click": RankingMetrics("click", HERE), "like": LifetimeMetrics("like", HERE)}
     tasks["click"].update(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
     tasks["like"].update(torch.tensor([1.0, 2.0]), torch.tensor([1, 0]))
-    found = compute_tasks(tasks)
-    assert (found["click/auc"], found["like/auc"], found["like/auc_error"]) == (1.0, 0.0, 0.0)
+    values = compute_tasks(tasks)
+    assert (values["click/auc"], values["like/auc"], values["like/auc_error"]) == (1.0, 0.0, 0.0)
 
 
 def test_the_model_keeps_its_graph_and_its_predictions() -> None:

@@ -9,12 +9,12 @@ from gr.metrics.retrieval import paired_difference, retrieval_metrics, user_metr
 
 
 def test_hand_values() -> None:
-    found = retrieval_metrics(np.array([1.0, 3.0, 10.5, 300.0]))
-    assert list(found) == ["hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr"]
-    assert (found["hr@1"], found["hr@10"], found["hr@50"], found["hr@200"]) == (0.25, 0.5, 0.75, 0.75)
-    assert found["ndcg@10"] == pytest.approx((1 + 1 / 2) / 4)
-    assert found["ndcg@50"] == found["ndcg@200"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11.5)) / 4)
-    assert found["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 10.5 + 1 / 300) / 4)
+    values = retrieval_metrics(np.array([1.0, 3.0, 10.5, 300.0]))
+    assert list(values) == ["hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr"]
+    assert (values["hr@1"], values["hr@10"], values["hr@50"], values["hr@200"]) == (0.25, 0.5, 0.75, 0.75)
+    assert values["ndcg@10"] == pytest.approx((1 + 1 / 2) / 4)
+    assert values["ndcg@50"] == values["ndcg@200"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11.5)) / 4)
+    assert values["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 10.5 + 1 / 300) / 4)
 
 
 def test_a_rank_counts_at_k() -> None:

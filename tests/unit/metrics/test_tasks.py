@@ -29,12 +29,12 @@ def by_user(world: World, tasks: tuple = TASKS) -> MultiTaskMetrics:
 
 def test_each_task_has_its_own() -> None:
     outputs, labels, users = drawn()
-    found = by_user(ALONE)
-    found.update(outputs, labels, users)
+    metrics = by_user(ALONE)
+    metrics.update(outputs, labels, users)
     alone = RankingMetrics("like", ALONE, grouped=True)
     alone.update(outputs[:, 0], labels[:, 0], groups_B=users)
     error = (outputs[:, 1] - labels[:, 1]).double()
-    assert found.compute() == pytest.approx(
+    assert metrics.compute() == pytest.approx(
         {f"like/{name}": value for name, value in alone.compute().items()}
         | {
             "watched/mse": float(error.square().mean()),
@@ -46,13 +46,13 @@ def test_each_task_has_its_own() -> None:
 
 def test_as_training_goes_there_is_a_window_and_a_lifetime() -> None:
     first, second = drawn(0), drawn(1)
-    found = MultiTaskMetrics(TASKS, ALONE, lambda name: PrequentialMetrics(name, ALONE, window=60))
+    metrics = MultiTaskMetrics(TASKS, ALONE, lambda name: PrequentialMetrics(name, ALONE, window=60))
     newest, all_of_them = RankingMetrics("like", ALONE), LifetimeMetrics("like", ALONE)
     for outputs, labels, users in (first, second):
-        found.update(outputs, labels, users)
+        metrics.update(outputs, labels, users)
         all_of_them.update(outputs[:, 0], labels[:, 0])
     newest.update(second[0][:, 0], second[1][:, 0])
-    values = found.compute()
+    values = metrics.compute()
     assert {name: values[f"like/{name}"] for name in newest.compute()} == pytest.approx(newest.compute())
     lifetime = all_of_them.compute()
     assert lifetime["examples"] == 120
@@ -71,8 +71,8 @@ def halves(world: World) -> dict[str, float]:
 def test_ranks_agree() -> None:
     metrics = by_user(ALONE)
     metrics.update(*drawn())
-    for found in run_ranks(halves, 2):
-        assert found == pytest.approx(metrics.compute())
+    for values in run_ranks(halves, 2):
+        assert values == pytest.approx(metrics.compute())
 
 
 def test_nothing_to_measure_and_divergence() -> None:
@@ -100,5 +100,5 @@ def test_a_later_task_of_one_class_is_left_out_and_the_first_is_not() -> None:
 def test_users_of_one_class_each_leave_no_gauc() -> None:
     metrics = by_user(ALONE)
     metrics.update(torch.tensor([[0.1, 0.0], [0.2, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 2]))
-    found = metrics.compute()
-    assert "like/gauc" not in found and (found["like/gauc_groups"], found["like/gauc_groups_skipped"]) == (0, 2)
+    values = metrics.compute()
+    assert "like/gauc" not in values and (values["like/gauc_groups"], values["like/gauc_groups_skipped"]) == (0, 2)

@@ -1,4 +1,4 @@
-"""Rates over the time that steps took."""
+"""Rates over the time of the steps."""
 
 from gr.metrics.throughput import Throughput
 

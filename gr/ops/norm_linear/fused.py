@@ -1,4 +1,4 @@
-"""Layer norm, projection and SiLU in one step of the graph. Letters as in the package."""
+"""Layer norm, projection and SiLU as one autograd node, in plain torch on any device. Letters as in reference.py."""
 
 from typing import Any
 
@@ -7,14 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """That of products: autocast's where it is on, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+from gr.ops.autocast import product_dtype
 
 
-def norm_linear_apply(
+def norm_linear_fused(
     x_TD: Tensor,
     weight_DO: Tensor,
     bias_O: Tensor | None,
@@ -23,29 +19,14 @@ def norm_linear_apply(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    dtype = compute_dtype(x_TD)
+    """Arguments are those of norm_linear."""
+    dtype = product_dtype(x_TD)
     with torch.autocast(x_TD.device.type, enabled=False):
         return _NormLinear.apply(x_TD, weight_DO, bias_O, norm_weight_D, norm_bias_D, eps, silu, dtype)
 
 
-def norm_linear_reference(
-    x_TD: Tensor,
-    weight_DO: Tensor,
-    bias_O: Tensor | None = None,
-    norm_weight_D: Tensor | None = None,
-    norm_bias_D: Tensor | None = None,
-    *,
-    eps: float,
-    silu: bool = False,
-) -> Tensor:
-    """The definition. Differentiable; any float dtype."""
-    z_TO = F.layer_norm(x_TD, x_TD.shape[1:], norm_weight_D, norm_bias_D, eps) @ weight_DO
-    z_TO = z_TO if bias_O is None else z_TO + bias_O
-    return F.silu(z_TO) if silu else z_TO
-
-
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The normed x, in its dtype; mean and 1 / standard deviation."""
+    """The normed x in the dtype of x, its mean and 1 / its standard deviation."""
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
     return torch.native_layer_norm(x, [x.shape[1]], weight, bias, eps)
 

@@ -1,6 +1,6 @@
-// Tiles of the score matrix: the operand layouts of ATen's brgemm, the activation, and scratch memory.
+// Tiles in memory: the operand layouts of ATen's brgemm, the sigmoid, and scratch memory.
 //
-// S is the element type of q, k and v (float or bfloat16); scores and sums are float. No instruction set is named here:
+// S is the element type of q, k and v (float or bfloat16); scores and sums are float. No instruction set appears here:
 // brgemm picks AVX2, AVX-512 or AMX at run time, and the loops below are written so that the compiler vectorises them.
 #pragma once
 
@@ -20,13 +20,13 @@ namespace gr {
 
 constexpr int64_t kTile = 64;   // rows and columns of one tile of the score matrix
 constexpr int64_t kEdge = 16;   // the last tile of a sequence is cut to a multiple of this: few shapes, little waste
-constexpr int64_t kLanes = 16;  // floats handled together where the compiler cannot prove independence by itself
+constexpr int64_t kLanes = 16;  // floats in a vector where the compiler cannot prove independence by itself
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <typename S> constexpr bool kPaired = sizeof(S) == 2;  // bfloat16 B operands interleave two rows (VNNI)
 
-// A head width as it is laid out in tiles. bfloat16 products are padded with zeros, since they contract pairs.
+// The layout of a head width in tiles. bfloat16 products are padded with zeros, since they contract pairs.
 template <typename S> struct Width {
   int64_t real, used, ld;
   explicit Width(int64_t d) : real(d), used(kPaired<S> ? round_up(d, kEdge) : d), ld(round_up(d, kEdge)) {}
@@ -106,7 +106,7 @@ inline void transpose(const at::BFloat16* in, int64_t rows, int64_t cols, int64_
   transpose(reinterpret_cast<const uint16_t*>(in), rows, cols, ld_in, reinterpret_cast<uint16_t*>(out), ld_out);
 }
 
-// B operand [rows, cols] of a product that contracts over the rows of `in`.
+// The B operand [rows, cols] of a product that contracts over the rows of `in`.
 template <typename S> void pack(const S* in, int64_t rows, int64_t cols, int64_t ld, S* out) {
   if constexpr (kPaired<S>) {
     for (int64_t r = 0; r < rows; r += 2)
@@ -119,15 +119,15 @@ template <typename S> void pack(const S* in, int64_t rows, int64_t cols, int64_t
   }
 }
 
-// B operand [width.used, kTile] of a product that contracts over the columns of `in` [kTile, width.ld].
-// The word that moves is one float or one pair of bfloat16.
+// The B operand [width.used, kTile] of a product that contracts over the columns of `in` [kTile, width.ld].
+// One float or one pair of bfloat16 moves at a time.
 template <typename S> void pack_transposed(const S* in, const Width<S>& width, S* out) {
   constexpr int64_t per_word = kPaired<S> ? 2 : 1;
   transpose(reinterpret_cast<const uint32_t*>(in), kTile, width.used / per_word, width.ld / per_word,
             reinterpret_cast<uint32_t*>(out), kTile);
 }
 
-// Round to nearest even.
+// Rounds to the nearest, ties to even.
 inline uint16_t bfloat16_bits(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);

@@ -1,7 +1,7 @@
 """Builds and loads the C++ operators of gr.ops: one shared library, compiled once per machine with the user's g++.
 
-The library lies in the user's cache directory under a name made of the sources, the flags, the torch version, the
-compiler and the CPU, so a change of any of them builds a new one and several versions live side by side.
+The library lies in the user's cache directory. Its name is a hash of the sources, the flags, the torch version, the
+compiler and the CPU, so a change of any of them builds a new library, and several versions live side by side.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ _TORCH_ROOT = Path(torch.__file__).parent
 _COMPILERS = ("g++", "clang++")
 _BUILD_TIMEOUT_S = 300
 
-# Not -ffast-math: linking with it makes GCC < 13 flush denormals in the whole process, and its finite-math part would
-# let NaN through unseen. These are the parts of it that vectorise sums.
+# These are the parts of -ffast-math that vectorise sums. Linking with all of it makes GCC < 13 flush denormals in the
+# whole process, and its finite-math part would hide NaN.
 _COMPILE_FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-fno-strict-aliasing"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
@@ -40,7 +40,7 @@ _LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-lto
 
 @functools.cache
 def load() -> None:
-    """Make torch.ops.gr.* available, building the library first if this machine has none.
+    """Makes torch.ops.gr.* available, after building the library if this machine has none.
 
     Raises InstallError if there is no C++20 compiler, the build fails or the library does not work on this CPU.
     """
@@ -53,7 +53,7 @@ def load() -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise InstallError(f"the C++ operators cannot be stored or loaded: {error}") from error
-    _try_out()
+    _check_runs()
 
 
 def _find_compiler() -> str:
@@ -65,7 +65,7 @@ def _find_compiler() -> str:
 
 
 def _cache_directory() -> Path:
-    """The user's cache directory by the XDG convention; a private temporary one where the home cannot be written."""
+    """The user's cache directory by the XDG convention, or a private temporary one if the home cannot be written."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = root / "gr"
     try:
@@ -92,16 +92,16 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _cpu_description() -> str:
-    """What -march=native depends on: a home directory may be shared by machines that differ."""
+    """The CPU features that -march=native depends on, since machines that differ may share a home directory."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    wanted = ("model name", "model\t", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+    relevant = ("model name", "model\t", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(relevant)}))
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Of processes that start together, one builds and the others wait. The lock ends with the process."""
+    """Holds a file lock: one of several processes builds, the others wait. The lock ends with the process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -117,9 +117,9 @@ def _build(compiler: str, library: Path) -> None:
             objects.append(f"{directory}/{index}.o")
             commands.append([compiler, *_COMPILE_FLAGS, *include, "-c", str(source), "-o", objects[-1]])
         _run_together(commands)
-        unfinished = f"{directory}/ops.so"
-        _run_together([[compiler, *objects, *_LINK_FLAGS, "-o", unfinished]])
-        os.replace(unfinished, library)
+        draft = f"{directory}/ops.so"
+        _run_together([[compiler, *objects, *_LINK_FLAGS, "-o", draft]])
+        os.replace(draft, library)
     _logger.info("built %s in %.0f seconds", library, time.perf_counter() - started)
 
 
@@ -140,8 +140,8 @@ def _run_together(commands: Sequence[Sequence[str]]) -> None:
             process.wait()
 
 
-def _try_out() -> None:
-    """One tiny call: torch's brgemm is absent from some builds and refuses some CPUs, and says so only when called."""
+def _check_runs() -> None:
+    """Makes one tiny call. torch's brgemm is absent from some builds, refuses some CPUs, and fails only when called."""
     x = torch.zeros(1, 1, 16)
     try:
         torch.ops.gr.hstu_attention(x, x, x, torch.tensor([0, 1]), torch.ones(1), None, None, None, None)

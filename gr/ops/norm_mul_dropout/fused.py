@@ -1,4 +1,4 @@
-"""Gate, dropout and output projection in one step of the graph. Letters as in the package."""
+"""Norm, gate, dropout and output projection as one autograd node. Letters as in reference.py."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr.ops.autocast import product_dtype
 from gr.ops.backend import Backend, backend_for
-from gr.ops.layer.gate import Gate, gate_reference
-from gr.ops.layer.norm_linear import compute_dtype
+from gr.ops.norm_mul_dropout.reference import Gate, norm_mul_dropout_reference
 
 _Affine = tuple[Tensor | None, Tensor | None]
 
 
-def gated_projection_apply(
+def norm_mul_dropout_linear_fused(
     u_TU: Tensor,
     a_TU: Tensor,
     weight_YD: Tensor,
@@ -22,24 +22,11 @@ def gated_projection_apply(
     norm_bias_U: Tensor | None,
     gate: Gate,
 ) -> Tensor:
-    dtype = compute_dtype(u_TU)
+    """Arguments are those of norm_mul_dropout_linear, the settings in `gate`."""
+    dtype = product_dtype(u_TU)
     with torch.autocast(u_TU.device.type, enabled=False):
         values = (u_TU.to(dtype), a_TU.to(dtype))
-        return _GatedProjection.apply(*values, weight_YD, bias_D, norm_weight_U, norm_bias_U, gate.seeded())
-
-
-def gated_projection_reference(
-    u_TU: Tensor,
-    a_TU: Tensor,
-    weight_YD: Tensor,
-    bias_D: Tensor | None,
-    norm_weight_U: Tensor | None,
-    norm_bias_U: Tensor | None,
-    gate: Gate,
-) -> Tensor:
-    """The definition. Differentiable; any float dtype."""
-    out_TD = gate_reference(u_TU, a_TU, norm_weight_U, norm_bias_U, gate) @ weight_YD
-    return out_TD if bias_D is None else out_TD + bias_D
+        return _NormMulDropoutLinear.apply(*values, weight_YD, bias_D, norm_weight_U, norm_bias_U, gate.seeded())
 
 
 def _path(u: Tensor) -> Backend:
@@ -57,38 +44,40 @@ def _numbers(gate: Gate) -> tuple[int | float | bool, ...]:
 def _gated(path: Backend, u: Tensor, a: Tensor, affine: _Affine, gate: Gate) -> Tensor:
     match path:
         case "native":
-            return torch.ops.gr.gate(u, a, *(None if p is None else p.float() for p in affine), *_numbers(gate))
+            return torch.ops.gr.norm_mul_dropout(
+                u, a, *(None if p is None else p.float() for p in affine), *_numbers(gate)
+            )
         case "triton":
-            from gr.ops.layer.triton import gate_triton  # no triton on CPU machines
+            from gr.ops.norm_mul_dropout.triton import norm_mul_dropout_triton  # CPU machines have no triton
 
-            return gate_triton(u, a, affine, gate)
+            return norm_mul_dropout_triton(u, a, affine, gate)
         case "torch":
-            return gate_reference(u, a, *affine, gate)
+            return norm_mul_dropout_reference(u, a, *affine, gate)
 
 
 def _gated_backward(
     path: Backend, dy: Tensor, u: Tensor, a: Tensor, affine: _Affine, gate: Gate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, a and the two tensors of the norm, the latter in float32 or better."""
+    """The gradients of u, a, and of the weight and bias of the norm; the latter two in float32 or better."""
     match path:
         case "native":
             norms = (None if p is None else p.float() for p in affine)
-            du, da, dnorm_2U = torch.ops.gr.gate_backward(dy, u, a, *norms, *_numbers(gate))
+            du, da, dnorm_2U = torch.ops.gr.norm_mul_dropout_backward(dy, u, a, *norms, *_numbers(gate))
         case "triton":
-            from gr.ops.layer.triton import gate_backward_triton
+            from gr.ops.norm_mul_dropout.triton import norm_mul_dropout_backward_triton
 
-            du, da, dnorm_2U = gate_backward_triton(dy, u, a, affine, gate)
+            du, da, dnorm_2U = norm_mul_dropout_backward_triton(dy, u, a, affine, gate)
         case "torch":
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (u, a, *affine) if x is not None]
                 weight, bias = inputs[2:] or (None, None)
-                y = gate_reference(inputs[0], inputs[1], weight, bias, gate)
+                y = norm_mul_dropout_reference(inputs[0], inputs[1], weight, bias, gate)
             du, da, *dnorm = torch.autograd.grad(y, inputs, dy)
             return du, da, *(dnorm or (None, None))
     return du, da, *((None, None) if affine[0] is None else dnorm_2U.unbind())
 
 
-class _GatedProjection(torch.autograd.Function):
+class _NormMulDropoutLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -101,7 +90,7 @@ class _GatedProjection(torch.autograd.Function):
         gate: Gate,
     ) -> Tensor:
         ctx.save_for_backward(u, a, weight, bias, norm_weight, norm_bias)
-        # The backward pass may run in another thread, which knows of no forced backend.
+        # The backward pass may run in another thread, where force_backend has no effect.
         ctx.gate, ctx.path = gate, _path(u)
         y = _gated(ctx.path, _operand(u), _operand(a), (norm_weight, norm_bias), gate)
         out = y @ weight.to(y.dtype)

@@ -1,7 +1,8 @@
-"""The gate of a layer in Triton, for CUDA tensors; runs under TRITON_INTERPRET=1 on CPU tensors, for tests.
+"""norm_mul_dropout in Triton, for CUDA tensors; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests.
 
-A program takes a row (forward) or every so many rows (backward, with the gradients of the norm summed in its own row of
-partial sums, so that they have one order). A row is a tile [G, V]: groups of the norm, elements of a group.
+A program of the forward pass takes one row. A program of the backward pass takes every n-th row, n programs, and sums
+the gradients of the norm in its own row of partial sums, so that sums have one order. A row is a tile [G, V] of groups
+of the norm and elements of a group, padded to powers of two [GP, VP].
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gr.ops.layer.gate import FIRST, SECOND, STEP, Gate
+from gr.ops.norm_mul_dropout.reference import FIRST, SECOND, STEP, Gate
 
-_PROGRAMS = 1024  # of the backward pass, at most
+_PROGRAMS = 1024  # the most programs of the backward pass
 _MAX_TILE = 16384  # elements of a row, padded
 _C_STEP, _C_FIRST, _C_SECOND = tl.constexpr(STEP), tl.constexpr(FIRST), tl.constexpr(SECOND)
 
@@ -27,7 +28,7 @@ def _mix(x):
 
 @triton.jit
 def _keep(x, row, columns, seed, dropped, scale):
-    """x scaled, or zero where the hash of gate.py drops it."""
+    """x times scale, or zero where keep_mask of reference.py is False."""
     key = _mix(_mix(row.to(tl.uint32)) ^ seed.to(tl.uint32))
     hashed = _mix(key + columns.to(tl.uint32) * tl.full((), _C_STEP, tl.uint32))
     return tl.where(hashed.to(tl.int64) >= dropped, x * scale, 0.0)
@@ -38,7 +39,9 @@ def _prepare(
     u_ptr, a_ptr, weight, bias, row, u_row, a_row, eps, G: tl.constexpr, V: tl.constexpr, GP: tl.constexpr,
     VP: tl.constexpr, SILU: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """u after its activation and the slope of that, a, a normed, before its affine map and after, 1 / deviation."""
+    """A tuple: u after its activation, the derivative of that activation, a, normed a before and after the affine map,
+    the weight of that map, 1 / deviation, the offsets of the tile's elements in a row, and which of them exist.
+    """
     g, v = tl.arange(0, GP)[:, None], tl.arange(0, VP)[None, :]
     inside = (g < G) & (v < V)
     at = g * V + v
@@ -61,7 +64,7 @@ def _prepare(
 
 
 @triton.jit
-def gate_kernel(
+def forward_kernel(
     u_ptr, a_ptr, weight, bias, y_ptr, u_row, a_row, eps, seed, dropped, keep_scale, G: tl.constexpr, V: tl.constexpr,
     GP: tl.constexpr, VP: tl.constexpr, SILU: tl.constexpr, AFFINE: tl.constexpr, CONCAT: tl.constexpr,
     DROP: tl.constexpr,
@@ -88,12 +91,12 @@ def gate_kernel(
 
 
 @triton.jit
-def gate_backward_kernel(
+def backward_kernel(
     dy_ptr, u_ptr, a_ptr, weight, bias, du_ptr, da_ptr, sums, rows, u_row, a_row, eps, seed, dropped, keep_scale,
     G: tl.constexpr, V: tl.constexpr, GP: tl.constexpr, VP: tl.constexpr, SILU: tl.constexpr, AFFINE: tl.constexpr,
     CONCAT: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """sums [programs, 2, U]: of the gradients of the norm's weight and bias, over the rows of each program."""
+    """sums [programs, 2, U]: the gradients of the norm's weight and bias, summed over the rows of each program."""
     U: tl.constexpr = G * V
     dweight = tl.zeros([GP, VP], tl.float32)
     dbias = tl.zeros([GP, VP], tl.float32)
@@ -135,7 +138,7 @@ def gate_backward_kernel(
 
 
 def shape_of(width: int, affine: bool, gate: Gate) -> dict[str, int | bool]:
-    """The compile-time part of a launch. Raises ValueError where a row does not fit into a program."""
+    """The compile-time arguments of a launch. Raises ValueError if a row does not fit into a program."""
     part = width // gate.groups
     padded = {"GP": triton.next_power_of_2(gate.groups), "VP": triton.next_power_of_2(part)}
     if padded["GP"] * padded["VP"] > _MAX_TILE:
@@ -147,7 +150,7 @@ def shape_of(width: int, affine: bool, gate: Gate) -> dict[str, int | bool]:
 
 
 def warps_of(shape: Mapping[str, int]) -> int:
-    """Eight elements of a row a thread, which spill no register; 16 warps at most, so rows beyond 4096 columns do."""
+    """Warps for eight elements a thread, which spill no register; at most 16, so rows beyond 4096 columns do spill."""
     return min(max(shape["GP"] * shape["VP"] // 256, 4), 16)
 
 
@@ -155,20 +158,20 @@ def _numbers(u: Tensor, a: Tensor, gate: Gate) -> tuple[int | float, ...]:
     return u.stride(0), a.stride(0), gate.eps, gate.seed, gate.dropped, 1 / (1 - gate.dropout)
 
 
-def gate_triton(u: Tensor, a: Tensor, affine: tuple[Tensor | None, Tensor | None], gate: Gate) -> Tensor:
-    """As gate_reference, in float32."""
+def norm_mul_dropout_triton(u: Tensor, a: Tensor, affine: tuple[Tensor | None, Tensor | None], gate: Gate) -> Tensor:
+    """norm_mul_dropout_reference, computed in float32."""
     y = u.new_empty(u.shape[0], u.shape[1] * (3 if gate.concat else 1))
     if u.numel():
         shape = shape_of(u.shape[1], affine[0] is not None, gate)
         with torch.cuda.device_of(u):
-            gate_kernel[(u.shape[0],)](u, a, *affine, y, *_numbers(u, a, gate), **shape, num_warps=warps_of(shape))
+            forward_kernel[(u.shape[0],)](u, a, *affine, y, *_numbers(u, a, gate), **shape, num_warps=warps_of(shape))
     return y
 
 
-def gate_backward_triton(
+def norm_mul_dropout_backward_triton(
     dy: Tensor, u: Tensor, a: Tensor, affine: tuple[Tensor | None, Tensor | None], gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u and a; [2, U] of the norm, zero without an affine map."""
+    """The gradients of u and of a, and [2, U] of the norm's weight and bias, zero without an affine map."""
     rows, width = u.shape
     du, da = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(2))
     programs = min(rows, _PROGRAMS)
@@ -176,7 +179,7 @@ def gate_backward_triton(
     if u.numel():
         shape = shape_of(width, affine[0] is not None, gate)
         with torch.cuda.device_of(u):
-            gate_backward_kernel[(programs,)](
+            backward_kernel[(programs,)](
                 *(dy, u, a, *affine, du, da, sums, rows, *_numbers(u, a, gate)), **shape, num_warps=warps_of(shape)
             )
     return du, da, sums.sum(0, dtype=torch.float64)

@@ -1,6 +1,7 @@
-// The element-wise part of the right half of an HSTU layer, forward and backward: y = dropout([u, a, u norm(a)]), or of
-// the last part alone. One pass over the rows; nothing is kept between the passes, the dropout mask is a hash.
-#include "../hstu_attention/tile.h"
+// The element-wise part of the right half of an HSTU layer, forward and backward: y = dropout([u, a, u norm(a)]), or
+// dropout(u norm(a)) without concat. One pass over the rows; nothing is kept between the passes, since the dropout mask
+// is a hash.
+#include "../tile.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,9 +16,9 @@
 namespace gr {
 namespace {
 
-constexpr int64_t kRows = 64;  // of a task: the gradients of the norm are summed by task, then in the order of tasks
+constexpr int64_t kRows = 64;  // rows a task: the gradients of the norm are summed by task, then in the order of tasks
 
-// The mask of gate.py: element c of row t is dropped if mix(mix(mix(t) ^ seed) + c step) < dropped.
+// The mask of reference.py: element c of row t is dropped if mix(mix(mix(t) ^ seed) + c step) < dropped.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x21f0aaadu;
   x = (x ^ (x >> 15)) * 0x735a2d97u;
@@ -47,9 +48,9 @@ struct Gate {
   }
 };
 
-// One row in float, in buffers of whole vectors: u after its activation, the slope of that, a, a as (a - mean) /
-// deviation, the affine map of the norm (one and zero without one), the three parts of y or of its gradient, and
-// 1 / deviation of each group. Padding is zero where a row is read.
+// One row in float, in buffers of whole vectors: u after its activation, the derivative of that activation, a,
+// hat = (a - mean) / deviation, the affine map of the norm (one and zero without one), the three parts of y or of its
+// gradient, and 1 / deviation of each group. Padding is zero where a row is read.
 struct Row {
   float *u, *slope, *a, *hat, *weight, *bias, *y[3], *rstd;
   Row(const Gate& gate, Scratch& scratch) {
@@ -122,7 +123,7 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
                    int64_t groups, double eps, bool silu, bool concat, double dropout, int64_t seed) {
   const Gate gate = gate_of(u, weight, bias, groups, eps, silu, concat, dropout, seed);
   auto out = at::empty({u.size(0), gate.columns()}, u.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, u.scalar_type(), "gate", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, u.scalar_type(), "norm_mul_dropout", [&] {
     at::parallel_for(0, u.size(0), kRows, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       const Row row(gate, scratch);
@@ -145,8 +146,8 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
   return out;
 }
 
-// row.y holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and that
-// of a in row.a; adds those of the norm to sums [2, width], if it has any.
+// row.y holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and the
+// gradient of a in row.a; adds the gradients of the norm's weight and bias to sums [2, width], unless it is null.
 void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
   const int64_t n = gate.padded(), part = gate.part();
   float *__restrict u = row.u, *__restrict dlast = row.y[2];
@@ -180,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
   auto du = at::empty(u.sizes(), u.options()), da = at::empty(u.sizes(), u.options());
   const int64_t tasks = (u.size(0) + kRows - 1) / kRows;
   auto sums = at::zeros({weight ? tasks : 0, 2, gate.width}, u.options().dtype(at::kFloat));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, u.scalar_type(), "gate_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, u.scalar_type(), "norm_mul_dropout_backward", [&] {
     at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       Scratch scratch;
       const Row row(gate, scratch);
@@ -206,15 +207,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
 
 TORCH_LIBRARY_FRAGMENT(gr, m) {
   m.def(
-      "gate(Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, bool silu, bool concat, "
-      "float dropout, int seed) -> Tensor");
+      "norm_mul_dropout(Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, bool silu, "
+      "bool concat, float dropout, int seed) -> Tensor");
   m.def(
-      "gate_backward(Tensor grad, Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, "
-      "bool silu, bool concat, float dropout, int seed) -> (Tensor, Tensor, Tensor)");
+      "norm_mul_dropout_backward(Tensor grad, Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, "
+      "float eps, bool silu, bool concat, float dropout, int seed) -> (Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(gr, CPU, m) {
-  m.impl("gate", &forward);
-  m.impl("gate_backward", &backward);
+  m.impl("norm_mul_dropout", &forward);
+  m.impl("norm_mul_dropout_backward", &backward);
 }
 
 }  // namespace gr
