@@ -44,7 +44,7 @@ def config(tmp_path_factory) -> Path:
 
 
 class Run:
-    """`gr train` in a process, or under torchrun in several; run_dir.txt and logs beside run_dir have what it prints."""
+    """`gr train` in a process, or under torchrun in several. What it prints is beside run_dir."""
 
     def __init__(self, config: Path, run_dir: Path, ranks: int, *overrides: str, program=("-m", "gr", "train")) -> None:
         self.run_dir, self.ranks = run_dir, ranks
@@ -177,7 +177,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 
 def test_a_stop_while_rank_0_plans_and_the_others_wait(config, tmp_path):
-    """A rank in a collective hears the signal when the rank that it waits for has left; torchrun kills it after 30 s."""
+    """A rank in a collective hears the signal when the rank that it waits for has left."""
     (tmp_path / "train.py").write_text(SLOW_PLAN)
     run = Run(config, tmp_path / "planning", 2, program=[str(tmp_path / "train.py")])
     run.until("planning", lambda: all((tmp_path / f"planning-{rank}").exists() for rank in range(2)))

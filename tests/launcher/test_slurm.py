@@ -3,25 +3,27 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from gr.checkpoint import CheckpointFolder
 from tests.launcher import job
-from tests.launcher.job import EVERY, STEPS
+from tests.launcher.job import EVERY, HELD, STEPS
 from tests.launcher.slurm import Slurm
+from tests.support.gate import gate, gates
+from tests.support.patience import until
 
-pytestmark = pytest.mark.slow
-# Slurm may end the new task of a host that is back for the old one's sake: the other then waits launch.node's 300 s.
-PATIENCE_SECONDS = 540
-SLOT = ("--time=30", "--signal=B:USR1@5")  # the warning comes 5 to 35 s before the limit
+pytestmark = pytest.mark.cluster
+# Slurm may end the new task of a host that is back for the old one's sake: the other waits for it in vain, for a minute
+# here and not for launch.node's five.
+OPTIONS = "--no-preflight --join-timeout=60"
+SLOT = ("--time=30", "--signal=B:USR1@15")  # the warning comes 15 to 45 s before the limit
 BUSY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED", "CONFIGURING")
 
 
 class Submission:
-    """A job of the cluster: train.sbatch on both hosts, one rank each."""
+    """A job of the cluster: train.sbatch on both hosts, one rank each. held: the steps after which it stands still."""
 
     def __init__(
         self,
@@ -30,11 +32,13 @@ class Submission:
         config: Path | str,
         run_dir: Path,
         *overrides: str,
+        held=(),
         options=(),
-        environment=("GR_NODE_OPTIONS=--no-preflight",),
+        environment=(f"GR_NODE_OPTIONS={OPTIONS}",),
     ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
-        script = ["--nodes=2", *options, "launch/slurm/train.sbatch", str(config), f"run_dir={run_dir}", *overrides]
+        train = [str(config), f"run_dir={run_dir}", *overrides, *(gates(run_dir.parent, *held) if held else ())]
+        script = ["--nodes=2", *options, "launch/slurm/train.sbatch", *train]
         self.id = cluster.login(workspace, "env", *environment, "sbatch", "--parsable", *script).stdout.strip()
         assert self.id.isdigit(), self.id
         self._output = workspace / f"slurm-{self.id}.out"
@@ -43,24 +47,24 @@ class Submission:
     def output(self) -> str:
         return self._output.read_text() if self._output.exists() else ""
 
-    @property
-    def step(self) -> int:
-        return job.status(self.run_dir).get("step", 0)
-
     def until(self, what: str, there) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not there():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"job {self.id}: not {what} after {PATIENCE_SECONDS} s\n{self.output}")
-            time.sleep(0.1)
+        until(f"{what}: job {self.id}", there, report=lambda: self.output)
+
+    def until_held(self, step: int = HELD) -> None:
+        """status.json tells of a step when all callbacks are done, so of the one before."""
+        self.until(f"held after step {step}", lambda: job.step(self.run_dir) == step - 1)
+
+    def go_on(self, step: int = HELD) -> None:
+        """Opens the gate, also for attempts to come."""
+        gate(self.run_dir.parent, step).touch()
 
     def limit(self, minutes: int) -> None:
         self.cluster.slurm("scontrol", "update", f"jobid={self.id}", f"timelimit={minutes}")
 
     def limit_soon(self) -> None:
-        """To the minute that is 45 s away at least: Slurm counts whole ones, and looks at them every 30 s."""
+        """To the minute that is 50 s away at least: Slurm counts whole ones, and looks at them every 30 s."""
         hours, minutes, seconds = map(int, self.cluster.field(self.id, "RunTime").split(":"))
-        self.limit(minutes=60 * hours + minutes + (seconds + 45) // 60 + 1)
+        self.limit(minutes=60 * hours + minutes + (seconds + 50) // 60 + 1)
 
     def end(self) -> str:
         """Its state once it has left the queue."""
@@ -85,8 +89,8 @@ def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment
 
 
 def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run")
-    ours.until("training", lambda: ours.step > 0)
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
+    ours.until_held()
     cluster.login(workspace, "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 2")
     assert ours.end() == "COMPLETED", ours.output
     assert "back into the queue" in ours.output and "attempt 1" in ours.output
@@ -96,13 +100,15 @@ def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, 
 @pytest.mark.parametrize(("host", "fault"), [("n1", "power"), ("n2", "link")])
 def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, tmp_path, host, fault):
     """n1 has rank 0 and the rendezvous. Slurm hears nothing of a lost host, and finds out after SlurmdTimeout."""
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run")
-    ours.until("past a checkpoint", lambda: ours.step > EVERY)
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
+    ours.until_held()
     cluster.link(host, "down")
     if fault == "power":
         cluster.kill(host)
     ours.until("queued again", lambda: cluster.state(ours.id) in ("PENDING", "REQUEUED") or "attempt 1" in ours.output)
     saved = CheckpointFolder(ours.run_dir / "checkpoints").steps()[-1]
+    assert saved == EVERY
+    ours.go_on()
     cluster.link(host, "up")
     if fault == "power":
         cluster.boot(host)
@@ -113,36 +119,36 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
 
 
 def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", "trainer.steps=100000", options=SLOT)
-    ours.until("training", lambda: ours.step > 0)
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD, HELD + EVERY], options=SLOT)
+    ours.until_held()
     ours.limit_soon()
     ours.until("stopped by the time limit", lambda: "back into the queue" in ours.output)
     saved = job.status(ours.run_dir)
     assert "time is nearly up" in ours.output
     assert (saved["state"], saved["checkpoint"]) == ("stopped", saved["step"])
     ours.limit(minutes=30)
-    ours.until("training again", lambda: ours.step > saved["step"])
+    ours.until_held(HELD + EVERY)
     attempts = ours.output.count("attempt ")
     cluster.login(workspace, "scancel", ours.id)
+    # Its script has ended by then, so nobody is left to queue it again.
     assert ours.end() == "CANCELLED"
+    assert "cancelled: not queued again" in ours.output and ours.output.count("attempt ") == attempts
     assert job.status(ours.run_dir)["state"] == "stopped"
-    time.sleep(8)  # longer than a requeued job waits here before it starts (cred_expire)
-    assert cluster.state(ours.id) == "CANCELLED" and ours.output.count("attempt ") == attempts
     losses = job.losses(ours.run_dir)
-    assert [step for step, _ in losses] == list(range(1, len(losses) + 1)), "every step once"
-    assert losses[:STEPS] == list(whole.items())[: len(losses)]
+    assert losses == list(whole.items())[: len(losses)], "every step once"
+    assert len(losses) > HELD
 
 
 def test_a_save_that_never_ends_costs_steps_and_not_the_job(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", options=SLOT)
-    ours.until("past a checkpoint", lambda: ours.step > EVERY)
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD], options=SLOT)
+    ours.until_held()
     for process in Path("/proc").glob("[0-9]*"):
         if _is_rank(process, ours.run_dir):
             os.kill(int(process.name), signal.SIGSTOP)
-    stood = ours.step
     ours.limit_soon()
     ours.until("queued again", lambda: "not saved in time: back into the queue" in ours.output)
-    assert "time is nearly up" in ours.output and stood < STEPS
+    assert "time is nearly up" in ours.output and job.step(ours.run_dir) == HELD - 1
+    ours.go_on()
     ours.limit(minutes=30)
     assert ours.end() == "COMPLETED", ours.output
     assert dict(job.losses(ours.run_dir)) == whole

@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from gr.config.run import CALLBACKS, CallbackConfig
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-LOOK_SECONDS = 0.02
+LOOK_SECONDS = 0.1
 
 
 class GateConfig(CallbackConfig):
