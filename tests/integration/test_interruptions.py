@@ -23,6 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.run_folder import losses
 from tests.support.tiny import tiny_config, write_tiny
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interruptions")]  # one worker makes what several resume
 STEPS, EVERY = 26, 8
 STOPPED, KILLED = EVERY + 3, 2 * EVERY + 3  # where runs stand when something is done to them
 
