@@ -42,5 +42,5 @@ def whole(experiment) -> dict[int, float]:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Slurm]:
     need_root(*PROGRAMS)
-    with Slurm(["n1", "n2"]) as slurm:
+    with Slurm(["n1", "n2", "n3", "n4"]) as slurm:
         yield slurm

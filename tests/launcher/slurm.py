@@ -35,8 +35,8 @@ SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
 # Longer than a node of a busy machine takes to answer: one that is late is lost, and its job queued again.
 SlurmdTimeout=15
-# What a cancelled job has to save and leave; Slurm's own default.
-KillWait=30
+# What a cancelled job has to save and leave.
+KillWait=20
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides

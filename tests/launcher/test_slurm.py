@@ -1,4 +1,4 @@
-"""A real Slurm of two hosts takes our jobs, and they survive what it does to them."""
+"""A real Slurm takes our jobs, and they survive what it does to them."""
 
 import os
 import re
@@ -23,7 +23,7 @@ BUSY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED", "CONFIGURIN
 
 
 class Submission:
-    """A job of the cluster: train.sbatch on both hosts, one rank each. held: the steps after which it stands still."""
+    """A job of the cluster: train.sbatch on two hosts, one rank each. held: the steps after which it stands still."""
 
     def __init__(
         self,
@@ -32,13 +32,15 @@ class Submission:
         config: Path | str,
         run_dir: Path,
         *overrides: str,
+        hosts="n1,n2",
         held=(),
         options=(),
         environment=(f"GR_NODE_OPTIONS={OPTIONS}",),
     ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
         train = [str(config), f"run_dir={run_dir}", *overrides, *(gates(run_dir.parent, *held) if held else ())]
-        script = ["--nodes=2", *options, "launch/slurm/train.sbatch", *train]
+        where = ["--nodes=2", f"--nodelist={hosts}"]
+        script = [*where, *options, "launch/slurm/train.sbatch", *train]
         self.id = cluster.login(workspace, "env", *environment, "sbatch", "--parsable", *script).stdout.strip()
         assert self.id.isdigit(), self.id
         self._output = workspace / f"slurm-{self.id}.out"
@@ -91,7 +93,8 @@ def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment
 def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, tmp_path):
     ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
     ours.until_held()
-    cluster.login(workspace, "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 2")
+    urgent = ["--partition=urgent", "--nodelist=n1,n2", "--exclusive"]
+    cluster.login(workspace, "sbatch", *urgent, "--wrap", "sleep 2")
     assert ours.end() == "COMPLETED", ours.output
     assert "back into the queue" in ours.output and "attempt 1" in ours.output
     assert job.losses(ours.run_dir) == list(whole.items()), "every step once, and its loss that of the whole run"
@@ -118,40 +121,45 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
     assert losses[-(STEPS - saved) :] == [(step, whole[step]) for step in range(saved + 1, STEPS + 1)]
 
 
-def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD, HELD + EVERY], options=SLOT)
-    ours.until_held()
-    ours.limit_soon()
-    ours.until("stopped by the time limit", lambda: "back into the queue" in ours.output)
-    saved = job.status(ours.run_dir)
-    assert "time is nearly up" in ours.output
+def test_two_jobs_at_their_time_limits(cluster, workspace, experiment, whole, tmp_path):
+    """One saves in time, goes on, is cancelled and stays so. A save of the other never ends: that costs it steps, and
+    not the job. Both limits are waited for at the same time."""
+    chained = Submission(
+        cluster, workspace, experiment, tmp_path / "chained/run", held=[HELD, HELD + EVERY], options=SLOT
+    )
+    stuck = Submission(cluster, workspace, experiment, tmp_path / "stuck/run", hosts="n3,n4", held=[HELD], options=SLOT)
+    for each in (chained, stuck):
+        each.until_held()
+    for process in Path("/proc").glob("[0-9]*"):
+        if _is_rank(process, stuck.run_dir):
+            os.kill(int(process.name), signal.SIGSTOP)
+    for each in (chained, stuck):
+        each.limit_soon()
+
+    chained.until("stopped by the time limit", lambda: "back into the queue" in chained.output)
+    saved = job.status(chained.run_dir)
+    assert "time is nearly up" in chained.output
     assert (saved["state"], saved["checkpoint"]) == ("stopped", saved["step"])
-    ours.limit(minutes=30)
-    ours.until_held(HELD + EVERY)
-    attempts = ours.output.count("attempt ")
-    cluster.login(workspace, "scancel", ours.id)
+    chained.limit(minutes=30)
+
+    stuck.until("queued again", lambda: "not saved in time: back into the queue" in stuck.output)
+    assert "time is nearly up" in stuck.output and job.step(stuck.run_dir) == HELD - 1
+    stuck.go_on()
+    stuck.limit(minutes=30)
+
+    chained.until_held(HELD + EVERY)
+    attempts = chained.output.count("attempt ")
+    cluster.login(workspace, "scancel", chained.id)
     # Its script has ended by then, so nobody is left to queue it again.
-    assert ours.end() == "CANCELLED"
-    assert "cancelled: not queued again" in ours.output and ours.output.count("attempt ") == attempts
-    assert job.status(ours.run_dir)["state"] == "stopped"
-    losses = job.losses(ours.run_dir)
+    assert chained.end() == "CANCELLED"
+    assert "cancelled: not queued again" in chained.output and chained.output.count("attempt ") == attempts
+    assert job.status(chained.run_dir)["state"] == "stopped"
+    losses = job.losses(chained.run_dir)
     assert losses == list(whole.items())[: len(losses)], "every step once"
     assert len(losses) > HELD
 
-
-def test_a_save_that_never_ends_costs_steps_and_not_the_job(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD], options=SLOT)
-    ours.until_held()
-    for process in Path("/proc").glob("[0-9]*"):
-        if _is_rank(process, ours.run_dir):
-            os.kill(int(process.name), signal.SIGSTOP)
-    ours.limit_soon()
-    ours.until("queued again", lambda: "not saved in time: back into the queue" in ours.output)
-    assert "time is nearly up" in ours.output and job.step(ours.run_dir) == HELD - 1
-    ours.go_on()
-    ours.limit(minutes=30)
-    assert ours.end() == "COMPLETED", ours.output
-    assert dict(job.losses(ours.run_dir)) == whole
+    assert stuck.end() == "COMPLETED", stuck.output
+    assert dict(job.losses(stuck.run_dir)) == whole
 
 
 def _is_rank(process: Path, run_dir: Path) -> bool:
