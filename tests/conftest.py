@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("gr")
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 _SKIPPABLE = ("gpu", "data")
-_SLOW_CPU_SECONDS = 2.0  # the rule for the marker slow
+_SLOW_CPU_SECONDS = 1.0  # the rule for the marker slow
 _SLOW_MARKERS = ("slow", "cluster")
 
 

@@ -192,6 +192,7 @@ for prepare in (lambda: None, lambda: use_cpu_well(World(0, 1, 0, 1, torch.devic
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept() -> None:
     """Pages that the kernel had to clear for a tensor of 32 MiB, made and freed 16 times, in a new process."""

@@ -45,6 +45,7 @@ def test_an_inventory_and_its_page(inventory: str, tmp_path: Path, capsys: pytes
     assert page.read_text().lower().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_exit_code_3_names_the_shortfall_and_remedies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", CRITEO, "--topology", "a100-40gx4"]) == 3
     said = capsys.readouterr().err
@@ -168,6 +169,7 @@ def test_wrong_tables(refused: Refused, inventory: str, override: str, said: str
     assert said in refused("plan", inventory, override, "--topology", "h100x8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"), [("criteo-kaggle", 541e6), ("criteo-terabyte", 24.0e9), ("mlperf-dlrm-v2", 26.15e9)]
 )

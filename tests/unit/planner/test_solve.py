@@ -151,6 +151,7 @@ def outcomes() -> list[tuple[float | None, Problem, Solution | None]]:
 
 
 class TestAgainstEveryPlacement:
+    @pytest.mark.slow
     def test_most_solutions_are_the_best_and_none_is_far(self):
         ratios = np.array([cost(p, s) / best for best, p, s in outcomes() if best is not None and s is not None])
         assert len(ratios) > SEEDS / 2
