@@ -168,7 +168,10 @@ class Slurm(Hosts):
         self.start(host, list(command), self.folder / f"{command[0]}.{host}.console", env=self.environment)
 
     def _await(self, what: str, there) -> None:
-        until(f"ready: {what}", there, report=self._logs)
+        def alive() -> bool:
+            return all(process.poll() is None for host in self.addresses for process in self.running(host))
+
+        until(f"ready: {what}", there, report=self._logs, alive=alive)
 
     def _logs(self) -> str:
         return "\n".join(f"{log.name}:\n{_tail(log)}" for log in sorted(self.folder.glob("*.log")))
