@@ -1,4 +1,6 @@
-# make smoke: train a tiny model from nothing. make test: every check. Both create .venv when it is missing or outdated.
+# make smoke: train a tiny model from nothing. make check: the quick checks (90 CPU seconds). make test: every check but
+# those of make test-cluster: whole jobs on several hosts, which are namespaces of this machine (root; Slurm's packages).
+# Each creates .venv when it is missing or outdated.
 # On a machine with several Pythons: make test PYTHON=python3.11
 
 PYTHON ?= python3
@@ -8,14 +10,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: smoke test lint venv clean
+.PHONY: smoke check test test-cluster lint venv clean
 
 # In an activated environment: torchx run -s local_cwd launch/components.py:smoke
 smoke: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/torchx run -s local_cwd launch/components.py:smoke
 
+# One process: another would load torch again.
+check: lint
+	$(BIN)/pytest -q --hypothesis-profile=quick -m "not slow and not cluster" tests/architecture tests/unit
+
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not cluster"
+
+# One job at a time: there are few cores.
+test-cluster: $(STAMP)
+	$(BIN)/pytest -m cluster tests/launcher
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""What every test shares: threads, data sets, and a count of what was skipped for want of them."""
+"""What every test shares: threads, data sets, a count of what was skipped for want of them, the CPU that it took."""
 
 import os
+import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,11 +15,15 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 # An example may take long where ranks of other tests share its cores; speed is the benchmarks' business.
 hypothesis.settings.register_profile("gr", deadline=None)
+# Where no test says how many examples it takes; make check asks for it.
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("gr")
 # They run in a process of their own, which tests/ops/test_triton.py starts.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 _SKIPPABLE = ("gpu", "data")
+_SLOW_CPU_SECONDS = 1.0  # the rule for the marker slow
+_SLOW_MARKERS = ("slow", "cluster")
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +64,37 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _measured(phase: str) -> Callable[[pytest.Item], Generator[None, object, object]]:
+    """A hook that notes the CPU seconds of a phase of a test, of this process and of those that it waited for."""
+
+    @pytest.hookimpl(wrapper=True)
+    def hook(item: pytest.Item) -> Generator[None, object, object]:
+        before = _cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append((f"cpu {phase}", _cpu_seconds() - before))
+
+    return hook
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+pytest_runtest_setup, pytest_runtest_call = _measured("setup"), _measured("call")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [each for reports in terminalreporter.stats.values() for each in reports]
+    finished = [each for each in reports if getattr(each, "when", None) == "teardown"]
+    total = sum(seconds for each in finished for _, seconds in each.user_properties)
+    terminalreporter.write_line(f"CPU seconds of tests, with what they started: {total:.0f}")
+    for each in finished:
+        seconds = dict(each.user_properties).get("cpu call", 0.0)
+        if seconds > _SLOW_CPU_SECONDS and not any(marker in each.keywords for marker in _SLOW_MARKERS):
+            terminalreporter.write_line(f"not marked slow: {each.nodeid} took {seconds:.1f} CPU seconds")
     skipped = terminalreporter.stats.get("skipped", [])
     counts = {marker: sum(marker in report.keywords for report in skipped) for marker in _SKIPPABLE}
     terminalreporter.write_line("skipped: " + ", ".join(f"{count} {marker}" for marker, count in counts.items()))

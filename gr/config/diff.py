@@ -30,4 +30,5 @@ def _leaves(section: BaseModel | dict[str, Any], prefix: str = "") -> Iterator[t
 
 
 def _shown(value: Any) -> str:
-    return "(absent)" if value is _ABSENT else json.dumps(value)
+    # default: for sections in a tuple, such as the callbacks of plugins.
+    return "(absent)" if value is _ABSENT else json.dumps(value, default=BaseModel.model_dump)

@@ -15,7 +15,7 @@ from tests.support import ROOT
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker at a time has a cluster: there are few cores."""
     for item in items:
-        if {"cluster", "experiment"} & set(getattr(item, "fixturenames", ())):
+        if item.get_closest_marker("cluster"):
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
@@ -34,13 +34,13 @@ def experiment(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(experiment, workspace) -> dict[int, float]:
+def whole(experiment) -> dict[int, float]:
     """Loss by step of a run of the job that nobody interrupts, on 2 ranks."""
-    return job.undisturbed(workspace, experiment, ranks=2, steps=job.STEPS)
+    return job.undisturbed(experiment, experiment.parent / "whole", ranks=2)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Slurm]:
     need_root(*PROGRAMS)
-    with Slurm(["n1", "n2"]) as slurm:
+    with Slurm(["n1", "n2", "n3", "n4"]) as slurm:
         yield slurm

@@ -1,26 +1,26 @@
-"""A small experiment for launchers: long enough to be interrupted, dealt evenly to 1, 2 and 3 ranks."""
+"""A small experiment for launchers, dealt evenly to 1, 2 and 3 ranks. Gates (tests.support.gate) make time in it."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from gr.config import dump_config
+from gr.config import dump_config, load_config
 from tests.support import ROOT
+from tests.support.run_folder import losses
 from tests.support.tiny import tiny_config, write_tiny
 
-STEPS, EVERY = 200, 40
-PATIENCE_SECONDS = 300
+STEPS, EVERY = 26, 8
+HELD = EVERY + 5  # where a run stands while something is done to it
 
 
-def write_job(folder: Path, *, steps: int = STEPS) -> Path:
+def write_job(folder: Path) -> Path:
     """Writes data and configuration under `folder`; returns the configuration's path."""
     data = write_tiny(folder / "data")
     config = tiny_config(
         data,
         folder / "unused",
-        trainer={"steps": steps, "global_batch_size": 12},
+        trainer={"steps": STEPS, "global_batch_size": 12},
         evaluation={"global_batch_size": 12, "baselines": []},
         checkpoint={"every": EVERY, "keep_last": 3},
         planner={"sharding": "row_wise"},
@@ -37,30 +37,29 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def undisturbed(workspace: Path, experiment: Path, *, ranks: int, steps: int) -> dict[int, float]:
-    """Loss by step of a whole run by torchrun alone."""
-    run_dir = workspace / f"undisturbed-{ranks}"
-    command = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "gr", "train", str(experiment)]
-    done = subprocess.run(
-        [*command, f"run_dir={run_dir}", f"trainer.steps={steps}"],
-        cwd=workspace,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(losses(run_dir))
+def undisturbed(config: Path, run_dir: Path, *, ranks: int) -> dict[int, float]:
+    """Loss by step of a whole run that no launcher had a hand in: the ranks are forked here."""
+    from tests.support.ranks import run_ranks  # loads torch, which tests of the command line do without
+
+    return dict(run_ranks(_train, ranks, config, run_dir)[0])
 
 
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    """Step and loss of every line of metrics.jsonl, in file order: a step that ran twice is there twice."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    parsed = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(line["step"], line["loss"]) for line in parsed if line["kind"] == "train"]
+def _train(world, config: Path, run_dir: Path) -> list[tuple[int, float]]:
+    from gr.experiment import train
+
+    train(load_config(str(config), [f"run_dir={run_dir}"]), world)
+    return losses(run_dir)
 
 
 def status(run_dir: Path) -> dict:
     path = run_dir / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step(run_dir: Path) -> int:
+    """The last one that status.json tells of; a run that stands at the gate of HELD tells of the one before."""
+    return status(run_dir).get("step", 0)
+
+
+def world_size(run_dir: Path) -> int:
+    return status(run_dir).get("world_size", 0)

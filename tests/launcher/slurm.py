@@ -2,14 +2,13 @@
 
 import os
 import subprocess
-import time
 from pathlib import Path
 
 from tests.launcher import job
 from tests.launcher.hosts import Hosts
+from tests.support.patience import until
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db")
-PATIENCE_SECONDS = 60
 
 _SLURM = """
 ClusterName=gr
@@ -34,8 +33,10 @@ SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
-SlurmdTimeout=6
-KillWait=10
+# Longer than a node of a busy machine takes to answer: one that is late is lost, and its job queued again.
+SlurmdTimeout=15
+# What a cancelled job has to save and leave.
+KillWait=20
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
@@ -46,7 +47,7 @@ JobAcctGatherType=jobacct_gather/none
 NodeName=DEFAULT CPUs=16 RealMemory=64000 State=UNKNOWN
 {nodes}
 PartitionName=DEFAULT Nodes=ALL MaxTime=60 State=UP
-PartitionName=debug Default=YES PriorityTier=1 GraceTime=30
+PartitionName=debug Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent PriorityTier=10
 """
 _ACCOUNTING = """
@@ -71,7 +72,7 @@ GRANT ALL ON slurm_acct_db.* TO slurm@'localhost';
 
 
 class Slurm(Hosts):
-    """Partitions debug (the default) and urgent, whose jobs preempt those of debug with 30 s of grace."""
+    """Partitions debug (the default) and urgent, whose jobs preempt those of debug with 120 s of grace."""
 
     def build(self) -> None:
         super().build()
@@ -167,12 +168,13 @@ class Slurm(Hosts):
         self.start(host, list(command), self.folder / f"{command[0]}.{host}.console", env=self.environment)
 
     def _await(self, what: str, there) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not there():
-            if time.monotonic() > deadline:
-                logs = "\n".join(f"{log.name}:\n{_tail(log)}" for log in sorted(self.folder.glob("*.log")))
-                raise AssertionError(f"Slurm has no {what} after {PATIENCE_SECONDS} s\n{logs}")
-            time.sleep(0.2)
+        def alive() -> bool:
+            return all(process.poll() is None for host in self.addresses for process in self.running(host))
+
+        until(f"ready: {what}", there, report=self._logs, alive=alive)
+
+    def _logs(self) -> str:
+        return "\n".join(f"{log.name}:\n{_tail(log)}" for log in sorted(self.folder.glob("*.log")))
 
 
 def _tail(log: Path) -> str:

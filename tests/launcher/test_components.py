@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.patience import PATIENCE_SECONDS
 
 BIN = Path(sys.executable).parent
 # `make venv` makes the second one.
@@ -24,7 +25,12 @@ def torchx(request):
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, **variables}
         return subprocess.run(
-            [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            [program, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
 
     return run

@@ -5,8 +5,9 @@ import subprocess
 import pytest
 
 from tests.launcher import job
+from tests.support.patience import PATIENCE_SECONDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("local")]  # one worker makes the job that all compare with
 
 
 def torchx(workspace, *arguments: str) -> subprocess.CompletedProcess:
@@ -16,7 +17,7 @@ def torchx(workspace, *arguments: str) -> subprocess.CompletedProcess:
         env=job.environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
 
 

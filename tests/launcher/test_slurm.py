@@ -1,27 +1,29 @@
-"""A real Slurm of two hosts takes our jobs, and they survive what it does to them."""
+"""A real Slurm takes our jobs, and they survive what it does to them."""
 
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from gr.checkpoint import CheckpointFolder
 from tests.launcher import job
-from tests.launcher.job import EVERY, STEPS
+from tests.launcher.job import EVERY, HELD, STEPS
 from tests.launcher.slurm import Slurm
+from tests.support.gate import gate, gates
+from tests.support.patience import until
 
-pytestmark = pytest.mark.slow
-# Slurm may end the new task of a host that is back for the old one's sake: the other then waits launch.node's 300 s.
-PATIENCE_SECONDS = 540
-SLOT = ("--time=30", "--signal=B:USR1@5")  # the warning comes 5 to 35 s before the limit
+pytestmark = pytest.mark.cluster
+# Slurm may end the new task of a host that is back for the old one's sake: the other waits for it in vain, for a minute
+# here and not for launch.node's five.
+OPTIONS = "--no-preflight --join-timeout=60"
+SLOT = ("--time=30", "--signal=B:USR1@15")  # the warning comes 15 to 45 s before the limit
 BUSY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED", "CONFIGURING")
 
 
 class Submission:
-    """A job of the cluster: train.sbatch on both hosts, one rank each."""
+    """A job of the cluster: train.sbatch on two hosts, one rank each. held: the steps after which it stands still."""
 
     def __init__(
         self,
@@ -30,11 +32,15 @@ class Submission:
         config: Path | str,
         run_dir: Path,
         *overrides: str,
+        hosts="n1,n2",
+        held=(),
         options=(),
-        environment=("GR_NODE_OPTIONS=--no-preflight",),
+        environment=(f"GR_NODE_OPTIONS={OPTIONS}",),
     ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
-        script = ["--nodes=2", *options, "launch/slurm/train.sbatch", str(config), f"run_dir={run_dir}", *overrides]
+        train = [str(config), f"run_dir={run_dir}", *overrides, *(gates(run_dir.parent, *held) if held else ())]
+        where = ["--nodes=2", f"--nodelist={hosts}"]
+        script = [*where, *options, "launch/slurm/train.sbatch", *train]
         self.id = cluster.login(workspace, "env", *environment, "sbatch", "--parsable", *script).stdout.strip()
         assert self.id.isdigit(), self.id
         self._output = workspace / f"slurm-{self.id}.out"
@@ -43,24 +49,24 @@ class Submission:
     def output(self) -> str:
         return self._output.read_text() if self._output.exists() else ""
 
-    @property
-    def step(self) -> int:
-        return job.status(self.run_dir).get("step", 0)
-
     def until(self, what: str, there) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not there():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"job {self.id}: not {what} after {PATIENCE_SECONDS} s\n{self.output}")
-            time.sleep(0.1)
+        until(f"{what}: job {self.id}", there, report=lambda: self.output)
+
+    def until_held(self, step: int = HELD) -> None:
+        """status.json tells of a step when all callbacks are done, so of the one before."""
+        self.until(f"held after step {step}", lambda: job.step(self.run_dir) == step - 1)
+
+    def go_on(self, step: int = HELD) -> None:
+        """Opens the gate, also for attempts to come."""
+        gate(self.run_dir.parent, step).touch()
 
     def limit(self, minutes: int) -> None:
         self.cluster.slurm("scontrol", "update", f"jobid={self.id}", f"timelimit={minutes}")
 
     def limit_soon(self) -> None:
-        """To the minute that is 45 s away at least: Slurm counts whole ones, and looks at them every 30 s."""
+        """To the minute that is 50 s away at least: Slurm counts whole ones, and looks at them every 30 s."""
         hours, minutes, seconds = map(int, self.cluster.field(self.id, "RunTime").split(":"))
-        self.limit(minutes=60 * hours + minutes + (seconds + 45) // 60 + 1)
+        self.limit(minutes=60 * hours + minutes + (seconds + 50) // 60 + 1)
 
     def end(self) -> str:
         """Its state once it has left the queue."""
@@ -85,9 +91,10 @@ def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment
 
 
 def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run")
-    ours.until("training", lambda: ours.step > 0)
-    cluster.login(workspace, "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 2")
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
+    ours.until_held()
+    urgent = ["--partition=urgent", "--nodelist=n1,n2", "--exclusive"]
+    cluster.login(workspace, "sbatch", *urgent, "--wrap", "sleep 2")
     assert ours.end() == "COMPLETED", ours.output
     assert "back into the queue" in ours.output and "attempt 1" in ours.output
     assert job.losses(ours.run_dir) == list(whole.items()), "every step once, and its loss that of the whole run"
@@ -96,13 +103,15 @@ def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, 
 @pytest.mark.parametrize(("host", "fault"), [("n1", "power"), ("n2", "link")])
 def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, tmp_path, host, fault):
     """n1 has rank 0 and the rendezvous. Slurm hears nothing of a lost host, and finds out after SlurmdTimeout."""
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run")
-    ours.until("past a checkpoint", lambda: ours.step > EVERY)
+    ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
+    ours.until_held()
     cluster.link(host, "down")
     if fault == "power":
         cluster.kill(host)
     ours.until("queued again", lambda: cluster.state(ours.id) in ("PENDING", "REQUEUED") or "attempt 1" in ours.output)
     saved = CheckpointFolder(ours.run_dir / "checkpoints").steps()[-1]
+    assert saved == EVERY
+    ours.go_on()
     cluster.link(host, "up")
     if fault == "power":
         cluster.boot(host)
@@ -112,40 +121,45 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
     assert losses[-(STEPS - saved) :] == [(step, whole[step]) for step in range(saved + 1, STEPS + 1)]
 
 
-def test_time_limit_chains_and_a_cancelled_job_stays_cancelled(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", "trainer.steps=100000", options=SLOT)
-    ours.until("training", lambda: ours.step > 0)
-    ours.limit_soon()
-    ours.until("stopped by the time limit", lambda: "back into the queue" in ours.output)
-    saved = job.status(ours.run_dir)
-    assert "time is nearly up" in ours.output
-    assert (saved["state"], saved["checkpoint"]) == ("stopped", saved["step"])
-    ours.limit(minutes=30)
-    ours.until("training again", lambda: ours.step > saved["step"])
-    attempts = ours.output.count("attempt ")
-    cluster.login(workspace, "scancel", ours.id)
-    assert ours.end() == "CANCELLED"
-    assert job.status(ours.run_dir)["state"] == "stopped"
-    time.sleep(8)  # longer than a requeued job waits here before it starts (cred_expire)
-    assert cluster.state(ours.id) == "CANCELLED" and ours.output.count("attempt ") == attempts
-    losses = job.losses(ours.run_dir)
-    assert [step for step, _ in losses] == list(range(1, len(losses) + 1)), "every step once"
-    assert losses[:STEPS] == list(whole.items())[: len(losses)]
-
-
-def test_a_save_that_never_ends_costs_steps_and_not_the_job(cluster, workspace, experiment, whole, tmp_path):
-    ours = Submission(cluster, workspace, experiment, tmp_path / "run", options=SLOT)
-    ours.until("past a checkpoint", lambda: ours.step > EVERY)
+def test_two_jobs_at_their_time_limits(cluster, workspace, experiment, whole, tmp_path):
+    """One saves in time, goes on, is cancelled and stays so. A save of the other never ends: that costs it steps, and
+    not the job. Both limits are waited for at the same time."""
+    chained = Submission(
+        cluster, workspace, experiment, tmp_path / "chained/run", held=[HELD, HELD + EVERY], options=SLOT
+    )
+    stuck = Submission(cluster, workspace, experiment, tmp_path / "stuck/run", hosts="n3,n4", held=[HELD], options=SLOT)
+    for each in (chained, stuck):
+        each.until_held()
     for process in Path("/proc").glob("[0-9]*"):
-        if _is_rank(process, ours.run_dir):
+        if _is_rank(process, stuck.run_dir):
             os.kill(int(process.name), signal.SIGSTOP)
-    stood = ours.step
-    ours.limit_soon()
-    ours.until("queued again", lambda: "not saved in time: back into the queue" in ours.output)
-    assert "time is nearly up" in ours.output and stood < STEPS
-    ours.limit(minutes=30)
-    assert ours.end() == "COMPLETED", ours.output
-    assert dict(job.losses(ours.run_dir)) == whole
+    for each in (chained, stuck):
+        each.limit_soon()
+
+    chained.until("stopped by the time limit", lambda: "back into the queue" in chained.output)
+    saved = job.status(chained.run_dir)
+    assert "time is nearly up" in chained.output
+    assert (saved["state"], saved["checkpoint"]) == ("stopped", saved["step"])
+    chained.limit(minutes=30)
+
+    stuck.until("queued again", lambda: "not saved in time: back into the queue" in stuck.output)
+    assert "time is nearly up" in stuck.output and job.step(stuck.run_dir) == HELD - 1
+    stuck.go_on()
+    stuck.limit(minutes=30)
+
+    chained.until_held(HELD + EVERY)
+    attempts = chained.output.count("attempt ")
+    cluster.login(workspace, "scancel", chained.id)
+    # Its script has ended by then, so nobody is left to queue it again.
+    assert chained.end() == "CANCELLED"
+    assert "cancelled: not queued again" in chained.output and chained.output.count("attempt ") == attempts
+    assert job.status(chained.run_dir)["state"] == "stopped"
+    losses = job.losses(chained.run_dir)
+    assert losses == list(whole.items())[: len(losses)], "every step once"
+    assert len(losses) > HELD
+
+    assert stuck.end() == "COMPLETED", stuck.output
+    assert dict(job.losses(stuck.run_dir)) == whole
 
 
 def _is_rank(process: Path, run_dir: Path) -> bool:

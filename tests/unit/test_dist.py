@@ -195,6 +195,7 @@ for prepare in (lambda: None, lambda: use_cpu_well(World(0, 1, 0, 1, torch.devic
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept() -> None:
     """The pages that the kernel cleared in a new process that makes and frees a tensor of 32 MiB 16 times."""

@@ -86,6 +86,7 @@ def test_command_on_a_bad_machine(monkeypatch, capsys):
     assert out.endswith("1 fault(s)\n")
 
 
+@pytest.mark.slow
 def test_command_on_this_machine(capsys):
     code = main(["doctor"])
     out = capsys.readouterr().out

@@ -47,6 +47,7 @@ def test_an_inventory_and_its_page(inventory: str, tmp_path: Path, capsys: pytes
     assert page.read_text().lower().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_exit_code_3_names_the_shortfall_and_remedies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", CRITEO, "--topology", "a100-40gx4"]) == 3
     message = capsys.readouterr().err

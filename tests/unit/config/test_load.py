@@ -334,6 +334,7 @@ class TestFiles:
 
 
 class TestDump:
+    @pytest.mark.slow
     @given(
         st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")))
         | st.sampled_from(["1e-3", "no", "~", "1_0"]),

@@ -77,6 +77,7 @@ def odd_ones(options: Options, option: int, topology: Topology) -> slice:
 
 
 class TestTotals:
+    @pytest.mark.slow
     @given(jobs(), TOPOLOGIES)
     @settings(max_examples=60)
     def test_bytes_are_the_sum_of_the_shards(self, job, topology):
@@ -85,6 +86,7 @@ class TestTotals:
             costs = shards_of(options, option, job, topology)
             assert options.total_hbm_O[option] == pytest.approx(costs.hbm.sum(), rel=1e-9)
 
+    @pytest.mark.slow
     @given(jobs(), TOPOLOGIES)
     @settings(max_examples=60)
     def test_seconds_are_never_above_the_sum_of_the_shards(self, job, topology):
@@ -94,6 +96,7 @@ class TestTotals:
             seconds = shards_of(options, option, job, topology).seconds.sum()
             assert 0.98 * seconds <= options.total_seconds_O[option] <= seconds * (1 + 1e-9)
 
+    @pytest.mark.slow
     @given(jobs(), TOPOLOGIES)
     @settings(max_examples=60)
     def test_seconds_are_the_sum_of_the_shards_where_rows_repeat(self, job, topology):
@@ -105,6 +108,7 @@ class TestTotals:
             seconds = shards_of(options, option, job, topology).seconds.sum()
             assert options.total_seconds_O[option] == pytest.approx(seconds, rel=1e-9)
 
+    @pytest.mark.slow
     @given(jobs(), TOPOLOGIES)
     @settings(max_examples=60)
     def test_no_shard_takes_more_than_its_option_says(self, job, topology):

@@ -65,6 +65,7 @@ def mixed(seed: int) -> Options:
 
 
 class TestPlacesAndLoads:
+    @pytest.mark.slow
     @given(seed=st.integers(0, 10**9), spare=st.sampled_from([1.1, 1.5, 1e6]), effort=st.sampled_from([1.01, 1.3, 5.0]))
     @settings(max_examples=60)
     def test_are_kept_by_filling_and_by_improving(self, seed, spare, effort):
@@ -102,6 +103,7 @@ class TestPlacesAndLoads:
                 case Scope.HOST_RANKS:
                     assert len(set(hosts.tolist())) == 1
 
+    @pytest.mark.slow
     @given(seed=st.integers(0, 10**9))
     @settings(max_examples=40)
     def test_improving_costs_nothing(self, seed):

@@ -102,6 +102,7 @@ def planned(inventory: InventoryConfig, topology: Topology) -> Plan | None:
 
 
 class TestAnyInventory:
+    @pytest.mark.slow
     @given(jobs())
     @settings(max_examples=30)
     def test_each_cell_of_each_table_is_placed_once(self, job):
@@ -137,6 +138,7 @@ class TestAnyInventory:
             assert placement.kernel in (("dense",) if replicated else table.kernels)
             assert table.kind == "pooled" or len(set(column_blocks(table.dim, placement.column_width))) == 1
 
+    @pytest.mark.slow
     @given(jobs())
     @settings(max_examples=30)
     def test_memory_is_that_of_the_shards_and_fits(self, job):
@@ -161,6 +163,7 @@ class TestAnyInventory:
         assert predicted == pytest.approx(hbm, rel=1e-12, abs=1e-6)
         assert estimated.host_R == pytest.approx(host, rel=1e-12, abs=1e-6)
 
+    @pytest.mark.slow
     @given(jobs())
     @settings(max_examples=25)
     def test_equal_inventories_have_equal_plans(self, job):
@@ -168,6 +171,7 @@ class TestAnyInventory:
 
 
 class TestDeterminism:
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", ["0", "4242"])
     def test_of_another_process(self, seed):
         """Whatever the order of its sets."""

@@ -88,6 +88,7 @@ def refusal(text: str) -> str:
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     @given(jobs(), st.sampled_from([machine(2), FOUR, machine(3), machine(1)]))
     @settings(max_examples=30)
     def test_of_any_plan(self, inventory, topology):

@@ -34,6 +34,7 @@ def longer(data: Path, run_dir: Path, **sections: object) -> RankingConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("supervision", ["all", "candidates"])
 def test_learns_what_the_history_tells(data: Path, tmp_path: Path, alone: World, supervision: str) -> None:
     """A user likes 9 items of 10 or 1 of 10; the item says nothing."""
@@ -45,6 +46,7 @@ def test_learns_what_the_history_tells(data: Path, tmp_path: Path, alone: World,
     assert report["model"]["watched/mse"] < 0.95 * report["model"]["watched/label_variance"]
 
 
+@pytest.mark.slow
 def test_the_report_is_of_the_best_checkpoint_and_evaluate_agrees(data: Path, tmp_path: Path, alone: World) -> None:
     config = longer(data, tmp_path / "run")
     report = train(config, alone)
@@ -92,6 +94,7 @@ def test_data_that_do_not_fit(data: Path, tmp_path: Path, alone: World) -> None:
     assert reason_alone(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_stream_is_predicted_before_it_is_trained_on(data: Path, tmp_path: Path, alone: World) -> None:
     """Each window once, the first by the untrained model; resuming inside a window repeats the losses."""
 
