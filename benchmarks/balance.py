@@ -21,7 +21,7 @@ from gr.data.dataset import Dataset
 from gr.dist import World, use_cpu_well, world
 from gr.parallel.load_balance import LoadBalancer, deal
 from gr.planner.estimate_dense import sequence_flops
-from gr.train.module import TrainModule
+from gr.training.module import TrainModule
 
 RANKS, EXAMPLES, DRAWS = (2, 8, 64, 512), (4, 16, 64), 100
 STEPS, WARMUPS = 24, 2

@@ -31,7 +31,7 @@ from gr.dist import World, world
 from gr.planner.inventory import click_inventory
 from gr.recipes.click import ClickObjective
 from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
-from gr.train.module import TrainModule
+from gr.training.module import TrainModule
 
 TABLES, DENSE, DIM = 26, 13, 64
 BOTTOM, TOP = (512, 256, DIM), (512, 256, 1)

@@ -33,7 +33,7 @@ from gr.dist import World
 from gr.experiment import Built, build
 from gr.planner.estimate import MEMORY, estimate
 from gr.prepare.synthetic import StreamOptions, write_stream
-from gr.train.module import TrainModule
+from gr.training.module import TrainModule
 
 SMOKE = "configs/retrieval/smoke.yaml"
 SMOKE_DATA = StreamOptions(items=2000, categories=20, records=2000, length=64)

@@ -10,7 +10,7 @@ from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler
-from gr.train.module import TrainModule
+from gr.training.module import TrainModule
 
 
 def training(config: RetrievalConfig, here: World) -> tuple[Built, TrainModule]:

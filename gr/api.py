@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gr.config.inventory import InventoryConfig
     from gr.planner.estimate import Estimate
     from gr.planner.topology import Topology
-    from gr.train.trainer import Callback
+    from gr.training.trainer import Callback
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
     loaded = _loaded(config, overrides)
     from gr import experiment
     from gr.dist import use_cpu_well, world
-    from gr.train.run_folder import record_refusal
+    from gr.training.run_folder import record_refusal
 
     rank, logs = int(os.environ.get("RANK", 0)), Path(loaded.run_dir) / "logs"
     limits = loaded.trainer.timeouts.model_dump()

@@ -37,10 +37,10 @@ from gr.planner.placement import Plan
 from gr.planner.planfile import dump_plan
 from gr.recipes.base import Recipe, Split, Training, TrainingLoader, open_recipe
 from gr.status import StatusFile
-from gr.train import callbacks
-from gr.train.module import TrainModule
-from gr.train.run_folder import run_folder, write_config
-from gr.train.trainer import Callback, Trainer
+from gr.training import callbacks
+from gr.training.module import TrainModule
+from gr.training.run_folder import run_folder, write_config
+from gr.training.trainer import Callback, Trainer
 
 log = get_logger(__name__)
 PLAN = "plan.json"

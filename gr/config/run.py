@@ -102,7 +102,7 @@ class CallbackConfig(Section):
     kind: str
 
 
-# kind -> its config and the gr.train.trainer.Callback that it configures: `Callback(config)`.
+# kind -> its config and the gr.training.trainer.Callback that it configures: `Callback(config)`.
 CALLBACKS = Registry("callback")
 
 

@@ -16,10 +16,10 @@ from gr.errors import CheckpointError
 from gr.metrics.writers import MetricsWriter
 from gr.models import build_model
 from gr.schema import SCHEMA_FILE
-from gr.train import callbacks
-from gr.train.module import Objective
-from gr.train.pipeline import Loader
-from gr.train.trainer import Callback
+from gr.training import callbacks
+from gr.training.module import Objective
+from gr.training.pipeline import Loader
+from gr.training.trainer import Callback
 
 Split = Literal["validation", "test"]
 Config = TypeVar("Config", bound=RunConfig)

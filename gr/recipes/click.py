@@ -19,9 +19,9 @@ from gr.metrics.ranking import RankingMetrics
 from gr.recipes.base import Evaluation, Recipe, ReportTable, Split, Training
 from gr.schema import TabularSchema
 from gr.tasks import click_loss
-from gr.train import callbacks
-from gr.train.module import Inputs
-from gr.train.trainer import Callback
+from gr.training import callbacks
+from gr.training.module import Inputs
+from gr.training.trainer import Callback
 
 COLUMNS = ("ne", "log_loss", "auc", "accuracy", "base_rate", "calibration")
 

@@ -23,9 +23,9 @@ from gr.recipes.base import Evaluation, ReportTable, Split, Training
 from gr.recipes.histories import HistoryRecipe
 from gr.schema import HistoryColumns
 from gr.tasks import multitask_loss
-from gr.train import callbacks
-from gr.train.module import Inputs
-from gr.train.trainer import Callback
+from gr.training import callbacks
+from gr.training.module import Inputs
+from gr.training.trainer import Callback
 
 NEWER_PARTS: dict[Split, int] = {"test": 0, "validation": 1}
 COLUMNS = ("ne", "auc", "gauc", "accuracy", "base_rate", "calibration", "mse", "label_variance")

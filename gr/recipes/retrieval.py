@@ -29,9 +29,9 @@ from gr.recipes.baselines import evaluate_baselines
 from gr.recipes.histories import HistoryRecipe
 from gr.schema import ITEMS_FILE, SCHEMA_FILE
 from gr.tasks import CandidateSampler, CorpusRanker
-from gr.train import callbacks
-from gr.train.module import Inputs
-from gr.train.trainer import Callback
+from gr.training import callbacks
+from gr.training.module import Inputs
+from gr.training.trainer import Callback
 
 log = get_logger(__name__)
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}

@@ -24,8 +24,8 @@ from gr.models.retrieval import RetrievalModel
 from gr.parallel.load_balance import LoadBalancer
 from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler
-from gr.train.module import TrainModule
-from gr.train.pipeline import Pipeline
+from gr.training.module import TrainModule
+from gr.training.pipeline import Pipeline
 from tests.support.ranks import run_ranks
 from tests.support.schemas import item_schema
 from tests.support.tiny import ITEMS, tiny_config, write_tiny

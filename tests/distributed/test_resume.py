@@ -13,7 +13,7 @@ from gr.dist import World
 from gr.errors import CheckpointError
 from gr.experiment import evaluate, train
 from gr.status import read_status
-from gr.train.trainer import Trainer
+from gr.training.trainer import Trainer
 from tests.support.ranks import RankError, run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 

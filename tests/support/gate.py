@@ -38,7 +38,7 @@ def gate(folder: Path, step: int) -> Path:
 
 
 class Gate:
-    """A gr.train.trainer.Callback in all but its base, which would load torch for every check of a configuration.
+    """A gr.training.trainer.Callback in all but its base, which would load torch for every check of a configuration.
 
     A signal to stop any rank lets all of them go on, since a run stops after a step. Metrics of the step are written
     before the run stands still, its checkpoint and status.json after that.

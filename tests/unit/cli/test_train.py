@@ -18,7 +18,7 @@ from gr.dist import World
 from gr.prepare.write import FolderWriter, Users
 from gr.schema import HistoryColumns
 from gr.status import RunStatus, StatusFile, read_status
-from gr.train import run_folder as folder
+from gr.training import run_folder as folder
 from tests.support.run_folder import reason_alone
 from tests.support.tiny import write_tiny
 

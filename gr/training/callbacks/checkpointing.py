@@ -3,7 +3,7 @@
 from gr import watchdog
 from gr.checkpoint import CheckpointStore
 from gr.config.run import CheckpointConfig
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.trainer import Callback, StepResult, Trainer
 
 
 class Checkpointing(Callback):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gr.config.run import ProfilerConfig
-from gr.train.callbacks import Profiler
-from gr.train.trainer import StepResult
+from gr.training.callbacks import Profiler
+from gr.training.trainer import StepResult
 
 
 def run(path: Path, *, start: int, steps: int, run_steps: int = 6, rank: int = 0) -> list[int]:

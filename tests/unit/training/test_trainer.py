@@ -12,9 +12,9 @@ import torch
 
 from gr.dist import World
 from gr.errors import TrainingError
-from gr.train import signals as stop
-from gr.train.module import Inputs, Prepared, StepLoss
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training import signals as stop
+from gr.training.module import Inputs, Prepared, StepLoss
+from gr.training.trainer import Callback, StepResult, Trainer
 from tests.support.ranks import run_ranks
 
 Diary = list[tuple[Any, ...]]

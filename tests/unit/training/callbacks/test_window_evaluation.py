@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from gr.errors import DataError
-from gr.train.callbacks import WindowEvaluation
-from gr.train.callbacks import window_evaluation as next_window
-from gr.train.trainer import StepResult
+from gr.training.callbacks import WindowEvaluation
+from gr.training.callbacks import window_evaluation as next_window
+from gr.training.trainer import StepResult
 from tests.support.writer import Writer
 
 RESULT = StepResult(0.5, examples=1, tokens=1, wait=0.0, seconds=1.0)

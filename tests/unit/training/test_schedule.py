@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.config.optim import ScheduleConfig
-from gr.train.schedule import rate_factor
+from gr.training.schedule import rate_factor
 
 schedules = st.builds(
     ScheduleConfig,

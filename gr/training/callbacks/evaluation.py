@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from gr import watchdog
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
-from gr.train.callbacks.checkpointing import Checkpointing
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.callbacks.checkpointing import Checkpointing
+from gr.training.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
 

@@ -10,9 +10,9 @@ from gr import watchdog
 from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
-from gr.train.module import StepLoss, TrainModule
-from gr.train.pipeline import Loader, Pipeline
-from gr.train.signals import ONE_REQUEST_SECONDS, on_stop_signal
+from gr.training.module import StepLoss, TrainModule
+from gr.training.pipeline import Loader, Pipeline
+from gr.training.signals import ONE_REQUEST_SECONDS, on_stop_signal
 
 log = get_logger(__name__)
 
@@ -45,7 +45,7 @@ class Callback:
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    A signal to stop (gr.train.signals) to any rank finishes the step under way on all. A rank whose torchrun has died
+    A signal to stop (gr.training.signals) to any rank finishes the step under way on all. A rank whose torchrun has died
     asks to stop too: nobody is left to start it again, or to end it.
 
     stopped: it was asked to; callbacks then leave for the resumed run what would keep the save waiting. owing: this is

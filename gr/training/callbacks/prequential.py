@@ -9,8 +9,8 @@ from typing import Protocol
 from gr.errors import DataError
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
-from gr.train.module import ScoringObjective
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.module import ScoringObjective
+from gr.training.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
 SHOWN = ("ne", "auc", "calibration", "base_rate")

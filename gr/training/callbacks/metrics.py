@@ -8,7 +8,7 @@ from tqdm import tqdm
 from gr.logging import get_logger
 from gr.metrics.throughput import Throughput
 from gr.metrics.writers import MetricsWriter
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
 

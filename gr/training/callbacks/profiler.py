@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gr.config.run import ProfilerConfig
 from gr.logging import get_logger
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
 TABLE_ROWS = 30

@@ -11,9 +11,9 @@ from gr.dist import World
 from gr.errors import TrainingError
 from gr.metrics.ranking import RankingMetrics
 from gr.recipes.click import ClickObjective
-from gr.train.callbacks import Prequential
-from gr.train.callbacks import prequential as prequential
-from gr.train.trainer import StepResult
+from gr.training.callbacks import Prequential
+from gr.training.callbacks import prequential as prequential
+from gr.training.trainer import StepResult
 from tests.support.writer import Writer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))

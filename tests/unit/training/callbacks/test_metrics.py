@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gr.train.callbacks import Metrics, metrics
-from gr.train.trainer import StepResult
+from gr.training.callbacks import Metrics, metrics
+from gr.training.trainer import StepResult
 from tests.support.writer import Writer
 
 

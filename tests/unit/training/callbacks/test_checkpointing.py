@@ -15,8 +15,8 @@ from gr.checkpoint import CheckpointStore, ModelState, resolve
 from gr.checkpoint.layout import FORMAT
 from gr.config.run import CheckpointConfig
 from gr.dist import World
-from gr.train.callbacks import Checkpointing, Evaluation
-from gr.train.trainer import StepResult
+from gr.training.callbacks import Checkpointing, Evaluation
+from gr.training.trainer import StepResult
 
 RESULT = StepResult(1.0, 1, 1, 0.0, 1.0)
 

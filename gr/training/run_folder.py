@@ -20,7 +20,7 @@ from gr.errors import ConfigError, GRError, TrainingError, TransientError
 from gr.files import DISK_FULL, is_transient, write_text
 from gr.logging import get_logger, log_once
 from gr.status import STATUS, RunError, RunStatus, StatusFile, read_status
-from gr.train.signals import Interrupted, on_stop_signal
+from gr.training.signals import Interrupted, on_stop_signal
 
 log = get_logger(__name__)
 # How long torchrun's next attempt waits for ranks that lost their torchrun: they finish a step and save.

@@ -16,8 +16,8 @@ from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError, GRError, TrainingError, TransientError
 from gr.status import RunError, RunStatus, StatusFile, read_status
-from gr.train.run_folder import run_folder, write_config
-from gr.train.signals import Interrupted
+from gr.training.run_folder import run_folder, write_config
+from gr.training.signals import Interrupted
 from tests.support import ROOT
 from tests.support.tiny import tiny_config
 

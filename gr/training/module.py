@@ -13,7 +13,7 @@ from gr.config.run import RunConfig
 from gr.dist import World
 from gr.embeddings import PipelinedLookup, TableOptimizer
 from gr.parallel.dense import dense_parameters, unwrapped
-from gr.train.schedule import rate_factor
+from gr.training.schedule import rate_factor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from gr import watchdog
 from gr.errors import DataError
 from gr.logging import get_logger
 from gr.metrics.writers import MetricsWriter
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
 

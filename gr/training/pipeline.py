@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from gr.dist import World, on_stream
-from gr.train.module import Prepared, TrainModule
+from gr.training.module import Prepared, TrainModule
 
 AHEAD_ON_GPU = 2
 

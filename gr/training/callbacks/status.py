@@ -2,7 +2,7 @@
 
 from gr.checkpoint import CheckpointStore
 from gr.status import StatusFile
-from gr.train.trainer import Callback, StepResult, Trainer
+from gr.training.trainer import Callback, StepResult, Trainer
 
 
 class Status(Callback):

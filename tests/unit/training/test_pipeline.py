@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gr.dist import World
-from gr.train.pipeline import Pipeline
+from gr.training.pipeline import Pipeline
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
