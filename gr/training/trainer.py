@@ -45,7 +45,7 @@ class Callback:
 class Trainer:
     """Runs steps until `steps`, or until a signal asks it to stop.
 
-    A signal to stop (gr.training.signals) to any rank finishes the step under way on all. A rank whose torchrun has died
+    A signal to stop (gr.training.signals) to any rank finishes the step under way on all. A rank whose torchrun died
     asks to stop too: nobody is left to start it again, or to end it.
 
     stopped: it was asked to; callbacks then leave for the resumed run what would keep the save waiting. owing: this is
