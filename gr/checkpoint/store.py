@@ -6,10 +6,10 @@ Schedules and random draws are functions of (seed, step, rank), so the step is a
 import json
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -67,13 +67,13 @@ class Tables(Protocol):
 class ModelState:
     """The live tensors of a run; saving reads them and loading writes into them.
 
-    dense_states: the optimizer's names of the tensors it keeps for a parameter.
+    dense_states: the optimizer's names of the tensors it keeps for a parameter, each a `scalar` or of its shape.
     """
 
     dense: dict[str, nn.Parameter]
     dense_optimizer: torch.optim.Optimizer | None
     tables: Tables
-    dense_states: tuple[str, ...] = ()
+    dense_states: Mapping[str, str] = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -298,10 +298,10 @@ def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
 def _dense_states(state: ModelState, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in state.dense.items():
         states = optimizer.state[parameter]
-        for kind in state.dense_states:
+        for kind, shape in state.dense_states.items():
             if kind not in states:
                 scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                states[kind] = scalar if kind == "step" else torch.zeros_like(parameter)
+                states[kind] = scalar if shape == "scalar" else torch.zeros_like(parameter)
             yield f"{name}.{kind}", states[kind]
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from gr.config.base import PositiveFloat, Probability, Registry, Section
 
 StateShape = Literal["element", "row"]
+DenseStateShape = Literal["parameter", "scalar"]
 
 
 class TableOptimizerConfig(Section):
@@ -115,15 +116,14 @@ class ScheduleConfig(Section):
 class DenseOptimizerConfig(Section):
     """An optimizer of the dense parameters; its schedule also scales the tables' learning rate.
 
-    states: the optimizer's names of the tensors it keeps for a parameter, each of the parameter's shape but `step`,
-    which is a scalar.
+    states: the optimizer's names of the tensors it keeps for a parameter, each of the parameter's shape or a scalar.
     """
 
     kind: str
     lr: PositiveFloat = 1e-3
     clip_grad_norm: PositiveFloat | None = Field(None, description="Global norm of the dense gradients.")
     schedule: ScheduleConfig = ScheduleConfig()
-    states: ClassVar[tuple[str, ...]] = ()
+    states: ClassVar[dict[str, DenseStateShape]] = {}
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the optimizer's class, beside lr."""
@@ -132,7 +132,7 @@ class DenseOptimizerConfig(Section):
     @classmethod
     def states_a_parameter(cls) -> int:
         """Numbers kept for each element of the parameters."""
-        return len([name for name in cls.states if name != "step"])
+        return sum(1 for shape in cls.states.values() if shape == "parameter")
 
 
 class DenseAdamW(DenseOptimizerConfig):
@@ -140,7 +140,7 @@ class DenseAdamW(DenseOptimizerConfig):
     betas: tuple[Probability, Probability] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    states: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
+    states: ClassVar[dict[str, DenseStateShape]] = {"step": "scalar", "exp_avg": "parameter", "exp_avg_sq": "parameter"}
 
     def arguments(self) -> dict[str, Any]:
         return {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay, "fused": True}
@@ -151,7 +151,7 @@ class DenseAdagrad(DenseOptimizerConfig):
 
     kind: Literal["adagrad"] = "adagrad"
     eps: PositiveFloat = 1e-8
-    states: ClassVar[tuple[str, ...]] = ("step", "sum")
+    states: ClassVar[dict[str, DenseStateShape]] = {"step": "scalar", "sum": "parameter"}
 
     def arguments(self) -> dict[str, Any]:
         return {"eps": self.eps}
