@@ -1,10 +1,7 @@
 """gr: training of sparse recommender models on torch and torchrec. Importing the package imports no torch.
 
-The functions below are what docs/python.md shows; each is imported when it is first used.
+The functions of __all__ are what docs/python.md shows; each is imported when it is first used.
 """
-
-import importlib
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,7 +15,9 @@ _PUBLIC = {
 __all__ = ["evaluate", "load", "load_config", "plan", "train"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'gr' has no attribute '{name}'")
+    import importlib
+
     return getattr(importlib.import_module(_PUBLIC[name]), name)
