@@ -30,8 +30,8 @@ CEILINGS = {
     "cluster": 0.5,
     "training": 1.4,
     "recipes": 1.0,
-    "cli": 1.1,
-    "prepare": 2.8,
+    "cli": 1.3,
+    "prepare": 3.3,
 }
 WITHOUT_PREPARE = 21.0
 GROUND = {"errors", "logging", "files", "status", "watchdog", "schema"}
