@@ -32,15 +32,13 @@ class Submission:
         config: Path | str,
         run_dir: Path,
         *overrides: str,
-        hosts="n1,n2",
         held=(),
         options=(),
         environment=(f"GR_NODE_OPTIONS={OPTIONS}",),
     ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
         train = [str(config), f"run_dir={run_dir}", *overrides, *(gates(run_dir.parent, *held) if held else ())]
-        where = ["--nodes=2", f"--nodelist={hosts}"]
-        script = [*where, *options, "launch/slurm/train.sbatch", *train]
+        script = ["--nodes=2", "--nodelist=n1,n2", *options, "launch/slurm/train.sbatch", *train]
         self.id = cluster.login(workspace, "env", *environment, "sbatch", "--parsable", *script).stdout.strip()
         assert self.id.isdigit(), self.id
         self._output = workspace / f"slurm-{self.id}.out"
