@@ -54,9 +54,9 @@ COMPONENTS = {
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_component_becomes_a_command(torchx, name):
-    arguments, said = COMPONENTS[name]
+    arguments, expected = COMPONENTS[name]
     shown = " ".join(request(torchx, "-s", "local_cwd", f"launch/components.py:{name}", *arguments).split())
-    assert said in shown
+    assert expected in shown
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -115,7 +115,7 @@ def test_agents_on_one_machine_share_its_gpus_out(torchx, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (
             ["--resource", "v100x8"],
@@ -138,8 +138,8 @@ def test_agents_on_one_machine_share_its_gpus_out(torchx, tmp_path):
         (["--mounts", "type=tape,src=/a"], "(invalid mount type 'tape'"),
     ],
 )
-def test_a_mistake_is_one_line(torchx, arguments, said):
+def test_a_mistake_is_one_line(torchx, arguments, expected):
     done = torchx("run", "-s", "local_cwd", "launch/components.py:train", "--config", "c.yaml", *arguments)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if " INFO " not in line]
-    assert line.startswith("error: ") and said in line
+    assert line.startswith("error: ") and expected in line

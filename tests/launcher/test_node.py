@@ -30,7 +30,7 @@ CPUS = len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "expected"),
     [
         (["train", "configs/none.yaml"], FAILED, "configs/none.yaml is not here, in "),
         (
@@ -63,11 +63,11 @@ CPUS = len(os.sched_getaffinity(0))
         (["smoke"], FAILED, "give `train CONFIG ...` or `evaluate --checkpoint ...`"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_nodes_name(arguments, code, said):
+def test_a_mistake_is_one_line_with_the_nodes_name(arguments, code, expected):
     done = run(*arguments)
     assert done.returncode == code
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {socket.gethostname()}: ") and said in line
+    assert line.startswith(f"error: {socket.gethostname()}: ") and expected in line
 
 
 def test_a_wrong_key_is_told_by_gr_itself():

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.cluster
 # Slurm may end the new task of a host that is back for the old one's sake: the other waits for it in vain, for a minute
 # here and not for launch.node's five.
 OPTIONS = "--no-preflight --join-timeout=60"
+HOSTS, OTHER_HOSTS = "--nodelist=n1,n2", "--nodelist=n3,n4"
 SLOT = ("--time=30", "--signal=B:USR1@15")  # the warning comes 15 to 45 s before the limit
 BUSY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED", "CONFIGURING")
 
@@ -32,15 +34,13 @@ class Submission:
         config: Path | str,
         run_dir: Path,
         *overrides: str,
-        hosts="n1,n2",
         held=(),
-        options=(),
+        options=(HOSTS,),
         environment=(f"GR_NODE_OPTIONS={OPTIONS}",),
     ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
         train = [str(config), f"run_dir={run_dir}", *overrides, *(gates(run_dir.parent, *held) if held else ())]
-        where = ["--nodes=2", f"--nodelist={hosts}"]
-        script = [*where, *options, "launch/slurm/train.sbatch", *train]
+        script = ["--nodes=2", *options, "launch/slurm/train.sbatch", *train]
         self.id = cluster.login(workspace, "env", *environment, "sbatch", "--parsable", *script).stdout.strip()
         assert self.id.isdigit(), self.id
         self._output = workspace / f"slurm-{self.id}.out"
@@ -74,6 +74,13 @@ class Submission:
         return self.cluster.state(self.id)
 
 
+@pytest.fixture(autouse=True)
+def _empty_queue(cluster) -> Iterator[None]:
+    """A job that a failed test left at a gate does not keep its hosts from the next one."""
+    yield
+    cluster.slurm("scancel", "--user=root")
+
+
 def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment, whole, tmp_path):
     pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     run_dir = tmp_path / "run"
@@ -93,7 +100,7 @@ def test_torchx_submits_and_shows_status_and_logs(cluster, workspace, experiment
 def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, tmp_path):
     ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
     ours.until_held()
-    urgent = ["--partition=urgent", "--nodelist=n1,n2", "--exclusive"]
+    urgent = ["--partition=urgent", HOSTS, "--exclusive"]
     cluster.login(workspace, "sbatch", *urgent, "--wrap", "sleep 2")
     assert ours.end() == "COMPLETED", ours.output
     assert "back into the queue" in ours.output and "attempt 1" in ours.output
@@ -125,9 +132,11 @@ def test_two_jobs_at_their_time_limits(cluster, workspace, experiment, whole, tm
     """One saves in time, goes on, is cancelled and stays so. A save of the other never ends: that costs it steps, and
     not the job. Both limits are waited for at the same time."""
     chained = Submission(
-        cluster, workspace, experiment, tmp_path / "chained/run", held=[HELD, HELD + EVERY], options=SLOT
+        cluster, workspace, experiment, tmp_path / "chained/run", held=[HELD, HELD + EVERY], options=[HOSTS, *SLOT]
     )
-    stuck = Submission(cluster, workspace, experiment, tmp_path / "stuck/run", hosts="n3,n4", held=[HELD], options=SLOT)
+    stuck = Submission(
+        cluster, workspace, experiment, tmp_path / "stuck/run", held=[HELD], options=[OTHER_HOSTS, *SLOT]
+    )
     for each in (chained, stuck):
         each.until_held()
     for process in Path("/proc").glob("[0-9]*"):
