@@ -22,6 +22,7 @@ hypothesis.settings.load_profile("gr")
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 _SKIPPABLE = ("gpu", "data")
+_QUICK_TIER = ("tests/unit", "tests/architecture")
 _SLOW_CPU_SECONDS = 1.0  # the rule for the marker slow
 _SLOW_MARKERS = ("slow", "cluster")
 
@@ -93,7 +94,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"CPU seconds of tests, with what they started: {total:.0f}")
     for each in finished:
         seconds = dict(each.user_properties).get("cpu call", 0.0)
-        if seconds > _SLOW_CPU_SECONDS and not any(marker in each.keywords for marker in _SLOW_MARKERS):
+        in_quick_tier = each.nodeid.startswith(_QUICK_TIER)
+        if seconds > _SLOW_CPU_SECONDS and in_quick_tier and not any(name in each.keywords for name in _SLOW_MARKERS):
             terminalreporter.write_line(f"not marked slow: {each.nodeid} took {seconds:.1f} CPU seconds")
     skipped = terminalreporter.stats.get("skipped", [])
     counts = {marker: sum(marker in report.keywords for report in skipped) for marker in _SKIPPABLE}

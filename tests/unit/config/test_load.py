@@ -306,6 +306,7 @@ class TestFiles:
     def test_two_documents(self):
         assert "t.yaml:2: not valid YAML: but found another document" == fault(write("t.yaml", "a: 1\n---\nb: 2"))
 
+    @pytest.mark.slow
     def test_extreme_nesting(self):
         assert fault(write("n.yaml", "[" * 100_000)) == "n.yaml:1: nested more than 50 levels deep"
 

@@ -168,6 +168,7 @@ class TestKnownValues:
 
 
 class TestBins:
+    @pytest.mark.slow
     @given(st.lists(st.floats(allow_nan=False), min_size=2, max_size=50))
     def test_order_is_kept(self, logits: list[float]) -> None:
         values = torch.tensor(sorted(logits), dtype=torch.float64)

@@ -124,6 +124,7 @@ class TestAnyInventory:
             assert (count == 1).all()
             assert sum(shard.rows * shard.columns for shard in cut) == table.rows * table.dim
 
+    @pytest.mark.slow
     @given(jobs())
     @settings(max_examples=30)
     def test_constraints_are_kept(self, job):

@@ -384,6 +384,7 @@ def test_out_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert "is no data folder" in str(prepare(tmp_path / "day_0", tmp_path / "thesis", "--force").exception)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_public_rows(test_data: Path, tmp_path: Path) -> None:
     """70,000 rows of Terabyte, facts of them known beforehand; and Kaggle's, whose I2 is negative."""

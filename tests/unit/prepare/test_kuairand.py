@@ -205,6 +205,7 @@ def test_any_order_of_lines_with_distinct_times_gives_the_same_folder(
     assert contents[0] == contents[1]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(LINES, st.integers(1, 7), st.integers(1, 5))
 def test_partitions_and_row_groups_change_no_history(

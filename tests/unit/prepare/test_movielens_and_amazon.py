@@ -62,7 +62,7 @@ def sequences(folder: Path) -> dict[int, list[int]]:
     dataset = Dataset.open(folder)
     out = {}
     for index in range(len(dataset.row_groups)):
-        group = dataset.read_row_group(index, ["user_id", *dataset.history_columns()])
+        group = dataset.read_row_group(index, ["user_id", *["timestamps"] * dataset.schema.timestamps])
         items = np.split(group.columns["item_ids"], group.offsets[1:-1])
         out |= dict(zip(group.columns["user_id"].tolist(), [row.tolist() for row in items], strict=True))
     return out

@@ -102,6 +102,7 @@ def test_command(dataset: Dataset) -> None:
     assert all(name in result.output for name in [*BASELINES, "ndcg@200"])
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("source", "name", "expected"),
