@@ -23,7 +23,7 @@ def initialise_tables(model: nn.Module, *, seed: int, embeddings: EmbeddingsConf
     is read.
     """
     for shard in local_shards(model):
-        key = _table_key(seed, shard.table)
+        key = key_of(seed, shard.table)
         if embeddings.init == "uniform_rows":
             draw = partial(uniform, key=key, bound=1 / math.sqrt(shard.shape[0]))
         else:
@@ -34,16 +34,21 @@ def initialise_tables(model: nn.Module, *, seed: int, embeddings: EmbeddingsConf
 def truncated_normal(counters: Tensor, key: int, std: float) -> Tensor:
     """float64, one value for each int64 counter: inverse-CDF of a normal cut at CUT deviations, on a hash of it."""
     low = 0.5 * (1 + math.erf(-CUT / math.sqrt(2)))
-    return torch.erfinv(2 * (low + _open_unit(counters, key) * (1 - 2 * low)) - 1) * (math.sqrt(2) * std)
+    return torch.erfinv(2 * (low + open_unit(counters, key) * (1 - 2 * low)) - 1) * (math.sqrt(2) * std)
+
+
+def normal(counters: Tensor, key: int) -> Tensor:
+    """float64, standard normal, one value for each int64 counter: inverse CDF on a hash of it."""
+    return torch.erfinv(2 * open_unit(counters, key) - 1) * math.sqrt(2)
 
 
 def uniform(counters: Tensor, key: int, bound: float) -> Tensor:
     """float64 in (-bound, bound), one value for each int64 counter; 1/sqrt(rows) is DLRM's (facebookresearch/dlrm)."""
-    return (2 * _open_unit(counters, key) - 1) * bound
+    return (2 * open_unit(counters, key) - 1) * bound
 
 
-def _open_unit(counters: Tensor, key: int) -> Tensor:
-    """float64, uniform in (0, 1)."""
+def open_unit(counters: Tensor, key: int) -> Tensor:
+    """float64, uniform in (0, 1), one value for each int64 counter: a hash of it."""
     return (_shift(_mix(counters + key), 11).double() + 0.5) * 2.0**-53
 
 
@@ -58,8 +63,9 @@ def _fill(shard: TableShard, draw: Callable[[Tensor], Tensor], dim: int) -> None
         chunk.copy_(torch.where(column < dim, values, 0.0))
 
 
-def _table_key(seed: int, table: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{table}".encode(), digest_size=8).digest()
+def key_of(seed: int, name: str) -> int:
+    """A key for the draws of one named tensor, such as a table."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

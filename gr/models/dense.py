@@ -1,10 +1,16 @@
 """The dense part of a single-device model: its modules and parameters without the tables, and its initial values."""
 
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.types import ShardedModule
 
+from gr.embeddings.init import key_of, normal, open_unit
 from gr.errors import TrainingError
 
 TABLES = (ShardedModule, EmbeddingCollection, EmbeddingBagCollection)
@@ -29,21 +35,23 @@ def dense_modules(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module
 
 
 def initialise_dense(model: nn.Module, seed: int) -> None:
-    """Initial dense values from `seed` alone: sharding has used each rank's generator to a different extent.
+    """Initial dense values as a function of (seed, parameter's name, index), so that no way of sharding changes them.
 
-    Every module's reset_parameters is called, children first: a layer has the last word on the linear maps in it.
+    Every module's reset_parameters is called, children first: a layer has the last word on the linear maps in it. The
+    normal and uniform values that it asks for come from counters, not from a generator (_CountedDraws).
     Raises TrainingError for a parameter or buffer that none of them fills: what `__init__` gave it was lost when the
-    model, built on meta, got its storage.
+    model, built on meta, got its storage; and for other random values than torch.nn.init's of a parameter.
     """
     modules = dense_modules(model)
     with torch.no_grad():
         for _, module in modules:
             for _, tensor in _own_tensors(module):
                 tensor.fill_(_mark(tensor))
-    torch.manual_seed(seed)
-    for _, module in reversed(modules):
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
+    names = {f"{path}.{name}": tensor for path, module in modules for name, tensor in _own_tensors(module)}
+    with _CountedDraws(names, seed):
+        for _, module in reversed(modules):
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
     for path, module in modules:
         for name, tensor in _own_tensors(module):
             if tensor.numel() and bool(_is_mark(tensor).any()):
@@ -52,6 +60,54 @@ def initialise_dense(model: nn.Module, seed: int) -> None:
                     f"nothing fills {place}: models are built on meta, where values given in __init__ are lost; "
                     "fill it in the class's reset_parameters"
                 )
+
+
+class _CountedDraws(TorchDispatchMode):
+    """Makes normal_ and uniform_ on known tensors functions of (seed, name, number of the draw, index in the tensor).
+
+    A draw on a view of a tensor has the indices of the view's elements, so it does not matter how it is cut.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._tensors = {
+            tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in tensors.items() if tensor.numel()
+        }
+        self._draws: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        name, whole = self._tensors.get(-1 if target is None else target.untyped_storage().data_ptr(), ("", None))
+        draw = _DRAWS.get(func)
+        if target is not None and not target.numel():
+            return target
+        if draw is None or target is None or whole is None:
+            raise TrainingError(
+                f"reset_parameters draws random values by {func}: only normal and uniform values that torch.nn.init "
+                "writes into a parameter are the same however the model is sharded"
+            )
+        key = key_of(self._seed, f"{name}/{self._draws[name]}")
+        self._draws[name] += 1
+        offset = target.storage_offset() - whole.storage_offset()
+        counters = torch.arange(whole.numel(), device=target.device).as_strided(target.shape, target.stride(), offset)
+        return target.copy_(draw(counters, key, *args[1:]))
+
+
+def _uniform_between(counters: Tensor, key: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return low + (high - low) * open_unit(counters, key)
+
+
+def _normal_of(counters: Tensor, key: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return mean + std * normal(counters, key)
+
+
+_DRAWS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.uniform_.default: _uniform_between,
+    torch.ops.aten.normal_.default: _normal_of,
+}
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

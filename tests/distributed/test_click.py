@@ -21,7 +21,7 @@ from gr.checkpoint import CheckpointFolder
 from gr.config.click import ClickConfig
 from gr.config.dlrm import ROW_MULTIPLE
 from gr.dist import World
-from gr.embeddings.init import _table_key, uniform
+from gr.embeddings.init import key_of, uniform
 from gr.experiment import evaluate, train
 from gr.metrics.ranking import RankingMetrics
 from gr.models import build_model
@@ -111,7 +111,7 @@ class Plain:
         with torch.no_grad():
             for column in schema.sparse:
                 counters = torch.arange(column.cardinality * stored).view(column.cardinality, -1)
-                drawn = uniform(counters, _table_key(config.seed, column.name), column.cardinality**-0.5)
+                drawn = uniform(counters, key_of(config.seed, column.name), column.cardinality**-0.5)
                 dense_weights[f"tables.embedding_bags.{column.name}.weight"] = drawn[:, : dlrm.dim].float()
         published = to_facebook(dense_weights, unweighted)
         self.model.load_state_dict(published, strict=not dlrm.row_weights)  # row weights start at one

@@ -17,7 +17,7 @@ from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.dist import world as make_world
-from gr.embeddings.init import _table_key, truncated_normal
+from gr.embeddings.init import key_of, truncated_normal
 from gr.experiment import build
 from gr.models.dense import initialise_dense
 from gr.models.retrieval import RetrievalModel
@@ -149,7 +149,7 @@ def run_unsharded(config: RetrievalConfig, column_shards: int) -> Outcome:
     weight = model.tables.embeddings["item_id"].weight
     with torch.no_grad():
         counters = torch.arange(61 * 8).view(61, 8)
-        weight.copy_(truncated_normal(counters, _table_key(config.seed, "item_id"), config.embeddings.init_std))
+        weight.copy_(truncated_normal(counters, key_of(config.seed, "item_id"), config.embeddings.init_std))
     initialise_dense(model, config.seed)
     dense = {name: p for name, p in model.named_parameters() if not name.startswith("tables")}
     optimizers = [

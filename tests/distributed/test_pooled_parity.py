@@ -24,7 +24,7 @@ from gr.config.optim import DenseAdamW
 from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, pooled_lookup
-from gr.embeddings.init import _table_key, uniform
+from gr.embeddings.init import key_of, uniform
 from gr.parallel.dense import parallelise_dense
 from gr.parallel.mesh import build_mesh
 from gr.parallel.tables import shard_tables
@@ -202,7 +202,7 @@ class Plain:
         self.blocks: dict[str, list[nn.Parameter]] = {}
         for table in TABLES:
             counters = torch.arange(table.rows * table.dim).view(table.rows, table.dim)
-            weight = uniform(counters, _table_key(SEED, table.name), table.rows**-0.5).float()
+            weight = uniform(counters, key_of(SEED, table.name), table.rows**-0.5).float()
             blocks = weight.split(column_blocks(table.dim, widths[table.name]), 1)
             self.blocks[table.name] = [nn.Parameter(block) for block in blocks]
         self.over = Over()

@@ -10,7 +10,7 @@ import torch
 
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import init, local_shards
-from gr.embeddings.init import CUT, _fill, _table_key, truncated_normal, uniform
+from gr.embeddings.init import CUT, _fill, key_of, truncated_normal, uniform
 from tests.support.pooled import PooledTable
 
 STD = 0.02
@@ -25,7 +25,7 @@ def filled(rows: int, columns: int, *, key: int, at: tuple[int, int] = (0, 0), w
 
 
 def test_a_shard_holds_the_values_of_its_place() -> None:
-    key = _table_key(3, "item_id")
+    key = key_of(3, "item_id")
     whole = filled(40, 8, key=key)
     for row, column, rows, columns in [(0, 0, 7, 8), (13, 0, 27, 8), (0, 4, 40, 4), (5, 4, 1, 4), (40, 0, 0, 8)]:
         part = filled(rows, columns, key=key, at=(row, column))
@@ -40,7 +40,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_seeds_and_tables_differ() -> None:
-    keys = [_table_key(1, "item_id"), _table_key(2, "item_id"), _table_key(1, "user_id"), _table_key(11, "item_id")]
+    keys = [key_of(1, "item_id"), key_of(2, "item_id"), key_of(1, "user_id"), key_of(11, "item_id")]
     tables = [filled(30, 8, key=key) for key in keys]
     for first in range(len(tables)):
         for second in range(first):
@@ -61,7 +61,7 @@ def test_columns_past_the_dim_are_zero_and_the_others_are_not_moved_by_them() ->
 
 @pytest.fixture(scope="module")
 def sample() -> torch.Tensor:
-    return truncated_normal(torch.arange(200_000), _table_key(7, "t"), 1.0)
+    return truncated_normal(torch.arange(200_000), key_of(7, "t"), 1.0)
 
 
 def test_moments_and_cut(sample: torch.Tensor) -> None:
@@ -91,20 +91,20 @@ def test_std_scales() -> None:
 
 def test_values_are_kept_between_releases() -> None:
     """Another value here changes every run that starts from a seed: note it in CHANGELOG.md."""
-    values = truncated_normal(torch.tensor([0, 1, 10**12]), _table_key(1, "item_id"), 1.0)
+    values = truncated_normal(torch.tensor([0, 1, 10**12]), key_of(1, "item_id"), 1.0)
     assert values.tolist() == pytest.approx([-0.4600888181315581, 1.540126021857853, -0.2019334501396518], abs=1e-12)
 
 
 def test_uniform_fills_its_range_evenly() -> None:
     """Within 1/sqrt(rows), and as far from the exact distribution as a sample of this size may be (Kolmogorov)."""
-    values = uniform(torch.arange(200_000), _table_key(7, "t"), 0.25)
+    values = uniform(torch.arange(200_000), key_of(7, "t"), 0.25)
     assert values.abs().max() < 0.25 and values.abs().max() > 0.2499
     place = (torch.arange(len(values)) + 0.5) / len(values)
     assert (values.sort().values / 0.5 + 0.5 - place).abs().max() < 3 / math.sqrt(len(values))
 
 
 def test_uniform_values_are_kept_between_releases() -> None:
-    values = uniform(torch.tensor([0, 1, 10**12]), _table_key(1, "user"), 1.0)
+    values = uniform(torch.tensor([0, 1, 10**12]), key_of(1, "user"), 1.0)
     assert values.tolist() == pytest.approx([-0.9043375653325388, -0.5848048922972063, 0.7465963866233838], abs=1e-12)
 
 

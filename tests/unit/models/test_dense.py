@@ -54,3 +54,47 @@ def test_the_seed_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         initialise_dense(model, seed)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first[0].weight, other[0].weight)
+
+
+def test_no_way_of_cutting_changes_a_draw() -> None:
+    """Whole, and row by row through views: the same values, of the asked distribution."""
+
+    class Rows(nn.Linear):
+        def reset_parameters(self) -> None:
+            for row in self.weight:
+                nn.init.normal_(row, mean=1.0, std=0.5)
+
+    class Whole(nn.Linear):
+        def reset_parameters(self) -> None:
+            nn.init.normal_(self.weight, mean=1.0, std=0.5)
+
+    whole = nn.Sequential(Whole(400, 50, bias=False))
+    initialise_dense(whole, seed=1)
+    weight = whole[0].weight.detach()
+    assert float(weight.mean()) == pytest.approx(1.0, abs=0.02) and float(weight.std()) == pytest.approx(0.5, rel=0.02)
+    rows = nn.Sequential(Rows(400, 50, bias=False))
+    initialise_dense(rows, seed=1)
+    assert torch.equal(rows[0].weight[0], whole[0].weight[0]), "draw 0"
+    assert not torch.equal(rows[0].weight[1], rows[0].weight[0])
+
+
+def test_what_came_before_in_the_model_does_not_matter() -> None:
+    """A layer has its values by its name, not by its turn."""
+    alone, together = nn.ModuleDict({"b": nn.Linear(4, 4)}), nn.ModuleDict({"a": nn.Linear(9, 9), "b": nn.Linear(4, 4)})
+    for model in (alone, together):
+        initialise_dense(model, seed=1)
+    assert torch.equal(alone["b"].weight, together["b"].weight)
+
+
+@pytest.mark.parametrize(
+    "fill", [nn.init.orthogonal_, lambda w: w.data.random_(5), lambda w: w.data.copy_(torch.rand(4, 4))]
+)
+def test_draws_that_no_counter_gives_are_refused(fill) -> None:
+    class Odd(nn.Linear):
+        def reset_parameters(self) -> None:
+            fill(self.weight)
+
+    model = nn.Linear(4, 4, bias=False)
+    model.__class__ = Odd
+    with pytest.raises(TrainingError, match=r"reset_parameters draws random values by aten.*only normal and uniform"):
+        initialise_dense(model, seed=1)
