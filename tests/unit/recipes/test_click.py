@@ -129,6 +129,7 @@ def test_the_report_is_of_the_last_checkpoint(data: Path, test_rows: Path, tmp_p
         tmp_path / "run",
         evaluation={"path": str(test_rows), "every": 2},
         optimizer={"kind": "adamw", "lr": 0.3},
+        seed=2,
         checkpoint={"keep_last": 1},
     )
     report = train(config, alone)
