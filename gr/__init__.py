@@ -10,9 +10,10 @@ _PUBLIC = {
     "load": "gr.models.saved",
     "load_config": "gr.config",
     "plan": "gr.api",
+    "recommend": "gr.api",
     "train": "gr.api",
 }
-__all__ = ["evaluate", "load", "load_config", "plan", "train"]
+__all__ = ["evaluate", "load", "load_config", "plan", "recommend", "train"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,6 @@
 from gr.api import evaluate as evaluate
 from gr.api import plan as plan
+from gr.api import recommend as recommend
 from gr.api import train as train
 from gr.config import load_config as load_config
 from gr.models.saved import load as load

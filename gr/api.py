@@ -5,8 +5,8 @@ before it is needed.
 """
 
 import os
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from gr.errors import ConfigError
 
 if TYPE_CHECKING:
     from gr.config.inventory import InventoryConfig
+    from gr.dist import World
     from gr.planner.estimate import Estimate
     from gr.planner.topology import Topology
     from gr.training.trainer import Callback
@@ -61,16 +62,32 @@ def evaluate(
     configuration that is saved with it. plugins: modules that this configuration may have imported.
     """
     from gr import experiment
-    from gr.checkpoint import resolve
-    from gr.checkpoint.layout import CONFIG, read_progress
-    from gr.dist import use_cpu_well, world
 
-    path = resolve(checkpoint)
-    read_progress(path)
-    loaded = load_config(path / CONFIG, overrides, plugins=plugins)
-    with world(loaded.device) as own:
-        use_cpu_well(own)
+    loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
+    with _world(loaded) as own:
         return experiment.evaluate(loaded, path, own, split)
+
+
+def recommend(
+    checkpoint: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    k: int = 20,
+    holdout: Literal[0, 1] = 0,
+    plugins: Collection[str] = (),
+) -> dict[str, int]:
+    """Writes the k best items of every user of the evaluation data as one Parquet file, from a checkpoint.
+
+    `out` has user_id, item_id, score and place (1 is best), users in the order of the data, without the items that
+    evaluation.filter_seen forbids. overrides: `evaluation.path=FOLDER` names other users. holdout: newest events of a
+    user that are left out, to compare with them. Returns the numbers of users, of users without history, of rows.
+    """
+    from gr import experiment
+
+    loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
+    with _world(loaded) as own:
+        return experiment.recommend(loaded, path, own, Path(out), k=k, holdout=holdout)
 
 
 def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Estimate":
@@ -116,3 +133,24 @@ def _loaded(config: RunConfig | str | Path, overrides: Sequence[str]) -> RunConf
     if overrides:
         raise ConfigError("overrides are for a file: load_config(path, overrides) first, then pass what it returns")
     return config
+
+
+def _of_checkpoint(
+    checkpoint: str | Path, overrides: Sequence[str], plugins: Collection[str]
+) -> tuple[RunConfig, Path]:
+    """The configuration that is saved with a checkpoint, and the checkpoint's own folder."""
+    from gr.checkpoint import resolve
+    from gr.checkpoint.layout import CONFIG, read_progress
+
+    path = resolve(checkpoint)
+    read_progress(path)
+    return load_config(path / CONFIG, overrides, plugins=plugins), path
+
+
+@contextmanager
+def _world(config: RunConfig) -> "Iterator[World]":
+    from gr.dist import use_cpu_well, world
+
+    with world(config.device) as own:
+        use_cpu_well(own)
+        yield own

@@ -102,12 +102,14 @@ class RetrievalBatch(Movable):
 
 @dataclass(frozen=True)
 class EvaluationBatch(Movable):
-    """Histories, each with its one held-out item.
+    """Histories, each with its one held-out item, or with none: the item that comes next is asked for.
 
     features, timestamps_T: as in RetrievalBatch. query_timestamps_T: time of the next event, which for the last token
-    of an example is the time of its target.
-    target_ids_B: int64. valid_B: bool, False for rows that only fill up the batch and must not be counted.
+    of an example is the time of its target, or its own where there is none.
+    target_ids_B: int64, 0 for none. valid_B: bool, False for rows that only fill up the batch and must not be counted,
+    and for histories without an event.
     seen_ids, seen_offsets: int64, jagged [B]: the items that may not be recommended to each user.
+    user_B: int64 ids, where they were read.
     """
 
     features: KeyedJaggedTensor
@@ -117,6 +119,7 @@ class EvaluationBatch(Movable):
     valid_B: Tensor
     seen_ids: Tensor
     seen_offsets: Tensor
+    user_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -36,6 +36,7 @@ from gr.planner.for_run import make_plan
 from gr.planner.placement import Plan
 from gr.planner.planfile import dump_plan
 from gr.recipes.base import Recipe, Split, Training, TrainingLoader, open_recipe
+from gr.recipes.recommendations import write_recommendations
 from gr.status import StatusFile
 from gr.training import callbacks
 from gr.training.module import TrainModule
@@ -137,15 +138,39 @@ def evaluate(config: RunConfig, checkpoint: Path, world: World, split: Split) ->
     """
     with force_backend(config.trainer.kernels):
         verify(checkpoint, world)
-        own_plan = config.planner.model_copy(update={"plan": None})
         recipe = open_recipe(config, checkpoint)
         recipe.check_saved(load_config(checkpoint / CONFIG, plugins=config.plugins), str(checkpoint))
         recipe.check_split(split)
-        built = build(config.model_copy(update={"planner": own_plan}), world, checkpoint)
-        tables = TableOptimizer(built.model, config.embeddings.optimizer)
-        step = load_state(checkpoint, ModelState(dense_parameters(built.model), None, tables), world)["step"]
-        report, _ = _report(built, checkpoint, int(step), split)
+        built = build(_without_plan(config), world, checkpoint)
+        report, _ = _report(built, checkpoint, load_weights(built, checkpoint), split)
         return report | (recipe.comparisons(split) if world.is_main else {})
+
+
+def _without_plan(config: RunConfig) -> RunConfig:
+    """`config` for a world other than that of planner.plan."""
+    return config.model_copy(update={"planner": config.planner.model_copy(update={"plan": None})})
+
+
+def load_weights(built: Built, checkpoint: Path) -> int:
+    """Fills the built model with the weights of a checkpoint and returns its step. Collective."""
+    tables = TableOptimizer(built.model, built.recipe.config.embeddings.optimizer)
+    state = ModelState(dense_parameters(built.model), None, tables)
+    return int(load_state(checkpoint, state, built.world)["step"])
+
+
+def recommend(
+    config: RunConfig, checkpoint: Path, world: World, out: Path, *, k: int, holdout: Literal[0, 1] = 0
+) -> dict[str, int]:
+    """Writes the k best items of every user of the evaluation data as `out`, and returns what was counted. Collective.
+
+    `out` is one Parquet file: user_id, item_id, score, place; the same at every world size. Every rank must reach its
+    folder.
+    """
+    with force_backend(config.trainer.kernels):
+        verify(checkpoint, world)
+        built = build(_without_plan(config), world, checkpoint)
+        load_weights(built, checkpoint)
+        return write_recommendations(built.recipe, built.model, world, out, k=k, holdout=holdout)
 
 
 def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: World) -> dict[str, Any]:

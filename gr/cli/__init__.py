@@ -23,6 +23,7 @@ _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
     "status": ("gr.cli.status:command", "Show how a run stands, from its folder."),
     "evaluate": ("gr.cli.evaluate:command", "Evaluate a checkpoint on held-out data."),
+    "recommend": ("gr.cli.recommend:command", "Write the best items of every user, from a checkpoint."),
     "export-weights": ("gr.cli.export_weights:command", "Write the weights of a checkpoint as safetensors."),
     "plan": ("gr.cli.plan:command", "Plan where tables go; predict memory and step time."),
     "calibrate": ("gr.cli.calibrate:command", "Measure this machine and write a topology file for `gr plan`."),

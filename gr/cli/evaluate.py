@@ -9,9 +9,7 @@ import click
 @click.command(help="Evaluate a checkpoint: a run folder (its best, or else its latest), or one step-XXXXXXXX folder.")
 @click.option("--checkpoint", required=True, help="Run folder or checkpoint folder.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
-@click.option(
-    "--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this one of the checkpoint's plugins."
-)
+@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def command(
     checkpoint: str, split: Literal["validation", "test"], plugins: tuple[str, ...], overrides: tuple[str, ...]

@@ -10,9 +10,7 @@ import click
 )
 @click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
-@click.option(
-    "--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this one of the checkpoint's plugins."
-)
+@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
 @click.option("--force", is_flag=True, help="Replace the file.")
 def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -> None:
     from gr.errors import ConfigError

@@ -140,9 +140,16 @@ def _followers(length_B: np.ndarray, place_T: np.ndarray, last_B: np.ndarray) ->
 
 
 def collate_evaluation(
-    rows: Rows, *, max_length: int, target_from_end: int, filter_seen: Literal["window", "all", "none"]
+    rows: Rows,
+    *,
+    max_length: int,
+    target_from_end: int,
+    filter_seen: Literal["window", "all", "none"],
+    users: bool = False,
 ) -> tuple[EvaluationBatch, Counts]:
     """A batch for evaluation: the newest max_length events before the target, the target_from_end-th from the end.
+
+    target_from_end=0 holds nothing out: all events are history, and no target is named.
 
     Examples without an event before the target are empty, not valid, with target 0. The seen_ids of an example are
     ascending, unique and without its target; they come from the window, from all events before the target, or there are
@@ -153,20 +160,23 @@ def collate_evaluation(
     length_B = np.minimum(before_B, max_length)
     start_B = before_B - length_B
     targets = np.zeros(len(before_B), dtype=np.int64)
-    targets[valid_B] = rows.gather("item_ids", before_B, valid_B.astype(np.int64))
+    if target_from_end:
+        targets[valid_B] = rows.gather("item_ids", before_B, valid_B.astype(np.int64))
     items = rows.gather("item_ids", start_B, length_B)
     zeros_B = np.zeros_like(start_B)
     windows = {"window": (start_B, length_B), "all": (zeros_B, before_B), "none": (zeros_B, zeros_B)}
     seen_start_B, seen_B = windows[filter_seen]
     seen_ids, seen_offsets = _seen(rows.gather("item_ids", seen_start_B, seen_B), seen_B, targets)
+    newest_T = np.repeat(rows.lengths_B() - 1, length_B)
     batch = EvaluationBatch(
         features=_features(items, length_B),
         timestamps_T=_times(rows, length_B, ranges(start_B, length_B)),
-        query_timestamps_T=_times(rows, length_B, ranges(start_B + 1, length_B)),
+        query_timestamps_T=_times(rows, length_B, np.minimum(ranges(start_B + 1, length_B), newest_T)),
         target_ids_B=torch.from_numpy(targets),
         valid_B=torch.from_numpy(valid_B),
         seen_ids=torch.from_numpy(seen_ids),
         seen_offsets=torch.from_numpy(seen_offsets),
+        user_B=torch.from_numpy(rows.user_values("user_id")) if users else None,
     )
     return batch, Counts(int(start_B.sum()), int((~valid_B & (rows.group_B >= 0)).sum()))
 

@@ -163,16 +163,31 @@ def evaluation_batches(
     dataset: Dataset,
     config: HistoryDataConfig,
     *,
-    target_from_end: Literal[1, 2],
+    target_from_end: Literal[0, 1, 2],
     global_batch_size: int,
     filter_seen: Literal["window", "all", "none"],
     rank: int = 0,
     world_size: int = 1,
+    users: bool = False,
 ) -> UserBatches:
     """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
-    validation). Rows that only fill up a batch are not valid. Raises ConfigError as UserBatches does.
+    validation), or none (0). Rows that only fill up a batch are not valid. users: whether batches name their users.
+    Raises ConfigError as UserBatches does.
     """
     collate = partial(
-        collate_evaluation, max_length=config.max_length, target_from_end=target_from_end, filter_seen=filter_seen
+        collate_evaluation,
+        max_length=config.max_length,
+        target_from_end=target_from_end,
+        filter_seen=filter_seen,
+        users=users,
     )
-    return UserBatches(dataset, config, collate, global_batch_size=global_batch_size, rank=rank, world_size=world_size)
+    columns = ["user_id", *["timestamps"] * dataset.schema.timestamps] if users else None
+    return UserBatches(
+        dataset,
+        config,
+        collate,
+        columns=columns,
+        global_batch_size=global_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )

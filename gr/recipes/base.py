@@ -1,7 +1,7 @@
 """The questions that every kind of experiment answers. gr.experiment asks; a recipe knows no experiment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -12,7 +12,7 @@ from torch import nn
 from gr.config.load import RECIPES
 from gr.config.run import RunConfig
 from gr.dist import World
-from gr.errors import CheckpointError
+from gr.errors import CheckpointError, ConfigError
 from gr.metrics.writers import MetricsWriter
 from gr.models import build_model
 from gr.schema import SCHEMA_FILE
@@ -43,6 +43,20 @@ class Evaluation:
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """Recommendations of some users, best first for each user. users: how many had a history to recommend from.
+
+    user_N, item_N: int64. score_N: float32. place_N: int32, 1 is best.
+    """
+
+    user_N: np.ndarray
+    item_N: np.ndarray
+    score_N: np.ndarray
+    place_N: np.ndarray
+    users: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,16 @@ class Recipe(ABC, Generic[Config]):
     @abstractmethod
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """Metrics of a model on one split; the same at every world size. Collective."""
+
+    def recommend(self, model: nn.Module, world: World, k: int, holdout: Literal[0, 1]) -> Iterator["Recommended"]:
+        """The k best items of this rank's users of the evaluation data, in its order; ranks follow one another.
+
+        Collective: all ranks take as many parts.
+
+        holdout: newest events of each user that are left out, to compare with them. Raises ConfigError where the recipe
+        recommends nothing.
+        """
+        raise ConfigError(f"{self.config.kind} models recommend nothing: only retrieval models do")
 
     def comparisons(self, split: Split) -> dict[str, Any]:
         """Further parts of the report, to compare the model with; made on the main rank once the report is written."""

@@ -3,7 +3,7 @@
 B examples, T tokens, K candidates, C items of the corpus.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
-from gr.recipes.base import Evaluation, ReportTable, Split, Training
+from gr.recipes.base import Evaluation, Recommended, ReportTable, Split, Training
 from gr.recipes.baselines import evaluate_baselines
 from gr.recipes.histories import HistoryRecipe
 from gr.schema import ITEMS_FILE, SCHEMA_FILE
@@ -135,6 +135,37 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             "baselines": {},
         }
         return Evaluation(retrieval_metrics(ranks), details, {"ranks": ranks})
+
+    @torch.no_grad()
+    def recommend(self, model: nn.Module, world: World, k: int, holdout: Literal[0, 1]) -> Iterator[Recommended]:
+        """Items that evaluation.filter_seen allows, by batches of users. The same at every world size."""
+        items, settings = len(self.corpus[0]), self.config.evaluation
+        if not 1 <= k <= items:
+            raise ConfigError(f"--k={k}: the corpus has {items} items; set k to 1 up to that")
+        inner = unwrapped(model)
+        assert isinstance(inner, RetrievalModel)
+        inner.eval()
+        ranker = CorpusRanker(torch.tensor(self.corpus[0]), inner.item_vectors, inner.similarity, world)
+        batches = evaluation_batches(
+            self.evaluation_data,
+            self.config.data,
+            target_from_end=holdout,
+            global_batch_size=settings.global_batch_size,
+            filter_seen=settings.filter_seen,
+            rank=world.rank,
+            world_size=world.size,
+            users=True,
+        )
+        for batch in batches:
+            moved = batch.to(world.device)
+            ids_BK, scores_BK = ranker.top(inner.queries(moved), moved, k)
+            there_BK = ((scores_BK > -torch.inf) & moved.valid_B[:, None]).cpu()
+            assert batch.user_B is not None, "asked for"
+            places_BK = torch.arange(1, k + 1, dtype=torch.int32).expand_as(there_BK)
+            users_BK = batch.user_B[:, None].expand_as(there_BK)
+            values = (users_BK, ids_BK.cpu(), scores_BK.cpu(), places_BK)
+            user_N, item_N, score_N, place_N = (value[there_BK].numpy() for value in values)
+            yield Recommended(user_N, item_N, score_N, place_N, users=int(batch.valid_B.sum()))
 
     def comparisons(self, split: Split) -> dict[str, Any]:
         """Metrics of the configured baselines on the same users; none where the training data is gone."""

@@ -65,6 +65,34 @@ class CorpusRanker:
         B = len(queries_BD)
         return mean_rank[self.world.rank * B : (self.world.rank + 1) * B]
 
+    def top(self, queries_BD: Tensor, batch: EvaluationBatch, k: int) -> tuple[Tensor, Tensor]:
+        """The k best items of each query that it has not seen: ids, int64 [B, k], and scores, float32 [B, k].
+
+        Best first; of equal scores the smaller id. Where fewer are left, the score is minus infinity and the id 0.
+        Every rank passes as many queries. Raises TrainingError where scores are not finite.
+        """
+        queries = self._gather(queries_BD.float())
+        scores_QK = queries.new_full((len(queries), k), -torch.inf)
+        ids_QK = torch.zeros_like(scores_QK, dtype=torch.int64)
+        finite = True
+        for first, score in self._score_blocks(queries, self._seen_places(batch)):
+            finite = finite and not bool(score.isnan().any())
+            score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            ids = self.ids[first : first + score.shape[1]].expand(len(queries), -1)
+            scores_QK, ids_QK = _best(torch.cat([scores_QK, score], 1), torch.cat([ids_QK, ids], 1), k)
+        if self.world.any(not finite):
+            raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
+        B, first_query = len(queries_BD), self.world.rank * len(queries_BD)
+        # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
+        parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
+        scores_BC, ids_BC = (part.transpose(0, 1).flatten(1) for part in parts)
+        scores_BK, ids_BK = _best(scores_BC, ids_BC, k)
+        return ids_BK.masked_fill(scores_BK == -torch.inf, 0), scores_BK
+
+    def _gather_parts(self, rows_QK: Tensor) -> Tensor:
+        """rows_QK of every rank, [R, Q, K]."""
+        return self._gather(rows_QK).unflatten(0, (self.world.size, -1))
+
     def _two_passes(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> tuple[Iterable, Iterable]:
         """The blocks of scores twice: kept where there is one, computed again where keeping all would take memory."""
         if len(self.ids) <= SCORE_BLOCK:
@@ -106,3 +134,22 @@ class CorpusRanker:
     def _sum(self, values: Tensor) -> None:
         if self.world.size > 1:
             dist.all_reduce(values)
+
+
+def _best(scores_QC: Tensor, ids_QC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row, best first; of equal scores the smaller ids, wherever they stand."""
+    threshold_Q1 = scores_QC.topk(k, dim=1).values[:, -1:]
+    better_QC, equal_QC = scores_QC > threshold_Q1, scores_QC == threshold_Q1
+    # Only where more are equal than have room does an id decide; sorting ids is rare, and of few columns.
+    room_Q1 = k - better_QC.sum(1, keepdim=True)
+    if bool((equal_QC.sum(1, keepdim=True) > room_Q1).any()):
+        by_id = ids_QC.argsort(dim=1, stable=True)
+        equal_QC = equal_QC.gather(1, by_id)
+        equal_QC &= equal_QC.cumsum(1) <= room_Q1
+        equal_QC = torch.zeros_like(equal_QC).scatter(1, by_id, equal_QC)
+    chosen = (better_QC | equal_QC).nonzero()[:, 1].view(len(scores_QC), k)
+    ids_QK, scores_QK = ids_QC.gather(1, chosen), scores_QC.gather(1, chosen)
+    by_id = ids_QK.argsort(dim=1, stable=True)
+    ids_QK, scores_QK = ids_QK.gather(1, by_id), scores_QK.gather(1, by_id)
+    by_score = scores_QK.argsort(dim=1, descending=True, stable=True)
+    return scores_QK.gather(1, by_score), ids_QK.gather(1, by_score)

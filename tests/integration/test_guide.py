@@ -1,4 +1,4 @@
-"""The commands of docs/guide.md and docs/launch.md, run in order as written."""
+"""The commands of docs/guide.md, docs/launch.md and docs/recommend.md, run in order as written."""
 
 import os
 import re
@@ -16,7 +16,7 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("launch.md", 5)])
+@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("launch.md", 5), ("recommend.md", 5)])
 def test_every_command_of_the_page_runs(tmp_path, page, least):
     if page == "launch.md":
         pytest.importorskip("torchx", reason="needs torchx: the extra launch")

@@ -1,0 +1,38 @@
+"""`gr recommend`: the best items of every user, from a checkpoint."""
+
+import os
+from pathlib import Path
+from typing import Literal, cast
+
+import click
+
+
+@click.command(
+    help="Write the best items of every user as one Parquet file: user_id, item_id, score, place. The users are those "
+    "of evaluation.path, or else data.path; items that evaluation.filter_seen forbids are left out."
+)
+@click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--k", type=click.IntRange(1), default=20, show_default=True, help="Items a user.")
+@click.option("--holdout", type=click.IntRange(0, 1), default=0, show_default=True, help="Newest events left out.")
+@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def command(
+    checkpoint: str, out: Path, k: int, holdout: int, plugins: tuple[str, ...], force: bool, overrides: tuple[str, ...]
+) -> None:
+    from gr import logging
+    from gr.api import recommend
+    from gr.errors import ConfigError
+
+    if out.exists() and not force:
+        raise ConfigError(f"--out={out} exists: name another file, or replace it with --force")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    rank = int(os.environ.get("RANK", 0))
+    logging.configure(rank)
+    counts = recommend(checkpoint, out, overrides, k=k, holdout=cast(Literal[0, 1], holdout), plugins=plugins)
+    if rank == 0:
+        click.echo(f"{out}: {counts['rows']:,} rows, {counts['users']:,} users")
+        if counts["without_history"]:
+            click.echo(f"{counts['without_history']:,} users have no history: nothing is recommended to them")
