@@ -130,7 +130,7 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
         if column not in names:
             raise DataError(f"{file}: has no column {column}; it has {', '.join(names)}")
     with decoding(file):
-        table = pq.read_table(file, columns=["item_id", "count"])
+        table = pq.read_table(file, columns=["item_id", "count"], page_checksum_verification=True)
         ids = table.column("item_id").cast(pa.int64()).to_numpy()
         counts = table.column("count").cast(pa.int64()).to_numpy()
     wrong = (ids < 1) | (ids >= schema.item_cardinality) | np.append(False, np.diff(ids) <= 0)

@@ -65,7 +65,8 @@ class Parts:
     def read(self, index: int, columns: list[str]) -> tuple[RowGroup, pa.Table]:
         """Decodes one row group. Raises DataError where the file is damaged, OSError where another try may read it."""
         group = self.row_groups[index]
-        with decoding(group), pq.ParquetFile(group.file, metadata=self.metadata[group.file]) as file:
+        footer = self.metadata[group.file]
+        with decoding(group), pq.ParquetFile(group.file, metadata=footer, page_checksum_verification=True) as file:
             return group, file.read_row_group(group.index, columns=columns, use_threads=False)
 
 

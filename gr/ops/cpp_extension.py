@@ -26,6 +26,7 @@ _logger = get_logger(__name__)
 _SOURCE_ROOT = Path(__file__).parent
 _TORCH_ROOT = Path(torch.__file__).parent
 _COMPILERS = ("g++", "clang++")
+_WRITABLE_BY_OTHERS = 0o022
 _BUILD_TIMEOUT_S = 300
 
 # These are the parts of -ffast-math that vectorise sums. Linking with all of it makes GCC < 13 flush denormals in the
@@ -50,6 +51,9 @@ def load() -> None:
         with _locked(library.with_suffix(".lock")):
             if not library.exists():
                 _build(compiler, library)
+        _require_own(library)
+        if library.stat().st_mode & _WRITABLE_BY_OTHERS:
+            raise InstallError(f"{library} can be written by other users, so it is not loaded. Remove it.")
         torch.ops.load_library(str(library))
     except OSError as error:
         raise InstallError(f"the C++ operators cannot be stored or loaded: {error}") from error
@@ -73,9 +77,16 @@ def _cache_directory() -> Path:
     except OSError:
         directory = Path(tempfile.gettempdir()) / f"gr-cache-{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid() and os.getuid() != 0:
-        raise InstallError(f"{directory} belongs to another user, so code in it is not loaded. Set XDG_CACHE_HOME.")
+    _require_own(directory)
+    if directory.stat().st_mode & _WRITABLE_BY_OTHERS:
+        directory.chmod(0o700)  # a library that others have put there meanwhile is theirs, and so refused
     return directory
+
+
+def _require_own(path: Path) -> None:
+    """Raises InstallError unless `path` is this user's, root's too: code of other users is not loaded."""
+    if path.stat().st_uid != os.getuid():
+        raise InstallError(f"{path} belongs to another user, so code in it is not loaded. Set XDG_CACHE_HOME.")
 
 
 def _sources() -> list[Path]:
@@ -119,6 +130,7 @@ def _build(compiler: str, library: Path) -> None:
         _run_together(commands)
         draft = f"{directory}/ops.so"
         _run_together([[compiler, *objects, *_LINK_FLAGS, "-o", draft]])
+        os.chmod(draft, 0o755)  # whatever the umask
         os.replace(draft, library)
     _logger.info("built %s in %.0f seconds", library, time.perf_counter() - started)
 

@@ -71,7 +71,7 @@ def write_vocabulary(
     """
     written = 0
     schema = pa.schema([("value", kind), ("id", pa.int32()), ("count", pa.int64())])
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         for values, counts in _merged(runs, name, entries):
             frequent = counts >= threshold
             size = int(frequent.sum())

@@ -123,9 +123,8 @@ class PartWriter:
         assert self._pending is not None
         group, self._pending = self._pending.slice(0, rows), self._pending.slice(rows)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(
-                self._folder / part_name(self._first_part + self.parts), group.schema, compression="zstd"
-            )
+            part = self._folder / part_name(self._first_part + self.parts)
+            self._writer = pq.ParquetWriter(part, group.schema, compression="zstd", write_page_checksum=True)
             self.parts += 1
         self._writer.write_table(group, row_group_size=rows)
         self.rows += rows
@@ -179,7 +178,7 @@ class FolderWriter:
             raise DataError(f"{source}: no user is left to write")
         corpus = np.unique(corpus).astype(np.int64)
         items = pa.table({"item_id": corpus, "count": self._counts[corpus]})
-        pq.write_table(items, self._folder / ITEMS_FILE)
+        pq.write_table(items, self._folder / ITEMS_FILE, write_page_checksum=True)
         schema = DataSchema(
             format_version=FORMAT_VERSION,
             name=name,

@@ -19,7 +19,7 @@ from gr.data.history_batches import HistoryEpochs, evaluation_batches
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.embeddings import with_candidates
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import CheckpointError, ConfigError, DataError
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
@@ -128,6 +128,11 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         inner = unwrapped(model)
         assert isinstance(inner, RetrievalModel)
         ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world)
+        if not len(ranks):
+            raise DataError(
+                f"{self.evaluation_data.path}: no user has an event before the held-out one, so there is nothing to "
+                "evaluate: name other users with evaluation.path"
+            )
         details: dict[str, Any] = {
             "split": split,
             "filter_seen": settings.filter_seen,

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -114,6 +115,30 @@ def test_failed_build_shows_the_compiler_message(tmp_path: Path, monkeypatch: py
     with pytest.raises(InstallError, match="this is broken"):
         cpp_extension._build(cpp_extension._find_compiler(), tmp_path / "ops.so")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_cache_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by root either; one's own folder that others can write into is closed, and what they left in it refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cpp_extension._cache_directory()
+    folder.chmod(0o777)
+    assert cpp_extension._cache_directory().stat().st_mode & 0o777 == 0o700
+    compiler = cpp_extension._find_compiler()
+    library = folder / f"ops-{cpp_extension._fingerprint(compiler)}.so"
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it was loaded"))
+    library.touch()
+    library.chmod(0o775)
+    cpp_extension.load.cache_clear()
+    with pytest.raises(InstallError, match="can be written by other users"):
+        cpp_extension.load()
+    if os.getuid() != 0:
+        pytest.skip("only root can give files to another user")
+    for path in (library, folder):
+        path.chmod(0o755)
+        os.chown(path, 65534, 65534)
+        cpp_extension.load.cache_clear()
+        with pytest.raises(InstallError, match="belongs to another user, so code in it is not loaded"):
+            cpp_extension.load()
 
 
 def _load_with_a_slow_build(cache: Path) -> None:
