@@ -59,7 +59,7 @@ def read_status(run_dir: Path) -> RunStatus:
     """
     path = run_dir / STATUS
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except OSError as error:
         if is_transient(error):
             raise
@@ -71,7 +71,7 @@ def read_status(run_dir: Path) -> RunStatus:
         status = RunStatus(**fields | {"error": RunError(**fields["error"]) if fields["error"] else None})
         if status.state not in get_args(State):
             raise ValueError(f"state {status.state!r}")
-    except (ValueError, TypeError, KeyError) as fault:
+    except (ValueError, TypeError, KeyError, RecursionError) as fault:
         raise GRError(f"{path}: not a status of this version of gr ({fault}); start the run again") from None
     return status
 

@@ -45,29 +45,38 @@ class Attempt:
         """The end of the run in words, with its error if there is one."""
         status = self._parsed()
         error = status.get("error")
-        why = f": rank {error['rank']} on {error['host']}: {error['message']}" if error else ""
+        explained = isinstance(error, dict) and {"rank", "host", "message"} <= error.keys()
+        why = f": rank {error['rank']} on {error['host']}: {error['message']}" if explained else ""
         return f"the run {status.get('state')} at step {status.get('step')} of {status.get('steps')}{why}"
 
     def crashes(self, job_id: str) -> int:
         """Records a crash of this attempt; returns the crashes of this job in a row without a new checkpoint."""
         path = self._run_dir / "logs" / "crashes.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        earlier = known["crashes"] if known.get("job") == job_id and self._saved() <= self._saved_before else 0
+        known = _object(path.read_text(errors="replace")) if path.exists() else {}
+        earlier = known.get("crashes", 0) if known.get("job") == job_id and self._saved() <= self._saved_before else 0
         path.write_text(json.dumps({"job": job_id, "crashes": earlier + 1}))
         return earlier + 1
 
     def _outcome(self) -> int:
-        return CRASHED if self._read() == self._before else _OUTCOMES.get(self._parsed().get("state", ""), CRASHED)
+        return CRASHED if self._read() == self._before else _OUTCOMES.get(str(self._parsed().get("state")), CRASHED)
 
     def _parsed(self) -> dict:
-        text = self._read()
-        return json.loads(text) if text else {}
+        return _object(self._read())
 
     def _read(self) -> str:
         try:
-            return (self._run_dir / "status.json").read_text()
+            return (self._run_dir / "status.json").read_text(errors="replace")
         except OSError:  # the file does not exist yet, or a network folder does not answer, which is no news
             return ""
 
     def _saved(self) -> set[str]:
         return {path.name for path in self._run_dir.glob("checkpoints/step-*")}
+
+
+def _object(text: str) -> dict:
+    """The JSON object that `text` is; empty for anything else, as a crash or a full disk may leave it."""
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

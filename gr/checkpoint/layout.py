@@ -10,6 +10,7 @@ A folder gets its final name by one rename, after every rank has written.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -56,9 +57,20 @@ class CheckpointFolder:
         return f"the last good checkpoint is {latest}" if (latest := self.latest()) else "there is no checkpoint yet"
 
     def best(self) -> dict[str, Any] | None:
-        """The content of best.json, or None."""
+        """The content of best.json, or None where there is none. Raises CheckpointError for anything else."""
         path = self.path / BEST
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            best = json.loads(path.read_text())
+            if not (isinstance(best["step"], int) and isinstance(best["metric"], str) and math.isfinite(best["value"])):
+                raise ValueError("step, metric or value is of another type")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: is not what gr wrote ({error}): remove it, and the latest checkpoint takes the place of the "
+                "best"
+            ) from error
+        return best
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
         write_json(self.path / BEST, {"step": step, "metric": metric, "value": value})
@@ -127,7 +139,9 @@ def read_progress(path: Path) -> dict[str, Any]:
         progress = json.loads((path / PROGRESS).read_text())
         if not isinstance(progress, dict) or not {"step", "data"} <= progress.keys():
             raise ValueError(f"{PROGRESS} has no step or no data")
-    except (OSError, ValueError) as error:
+        if not isinstance(progress["step"], int) or not isinstance(progress["data"], dict):
+            raise ValueError(f"{PROGRESS} has a step or data of another type")
+    except (OSError, ValueError, RecursionError) as error:
         if is_transient(error):
             raise
         raise CheckpointError(

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from gr.logging import get_logger
+
+log = get_logger(__name__)
+
 
 class MetricsWriter:
     """Writes each record to run_dir/metrics.jsonl and run_dir/tensorboard."""
@@ -33,9 +37,21 @@ class MetricsWriter:
 def _drop_after(path: Path, steps_done: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
-    if len(complete) < len(lines):
+    lines = path.read_bytes().splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    if damaged := sum(step is None for step in steps[:-1]):  # the last line may be cut off by a kill
+        log.warning("%s: %d lines are no records, as after a power failure: left out", path, damaged)
+    whole = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= steps_done]
+    if len(whole) < len(lines):
         draft = path.with_name(f".{path.name}")
-        draft.write_text("".join(complete))
+        draft.write_bytes(b"".join(whole))
         draft.replace(path)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record, None for a line that is none."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

@@ -176,6 +176,17 @@ def test_cpus_of_a_container_are_its_quota(tmp_path, quota, expected):
     assert node.cpus(limit) == expected
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "5", "null", '{"state": []}', '{"state": "failed", "error": "x"}'])
+def test_a_status_of_garbage_is_a_crash_or_what_it_says_and_no_traceback(tmp_path, content):
+    attempt = Attempt(tmp_path)
+    (tmp_path / "status.json").write_text(content)
+    assert attempt.outcome() == (FAILED if "failed" in content else CRASHED)
+    assert "the run" in attempt.sentence()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/crashes.json").write_text(content)
+    assert attempt.crashes("job") == 1
+
+
 @pytest.mark.parametrize(
     ("state", "outcome"), [("done", DONE), ("failed", FAILED), ("stopped", STOPPED), ("running", CRASHED)]
 )
@@ -195,7 +206,7 @@ def test_no_status_is_a_crash(tmp_path):
 
 def test_a_folder_that_does_not_answer_is_no_news(tmp_path, monkeypatch):
     attempt = Attempt(tmp_path)
-    monkeypatch.setattr(Path, "read_text", lambda self: os.strerror(os.read(-1, 1)))
+    monkeypatch.setattr(Path, "read_text", lambda self, errors=None: os.strerror(os.read(-1, 1)))
     assert attempt.outcome() == CRASHED
 
 

@@ -63,9 +63,18 @@ def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
 def test_a_status_that_cannot_be_read_just_now_is_no_failure(
     status: StatusFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stale(_: Path) -> str:
+    def stale(_: Path, errors: str | None = None) -> str:
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(Path, "read_text", stale)
     with pytest.raises(OSError, match="Stale file handle"):
         status.update(step=30)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[]", b"5", b"null", b'{"state": "running", "error": 3}', b"[" * 99_999]
+)
+def test_a_status_that_gr_did_not_write_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "status.json").write_bytes(content)
+    with pytest.raises(GRError, match="not a status of this version of gr"):
+        read_status(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gr.checkpoint import CheckpointFolder, resolve
+from gr.checkpoint.layout import BEST, PROGRESS, read_progress
 from gr.errors import CheckpointError
 
 
@@ -136,3 +137,21 @@ def test_best_is_replaced(folder: CheckpointFolder) -> None:
     folder.mark_best(9, "mrr", 0.1)
     folder.mark_best(20, "mrr", 0.2)
     assert folder.best() == {"step": 20, "metric": "mrr", "value": 0.2}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"5", b'{"step": 40}', b'{"step": 1, "metric": "m", "value": "x"}', b"\xff\x00"]
+)
+def test_a_best_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / BEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"best.json: is not what gr wrote .*: remove it, and the latest"):
+        CheckpointFolder(tmp_path).best()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"step": "4", "data": {}}', b'{"step": 4, "data": 3}', b"\xff"]
+)
+def test_a_progress_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / PROGRESS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        read_progress(tmp_path)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gr.metrics.writers import MetricsWriter
@@ -62,3 +63,15 @@ def test_a_run_from_the_start_starts_its_metrics_anew(tmp_path: Path) -> None:
         writer.write(1, "train", {"loss": 1.0})
         writer.close()
     assert [record["step"] for record in lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"{\n", b"null\n", b"\x00\x00\x00\n", b'{"kind": "train"}\n', b'{"step": "3"}\n', b"\xff\n"]
+)
+def test_lines_that_are_no_records_are_left_out_of_a_resumed_run(tmp_path: Path, garbage: bytes) -> None:
+    first, second = b'{"step": 1, "kind": "train", "loss": 3.0}\n', b'{"step": 2, "kind": "train", "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(first + garbage + second)
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write(3, "train", {"loss": 1.0})
+    writer.close()
+    assert [(record["step"], record["loss"]) for record in lines(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0)]
