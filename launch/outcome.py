@@ -45,8 +45,8 @@ class Attempt:
         """The end of the run in words, with its error if there is one."""
         status = self._parsed()
         error = status.get("error")
-        explained = isinstance(error, dict) and {"rank", "host", "message"} <= error.keys()
-        why = f": rank {error['rank']} on {error['host']}: {error['message']}" if explained else ""
+        parts = [error.get(name) for name in ("rank", "host", "message")] if isinstance(error, dict) else []
+        why = ": rank {} on {}: {}".format(*parts) if parts else ""
         return f"the run {status.get('state')} at step {status.get('step')} of {status.get('steps')}{why}"
 
     def crashes(self, job_id: str) -> int:

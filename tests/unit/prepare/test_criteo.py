@@ -59,10 +59,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def expected_ids(rows: list[Row], column: int, threshold: int) -> dict[str, int]:
     counts = Counter(row[14 + column] for row in rows if row[14 + column])
-    return {
-        v: i
-        for i, v in enumerate(sorted((v for v, n in counts.items() if n >= threshold), key=lambda v: int(v, 16)), 1)
-    }
+    frequent = sorted((value for value, times in counts.items() if times >= threshold), key=lambda v: int(v, 16))
+    return {value: number for number, value in enumerate(frequent, 1)}
 
 
 @pytest.mark.parametrize("threshold", [1, 4])
