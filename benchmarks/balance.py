@@ -20,7 +20,6 @@ from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
 from gr.dist import World, use_cpu_well, world
 from gr.parallel.load_balance import LoadBalancer, deal
-from gr.planner.estimate_dense import sequence_flops
 from gr.training.module import TrainModule
 
 RANKS, EXAMPLES, DRAWS = (2, 8, 64, 512), (4, 16, 64), 100
@@ -33,9 +32,11 @@ def main() -> None:
     with world("cpu") as here:
         use_cpu_well(here)
         built, module = training(config, here)
-        balance = LoadBalancer(lambda lengths_N: sequence_flops(built.inventory, lengths_N), here)
+        flops = built.recipe.example_flops()
+        assert flops is not None, "data.balance is set"
+        balance = LoadBalancer(flops, here)
         if here.is_main:
-            simulate(training_lengths(built.train_data, config), balance)
+            simulate(training_lengths(built.recipe.train_data, config), balance)
         measure(module, balance, config, here)
 
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from gr.experiment.ranking import meta_model
-from gr.experiment.run import sharded_model
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -28,7 +27,7 @@ from benchmarks.compare import compare, print_machine, report
 from gr.batch import TabularBatch
 from gr.config.click import ClickConfig
 from gr.dist import World, world
-from gr.planner.inventory import click_inventory
+from gr.experiment import build
 from gr.recipes.click import ClickObjective
 from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
 from gr.training.module import TrainModule
@@ -93,15 +92,18 @@ class Ours:
     step: Step
 
 
-def ours(kind: str, rows: int, batch: int, here: World) -> Ours:
-    """gr's model, planned and sharded as `gr train` does. kind: the tables' optimizer."""
+def ours(kind: str, rows: int, batch: int, here: World, folder: str) -> Ours:
+    """gr's model, planned and sharded as `gr train` does. kind: the tables' optimizer.
+
+    folder: gets the schema of the rows, which are made as they are needed.
+    """
     config = ClickConfig.model_validate(
         {
             "run_dir": "unused",
             "device": "cpu",
-            "data": {"path": "unused"},
+            "data": {"path": folder},
             "model": {"dim": DIM, "bottom": BOTTOM, "top": TOP},
-            "task": {"kind": "ranking"},
+            "task": {"kind": "click"},
             "embeddings": {"init": "uniform_rows", "optimizer": {"kind": kind, "lr": LR}},
             "trainer": {"steps": 1, "global_batch_size": batch},
         }
@@ -119,11 +121,12 @@ def ours(kind: str, rows: int, batch: int, here: World) -> Ours:
         files=[SourceRows(name="generated", rows=batch, minimum=0)],
         source="benchmarks",
     )
-    sharded, plan = sharded_model(meta_model(config, schema), click_inventory(config, schema), config, here, None)
-    assert plan is not None, "gr's planner is the default"
-    kinds = sorted({f"{placement.sharding_type} ({placement.kernel})" for placement in plan.placements})
+    schema.save(folder)
+    built = build(config, here)
+    assert built.plan is not None, "it has tables"
+    kinds = sorted({f"{placement.sharding_type} ({placement.kernel})" for placement in built.plan.placements})
     print(f"gr's plan for {kind}: {', '.join(kinds)}")
-    module = TrainModule(sharded, ClickObjective(config.task.loss), config, here)
+    module = TrainModule(built.model, ClickObjective(config.task.loss), config, here)
 
     def update() -> None:
         module.dense_optimizer.step()
@@ -196,8 +199,9 @@ def main() -> None:
     print_machine()
     print(", ".join(f"{name} {version(name)}" for name in ("torchrec", "fbgemm-gpu-cpu")))
     batches = [random_batch(arguments.batch, arguments.rows, number) for number in range(BATCHES)]
-    with world("cpu") as here:
-        sgd, adagrad = (ours(kind, arguments.rows, arguments.batch, here) for kind in ("sgd", "rowwise_adagrad"))
+    with world("cpu") as here, TemporaryDirectory() as folder:
+        kinds = ("sgd", "rowwise_adagrad")
+        sgd, adagrad = (ours(kind, arguments.rows, arguments.batch, here, folder) for kind in kinds)
         model = copied(sgd, arguments.rows)
         adamw = plain(model, torch.optim.AdamW)
         _print_difference(sgd.step, adamw, batches)

@@ -1,23 +1,19 @@
 """A retrieval configuration made ready for its training steps, without a run folder or a trainer."""
 
-from gr.experiment.retrieval import Built, build
-
 from gr.batch import RetrievalBatch
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import Dataset
 from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.dist import World
-from gr.recipes.retrieval import RetrievalObjective
-from gr.tasks import CandidateSampler
+from gr.experiment import Built, build
 from gr.training.module import TrainModule
 
 
 def training(config: RetrievalConfig, here: World) -> tuple[Built, TrainModule]:
     """The sharded model, and its steps; examples stay where they are loaded."""
     built = build(config, here)
-    objective = RetrievalObjective(CandidateSampler(config.task, *built.corpus, config.seed), here)
-    return built, TrainModule(built.model, objective, config, here)
+    return built, TrainModule(built.model, built.recipe.objective(here), config, here)
 
 
 def first_batches(config: RetrievalConfig, here: World, count: int) -> list[RetrievalBatch]:
