@@ -30,7 +30,7 @@ from benchmarks import layer, loss, train_step
 from benchmarks.case import Options
 from benchmarks.compare import compare
 from benchmarks.machine import describe, peaks
-from gr.config.inventory import HSTUDense, InventoryConfig, TableConfig
+from gr.config.inventory import InventoryConfig, TableConfig, TowerDense
 from gr.config.towers import STUConfig
 from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
@@ -198,8 +198,8 @@ def fixed_shape(run: Run) -> None:
     x_TD = torch.randn(count * length, dim, device=run.device, requires_grad=True)
     peak = peaks(run.device).bfloat16
     for layers in (1,) if run.small else (1, 8):
-        shape = {"layers": layers, "heads": heads, "qk_dim": width, "v_dim": width}
-        tower = STU(STUConfig(dropout=0.0, **shape), dim=dim, max_length=length).to(run.device)
+        config = STUConfig(layers=layers, heads=heads, qk_dim=width, v_dim=width, dropout=0.0)
+        tower = STU(config, dim=dim, max_length=length).to(run.device)
         optimizer = torch.optim.AdamW(tower.parameters(), fused=True)
 
         def step(tower: STU = tower, optimizer: torch.optim.Optimizer = optimizer, layers: int = layers) -> None:
@@ -209,7 +209,7 @@ def fixed_shape(run: Run) -> None:
                 optimizer.step()
             optimizer.zero_grad()
 
-        dense = HSTUDense(dim=dim, mean_length=length, max_length=length, concat_ua=True, **shape)
+        dense = TowerDense(tower=config, dim=dim, mean_length=length, max_length=length)
         table = TableConfig(name="items", rows=1, dim=dim)
         work = dense_work(InventoryConfig(rank_batch_size=count, tables=(table,), dense=dense), count)
         ms = run.time({"step": step})["step"]
