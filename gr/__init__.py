@@ -1,6 +1,6 @@
 """gr: training of sparse recommender models on torch and torchrec. Importing the package imports no torch.
 
-The functions of __all__ are what docs/python.md shows; each is imported when it is first used.
+The functions of __all__ are those of docs/python.md; each is imported when it is first used.
 """
 
 __version__ = "0.1.0"
@@ -22,3 +22,7 @@ def __getattr__(name: str) -> object:
     import importlib
 
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

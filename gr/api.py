@@ -1,4 +1,4 @@
-"""gr from Python: what the commands `gr train`, `gr evaluate` and `gr plan` do, for a program of one's own.
+"""gr from Python: what `gr train`, `gr evaluate`, `gr recommend` and `gr plan` do, for a program of one's own.
 
 Each function runs in one process, or on every rank that torchrun started, as the commands do. No torch is imported
 before it is needed.
@@ -115,12 +115,12 @@ def planning_problem(
     if not isinstance(config, RunConfig) and is_inventory(config):
         inventory = load_inventory(config, overrides)
         if topology is None:
-            raise ConfigError(f"--topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
+            raise ConfigError(f"topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
         return inventory, parse_topology(topology)
     experiment = _loaded(config, overrides)
     topology = topology or experiment.planner.topology
     if topology is None:
-        raise ConfigError("--topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
+        raise ConfigError("topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
     machine = parse_topology(topology)
     experiment.check_ranks(machine.ranks)
     inventory = experiment.inventory(experiment.load_schema())

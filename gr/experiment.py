@@ -106,7 +106,7 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
             dump_config(config),
             world,
             asynchronous=config.checkpoint.asynchronous,
-            artifacts=[recipe.folder / name for name in recipe.artifacts],
+            artifacts={name: _content(recipe.folder / name, world) for name in recipe.artifacts},
         )
         if world.is_main:
             write_config(config)
@@ -139,7 +139,7 @@ def evaluate(config: RunConfig, checkpoint: Path, world: World, split: Split) ->
     with force_backend(config.trainer.kernels):
         verify(checkpoint, world)
         recipe = open_recipe(config, checkpoint)
-        recipe.check_saved(load_config(checkpoint / CONFIG, plugins=config.plugins), str(checkpoint))
+        recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))
         recipe.check_split(split)
         built = build(_without_plan(config), world, checkpoint)
         report, _ = _report(built, checkpoint, load_weights(built, checkpoint), split)
@@ -168,6 +168,7 @@ def recommend(
     """
     with force_backend(config.trainer.kernels):
         verify(checkpoint, world)
+        open_recipe(config, checkpoint).check_saved(_saved_config(checkpoint, config), str(checkpoint))
         built = build(_without_plan(config), world, checkpoint)
         load_weights(built, checkpoint)
         return write_recommendations(built.recipe, built.model, world, out, k=k, holdout=holdout)
@@ -180,9 +181,7 @@ def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: Wo
     if chosen is None:
         return {"step": 0}
     watchdog.enter(f"loading {chosen}")
-    saved = load_config(chosen / CONFIG, plugins=config.plugins)
-    if type(saved) is not type(config):
-        raise CheckpointError(f"{chosen} is of another kind of experiment (task.kind); use another run_dir")
+    saved = _saved_config(chosen, config)
     recipe.check_saved(saved, str(chosen))
     progress = load_state(chosen, state, world)
     loader.load_state_dict(progress["data"])
@@ -190,6 +189,19 @@ def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: Wo
     for name, (before, now) in differences(saved, config).items():
         log.info("  %s: %s there, %s now", name, before, now)
     return progress
+
+
+def _content(path: Path, world: World) -> bytes:
+    """What rank 0 writes: read once, so that every checkpoint has what the run was trained with."""
+    return path.read_bytes() if world.is_main else b""
+
+
+def _saved_config(checkpoint: Path, config: RunConfig) -> RunConfig:
+    """The configuration that a checkpoint was trained with. Raises CheckpointError where it is no `config`'s kind."""
+    saved = load_config(checkpoint / CONFIG, plugins=config.plugins)
+    if type(saved) is not type(config):
+        raise CheckpointError(f"{checkpoint} is of another kind of experiment (task.kind); use another run_dir")
+    return saved
 
 
 def _callbacks(recipe: Recipe, training: Training) -> list[Callback]:

@@ -1,7 +1,8 @@
 """Checkpoints on disk.
 
     run_dir/checkpoints/step-00000120/     .metadata, *.distcp (DCP), progress.json, config.yaml, SHA256SUMS, and
-                                           schema.json and what else of the data the model needs to be used
+                                           the recipe's artifacts: schema.json and what else of the data a
+                                           model needs to be used
     run_dir/checkpoints/step-00000100.damaged/   found not to be what was written; kept for whoever wants to know
     run_dir/checkpoints/.step-00000140/    being written or removed: never looked at, gone at the next start
     run_dir/checkpoints/best.json          {"step": 120, "metric": "ndcg@10", "value": 0.17}
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gr.config.load import PROGRESS
 from gr.errors import CheckpointError
 from gr.files import is_transient, write_json
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
-PROGRESS = "progress.json"
 CONFIG = "config.yaml"
 METADATA = ".metadata"
 CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from gr.checkpoint.layout import METADATA
 from gr.errors import CheckpointError
@@ -63,8 +63,10 @@ def read_metadata(path: Path) -> Metadata:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"{METADATA} holds a {type(metadata).__name__}")
+        if not isinstance(metadata.storage_meta, StorageMeta | None):
+            raise pickle.UnpicklingError(f"{METADATA} has no StorageMeta")
         for name, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, BytesStorageMetadata):
+            if not isinstance(entry, TensorStorageMetadata):
                 raise pickle.UnpicklingError(f"{name} is no tensor")
         for place in (metadata.storage_data or {}).values():
             if os.path.basename(place.relative_path) != place.relative_path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gr import watchdog
 from gr.checkpoint.checksums import find_damage
-from gr.checkpoint.layout import SHARED, CheckpointFolder, resolve
+from gr.checkpoint.layout import SHARED, CheckpointFolder, read_progress, resolve
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
 from gr.files import is_transient
@@ -27,6 +27,7 @@ def verify(path: Path, world: World) -> None:
         raise CheckpointError(f"{path}: cannot be read: {error}; mend its owner or its mount") from error
     if faults := [fault for fault in world.gather_text(damage) if fault]:
         raise DamagedCheckpointError(f"{faults[0]}; restore that file, or remove {path} to use the one before")
+    read_progress(path)
 
 
 def resume_from(folder: Path, load_from: str | None, world: World) -> Path | None:

@@ -87,11 +87,11 @@ class CheckpointStore:
         world: World,
         *,
         asynchronous: bool,
-        artifacts: Sequence[Path] = (),
+        artifacts: Mapping[str, bytes] | None = None,
     ) -> None:
-        """artifacts: files to keep in every checkpoint, such as the data's schema.json."""
+        """artifacts: files to keep in every checkpoint, such as the data's schema.json: name -> content on rank 0."""
         self.folder = CheckpointFolder(folder)
-        self.state, self.config_yaml, self.artifacts, self.world = state, config_yaml, artifacts, world
+        self.state, self.config_yaml, self.artifacts, self.world = state, config_yaml, artifacts or {}, world
         self.pending: Thread | None = None
         self.failure: Exception | None = None  # error of a save in the background
         newest = world.from_main(" ".join(map(str, self.folder.steps()[-1:])))
@@ -118,12 +118,8 @@ class CheckpointStore:
                 f"weights are not finite after step {step}: not saved; {self.folder.describe_latest()}"
             )
         partial = self.folder.partial(step)
-        if self.world.is_main:
-            partial.mkdir(exist_ok=True)
-            write_text(partial / CONFIG, self.config_yaml)
-            write_json(partial / PROGRESS, {"format": FORMAT, **progress})
-            for artifact in self.artifacts:
-                shutil.copyfile(artifact, partial / artifact.name)
+        with self._explained(step):
+            self._on_all(lambda: self._begin(partial, progress) if self.world.is_main else "")
         if self.group is None:
             with self._explained(step):
                 dcp.save(tensors, storage_writer=_Writer(partial))
@@ -135,6 +131,14 @@ class CheckpointStore:
         parameters = future, step, keep_last, began
         self.pending = Thread(target=self._commit_later, args=parameters, name="checkpoint-commit")
         self.pending.start()
+
+    def _begin(self, partial: Path, progress: dict[str, Any]) -> str:
+        partial.mkdir(exist_ok=True)
+        write_text(partial / CONFIG, self.config_yaml)
+        write_json(partial / PROGRESS, {"format": FORMAT, **progress})
+        for name, content in self.artifacts.items():
+            (partial / name).write_bytes(content)
+        return ""
 
     def finish(self) -> None:
         """Waits for a save in the background. Raises what went wrong in it."""
@@ -169,7 +173,7 @@ class CheckpointStore:
     def _commit(self, step: int, keep_last: int, began: float) -> None:
         """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError, on every rank."""
         partial = self.folder.partial(step)
-        shared = [*SHARED, *(artifact.name for artifact in self.artifacts)]
+        shared = [*SHARED, *self.artifacts]
         lines = self._on_all(lambda: sums_of(partial, self.world.rank, shared))
         # It has its name on every rank's return: none may look for it before.
         self._on_all(lambda: self._name(step, lines) if self.world.is_main else "")

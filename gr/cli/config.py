@@ -8,7 +8,6 @@ from gr.config import differences, dump_config, json_schema, load_config
 
 _path = click.argument("config", type=click.Path())
 _overrides = click.argument("overrides", nargs=-1, metavar="[a.b.c=value]...")
-_ABSENT = object()
 
 
 @click.group()

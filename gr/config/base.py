@@ -46,9 +46,11 @@ class Registry:
     def add(self, config: type[Section], target: str, *, kind: str | None = None) -> None:
         """Registers `config` and the "module:name" of what it configures. kind: unset, that of config's field `kind`.
 
-        Raises ConfigError where the kind is another class's already.
+        Raises ConfigError where there is no kind, or it is another class's already.
         """
-        kind = kind or get_args(config.model_fields["kind"].annotation)[0]
+        kind = kind or next(iter(get_args(config.model_fields["kind"].annotation)), None)
+        if kind is None:
+            raise ConfigError(f"{config.__module__}.{config.__qualname__}: declare kind: Literal['name'] = 'name'")
         other = self._configs.get(kind)
         if other is not None and (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ RECIPES = Registry("task")
 RECIPES.add(RetrievalConfig, "gr.recipes.retrieval:RetrievalRecipe", kind="retrieval")
 RECIPES.add(RankingConfig, "gr.recipes.ranking:RankingRecipe", kind="ranking")
 RECIPES.add(ClickConfig, "gr.recipes.click:ClickRecipe", kind="click")
+PROGRESS = "progress.json"  # what lies beside the configuration of a checkpoint, and of nothing else
 DEFAULT_RECIPE = "retrieval"
 RENAMED_RECIPES = {"generative_ranking": "ranking"}
 
@@ -40,9 +42,13 @@ def load_config(
     `kind` changes starts afresh. Modules under `plugins:` are imported first.
 
     plugins: the modules that the file may have imported; None: any, for a file that is the caller's own. A file that
-    came with a checkpoint is somebody else's: Python code runs only where the caller names it too.
+    came with a checkpoint is somebody else's: Python code runs only where the caller names it too, and it stands alone:
+    `base:` is refused.
     """
-    reader = Reader(default_kinds(RetrievalConfig))
+    if plugins is None and (Path(path).parent / PROGRESS).is_file():
+        plugins = ()  # it is a checkpoint's, whoever asks
+    bases = plugins is None
+    reader = Reader(default_kinds(RetrievalConfig), bases=bases)
     tree = reader.read(path, overrides)
     _import_plugins(tree.find(("plugins",)), plugins)
     written = tree.find(("task", "kind"))
@@ -50,7 +56,7 @@ def load_config(
     if isinstance(kind, str) and kind in RECIPES:
         if written is not None and kind == "ranking" and tree.find(("model", "bottom")) is not None:
             raise ConfigError(f"{written.origin}: task.kind: ranking of rows by DLRM is now called click")
-        return load_section(RECIPES.config(kind), path, overrides)  # type: ignore[return-value]
+        return load_section(RECIPES.config(kind), path, overrides, bases=bases)  # type: ignore[return-value]
     assert written is not None, "the default is registered"
     if isinstance(kind, str) and kind in RENAMED_RECIPES:
         raise ConfigError(f"{written.origin}: task.kind: {kind} is now called {RENAMED_RECIPES[kind]}")
@@ -64,14 +70,17 @@ def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> No
     if written is None or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return
     for name in names:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ConfigError(f"{written.origin}: plugins: expected the name of a module, like my.towers, got {name!r}")
         if allowed is not None and name not in allowed:
             raise ConfigError(
                 f"{written.origin}: plugins: {name} is Python code that this file asks for: name it too where you "
-                f"trust it (--plugin {name}, or plugins=[{name!r}])"
+                f"trust it (--plugin {name}; plugins=[{name!r}] from Python; for gr train, plugins: [{name}] in a "
+                "configuration of your own)"
             )
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
             raise ConfigError(
                 f"{written.origin}: plugins: {name} cannot be imported: {error}; install it, or name its folder in "
                 "PYTHONPATH"
@@ -79,11 +88,19 @@ def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> No
 
 
 def load_section(
-    model: type[Config], path: str | Path, overrides: Sequence[str] = (), *, given: Node | None = None
+    model: type[Config],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    given: Node | None = None,
+    bases: bool = True,
 ) -> Config:
-    """Reads a file whose top level is `model`, by the rules of load_config. given: its content, where it is no YAML."""
+    """Reads a file whose top level is `model`, by the rules of load_config. given: its content, where it is no YAML.
+
+    bases: whether the file may name others.
+    """
     kinds = default_kinds(model)
-    reader = Reader(kinds) if given is None else _Given(kinds, given)
+    reader = Reader(kinds, bases=bases) if given is None else _Given(kinds, given)
     return _validated(model, path, kinds, reader, reader.read(path, overrides))
 
 

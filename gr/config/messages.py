@@ -132,6 +132,8 @@ def _problem(model: type[BaseModel], path: Location, findings: list[ErrorDetails
             return f"is now called {renamed[str(path[-1])]}"
         keys = sorted({name for section in sections for name in section.model_fields})
         return f"unknown key; {_nearest(str(path[-1]), keys, 'known')}"
+    if kind == "union_tag_not_found":
+        return "kind is missing"
     if kind == "missing":
         return "required, but not set"
     if kind == "value_error":
@@ -171,5 +173,7 @@ def _types_at(model: type[BaseModel], location: Location) -> list[Any]:
 
 def _nearest(word: str, known: list[str], label: str) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if known in ([], [""]):
+        return "none is registered: name the module that has it under plugins"
     listing = f"{label}: {', '.join(known)}"
     return f"did you mean '{near[0]}'? ({listing})" if near else listing

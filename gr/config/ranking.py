@@ -63,7 +63,6 @@ class TimeEncoding(Section):
 
 
 class RankingModelConfig(Section):
-    kind: Literal["generative"] = "generative"
     dim: Count = Field(64, description="D: width of embeddings and of the tower.")
     input: Annotated[AdditiveInput | InterleavedInput, Field(discriminator="kind")] = InterleavedInput()
     time: TimeEncoding | None = Field(TimeEncoding(), description="Unset: no encoding of time.")

@@ -116,8 +116,9 @@ class Reader:
     faults: one line each. broken: some file could not be used at all; validating the rest would only find that again.
     """
 
-    def __init__(self, default_kinds: Mapping[Location, str]) -> None:
-        self._default_kinds = default_kinds
+    def __init__(self, default_kinds: Mapping[Location, str], *, bases: bool = True) -> None:
+        """bases: whether a file may name others."""
+        self._default_kinds, self._bases = default_kinds, bases
         self.faults: list[str] = []
         self.broken = False
 
@@ -142,6 +143,9 @@ class Reader:
         own = self._parse_file(path)
         base = own.value.pop("base", None)
         tree = Node({}, own.origin)
+        if base is not None and not self._bases:
+            self._fail(base.origin, "base: a checkpoint's configuration names no other file")
+            return own
         for name in self._base_names(base):
             parent = path.parent / name.value
             chain = (*above, path)

@@ -86,8 +86,9 @@ class _CountedDraws(TorchDispatchMode):
             return target
         if draw is None or target is None or whole is None:
             raise TrainingError(
-                f"reset_parameters draws random values by {func}: only normal and uniform values that torch.nn.init "
-                "writes into a parameter are the same however the model is sharded"
+                f"reset_parameters draws random values by {func}: only what normal_ and uniform_ write into "
+                "a parameter (torch.nn.init.normal_, uniform_, xavier_*, kaiming_*; not trunc_normal_, orthogonal_) is "
+                "the same however the model is sharded"
             )
         key = key_of(self._seed, f"{name}/{self._draws[name]}")
         self._draws[name] += 1
@@ -115,10 +116,13 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _mark(tensor: Tensor) -> float | int | bool:
-    """A value that no initialisation leaves: NaN, the least integer; of booleans there is none."""
+    """A value that no initialisation leaves: NaN, the least integer, the largest unsigned one; no boolean."""
     if tensor.is_floating_point() or tensor.is_complex():
         return float("nan")
-    return False if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min
+    if tensor.dtype == torch.bool:
+        return False
+    limits = torch.iinfo(tensor.dtype)
+    return limits.min or limits.max
 
 
 def _is_mark(tensor: Tensor) -> Tensor:

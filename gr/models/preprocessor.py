@@ -1,4 +1,4 @@
-"""The tokens of generative ranking: context, then events as one or two tokens each, then candidates.
+"""The tokens of ranking: context, then events as one or two tokens each, then candidates.
 
 B examples, T events, S tokens of all examples, C contextual tokens of an example, D width, N most events of an example.
 """

@@ -1,4 +1,4 @@
-"""The generative retriever: item vectors -> tower -> loss. Single device; sharding is applied beside it.
+"""The retrieval model: item vectors -> tower -> loss. Single device; sharding is applied beside it.
 
 B examples, T packed tokens, D width, K candidates, N max length.
 """

@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from torch import nn
 
+from gr.config import differences
 from gr.config.load import RECIPES
 from gr.config.run import RunConfig
 from gr.dist import World
@@ -113,8 +114,14 @@ class Recipe(ABC, Generic[Config]):
 
     def check_saved(self, saved: Config, path: str) -> None:
         """Raises CheckpointError where a checkpoint of configuration `saved` is of another model."""
-        if saved.model != self.config.model:  # type: ignore[attr-defined]
-            raise CheckpointError(f"{path} is of another model (see `gr config diff`): use another run_dir")
+        self._check_same(saved, path, "model")
+
+    def _check_same(self, saved: Config, path: str, *sections: str) -> None:
+        """Raises CheckpointError, naming the keys, where some of these top-level sections differ."""
+        changed = {key: both for key, both in differences(saved, self.config).items() if key.split(".")[0] in sections}
+        if changed:
+            shown = "; ".join(f"{key} is {before} there, {now} now" for key, (before, now) in changed.items())
+            raise CheckpointError(f"{path} is of another {' or '.join(sections)}: {shown}. Use another run_dir")
 
     @abstractmethod
     def objective(self, world: World) -> Objective:
@@ -140,13 +147,11 @@ class Recipe(ABC, Generic[Config]):
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """Metrics of a model on one split; the same at every world size. Collective."""
 
-    def recommend(self, model: nn.Module, world: World, k: int, holdout: Literal[0, 1]) -> Iterator["Recommended"]:
+    def recommend(self, model: nn.Module, world: World, k: int, holdout: Literal[0, 1]) -> Iterator[Recommended]:
         """The k best items of this rank's users of the evaluation data, in its order; ranks follow one another.
 
-        Collective: all ranks take as many parts.
-
         holdout: newest events of each user that are left out, to compare with them. Raises ConfigError where the recipe
-        recommends nothing.
+        recommends nothing. Collective: all ranks take as many parts.
         """
         raise ConfigError(f"{self.config.kind} models recommend nothing: only retrieval models do")
 

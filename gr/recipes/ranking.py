@@ -67,8 +67,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
 
     def check_saved(self, saved: RankingConfig, path: str) -> None:
         config = self.config
-        if (saved.model, saved.task) != (config.model, config.task):
-            raise CheckpointError(f"{path} is of another model or task (see `gr config diff`): use another run_dir")
+        self._check_same(saved, path, "model", "task")
         if saved.data.train_holdout != config.data.train_holdout:
             raise CheckpointError(
                 f"{path} was trained with data.train_holdout={saved.data.train_holdout}, not "

@@ -1,5 +1,8 @@
 """Recommendations as one Parquet file, written by all ranks: each its own part, joined in the order of ranks."""
 
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +13,7 @@ from tqdm import tqdm
 
 from gr.dist import World
 from gr.errors import ConfigError
+from gr.files import is_transient
 from gr.recipes.base import Recipe
 
 SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("score", pa.float32()), ("place", pa.int32())])
@@ -20,18 +24,19 @@ def write_recommendations(
 ) -> dict[str, int]:
     """Writes `out` under its name once it is whole; returns the numbers of users, of users without history, of rows.
 
-    Raises ConfigError where its folder cannot be written. Collective.
+    Raises ConfigError, and leaves no file, where it cannot be written. Collective.
     """
     part, users, rows = _part(out, world.rank), 0, 0
-    fault = ""
     try:
-        writer = pq.ParquetWriter(part, SCHEMA)
-    except OSError as error:
-        fault = f"--out={out}: cannot be written: {error.strerror or error}; name another file"
-    if faults := [each for each in world.gather_text(fault) if each]:
-        raise ConfigError(faults[0])
-    try:
-        with writer:
+        with ExitStack() as stack:
+            writer = None
+
+            def begin() -> None:
+                nonlocal writer
+                writer = stack.enter_context(pq.ParquetWriter(part, SCHEMA))
+
+            _on_all(world, out, begin)
+            assert writer is not None, "or else the fault was raised"
             parts = recipe.recommend(model, world, k, holdout)
             for some in tqdm(parts, desc="users", unit="batch", disable=None if world.is_main else True):
                 columns = (some.user_N, some.item_N, some.score_N, some.place_N)
@@ -39,13 +44,37 @@ def write_recommendations(
                     writer.write_table(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA))
                 users, rows = users + some.users, rows + len(some.user_N)
         total_users, total_rows = (int(count) for count in world.all_reduce_sum([float(users), float(rows)]))
-        if world.is_main:
-            _join(out, world.size)
-        world.from_main("")  # no rank removes its part, or returns, before the file has its name
+        # No rank removes its part, or returns, before the file has its name.
+        _on_all(world, out, lambda: _join(out, world.size) if world.is_main else None)
+    except OSError as error:
+        if is_transient(error):
+            raise
+        raise ConfigError(_fault(out, error)) from error
     finally:
-        part.unlink(missing_ok=True)
+        for left in (part, *([_whole(out)] if world.is_main else [])):
+            if left.exists():
+                left.unlink()
     without = recipe.evaluation_data.rows - total_users  # type: ignore[attr-defined]
     return {"users": total_users, "without_history": without, "rows": total_rows}
+
+
+def _on_all(world: World, out: Path, work: Callable[[], None]) -> None:
+    """Runs `work` on every rank; raises ConfigError on all of them where one cannot write. Collective."""
+    fault = ""
+    try:
+        work()
+    except OSError as error:
+        fault = _fault(out, error)
+    if faults := [each for each in world.gather_text(fault) if each]:
+        raise ConfigError(faults[0])
+
+
+def _fault(out: Path, error: OSError) -> str:
+    return f"out={out}: cannot be written: {os.strerror(error.errno) if error.errno else error}; name another file"
+
+
+def _whole(out: Path) -> Path:
+    return out.with_name(f".{out.name}.whole")
 
 
 def _part(out: Path, rank: int) -> Path:
@@ -54,10 +83,9 @@ def _part(out: Path, rank: int) -> Path:
 
 def _join(out: Path, ranks: int) -> None:
     """One file of the parts, one row group at a time."""
-    whole = out.with_name(f".{out.name}.whole")
-    with pq.ParquetWriter(whole, SCHEMA) as writer:
+    with pq.ParquetWriter(_whole(out), SCHEMA) as writer:
         for rank in range(ranks):
             with pq.ParquetFile(_part(out, rank)) as part:
                 for index in range(part.num_row_groups):
                     writer.write_table(part.read_row_group(index))
-    whole.rename(out)
+    _whole(out).rename(out)

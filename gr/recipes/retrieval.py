@@ -71,6 +71,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         return read_corpus(self.folder, self.schema)
 
     def check_saved(self, saved: RetrievalConfig, path: str) -> None:
+        super().check_saved(saved, path)
         if saved.data.train_holdout != self.config.data.train_holdout:
             raise CheckpointError(
                 f"{path} was trained with data.train_holdout={saved.data.train_holdout}, not "
@@ -146,7 +147,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         """Items that evaluation.filter_seen allows, by batches of users. The same at every world size."""
         items, settings = len(self.corpus[0]), self.config.evaluation
         if not 1 <= k <= items:
-            raise ConfigError(f"--k={k}: the corpus has {items} items; set k to 1 up to that")
+            raise ConfigError(f"k={k}: the corpus has {items} items; set k to 1 up to that")
         inner = unwrapped(model)
         assert isinstance(inner, RetrievalModel)
         inner.eval()
@@ -163,7 +164,8 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         )
         for batch in batches:
             moved = batch.to(world.device)
-            ids_BK, scores_BK = ranker.top(inner.queries(moved), moved, k)
+            queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
+            ids_BK, scores_BK = ranker.top(queries_BD, moved, k)
             there_BK = ((scores_BK > -torch.inf) & moved.valid_B[:, None]).cpu()
             assert batch.user_B is not None, "asked for"
             places_BK = torch.arange(1, k + 1, dtype=torch.int32).expand_as(there_BK)

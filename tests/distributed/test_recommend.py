@@ -3,14 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from gr.checkpoint import resolve
 from gr.config import RetrievalConfig
 from gr.data.dataset import Dataset
+from gr.data.history_batches import evaluation_batches
 from gr.dist import World
+from gr.errors import ConfigError
 from gr.experiment import evaluate, recommend, train
+from gr.models.saved import load
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -21,6 +26,12 @@ def trained(world: World, config: RetrievalConfig) -> None:
 
 def recommended(world: World, config: RetrievalConfig, out: Path, k: int, holdout: int) -> dict[str, int]:
     return recommend(config, resolve(config.run_dir), world, out, k=k, holdout=holdout)
+
+
+def refused(world: World, config: RetrievalConfig, out: Path, k: int, holdout: int) -> str:
+    with pytest.raises(ConfigError) as error:
+        recommend(config, resolve(config.run_dir), world, out, k=k, holdout=holdout)
+    return str(error.value)
 
 
 def evaluated(world: World, config: RetrievalConfig) -> dict[str, float]:
@@ -64,6 +75,47 @@ def test_the_same_file_on_any_number_of_ranks(config: RetrievalConfig, tmp_path:
         for name in ("user_id", "item_id", "place"):
             assert table.column(name).equals(first.column(name)), name
         assert np.allclose(table.column("score").to_numpy(), first.column("score").to_numpy(), atol=1e-5, rtol=0)
+
+
+def test_scores_are_the_similarity_over_its_temperature(config: RetrievalConfig, tmp_path: Path) -> None:
+    run_ranks(recommended, 1, config, tmp_path / "top.parquet", 60, 0)
+    rows = pq.read_table(tmp_path / "top.parquet")
+    user, first = rows.column("user_id")[0].as_py(), rows.slice(0, 40)
+    assert config.task.l2_norm and set(first.column("user_id").to_pylist()) >= {user}
+    model, _, _ = load(config.run_dir)
+    batch = next(
+        iter(
+            evaluation_batches(
+                Dataset.open(config.data.path),
+                config.data,
+                target_from_end=0,
+                global_batch_size=1,
+                filter_seen="none",
+                rank=0,
+                world_size=1,
+                users=True,
+            )
+        )
+    )
+    assert batch.user_B is not None and int(batch.user_B[0]) == user
+    mine = rows.filter(pc.equal(rows.column("user_id"), user))
+    with torch.no_grad():
+        items = model.item_vectors(torch.tensor(mine.column("item_id").to_pylist()))
+        cosine = torch.nn.functional.cosine_similarity(model.queries(batch), items)
+    expected = (cosine / config.task.temperature).numpy()
+    assert np.allclose(mine.column("score").to_numpy(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_disk_that_is_full_leaves_no_file(
+    config: RetrievalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fault,) = run_ranks(refused, 1, config, Path("/dev/full/top.parquet"), 10, 0)
+    assert fault.startswith("out=/dev/full/top.parquet: cannot be written: Not a directory")
+    out = tmp_path / "folder"
+    out.mkdir()  # the joined file cannot take this name
+    faults = run_ranks(refused, 2, config, out, 10, 0)
+    assert faults[0] == faults[1] and faults[0].startswith(f"out={out}: cannot be written: Is a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_seen_items_are_not_recommended(config: RetrievalConfig, tmp_path: Path) -> None:

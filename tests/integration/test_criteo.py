@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_kind(prepared: Prepared, trained: Path, refused
 @pytest.mark.data
 def test_another_model_in_the_run_folder(prepared: Prepared, trained: Path, refused: Refused) -> None:
     said = refused("train", CONFIG, *overrides(prepared, trained, "model.top=[32,1]"))
-    assert "is of another model (see `gr config diff`): use another run_dir" in said
+    assert "is of another model: model." in said and " now. Use another run_dir" in said
 
 
 @pytest.mark.data

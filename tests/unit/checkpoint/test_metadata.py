@@ -58,8 +58,10 @@ def test_metadata_of_tensors_reads_back(tmp_path: Path) -> None:
             lambda mark: plain(storage_data={MetadataIndex("x"): _StorageInfo("../../secret", 0, 9)}),
             "a file of another folder: ../../secret",
         ),
+        (lambda mark: plain(storage_meta="x"), "has no StorageMeta"),
+        (lambda mark: plain(state_dict_metadata={"dense.w": 5}), "dense.w is no tensor"),
     ],
-    ids=["the whole", "a part", "a class", "a list", "pickled values", "another folder"],
+    ids=["the whole", "a part", "a class", "a list", "pickled values", "another folder", "no storage", "a number"],
 )
 def test_what_is_no_checkpoint_of_tensors_is_refused_and_not_run(
     tmp_path: Path, content: Callable[[Path], object], reason: str

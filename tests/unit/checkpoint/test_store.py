@@ -1,6 +1,8 @@
 """What may not be saved, and what may not be loaded. Saving and loading as such: tests/distributed/test_resume.py."""
 
 import errno
+import hashlib
+import json
 import logging
 import resource
 import shutil
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from gr.checkpoint import CheckpointStore, ModelState, checksums, load_state, verify
+from gr.checkpoint import CheckpointStore, ModelState, checksums, load_state, resume_from, verify
 from gr.checkpoint import store as store_module
 from gr.checkpoint.layout import FORMAT
 from gr.dist import World
@@ -71,6 +73,28 @@ def test_files_without_a_checksum_are_refused(tmp_path: Path, alone: World) -> N
     (path / "SHA256SUMS").unlink()
     with pytest.raises(DamagedCheckpointError, match="has no checksum"):
         verify(path, alone)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_refused_by_its_format(tmp_path: Path, alone: World) -> None:
+    """Before its configuration, whose keys were others, is read."""
+    path = saved(tmp_path, alone, state_of(2.0)).folder.final(7)
+    progress = json.loads((path / "progress.json").read_text())
+    del progress["format"]
+    before = hashlib.sha256((path / "progress.json").read_bytes()).hexdigest()
+    (path / "progress.json").write_text(json.dumps(progress))
+    after = hashlib.sha256((path / "progress.json").read_bytes()).hexdigest()
+    (path / "SHA256SUMS").write_text((path / "SHA256SUMS").read_text().replace(before, after))
+    with pytest.raises(CheckpointError, match=r"step-00000007 has format 1, this release reads format 2: train again"):
+        resume_from(tmp_path, None, alone)
+
+
+def test_artifacts_are_those_of_the_start(tmp_path: Path, alone: World) -> None:
+    store = CheckpointStore(
+        tmp_path, state_of(2.0), "config: 1\n", alone, asynchronous=False, artifacts={"schema.json": b"{}"}
+    )
+    store.save({"step": 7, "data": {}}, keep_last=2)
+    assert (store.folder.final(7) / "schema.json").read_bytes() == b"{}"
+    verify(store.folder.final(7), alone)
 
 
 def test_sha256sum_reads_the_sums(tmp_path: Path, alone: World) -> None:

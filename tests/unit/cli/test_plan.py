@@ -127,8 +127,8 @@ def test_files_that_would_not_be_written(refused: Refused, inventory: str, tmp_p
 
 def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Path) -> None:
     assert refused("plan").startswith("CONFIG is missing")
-    assert refused("plan", inventory).startswith("--topology is missing: NAMExRANKS, with NAME one of a100-40g")
-    assert refused("plan", config).startswith("--topology is missing: cpux2 plans")
+    assert refused("plan", inventory).startswith("topology is missing: NAMExRANKS, with NAME one of a100-40g")
+    assert refused("plan", config).startswith("topology is missing: cpux2 plans")
     assert "h100" in refused("plan", inventory, "--topology", "h10x8")
     assert refused("plan", config, "--topology", "cpux3").startswith("data.lanes=4 is not divisible by the 3 ranks")
     assert refused("plan", config, "planner.tables.x=row_wise", "--topology", "cpux2").startswith(

@@ -102,11 +102,33 @@ class TestPlugins:
         assert Path(f"{plugin}.ran").exists()
 
     def test_a_stranger_s_file_does_not(self, plugin: str) -> None:
-        with pytest.raises(ConfigError, match=rf"plugins: {plugin} is Python code .* \(--plugin {plugin}, or"):
+        with pytest.raises(ConfigError, match=rf"plugins: {plugin} is Python code .* \(--plugin {plugin}; "):
             load_config(self.config(plugin), plugins=[])
+        assert not Path(f"{plugin}.ran").exists()
+        with pytest.raises(ConfigError, match="is Python code"):
+            Path("progress.json").touch()  # as in a checkpoint, whichever command reads its configuration
+            load_config(self.config(plugin))
         assert not Path(f"{plugin}.ran").exists()
         load_config(self.config(plugin), plugins=[plugin])
         assert Path(f"{plugin}.ran").exists()
+
+    def test_a_stranger_s_file_names_no_other(self, plugin: str) -> None:
+        Path("other.yaml").write_text("a secret")
+        Path("b.yaml").write_text("base: other.yaml\n")
+        with pytest.raises(ConfigError, match=r"^b.yaml:1: base: a checkpoint's configuration names no other file$"):
+            load_config("b.yaml", plugins=[])
+
+    @pytest.mark.parametrize("name", ["", ".x", "a..b", "a b"])
+    def test_what_is_no_name_of_a_module(self, plugin: str, name: str) -> None:
+        Path("d.yaml").write_text(f"plugins: ['{name}']\n")
+        with pytest.raises(ConfigError, match=r"d.yaml:1: plugins: expected the name of a module"):
+            load_config("d.yaml")
+
+    def test_one_with_a_fault_of_syntax(self, plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        Path("broken_plugin.py").write_text("def")
+        monkeypatch.syspath_prepend(".")
+        with pytest.raises(ConfigError, match="plugins: broken_plugin cannot be imported: invalid syntax"):
+            load_config(self.config("broken_plugin"))
 
     def test_one_that_cannot_be_imported(self, plugin: str) -> None:
         with pytest.raises(ConfigError, match=r"c.yaml:1: plugins: no_such_module cannot be imported.*PYTHONPATH"):

@@ -47,6 +47,20 @@ def test_a_buffer_that_nothing_fills_is_named(dtype: torch.dtype) -> None:
         initialise_dense(on_meta(Table(dtype)), seed=1)
 
 
+def test_a_buffer_of_zeros_is_filled() -> None:
+    class Zeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("flags", torch.zeros(3, dtype=torch.uint8))
+
+        def reset_parameters(self) -> None:
+            self.flags.zero_()
+
+    model = on_meta(Zeros())
+    initialise_dense(model, seed=1)
+    assert model[0].flags.tolist() == [0, 0, 0]
+
+
 def test_the_seed_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     first, again, other = (nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)) for _ in range(3))
     for model, seed in ((first, 7), (again, 7), (other, 8)):
@@ -96,5 +110,5 @@ def test_draws_that_no_counter_gives_are_refused(fill) -> None:
 
     model = nn.Linear(4, 4, bias=False)
     model.__class__ = Odd
-    with pytest.raises(TrainingError, match=r"reset_parameters draws random values by aten.*only normal and uniform"):
+    with pytest.raises(TrainingError, match=r"reset_parameters draws random values by aten.*only what normal_"):
         initialise_dense(model, seed=1)
