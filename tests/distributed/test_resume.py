@@ -181,10 +181,10 @@ def test_other_held_out_targets_are_refused(data, tmp_path, saved_on_two):
         run_ranks(run, 1, config)
 
 
-def test_a_checkpoint_of_other_shapes_is_refused(data, tmp_path, saved_on_two):
+def test_a_checkpoint_of_another_model_is_refused(data, tmp_path, saved_on_two):
     part = resumed_from_half(saved_on_two["row_wise"], tmp_path / "part")
     config = without_dropout(configured(data, part))
     wider = config.model_copy(update={"model": config.model.model_copy(update={"dim": 12})})
     with pytest.raises(RankError, match=CheckpointError.__name__) as refusal:
         run_ranks(run, 1, wider)
-    assert "tables item_id.weight: the model has (61, 12), the checkpoint (61, 8)" in str(refusal.value)
+    assert "is of another model: model.dim is 8 there, 12 now" in str(refusal.value)
