@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from gr.cli.out import check_out
 from gr.errors import ConfigError, GRError
 
 if TYPE_CHECKING:
@@ -43,10 +44,7 @@ _FIGURES = {
 @click.option("--force", is_flag=True, help="Replace the file.")
 def command(out: str, hardware: str | None, nproc: int, device: Literal["auto", "cpu", "cuda"], force: bool) -> None:
     path = Path(out)
-    if path.exists() and not force:
-        raise ConfigError(f"--out={path} exists: name another file, or replace it with --force")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out={path}: there is no folder {path.parent}; make it first")
+    check_out(path, force)
     if nproc > 1 and "WORLD_SIZE" in os.environ:
         raise ConfigError("--nproc starts ranks, and so does torchrun: use one of them")
     from gr.dist import resolve_device

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from gr.cli.out import check_out
+
 
 @click.command(
     help="Write the weights of a checkpoint as OUT (.safetensors), with its schema and configuration in the header."
@@ -17,10 +19,7 @@ def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out={out}: name a file that ends with .safetensors")
-    if out.exists() and not force:
-        raise ConfigError(f"--out={out} exists: name another file, or replace it with --force")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    check_out(out, force)
     from safetensors.torch import save_file
 
     from gr.config import dump_config

@@ -6,6 +6,8 @@ from typing import Literal, cast
 
 import click
 
+from gr.cli.out import check_out
+
 
 @click.command(
     help="Write the best items of every user as one Parquet file: user_id, item_id, score, place. The users are those "
@@ -23,12 +25,8 @@ def command(
 ) -> None:
     from gr import logging
     from gr.api import recommend
-    from gr.errors import ConfigError
 
-    if out.exists() and not force:
-        raise ConfigError(f"--out={out} exists: name another file, or replace it with --force")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    check_out(out, force)
     rank = int(os.environ.get("RANK", 0))
     logging.configure(rank)
     counts = recommend(checkpoint, out, overrides, k=k, holdout=cast(Literal[0, 1], holdout), plugins=plugins)
