@@ -131,6 +131,15 @@ class Recipe(ABC, Generic[Config]):
     def loader(self, world: World) -> TrainingLoader:
         """The training batches of this rank. Raises ConfigError where there are fewer than trainer.steps."""
 
+    def check_steps(self, batches: int, of: str) -> None:
+        """Raises ConfigError where one pass has fewer batches than trainer.steps. of: what a batch has."""
+        steps = self.config.trainer.steps
+        if steps > batches:
+            raise ConfigError(
+                f"trainer.steps={steps}, but {self.config.data.path} has {batches} batches of {of} for its one pass: "  # type: ignore[attr-defined]
+                f"set trainer.steps to {batches} or fewer"
+            )
+
     def example_flops(self) -> Callable[[np.ndarray], np.ndarray] | None:
         """FLOPs of examples by their events, int64 [N] -> float64 [N], to deal them to the ranks; None: not dealt."""
         return None

@@ -90,11 +90,7 @@ class ClickRecipe(Recipe[ClickConfig]):
             world_size=world.size,
             shuffle_seed=config.seed if config.data.shuffle else None,
         )
-        if config.trainer.steps > len(rows):
-            raise ConfigError(
-                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(rows)} batches of "
-                f"{size} rows for its one pass: set trainer.steps to {len(rows)} or fewer"
-            )
+        self.check_steps(len(rows), f"{size} rows")
         return ResumableLoader(rows)
 
     def callbacks(self, training: Training) -> list[Callback]:

@@ -105,11 +105,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         stream = WindowPass(
             self.train_data, config.data, collate, global_batch_size=size, rank=world.rank, world_size=world.size
         )
-        if config.trainer.steps > len(stream):
-            raise ConfigError(
-                f"trainer.steps={config.trainer.steps}, but {config.data.path} has {len(stream)} batches of {size} "
-                f"users for its one pass: set trainer.steps to {len(stream)} or fewer"
-            )
+        self.check_steps(len(stream), f"{size} users")
         return ResumableLoader(stream)
 
     def callbacks(self, training: Training) -> list[Callback]:
