@@ -6,12 +6,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch._C._distributed_c10d as c10d
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from gr import watchdog
 from gr.errors import ConfigError, TransientError
+from gr.files import is_transient
 from gr.logging import get_logger, log_once
 
 TIMEOUT_SECONDS = 600.0  # the default time limit of a collective
 CONNECT_SECONDS = 120.0
+Outcome = TypeVar("Outcome", bound=str | None)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
 log = get_logger(__name__)
 
@@ -104,6 +106,20 @@ class World:
         """The text of every rank, in rank order. Every rank must call it."""
         letters = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(part.tolist()).decode() for part in self.all_gather_variable(letters)]
+
+    def on_all(self, work: Callable[[], Outcome]) -> list[Outcome]:
+        """The results of `work`, which uses the disk, on each rank: text or None. Every rank must call it.
+
+        An OSError of one rank is raised on all of them; one that will stay comes before a transient one.
+        """
+        try:
+            outcome: list[Any] = [work()]
+        except OSError as error:
+            outcome = [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
+        outcomes = [json.loads(text) for text in self.gather_text(json.dumps(outcome))]
+        if faults := [OSError(*each) for each in outcomes if len(each) > 1]:
+            raise next((fault for fault in faults if not is_transient(fault)), faults[0])
+        return [result for (result,) in outcomes]
 
     def any(self, flag: bool) -> bool:
         """True if `flag` is True on any rank. Every rank must call it."""

@@ -6,6 +6,7 @@ names. This reader admits the classes that a checkpoint of tensors needs, and no
 
 import os
 import pickle
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gr.checkpoint.layout import METADATA
 from gr.errors import CheckpointError
 from gr.files import is_transient
 
+FAULTS_SHOWN = 3
 _ADMITTED = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
@@ -78,3 +80,28 @@ def read_metadata(path: Path) -> Metadata:
             f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
         ) from error
     return metadata
+
+
+def saved_size(saved: Metadata, name: str) -> torch.Size | None:
+    """The shape of a saved tensor, None where there is none of the name."""
+    entry = saved.state_dict_metadata.get(name)
+    return entry.size if isinstance(entry, TensorStorageMetadata) else None
+
+
+def misfits(saved: Metadata, expected: Mapping[str, Mapping[str, Any]], skip: Container[str] = ()) -> list[str]:
+    """The tensors that a checkpoint lacks or has in another shape. expected: group -> name -> tensor."""
+    faults = []
+    for group, tensors in expected.items():
+        for name, tensor in tensors.items():
+            size = saved_size(saved, f"{group}.{name}")
+            if size is None:
+                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint has none")
+            elif size != tensor.size() and name not in skip:
+                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {tuple(size)}")
+    return faults
+
+
+def first_faults(faults: Sequence[str]) -> str:
+    """The first few in one line, and how many there are beside them."""
+    more = f"; and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+    return "; ".join(faults[:FAULTS_SHOWN]) + more

@@ -7,11 +7,8 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from gr.checkpoint.metadata import SafeReader, read_metadata
-from gr.checkpoint.store import saved_size
+from gr.checkpoint.metadata import SafeReader, first_faults, misfits, read_metadata
 from gr.errors import CheckpointError
-
-FAULTS_SHOWN = 3
 
 
 def load_weights(path: Path, dense: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
@@ -22,16 +19,8 @@ def load_weights(path: Path, dense: Mapping[str, Tensor], tables: Mapping[str, T
     """
     saved = read_metadata(path)
     expected = {"dense": dict(dense), "tables": {f"{name}.weight": weight for name, weight in tables.items()}}
-    faults = []
-    for group, tensors in expected.items():
-        for name, tensor in tensors.items():
-            size = saved_size(saved, f"{group}.{name}")
-            if size != tensor.size():
-                shown = "none" if size is None else str(tuple(size))
-                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {shown}")
-    if faults:
-        more = f"; and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
-        raise CheckpointError(f"{path} is of another model: {'; '.join(faults[:FAULTS_SHOWN])}{more}")
+    if faults := misfits(saved, expected):
+        raise CheckpointError(f"{path} is of another model: {first_faults(faults)}")
     tensors_of_groups = {group: tensors for group, tensors in expected.items() if tensors}
     try:
         with warnings.catch_warnings():

@@ -3,10 +3,9 @@
 Schedules and random draws are functions of (seed, step, rank), so the step is all that has to be kept of them.
 """
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,14 +23,13 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from gr.checkpoint.checksums import sums_of, write_sums
 from gr.checkpoint.layout import CONFIG, FORMAT, PROGRESS, SHARED, CheckpointFolder, read_progress
-from gr.checkpoint.metadata import SafeReader, read_metadata
+from gr.checkpoint.metadata import SafeReader, first_faults, misfits, read_metadata, saved_size
 from gr.dist import World
 from gr.errors import CheckpointError
 from gr.files import DISK_FULL, is_transient, write_json, write_text
 from gr.logging import get_logger
 
 log = get_logger(__name__)
-SHOWN_FAULTS = 3
 
 
 class SavedTable(Protocol):
@@ -119,7 +117,7 @@ class CheckpointStore:
             )
         partial = self.folder.partial(step)
         with self._explained(step):
-            self._on_all(lambda: self._begin(partial, progress) if self.world.is_main else "")
+            self.savers.on_all(lambda: self._begin(partial, progress) if self.world.is_main else None)
         if self.group is None:
             with self._explained(step):
                 dcp.save(tensors, storage_writer=_Writer(partial))
@@ -132,13 +130,12 @@ class CheckpointStore:
         self.pending = Thread(target=self._commit_later, args=parameters, name="checkpoint-commit")
         self.pending.start()
 
-    def _begin(self, partial: Path, progress: dict[str, Any]) -> str:
+    def _begin(self, partial: Path, progress: dict[str, Any]) -> None:
         partial.mkdir(exist_ok=True)
         write_text(partial / CONFIG, self.config_yaml)
         write_json(partial / PROGRESS, {"format": FORMAT, **progress})
         for name, content in self.artifacts.items():
             (partial / name).write_bytes(content)
-        return ""
 
     def finish(self) -> None:
         """Waits for a save in the background. Raises what went wrong in it."""
@@ -174,9 +171,9 @@ class CheckpointStore:
         """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError, on every rank."""
         partial = self.folder.partial(step)
         shared = [*SHARED, *self.artifacts]
-        lines = self._on_all(lambda: sums_of(partial, self.world.rank, shared))
+        lines = self.savers.on_all(lambda: sums_of(partial, self.world.rank, shared))
         # It has its name on every rank's return: none may look for it before.
-        self._on_all(lambda: self._name(step, lines) if self.world.is_main else "")
+        self.savers.on_all(lambda: self._name(step, lines) if self.world.is_main else None)
         self.seconds, self.complete = time.monotonic() - began, step
         if self.world.is_main:
             try:
@@ -186,21 +183,9 @@ class CheckpointStore:
                     "an older checkpoint cannot be removed: %s; what is left of it goes at the next start", error
                 )
 
-    def _name(self, step: int, lines: Sequence[str]) -> str:
+    def _name(self, step: int, lines: Sequence[str]) -> None:
         write_sums(self.folder.partial(step), lines)
         self.folder.commit(step)
-        return ""
-
-    def _on_all(self, work: Callable[[], str]) -> list[str]:
-        """The results of `work` on each rank. An OSError of one rank is raised on all of them. Collective."""
-        try:
-            outcome: list[Any] = [work()]
-        except OSError as error:
-            outcome = [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
-        outcomes = [json.loads(text) for text in self.savers.gather_text(json.dumps(outcome))]
-        if faults := [OSError(*each) for each in outcomes if len(each) > 1]:
-            raise next((fault for fault in faults if not is_transient(fault)), faults[0])
-        return [text for (text,) in outcomes]
 
     @contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -254,10 +239,9 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     faults = _misfits(saved, expected, skip=resharded)
     if world.any(bool(faults)):
         faults.sort(key=lambda fault: not fault.startswith("tables"))
-        shown = "; ".join(faults[:SHOWN_FAULTS]) or "another rank says which tensors"
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        shown = first_faults(faults) or "another rank says which tensors"
         raise CheckpointError(
-            f"{path} is of another model: {shown}{more}; use another run_dir, or the configuration saved in the "
+            f"{path} is of another model: {shown}; use another run_dir, or the configuration saved in the "
             "checkpoint (config.yaml)"
         )
     for name in resharded:
@@ -333,14 +317,7 @@ def _saved_widths(saved: Metadata, weight: str) -> tuple[int, ...]:
 
 def _misfits(saved: Metadata, expected: dict[str, dict[str, Any]], skip: Container[str]) -> list[str]:
     """The faults of a checkpoint that does not fit: other shapes, missing tensors, states that would be dropped."""
-    faults = []
-    for group, tensors in expected.items():
-        for name, tensor in tensors.items():
-            size = saved_size(saved, f"{group}.{name}")
-            if size is None:
-                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint has none")
-            elif size != tensor.size() and name not in skip:
-                faults.append(f"{group} {name}: the model has {tuple(tensor.size())}, the checkpoint {tuple(size)}")
+    faults = misfits(saved, expected, skip)
     own_tables = {name.split(".")[0] for name in expected["tables"]}
     for name in saved.state_dict_metadata:
         group, _, tensor_name = name.partition(".")
@@ -349,12 +326,6 @@ def _misfits(saved: Metadata, expected: dict[str, dict[str, Any]], skip: Contain
         if group == "dense_optimizer" and group in expected and tensor_name not in expected[group]:
             faults.append(f"{group} {tensor_name}: the checkpoint has it, the optimizer here has none")
     return faults
-
-
-def saved_size(saved: Metadata, name: str) -> torch.Size | None:
-    """The shape of a saved tensor, None where there is none of the name."""
-    entry = saved.state_dict_metadata.get(name)
-    return entry.size if isinstance(entry, TensorStorageMetadata) else None
 
 
 __all__ = ["CheckpointStore", "ModelState", "load_state"]

@@ -1,8 +1,6 @@
 """Recommendations as one Parquet file, written by all ranks: each its own part, joined in the order of ranks."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -28,15 +26,8 @@ def write_recommendations(
     """
     part, users, rows = _part(out, world.rank), 0, 0
     try:
-        with ExitStack() as stack:
-            writer = None
-
-            def begin() -> None:
-                nonlocal writer
-                writer = stack.enter_context(pq.ParquetWriter(part, SCHEMA))
-
-            _on_all(world, out, begin)
-            assert writer is not None, "or else the fault was raised"
+        world.on_all(part.touch)
+        with pq.ParquetWriter(part, SCHEMA) as writer:
             parts = recipe.recommend(model, world, k, holdout)
             for some in tqdm(parts, desc="users", unit="batch", disable=None if world.is_main else True):
                 columns = (some.user_N, some.item_N, some.score_N, some.place_N)
@@ -45,32 +36,18 @@ def write_recommendations(
                 users, rows = users + some.users, rows + len(some.user_N)
         total_users, total_rows = (int(count) for count in world.all_reduce_sum([float(users), float(rows)]))
         # No rank removes its part, or returns, before the file has its name.
-        _on_all(world, out, lambda: _join(out, world.size) if world.is_main else None)
+        world.on_all(lambda: _join(out, world.size) if world.is_main else None)
     except OSError as error:
         if is_transient(error):
             raise
-        raise ConfigError(_fault(out, error)) from error
+        why = os.strerror(error.errno) if error.errno else error.strerror or error
+        raise ConfigError(f"out={out}: cannot be written: {why}; name another file") from error
     finally:
         for left in (part, *([_whole(out)] if world.is_main else [])):
             if left.exists():
                 left.unlink()
     without = recipe.evaluation_data.rows - total_users  # type: ignore[attr-defined]
     return {"users": total_users, "without_history": without, "rows": total_rows}
-
-
-def _on_all(world: World, out: Path, work: Callable[[], None]) -> None:
-    """Runs `work` on every rank; raises ConfigError on all of them where one cannot write. Collective."""
-    fault = ""
-    try:
-        work()
-    except OSError as error:
-        fault = _fault(out, error)
-    if faults := [each for each in world.gather_text(fault) if each]:
-        raise ConfigError(faults[0])
-
-
-def _fault(out: Path, error: OSError) -> str:
-    return f"out={out}: cannot be written: {os.strerror(error.errno) if error.errno else error}; name another file"
 
 
 def _whole(out: Path) -> Path:
