@@ -28,6 +28,7 @@ from gr.batch import TabularBatch
 from gr.config.click import ClickConfig
 from gr.dist import World, world
 from gr.experiment import build
+from gr.recipes.base import open_recipe
 from gr.recipes.click import ClickObjective
 from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
 from gr.training.module import TrainModule
@@ -122,7 +123,7 @@ def ours(kind: str, rows: int, batch: int, here: World, folder: str) -> Ours:
         source="benchmarks",
     )
     schema.save(folder)
-    built = build(config, here)
+    built = build(open_recipe(config), here)
     assert built.plan is not None, "it has tables"
     kinds = sorted({f"{placement.sharding_type} ({placement.kernel})" for placement in built.plan.placements})
     print(f"gr's plan for {kind}: {', '.join(kinds)}")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import print_machine
+from benchmarks.retrieval import do_step
 from gr import dist
 from gr.batch import RetrievalBatch
 from gr.config import load_config
@@ -33,6 +34,7 @@ from gr.dist import World
 from gr.experiment import Built, build
 from gr.planner.estimate import MEMORY, estimate
 from gr.prepare.synthetic import StreamOptions, write_stream
+from gr.recipes.base import open_recipe
 from gr.training.module import TrainModule
 
 SMOKE = "configs/retrieval/smoke.yaml"
@@ -86,7 +88,7 @@ def _launch(arguments: list[str]) -> None:
 
 def _compare(config: RetrievalConfig, world: World) -> tuple[dict[str, float], dict[str, float]]:
     """(predicted, measured) bytes of this rank by the names in COMPARED."""
-    built = build(config, world)
+    built = build(open_recipe(config), world)
     module = TrainModule(built.model, built.recipe.objective(world), config, world)
     with closing(built.recipe.loader(world)) as loader:
         batch = next(loader)
@@ -129,10 +131,6 @@ def at_mean_length(inventory: InventoryConfig, mean_length: float) -> InventoryC
             "loss": inventory.loss.model_copy(update={"scores_per_example": scores}),
         }
     )
-
-
-def do_step(module: TrainModule, batch: RetrievalBatch, number: int) -> None:
-    module.backward(module.forward(module.prepare(batch, number)), number)
 
 
 def _kept_for_backward(module: TrainModule, batch: RetrievalBatch) -> int:

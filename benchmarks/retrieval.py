@@ -7,12 +7,13 @@ from gr.data.history_batches import HistoryEpochs
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.experiment import Built, build
+from gr.recipes.base import open_recipe
 from gr.training.module import TrainModule
 
 
 def training(config: RetrievalConfig, here: World) -> tuple[Built, TrainModule]:
     """The sharded model, and its steps; examples stay where they are loaded."""
-    built = build(config, here)
+    built = build(open_recipe(config), here)
     return built, TrainModule(built.model, built.recipe.objective(here), config, here)
 
 

@@ -57,13 +57,10 @@ class Built:
     plan: Plan | None
 
 
-def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Built:
-    """The model of `config` with its initial values, for data that was opened and checked. Collective.
-
-    checkpoint: takes the place of the training data; what the model needs to know of it is kept there.
-    """
+def build(recipe: Recipe, world: World) -> Built:
+    """The model of a recipe with its initial values, for data that was opened and checked. Collective."""
+    config = recipe.config
     config.check_ranks(world.size)
-    recipe = open_recipe(config, checkpoint)
     recipe.check_data()
     model, plan = recipe.model(), None
     if recipe.has_tables:
@@ -86,7 +83,7 @@ def train(config: RunConfig, world: World, callbacks: Sequence[Callback] = ()) -
     came in the last step leaves the report to the next run. Collective.
     """
     with run_folder(config, world), force_backend(config.trainer.kernels):
-        return _train(build(config, world), callbacks)
+        return _train(build(open_recipe(config), world), callbacks)
     return None  # asked to stop outside the steps
 
 
@@ -137,18 +134,23 @@ def evaluate(config: RunConfig, checkpoint: Path, world: World, split: Split) ->
     cannot be evaluated, CheckpointError where the checkpoint is of another model.
     """
     with force_backend(config.trainer.kernels):
-        verify(checkpoint, world)
-        recipe = open_recipe(config, checkpoint)
-        recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))
+        recipe = _recipe_of(checkpoint, config, world)
         recipe.check_split(split)
-        built = build(_without_plan(config), world, checkpoint)
+        built = build(recipe, world)
         report, _ = _report(built, checkpoint, load_weights(built, checkpoint), split)
         return report | (recipe.comparisons(split) if world.is_main else {})
 
 
-def _without_plan(config: RunConfig) -> RunConfig:
-    """`config` for a world other than that of planner.plan."""
-    return config.model_copy(update={"planner": config.planner.model_copy(update={"plan": None})})
+def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
+    """The recipe of an undamaged checkpoint, which takes the place of the training data, for any world.
+
+    Raises CheckpointError where it is of another model than `config`. Collective.
+    """
+    verify(checkpoint, world)
+    planner = config.planner.model_copy(update={"plan": None})  # that plan was for the world of the training
+    recipe = open_recipe(config.model_copy(update={"planner": planner}), checkpoint)
+    recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))
+    return recipe
 
 
 def load_weights(built: Built, checkpoint: Path) -> int:
@@ -167,9 +169,7 @@ def recommend(
     folder.
     """
     with force_backend(config.trainer.kernels):
-        verify(checkpoint, world)
-        open_recipe(config, checkpoint).check_saved(_saved_config(checkpoint, config), str(checkpoint))
-        built = build(_without_plan(config), world, checkpoint)
+        built = build(_recipe_of(checkpoint, config, world), world)
         load_weights(built, checkpoint)
         return write_recommendations(built.recipe, built.model, world, out, k=k, holdout=holdout)
 

@@ -22,6 +22,7 @@ from gr.experiment import build
 from gr.models.dense import initialise_dense
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.load_balance import LoadBalancer
+from gr.recipes.base import open_recipe
 from gr.recipes.retrieval import RetrievalObjective
 from gr.tasks import CandidateSampler
 from gr.training.module import TrainModule
@@ -77,7 +78,7 @@ def sampler_for(config: RetrievalConfig) -> CandidateSampler:
 def sharded(
     world: World, config: RetrievalConfig, ahead: int = 0, balanced: bool = False
 ) -> tuple[list[float], list, dict]:
-    built = build(config, world)
+    built = build(open_recipe(config), world)
     balance = LoadBalancer(lambda lengths_N: lengths_N**2.0, world) if balanced else None
     module = TrainModule(built.model, RetrievalObjective(sampler_for(config), world), config, world, balance)
     loader, losses = loader_for(config, world), []

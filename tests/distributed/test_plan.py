@@ -44,6 +44,7 @@ from gr.planner.for_run import run_topology
 from gr.planner.placement import Placement, Plan, shards
 from gr.planner.planfile import dump_plan
 from gr.planner.sharding_plan import to_sharding_plan
+from gr.recipes.base import open_recipe
 from tests.distributed.test_parity import (
     LOSS,
     WEIGHT,
@@ -346,7 +347,7 @@ def test_an_experiment_trains_with_a_plan_from_a_file(data: Path, tmp_path: Path
 
 def held(world: World, config: RetrievalConfig) -> tuple[list[int], list[float]]:
     """Bytes of this rank's table weights and optimizer states: measured, and as estimate() predicts them."""
-    built = build(config, world)
+    built = build(open_recipe(config), world)
     assert built.plan is not None
     tables = TableOptimizer(built.model, config.embeddings.optimizer)
     states = sum(state.nbytes for own in tables.states for state in own.values())
@@ -364,7 +365,7 @@ def test_the_report_of_a_run_predicts_its_tables(data: Path, optimizer: str, sha
 
 def refusal(world: World, config: RetrievalConfig) -> str:
     try:
-        build(config, world)
+        build(open_recipe(config), world)
     except PlanError as error:
         return str(error)
     return "accepted"

@@ -16,6 +16,7 @@ from gr.config import RunConfig
 from gr.dist import World
 from gr.errors import CheckpointError, DamagedCheckpointError
 from gr.experiment import evaluate, train
+from gr.recipes.base import open_recipe
 from tests.support.tiny import tiny_config, write_tiny
 from tests.support.tiny_histories import tiny_ranking_config, write_histories
 from tests.support.tiny_tabular import tiny_click_config, write_tiny_tabular
@@ -57,7 +58,7 @@ def test_the_loaded_model_is_the_trained_one(tmp_path: Path, alone: World) -> No
     train(config, alone)
     from gr.experiment import build
 
-    built = build(config, alone)
+    built = build(open_recipe(config), alone)
     model, schema, _ = gr.load(config.run_dir)
     ids_K = torch.arange(1, schema.item_cardinality)
     assert not torch.equal(model.item_vectors(ids_K), built.model.module.item_vectors(ids_K)), "trained is not initial"

@@ -13,6 +13,7 @@ from gr.errors import CheckpointError, ConfigError, DataError
 from gr.experiment import Built, build, evaluate, train
 from gr.models import build_model
 from gr.parallel.dense import dense_parameters
+from gr.recipes.base import open_recipe
 from gr.schema import SparseColumn, TabularSchema
 from tests.support.run_folder import reason_alone
 from tests.support.tiny_tabular import COLUMNS, tiny_click_config, write_tiny_tabular
@@ -41,7 +42,7 @@ def test_the_model_is_of_the_schema(data: Path, tmp_path: Path) -> None:
 
 def test_the_seed_decides_the_initial_values(data: Path, tmp_path: Path, alone: World) -> None:
     first, again, other = (
-        dense_of(build(tiny_click_config(data, tmp_path / "run", seed=seed), alone)) for seed in (1, 1, 2)
+        dense_of(build(open_recipe(tiny_click_config(data, tmp_path / "run", seed=seed)), alone)) for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -53,7 +54,7 @@ def test_a_built_model_has_the_initial_values_of_its_layers(
 ) -> None:
     """Normal of variance 2 / (in + out) as published, or within 1/sqrt(in) as torch.nn.Linear."""
     layers = {"bottom": [400, 8], "top": [300, 1], "mlp_init": init}
-    weights = dense_of(build(tiny_click_config(data, tmp_path / "run", model=layers), alone))
+    weights = dense_of(build(open_recipe(tiny_click_config(data, tmp_path / "run", model=layers)), alone))
     weight = next(w for name, w in weights.items() if w.shape == (8, 400))
     std = (2 / 408) ** 0.5 if init == "normal" else (1 / 400 / 3) ** 0.5
     assert float(weight.std()) == pytest.approx(std, rel=0.05)
@@ -143,7 +144,7 @@ def test_the_report_is_of_the_last_checkpoint(data: Path, test_rows: Path, tmp_p
 
 
 def test_evaluation_leaves_the_model_as_it_was(data: Path, test_rows: Path, tmp_path: Path, alone: World) -> None:
-    built = build(tiny_click_config(data, tmp_path / "run", evaluation={"path": str(test_rows)}), alone)
+    built = build(open_recipe(tiny_click_config(data, tmp_path / "run", evaluation={"path": str(test_rows)})), alone)
     before = {name: weight.clone() for name, weight in dense_of(built).items()}
     built.model.train()
     first, second = (built.recipe.evaluate(built.model, alone, "test").metrics for _ in range(2))
