@@ -10,6 +10,8 @@ A folder of user histories is
                          feature one integer column, for each numeric one a float32 column
     items.parquet        the corpus of candidates, ids ascending: item_id, count (occurrences over all users, without
                          each user's newest two events)
+    vocabulary/          of an own log: one Parquet file for item_id, user_id and each feature of categories: value (the
+                         log's own id: int64 or text) and id, both ascending, and count (occurrences in training)
 
 A tabular folder is
 
@@ -17,7 +19,7 @@ A tabular folder is
     part-00000.parquet   one row an example, in row groups: the label int8|float32, dense columns float32, sparse
                          columns int32 (list<int32> of exactly `hots` ids where hots > 1); id 0: missing, rare or unseen
     vocabulary/          of raw data: one Parquet file a sparse column, c1.parquet: value (uint32: hexadecimal digits,
-                         int64: whole numbers) ascending, id int32 from 1, count (occurrences in the source)
+                         int64: whole numbers, or text) ascending, id int32 from 1, count (occurrences in the source)
 """
 
 import json
@@ -81,6 +83,7 @@ class _SchemaFile(BaseModel):
 
 
 MAX_ACTIONS = 31
+_VOCABULARIES = "Columns whose ids stand for values of vocabulary/<column>.parquet: SHA-256 of that file."
 _HISTORY_COLUMNS = ("user_id", "item_ids", "timestamps", "ratings", "actions")
 
 
@@ -131,7 +134,12 @@ class DataSchema(HistoryColumns, _SchemaFile):
     users: PositiveInt = Field(description="Rows over all parts.")
     events: NonNegativeInt = Field(description="Events over all users.")
     items: PositiveInt = Field(description="Rows of items.parquet: candidates, including items without an event.")
+    vocabularies: dict[str, str] = Field({}, description=_VOCABULARIES)
     source: str = Field(description="Where the data came from.")
+
+    def summary(self) -> str:
+        """The sizes, in one line."""
+        return f"{self.users:,} users, {self.events:,} events, {self.items:,} items"
 
 
 class DenseTransform(BaseModel):
@@ -139,9 +147,9 @@ class DenseTransform(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["log1p_clip", "torchrec_minshift"] = Field(
-        description="log1p_clip: log(max(x, 0) + 1). torchrec_minshift: log(x - m + 2), m the least count of the "
-        "source file over all dense columns. A missing count is x = 0 in both, and in m."
+    name: Literal["log1p_clip", "torchrec_minshift", "none"] = Field(
+        description="none: numbers as they were. log1p_clip: log(max(x, 0) + 1). torchrec_minshift: log(x - m + 2), m "
+        "the least count of the source file over all dense columns. A missing count is x = 0 in both, and in m."
     )
     version: Literal[1] = Field(description="Version of that formula.")
 
@@ -186,8 +194,14 @@ class TabularSchema(_SchemaFile):
     )
     files: list[SourceRows] = Field(description="Files of the source, in the order of their rows.")
     bad_rows: dict[str, PositiveInt] = Field({}, description="Rows left out, by what was wrong with them.")
+    vocabularies: dict[str, str] = Field({}, description=_VOCABULARIES)
     negative_counts: dict[str, PositiveInt] = Field({}, description="Counts below 0 of each dense column.")
     source: str = Field(description="Where the data came from.")
+
+    def summary(self) -> str:
+        """The sizes, in one line."""
+        ids = sum(column.cardinality for column in self.sparse)
+        return f"{self.rows:,} rows, {len(self.dense)} dense columns, {ids:,} ids in {len(self.sparse)} columns"
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:

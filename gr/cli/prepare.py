@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from gr.cli.prepare_events import command as events
+
 
 def _load(name: str) -> Any:
     """The object "module:name" of gr.prepare."""
@@ -208,9 +210,9 @@ def _criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart:
             click.echo(f"{title}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
 
 
-_GROUP_HELP = """Turn a public data set into schema.json and Parquet parts.\n
+_GROUP_HELP = """Turn your own log (events), or a public data set, into schema.json and Parquet parts.\n
 Events are ordered by time within each user, ties in file order; schema.json states the rule."""
 _CRITEO_COMMAND = click.Command("criteo", params=_CRITEO, callback=_criteo, help=_CRITEO_HELP)
 command = click.Group(
-    "prepare", [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND], help=_GROUP_HELP
+    "prepare", [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND, events], help=_GROUP_HELP
 )

@@ -101,6 +101,10 @@ def _settled(options: CriteoOptions) -> CriteoOptions:
                 f"--{name} and --vocabulary contradict each other: the vocabulary of {options.vocabulary} has "
                 f"{name} {value}; pass one of them"
             )
+    if given.transform.name == "none":
+        raise ConfigError(
+            f"--vocabulary {options.vocabulary}: is not of Criteo's data, its dense columns are no counts"
+        )
     if options.transform not in (None, given.transform.name):
         raise ConfigError(
             f"--transform {options.transform}: the data of --vocabulary {options.vocabulary} has "

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -171,7 +172,15 @@ class FolderWriter:
         """End the row group, so that the next user begins another."""
         self._parts.end_group()
 
-    def close(self, *, name: str, order: str, source: str, corpus: np.ndarray) -> DataSchema:
+    def close(
+        self,
+        *,
+        name: str,
+        order: str,
+        source: str,
+        corpus: np.ndarray,
+        vocabularies: Mapping[str, str] = MappingProxyType({}),
+    ) -> DataSchema:
         """Finish the folder. corpus: candidate item ids. Raises DataError if no user was written."""
         self._parts.end_part()
         if not self._parts.rows:
@@ -188,6 +197,7 @@ class FolderWriter:
             users=self._parts.rows,
             events=self._events,
             items=len(corpus),
+            vocabularies=dict(vocabularies),
             **self._columns.model_dump(),
         )
         schema.save(self._folder)

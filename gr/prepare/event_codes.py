@@ -1,0 +1,115 @@
+"""Ids for the values of a column: a vocabulary, made of the log or taken from a prepared folder."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.errors import DataError
+from gr.prepare.event_log import WHOLE, Column, literal, one, quoted
+from gr.schema import VOCABULARY_FOLDER
+
+_EXACT_DOUBLE = 1 << 53  # up to here a float64 holds every whole number
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The ids of a column's values. table: in DuckDB, raw (as in the log), value (int64 or text), id (from 1).
+
+    count: of ids; the largest. fixed: of a vocabulary that was given, so that values without an id may occur.
+    """
+
+    table: str
+    count: int
+    fixed: bool
+
+
+def make_codes(
+    con: duckdb.DuckDBPyConnection,
+    name: str,
+    column: tuple[str, str, Column],
+    title: str,
+    vocabulary: Path | None = None,
+    entry: str | None = None,
+) -> Codes:
+    """Ids by ascending value, as table codes_<name>. column: table, column and type.
+
+    vocabulary: a prepared folder whose ids are used, those of column `entry`, or else `name`.
+
+    Raises DataError where values are neither whole numbers nor text, or of another kind than the vocabulary's.
+    """
+    table, field, kind = column
+    distinct = f"(SELECT DISTINCT {quoted(field)} AS raw FROM {table} WHERE {quoted(field)} IS NOT NULL)"
+    value = _value(con, distinct, kind, title)
+    codes = f"codes_{name}"
+    if vocabulary is None:
+        numbered = f"SELECT raw, {value} AS value, row_number() OVER (ORDER BY {value}) AS id FROM {distinct}"
+    else:
+        file = vocabulary / VOCABULARY_FOLDER / f"{entry or name}.parquet"
+        if not file.is_file():
+            raise DataError(f"--vocabulary {vocabulary}: has no vocabulary of {entry or name} ({file})")
+        given = pq.read_schema(file).field("value").type
+        if pa.types.is_integer(given) != value.endswith("BIGINT"):
+            raise DataError(f"{title}: its values and those of {file} are not both whole numbers or both text")
+        numbered = (
+            f"SELECT raw, v.value, v.id FROM (SELECT raw, {value} AS value FROM {distinct}) "
+            f"JOIN read_parquet({literal(file)}) v USING (value)"
+        )
+    con.execute(f"CREATE TABLE {quoted(codes)} AS {numbered}")
+    if vocabulary is None:
+        return Codes(codes, int(one(con, f"SELECT count(*) FROM {quoted(codes)}")), False)
+    return Codes(codes, int(one(con, f"SELECT coalesce(max(id), 0) FROM read_parquet({literal(file)})")), True)
+
+
+def save_vocabulary(con: duckdb.DuckDBPyConnection, folder: Path, name: str, query: str, given: Path | None) -> str:
+    """Makes vocabulary/<name>.parquet of a data folder and returns its SHA-256.
+
+    It is that of the folder `given`, or else what `query` selects: value ascending, id, count.
+    """
+    path = folder / VOCABULARY_FOLDER / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if given is not None:
+        shutil.copyfile(given / VOCABULARY_FOLDER / path.name, path)
+    else:
+        rows = con.sql(query).to_arrow_reader(1 << 17)
+        with pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True) as writer:
+            for batch in rows:
+                writer.write_batch(batch)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def by_code(con: duckdb.DuckDBPyConnection, query: str, size: int) -> np.ndarray:
+    """The values of a query's second column at the places of its first, from 0 on; other places have 0."""
+    places, values = con.execute(query).fetchnumpy().values()
+    array = np.zeros(size, dtype=values.dtype)
+    array[places.astype(np.int64)] = values
+    return array
+
+
+def _value(con: duckdb.DuckDBPyConnection, distinct: str, kind: Column, title: str) -> str:
+    """SQL of the value that stands for a raw one: int64 where all are whole numbers, text otherwise."""
+    if kind.is_whole:
+        if kind.sql in ("UBIGINT", "HUGEINT", "UHUGEINT"):
+            largest = one(con, f"SELECT max(raw) FROM {distinct}")
+            if largest is not None and largest >= 1 << 63:
+                raise DataError(f"{title}: {largest} is beyond int64; write the column as text")
+        return "raw::BIGINT"
+    if kind.is_real:
+        odd = one(con, f"SELECT any_value(raw) FROM {distinct} WHERE raw <> floor(raw) OR abs(raw) > {_EXACT_DOUBLE}")
+        if odd is not None:
+            raise DataError(f"{title}: {odd} is no whole number up to 2^53; write ids as integers or text")
+        return "raw::BIGINT"
+    if kind.text:
+        odd = one(con, f"SELECT count(*) FROM {distinct} WHERE NOT regexp_full_match(raw, '{WHOLE}')")
+        return "raw::VARCHAR" if odd else "raw::BIGINT"
+    if kind.sql == "VARCHAR" or kind.sql == "UUID" or kind.sql.startswith("ENUM"):
+        return "raw::VARCHAR"
+    if kind.sql == "BOOLEAN":
+        return "raw::BOOLEAN::BIGINT"
+    raise DataError(f"{title}: has type {kind.sql}, wanted whole numbers or text")

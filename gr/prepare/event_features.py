@@ -1,0 +1,96 @@
+"""Features of users and items from a file of their own: a row for each, by the id that the log has."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from gr.errors import DataError
+from gr.prepare.event_codes import Codes, by_code, make_codes
+from gr.prepare.event_log import Column, column_names, load_log, one, quoted
+
+_FRACTION = r"-?[0-9]*\.[0-9]+([eE][-+]?[0-9]+)?"
+
+
+@dataclass(frozen=True)
+class Features:
+    """by_code: values by the code of a user or item, [U + 1]: ids of categories (int64, 0 unknown) or float32 numbers.
+
+    categories: the codes of each category, by name.
+    """
+
+    by_code: dict[str, np.ndarray] = field(default_factory=dict)
+    categories: dict[str, Codes] = field(default_factory=dict)
+
+    def sizes(self) -> tuple[dict[str, int], list[str]]:
+        """The categories with their cardinalities, and the numbers."""
+        categories = {name: codes.count + 1 for name, codes in self.categories.items()}
+        return categories, [name for name in self.by_code if name not in categories]
+
+    def vocabularies(self, con: duckdb.DuckDBPyConnection) -> dict[str, str]:
+        """Queries of value, id and count of each category."""
+        queries = {}
+        for name, codes in self.categories.items():
+            ids, counts = np.unique(self.by_code[name], return_counts=True)
+            counted = f"{codes.table}_counts"
+            con.register(counted, pa.table({"id": ids, "count": counts}))
+            queries[name] = (
+                f"SELECT value, id, coalesce(n.count, 0) AS count FROM {quoted(codes.table)} "
+                f"LEFT JOIN {quoted(counted)} n USING (id) ORDER BY id"
+            )
+        return queries
+
+
+def join_features(
+    con: duckdb.DuckDBPyConnection,
+    key: str,
+    codes: Codes,
+    source: Any,
+    column: str,
+    vocabulary: Path | None,
+    notes: list[str],
+) -> Features:
+    """The features of a file, by the codes of `key` (user or item); none without a source.
+
+    column: that of the ids, of the log's name, in the file too. Fractions are numbers, all else is a category. Raises
+    DataError where an id occurs twice or none is in the log.
+    """
+    if source is None:
+        return Features()
+    table, names = f"{key}_features", [name for name in column_names(source) if name != column]
+    types = load_log(con, source, {"key": column} | {f"f{i}": name for i, name in enumerate(names)}, table)
+    twice = one(con, f"SELECT min(key) FROM (SELECT key FROM {table} GROUP BY key HAVING count(*) > 1)")
+    if twice is not None:
+        raise DataError(f"--{key}-features: {column} {twice!r} has more than one row; keep one")
+    joined = f"{codes.table} c JOIN {table} t ON c.value::VARCHAR = t.key::VARCHAR"
+    present, total = one(con, f"SELECT count(*) FROM {joined}"), one(con, f"SELECT count(*) FROM {codes.table}")
+    if not present:
+        raise DataError(f"--{key}-features: no {column} of the log is in the file; look at its column {column}")
+    if present < total:
+        notes.append(f"{total - present:,} of {total:,} {key}s have no features: categories are 0, numbers 0")
+    by_id, categories = {}, {}
+    for place, name in enumerate(names):
+        kind = types[f"f{place}"]
+        if _is_number(con, table, f"f{place}", kind):
+            value = f"coalesce(TRY_CAST(t.f{place} AS FLOAT), 0)"
+            by_id[name] = by_code(con, f"SELECT c.id, {value} FROM {joined}", codes.count + 1)
+            if not np.isfinite(by_id[name]).all():
+                raise DataError(f"--{key}-features, column {name}: has values that are not finite")
+        else:
+            title = f"--{key}-features, column {name}"
+            categories[name] = own = make_codes(con, name, (table, f"f{place}", kind), title, vocabulary)
+            ids = f"SELECT c.id, f.id FROM {joined} JOIN {quoted(own.table)} f ON t.f{place} = f.raw"
+            by_id[name] = by_code(con, ids.replace("f.id FROM", "f.id AS value FROM"), codes.count + 1)
+    return Features(by_id, categories)
+
+
+def _is_number(con: duckdb.DuckDBPyConnection, table: str, field: str, kind: Column) -> bool:
+    """True for floating point, and for text of numbers some of which have a fraction."""
+    if not kind.text:
+        return kind.is_real
+    some = one(con, f"SELECT count(*) FROM {table} WHERE regexp_full_match({field}, '{_FRACTION}')")
+    odd = f"SELECT count(*) FROM {table} WHERE {field} IS NOT NULL AND TRY_CAST({field} AS DOUBLE) IS NULL"
+    return bool(some) and not one(con, odd)

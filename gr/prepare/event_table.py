@@ -1,0 +1,320 @@
+"""An interaction log with ids for its values: the table `events` in DuckDB, and what belongs to it.
+
+I items.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from gr.errors import DataError
+from gr.prepare.event_codes import Codes, make_codes, save_vocabulary
+from gr.prepare.event_features import Features, join_features
+from gr.prepare.event_log import (
+    Column,
+    TimeUnit,
+    literal,
+    load_log,
+    number_expression,
+    one,
+    quoted,
+    row,
+    time_expression,
+)
+from gr.schema import MAX_ACTIONS
+
+ITEM, USER = "item_id", "user_id"
+
+
+@dataclass(frozen=True)
+class EventOptions:
+    """The columns of a log, and what to make of it. Names are those of the source.
+
+    actions: one column whose values are actions (click, buy), or several that are 0 or 1. label: 0 or 1, makes rows for
+    a click model. since, until: dates, the latter exclusive. test_from: events from this date on are tested on;
+    test_users: this share of users is; each makes train/ and test/.
+    vocabulary: a prepared folder whose ids are used. memory: GiB of DuckDB.
+    """
+
+    user: str
+    item: str
+    time: str | None = None
+    time_unit: TimeUnit | None = None
+    rating: str | None = None
+    actions: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    item_features: Any = None
+    user_features: Any = None
+    label: str | None = None
+    min_user_events: int = 1
+    min_item_events: int = 1
+    since: str | None = None
+    until: str | None = None
+    keep_duplicates: bool = False
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    test_from: str | None = None
+    test_users: float | None = None
+    vocabulary: Path | None = None
+    name: str = "events"
+    memory: float = 0.5
+
+    def columns(self) -> dict[str, str]:
+        """Name in the table `log` -> name in the source."""
+        single = {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "label": self.label}
+        many = {"action": self.actions, "value": self.values, "feature": self.features}
+        numbered = {f"{kind}_{i}": name for kind, names in many.items() for i, name in enumerate(names)}
+        return {name: column for name, column in single.items() if column is not None} | numbered
+
+
+@dataclass(frozen=True)
+class Log:
+    """An encoded log: table `events` of user, item, time, place and further columns in DuckDB."""
+
+    con: duckdb.DuckDBPyConnection
+    options: EventOptions
+    users: Codes
+    items: Codes
+    time_unit: Literal["s", "ms"]
+    actions: tuple[str, ...]
+    features: dict[str, Codes]  # of events
+    user_features: Features
+    item_features: Features
+    splits: dict[str, str]
+    source: str
+    notes: list[str]
+
+    @property
+    def train(self) -> str:
+        """The events whose users and items have ids."""
+        return self.splits.get("train", "true")
+
+
+def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -> Log:
+    """Reads the source and makes the table `events` of it."""
+    columns = options.columns()
+    types = load_log(con, source, columns)
+    notes = [f"{one(con, 'SELECT count(*) FROM log'):,} events read"]
+    _check_missing(con, columns, options.on_bad_row, notes)
+    keys = {}
+    for name, entry in (("user", USER), ("item", ITEM)):
+        # Users of histories are no input of a model, so that they need not be known.
+        given = None if name == "user" and not options.label else options.vocabulary
+        entry = columns[name] if options.label else entry
+        keys[name] = make_codes(con, name, ("log", name, types[name]), f"column {columns[name]}", given, entry)
+    chosen, unit = {"user": "u.id", "item": "i.id"}, "s"
+    if options.time is not None:
+        sql, unit, phrase = time_expression(con, types["time"], options.time_unit, f"column {options.time}")
+        chosen["time"] = sql
+        notes.append(f"times: {phrase}")
+    for name in columns:
+        if name == "rating" or name.startswith("value_"):
+            chosen[name] = number_expression(con, name, types[name], f"column {columns[name]}")
+    if "label" in columns:
+        chosen["label"] = _flag(con, "label", types["label"], columns["label"])
+    actions, chosen_actions = _actions(con, types, options)
+    features, joins = {}, ""
+    for place, name in enumerate(options.features):
+        kind = ("log", f"feature_{place}", types[f"feature_{place}"])
+        features[name] = codes = make_codes(con, name, kind, f"column {name}", options.vocabulary)
+        joins += f" LEFT JOIN {quoted(codes.table)} f{place} ON log.feature_{place} = f{place}.raw"
+        chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
+    selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
+    users, items = keys["user"], keys["item"]
+    encoded = (
+        f"SELECT {selected}, {{place}} AS place FROM log JOIN codes_user u ON log.user = u.raw "
+        f"JOIN codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
+    )
+    if options.keep_duplicates:
+        con.execute(f"CREATE TABLE events AS {encoded.format(place='log.rowid')}")
+    else:
+        con.execute(
+            f"CREATE TABLE events AS {encoded.format(place='min(log.rowid)')} GROUP BY {', '.join(chosen.values())}"
+        )
+        rows = one(con, f"SELECT count(*) FROM ({encoded.format(place='log.rowid')})")
+        if repeated := rows - one(con, "SELECT count(*) FROM events"):
+            notes.append(f"{repeated:,} repeated events joined (the same user, item, time and values)")
+    return Log(
+        con,
+        options,
+        users,
+        items,
+        unit,  # type: ignore[arg-type]
+        actions,
+        features,
+        join_features(con, "user", users, options.user_features, options.user, options.vocabulary, notes),
+        join_features(con, "item", items, options.item_features, options.item, options.vocabulary, notes),
+        _splits(options, users, unit),
+        _described(source),
+        notes,
+    )
+
+
+def _check_missing(con: duckdb.DuckDBPyConnection, columns: dict[str, str], on_bad_row: str, notes: list[str]) -> None:
+    needed = [name for name in columns if name in ("user", "item", "time", "label")]
+    missing = " OR ".join(f"{name} IS NULL" for name in needed)
+    count, first = row(con, f"SELECT count(*), min(rowid) FROM log WHERE {missing}")
+    if not count:
+        return
+    if on_bad_row == "fail":
+        values = row(con, f"SELECT {', '.join(needed)} FROM log WHERE rowid = {first}")
+        column = next(columns[name] for name, value in zip(needed, values, strict=True) if value is None)
+        raise DataError(
+            f"row {first} of the log, column {column}: is missing, as in {count:,} rows; correct them, or leave them "
+            "out with --on-bad-row skip"
+        )
+    con.execute(f"DELETE FROM log WHERE {missing}")
+    notes.append(f"{count:,} events left out: {', '.join(columns[name] for name in needed)} missing")
+
+
+def _actions(
+    con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of the bits of the column actions, and its SQL; none without actions."""
+    names = options.actions
+    if not names:
+        return (), {}
+    distinct = [row[0] for row in con.execute("SELECT DISTINCT action_0 FROM log LIMIT 1000").fetchall()]
+    if len(names) > 1 or {str(value).lower() for value in distinct} <= {"0", "1", "true", "false"}:
+        bits = [f"({_flag(con, f'action_{i}', types[f'action_{i}'], n)})::INT << {i}" for i, n in enumerate(names)]
+        return names, {"actions": f"bit_or({' | '.join(bits)})" if not options.keep_duplicates else " | ".join(bits)}
+    if None in distinct or len(distinct) > MAX_ACTIONS:
+        fault = (
+            "has missing values"
+            if None in distinct
+            else f"has {len(distinct):,} different values, at most {MAX_ACTIONS} are actions"
+        )
+        raise DataError(f"column {names[0]}: {fault}; name columns that are 0 or 1, or a column of few actions")
+    values = sorted(map(str, distinct))
+    cases = " ".join(f"WHEN {literal(value)} THEN {1 << bit}" for bit, value in enumerate(values))
+    sql = f"CASE action_0::VARCHAR {cases} END"
+    return tuple(values), {"actions": sql if options.keep_duplicates else f"bit_or({sql})"}
+
+
+def _flag(con: duckdb.DuckDBPyConnection, name: str, kind: Column, title: str) -> str:
+    """SQL of a column of 0 and 1 (or false and true). Raises DataError for anything else."""
+    odd = f"SELECT any_value({name}::VARCHAR) FROM log WHERE TRY_CAST({name} AS DOUBLE) NOT IN (0, 1)"
+    if kind.sql == "BOOLEAN":
+        return f"{name}::INT"
+    if (bad := one(con, odd + f" OR ({name} IS NOT NULL AND TRY_CAST({name} AS DOUBLE) IS NULL)")) is not None:
+        raise DataError(f"column {title}: {bad} is neither 0 nor 1")
+    return f"coalesce({name}::DOUBLE::INT, 0)"
+
+
+def _between(options: EventOptions, time: str | None, unit: str) -> str:
+    bounds = [(">=", options.since, "--since"), ("<", options.until, "--until")]
+    conditions = [f"{time} {sign} {moment(date, unit, flag)}" for sign, date, flag in bounds if date is not None]
+    if conditions and time is None:
+        raise DataError("--since and --until need --time")
+    return " AND ".join(conditions) or "true"
+
+
+def moment(date: str, unit: str, flag: str) -> int:
+    """A date such as 2026-11-28 or 2026-11-28T12:00 (UTC where it names no zone) in the unit of the events' times."""
+    try:
+        parsed = datetime.fromisoformat(date)
+    except ValueError:
+        raise DataError(f"{flag} {date}: is no date like 2026-11-28 or 2026-11-28T12:00") from None
+    seconds = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    return round(seconds * (1000 if unit == "ms" else 1))
+
+
+def leave_out_rare(log: Log) -> None:
+    """Leaves out users and items with few events, until all that stay have enough (a k-core)."""
+    con, least = log.con, {"user": log.options.min_user_events, "item": log.options.min_item_events}
+    before = total = one(con, "SELECT count(*) FROM events")
+    while any(k > 1 for k in least.values()):
+        for key, k in least.items():
+            few = f"SELECT {key} FROM events GROUP BY {key} HAVING count(*) < {k}"
+            con.execute(f"DELETE FROM events WHERE {key} IN ({few})")
+        left = one(con, "SELECT count(*) FROM events")
+        if left == total:
+            break
+        total = left
+    if total < before:
+        log.notes.append(f"{before - total:,} events left out: of users or items with too few events")
+    if not total:
+        raise DataError("no event is left; relax the filters")
+    if alone := one(con, "SELECT count(*) FROM (SELECT user FROM events GROUP BY user HAVING count(*) = 1)"):
+        log.notes.append(f"{alone:,} users have one event: there is nothing to predict it from")
+    if test := log.splits.get("test"):
+        unseen = f"{test} AND item NOT IN (SELECT item FROM events WHERE {log.train})"
+        if count := one(con, f"SELECT count(*) FROM events WHERE {unseen}"):
+            what = "have id 0" if log.options.label else "are left out"
+            log.notes.append(f"test: {count:,} events of items that train/ lacks {what}")
+
+
+def _splits(options: EventOptions, users: Codes, unit: str) -> dict[str, str]:
+    """SQL conditions on `events` by folder. The items of train/ make the vocabulary."""
+    if options.test_from is not None:
+        if options.time is None:
+            raise DataError("--test-from needs --time")
+        start = moment(options.test_from, unit, "--test-from")
+        later = f"time >= {start}"
+        test = later if options.label else f"user IN (SELECT user FROM events WHERE {later})"
+        return {"train": f"time < {start}", "test": test}
+    if options.test_users is not None:
+        drawn = f"md5_number_lower(value::VARCHAR) % 1000000 < {round(options.test_users * 1e6)}"
+        chosen = f"user IN (SELECT id FROM {users.table} WHERE {drawn})"
+        return {"train": f"NOT {chosen}", "test": chosen}
+    return {"": "true"}
+
+
+def train_ids(log: Log, key: Literal["user", "item"]) -> np.ndarray:
+    """The id in the folders for each code of a user or item, int64 [codes + 1]: from 1 over those of train/, or as
+    given by --vocabulary; 0 for all others.
+    """
+    codes = log.users if key == "user" else log.items
+    if codes.fixed:
+        return np.arange(codes.count + 1)
+    present = f"SELECT DISTINCT {key} AS code FROM events WHERE {log.train} ORDER BY code"
+    trained = log.con.execute(present).fetchnumpy()["code"]
+    ids = np.zeros(codes.count + 1, dtype=np.int64)
+    ids[trained] = np.arange(1, len(trained) + 1)
+    return ids
+
+
+def save_vocabularies(
+    log: Log, folder: Path, ids: dict[str, tuple[Literal["user", "item"], np.ndarray]], given: Path | None
+) -> dict[str, str]:
+    """Writes the vocabularies of model inputs, and returns the digests of their files, by name.
+
+    ids: by name, train_ids of users or items. given: a folder whose vocabularies are used instead.
+    """
+    con, queries = log.con, {}
+    for name, (key, ids_V) in ids.items():
+        con.register(f"{key}_ids", pa.table({"code": np.flatnonzero(ids_V), "id": ids_V[ids_V > 0]}))
+        queries[name] = (
+            f"SELECT c.value, m.id, coalesce(n.count, 0) AS count FROM codes_{key} c JOIN {key}_ids m ON c.id = m.code "
+            f"LEFT JOIN ({_occurrences(key, log.train)}) n ON n.id = c.id ORDER BY m.id"
+        )
+    for place, (name, codes) in enumerate(log.features.items()):
+        queries[name] = (
+            f"SELECT value, id, coalesce(n.count, 0) AS count FROM {quoted(codes.table)} "
+            f"LEFT JOIN ({_occurrences(f'feature_{place}', log.train)}) n USING (id) ORDER BY id"
+        )
+    for features in (log.user_features, log.item_features):
+        queries |= features.vocabularies(con)
+    return {name: save_vocabulary(con, folder, name, query, given) for name, query in queries.items()}
+
+
+def save_users(log: Log, folder: Path, where: str) -> dict[str, str]:
+    """Writes the vocabulary of the users of one folder of histories, where they are no input of a model."""
+    query = f"SELECT value, id, n.count FROM codes_user JOIN ({_occurrences('user', where)}) n USING (id) ORDER BY id"
+    return {USER: save_vocabulary(log.con, folder, USER, query, None)}
+
+
+def _occurrences(column: str, condition: str) -> str:
+    return f"SELECT {column} AS id, count(*) AS count FROM events WHERE {condition} GROUP BY id"
+
+
+def _described(source: Any) -> str:
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return ", ".join(map(str, source)) if isinstance(source, Sequence) else f"a table of {type(source).__module__}"
