@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -35,8 +35,8 @@ from gr.parallel.tables import shard_tables
 from gr.planner.for_run import make_plan
 from gr.planner.placement import Plan
 from gr.planner.planfile import dump_plan
-from gr.recipes.base import Recipe, Split, Training, TrainingLoader, open_recipe
-from gr.recipes.recommendations import write_recommendations
+from gr.recipes.answers import write_answers
+from gr.recipes.base import Recipe, Request, Split, Training, TrainingLoader, open_recipe
 from gr.status import StatusFile
 from gr.training import callbacks
 from gr.training.module import TrainModule
@@ -160,10 +160,8 @@ def load_weights(built: Built, checkpoint: Path) -> int:
     return int(load_state(checkpoint, state, built.world)["step"])
 
 
-def recommend(
-    config: RunConfig, checkpoint: Path, world: World, out: Path, *, k: int, holdout: Literal[0, 1] = 0
-) -> dict[str, int]:
-    """Writes the k best items of every user of the evaluation data as `out`, and returns what was counted. Collective.
+def recommend(config: RunConfig, checkpoint: Path, world: World, out: Path, request: Request) -> dict[str, int]:
+    """Writes the best items of users of the evaluation data as `out`, and returns what was counted. Collective.
 
     `out` is one Parquet file: user_id, item_id, score, place; the same at every world size. Every rank must reach its
     folder.
@@ -171,7 +169,9 @@ def recommend(
     with force_backend(config.trainer.kernels):
         built = build(_recipe_of(checkpoint, config, world), world)
         load_weights(built, checkpoint)
-        return write_recommendations(built.recipe, built.model, world, out, k=k, holdout=holdout)
+        answers = built.recipe.recommend(built.model, world, request)
+        rows = write_answers(out, answers.schema, answers.tables, world)
+        return {"rows": rows, **answers.counts}
 
 
 def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: World) -> dict[str, Any]:

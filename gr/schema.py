@@ -39,6 +39,11 @@ PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
 
 
+def vocabulary_file(column: str) -> str:
+    """Where a data folder and a checkpoint have the vocabulary of a column."""
+    return f"{VOCABULARY_FOLDER}/{column}.parquet"
+
+
 class _SchemaFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     _kind: ClassVar[str] = "histories"  # the kind of folder that a file without the field `kind` describes
@@ -82,7 +87,9 @@ class _SchemaFile(BaseModel):
         (Path(folder) / SCHEMA_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+USER_COLUMN = "user_id"
 MAX_ACTIONS = 31
+FileName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$", max_length=200)]
 _VOCABULARIES = "Columns whose ids stand for values of vocabulary/<column>.parquet: SHA-256 of that file."
 _HISTORY_COLUMNS = ("user_id", "item_ids", "timestamps", "ratings", "actions")
 
@@ -134,7 +141,7 @@ class DataSchema(HistoryColumns, _SchemaFile):
     users: PositiveInt = Field(description="Rows over all parts.")
     events: NonNegativeInt = Field(description="Events over all users.")
     items: PositiveInt = Field(description="Rows of items.parquet: candidates, including items without an event.")
-    vocabularies: dict[str, str] = Field({}, description=_VOCABULARIES)
+    vocabularies: dict[FileName, str] = Field({}, description=_VOCABULARIES)
     source: str = Field(description="Where the data came from.")
 
     def summary(self) -> str:
@@ -194,7 +201,7 @@ class TabularSchema(_SchemaFile):
     )
     files: list[SourceRows] = Field(description="Files of the source, in the order of their rows.")
     bad_rows: dict[str, PositiveInt] = Field({}, description="Rows left out, by what was wrong with them.")
-    vocabularies: dict[str, str] = Field({}, description=_VOCABULARIES)
+    vocabularies: dict[FileName, str] = Field({}, description=_VOCABULARIES)
     negative_counts: dict[str, PositiveInt] = Field({}, description="Counts below 0 of each dense column.")
     source: str = Field(description="Where the data came from.")
 

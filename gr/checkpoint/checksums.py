@@ -5,7 +5,7 @@ One list of them all, written when the checkpoint is complete, in the form of `s
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gr.files import write_text
 
@@ -36,7 +36,7 @@ def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> st
         # A damaged list may hold anything, also bytes that are no text and names that are no names.
         for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
             digest, _, name = line.partition("  ")
-            sums[Path(name.replace("\0", "?")).name] = digest
+            sums[_inside(name)] = digest
     names = sorted({*sums, *shared, *(path.name for path in folder.glob("*.distcp"))})
     for name in names[rank::size]:
         if name not in sums:
@@ -47,6 +47,12 @@ def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> st
         except (FileNotFoundError, IsADirectoryError) as error:
             return f"{folder / name}: cannot be read: {error.strerror}"
     return ""
+
+
+def _inside(name: str) -> str:
+    """A name of the list, or its last part where it leads out of the checkpoint."""
+    path = PurePosixPath(name.replace("\0", "?"))
+    return path.name if path.is_absolute() or ".." in path.parts else str(path)
 
 
 def _digest(path: Path) -> str:

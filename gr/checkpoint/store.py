@@ -135,6 +135,7 @@ class CheckpointStore:
         write_text(partial / CONFIG, self.config_yaml)
         write_json(partial / PROGRESS, {"format": FORMAT, **progress})
         for name, content in self.artifacts.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
 
     def finish(self) -> None:

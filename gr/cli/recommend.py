@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any
 
 import click
 
@@ -10,27 +10,31 @@ from gr.cli.out import check_out
 
 
 @click.command(
-    help="Write the best items of every user as one Parquet file: user_id, item_id, score, place. The users are those "
-    "of evaluation.path, or else data.path; items that evaluation.filter_seen forbids are left out."
+    help="Write the best items of every user as one Parquet file: user_id, item_id, score, place, in the ids of your "
+    "log. The users are those of evaluation.path, or else data.path. Items that evaluation.filter_seen forbids are left"
+    " out."
 )
 @click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option("--k", type=click.IntRange(1), default=20, show_default=True, help="Items a user.")
+@click.option("--users", type=click.Path(path_type=Path), help="Parquet file of users: user_id, and perhaps k.")
+@click.option("--items", type=click.Path(path_type=Path), help="Parquet file of the items allowed: item_id.")
 @click.option("--holdout", type=click.IntRange(0, 1), default=0, show_default=True, help="Newest events left out.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
 @click.option("--force", is_flag=True, help="Replace the file.")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def command(
-    checkpoint: str, out: Path, k: int, holdout: int, plugins: tuple[str, ...], force: bool, overrides: tuple[str, ...]
-) -> None:
+def command(checkpoint: str, out: Path, force: bool, overrides: tuple[str, ...], **options: Any) -> None:
     from gr import logging
     from gr.api import recommend
 
     check_out(out, force)
     rank = int(os.environ.get("RANK", 0))
     logging.configure(rank)
-    counts = recommend(checkpoint, out, overrides, k=k, holdout=cast(Literal[0, 1], holdout), plugins=plugins)
+    counts = recommend(checkpoint, out, overrides, **options)
     if rank == 0:
         click.echo(f"{out}: {counts['rows']:,} rows, {counts['users']:,} users")
         if counts["without_history"]:
             click.echo(f"{counts['without_history']:,} users have no history: nothing is recommended to them")
+        for noun in ("users", "items"):
+            if unknown := counts[f"unknown_{noun}"]:
+                click.echo(f"{unknown:,} {noun} of --{noun} are not in the data")

@@ -87,6 +87,12 @@ class Dataset:
             )
         return self._histories(index, lists, flat, faults)
 
+    def rows_of(self, user_ids_N: np.ndarray) -> np.ndarray:
+        """Rows of these users, int64, in file order; those of users that are not here are left out."""
+        read = (self._parts.read(index, ["user_id"])[1].column("user_id") for index in range(len(self.row_groups)))
+        users = np.concatenate([np.empty(0, dtype=np.int64), *(column.cast(pa.int64()).to_numpy() for column in read)])
+        return np.flatnonzero(np.isin(users, user_ids_N))
+
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
         """Candidate item ids and their counts, by read_corpus."""
         return read_corpus(self.path, self.schema)

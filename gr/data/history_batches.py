@@ -119,11 +119,16 @@ class UserBatches(BatchSource[Histories, Any]):
         global_batch_size: int,
         rank: int,
         world_size: int,
+        rows_N: np.ndarray | None = None,
     ) -> None:
-        """global_batch_size: users a step over all ranks. Raises ConfigError if the world size does not divide it."""
+        """global_batch_size: users a step over all ranks. rows_N: the rows of the users to read; None: all.
+
+        Raises ConfigError if the world size does not divide the batch.
+        """
         self._size = rank_batch_size("evaluation.global_batch_size", global_batch_size, world_size)
         self._dataset, self._config, self._collate, self._columns = dataset, config, collate, columns
-        bounds = [r * dataset.rows // world_size for r in range(world_size + 1)]
+        self._rows_N = np.arange(dataset.rows) if rows_N is None else rows_N
+        bounds = [r * len(self._rows_N) // world_size for r in range(world_size + 1)]
         self._first_row, self._stop_row = bounds[rank], bounds[rank + 1]
         self._starts = np.concatenate([[0], np.cumsum(dataset.row_counts)])
         self.stop = max(-(-(stop - start) // self._size) for start, stop in pairwise(bounds))
@@ -150,8 +155,10 @@ class UserBatches(BatchSource[Histories, Any]):
         return self._dataset.read_row_group(row_group, self._columns, self._config.on_bad_row)
 
     def rows(self, cursor: int) -> Places:
-        row_B = self._first_row + cursor * self._size + np.arange(self._size)
-        exists_B = row_B < self._stop_row
+        place_B = self._first_row + cursor * self._size + np.arange(self._size)
+        exists_B = place_B < self._stop_row
+        row_B = np.zeros_like(place_B)
+        row_B[exists_B] = self._rows_N[place_B[exists_B]]
         group_B = np.where(exists_B, np.searchsorted(self._starts, row_B, side="right") - 1, -1)
         return group_B, np.where(exists_B, row_B - self._starts[group_B], 0)
 
@@ -168,6 +175,7 @@ def evaluation_batches(
     filter_seen: Literal["window", "all", "none"],
     rank: int = 0,
     world_size: int = 1,
+    rows_N: np.ndarray | None = None,
     users: bool = False,
 ) -> UserBatches:
     """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
@@ -190,4 +198,5 @@ def evaluation_batches(
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,
+        rows_N=rows_N,
     )

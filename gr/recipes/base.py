@@ -1,22 +1,24 @@
 """The questions that every kind of experiment answers. gr.experiment asks; a recipe knows no experiment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from torch import nn
 
 from gr.config import differences
 from gr.config.load import RECIPES
 from gr.config.run import RunConfig
+from gr.data.vocabulary import Vocabulary
 from gr.dist import World
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import CheckpointError, ConfigError, DataError
 from gr.metrics.writers import MetricsWriter
 from gr.models import build_model
-from gr.schema import SCHEMA_FILE
+from gr.schema import SCHEMA_FILE, vocabulary_file
 from gr.training import callbacks
 from gr.training.module import Objective
 from gr.training.pipeline import Loader
@@ -47,17 +49,26 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Recommended:
-    """Recommendations of some users, best first for each user. users: how many had a history to recommend from.
+class Request:
+    """What to recommend. k: items a user. holdout: newest events of a user that are left out, to compare with them.
 
-    user_N, item_N: int64. score_N: float32. place_N: int32, 1 is best.
+    users, items: Parquet files of the users to recommend to (with an optional column k) and of the items allowed; None:
+    all.
     """
 
-    user_N: np.ndarray
-    item_N: np.ndarray
-    score_N: np.ndarray
-    place_N: np.ndarray
-    users: int
+    k: int = 20
+    holdout: Literal[0, 1] = 0
+    users: Path | None = None
+    items: Path | None = None
+
+
+@dataclass
+class Answers:
+    """A stream of tables, each of `schema`, and counts that are whole once it has ended."""
+
+    schema: pa.Schema
+    tables: Iterable[pa.Table]
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,10 @@ class Training:
 class Recipe(ABC, Generic[Config]):
     """One kind of experiment. `config` and `schema` determine the model; everything else reads data.
 
-    artifacts: files of the data folder that a model needs to be used, kept in every checkpoint.
+    corpus_files: what else of the data folder a model needs to be used.
     """
 
-    artifacts: tuple[str, ...] = (SCHEMA_FILE,)
+    corpus_files: tuple[str, ...] = ()
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         """folder: has the artifacts: a checkpoint; None: the training data. Raises DataError."""
@@ -98,6 +109,29 @@ class Recipe(ABC, Generic[Config]):
     def model(self) -> nn.Module:
         """The single-device model, without storage (on meta)."""
         return build_model(self.config, self.schema)
+
+    @property
+    def artifacts(self) -> list[str]:
+        """Files of the data folder that a model needs to be used, kept in every checkpoint."""
+        return [SCHEMA_FILE, *self.corpus_files, *map(vocabulary_file, self.vocabularies(self.schema))]
+
+    def vocabulary(self, column: str) -> Vocabulary:
+        """The values of a column that the model reads."""
+        return Vocabulary.open(self.folder, self.schema, column)
+
+    def vocabularies(self, schema: Any) -> dict[str, str]:
+        """The digest of the vocabulary of each column that the model reads, of those that have one."""
+        return schema.vocabularies
+
+    def check_vocabularies(self, evaluated: Any, path: Path) -> None:
+        """Raises DataError where the ids of the data to evaluate on stand for other values."""
+        mine, others = self.vocabularies(self.schema), self.vocabularies(evaluated)
+        for name in [*mine, *others]:
+            if mine.get(name) != others.get(name):
+                raise DataError(
+                    f"{self.folder} and {path} have other vocabularies of {name}: prepare {path} with "
+                    "`gr prepare events --vocabulary` and the folder that was trained on"
+                )
 
     @property
     def has_tables(self) -> bool:
@@ -156,11 +190,10 @@ class Recipe(ABC, Generic[Config]):
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """Metrics of a model on one split; the same at every world size. Collective."""
 
-    def recommend(self, model: nn.Module, world: World, k: int, holdout: Literal[0, 1]) -> Iterator[Recommended]:
-        """The k best items of this rank's users of the evaluation data, in its order; ranks follow one another.
+    def recommend(self, model: nn.Module, world: World, request: Request) -> Answers:
+        """The best items of this rank's users of the evaluation data, in its order; ranks follow one another.
 
-        holdout: newest events of each user that are left out, to compare with them. Raises ConfigError where the recipe
-        recommends nothing. Collective: all ranks take as many parts.
+        Raises ConfigError where the recipe recommends nothing. Collective: all ranks take as many tables.
         """
         raise ConfigError(f"{self.config.kind} models recommend nothing: only retrieval models do")
 

@@ -70,6 +70,7 @@ class ClickRecipe(Recipe[ClickConfig]):
     def check_data(self) -> None:
         if self.evaluation_data is None:
             return
+        self.check_vocabularies(self.evaluation_data.schema, self.evaluation_data.path)
         for name in ("labels", "dense", "transform", "sparse"):
             if getattr(self.schema, name) != getattr(self.evaluation_data.schema, name):
                 raise DataError(

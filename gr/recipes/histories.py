@@ -6,14 +6,16 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from gr.batch import ITEM_FEATURE
 from gr.config.histories import HistoryRunConfig
 from gr.data.dataset import Dataset
+from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.logging import get_logger
 from gr.planner.estimate_dense import sequence_flops
 from gr.recipes.base import Recipe
-from gr.schema import DataSchema
+from gr.schema import USER_COLUMN, DataSchema
 
 log = get_logger(__name__)
 Config = TypeVar("Config", bound=HistoryRunConfig)
@@ -51,6 +53,7 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
             for setting, remedy in self.needs_time().items():
                 if not schema.timestamps:
                     raise ConfigError(f"{setting}, but {path} has no timestamps: {remedy}")
+        self.check_vocabularies(evaluated.schema, evaluated.path)
         for name in self.compared_columns:
             mine, other = getattr(self.schema, name), getattr(evaluated.schema, name)
             if mine != other:
@@ -58,6 +61,14 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
                 raise DataError(
                     f"{self.folder} and {evaluated.path} differ in {name}{shown} (schema.json): prepare both alike"
                 )
+
+    def user_vocabulary(self) -> Vocabulary:
+        """The user ids of the evaluation data."""
+        return Vocabulary.open(self.evaluation_data.path, self.evaluation_data.schema, USER_COLUMN)
+
+    def vocabularies(self, schema: DataSchema) -> dict[str, str]:
+        read = {ITEM_FEATURE, *schema.contextual, *schema.event_features}
+        return {name: digest for name, digest in schema.vocabularies.items() if name in read}
 
     def tokens(self, events_N: np.ndarray) -> np.ndarray:
         """Tokens of the tower for examples of so many events."""

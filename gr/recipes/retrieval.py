@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gr.batch import EvaluationBatch, RetrievalBatch, move_ids
+from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch, move_ids
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
-from gr.data.history_batches import HistoryEpochs, evaluation_batches
+from gr.data.history_batches import HistoryEpochs, UserBatches, evaluation_batches
 from gr.data.loader import ResumableLoader
+from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.embeddings import with_candidates
 from gr.errors import CheckpointError, ConfigError, DataError
@@ -24,10 +26,11 @@ from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
-from gr.recipes.base import Evaluation, Recommended, ReportTable, Split, Training
+from gr.recipes.answers import read_listed
+from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Training
 from gr.recipes.baselines import evaluate_baselines
 from gr.recipes.histories import HistoryRecipe
-from gr.schema import ITEMS_FILE, SCHEMA_FILE
+from gr.schema import ITEMS_FILE, USER_COLUMN
 from gr.tasks import CandidateSampler, CorpusRanker
 from gr.training import callbacks
 from gr.training.module import Inputs
@@ -63,7 +66,7 @@ class RetrievalObjective:
 class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
     """Trains RetrievalModel; evaluates the place of each user's held-out item among the whole corpus."""
 
-    artifacts = (SCHEMA_FILE, ITEMS_FILE)
+    corpus_files = (ITEMS_FILE,)
 
     @cached_property
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
@@ -116,16 +119,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
 
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """arrays: ranks, the place of each user's item, float64 [users], in the order of the data; 1 is best."""
-        settings = self.config.evaluation
-        batches = evaluation_batches(
-            self.evaluation_data,
-            self.config.data,
-            target_from_end=TARGET_FROM_END[split],
-            global_batch_size=settings.global_batch_size,
-            filter_seen=settings.filter_seen,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        batches = self._user_batches(world, target_from_end=TARGET_FROM_END[split])
         inner = unwrapped(model)
         assert isinstance(inner, RetrievalModel)
         ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world)
@@ -136,32 +130,38 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             )
         details: dict[str, Any] = {
             "split": split,
-            "filter_seen": settings.filter_seen,
+            "filter_seen": self.config.evaluation.filter_seen,
             "users": len(ranks),
             "baselines": {},
         }
         return Evaluation(retrieval_metrics(ranks), details, {"ranks": ranks})
 
+    def recommend(self, model: nn.Module, world: World, request: Request) -> Answers:
+        """Items that evaluation.filter_seen allows, by batches of users. The same at every world size.
+
+        Columns: user_id and item_id (as in the log), score, place (1 is best).
+        """
+        items, users = self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
+        corpus_C, unknown = self._allowed(request.items, items)
+        if not 1 <= request.k <= len(corpus_C):
+            raise ConfigError(f"k={request.k}: {len(corpus_C)} items may be recommended; set k to 1 up to that")
+        names = {USER_COLUMN: users.type, "item_id": items.type, "score": pa.float32(), "place": pa.int32()}
+        answers = Answers(pa.schema(names), (), {"unknown_items": unknown})
+        answers.tables = self._recommended(model, world, request, corpus_C, answers)
+        return answers
+
     @torch.no_grad()
-    def recommend(self, model: nn.Module, world: World, k: int, holdout: Literal[0, 1]) -> Iterator[Recommended]:
-        """Items that evaluation.filter_seen allows, by batches of users. The same at every world size."""
-        items, settings = len(self.corpus[0]), self.config.evaluation
-        if not 1 <= k <= items:
-            raise ConfigError(f"k={k}: the corpus has {items} items; set k to 1 up to that")
-        inner = unwrapped(model)
+    def _recommended(
+        self, model: nn.Module, world: World, request: Request, corpus_C: np.ndarray, answers: Answers
+    ) -> Iterator[pa.Table]:
+        inner, k, items, users = unwrapped(model), request.k, self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
         assert isinstance(inner, RetrievalModel)
         inner.eval()
-        ranker = CorpusRanker(torch.tensor(self.corpus[0]), inner.item_vectors, inner.similarity, world)
-        batches = evaluation_batches(
-            self.evaluation_data,
-            self.config.data,
-            target_from_end=holdout,
-            global_batch_size=settings.global_batch_size,
-            filter_seen=settings.filter_seen,
-            rank=world.rank,
-            world_size=world.size,
-            users=True,
-        )
+        ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
+        listed = None if request.users is None else read_listed(request.users, users)
+        rows_N = None if listed is None else self.evaluation_data.rows_of(listed.ids_N)
+        batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N, users=True)
+        own = 0
         for batch in batches:
             moved = batch.to(world.device)
             queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
@@ -169,10 +169,46 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             there_BK = ((scores_BK > -torch.inf) & moved.valid_B[:, None]).cpu()
             assert batch.user_B is not None, "asked for"
             places_BK = torch.arange(1, k + 1, dtype=torch.int32).expand_as(there_BK)
-            users_BK = batch.user_B[:, None].expand_as(there_BK)
-            values = (users_BK, ids_BK.cpu(), scores_BK.cpu(), places_BK)
+            if listed is not None and listed.limits_N is not None and len(listed.ids_N):
+                at_B = np.minimum(np.searchsorted(listed.ids_N, batch.user_B.numpy()), len(listed.ids_N) - 1)
+                there_BK &= places_BK <= torch.from_numpy(listed.limits_N[at_B])[:, None]
+            values = (batch.user_B[:, None].expand_as(there_BK), ids_BK.cpu(), scores_BK.cpu(), places_BK)
             user_N, item_N, score_N, place_N = (value[there_BK].numpy() for value in values)
-            yield Recommended(user_N, item_N, score_N, place_N, users=int(batch.valid_B.sum()))
+            columns = (users.values(user_N), items.values(item_N), score_N, place_N)
+            own += int(batch.valid_B.sum())
+            yield pa.table(dict(zip(answers.schema.names, columns, strict=True)), schema=answers.schema)
+        present = self.evaluation_data.rows if rows_N is None else len(rows_N)
+        asked = present if listed is None else len(listed.ids_N) + listed.unknown
+        with_history = int(world.all_reduce_sum([float(own)])[0])
+        answers.counts |= {
+            "users": with_history,
+            "without_history": present - with_history,
+            "unknown_users": asked - present,
+        }
+
+    def _allowed(self, path: Path | None, items: Vocabulary) -> tuple[np.ndarray, int]:
+        """The candidates that a file names, and how many it names that are none; all without a file."""
+        if path is None:
+            return self.corpus[0], 0
+        listed = read_listed(path, items)
+        allowed_C = np.intersect1d(self.corpus[0], listed.ids_N)
+        return allowed_C, len(listed.ids_N) - len(allowed_C) + listed.unknown
+
+    def _user_batches(
+        self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None, users: bool = False
+    ) -> UserBatches:
+        settings = self.config.evaluation
+        return evaluation_batches(
+            self.evaluation_data,
+            self.config.data,
+            target_from_end=target_from_end,
+            global_batch_size=settings.global_batch_size,
+            filter_seen=settings.filter_seen,
+            rank=world.rank,
+            world_size=world.size,
+            rows_N=rows_N,
+            users=users,
+        )
 
     def comparisons(self, split: Split) -> dict[str, Any]:
         """Metrics of the configured baselines on the same users; none where the training data is gone."""

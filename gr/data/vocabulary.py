@@ -1,0 +1,83 @@
+"""The values that the ids of a column stand for: a log's own ids of users, items and categories. N ids."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gr.data.parquet import decoding
+from gr.errors import DataError
+from gr.schema import DataSchema, TabularSchema, vocabulary_file
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """ids_V: ascending, int64. values_V: int64 or text. Both None: an id stands for itself."""
+
+    column: str
+    ids_V: np.ndarray | None = None
+    values_V: pa.Array | None = None
+
+    @classmethod
+    def open(cls, folder: Path, schema: DataSchema | TabularSchema, column: str) -> "Vocabulary":
+        """The vocabulary of a column, of a data folder or a checkpoint; where there is none, ids stand for themselves.
+
+        Raises DataError where the file is not the one that schema.json names.
+        """
+        if column not in schema.vocabularies:
+            return cls(column)
+        path = folder / vocabulary_file(column)
+        with decoding(path):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != schema.vocabularies[column]:
+                raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare the data again")
+            table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
+        return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
+
+    @property
+    def type(self) -> pa.DataType:
+        return pa.int64() if self.values_V is None else self.values_V.type
+
+    def values(self, ids_N: np.ndarray) -> pa.Array:
+        """The value of each id; null for one that stands for none."""
+        if self.ids_V is None or self.values_V is None:
+            return pa.array(ids_N, type=pa.int64())
+        place_N = np.minimum(np.searchsorted(self.ids_V, ids_N), len(self.ids_V) - 1)
+        return self.values_V.take(pa.array(place_N, mask=self.ids_V[place_N] != ids_N))
+
+    def ids(self, values_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """The id of each value, int64; 0 for a null and for one that is not in the vocabulary.
+
+        Raises DataError where the values are of another kind: text for whole numbers, or the other way round.
+        """
+        if isinstance(values_N, pa.ChunkedArray):
+            values_N = values_N.combine_chunks()
+        if pa.types.is_dictionary(values_N.type):
+            values_N = values_N.dictionary_decode()
+        try:
+            if pa.types.is_string(self.type) and not _is_text(values_N.type):
+                raise pa.ArrowInvalid("they are no text")
+            cast_N = values_N.cast(self.type)
+        except pa.ArrowException as error:
+            kind = "text" if pa.types.is_string(self.type) else "whole numbers"
+            raise DataError(
+                f"{self.column}: values of type {values_N.type} cannot be looked up, these are {kind} ({error})"
+            ) from None
+        if self.ids_V is None or self.values_V is None:
+            return cast_N.fill_null(0).to_numpy(zero_copy_only=False)
+        place_N = pc.index_in(cast_N, value_set=self.values_V, skip_nulls=True)
+        known_N = place_N.is_valid().to_numpy(zero_copy_only=False)
+        return np.where(known_N, self.ids_V[place_N.fill_null(0).to_numpy(zero_copy_only=False)], 0)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_null(kind)
+    )

@@ -1,0 +1,98 @@
+"""Answers of a model as one Parquet file, in the ids of the data's own log; and the questions, read from files.
+
+All ranks write, each its own part; the parts are joined in the order of ranks. N rows.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.data.parquet import decoding
+from gr.data.vocabulary import Vocabulary
+from gr.dist import World
+from gr.errors import ConfigError, DataError
+from gr.files import is_transient
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The ids that a file names, ascending. limits_N: its column k, where it has one. unknown: values without an id."""
+
+    ids_N: np.ndarray
+    limits_N: np.ndarray | None
+    unknown: int
+
+
+def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
+    """The column of a Parquet file that has the vocabulary's name, as ids; and its column k, if any.
+
+    Raises DataError where the file has no such column, names one twice, or a k is below 1.
+    """
+    with decoding(path, "cannot be read"):
+        table = pq.read_table(path)
+    if vocabulary.column not in table.column_names:
+        raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
+    ids_N = vocabulary.ids(table.column(vocabulary.column))
+    known = ids_N > 0
+    order = np.argsort(ids_N[known], kind="stable")
+    chosen = ids_N[known][order]
+    if (repeated := chosen[1:][np.diff(chosen) == 0]).size:
+        raise DataError(f"{path}: {vocabulary.column} {vocabulary.values(repeated[:1])[0]} is named twice")
+    limits = None
+    if "k" in table.column_names:
+        with decoding(path, "column k is no list of whole numbers"):
+            limits = table.column("k").cast(pa.int64()).fill_null(0).to_numpy()[known][order]
+        if (limits < 1).any():
+            raise DataError(f"{path}: column k has values below 1")
+    return Listed(chosen, limits, int((~known).sum()))
+
+
+def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], world: World) -> int:
+    """Writes `out` under its name once it is whole; returns the number of rows over all ranks.
+
+    Raises ConfigError, and leaves no file, where it cannot be written. Collective.
+    """
+    part, rows = _part(out, world.rank), 0
+    try:
+        world.on_all(part.touch)
+        with pq.ParquetWriter(part, schema) as writer:
+            for table in tables:
+                if table.num_rows:
+                    writer.write_table(table)
+                    rows += table.num_rows
+        (total,) = world.all_reduce_sum([float(rows)])
+        # No rank removes its part, or returns, before the file has its name.
+        world.on_all(lambda: _join(out, schema, world.size) if world.is_main else None)
+    except OSError as error:
+        if is_transient(error):
+            raise
+        why = os.strerror(error.errno) if error.errno else error.strerror or error
+        raise ConfigError(f"out={out}: cannot be written: {why}; name another file") from error
+    finally:
+        for left in (part, *([_whole(out)] if world.is_main else [])):
+            if left.exists():
+                left.unlink()
+    return int(total)
+
+
+def _whole(out: Path) -> Path:
+    return out.with_name(f".{out.name}.whole")
+
+
+def _part(out: Path, rank: int) -> Path:
+    return out.with_name(f".{out.name}.{rank}")
+
+
+def _join(out: Path, schema: pa.Schema, ranks: int) -> None:
+    """One file of the parts, one row group at a time."""
+    with pq.ParquetWriter(_whole(out), schema) as writer:
+        for rank in range(ranks):
+            with pq.ParquetFile(_part(out, rank)) as part:
+                for index in range(part.num_row_groups):
+                    writer.write_table(part.read_row_group(index))
+    _whole(out).rename(out)
