@@ -6,14 +6,27 @@ The functions of __all__ are those of docs/python.md; each is imported when it i
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "embed": "gr.api",
     "evaluate": "gr.api",
     "load": "gr.models.saved",
     "load_config": "gr.config",
     "plan": "gr.api",
+    "predict": "gr.api",
+    "prepare_events": "gr.api",
     "recommend": "gr.api",
     "train": "gr.api",
 }
-__all__ = ["evaluate", "load", "load_config", "plan", "recommend", "train"]
+__all__ = [
+    "embed",
+    "evaluate",
+    "load",
+    "load_config",
+    "plan",
+    "predict",
+    "prepare_events",
+    "recommend",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gr.dist import World
     from gr.planner.estimate import Estimate
     from gr.planner.topology import Topology
+    from gr.schema import DataSchema, TabularSchema
     from gr.training.trainer import Callback
 
 
@@ -94,6 +95,57 @@ def recommend(
     with _world(loaded) as own:
         request = Request(k, holdout, *(None if file is None else Path(file) for file in (users, items)))
         return experiment.recommend(loaded, path, own, Path(out), request)
+
+
+def predict(
+    checkpoint: str | Path,
+    file: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    plugins: Collection[str] = (),
+) -> dict[str, int]:
+    """Writes the rows of a Parquet file with a ranking or click model's predictions beside them; returns the counts.
+
+    Click models read the columns of their training data and add `score`; ranking models read user_id, item_id, perhaps
+    timestamp and event features, and add a column for each task. Ids are those of the log that was prepared.
+    """
+    from gr import experiment
+
+    loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
+    with _world(loaded) as own:
+        return experiment.predict(loaded, path, own, Path(file), Path(out))
+
+
+def embed(
+    checkpoint: str | Path, out: str | Path, overrides: Sequence[str] = (), *, plugins: Collection[str] = ()
+) -> dict[str, int]:
+    """Writes items.parquet and users.parquet, ids and vectors of a retrieval model, into the folder `out`.
+
+    The dot product of a user's and an item's vector is the score that recommend() ranks by. Returns the rows of each.
+    """
+    from gr import experiment
+
+    loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
+    Path(out).mkdir(exist_ok=True)
+    with _world(loaded) as own:
+        return experiment.embed(loaded, path, own, Path(out))
+
+
+def prepare_events(
+    source: Any, out: str | Path, *, force: bool = False, **options: Any
+) -> "dict[str, DataSchema | TabularSchema]":
+    """Turns an interaction log into a data folder, as `gr prepare events` does; returns its schemas, by folder.
+
+    source: files, patterns of files, or a table in memory (pandas, polars, pyarrow). options: fields of
+    gr.prepare.event_table.EventOptions, such as user="u", item="i", time="t", time_unit="s".
+    """
+    from gr.prepare.event_table import EventOptions
+    from gr.prepare.events import prepare_events
+    from gr.prepare.write import atomic_folder
+
+    with atomic_folder(Path(out), force) as folder:
+        return prepare_events(source, folder, EventOptions(**options)).schemas
 
 
 def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Estimate":

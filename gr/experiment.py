@@ -174,6 +174,30 @@ def recommend(config: RunConfig, checkpoint: Path, world: World, out: Path, requ
         return {"rows": rows, **answers.counts}
 
 
+def predict(config: RunConfig, checkpoint: Path, world: World, file: Path, out: Path) -> dict[str, int]:
+    """Writes the rows of a Parquet file with the model's predictions beside them; returns what was counted. Collective.
+
+    The same at every world size. Every rank must reach both folders.
+    """
+    with force_backend(config.trainer.kernels):
+        built = build(_recipe_of(checkpoint, config, world), world)
+        load_weights(built, checkpoint)
+        answers = built.recipe.predict(built.model, world, file)
+        return {"rows": write_answers(out, answers.schema, answers.tables, world), **answers.counts}
+
+
+def embed(config: RunConfig, checkpoint: Path, world: World, folder: Path) -> dict[str, int]:
+    """Writes items.parquet and users.parquet of ids and vectors into a folder; returns their rows. Collective."""
+    with force_backend(config.trainer.kernels):
+        built = build(_recipe_of(checkpoint, config, world), world)
+        load_weights(built, checkpoint)
+        parts = built.recipe.embed(built.model, world)
+        return {
+            name: write_answers(folder / f"{name}.parquet", answers.schema, answers.tables, world)
+            for name, answers in parts.items()
+        }
+
+
 def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: World) -> dict[str, Any]:
     """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns its progress, with the steps done."""
     config = recipe.config

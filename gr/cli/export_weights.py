@@ -25,9 +25,9 @@ def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -
     from gr.config import dump_config
     from gr.models.saved import load
 
-    model, schema, config = load(checkpoint, plugins=plugins)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    header = {"format": "pt", "schema": schema.model_dump_json(), "config": dump_config(config)}
+    saved = load(checkpoint, plugins=plugins)
+    tensors = {name: tensor.contiguous() for name, tensor in saved.model.state_dict().items()}
+    header = {"format": "pt", "schema": saved.schema.model_dump_json(), "config": dump_config(saved.config)}
     try:
         save_file(tensors, out, metadata=header)
     except OSError as error:

@@ -70,6 +70,7 @@ class ClickConfig(RunConfig):
     """Click prediction from dense and categorical features (arXiv 1906.00091)."""
 
     model_target: ClassVar[str] = "gr.models.dlrm:build_dlrm"
+    saved_target: ClassVar[str] = "gr.models.saved_click:SavedClick"
 
     data: TabularDataConfig
     model: DLRMConfig

@@ -130,6 +130,7 @@ class RankingConfig(HistoryRunConfig):
     """Ranking by what a user will do, from the sequence of what they did (arXiv 2402.17152)."""
 
     model_target: ClassVar[str] = "gr.models.sequence_ranking:SequenceRanker"
+    saved_target: ClassVar[str] = "gr.models.saved_ranking:SavedRanking"
 
     data: RankingDataConfig
     model: RankingModelConfig = RankingModelConfig()

@@ -130,6 +130,7 @@ class RetrievalConfig(HistoryRunConfig):
     """Generative retrieval from user histories."""
 
     model_target: ClassVar[str] = "gr.models.retrieval:RetrievalModel"
+    saved_target: ClassVar[str] = "gr.models.saved_retrieval:SavedRetrieval"
 
     model: RetrievalModelConfig = RetrievalModelConfig()
     task: RetrievalTaskConfig = RetrievalTaskConfig()

@@ -110,10 +110,12 @@ class RunConfig(Section):
     """An experiment. A recipe's own configuration adds data, model, task and evaluation.
 
     Without torch, it says all that the planner asks: which tables the model has on data of a schema, and what its
-    dense part costs. model_target: "module:name" of what builds the model, `name(config, schema)`.
+    dense part costs. model_target: "module:name" of what builds the model, `name(config, schema)`. saved_target: of the
+    class that gr.load returns.
     """
 
     model_target: ClassVar[str]
+    saved_target: ClassVar[str]
 
     run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1

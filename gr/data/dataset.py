@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from gr.data.parquet import Parts, decoding, read_footer
 from gr.data.validate import Fault, check_rows, expected_types, packed
 from gr.errors import DataError
-from gr.schema import ITEMS_FILE, DataSchema
+from gr.schema import ITEMS_FILE, USER_COLUMN, DataSchema
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,14 @@ class Dataset:
             )
         return self._histories(index, lists, flat, faults)
 
+    def user_ids(self) -> np.ndarray:
+        """The user of every row, int64 [rows]."""
+        read = (self._parts.read(index, [USER_COLUMN])[1].column(USER_COLUMN) for index in range(len(self.row_groups)))
+        return np.concatenate([np.empty(0, dtype=np.int64), *(column.cast(pa.int64()).to_numpy() for column in read)])
+
     def rows_of(self, user_ids_N: np.ndarray) -> np.ndarray:
         """Rows of these users, int64, in file order; those of users that are not here are left out."""
-        read = (self._parts.read(index, ["user_id"])[1].column("user_id") for index in range(len(self.row_groups)))
-        users = np.concatenate([np.empty(0, dtype=np.int64), *(column.cast(pa.int64()).to_numpy() for column in read)])
-        return np.flatnonzero(np.isin(users, user_ids_N))
+        return np.flatnonzero(np.isin(self.user_ids(), user_ids_N))
 
     def corpus(self) -> tuple[np.ndarray, np.ndarray]:
         """Candidate item ids and their counts, by read_corpus."""

@@ -11,9 +11,14 @@ from gr.config.run import RunConfig
 
 def build_model(config: RunConfig, schema: Any) -> nn.Module:
     """The model that `config` describes for data of `schema`, without storage (on meta)."""
-    module, _, name = config.model_target.partition(":")
     with torch.device("meta"):
-        return getattr(importlib.import_module(module), name)(config, schema)
+        return import_target(config.model_target)(config, schema)
 
 
-__all__ = ["build_model"]
+def import_target(target: str) -> Any:
+    """The object "module:name"."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+__all__ = ["build_model", "import_target"]

@@ -1,8 +1,10 @@
 """A checkpoint as a model: everything it takes to use one, and nothing of training."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +14,43 @@ from gr.checkpoint import resolve, verify
 from gr.checkpoint.layout import CONFIG, read_progress
 from gr.checkpoint.plain import load_weights
 from gr.config import RunConfig, load_config
+from gr.data.vocabulary import Vocabulary
 from gr.dist import World
-from gr.models import build_model
+from gr.models import build_model, import_target
 from gr.models.dense import dense_parameters, initialise_dense
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 
-class Saved(NamedTuple):
-    """model: on one device, in evaluation mode. schema: of its training data. config: of the run that trained it."""
+@dataclass(frozen=True)
+class Saved:
+    """A model on one device, in evaluation mode, with what it takes to ask it in the log's own ids.
+
+    schema: of its training data. config: of the run that trained it. folder: its checkpoint.
+    """
 
     model: nn.Module
     schema: Any
     config: RunConfig
+    folder: Path
+
+    @cached_property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """The values of every column that has ids."""
+        columns = [table.name for table in self.config.tables(self.schema)]
+        return {name: Vocabulary.open(self.folder, self.schema, name) for name in columns}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str] = ()) -> Saved:
     """The model of a checkpoint, in one process, without process group, plan or training data.
 
     checkpoint: a run folder (its best, or else its latest) or a step-XXXXXXXX folder. The whole model must fit on
-    `device`. plugins: modules that the checkpoint's configuration may have imported; none unless named.
+    `device`. plugins: modules that the checkpoint's configuration may have imported; none unless named. What comes back
+    is of the class that its kind of experiment names: SavedRetrieval, SavedRanking, SavedClick.
     Raises CheckpointError for a damaged checkpoint or one of another format, ConfigError for plugins not named.
     """
     path = resolve(checkpoint)
@@ -43,7 +62,7 @@ def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str
     initialise_dense(model, config.seed)  # buffers, which no checkpoint has
     with torch.no_grad():
         load_weights(path, {name: p.detach() for name, p in dense_parameters(model).items()}, table_weights(model))
-    return Saved(model.eval(), schema, config)
+    return import_target(config.saved_target)(model.eval(), schema, config, path)
 
 
 def table_weights(model: nn.Module) -> dict[str, Tensor]:

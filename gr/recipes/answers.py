@@ -4,8 +4,9 @@ All ranks write, each its own part; the parts are joined in the order of ranks. 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,51 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
         if (limits < 1).any():
             raise DataError(f"{path}: column k has values below 1")
     return Listed(chosen, limits, int((~known).sum()))
+
+
+def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """The columns of a Parquet file, and this rank's rows in tables of `size` at most.
+
+    Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
+    """
+    with decoding(path, "cannot be read"):
+        file = pq.ParquetFile(path)
+    rows = file.metadata.num_rows
+    bounds = [rank * rows // world.size for rank in range(world.size + 1)]
+    tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
+
+    def read() -> Iterator[pa.Table]:
+        first, given = 0, 0
+        start, stop = bounds[world.rank], bounds[world.rank + 1]
+        pending = file.schema_arrow.empty_table()
+        for index in range(file.metadata.num_row_groups):
+            count = file.metadata.row_group(index).num_rows
+            begin, end = max(start - first, 0), min(stop - first, count)
+            first += count
+            if begin >= end:
+                continue
+            with decoding(path):
+                pending = pa.concat_tables([pending, file.read_row_group(index).slice(begin, end - begin)])
+            while pending.num_rows >= size:
+                yield pending.slice(0, size)
+                pending, given = pending.slice(size), given + 1
+        for _ in range(tables - given):
+            yield pending
+            pending = pending.slice(pending.num_rows)
+
+    return file.schema_arrow, read()
+
+
+def with_scores(table: pa.Table, schema: pa.Schema, scores: Sequence[pa.Array]) -> pa.Table:
+    """A table with further columns, of `schema`."""
+    return pa.table([*table.columns, *scores], schema=schema)
+
+
+def scored_schema(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    """The schema of a table with a float32 column for each of `names`. Raises DataError where one is there already."""
+    if taken := [name for name in names if name in schema.names]:
+        raise DataError(f"the input has a column {taken[0]} already; rename it, the prediction has this name")
+    return pa.schema([*schema, *(pa.field(name, pa.float32()) for name in names)])
 
 
 def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], world: World) -> int:

@@ -197,6 +197,17 @@ class Recipe(ABC, Generic[Config]):
         """
         raise ConfigError(f"{self.config.kind} models recommend nothing: only retrieval models do")
 
+    def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
+        """The rows of a Parquet file with the model's predictions beside them, this rank's part in its order.
+
+        Raises ConfigError where the recipe predicts nothing. Collective: all ranks take as many tables.
+        """
+        raise ConfigError(f"{self.config.kind} models predict nothing of rows: only ranking and click models do")
+
+    def embed(self, model: nn.Module, world: World) -> dict[str, Answers]:
+        """Vectors by the name of their file, this rank's part. Collective, as predict is."""
+        raise ConfigError(f"{self.config.kind} models have no vectors to look up: only retrieval models do")
+
     def comparisons(self, split: Split) -> dict[str, Any]:
         """Further parts of the report, to compare the model with; made on the main rank once the report is written."""
         return {}

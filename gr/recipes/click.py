@@ -1,22 +1,26 @@
 """Click: DLRM on rows of dense and categorical features, in one pass, each example scored before it is trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from gr.batch import TabularBatch
 from gr.config.click import ClickConfig, ClickLoss
-from gr.data.loader import ResumableLoader
+from gr.data.click_rows import ClickRows
+from gr.data.loader import ResumableLoader, rank_batch_size
 from gr.data.tabular import TabularDataset
 from gr.data.tabular_pass import TabularPass
 from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import RankingMetrics
-from gr.recipes.base import Evaluation, Recipe, ReportTable, Split, Training
+from gr.recipes.answers import read_rows, scored_schema, with_scores
+from gr.recipes.base import Answers, Evaluation, Recipe, ReportTable, Split, Training
 from gr.schema import TabularSchema
 from gr.tasks import click_loss
 from gr.training import callbacks
@@ -140,6 +144,24 @@ class ClickRecipe(Recipe[ClickConfig]):
                 metrics.update(logits_B[:own], batch.labels_B[:own])
         model.train(was_training)
         return Evaluation(metrics.compute(), details)
+
+    def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
+        """Column score: the probability of the label. Columns of the file: those of the training data."""
+        rows = ClickRows(self.schema, {column.name: self.vocabulary(column.name) for column in self.schema.sparse})
+        size = rank_batch_size("evaluation.global_batch_size", self.config.evaluation.global_batch_size, world.size)
+        schema, tables = read_rows(file, world, size)
+        return Answers(scored_schema(schema, ["score"]), self._predicted(model, world, tables, rows, size))
+
+    @torch.no_grad()
+    def _predicted(
+        self, model: nn.Module, world: World, tables: Iterator[pa.Table], rows: ClickRows, size: int
+    ) -> Iterator[pa.Table]:
+        model.eval()
+        hots = [column.hots for column in self.schema.sparse]
+        for table in tables:
+            batch = rows.batch(table).padded(size, hots).to(world.device)
+            score_B = model(batch.dense_BN, batch.sparse).float().sigmoid()[: table.num_rows].cpu()
+            yield with_scores(table, scored_schema(table.schema, ["score"]), [pa.array(score_B.numpy())])
 
     @classmethod
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:

@@ -1,25 +1,29 @@
 """Ranking: what users will do with an item, from the sequence of what they did (arXiv 2402.17152, section 2.2)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gr.batch import RankingBatch
-from gr.config.ranking import InterleavedInput, RankingConfig, RankingTaskConfig
+from gr.batch import ITEM_FEATURE, RankingBatch
+from gr.config.ranking import ActionTask, InterleavedInput, RankingConfig, RankingTaskConfig
+from gr.data.candidate_rows import CandidateRows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.history_batches import HistoryEpochs, UserBatches
-from gr.data.loader import ResumableLoader
+from gr.data.loader import ResumableLoader, rank_batch_size
 from gr.data.time_windows import WindowPass
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
 from gr.metrics.tasks import BinaryMetrics, MultiTaskMetrics
-from gr.recipes.base import Evaluation, ReportTable, Split, Training
+from gr.recipes.answers import read_rows, scored_schema, with_scores
+from gr.recipes.base import Answers, Evaluation, ReportTable, Split, Training
 from gr.recipes.histories import HistoryRecipe
 from gr.schema import HistoryColumns
 from gr.tasks import multitask_loss
@@ -179,6 +183,40 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         )
         metrics = self._metrics(model, world, batches, lambda name: RankingMetrics(name, world, grouped=True))
         return Evaluation(metrics, details)
+
+    def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
+        """A column for each task: the probability of an action, or the number; null where the item is not known.
+
+        Columns of the file: those of CandidateRows. Histories are those of the evaluation data.
+        """
+        schema = self.schema
+        read = {ITEM_FEATURE: self.vocabulary(ITEM_FEATURE)}
+        read |= {name: self.vocabulary(name) for name in schema.event_features}
+        collate = RankingCollate(schema, self.config.data, self.config.task)
+        rows = CandidateRows(self.evaluation_data, collate, self.user_vocabulary(), read)
+        size = rank_batch_size("evaluation.global_batch_size", self.config.evaluation.global_batch_size, world.size)
+        columns, tables = read_rows(file, world, size)
+        answers = Answers(scored_schema(columns, [task.name for task in self.config.task.tasks]), ())
+        answers.tables = self._predicted(model, world, tables, rows, answers)
+        return answers
+
+    @torch.no_grad()
+    def _predicted(
+        self, model: nn.Module, world: World, tables: Iterator[pa.Table], rows: CandidateRows, answers: Answers
+    ) -> Iterator[pa.Table]:
+        model.eval()
+        tasks = self.config.task.tasks
+        for table in tables:
+            batch, known_B = rows.batch(table)
+            outputs_BC = model(batch.to(world.device)).float().cpu()
+            columns = [
+                (output_B.sigmoid() if isinstance(task, ActionTask) else output_B).numpy()
+                for task, output_B in zip(tasks, outputs_BC.T, strict=True)
+            ]
+            yield with_scores(table, answers.schema, [pa.array(values_B, mask=~known_B) for values_B in columns])
+        counted = [float(rows.unknown_users), float(rows.unknown_items)]
+        totals = (int(count) for count in world.all_reduce_sum(counted))
+        answers.counts |= dict(zip(("unknown_users", "unknown_items"), totals, strict=True))
 
     @torch.no_grad()
     def _metrics(

@@ -39,6 +39,7 @@ from gr.training.trainer import Callback
 log = get_logger(__name__)
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
 # What fits a terminal of 80 columns; report.json has all of them.
+VECTORS = 1 << 14  # of a table of vectors
 COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
 
 
@@ -186,6 +187,38 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             "unknown_users": asked - present,
         }
 
+    def embed(self, model: nn.Module, world: World) -> dict[str, Answers]:
+        """items: of the corpus; users: of the evaluation data, after their newest event. Both have `vector`, and the
+        dot product of a user's and an item's is the score of `recommend`.
+        """
+        users, items = self.user_vocabulary(), self.vocabulary(ITEM_FEATURE)
+        vector = ("vector", pa.list_(pa.float32()))
+        return {
+            "items": Answers(pa.schema([("item_id", items.type), vector]), self._item_vectors(model, world, items)),
+            "users": Answers(pa.schema([(USER_COLUMN, users.type), vector]), self._user_vectors(model, world, users)),
+        }
+
+    @torch.no_grad()
+    def _item_vectors(self, model: nn.Module, world: World, items: Vocabulary) -> Iterator[pa.Table]:
+        inner = unwrapped(model)
+        assert isinstance(inner, RetrievalModel)
+        ranker = CorpusRanker(torch.tensor(self.corpus[0]), inner.item_vectors, inner.similarity, world)
+        for first in range(0, len(ranker.ids), VECTORS):
+            ids = ranker.ids[first : first + VECTORS].cpu().numpy()
+            yield pa.table({"item_id": items.values(ids), "vector": _vectors(ranker.items[first : first + VECTORS])})
+
+    @torch.no_grad()
+    def _user_vectors(self, model: nn.Module, world: World, users: Vocabulary) -> Iterator[pa.Table]:
+        inner = unwrapped(model)
+        assert isinstance(inner, RetrievalModel)
+        inner.eval()
+        for batch in self._user_batches(world, target_from_end=0, users=True):
+            moved = batch.to(world.device)
+            queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
+            assert batch.user_B is not None, "asked for"
+            ids = batch.user_B[batch.valid_B].numpy()
+            yield pa.table({USER_COLUMN: users.values(ids), "vector": _vectors(queries_BD[moved.valid_B])})
+
     def _allowed(self, path: Path | None, items: Vocabulary) -> tuple[np.ndarray, int]:
         """The candidates that a file names, and how many it names that are none; all without a file."""
         if path is None:
@@ -232,6 +265,13 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable]:
         title = f"{report['split']} split, {report['users']:,} users, seen items filtered: {report['filter_seen']}"
         return [ReportTable(title, {"model": report["model"], **report["baselines"]}, COLUMNS)]
+
+
+def _vectors(rows_ND: Tensor) -> pa.Array:
+    """Rows as Arrow lists, list<float32> [N]."""
+    N, D = rows_ND.shape
+    flat = pa.array(rows_ND.float().cpu().numpy().reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(np.arange(N + 1, dtype=np.int32) * np.int32(D)), flat)
 
 
 @torch.no_grad()

@@ -59,7 +59,8 @@ def test_the_loaded_model_is_the_trained_one(tmp_path: Path, alone: World) -> No
     from gr.experiment import build
 
     built = build(open_recipe(config), alone)
-    model, schema, _ = gr.load(config.run_dir)
+    saved = gr.load(config.run_dir)
+    model, schema = saved.model, saved.schema
     ids_K = torch.arange(1, schema.item_cardinality)
     assert not torch.equal(model.item_vectors(ids_K), built.model.module.item_vectors(ids_K)), "trained is not initial"
     out = tmp_path / "weights.safetensors"

@@ -1,0 +1,30 @@
+"""`gr embed`: the vectors of items and users, from a checkpoint."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gr.errors import ConfigError
+
+
+@click.command(
+    help="Write items.parquet and users.parquet: ids of your log and vectors, whose dot product is the score that `gr "
+    "recommend` ranks by. The users are those of evaluation.path, or else data.path."
+)
+@click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def command(checkpoint: str, out: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    from gr import logging
+    from gr.api import embed
+
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    rank = int(os.environ.get("RANK", 0))
+    logging.configure(rank)
+    counts = embed(checkpoint, out, overrides, **options)
+    if rank == 0:
+        click.echo(f"{out}: vectors of {counts['items']:,} items and {counts['users']:,} users")

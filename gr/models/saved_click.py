@@ -1,0 +1,28 @@
+"""A saved click model, asked in the log's own ids. B rows."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gr.data.click_rows import ClickRows
+from gr.models.saved import Saved
+
+
+class SavedClick(Saved):
+    """Predicts the label of rows that have the columns of the training data."""
+
+    @torch.no_grad()
+    def score(self, rows: Any) -> np.ndarray:
+        """The probability of the label for each row of a table (pandas, polars, pyarrow), float32 [B].
+
+        Raises DataError for a missing column, or a value that is no finite number.
+        """
+        batch = self._rows.batch(pa.table(rows)).to(self.device)
+        return self.model(batch.dense_BN, batch.sparse).float().sigmoid().cpu().numpy()
+
+    @cached_property
+    def _rows(self) -> ClickRows:
+        return ClickRows(self.schema, self.vocabularies)

@@ -1,0 +1,39 @@
+"""A saved ranking model, asked in the log's own ids. B rows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gr.config.ranking import ActionTask
+from gr.data.candidate_rows import CandidateRows
+from gr.data.collate_ranking import RankingCollate
+from gr.data.dataset import Dataset
+from gr.data.vocabulary import Vocabulary
+from gr.models.saved import Saved
+from gr.schema import USER_COLUMN
+
+
+class SavedRanking(Saved):
+    """Predicts what users whose histories are in a data folder will do with items."""
+
+    @torch.no_grad()
+    def score(self, rows: Any, data: str | Path) -> dict[str, np.ndarray]:
+        """The prediction of each task for each row, float32 [B]: probabilities of actions, or numbers.
+
+        rows: a table (pandas, polars, pyarrow) with the columns of CandidateRows. data: the folder with the histories
+        of its users. NaN where an item is not known. Raises DataError.
+        """
+        dataset = Dataset.open(data)
+        users = Vocabulary.open(dataset.path, dataset.schema, USER_COLUMN)
+        collate = RankingCollate(self.schema, self.config.data, self.config.task)  # type: ignore[attr-defined]
+        batch, known_B = CandidateRows(dataset, collate, users, self.vocabularies).batch(pa.table(rows))
+        outputs_BC = self.model(batch.to(self.device)).float().cpu()
+        return {
+            task.name: np.where(
+                known_B, (output_B.sigmoid() if isinstance(task, ActionTask) else output_B).numpy(), np.nan
+            )
+            for task, output_B in zip(collate.task.tasks, outputs_BC.T, strict=True)
+        }

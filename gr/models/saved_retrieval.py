@@ -1,0 +1,131 @@
+"""A saved retrieval model, asked in the log's own ids. B users, T events, K items, D width."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from gr.batch import ITEM_FEATURE, EvaluationBatch
+from gr.data.collate import Rows, collate_evaluation
+from gr.data.dataset import Histories, read_corpus
+from gr.data.vocabulary import Vocabulary
+from gr.errors import ConfigError, DataError
+from gr.logging import get_logger
+from gr.models.retrieval import RetrievalModel
+from gr.models.saved import ALONE, Saved
+from gr.tasks import CorpusRanker
+
+log = get_logger(__name__)
+
+
+class Recommendation(NamedTuple):
+    item: Any
+    score: float
+
+
+class ItemVectors(NamedTuple):
+    """ids: the items' own ids, [K]. vectors_KD: float32; the dot product with a user's vector is the score."""
+
+    ids: pa.Array
+    vectors_KD: Tensor
+
+
+class SavedRetrieval(Saved):
+    """Histories are lists of item ids, oldest first; times, lists of seconds for those, where the tower reads time."""
+
+    model: RetrievalModel
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[Any]],
+        k: int = 20,
+        *,
+        times: Sequence[Sequence[int]] | None = None,
+        filter_seen: Literal["window", "all", "none"] = "all",
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history, best first; fewer where fewer are left, none for an empty history.
+
+        Raises ConfigError for a k that the corpus does not have, DataError for items of another kind or missing times.
+        """
+        if not 1 <= k <= len(self._ranker.ids):
+            raise ConfigError(f"k={k}: the corpus has {len(self._ranker.ids)} items; set k to 1 up to that")
+        batch = self._batch(histories, times, filter_seen)
+        queries_BD = self._queries(batch)
+        ids_BK, scores_BK = (part.cpu() for part in self._ranker.top(queries_BD, batch, k))
+        there_BK = (scores_BK > -torch.inf) & batch.valid_B.cpu()[:, None]
+        return [
+            [
+                Recommendation(*pair)
+                for pair in zip(self._items.values(ids[there].numpy()).to_pylist(), scores[there].tolist(), strict=True)
+            ]
+            for ids, scores, there in zip(ids_BK, scores_BK, there_BK, strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(
+        self, histories: Sequence[Sequence[Any]], items: Sequence[Any], *, times: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """The score of each item for each history, float32 [B, K]. Raises DataError for an item that is not known."""
+        ids_K = self._items.ids(pa.array(items))
+        if (unknown := ids_K == 0).any():
+            raise DataError(f"item {items[int(unknown.argmax())]!r} is not known to the model")
+        vectors_KD = self.model.similarity.items(self.model.item_vectors(torch.from_numpy(ids_K).to(self.device)))
+        return self.embed_users(histories, times=times) @ vectors_KD.T
+
+    def embed_items(self) -> ItemVectors:
+        """The vectors of the whole corpus, as the model compares them."""
+        return ItemVectors(self._items.values(self._ranker.ids.cpu().numpy()), self._ranker.items)
+
+    @torch.no_grad()
+    def embed_users(
+        self, histories: Sequence[Sequence[Any]], *, times: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """The vector of each history, float32 [B, D]: its dot product with an item's vector is the score."""
+        return self._queries(self._batch(histories, times, "none"))
+
+    def _queries(self, batch: EvaluationBatch) -> Tensor:
+        similarity = self.model.similarity
+        return similarity.queries(self.model.queries(batch)) * similarity.scale
+
+    @property
+    def _items(self) -> Vocabulary:
+        return self.vocabularies[ITEM_FEATURE]
+
+    @cached_property
+    @torch.no_grad()
+    def _ranker(self) -> CorpusRanker:
+        corpus_C, _ = read_corpus(self.folder, self.schema)
+        return CorpusRanker(torch.from_numpy(corpus_C), self.model.item_vectors, self.model.similarity, ALONE)
+
+    def _batch(
+        self,
+        histories: Sequence[Sequence[Any]],
+        times: Sequence[Sequence[int]] | None,
+        filter_seen: Literal["window", "all", "none"],
+    ) -> EvaluationBatch:
+        lengths_B = np.array([len(history) for history in histories], dtype=np.int64)
+        ids_T = self._items.ids(pa.array([item for history in histories for item in history], type=None))
+        columns = {"item_ids": ids_T}
+        timed = self.config.model.tower.uses_time  # type: ignore[attr-defined]
+        if timed and times is None:
+            raise DataError("the tower reads time: pass times=, the seconds of each event")
+        if times is not None:
+            columns["timestamps"] = np.array([second for seconds in times for second in seconds], dtype=np.int64)
+            if [len(seconds) for seconds in times] != lengths_B.tolist():
+                raise DataError("times must have a list for each history, of the same length")
+        known_T = ids_T > 0
+        if missing := int((~known_T).sum()):
+            log.warning("%d of %d events are of items that the model does not know: left out", missing, len(ids_T))
+        user_T = np.repeat(np.arange(len(lengths_B)), lengths_B)[known_T]
+        counts_B = np.bincount(user_T, minlength=len(lengths_B))
+        offsets = np.concatenate([[0], np.cumsum(counts_B)]).astype(np.int64)
+        group = Histories(offsets, {name: values[known_T] for name, values in columns.items()})
+        rows = Rows([group], np.zeros_like(lengths_B), np.arange(len(lengths_B)), times is not None)
+        length = self.config.data.max_length  # type: ignore[attr-defined]
+        batch, _ = collate_evaluation(rows, max_length=length, target_from_end=0, filter_seen=filter_seen)
+        return batch.to(self.device)
