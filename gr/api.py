@@ -108,7 +108,7 @@ def predict(
     """Writes the rows of a Parquet file with a ranking or click model's predictions beside them; returns the counts.
 
     Click models read the columns of their training data and add `score`; ranking models read user_id, item_id, perhaps
-    timestamp and event features, and add a column for each task. Ids are those of the log that was prepared.
+    timestamp and event features, and add score_TASK for each task. Ids are those of the log that was prepared.
     """
     from gr import experiment
 

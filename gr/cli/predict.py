@@ -12,8 +12,8 @@ from gr.cli.out import check_out
 @click.command(
     help="Write the rows of a Parquet file with the model's predictions beside them. Click models read the columns of "
     "their training data and add `score`, the probability of the label. Ranking models read user_id and item_id "
-    "(perhaps timestamp and event features) and add a column for each task; histories are those of evaluation.path, or "
-    "else data.path. Ids are those of your log."
+    "(perhaps timestamp and event features) and add score_TASK for each task; histories are those of "
+    "evaluation.path, or else data.path. Ids are those of your log."
 )
 @click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
 @click.option("--input", "file", required=True, type=click.Path(path_type=Path), help="Parquet file of rows.")

@@ -100,7 +100,7 @@ class SavedRetrieval(Saved):
     @torch.no_grad()
     def _ranker(self) -> CorpusRanker:
         corpus_C, _ = read_corpus(self.folder, self.schema)
-        return CorpusRanker(torch.from_numpy(corpus_C), self.model.item_vectors, self.model.similarity, ALONE)
+        return CorpusRanker(torch.tensor(corpus_C), self.model.item_vectors, self.model.similarity, ALONE)
 
     def _batch(
         self,

@@ -127,19 +127,21 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
-    encoded = (
-        f"SELECT {selected}, {{place}} AS place FROM log JOIN codes_user u ON log.user = u.raw "
+    grouped = not options.keep_duplicates
+    place = "min(log.rowid) AS place, count(*) AS copies" if grouped else "log.rowid AS place, 1 AS copies"
+    con.execute(
+        f"CREATE TABLE events AS SELECT {selected}, {place} FROM log JOIN codes_user u ON log.user = u.raw "
         f"JOIN codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
+        + " GROUP BY ALL"
+        * grouped
     )
-    if options.keep_duplicates:
-        con.execute(f"CREATE TABLE events AS {encoded.format(place='log.rowid')}")
-    else:
-        con.execute(
-            f"CREATE TABLE events AS {encoded.format(place='min(log.rowid)')} GROUP BY {', '.join(chosen.values())}"
-        )
-        rows = one(con, f"SELECT count(*) FROM ({encoded.format(place='log.rowid')})")
-        if repeated := rows - one(con, "SELECT count(*) FROM events"):
-            notes.append(f"{repeated:,} repeated events joined (the same user, item, time and values)")
+    taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
+    if left_out := one(con, "SELECT count(*) FROM log") - taken:
+        notes.append(f"{left_out:,} events left out: outside --since and --until, or of items without an id")
+    if taken > kept:
+        notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")
+    con.execute("ALTER TABLE events DROP COLUMN copies")
+    con.execute("DROP TABLE log")
     return Log(
         con,
         options,

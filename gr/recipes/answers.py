@@ -34,7 +34,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
 
     Raises DataError where the file has no such column, names one twice, or a k is below 1.
     """
-    with decoding(path, "cannot be read"):
+    with decoding(_present(path), "cannot be read"):
         table = pq.read_table(path)
     if vocabulary.column not in table.column_names:
         raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
@@ -58,7 +58,7 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
 
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
-    with decoding(path, "cannot be read"):
+    with decoding(_present(path), "cannot be read"):
         file = pq.ParquetFile(path)
     rows = file.metadata.num_rows
     bounds = [rank * rows // world.size for rank in range(world.size + 1)]
@@ -124,6 +124,12 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
             if left.exists():
                 left.unlink()
     return int(total)
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name a Parquet file")
+    return path
 
 
 def _whole(out: Path) -> Path:

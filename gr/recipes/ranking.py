@@ -185,7 +185,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         return Evaluation(metrics, details)
 
     def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
-        """A column for each task: the probability of an action, or the number; null where the item is not known.
+        """A column score_TASK for each task: the probability of an action, or the number; null for an unknown item.
 
         Columns of the file: those of CandidateRows. Histories are those of the evaluation data.
         """
@@ -196,7 +196,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         rows = CandidateRows(self.evaluation_data, collate, self.user_vocabulary(), read)
         size = rank_batch_size("evaluation.global_batch_size", self.config.evaluation.global_batch_size, world.size)
         columns, tables = read_rows(file, world, size)
-        answers = Answers(scored_schema(columns, [task.name for task in self.config.task.tasks]), ())
+        answers = Answers(scored_schema(columns, [f"score_{task.name}" for task in self.config.task.tasks]), ())
         answers.tables = self._predicted(model, world, tables, rows, answers)
         return answers
 
