@@ -144,7 +144,7 @@ def time_expression(
     Numbers need a unit, which the caller confirms; dates have one. Raises DataError where the values are no times.
     """
     if column.is_date:
-        return f"epoch_ms({'time' if column.sql != 'DATE' else 'time::TIMESTAMP'})", "ms", "dates, UTC"
+        return _milliseconds("time" if column.sql != "DATE" else "time::TIMESTAMP"), "ms", "dates, UTC"
     number = "time"
     if column.sql == "VARCHAR":
         pattern = rf"-?[0-9]{{1,18}}(\.[0-9]*)?|{WHOLE}"
@@ -155,7 +155,7 @@ def time_expression(
             )
             if bad is not None:
                 raise DataError(f"{title}: {bad!r} is neither a number nor a date like 2026-11-28T12:00:00")
-            return "epoch_ms(time::TIMESTAMPTZ)", "ms", "dates, UTC where they name no zone"
+            return _milliseconds("time::TIMESTAMPTZ"), "ms", "dates, UTC where they name no zone"
         fractions = one(con, "SELECT count(*) FROM log WHERE contains(time, '.')")
         number = "time::DECIMAL(38, 9)" if fractions else "time::BIGINT"
     elif column.is_real:
@@ -171,6 +171,11 @@ def time_expression(
     factor = PER_SECOND[unit]
     scaled = f"{number} * {1000 // factor}" if factor <= 1000 else f"{number} / {factor // 1000}"
     return f"floor({scaled})::BIGINT", "ms", f"milliseconds, from {unit}"
+
+
+def _milliseconds(date: str) -> str:
+    """SQL of a date as whole milliseconds, rounded down; epoch_ms rounds to the nearest, which is another order."""
+    return f"(epoch_us({date}) - (epoch_us({date}) % 1000 + 1000) % 1000) // 1000"
 
 
 def _confirm_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) -> None:
