@@ -110,7 +110,7 @@ def _print_summary(root: Path, runs: dict[str, dict], gap: float, seconds: float
     rates = train["rates"][len(train["rates"]) // 2 :]
     for name in ("examples_per_second", "tokens_per_second"):
         middle = sorted(line[name] for line in rates)[len(rates) // 2]
-        console.print(f"{name.replace('_per_second', '/s')}: {middle:,.0f} (median step, {RANKS} ranks)")
+        console.print(f"{name.replace('_per_second', '/s')}: {middle:,.0f} (median, {RANKS} ranks)")
     console.print(f"largest difference of a resumed loss: {gap:.2e}")
     console.print(f"checkpoint: {train['report']['checkpoint']}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {root}", soft_wrap=True)
