@@ -4,7 +4,7 @@ import json
 
 import click
 
-from gr.config import differences, dump_config, json_schema, load_config
+from gr.config import differences, dump_config, json_schema, load_config, packaged
 
 _path = click.argument("config", type=click.Path())
 _overrides = click.argument("overrides", nargs=-1, metavar="[a.b.c=value]...")
@@ -13,6 +13,14 @@ _overrides = click.argument("overrides", nargs=-1, metavar="[a.b.c=value]...")
 @click.group()
 def command() -> None:
     """Show, check or compare configurations."""
+
+
+@command.command(name="list")
+def list_() -> None:
+    """List the configurations that are installed with gr; every command that takes a file takes their names."""
+    formatter = click.HelpFormatter()
+    formatter.write_dl([(name, packaged.title(name)) for name in packaged.names()])
+    click.echo(formatter.getvalue(), nl=False)
 
 
 @command.command()

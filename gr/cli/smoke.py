@@ -23,7 +23,7 @@ RANKS = 2
 @click.command(
     help="Synthetic data -> plan -> train on 2 ranks -> evaluate -> checkpoint -> resume on 1 rank -> evaluate."
 )
-@click.option("--config", default="configs/retrieval/smoke.yaml", show_default=True)
+@click.option("--config", default="retrieval/smoke", show_default=True)
 @click.option("--folder", default="runs/smoke", show_default=True, help="Its data/, train/ and resumed/ are replaced.")
 def command(config: str, folder: str) -> None:
     began, root = time.monotonic(), Path(folder)
