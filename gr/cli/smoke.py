@@ -37,8 +37,10 @@ def command(config: str, folder: str) -> None:
     _run("prepare", [*gr, "prepare", "synthetic", "--out", f"{root}/data", *_stream(loaded.data.max_length)])
     _run("plan", [*gr, "plan", config, *paths, f"--topology=cpux{RANKS}"])
     _run("train on 2 ranks", [*torchrun, "train", config, *paths, f"run_dir={root}/train"])
-    every = loaded.checkpoint.every or loaded.trainer.steps
-    resumed_at = loaded.trainer.steps - every
+    steps, every = loaded.trainer.steps, loaded.checkpoint.every
+    if steps is None or every is None or every >= steps:
+        raise GRError(f"smoke: {config} sets no checkpoint.every below trainer.steps: there is nothing to resume from")
+    resumed_at = steps - every
     middle = f"{root}/train/checkpoints/step-{resumed_at:08d}"
     resume = [f"run_dir={root}/resumed", f"checkpoint.load_from={middle}"]
     _run(f"resume on 1 rank from step {resumed_at}", [*gr, "train", config, *paths, *resume])
