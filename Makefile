@@ -1,20 +1,23 @@
 # make smoke: train a tiny model from nothing. make check: the quick checks (90 CPU seconds). make test: every check but
 # those of make test-cluster: whole jobs on several hosts, which are namespaces of this machine (root; Slurm's packages).
-# Each creates .venv when it is missing or outdated.
+# Each creates .venv when it is missing or outdated; the checks add their tools to it.
 # On a machine with several Pythons: make test PYTHON=python3.11
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Written last, so an interrupted installation starts again from an empty environment.
-STAMP := $(VENV)/.installed
+# What a run needs, and with the tools of the checks. Written last, so an interrupted installation starts again: of a run,
+# from an empty environment, without the tools and their stamp too.
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PACKAGES := -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu
 WORKERS ?= 2
 
 .PHONY: smoke check test test-cluster lint venv clean
 
-# In an activated environment: torchx run -s local_cwd launch/components.py:smoke
-smoke: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/torchx run -s local_cwd launch/components.py:smoke
+# Through TorchX, which comes with the tools of the checks: torchx run -s local_cwd launch/components.py:smoke
+smoke: $(RUN)
+	$(BIN)/gr smoke
 
 # One process: another would load torch again.
 check: lint
@@ -24,23 +27,28 @@ test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not cluster"
 
 # One job at a time: there are few cores.
-test-cluster: $(STAMP)
+test-cluster: $(DEV)
 	$(BIN)/pytest -m cluster tests/launcher
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gr launch
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/lint-imports
 
-venv: $(STAMP)
+venv: $(DEV)
 
-$(STAMP): pyproject.toml constraints/cpu.txt constraints/torchx-nightly.txt packaging/fbgemm-gpu-cpu/pyproject.toml
+$(RUN): pyproject.toml constraints/cpu.txt packaging/fbgemm-gpu-cpu/pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu -e ".[cpu,dev,launch]"
+	$(BIN)/python -m pip install --quiet $(PACKAGES) -e ".[cpu]"
 	$(BIN)/python -m pip check
-	$(PYTHON) -m venv $(VENV)/torchx-nightly
+	touch $@
+
+$(DEV): $(RUN) constraints/torchx-nightly.txt
+	$(BIN)/python -m pip install --quiet $(PACKAGES) -e ".[cpu,dev,launch]"
+	$(BIN)/python -m pip check
+	$(PYTHON) -m venv --clear $(VENV)/torchx-nightly
 	$(VENV)/torchx-nightly/bin/python -m pip install --quiet -r constraints/torchx-nightly.txt
 	touch $@
 

@@ -77,7 +77,7 @@ def build(recipe: Recipe, world: World) -> Built:
 
 
 def train(config: RunConfig, world: World, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
-    """Trains to trainer.steps, resuming where run_dir has a checkpoint; returns the final report.
+    """Trains for trainer.steps or trainer.epochs, resuming where run_dir has a checkpoint; returns the final report.
 
     callbacks: beside the recipe's and those of the configuration. Returns None when a signal stopped the run; one that
     came in the last step leaves the report to the next run. Collective.
@@ -92,9 +92,10 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
     flops = recipe.example_flops() if world.size > 1 else None
     balance = LoadBalancer(flops, world) if flops is not None else None
     objective = recipe.objective(world)
-    module = TrainModule(built.model, objective, config, world, balance)
-    state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer, config.optimizer.states)
     with closing(recipe.loader(world)) as loader:
+        steps = config.trainer.steps or loader.steps(config.trainer.epochs or 1)
+        module = TrainModule(built.model, objective, config, world, balance, steps=steps)
+        state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer, config.optimizer.states)
         progress = _resume(recipe, state, loader, world)
         step = progress["step"]
         store = CheckpointStore(
@@ -113,7 +114,7 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
             checkpointing = callbacks.Checkpointing(store, config.checkpoint)
             training = Training(built.model, world, objective, loader, writer, checkpointing)
             chosen = [*_callbacks(recipe, training), *more, *_last_callbacks(training, config)]
-            trainer = Trainer(module, loader, chosen, world, steps=config.trainer.steps)
+            trainer = Trainer(module, loader, chosen, world, steps=steps)
             trainer.step, trainer.owing = step, progress.get("stopped", False)
             trainer.run()
             if trainer.stopped:

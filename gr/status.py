@@ -35,9 +35,9 @@ class RunError:
 class RunStatus:
     """The content of status.json.
 
-    step: the steps done, of `steps`. loss, seconds_per_step: means over the last log interval, the latter without
-    evaluations and checkpoints. checkpoint: the step of the last complete checkpoint. save_seconds: the duration of the
-    last save of this attempt. updated: Unix seconds.
+    step: the steps done, of `steps`, which is 0 until the epochs of a run are counted in steps. loss, seconds_per_step:
+    means over the last log interval, the latter without evaluations and checkpoints. checkpoint: the step of the last
+    complete checkpoint. save_seconds: the duration of the last save of this attempt. updated: Unix seconds.
     """
 
     state: State

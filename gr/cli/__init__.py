@@ -32,7 +32,7 @@ _COMMANDS = {
     "prepare": ("gr.cli.prepare:command", "Turn your own log, or a public data set, into a data folder."),
     "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN and Markov on the same split."),
     "smoke": ("gr.cli.smoke:command", "Train, evaluate and resume on generated data."),
-    "config": ("gr.cli.config:command", "Show, check or compare configurations."),
+    "config": ("gr.cli.config:command", "List, show, check, compare or explain configurations."),
     "doctor": ("gr.cli.doctor:command", "Check that the installed packages fit together."),
 }
 

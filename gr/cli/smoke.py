@@ -23,7 +23,7 @@ RANKS = 2
 @click.command(
     help="Synthetic data -> plan -> train on 2 ranks -> evaluate -> checkpoint -> resume on 1 rank -> evaluate."
 )
-@click.option("--config", default="configs/retrieval/smoke.yaml", show_default=True)
+@click.option("--config", default="retrieval/smoke", show_default=True)
 @click.option("--folder", default="runs/smoke", show_default=True, help="Its data/, train/ and resumed/ are replaced.")
 def command(config: str, folder: str) -> None:
     began, root = time.monotonic(), Path(folder)
@@ -37,8 +37,10 @@ def command(config: str, folder: str) -> None:
     _run("prepare", [*gr, "prepare", "synthetic", "--out", f"{root}/data", *_stream(loaded.data.max_length)])
     _run("plan", [*gr, "plan", config, *paths, f"--topology=cpux{RANKS}"])
     _run("train on 2 ranks", [*torchrun, "train", config, *paths, f"run_dir={root}/train"])
-    every = loaded.checkpoint.every or loaded.trainer.steps
-    resumed_at = loaded.trainer.steps - every
+    steps, every = loaded.trainer.steps, loaded.checkpoint.every
+    if steps is None or every is None or every >= steps:
+        raise GRError(f"smoke: {config} sets no checkpoint.every below trainer.steps: there is nothing to resume from")
+    resumed_at = steps - every
     middle = f"{root}/train/checkpoints/step-{resumed_at:08d}"
     resume = [f"run_dir={root}/resumed", f"checkpoint.load_from={middle}"]
     _run(f"resume on 1 rank from step {resumed_at}", [*gr, "train", config, *paths, *resume])
@@ -110,7 +112,7 @@ def _print_summary(root: Path, runs: dict[str, dict], gap: float, seconds: float
     rates = train["rates"][len(train["rates"]) // 2 :]
     for name in ("examples_per_second", "tokens_per_second"):
         middle = sorted(line[name] for line in rates)[len(rates) // 2]
-        console.print(f"{name.replace('_per_second', '/s')}: {middle:,.0f} (median step, {RANKS} ranks)")
+        console.print(f"{name.replace('_per_second', '/s')}: {middle:,.0f} (median, {RANKS} ranks)")
     console.print(f"largest difference of a resumed loss: {gap:.2e}")
     console.print(f"checkpoint: {train['report']['checkpoint']}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {root}", soft_wrap=True)

@@ -27,7 +27,7 @@ def command(run_dir: str, state: bool, as_json: bool) -> None:
 
 def describe(status: RunStatus, run_dir: str, now: float) -> list[str]:
     """now: Unix seconds."""
-    share = 100 * status.step / status.steps
+    share = 100 * status.step / (status.steps or 1)
     lines = [
         f"{run_dir}: {status.state}",
         f"step        {status.step}/{status.steps} ({share:.0f} %) on {status.world_size} rank(s)",

@@ -8,7 +8,11 @@ import click
 from gr.config import load_config
 
 
-@click.command(help="Train CONFIG; resumes by itself where its run_dir has a checkpoint.")
+@click.command(
+    help="Train CONFIG, a file or the name of an installed configuration; resumes by itself where its run_dir has a "
+    "checkpoint.\n\nKeys and values: `gr config show CONFIG` prints them all, `gr config explain KEY` says what one "
+    "means, `gr config list` names the installed configurations."
+)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--plan", metavar="PLAN.json", help="Train with a plan of `gr plan --json`; sets planner.plan.")

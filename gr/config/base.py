@@ -29,6 +29,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     renamed: ClassVar[dict[str, str]] = {}
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema of the section; its `kind`, which says what it is, is described as the section is."""
+        described = handler(schema)
+        section = handler.resolve_ref_schema(described)
+        if "kind" in section.get("properties", {}):
+            section["properties"]["kind"].setdefault("description", section.get("description", ""))
+        return described
+
 
 class Registry:
     """The kinds of one part of a configuration: kind -> its config class and what it configures, "module:name".
@@ -128,7 +139,10 @@ class Registry:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"anyOf": [handler(config.__pydantic_core_schema__) for config in self.configs()]}
+        described = [
+            config.__get_pydantic_json_schema__(config.__pydantic_core_schema__, handler) for config in self.configs()
+        ]
+        return {"anyOf": described}
 
 
 def _below(kind: str, error: Any) -> InitErrorDetails:

@@ -23,8 +23,8 @@ class WeightedBCELoss(Section):
     """-w1 y log p - w0 (1 - y) log(1 - p): what facebookresearch/dlrm calls wbce."""
 
     kind: Literal["wbce"] = "wbce"
-    negative_weight: PositiveFloat = 1.0
-    positive_weight: PositiveFloat = 1.0
+    negative_weight: PositiveFloat = Field(1.0, description="w0, of examples of label 0.")
+    positive_weight: PositiveFloat = Field(1.0, description="w1, of examples of label 1.")
 
 
 class MSELoss(Section):
@@ -41,19 +41,22 @@ class TabularDataConfig(Section):
         description="Folder with schema.json and part-*.parquet, as written by `gr prepare criteo` or `clicks`."
     )
     shuffle: bool = Field(
-        False, description="False: one pass in file order. True: row groups and their rows at random."
+        False,
+        description="False: in file order. True: row groups and their rows at random, in another order in each epoch.",
     )
 
 
 class ClickTaskConfig(Section):
+    """Click prediction: the probability that a row's label is 1."""
+
     kind: Literal["click"]
-    loss: ClickLoss = BCELoss()
+    loss: ClickLoss = Field(BCELoss(), description="Of the predicted probability p and the label y.")
 
 
 class ClickEvaluationConfig(Section):
     path: str | None = Field(None, description="Data folder to evaluate on; unset: only the prequential metrics.")
     every: Count | None = Field(None, description="Steps between evaluations; unset: only at the end.")
-    global_batch_size: Count = 4096
+    global_batch_size: Count = Field(4096, description="Rows a step of evaluation, over all ranks.")
     window: Count = Field(
         100_000,
         description="Newest training examples in the prequential metrics: each is scored before it is trained on.",
@@ -72,10 +75,10 @@ class ClickConfig(RunConfig):
     model_target: ClassVar[str] = "gr.models.dlrm:build_dlrm"
     saved_target: ClassVar[str] = "gr.models.saved_click:SavedClick"
 
-    data: TabularDataConfig
-    model: DLRMConfig
-    task: ClickTaskConfig
-    evaluation: ClickEvaluationConfig = ClickEvaluationConfig()
+    data: TabularDataConfig = Field(description="The rows to train on.")
+    model: DLRMConfig = Field(description="DLRM (arXiv 1906.00091): its widths and its interaction.")
+    task: ClickTaskConfig = Field(description="What is predicted, and the loss.")
+    evaluation: ClickEvaluationConfig = Field(ClickEvaluationConfig(), description="On which rows, how often.")
 
     def load_schema(self, folder: Path | None = None) -> TabularSchema:
         return TabularSchema.load(folder or self.data.path)

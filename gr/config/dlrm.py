@@ -36,8 +36,8 @@ class DCNInteraction(Section):
     """Low-rank cross network on all vectors side by side (DCN-v2, arXiv 2008.13535, Eq. 4), as in MLPerf DLRM-v2."""
 
     kind: Literal["dcn"] = "dcn"
-    layers: Count = 3
-    rank: Count = 512
+    layers: Count = Field(3, description="Cross layers.")
+    rank: Count = Field(512, description="Width of the low-rank product of each layer.")
 
 
 class ProjectionInteraction(Section):
@@ -60,7 +60,7 @@ class DLRMConfig(Section):
     dim: Annotated[int, Field(gt=0, multiple_of=ROW_MULTIPLE)] = Field(description="D: width of every table.")
     bottom: Widths = Field(description="Layer widths after the dense features; the last is dim.")
     top: Widths = Field(description="Layer widths after the interaction; the last is 1, the logit.")
-    interaction: Interaction = DotInteraction()
+    interaction: Interaction = Field(DotInteraction(), description="How the vectors meet before the top MLP.")
     row_weights: bool = Field(
         False, description="Learn a weight for each row of a table, by which it is multiplied before rows are added."
     )

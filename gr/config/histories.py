@@ -36,7 +36,9 @@ class HistoryDataConfig(Section):
         description="Where the example of a user ends: at the newest event, or at one drawn for each epoch, so that "
         "each of the user's n events is the newest at rate 1/n (arXiv 2402.17152, section 2.3).",
     )
-    stochastic_length: StochasticLength | None = None
+    stochastic_length: StochasticLength | None = Field(
+        None, description="Train on a part of each long history; unset: on the newest max_length events."
+    )
     shuffle: bool = Field(True, description="False keeps file order, for one-pass streams.")
     lanes: PositiveInt = Field(8, description="Streams the global batch is dealt from; a multiple of the world size.")
     balance: bool = Field(
@@ -50,14 +52,14 @@ class HistoryDataConfig(Section):
 class UserEvaluationConfig(Section):
     path: str | None = Field(None, description="Data folder to evaluate on; unset means data.path.")
     every: PositiveInt | None = Field(None, description="Steps between evaluations on the validation split.")
-    global_batch_size: PositiveInt = 512
+    global_batch_size: PositiveInt = Field(512, description="Users a step of evaluation, over all ranks.")
 
 
 class HistoryRunConfig(RunConfig):
     """An experiment on user histories."""
 
-    data: HistoryDataConfig
-    evaluation: UserEvaluationConfig = UserEvaluationConfig()
+    data: HistoryDataConfig = Field(description="The users to train on, and how their histories become examples.")
+    evaluation: UserEvaluationConfig = Field(UserEvaluationConfig(), description="On which users, how often.")
 
     @model_validator(mode="after")
     def _lanes_divide_batch(self):

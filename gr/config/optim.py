@@ -9,6 +9,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from gr.config.base import PositiveFloat, Probability, Registry, Section
 
+Betas = Annotated[
+    tuple[Probability, Probability], Field(description="Decay of the first and of the second moment at each step.")
+]
+Epsilon = Annotated[PositiveFloat, Field(description="Added to the denominator of the update.")]
+TableRate = Annotated[
+    PositiveFloat, Field(description="Learning rate of the tables at its peak; optimizer.schedule scales it too.")
+]
+DenseRate = Annotated[PositiveFloat, Field(description="Learning rate of the dense parameters at its peak.")]
 StateShape = Literal["element", "row"]
 DenseStateShape = Literal["parameter", "scalar"]
 
@@ -22,7 +30,7 @@ class TableOptimizerConfig(Section):
     """
 
     kind: str
-    lr: PositiveFloat
+    lr: TableRate
     states: ClassVar[dict[str, StateShape]] = {}
     fused_type: ClassVar[str]
     fused_on_cpu: ClassVar[bool] = False
@@ -39,9 +47,9 @@ class TableOptimizerConfig(Section):
 
 
 class _Adam(TableOptimizerConfig):
-    lr: PositiveFloat = 1e-3
-    betas: tuple[Probability, Probability] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-8
+    lr: TableRate = 1e-3
+    betas: Betas = (0.9, 0.98)
+    eps: Epsilon = 1e-8
     idle_rows_stay: ClassVar[bool] = False
 
     def fused_arguments(self) -> dict[str, Any]:
@@ -49,6 +57,8 @@ class _Adam(TableOptimizerConfig):
 
 
 class Adam(_Adam):
+    """Adam (arXiv 1412.6980); a row without gradient moves too, by its moments."""
+
     kind: Literal["adam"] = "adam"
     states: ClassVar[dict[str, StateShape]] = {"exp_avg": "element", "exp_avg_sq": "element"}
     fused_type: ClassVar[str] = "ADAM"
@@ -63,8 +73,8 @@ class PartialRowWiseAdam(_Adam):
 
 
 class _Adagrad(TableOptimizerConfig):
-    lr: PositiveFloat = 1e-2
-    eps: PositiveFloat = 1e-8
+    lr: TableRate = 1e-2
+    eps: Epsilon = 1e-8
     fused_on_cpu: ClassVar[bool] = True
 
     def fused_arguments(self) -> dict[str, Any]:
@@ -80,14 +90,18 @@ class RowWiseAdagrad(_Adagrad):
 
 
 class Adagrad(_Adagrad):
+    """Adagrad (Duchi et al., 2011) with one accumulator an element, fused into the backward pass."""
+
     kind: Literal["adagrad"] = "adagrad"
     states: ClassVar[dict[str, StateShape]] = {"sum": "element"}
     fused_type: ClassVar[str] = "EXACT_ADAGRAD"
 
 
 class SGD(TableOptimizerConfig):
+    """Stochastic gradient descent without momentum, fused into the backward pass."""
+
     kind: Literal["sgd"] = "sgd"
-    lr: PositiveFloat = 1e-1
+    lr: TableRate = 1e-1
     fused_type: ClassVar[str] = "EXACT_SGD"
     fused_on_cpu: ClassVar[bool] = True
 
@@ -102,11 +116,13 @@ TABLE_OPTIMIZERS.add(SGD, "gr.embeddings.optimizers:sgd_update")
 
 
 class ScheduleConfig(Section):
+    """The learning rate by step: linear warm-up, the peak, then a shape that ends at the last step."""
+
     kind: Literal["constant", "linear", "quadratic", "cosine"] = Field(
         "constant",
         description="Shape after warm-up and hold. quadratic: the square of linear, as facebookresearch/dlrm.",
     )
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = Field(0, description="Steps in which the rate rises linearly to its peak.")
     hold_steps: NonNegativeInt = Field(0, description="At the peak rate, between warm-up and the shape.")
     final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Of the peak rate, reached after the last step."
@@ -120,9 +136,11 @@ class DenseOptimizerConfig(Section):
     """
 
     kind: str
-    lr: PositiveFloat = 1e-3
-    clip_grad_norm: PositiveFloat | None = Field(None, description="Global norm of the dense gradients.")
-    schedule: ScheduleConfig = ScheduleConfig()
+    lr: DenseRate = 1e-3
+    clip_grad_norm: PositiveFloat | None = Field(
+        None, description="Largest global norm of the dense gradients, which are scaled down to it; unset: not clipped."
+    )
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate by step, of the tables too.")
     states: ClassVar[dict[str, DenseStateShape]] = {}
 
     def arguments(self) -> dict[str, Any]:
@@ -136,10 +154,14 @@ class DenseOptimizerConfig(Section):
 
 
 class DenseAdamW(DenseOptimizerConfig):
+    """AdamW (arXiv 1711.05101)."""
+
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[Probability, Probability] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    betas: Betas = (0.9, 0.98)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Decoupled from the gradient (arXiv 1711.05101), times the learning rate; all parameters."
+    )
     states: ClassVar[dict[str, DenseStateShape]] = {"step": "scalar", "exp_avg": "parameter", "exp_avg_sq": "parameter"}
 
     def arguments(self) -> dict[str, Any]:
@@ -150,7 +172,7 @@ class DenseAdagrad(DenseOptimizerConfig):
     """Adagrad, which facebookresearch/dlrm takes for dense parameters under adagrad and under rwsadagrad."""
 
     kind: Literal["adagrad"] = "adagrad"
-    eps: PositiveFloat = 1e-8
+    eps: Epsilon = 1e-8
     states: ClassVar[dict[str, DenseStateShape]] = {"step": "scalar", "sum": "parameter"}
 
     def arguments(self) -> dict[str, Any]:
@@ -158,6 +180,8 @@ class DenseAdagrad(DenseOptimizerConfig):
 
 
 class DenseSGD(DenseOptimizerConfig):
+    """Stochastic gradient descent without momentum."""
+
     kind: Literal["sgd"] = "sgd"
 
 

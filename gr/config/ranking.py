@@ -64,10 +64,12 @@ class TimeEncoding(Section):
 
 class RankingModelConfig(Section):
     dim: Count = Field(64, description="D: width of embeddings and of the tower.")
-    input: Annotated[AdditiveInput | InterleavedInput, Field(discriminator="kind")] = InterleavedInput()
+    input: Annotated[AdditiveInput | InterleavedInput, Field(discriminator="kind")] = Field(
+        InterleavedInput(), description="The tokens that an event becomes."
+    )
     time: TimeEncoding | None = Field(TimeEncoding(), description="Unset: no encoding of time.")
-    input_dropout: Probability = 0.2
-    tower: Annotated[TowerConfig, TOWERS] = STUConfig()
+    input_dropout: Probability = Field(0.2, description="Of the tower's input, as it is trained.")
+    tower: Annotated[TowerConfig, TOWERS] = Field(STUConfig(), description="The layers that read the sequence.")
     head: Widths = Field((64,), description="Hidden widths of the MLP from the tower's output to the tasks.")
 
     @model_validator(mode="after")
@@ -81,7 +83,7 @@ class ActionTask(Section):
 
     kind: Literal["bce"] = "bce"
     action: str = Field(description="A name in schema.json's actions; also the task's name.")
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="Of this task's loss in the sum.")
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ class ValueTask(Section):
 
     kind: Literal["mse"]
     value: str = Field(description="ratings, or a name in schema.json's values; also the task's name.")
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="Of this task's loss in the sum.")
 
     @property
     def name(self) -> str:
@@ -101,8 +103,12 @@ class ValueTask(Section):
 
 
 class RankingTaskConfig(Section):
+    """Ranking: the actions that a user takes on candidates."""
+
     kind: Literal["ranking"]
-    tasks: tuple[Annotated[ActionTask | ValueTask, Field(discriminator="kind")], ...] = Field(min_length=1)
+    tasks: tuple[Annotated[ActionTask | ValueTask, Field(discriminator="kind")], ...] = Field(
+        min_length=1, description="What is predicted of a candidate; the AUC of the first chooses the checkpoint."
+    )
     supervision: Literal["all", "candidates"] = Field(
         "all",
         description="all: every event is predicted from those before it, in one pass (needs interleaved input). "
@@ -132,10 +138,10 @@ class RankingConfig(HistoryRunConfig):
     model_target: ClassVar[str] = "gr.models.sequence_ranking:SequenceRanker"
     saved_target: ClassVar[str] = "gr.models.saved_ranking:SavedRanking"
 
-    data: RankingDataConfig
-    model: RankingModelConfig = RankingModelConfig()
-    task: RankingTaskConfig
-    evaluation: RankingEvaluationConfig = RankingEvaluationConfig()
+    data: RankingDataConfig = Field(description="The users to train on, and how their histories become examples.")
+    model: RankingModelConfig = Field(RankingModelConfig(), description="The tokens, the tower and the head.")
+    task: RankingTaskConfig = Field(description="What is predicted, and of which events.")
+    evaluation: RankingEvaluationConfig = Field(RankingEvaluationConfig(), description="On which users, how often.")
 
     @model_validator(mode="after")
     def _supervision_fits_the_model(self):
@@ -160,6 +166,11 @@ class RankingConfig(HistoryRunConfig):
     @model_validator(mode="after")
     def _predictions_are_held_out(self):
         evaluation, data = self.evaluation, self.data
+        if data.stream is not None and (self.trainer.epochs or 1) > 1:
+            raise ValueError(
+                f"data.stream is one pass in the order of time, so trainer.epochs={self.trainer.epochs} cannot be: set "
+                "it to 1"
+            )
         if evaluation.newest > data.max_length:
             raise ValueError(f"evaluation.newest={evaluation.newest} must be at most data.max_length={data.max_length}")
         if self.task.supervision == "candidates" and data.candidates >= data.max_length:

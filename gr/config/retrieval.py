@@ -22,8 +22,8 @@ METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200",
 
 class RetrievalModelConfig(Section):
     dim: Count = Field(50, description="D: width of item embeddings and of the tower.")
-    input_dropout: Probability = 0.2
-    tower: Annotated[TowerConfig, TOWERS] = HSTUConfig()
+    input_dropout: Probability = Field(0.2, description="Of the tower's input, as it is trained.")
+    tower: Annotated[TowerConfig, TOWERS] = Field(HSTUConfig(), description="The layers that read the sequence.")
 
     @model_validator(mode="after")
     def _tower_fits(self):
@@ -58,7 +58,7 @@ class PerPositionNegatives(NegativesConfig):
     """Uniform negatives of its own for every position (the reference of arXiv 2402.17152)."""
 
     kind: Literal["per_position"] = "per_position"
-    count: Count = 128
+    count: Count = Field(128, description="Negatives of each position.")
 
     def scores(self, compared: Comparison) -> LossInventory:
         return LossInventory(scores_per_example=compared.targets * (1 + self.count))
@@ -74,7 +74,7 @@ class SharedNegatives(NegativesConfig):
     """One uniform draw of negatives shared by all positions of the global batch."""
 
     kind: Literal["shared"] = "shared"
-    count: Count = 1024
+    count: Count = Field(1024, description="Negatives of a step, over all ranks.")
 
     def scores(self, compared: Comparison) -> LossInventory:
         return LossInventory(scores_per_example=compared.targets * (1 + self.count))
@@ -109,11 +109,13 @@ class FullSoftmax(NegativesConfig):
 
 
 class RetrievalTaskConfig(Section):
+    """Retrieval: the next item of a user among all items."""
+
     kind: Literal["retrieval"] = "retrieval"
     negatives: Annotated[
         PerPositionNegatives | SharedNegatives | InBatchNegatives | FullSoftmax, Field(discriminator="kind")
-    ] = PerPositionNegatives()
-    temperature: PositiveFloat = 0.05
+    ] = Field(PerPositionNegatives(), description="The items that a target is compared with.")
+    temperature: PositiveFloat = Field(0.05, description="What scores are divided by before the softmax.")
     l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
 
 
@@ -123,7 +125,9 @@ class RetrievalEvaluationConfig(UserEvaluationConfig):
         description="Items never recommended: those in the model's window, in the user's whole history, or none.",
     )
     select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
-    baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = ("popularity", "item_knn", "markov")
+    baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = Field(
+        ("popularity", "item_knn", "markov"), description="Scored on the same split and candidates in the final report."
+    )
 
 
 class RetrievalConfig(HistoryRunConfig):
@@ -132,9 +136,11 @@ class RetrievalConfig(HistoryRunConfig):
     model_target: ClassVar[str] = "gr.models.retrieval:RetrievalModel"
     saved_target: ClassVar[str] = "gr.models.saved_retrieval:SavedRetrieval"
 
-    model: RetrievalModelConfig = RetrievalModelConfig()
-    task: RetrievalTaskConfig = RetrievalTaskConfig()
-    evaluation: RetrievalEvaluationConfig = RetrievalEvaluationConfig()
+    model: RetrievalModelConfig = Field(RetrievalModelConfig(), description="The embeddings' width and the tower.")
+    task: RetrievalTaskConfig = Field(RetrievalTaskConfig(), description="The loss: similarity and negatives.")
+    evaluation: RetrievalEvaluationConfig = Field(
+        RetrievalEvaluationConfig(), description="On which users, how often, without which items."
+    )
 
     @model_validator(mode="after")
     def _targets_are_held_out(self):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gr.config.base import PositiveFloat, Precision, Registry, Section
 from gr.config.inventory import (
@@ -35,13 +35,15 @@ TableInit = Literal["truncated_normal", "uniform_rows"]
 
 
 class EmbeddingsConfig(Section):
-    dtype: Literal["fp32", "fp16"] = "fp32"
+    dtype: Literal["fp32", "fp16"] = Field("fp32", description="Of the tables' rows in memory.")
     init: TableInit = Field(
         "truncated_normal",
         description="Keyed on (seed, table, row). uniform_rows is DLRM's: within 1/sqrt(rows) of zero.",
     )
     init_std: PositiveFloat = Field(0.02, description="Of truncated_normal, before it is cut at two deviations.")
-    optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] = Adam()
+    optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] = Field(
+        Adam(), description="Updates the tables' rows."
+    )
 
 
 class PlannerConfig(Section):
@@ -67,14 +69,17 @@ class TimeoutsConfig(Section):
 
     start: PositiveFloat = Field(1800, description="From the first process until training begins, with loading.")
     step: PositiveFloat = Field(600, description="One step, with the wait for its batch.")
-    checkpoint: PositiveFloat = 1800
-    evaluation: PositiveFloat = 3600
+    checkpoint: PositiveFloat = Field(1800, description="Saving one checkpoint.")
+    evaluation: PositiveFloat = Field(3600, description="One evaluation, or the final report.")
 
 
 class TrainerConfig(Section):
     renamed: ClassVar[dict[str, str]] = {"operators": "kernels"}
 
-    steps: PositiveInt
+    steps: PositiveInt | None = Field(None, description="Steps of the run; this or epochs is set.")
+    epochs: PositiveInt | None = Field(
+        None, description="Passes over the training data, in place of steps; the last step may begin another pass."
+    )
     global_batch_size: PositiveInt = Field(128, description="Examples a step, over all ranks.")
     log_every: PositiveInt = Field(20, description="Steps between lines of metrics.")
     precision: Precision = Field("fp32", description="bf16 runs the tower under autocast.")
@@ -83,16 +88,24 @@ class TrainerConfig(Section):
         description="Which implementation of gr.ops runs: C++ on CPU where it can be built, Triton on CUDA (auto); "
         "one of them, or an error; or plain PyTorch.",
     )
-    profiler: ProfilerConfig | None = None
-    timeouts: TimeoutsConfig = TimeoutsConfig()
+    profiler: ProfilerConfig | None = Field(None, description="Records some steps in run_dir/profile; unset: none.")
+    timeouts: TimeoutsConfig = Field(TimeoutsConfig(), description="Seconds that each part of a run may take.")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self):
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps and epochs are both unset: set one of them")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs}: set one of them, the other to null")
+        return self
 
 
 class CheckpointConfig(Section):
     every: PositiveInt | None = Field(
         1000, description="Steps between checkpoints; null saves at evaluations and at the end only."
     )
-    keep_last: PositiveInt = 2
-    asynchronous: bool = False
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints that stay, beside the best one.")
+    asynchronous: bool = Field(False, description="Write while training goes on, from a copy in host memory.")
     load_from: str | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
 
 
@@ -118,17 +131,21 @@ class RunConfig(Section):
     saved_target: ClassVar[str]
 
     run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
+        1, description="Determines initial values, the order of the data, negatives and dropout."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one.")
     plugins: tuple[str, ...] = Field(
         (), description="Modules to import first, which register towers, optimizers, recipes or callbacks of their own."
     )
-    embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    optimizer: Annotated[DenseOptimizerConfig, DENSE_OPTIMIZERS] = DenseAdamW()
-    planner: PlannerConfig = PlannerConfig()
-    trainer: TrainerConfig
+    embeddings: EmbeddingsConfig = Field(EmbeddingsConfig(), description="The tables and their optimizer.")
+    optimizer: Annotated[DenseOptimizerConfig, DENSE_OPTIMIZERS] = Field(
+        DenseAdamW(), description="Updates the dense parameters."
+    )
+    planner: PlannerConfig = Field(PlannerConfig(), description="How tables are sharded over the ranks.")
+    trainer: TrainerConfig = Field(description="The steps: how many, how large, with what precision and kernels.")
     callbacks: tuple[Annotated[CallbackConfig, CALLBACKS], ...] = Field((), description="Callbacks of plugins.")
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When checkpoints are saved and which stay.")
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,9 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from gr.config.base import Count, PositiveFloat, Probability, Registry, Section
 
+Layers = Annotated[Count, Field(description="Layers, one upon another.")]
+Heads = Annotated[Count, Field(description="Attention heads of a layer.")]
+
 
 @dataclass(frozen=True)
 class TowerCost:
@@ -34,7 +37,7 @@ class TowerConfig(Section):
     """
 
     kind: str
-    layers: Count = 2
+    layers: Layers = 2
     masks_candidates: ClassVar[bool] = False
 
     @abstractmethod
@@ -59,11 +62,11 @@ class HSTUConfig(TowerConfig):
     """HSTU, research form (arXiv 2402.17152, Eq. 1-3)."""
 
     kind: Literal["hstu"] = "hstu"
-    layers: Count = 2
-    heads: Count = 1
+    layers: Layers = 2
+    heads: Heads = 1
     qk_dim: Count = Field(50, description="Query and key width per head.")
     v_dim: Count = Field(50, description="Value and gate width per head.")
-    dropout: Probability = 0.2
+    dropout: Probability = Field(0.2, description="Of the input of the output projection.")
     attention: Literal["pointwise", "softmax"] = Field("pointwise", description="softmax is the paper's ablation.")
     divisor: Literal["constant", "max_len", "actual_len"] = Field(
         "constant",
@@ -75,8 +78,8 @@ class HSTUConfig(TowerConfig):
         description="Used when divisor is constant; unset: the longest sequence + 11, as the published code has it.",
     )
     concat_ua: bool = Field(False, description="Feed [u, a, u*a] to the output projection instead of u*a.")
-    position_bias: bool = True
-    time_bias: bool = False
+    position_bias: bool = Field(True, description="Learn a bias for each distance of two tokens.")
+    time_bias: bool = Field(False, description="Learn a bias for each bucket of the time between two tokens.")
     time_buckets: Annotated[int, Field(ge=1, le=255)] = Field(128, description="Buckets of floor(ln(dt)/0.301).")
 
     @model_validator(mode="after")
@@ -116,10 +119,12 @@ class SASRecConfig(TowerConfig):
     """SASRec (arXiv 1808.09781), the softmax-attention baseline."""
 
     kind: Literal["sasrec"] = "sasrec"
-    layers: Count = 2
-    heads: Count = 1
-    ffn_dim: Count = 50
-    dropout: Probability = 0.2
+    layers: Layers = 2
+    heads: Heads = 1
+    ffn_dim: Count = Field(50, description="Hidden width of the feed-forward part.")
+    dropout: Probability = Field(
+        0.2, description="Of attention's weights and output, and of both halves of the feed-forward part."
+    )
 
     def check_width(self, dim: int) -> None:
         if dim % self.heads:
@@ -146,8 +151,8 @@ class STUConfig(TowerConfig):
     masks_candidates: ClassVar[bool] = True
 
     kind: Literal["stu"] = "stu"
-    layers: Count = 3
-    heads: Count = 4
+    layers: Layers = 3
+    heads: Heads = 4
     qk_dim: Count = Field(64, description="Query and key width per head.")
     v_dim: Count = Field(64, description="Value and gate width per head.")
     dropout: Probability = Field(0.3, description="Of the input of the output projection.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from gr.config.packaged import hint, located
 from gr.files import is_transient
 
 Location = tuple[str | int, ...]
@@ -123,7 +124,7 @@ class Reader:
         self.broken = False
 
     def read(self, path: str | Path, overrides: Iterable[str]) -> Node:
-        tree = self._file(Path(path), ())
+        tree = self._file(located(Path(path)), ())
         changes = Node({}, str(path))
         for text in overrides:
             # First among themselves and dropping nothing: `tower.layers=3 tower.kind=sasrec` keeps both, in any order.
@@ -171,7 +172,7 @@ class Reader:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            self._fail(str(path), "no such file")
+            self._fail(str(path), f"no such file{hint(path)}")
             return nothing
         except OSError as error:
             if is_transient(error):

@@ -65,6 +65,10 @@ class HistoryEpochs(ResumableSource[Histories, Any]):
         order = {"lanes": config.lanes, "seed": seed, "shuffle": int(config.shuffle), "rows": self._order.rows}
         self.identity = {**order, **checksums(dataset.row_counts, dataset.schema)}
 
+    def steps(self, epochs: int) -> int:
+        longest = max(self._order.lane_length(lane) for lane in range(self._order.lanes))
+        return -(-epochs * longest // self.stride)
+
     def read(self, row_group: int) -> Histories:
         return self._dataset.read_row_group(row_group, self._columns, self._config.on_bad_row)
 

@@ -90,6 +90,10 @@ class ResumableSource(BatchSource[Group, Batch]):
     prefetch: int
 
     @abstractmethod
+    def steps(self, epochs: int) -> int:
+        """Batches in which every example is given at least `epochs` times."""
+
+    @abstractmethod
     def counters(self, counts: Counts) -> dict[str, int]:
         """The counters of this rank, given the sum of the counts of all batches handed out."""
 
@@ -131,6 +135,10 @@ class ResumableLoader(Generic[Batch]):
         self._counts += counts
         self.source.log(counts)
         return batch
+
+    def steps(self, epochs: int) -> int:
+        """Batches of so many epochs."""
+        return self.source.steps(epochs)
 
     def counters(self) -> dict[str, int]:
         """The source's counters over the batches handed out since construction."""

@@ -1,4 +1,4 @@
-"""One pass over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
+"""Passes over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ log = get_logger(__name__)
 
 
 class TabularPass(ResumableSource[TabularRows, TabularBatch]):
-    """Rows [b*G, (b+1)*G) of the pass, in file order, of which rank r takes the r-th of world_size equal slices.
+    """Rows [b*G, (b+1)*G) of a pass, in file order, of which rank r takes the r-th of world_size equal slices.
 
     The cursor is the step: batches before this one.
     """
@@ -37,11 +37,12 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         shuffle_seed: int | None = None,
         rows: slice | None = None,
         drop_last: bool = True,
+        epochs: int = 1,
     ) -> None:
         """global_batch_size: G, rows a step over all ranks. shuffle_seed: instead of file order, row groups in a random
-        order and the rows of each in a random order; the same at any world size. rows: part of the data to go over.
-        drop_last: leave out the last G' < G rows; otherwise they are shared as evenly as ranks allow, which may leave a
-        rank with a batch of no rows.
+        order and the rows of each in a random order, another one in each epoch; the same at any world size. rows: part
+        of the data to go over. drop_last: leave out the last G' < G rows of each epoch; otherwise they are shared as
+        evenly as ranks allow, which may leave a rank with a batch of no rows. epochs: passes over the rows.
 
         Raises ConfigError if the world size does not divide G, there is no whole batch, or `rows` is outside the data.
         """
@@ -59,7 +60,8 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         counts = np.minimum(stop_row, start_G[self._groups + 1]) - start_G[self._groups] - self._skipped
         self._order = TrainingOrder(counts, lanes=1, seed=shuffle_seed or 0, shuffle=shuffle_seed is not None)
         batches, rest = divmod(self._order.rows, global_batch_size)
-        self.stop = batches if drop_last or not rest else batches + 1
+        self._batches = batches if drop_last or not rest else batches + 1
+        self.stop = epochs * self._batches
         self._dropped = rest if drop_last else 0
         if not self.stop:
             raise ConfigError(
@@ -79,9 +81,13 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
     def read(self, row_group: int) -> TabularRows:
         return self._dataset.read_row_group(row_group)
 
+    def steps(self, epochs: int) -> int:
+        return epochs * self._batches
+
     def rows(self, cursor: int) -> Places:
-        first = cursor * self._size
-        size = min(self._size, self._order.rows - first)
+        epoch, batch = divmod(cursor, self._batches)
+        size = min(self._size, self._order.rows - batch * self._size)
+        first = epoch * self._order.rows + batch * self._size
         start, stop = (first + r * size // self._world_size for r in (self._rank, self._rank + 1))
         index_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
         return self._groups[index_B], self._skipped[index_B] + row_B
@@ -112,5 +118,5 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         return batch, Counts()
 
     def counters(self, counts: Counts) -> dict[str, int]:
-        """Rows of the pass that no rank gives: those after the last whole batch."""
+        """Rows of an epoch that no rank gives: those after the last whole batch."""
         return {"dropped_examples": self._dropped}

@@ -103,6 +103,9 @@ class WindowPass(ResumableSource[_Group, RankingBatch]):
             "schema": checksums(dataset.row_counts, dataset.schema)["schema"],
         }
 
+    def steps(self, epochs: int) -> int:
+        return epochs * len(self)  # one pass, as the configuration has it
+
     def starting_window(self, step: int) -> int | None:
         """The window whose first batch is the step-th, if one begins there."""
         window = self._window_of(step)

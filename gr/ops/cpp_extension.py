@@ -119,37 +119,28 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(compiler: str, library: Path) -> None:
-    _logger.info("building the C++ operators of gr with %s, about 20 seconds, once for this machine", compiler)
+    _logger.info("building the C++ operators of gr with %s, about 15 seconds, once for this machine", compiler)
     started = time.perf_counter()
-    include = ["-isystem", str(_TORCH_ROOT / "include")]
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        objects, commands = [], []
-        for index, source in enumerate(_sources()):
-            objects.append(f"{directory}/{index}.o")
-            commands.append([compiler, *_COMPILE_FLAGS, *include, "-c", str(source), "-o", objects[-1]])
-        _run_together(commands)
-        draft = f"{directory}/ops.so"
-        _run_together([[compiler, *objects, *_LINK_FLAGS, "-o", draft]])
-        os.chmod(draft, 0o755)  # whatever the umask
-        os.replace(draft, library)
+        # One translation unit of all sources: reading torch's headers takes 5 of the 7 seconds of a source by itself.
+        unit, draft = Path(directory, "ops.cpp"), Path(directory, "ops.so")
+        unit.write_text("".join(f'#include "{source}"\n' for source in _sources()))
+        include = ["-isystem", str(_TORCH_ROOT / "include")]
+        _run([compiler, *_COMPILE_FLAGS, *include, str(unit), *_LINK_FLAGS, "-o", str(draft)])
+        draft.chmod(0o755)  # whatever the umask
+        draft.replace(library)
     _logger.info("built %s in %.0f seconds", library, time.perf_counter() - started)
 
 
-def _run_together(commands: Sequence[Sequence[str]]) -> None:
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
-    ]
+def _run(command: Sequence[str]) -> None:
     try:
-        for command, process in zip(commands, running, strict=True):
-            output, _ = process.communicate(timeout=_BUILD_TIMEOUT_S)
-            if process.returncode != 0:
-                raise InstallError(f"building the C++ operators failed: {' '.join(command)}\n{output[-2000:]}")
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_BUILD_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired as error:
         raise InstallError(f"building the C++ operators took more than {_BUILD_TIMEOUT_S} seconds") from error
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    if done.returncode:
+        raise InstallError(f"building the C++ operators failed: {' '.join(command)}\n{done.stdout[-2000:]}")
 
 
 def _check_runs() -> None:

@@ -33,6 +33,8 @@ class TrainingLoader(Loader, Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def steps(self, epochs: int) -> int: ...
+
     def counters(self) -> dict[str, int]: ...
 
 
@@ -165,13 +167,15 @@ class Recipe(ABC, Generic[Config]):
     def loader(self, world: World) -> TrainingLoader:
         """The training batches of this rank. Raises ConfigError where there are fewer than trainer.steps."""
 
-    def check_steps(self, batches: int, of: str) -> None:
-        """Raises ConfigError where one pass has fewer batches than trainer.steps. of: what a batch has."""
+    def check_steps(self, batches: int, of: str, more: str = "") -> None:
+        """Raises ConfigError where one pass has fewer batches than trainer.steps. of: what a batch has. more: what else
+        may be done than to take fewer.
+        """
         steps = self.config.trainer.steps
-        if steps > batches:
+        if steps is not None and steps > batches:
             raise ConfigError(
                 f"trainer.steps={steps}, but {self.config.data.path} has {batches} batches of {of} for its one pass: "  # type: ignore[attr-defined]
-                f"set trainer.steps to {batches} or fewer"
+                f"set trainer.steps to {batches} or fewer{more}"
             )
 
     def example_flops(self) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -94,8 +94,9 @@ class ClickRecipe(Recipe[ClickConfig]):
             rank=world.rank,
             world_size=world.size,
             shuffle_seed=config.seed if config.data.shuffle else None,
+            epochs=config.trainer.epochs or 1,
         )
-        self.check_steps(len(rows), f"{size} rows")
+        self.check_steps(len(rows), f"{size} rows", ", or to null and trainer.epochs to 2 or more")
         return ResumableLoader(rows)
 
     def callbacks(self, training: Training) -> list[Callback]:

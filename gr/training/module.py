@@ -96,10 +96,15 @@ class TrainModule:
         config: RunConfig,
         world: World,
         balance: Callable[[Any], Any] | None = None,
+        *,
+        steps: int | None = None,
     ) -> None:
-        """balance: deals the examples of a batch to the ranks; None: each keeps those of its loader."""
+        """balance: deals the examples of a batch to the ranks; None: each keeps those of its loader. steps: of the run,
+        at the last of which the learning rate's schedule ends; None: trainer.steps.
+        """
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.balance = balance
+        self.steps = steps or config.trainer.steps or 0
         self.tables = getattr(unwrapped(model), "tables", None)
         self.dense = dense_parameters(model)
         self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
@@ -131,7 +136,7 @@ class TrainModule:
 
     def backward(self, loss: StepLoss, step: int) -> None:
         """Gradients and updates; fused tables are updated inside backward, so rates are set first."""
-        factor = rate_factor(self.config.optimizer.schedule, step, self.config.trainer.steps)
+        factor = rate_factor(self.config.optimizer.schedule, step, self.steps)
         self.table_optimizer.set_learning_rate(self.config.embeddings.optimizer.lr * factor)
         for group in self.dense_optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor

@@ -146,7 +146,7 @@ def _status(config: RunConfig, world_size: int) -> RunStatus:
     return RunStatus(
         "running",
         step=saved[-1] if saved else 0,
-        steps=config.trainer.steps,
+        steps=config.trainer.steps or 0,
         world_size=world_size,
         checkpoint=saved[-1] if saved else None,
     )

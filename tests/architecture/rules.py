@@ -16,7 +16,7 @@ RESTRICTED_UNPICKLER = "gr/checkpoint/metadata.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 2.4,
+    "config": 2.7,
     "data": 1.8,
     "ops": 4.6,
     "embeddings": 1.4,
@@ -30,7 +30,7 @@ CEILINGS = {
     "cluster": 0.5,
     "training": 1.4,
     "recipes": 1.2,
-    "cli": 1.3,
+    "cli": 1.4,
     "prepare": 3.3,
 }
 WITHOUT_PREPARE = 22.0

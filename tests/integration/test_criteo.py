@@ -117,7 +117,7 @@ def test_more_steps_than_one_pass(prepared: Prepared, refused: Refused, tmp_path
     said = refused("train", CONFIG, *overrides(prepared, tmp_path / "run", "trainer.steps=79"))
     assert said == (
         f"trainer.steps=79, but {prepared['train']} has 78 batches of 256 rows for its one pass: set trainer.steps to "
-        "78 or fewer"
+        "78 or fewer, or to null and trainer.epochs to 2 or more"
     )
     assert reason_alone(tmp_path / "run")
 

@@ -17,7 +17,7 @@
 #include <numeric>
 #include <optional>
 
-namespace gr {
+namespace gr::hstu_attention {
 namespace {
 
 // The rows of one (sequence, head) in q, k, v and in the output or its gradient.
@@ -336,4 +336,4 @@ TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("hstu_attention_backward", &backward);
 }
 
-}  // namespace gr
+}  // namespace gr::hstu_attention

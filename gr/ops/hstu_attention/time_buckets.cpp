@@ -6,7 +6,7 @@
 
 #include <cstdlib>
 
-namespace gr {
+namespace gr::time_buckets {
 namespace {
 
 // The bucket of (i, j): the number of edges <= |query_timestamp_i - timestamp_j|. Neighbouring columns have close
@@ -45,4 +45,4 @@ TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("time_bucket_ids", &time_bucket_ids);
 }
 
-}  // namespace gr
+}  // namespace gr::time_buckets

@@ -13,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-namespace gr {
+namespace gr::norm_mul_dropout {
 namespace {
 
 constexpr int64_t kRows = 64;  // rows a task: the gradients of the norm are summed by task, then in the order of tasks
@@ -218,4 +218,4 @@ TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("norm_mul_dropout_backward", &backward);
 }
 
-}  // namespace gr
+}  // namespace gr::norm_mul_dropout

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace gr {
+namespace gr::sampled_logits {
 namespace {
 
 constexpr int64_t kLanes = 16;
@@ -230,4 +230,4 @@ TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("sampled_logits_backward", &backward);
 }
 
-}  // namespace gr
+}  // namespace gr::sampled_logits

@@ -35,4 +35,5 @@ class Status(Callback):
         self.told = self.store.complete
         measured = {"loss": self.loss / self.steps, "seconds_per_step": self.seconds / self.steps} if self.steps else {}
         self.loss, self.seconds, self.steps = 0.0, 0.0, 0
-        self.status.update(step=trainer.step, checkpoint=self.told, save_seconds=self.store.seconds, **measured)
+        progress = {"step": trainer.step, "steps": trainer.steps, "checkpoint": self.told}
+        self.status.update(**progress, save_seconds=self.store.seconds, **measured)

@@ -163,7 +163,10 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("trainer: {stps: 5}", "trainer.stps: unknown key; did you mean 'steps'? (known: global_batch_size, "),
+            (
+                "trainer: {stps: 5}",
+                "trainer.stps: unknown key; did you mean 'steps'? (known: epochs, global_batch_size, ",
+            ),
             ("zzz: 5", "zzz: unknown key; known: callbacks, checkpoint, "),
             ("seed: -1", "seed: should be greater than or equal to 0, got -1"),
             ("seed: abc", "seed: expected an integer, got 'abc'"),
@@ -230,9 +233,20 @@ class TestFaults:
         assert "\n" not in message
 
     def test_required(self):
-        assert fault(write("m.yaml", "run_dir: r\ntrainer:\n  log_every: 3\ndata: {path: d}")) == (
-            "m.yaml:2: trainer.steps: required, but not set"
+        assert fault(write("m.yaml", "run_dir: r\ndata:\n  lanes: 8\ntrainer: {steps: 5}")) == (
+            "m.yaml:2: data.path: required, but not set"
         )
+
+    def test_steps_or_epochs(self):
+        text = "run_dir: r\ndata: {path: d}\ntrainer:\n"
+        assert fault(write("m.yaml", text + "  log_every: 3")) == (
+            "m.yaml:3: trainer: steps and epochs are both unset: set one of them"
+        )
+        assert fault(write("m.yaml", text + "  steps: 3\n  epochs: 2")) == (
+            "m.yaml:4, m.yaml:5: trainer: steps=3 and epochs=2: set one of them, the other to null"
+        )
+        path = write("m.yaml", text + "  steps: 3")
+        assert load_config(path, ["trainer.steps=null", "trainer.epochs=2"]).trainer.epochs == 2
 
     def test_rule_between_keys_points_at_the_keys_that_are_written(self):
         write("base.yaml", BASE + "data: {path: d, lanes: 7}\n".replace("data:", "data2:"))

@@ -57,6 +57,16 @@ def test_each_example_once_an_epoch(make_folder: Make) -> None:
     assert sorted(seen[:32]) == sorted(seen[32:]) == list(range(32)) and seen[:32] != seen[32:]
 
 
+@pytest.mark.parametrize("users", [32, 33, 41])
+def test_the_steps_of_epochs_give_each_example_so_often(make_folder: Make, users: int) -> None:
+    dataset = Dataset.open(make_folder([[u + 1, u + 1] for u in range(users)]))
+    for epochs in (1, 3):
+        steps = loader(dataset).steps(epochs)
+        times = [[*chain.from_iterable(global_batches(dataset, 1, n))] for n in (steps - 1, steps)]
+        assert min(times[1].count(user) for user in range(users)) == epochs
+        assert min(times[0].count(user) for user in range(users)) == epochs - 1
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_resume_on_another_world_size(dataset: Dataset, world_size: int) -> None:
     whole = global_batches(dataset, 1, 7)

@@ -192,6 +192,21 @@ def test_part_of_the_rows_and_the_last_batch(make: Make) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 7])
+def test_epochs(make: Make, seed: int | None) -> None:
+    """Each epoch gives each row once, but those that fill no batch; shuffled, in an order of its own."""
+    folder = make()
+    once = [rows_of(batch) for batch in loader(folder, shuffle_seed=seed)]
+    with loader(folder, shuffle_seed=seed, epochs=3) as batches:
+        assert len(batches) == 12 and batches.steps(1) == 4 and batches.steps(3) == 12
+        steps = [rows_of(next(batches)) for _ in range(12)]
+        assert next(batches, None) is None
+    assert steps[:4] == once and all(len({*chain(*steps[n : n + 4])}) == 48 for n in (0, 4, 8))
+    assert (steps[4:8] == once) == (seed is None)
+    ranks = [loader(folder, rank, 2, shuffle_seed=seed, epochs=3, start_step=7) for rank in (0, 1)]
+    assert [rows_of_all(pair) for pair in zip(*ranks, strict=True)] == steps[7:]
+
+
+@pytest.mark.parametrize("seed", [None, 7])
 def test_resume_at_another_world_size(make: Make, seed: int | None) -> None:
     folder = make()
     whole = [rows_of(batch) for batch in loader(folder, shuffle_seed=seed)]
