@@ -17,9 +17,13 @@ from gr.config.messages import default_kinds, describe_faults
 from gr.config.ranking import RankingConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.config.run import RunConfig
+from gr.config.sizing import SIZED, retrieval_sizes
 from gr.config.yaml import SCALARS, Location, Node, Reader, describe
 from gr.errors import ConfigError
+from gr.logging import get_logger, log_once
+from gr.schema import DataSchema
 
+log = get_logger(__name__)
 Config = TypeVar("Config", bound=Section)
 
 # task.kind -> the configuration of an experiment and its gr.recipes.base.Recipe.
@@ -56,12 +60,40 @@ def load_config(
     if isinstance(kind, str) and kind in RECIPES:
         if written is not None and kind == "ranking" and tree.find(("model", "bottom")) is not None:
             raise ConfigError(f"{written.origin}: task.kind: ranking of rows by DLRM is now called click")
+        overrides = [*_sizes(tree, kind), *overrides]
         return load_section(RECIPES.config(kind), path, overrides, bases=bases)  # type: ignore[return-value]
     assert written is not None, "the default is registered"
     if isinstance(kind, str) and kind in RENAMED_RECIPES:
         raise ConfigError(f"{written.origin}: task.kind: {kind} is now called {RENAMED_RECIPES[kind]}")
     expected = ", ".join(RECIPES)
     raise ConfigError(f"{written.origin}: task.kind: expected one of {expected}, got {describe(written.plain())}")
+
+
+def _sizes(tree: Node, kind: str) -> list[str]:
+    """Overrides for what `sizes: data` leaves to the data; none where all is set, as in a configuration that was saved.
+
+    Raises DataError where there is no data.
+    """
+    sizes, path = tree.find(("sizes",)), tree.find(("data", "path"))
+    if kind != "retrieval" or sizes is None or sizes.value != "data" or path is None or not isinstance(path.value, str):
+        return []
+    tower = tree.find(("model", "tower", "kind"))
+    keys = [key for key in SIZED if key != "model.tower.time_bias" or tower is None or tower.value == "hstu"]
+    unset = [key for key in keys if tree.find(tuple(key.split("."))) is None]
+    if tree.find(("trainer", "steps")) is not None and "trainer.epochs" in unset:
+        unset.remove("trainer.epochs")
+    if not unset:
+        return []
+    schema = DataSchema.load(path.value)
+    values = retrieval_sizes(schema)
+    log_once(log, f"sizes that follow from {path.value} ({schema.summary()}):")
+    for key in unset:
+        log_once(log, f"  {key}={values[key][0]}: {values[key][1]}")
+    return [
+        f"{key}={json.dumps(value) if isinstance(value, bool) else value}"
+        for key in unset
+        for value in [values[key][0]]
+    ]
 
 
 def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> None:

@@ -136,6 +136,10 @@ class RetrievalConfig(HistoryRunConfig):
     model_target: ClassVar[str] = "gr.models.retrieval:RetrievalModel"
     saved_target: ClassVar[str] = "gr.models.saved_retrieval:SavedRetrieval"
 
+    sizes: Literal["data", "written"] = Field(
+        "written",
+        description="data: keys that are unset take values that follow from schema.json, which the log names.",
+    )
     model: RetrievalModelConfig = Field(RetrievalModelConfig(), description="The embeddings' width and the tower.")
     task: RetrievalTaskConfig = Field(RetrievalTaskConfig(), description="The loss: similarity and negatives.")
     evaluation: RetrievalEvaluationConfig = Field(
