@@ -16,12 +16,12 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("launch.md", 5), ("recommend.md", 5)])
+@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("launch.md", 5), ("recommend.md", 12)])
 def test_every_command_of_the_page_runs(tmp_path, page, least):
     if page == "launch.md":
         pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     assert len(commands(page)) >= least
-    for name in ("configs", "launch", ".torchxconfig"):
+    for name in ("configs", "docs", "launch", ".torchxconfig"):
         (tmp_path / name).symlink_to(ROOT / name)
     # As a user's activated environment would find them.
     programs = tmp_path / "bin"
