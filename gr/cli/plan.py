@@ -1,6 +1,7 @@
 """`gr plan`: does a model fit, how fast is a step, on how many ranks. Allocates nothing and needs no GPU."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,6 +13,9 @@ from gr.api import planning_problem
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
+
+if TYPE_CHECKING:
+    from gr.planner.estimate import Estimate
 
 DOES_NOT_FIT = 3
 MOVES_SHOWN = 20
@@ -51,53 +55,54 @@ def command(
         raise ConfigError("--smallest writes no file: leave out --json and --html, then plan for the ranks it finds")
     if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():
         raise ConfigError(f"--json and --html are both {json_path}: name two files")
-    inventory, machine = planning_problem(config, overrides, topology)
+    inventory, machine, divides = planning_problem(config, overrides, topology)
     if smallest:
-        return _smallest(inventory, machine)
+        return _smallest(inventory, machine, divides)
     for path in (json_path, html_path):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another file")
-    return _plan(inventory, machine, json_path, html_path)
+    return _plan(inventory, machine, divides, json_path, html_path)
 
 
-def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:
-    from gr.planner.estimate import estimate, predicted
+def _plan(
+    inventory: InventoryConfig, topology: Topology, divides: int, json_path: Path | None, html_path: Path | None
+) -> int:
+    from gr.planner.estimate import estimate
     from gr.planner.plan import DoesNotFit, search
-    from gr.planner.planfile import dump_plan
-    from gr.planner.remedies import explanation
-    from gr.planner.report import page, summary
+    from gr.planner.remedies import explanation, nearest
+    from gr.planner.report import summary
 
     try:
         with _working("planning"):
-            plan = search(inventory, topology)
+            estimated = estimate(search(inventory, topology))
     except DoesNotFit as error:
         with _working("it does not fit; trying remedies"):
-            text = explanation(inventory, topology, error)
+            if json_path or html_path:
+                _write(estimate(nearest(inventory, topology)), json_path, html_path)
+            text = explanation(inventory, topology, error, divides)
         click.echo(f"error: {text}", err=True)
         return DOES_NOT_FIT
-    estimated = estimate(plan)
+    _write(estimated, json_path, html_path)  # before a reader of the report may close its end of a pipe
     for part in summary(estimated):
         Console().print(part)
-    _write(json_path, lambda: dump_plan(plan, predicted(estimated)))
-    _write(html_path, lambda: page(estimated))
     return 0 if estimated.fits else DOES_NOT_FIT
 
 
-def _smallest(inventory: InventoryConfig, topology: Topology) -> int:
-    from gr.planner.remedies import MOST_RANKS, smallest
+def _smallest(inventory: InventoryConfig, topology: Topology, divides: int) -> int:
+    from gr.planner.smallest import smallest
 
     with _working("trying numbers of ranks"):
-        ranks, trials = smallest(inventory, topology)
+        least = smallest(inventory, topology, divides)
     table = Table(title=Text(f"{inventory.name} on {topology.name}"))
     for column in ("ranks", "fits", "why"):
         table.add_column(column, justify="right" if column == "ranks" else "left")
-    for trial in trials:
+    for trial in least.trials:
         table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", Text(trial.limit))
     Console().print(table)
-    if ranks is None:
-        click.echo(f"error: nothing up to {MOST_RANKS} ranks fits", err=True)
+    if least.ranks is None:
+        click.echo(f"error: {least.reason}", err=True)
         return DOES_NOT_FIT
-    click.echo(f"smallest: {ranks} ranks of {topology.name}")
+    click.echo(f"smallest: {least.ranks} ranks of {topology.name}" + (f"; {least.reason}" if least.reason else ""))
     return 0
 
 
@@ -140,17 +145,25 @@ def _placed(placement) -> str:
         return "(none)"
     ranks = placement.ranks
     where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks from {min(ranks)}"
-    return f"{placement.sharding_type}, {where}"
+    return f"{placement.shown_type}, {where}"
 
 
-def _write(path: Path | None, content) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(content())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
-    click.echo(f"wrote {path}")
+def _write(estimated: "Estimate", json_path: Path | None, html_path: Path | None) -> None:
+    from gr.planner.estimate import predicted
+    from gr.planner.planfile import dump_plan
+    from gr.planner.report import page
+
+    for path, text in (
+        (json_path, lambda: dump_plan(estimated.plan, predicted(estimated))),
+        (html_path, lambda: page(estimated)),
+    ):
+        if path is None:
+            continue
+        try:
+            path.write_text(text())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
+        click.echo(f"wrote {path}" + ("" if estimated.fits else ": the plan that comes closest, which does not fit"))
 
 
 def _working(what: str) -> Progress:

@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 
 from gr.config.dlrm import ROW_MULTIPLE
-from gr.config.inventory import SHARDING_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
+from gr.config.inventory import SHARDING_TYPES, AnyShardingType, Counts, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
 from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, ShardCosts, Traffic, shard_costs, traffic
@@ -44,10 +44,14 @@ class _Cut:
 
 def row_parts(sharding_type: AnyShardingType, topology: Topology) -> int:
     """The number of row blocks that `sharding_type` cuts a table (or a column block of it) into."""
-    return {
-        Scope.ALL: topology.ranks if sharding_type == "row_wise" else 1,
-        Scope.HOST: topology.ranks_per_host,
-    }.get(SCOPES[sharding_type], 1)
+    return row_blocks(sharding_type, topology.ranks, topology.ranks_per_host)
+
+
+def row_blocks(sharding_type: AnyShardingType, ranks: Counts, ranks_per_host: Counts) -> Counts:
+    """row_parts() of one number of ranks, or of an array of them."""
+    if sharding_type == "row_wise":
+        return ranks
+    return ranks_per_host if SCOPES[sharding_type] is Scope.HOST else ranks // ranks
 
 
 def hottest_part(table: TableConfig, parts: int) -> int:
@@ -82,7 +86,7 @@ def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]
         for sharding_type in allowed_types(table):
             if not _may_span(table, sharding_type, topology) or _leaves_empty(table, sharding_type, topology):
                 continue
-            for width in _widths(table, sharding_type, topology):
+            for width in column_widths(table, sharding_type, topology):
                 blocks = len(column_blocks(table.dim, width))
                 shards = 1 if sharding_type == "data_parallel" else blocks * row_parts(sharding_type, topology)
                 if not table.min_shards <= shards <= (table.max_shards or shards):
@@ -118,7 +122,9 @@ def _may_span(table: TableConfig, sharding_type: AnyShardingType, topology: Topo
 
 def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> int:
     """The most column blocks that fit the ranks a table may be on; 0 where it cannot be on them at all."""
-    allowed = set(range(topology.ranks)) if table.ranks is None else set(table.ranks)
+    if table.ranks is None:
+        return most_blocks(sharding_type, topology.ranks, topology.ranks_per_host)
+    allowed = set(table.ranks)
     on_host = np.bincount([rank // topology.ranks_per_host for rank in allowed], minlength=topology.hosts)
     match SCOPES[sharding_type]:
         case Scope.ALL:
@@ -131,6 +137,15 @@ def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: T
             return len(allowed)
 
 
+def most_blocks(sharding_type: AnyShardingType, ranks: Counts, ranks_per_host: Counts) -> Counts:
+    """The most column blocks that fit: a rank holds one shard of a table."""
+    one = ranks // ranks  # of the shape of ranks
+    if sharding_type not in COLUMN_TYPES:
+        return one
+    most = {Scope.HOST: ranks // ranks_per_host, Scope.HOST_RANKS: ranks_per_host, Scope.RANK: ranks}
+    return most.get(SCOPES[sharding_type], one)
+
+
 def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
     """True where a row shard would have no rows, which fbgemm's fused CPU kernels of pooled tables do not support."""
     if topology.device != "cpu" or "fused" not in table.kernels:
@@ -139,7 +154,7 @@ def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: 
     return parts > 1 and -(-table.rows // -(-table.rows // parts)) < parts
 
 
-def _widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
+def column_widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
     """Widths of column blocks worth trying; None for types that do not cut columns."""
     if sharding_type not in COLUMN_TYPES:
         return [None]

@@ -80,7 +80,7 @@ def _spread(bytes_R: np.ndarray, capacity: float) -> Iterable[str]:
 def _top(estimate: Estimate) -> Table:
     shown = min(TOP, len(estimate.tables))
     title = f"The {shown} costliest and the {shown} largest of {len(estimate.tables):,} tables"
-    table = _table(title, ("costliest", "type", "a shard", "", "largest", "type", "all shards"), left=2)
+    table = _table(title, ("costliest", "type", "a shard", "", "largest", "type", "one copy"), left=2)
     for index in (0, 4):
         table.columns[index].max_width = NAME_WIDTH
         table.columns[index].overflow = "ellipsis"
