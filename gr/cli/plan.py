@@ -102,7 +102,8 @@ def _smallest(inventory: InventoryConfig, topology: Topology, divides: int) -> i
     if least.ranks is None:
         click.echo(f"error: {least.reason}", err=True)
         return DOES_NOT_FIT
-    click.echo(f"smallest: {least.ranks} ranks of {topology.name}" + (f"; {least.reason}" if least.reason else ""))
+    reason = f"; {least.reason}" if least.reason else ""
+    click.echo(f"smallest: {least.ranks} rank{'s' * (least.ranks > 1)} of {topology.name}{reason}")
     return 0
 
 
@@ -153,16 +154,14 @@ def _write(estimated: "Estimate", json_path: Path | None, html_path: Path | None
     from gr.planner.planfile import dump_plan
     from gr.planner.report import page
 
-    for path, text in (
-        (json_path, lambda: dump_plan(estimated.plan, predicted(estimated))),
-        (html_path, lambda: page(estimated)),
-    ):
-        if path is None:
-            continue
+    texts = {json_path: lambda: dump_plan(estimated.plan, predicted(estimated)), html_path: lambda: page(estimated)}
+    paths = [path for path in (json_path, html_path) if path is not None]
+    for path in paths:
         try:
-            path.write_text(text())
+            path.write_text(texts[path]())
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
+    for path in paths:
         click.echo(f"wrote {path}" + ("" if estimated.fits else ": the plan that comes closest, which does not fit"))
 
 

@@ -252,6 +252,15 @@ def _no_option(table: TableConfig, topology: Topology) -> str:
         "max_shards": table.max_shards,
     }
     constraints = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
+    if empty := [name for name in allowed_types(table) if _leaves_empty(table, name, topology)]:
+        parts = row_parts(empty[0], topology)
+        height = -(-table.rows // parts)
+        without = parts - -(-table.rows // height)
+        return (
+            f"table {table.name}: {empty[0]} cuts {table.rows} rows into blocks of {height}, which leaves {without} of "
+            f"{parts} ranks without a row, and fbgemm's CPU kernels need one; use fewer ranks, or let this "
+            f"table have another sharding type (planner.tables.{table.name}=auto, or sharding_types in an inventory)"
+        )
     return (
         f"table {table.name}: no way to shard {table.rows} x {table.dim} ({table.kind}) over {topology.ranks} ranks "
         f"of {topology.ranks_per_host} a host satisfies {constraints}; relax one of them"
