@@ -150,10 +150,9 @@ def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
     own_ids = _column(inventory, "ids_per_example") * batch + _column(inventory, "ids_per_step")
     hottest = hottest_share(rows, skew)
     # TorchRec's index dedup of sequence tables: a rank sends the id of a row once.
-    if inventory.index_dedup and not pooled.all():
-        own_distinct = distinct_ids(rows, own_ids, skew)
-        own_ids = np.where(pooled, own_ids, own_distinct)
-        hottest = np.where(pooled, hottest, np.minimum(hottest, 1 / own_distinct))
+    if inventory.index_dedup:
+        own_ids[..., ~pooled] = distinct_ids(rows[~pooled], own_ids[..., ~pooled], skew[~pooled])
+        hottest = np.where(pooled, hottest, np.minimum(hottest, 1 / own_ids))
     own_outputs = np.where(pooled, features * batch, own_ids)
     per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
     return Volume(

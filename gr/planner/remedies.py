@@ -11,7 +11,7 @@ from gr.errors import PlanError
 from gr.planner.enumerate import allowed_types, search_space
 from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
-from gr.planner.memory_bound import least_memory
+from gr.planner.memory_bound import MemoryBound
 from gr.planner.placement import Plan
 from gr.planner.plan import DoesNotFit, search, table_capacity
 from gr.planner.smallest import in_steps, smallest
@@ -26,7 +26,7 @@ def nearest(inventory: InventoryConfig, topology: Topology) -> Plan:
 
     It is the plan of a machine with more memory, which grows until there is a plan.
     """
-    (hbm,), (host,) = least_memory(inventory, topology, np.array([topology.ranks]))
+    (hbm,), (host,) = MemoryBound(inventory, topology).least(np.array([topology.ranks]))
     fixed = sum(fixed_memory(inventory, topology).values())
     hbm, host = max(hbm, topology.hbm_bytes - fixed), max(host, topology.host_bytes)
     for power in range(MOST_GROWTH):

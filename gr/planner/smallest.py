@@ -8,7 +8,7 @@ import numpy as np
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
 from gr.planner.estimate import estimate
-from gr.planner.memory_bound import least_use
+from gr.planner.memory_bound import MemoryBound
 from gr.planner.plan import search
 from gr.planner.topology import Topology, with_ranks
 
@@ -102,11 +102,11 @@ def trial(inventory: InventoryConfig, topology: Topology) -> Trial:
 def _not_excluded(
     inventory: InventoryConfig, topology: Topology, legal_N: np.ndarray, excluded: list[tuple[float, int]]
 ) -> Iterator[int]:
-    """The numbers of ranks whose memory may suffice; adds the others to `excluded`, as (least_use, ranks)."""
-    chunk = max(1, AT_ONCE // max(1, len(inventory.tables)))
+    """The numbers of ranks whose memory may suffice; adds the others to `excluded`, as (share of the memory, ranks)."""
+    bound, chunk = MemoryBound(inventory, topology), max(1, AT_ONCE // max(1, len(inventory.tables)))
     for start in range(0, len(legal_N), chunk):
         ranks_N = legal_N[start : start + chunk]
-        for ranks, use in zip(ranks_N.tolist(), least_use(inventory, topology, ranks_N).tolist(), strict=True):
+        for ranks, use in zip(ranks_N.tolist(), bound.use(ranks_N).tolist(), strict=True):
             if use <= ROUNDING:
                 yield ranks
             else:

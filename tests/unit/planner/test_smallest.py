@@ -9,7 +9,7 @@ from gr.config.inventory import InventoryConfig, TableConfig, sharding_types_of
 from gr.errors import PlanError
 from gr.planner import smallest as module
 from gr.planner.enumerate import search_space
-from gr.planner.memory_bound import least_memory, least_use
+from gr.planner.memory_bound import MemoryBound
 from gr.planner.plan import search, table_capacity
 from gr.planner.smallest import ROUNDING, in_steps, legal_ranks, smallest
 from gr.planner.topology import Topology, parse_topology, with_ranks
@@ -57,7 +57,7 @@ def drawn(seed: int) -> tuple[InventoryConfig, Topology]:
     topology = machine(1, 1, one_of("cuda", "cpu"))
     topology = replace(topology, ranks_per_host=one_of(1, 2, 4, 8), host_bytes=one_of(10**8, 10**11))
     at = int(random.integers(1, 24))
-    hbm, _ = least_memory(inventory, replace(topology, ranks_per_host=1), np.array([at]))
+    hbm, _ = MemoryBound(inventory, replace(topology, ranks_per_host=1)).least(np.array([at]))
     hbm = float(hbm[0]) if np.isfinite(hbm[0]) else 1e9
     fixed = 10**10 - table_capacity(inventory, with_ranks(replace(topology, ranks_per_host=1), at)).hbm_bytes
     return inventory, replace(topology, hbm_bytes=int(fixed + one_of(0.6, 1.0, 1.02, 1.2) * hbm) + 1)
@@ -104,7 +104,7 @@ def test_no_plan_is_below_the_bound(seed):
     inventory, topology = drawn(seed)
     local = topology.ranks_per_host
     ranks_N = np.array([1, *(hosts * local for hosts in (1, 2, 3, 5, 8, 40))])
-    hbm_N, host_N = least_memory(inventory, topology, ranks_N)
+    hbm_N, host_N = MemoryBound(inventory, topology).least(ranks_N)
     for ranks, hbm, host in zip(ranks_N.tolist(), hbm_N, host_N, strict=True):
         try:
             options = search_space(inventory, with_ranks(topology, ranks))
@@ -128,7 +128,7 @@ class TestFittingIsNotMonotone:
     def test_the_smallest_fit_is_found_below_numbers_that_do_not(self, batch):
         inventory, topology = InventoryConfig(rank_batch_size=batch, tables=BIG), parse_topology("h100")
         assert smallest(inventory, topology).ranks == 24
-        use_N = least_use(inventory, topology, np.array([16, 24, 65536]))
+        use_N = MemoryBound(inventory, topology).use(np.array([16, 24, 65536]))
         assert use_N[0] > 1 > use_N[1]
         assert (use_N[2] > 1) == (batch == 16384)
 
