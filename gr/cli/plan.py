@@ -1,21 +1,17 @@
 """`gr plan`: does a model fit, how fast is a step, on how many ranks. Allocates nothing and needs no GPU."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gr.api import planning_problem
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
-
-if TYPE_CHECKING:
-    from gr.planner.estimate import Estimate
 
 DOES_NOT_FIT = 3
 MOVES_SHOWN = 20
@@ -55,18 +51,16 @@ def command(
         raise ConfigError("--smallest writes no file: leave out --json and --html, then plan for the ranks it finds")
     if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():
         raise ConfigError(f"--json and --html are both {json_path}: name two files")
-    inventory, machine, divides = planning_problem(config, overrides, topology)
+    problem = planning_problem(config, overrides, topology)
     if smallest:
-        return _smallest(inventory, machine, divides)
+        return _smallest(*problem)
     for path in (json_path, html_path):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another file")
-    return _plan(inventory, machine, divides, json_path, html_path)
+    return _plan(*problem, {"json": json_path, "html": html_path})
 
 
-def _plan(
-    inventory: InventoryConfig, topology: Topology, divides: int, json_path: Path | None, html_path: Path | None
-) -> int:
+def _plan(inventory: InventoryConfig, topology: Topology, divides: int, files: dict[str, Path | None]) -> int:
     from gr.planner.estimate import estimate
     from gr.planner.plan import DoesNotFit, search
     from gr.planner.remedies import explanation, nearest
@@ -77,12 +71,12 @@ def _plan(
             estimated = estimate(search(inventory, topology))
     except DoesNotFit as error:
         with _working("it does not fit; trying remedies"):
-            if json_path or html_path:
-                _write(estimate(nearest(inventory, topology)), json_path, html_path)
+            if any(files.values()):
+                _write(estimate(nearest(inventory, topology)), files)
             text = explanation(inventory, topology, error, divides)
         click.echo(f"error: {text}", err=True)
         return DOES_NOT_FIT
-    _write(estimated, json_path, html_path)  # before a reader of the report may close its end of a pipe
+    _write(estimated, files)  # before a reader of the report may close its end of a pipe
     for part in summary(estimated):
         Console().print(part)
     return 0 if estimated.fits else DOES_NOT_FIT
@@ -93,17 +87,15 @@ def _smallest(inventory: InventoryConfig, topology: Topology, divides: int) -> i
 
     with _working("trying numbers of ranks"):
         least = smallest(inventory, topology, divides)
-    table = Table(title=Text(f"{inventory.name} on {topology.name}"))
-    for column in ("ranks", "fits", "why"):
-        table.add_column(column, justify="right" if column == "ranks" else "left")
+    table = Table(Column("ranks", justify="right"), "fits", "why", title=Text(f"{inventory.name} on {topology.name}"))
     for trial in least.trials:
         table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", Text(trial.limit))
     Console().print(table)
     if least.ranks is None:
         click.echo(f"error: {least.reason}", err=True)
         return DOES_NOT_FIT
-    reason = f"; {least.reason}" if least.reason else ""
-    click.echo(f"smallest: {least.ranks} rank{'s' * (least.ranks > 1)} of {topology.name}{reason}")
+    found = f"smallest: {least.ranks} rank{'s' * (least.ranks > 1)} of {topology.name}"
+    click.echo("; ".join(filter(None, (found, least.reason))))
     return 0
 
 
@@ -114,9 +106,8 @@ def _diff(before: Path, after: Path) -> None:
     comparison = compare(load_plan(before), load_plan(after))
     for what, old, new in comparison.others:
         click.echo(f"the plans are for another {what}: {old} before, {new} after")
-    table = Table(title=Text(f"from {before} to {after}"))  # Text: a path or a name is no markup
-    for column in ("table", "before", "after", "moved GB"):
-        table.add_column(column, justify="right" if column == "moved GB" else "left")
+    title = Text(f"from {before} to {after}")  # Text: a path or a name is no markup
+    table = Table("table", "before", "after", Column("moved GB", justify="right"), title=title)
     changes = sorted(comparison.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
@@ -149,20 +140,20 @@ def _placed(placement) -> str:
     return f"{placement.shown_type}, {where}"
 
 
-def _write(estimated: "Estimate", json_path: Path | None, html_path: Path | None) -> None:
+def _write(estimated, files: dict[str, Path | None]) -> None:
     from gr.planner.estimate import predicted
     from gr.planner.planfile import dump_plan
     from gr.planner.report import page
 
-    texts = {json_path: lambda: dump_plan(estimated.plan, predicted(estimated)), html_path: lambda: page(estimated)}
-    paths = [path for path in (json_path, html_path) if path is not None]
-    for path in paths:
+    texts = {"json": lambda: dump_plan(estimated.plan, predicted(estimated)), "html": lambda: page(estimated)}
+    paths = {kind: path for kind, path in files.items() if path is not None}
+    for kind, path in paths.items():
         try:
-            path.write_text(texts[path]())
+            path.write_text(texts[kind]())
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
-    for path in paths:
-        click.echo(f"wrote {path}" + ("" if estimated.fits else ": the plan that comes closest, which does not fit"))
+    note = "" if estimated.fits else ": the plan that comes closest, which does not fit"
+    click.echo("\n".join(f"wrote {path}{note}" for path in paths.values()), nl=bool(paths))
 
 
 def _working(what: str) -> Progress:

@@ -7,7 +7,7 @@ experiment.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args, overload
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -18,10 +18,6 @@ from gr.config.towers import TOWERS, TowerConfig
 from gr.config.yaml import describe
 from gr.errors import ConfigError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Counts = TypeVar("Counts", int, "np.ndarray")  # of one topology or, as an array, of many
 AnyShardingType = Literal[
     "data_parallel",
     "table_wise",
@@ -165,7 +161,13 @@ class DLRMDense(DLRMConfig):
         "branch2": "interaction.branch2",
     }
 
-    dense_features: Count = 13
+    dense_features: CountOrNone = 13
+
+    @model_validator(mode="after")
+    def _bottom_reads_dense_features(self):
+        if fault := self.dense_fault(self.dense_features):
+            raise ValueError(fault)
+        return self
 
 
 class GivenDense(Section):
@@ -241,8 +243,12 @@ class InventoryConfig(Section):
         kind = self.dense.table_layout[0] if isinstance(self.dense, DLRMDense) else "pooled"
         return sum(table.features for table in self.tables if table.kind == kind)
 
-    def batch_on(self, ranks: Counts) -> "Counts | int":
-        """B, examples a step on one of `ranks` ranks, of which there may be an array."""
+    @overload
+    def batch_on(self, ranks: int) -> int: ...
+    @overload
+    def batch_on(self, ranks: Any) -> Any: ...
+    def batch_on(self, ranks: Any) -> Any:
+        """B, examples a step on one of `ranks` ranks; ranks may be an array."""
         if self.rank_batch_size is not None:
             return self.rank_batch_size
         assert self.global_batch_size is not None

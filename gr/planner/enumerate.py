@@ -7,10 +7,10 @@ from zlib import crc32
 import numpy as np
 
 from gr.config.dlrm import ROW_MULTIPLE
-from gr.config.inventory import SHARDING_TYPES, AnyShardingType, Counts, InventoryConfig, Kernel, TableConfig
+from gr.config.inventory import SHARDING_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
-from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, ShardCosts, Traffic, shard_costs, traffic
+from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, Counts, ShardCosts, Traffic, shard_costs, traffic
 from gr.planner.placement import column_blocks
 from gr.planner.topology import Topology
 

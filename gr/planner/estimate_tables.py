@@ -9,16 +9,17 @@ B examples a rank, R ranks, G = B R examples a step, L ranks a host, H hosts.
 """
 
 from dataclasses import dataclass, fields
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
 import numpy as np
 
-from gr.config.inventory import Counts, InventoryConfig, TableConfig
+from gr.config.inventory import InventoryConfig, TableConfig
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.planner.id_distribution import distinct_ids, hottest_share, miss_rate
 from gr.planner.placement import Shard
 from gr.planner.topology import Topology
 
+Counts = TypeVar("Counts", int, np.ndarray)  # of one topology or, as an array, of many
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 ID_BYTES = 8
 LENGTH_BYTES = 4
