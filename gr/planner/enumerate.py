@@ -63,10 +63,10 @@ def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
     """Every allowed option. Raises PlanError for a table whose constraints leave none."""
     traffic_T, tables = traffic(inventory, topology), inventory.tables
     comm_bytes = ELEMENT_BYTES[inventory.comm_dtype]
-    columns = [_columns(cut, traffic_T, topology, comm_bytes, tables) for cut in _cuts(tables, topology)]
-    covered = {int(table) for part in columns for table in part["table_O"]}
-    if missing := [table for index, table in enumerate(tables) if index not in covered]:
-        raise PlanError(_no_option(missing[0], topology))
+    cuts = list(_cuts(tables, topology))
+    if missing := _without_cut(cuts, tables):
+        raise PlanError(_no_option(tables[missing[0]], topology))
+    columns = [_columns(cut, traffic_T, topology, comm_bytes, tables) for cut in cuts]
     merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
     order = np.argsort(merged["table_O"], kind="stable")
     return Options(
@@ -74,6 +74,16 @@ def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
         group_seconds_S=np.array([_group_seconds(name, topology) for name in SHARDING_TYPES]),
         allowed_TR=_allowed(tables, topology.ranks),
     )
+
+
+def without_option(inventory: InventoryConfig, topology: Topology) -> list[int]:
+    """The tables whose constraints leave no option."""
+    return _without_cut(list(_cuts(inventory.tables, topology)), inventory.tables)
+
+
+def _without_cut(cuts: list[_Cut], tables: tuple[TableConfig, ...]) -> list[int]:
+    covered = {table for cut in cuts for table in cut.tables}
+    return [table for table in range(len(tables)) if table not in covered]
 
 
 def _group_seconds(sharding_type: AnyShardingType, topology: Topology) -> float:

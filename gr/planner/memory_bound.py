@@ -59,7 +59,7 @@ class MemoryBound:
             least = _least(volumes[way.index], way, ranks, np.minimum(ranks, self.topology.ranks_per_host))
             for all_, bytes_ in zip((total, shard, host), least, strict=True):
                 all_[:, way.index] = np.minimum(all_[:, way.index], bytes_)
-        return np.maximum(total.sum(axis=1) / ranks_N, shard.max(axis=1)), host.max(axis=1)
+        return np.maximum(total.sum(axis=1) / ranks_N, shard.max(axis=1, initial=0)), host.max(axis=1, initial=0)
 
     def _left(self, ranks_N: np.ndarray) -> np.ndarray:
         """Bytes for tables on each rank, [N]; negative where the rest does not fit."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
-from gr.planner.enumerate import allowed_types, search_space
+from gr.planner.enumerate import search_space, without_option
 from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
 from gr.planner.memory_bound import MemoryBound
@@ -124,7 +124,10 @@ def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
     """
     if topology.host_bytes == 0:
         return "offload: the hosts of this topology have no memory for tables"
-    order, counts = _offload_order(inventory, topology)
+    left = topology.hbm_bytes - sum(fixed_memory(inventory, topology).values())
+    if left <= 0:
+        return "offload: it moves tables alone, for which a rank has no memory at all"
+    order, counts = _offload_order(inventory, topology, left)
     outcome = "no table would take less memory"
     for count in in_steps(counts):
         chosen = order[:count]
@@ -138,14 +141,17 @@ def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
     return f"offload: with up to {len(order)} tables on the host (fused_uvm_caching) it still {outcome}"
 
 
-def _offload_order(inventory: InventoryConfig, topology: Topology) -> tuple[list[int], list[int]]:
-    """(tables that take less memory when they are offloaded, how many of them to offload so that sums permit a fit)."""
-    movable = [t for t, table in enumerate(_with_offload(inventory).tables) if allowed_types(table)]
+def _offload_order(inventory: InventoryConfig, topology: Topology, left: float) -> tuple[list[int], list[int]]:
+    """(tables that take less memory when they are offloaded, how many of them to offload so that sums permit a fit).
+
+    left: bytes for tables on a rank.
+    """
+    every = range(len(inventory.tables))
+    movable = set(every) - set(without_option(_with_offload(inventory, every), topology))
     plain, moved = search_space(inventory, topology), search_space(_with_offload(inventory, movable), topology)
     freed_T = plain.minimum_T(plain.total_hbm_O) - moved.minimum_T(moved.total_hbm_O)
     helps_T = (freed_T > 0) & (moved.minimum_T(moved.host_O) <= topology.host_bytes)
     order = [t for t in np.argsort(-freed_T, kind="stable").tolist() if helps_T[t]]
-    left = topology.hbm_bytes - sum(fixed_memory(inventory, topology).values())
     shard_T, moved_T = plain.minimum_T(plain.hbm_O), moved.minimum_T(moved.hbm_O)
     total, counts = plain.minimum_T(plain.total_hbm_O).sum(), []
     for count, table in enumerate(order, start=1):
@@ -155,12 +161,10 @@ def _offload_order(inventory: InventoryConfig, topology: Topology) -> tuple[list
     return order, counts
 
 
-def _with_offload(inventory: InventoryConfig, chosen: Collection[int] | None = None) -> InventoryConfig:
-    """The inventory with `chosen` tables, or all, on the host."""
+def _with_offload(inventory: InventoryConfig, chosen: Collection[int]) -> InventoryConfig:
     update = {"kernels": ("fused_uvm_caching",)}
     tables = [
-        table.model_copy(update=update) if chosen is None or index in chosen else table
-        for index, table in enumerate(inventory.tables)
+        table.model_copy(update=update) if index in chosen else table for index, table in enumerate(inventory.tables)
     ]
     return inventory.model_copy(update={"tables": tuple(tables)})
 

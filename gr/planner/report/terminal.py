@@ -29,14 +29,13 @@ NAME_WIDTH = 22
 
 def summary(estimate: Estimate) -> list[RenderableType]:
     """Renderables: verdict and headline, memory, top tables. Phases, links and every table are on the page."""
+    tables: list[RenderableType] = [Text(), _top(estimate), _types(estimate.tables)]
     return [
         *_head(estimate),
         Text(straggler(estimate).explanation()),
         Text(),
         _memory(estimate),
-        Text(),
-        _top(estimate),
-        _types(estimate.tables),
+        *(tables if estimate.tables else []),
     ]
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gr.config.inventory import InventoryConfig, TableConfig
+from gr.config.inventory import GivenDense, InventoryConfig, TableConfig
 from gr.planner.estimate import estimate
 from gr.planner.plan import DoesNotFit, search
 from gr.planner.remedies import explanation, nearest
@@ -74,6 +74,21 @@ class TestOffload:
         assert self.offload(replicated, table("b", 3 * 10**8)).startswith(
             "offload b (kernels: [fused_uvm_caching]): fits"
         )
+
+    def test_a_table_that_can_only_be_replicated_on_these_ranks_stays(self):
+        """Row-wise it would have a shard on each of three ranks."""
+        topology = replace(machine(3, 3, "cuda"), hbm_bytes=20 * 10**9, host_bytes=10**12)
+        kept = table("kept", 10**6, sharding_types=("data_parallel", "row_wise"), max_shards=1)
+        tables = (kept, table("moved", 10**9, sharding_types=("table_wise",)))
+        lines = remedies(InventoryConfig(rank_batch_size=1, tables=tables), topology)
+        assert any(line.startswith("offload moved (kernels: [fused_uvm_caching]): fits") for line in lines)
+
+
+def test_a_dense_part_that_is_too_large_alone():
+    inventory = InventoryConfig(rank_batch_size=1, tables=(), dense=GivenDense(parameters=10**10))
+    lines = remedies(inventory, machine(4, 4, "cuda"))
+    assert lines[0].startswith("more hosts: nothing up to 65,536 ranks fits: ")
+    assert "offload: it moves tables alone, for which a rank has no memory at all" in lines
 
 
 def test_the_nearest_plan_is_for_the_machine_and_above_its_memory():
