@@ -7,6 +7,7 @@ before it is needed.
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,14 +159,17 @@ def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topol
     from gr.planner.estimate import estimate
     from gr.planner.plan import search
 
-    inventory, machine = planning_problem(config, overrides, topology)
+    inventory, machine, _ = planning_problem(config, overrides, topology)
     return estimate(search(inventory, machine))
 
 
 def planning_problem(
     config: RunConfig | str | Path, overrides: Sequence[str], topology: str | None
-) -> "tuple[InventoryConfig, Topology]":
-    """The input of plan(): the tables with what may be done with each, and the machine. Raises ConfigError."""
+) -> "tuple[InventoryConfig, Topology, int]":
+    """The input of plan(): the tables with what may be done with each, and the machine; and what its ranks must divide.
+
+    The last is 0 for an inventory, which any number divides. Raises ConfigError.
+    """
     from gr.planner.constraints import constrained
     from gr.planner.inventory import is_inventory, load_inventory
     from gr.planner.topology import hardware_names, parse_topology
@@ -174,7 +178,7 @@ def planning_problem(
         inventory = load_inventory(config, overrides)
         if topology is None:
             raise ConfigError(f"topology is missing: NAMExRANKS, with NAME one of {', '.join(hardware_names())}")
-        return inventory, parse_topology(topology)
+        return inventory, parse_topology(topology), 0
     experiment = _loaded(config, overrides)
     topology = topology or experiment.planner.topology
     if topology is None:
@@ -182,7 +186,8 @@ def planning_problem(
     machine = parse_topology(topology)
     experiment.check_ranks(machine.ranks)
     inventory = experiment.inventory(experiment.load_schema())
-    return constrained(inventory, experiment.planner, machine.device), machine
+    divides = gcd(*experiment.batch_sizes().values())
+    return constrained(inventory, experiment.planner, machine.device), machine, divides
 
 
 def _loaded(config: RunConfig | str | Path, overrides: Sequence[str]) -> RunConfig:

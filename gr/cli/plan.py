@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gr.api import planning_problem
@@ -51,53 +51,51 @@ def command(
         raise ConfigError("--smallest writes no file: leave out --json and --html, then plan for the ranks it finds")
     if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():
         raise ConfigError(f"--json and --html are both {json_path}: name two files")
-    inventory, machine = planning_problem(config, overrides, topology)
+    problem = planning_problem(config, overrides, topology)
     if smallest:
-        return _smallest(inventory, machine)
+        return _smallest(*problem)
     for path in (json_path, html_path):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: {path.parent} is no folder; make it, or name another file")
-    return _plan(inventory, machine, json_path, html_path)
+    return _plan(*problem, {"json": json_path, "html": html_path})
 
 
-def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None, html_path: Path | None) -> int:
-    from gr.planner.estimate import estimate, predicted
+def _plan(inventory: InventoryConfig, topology: Topology, divides: int, files: dict[str, Path | None]) -> int:
+    from gr.planner.estimate import estimate
     from gr.planner.plan import DoesNotFit, search
-    from gr.planner.planfile import dump_plan
-    from gr.planner.remedies import explanation
-    from gr.planner.report import page, summary
+    from gr.planner.remedies import explanation, nearest
+    from gr.planner.report import summary
 
     try:
         with _working("planning"):
-            plan = search(inventory, topology)
+            estimated = estimate(search(inventory, topology))
     except DoesNotFit as error:
         with _working("it does not fit; trying remedies"):
-            text = explanation(inventory, topology, error)
+            if any(files.values()):
+                _write(estimate(nearest(inventory, topology)), files)
+            text = explanation(inventory, topology, error, divides)
         click.echo(f"error: {text}", err=True)
         return DOES_NOT_FIT
-    estimated = estimate(plan)
+    _write(estimated, files)  # before a reader of the report may close its end of a pipe
     for part in summary(estimated):
         Console().print(part)
-    _write(json_path, lambda: dump_plan(plan, predicted(estimated)))
-    _write(html_path, lambda: page(estimated))
     return 0 if estimated.fits else DOES_NOT_FIT
 
 
-def _smallest(inventory: InventoryConfig, topology: Topology) -> int:
-    from gr.planner.remedies import MOST_RANKS, smallest
+def _smallest(inventory: InventoryConfig, topology: Topology, divides: int) -> int:
+    from gr.planner.smallest import smallest
 
     with _working("trying numbers of ranks"):
-        ranks, trials = smallest(inventory, topology)
-    table = Table(title=Text(f"{inventory.name} on {topology.name}"))
-    for column in ("ranks", "fits", "why"):
-        table.add_column(column, justify="right" if column == "ranks" else "left")
-    for trial in trials:
+        least = smallest(inventory, topology, divides)
+    table = Table(Column("ranks", justify="right"), "fits", "why", title=Text(f"{inventory.name} on {topology.name}"))
+    for trial in least.trials:
         table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", Text(trial.limit))
     Console().print(table)
-    if ranks is None:
-        click.echo(f"error: nothing up to {MOST_RANKS} ranks fits", err=True)
+    if least.ranks is None:
+        click.echo(f"error: {least.reason}", err=True)
         return DOES_NOT_FIT
-    click.echo(f"smallest: {ranks} ranks of {topology.name}")
+    found = f"smallest: {least.ranks} rank{'s' * (least.ranks > 1)} of {topology.name}"
+    click.echo("; ".join(filter(None, (found, least.reason))))
     return 0
 
 
@@ -108,9 +106,8 @@ def _diff(before: Path, after: Path) -> None:
     comparison = compare(load_plan(before), load_plan(after))
     for what, old, new in comparison.others:
         click.echo(f"the plans are for another {what}: {old} before, {new} after")
-    table = Table(title=Text(f"from {before} to {after}"))  # Text: a path or a name is no markup
-    for column in ("table", "before", "after", "moved GB"):
-        table.add_column(column, justify="right" if column == "moved GB" else "left")
+    title = Text(f"from {before} to {after}")  # Text: a path or a name is no markup
+    table = Table("table", "before", "after", Column("moved GB", justify="right"), title=title)
     changes = sorted(comparison.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
@@ -140,17 +137,23 @@ def _placed(placement) -> str:
         return "(none)"
     ranks = placement.ranks
     where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks from {min(ranks)}"
-    return f"{placement.sharding_type}, {where}"
+    return f"{placement.shown_type}, {where}"
 
 
-def _write(path: Path | None, content) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(content())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
-    click.echo(f"wrote {path}")
+def _write(estimated, files: dict[str, Path | None]) -> None:
+    from gr.planner.estimate import predicted
+    from gr.planner.planfile import dump_plan
+    from gr.planner.report import page
+
+    texts = {"json": lambda: dump_plan(estimated.plan, predicted(estimated)), "html": lambda: page(estimated)}
+    paths = {kind: path for kind, path in files.items() if path is not None}
+    for kind, path in paths.items():
+        try:
+            path.write_text(texts[kind]())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
+    note = "" if estimated.fits else ": the plan that comes closest, which does not fit"
+    click.echo("\n".join(f"wrote {path}{note}" for path in paths.values()), nl=bool(paths))
 
 
 def _working(what: str) -> Progress:

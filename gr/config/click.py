@@ -10,6 +10,7 @@ from gr.config.base import Count, PositiveFloat, Section
 from gr.config.dlrm import DLRMConfig
 from gr.config.inventory import DLRMDense, LossInventory, TableConfig
 from gr.config.run import RunConfig
+from gr.errors import ConfigError
 from gr.schema import TabularSchema
 
 
@@ -95,6 +96,8 @@ class ClickConfig(RunConfig):
         )
 
     def dense_part(self, schema: TabularSchema) -> DLRMDense:
+        if fault := self.model.dense_fault(len(schema.dense)):
+            raise ConfigError(f"model.{fault} ({self.data.path}/schema.json: dense)")
         return DLRMDense(**dict(self.model), dense_features=len(schema.dense))
 
     def loss(self, schema: TabularSchema) -> LossInventory:

@@ -54,11 +54,16 @@ Interaction = Annotated[
 
 
 class DLRMConfig(Section):
-    """Bottom MLP over the dense features, one pooled vector for each table, interaction, top MLP."""
+    """Bottom MLP over the dense features, one pooled vector for each table, interaction, top MLP.
+
+    Without dense features there is no bottom MLP, and the interaction has the vectors of the tables alone.
+    """
 
     kind: Literal["dlrm"] = "dlrm"
     dim: Annotated[int, Field(gt=0, multiple_of=ROW_MULTIPLE)] = Field(description="D: width of every table.")
-    bottom: Widths = Field(description="Layer widths after the dense features; the last is dim.")
+    bottom: Widths | None = Field(
+        None, description="Layer widths after the dense features; the last is dim. Left out where the data has none."
+    )
     top: Widths = Field(description="Layer widths after the interaction; the last is 1, the logit.")
     interaction: Interaction = Field(DotInteraction(), description="How the vectors meet before the top MLP.")
     row_weights: bool = Field(
@@ -70,7 +75,7 @@ class DLRMConfig(Section):
 
     @model_validator(mode="after")
     def _widths_fit(self):
-        if self.bottom[-1] != self.dim:
+        if self.bottom is not None and self.bottom[-1] != self.dim:
             raise ValueError(f"bottom={list(self.bottom)} must end with dim={self.dim}")
         if self.top[-1] != 1:
             raise ValueError(f"top={list(self.top)} must end with 1, the logit")
@@ -81,17 +86,27 @@ class DLRMConfig(Section):
                     raise ValueError(f"interaction.{name}={list(widths)} must end with a multiple of dim={self.dim}")
         return self
 
+    def dense_fault(self, dense_features: int) -> str | None:
+        """Why the bottom MLP does not go with a number of dense features; None where it does."""
+        if dense_features and self.bottom is None:
+            return f"bottom is missing: the layer widths of the MLP that reads the {dense_features} dense features"
+        if self.bottom is not None and not dense_features:
+            return f"bottom={list(self.bottom)} has nothing to read, as there are no dense features: leave it out"
+        return None
+
     @property
     def table_layout(self) -> tuple[Literal["pooled", "sequence"], int]:
         """Kind and stored columns of every table: the weights of rows stand in a column of their own."""
         return ("sequence", self.dim + ROW_MULTIPLE) if self.row_weights else ("pooled", self.dim)
 
     def cost(self, dense_features: int, categorical: int, element_bytes: int) -> TowerCost:
-        """The cost of an example, counted as one token: MLPs with biases, and the interaction of the F + 1 vectors.
+        """The cost of an example, counted as one token: MLPs with biases, and the interaction of the vectors.
 
         dense_features: N. categorical: F, features of ids. element_bytes: of an activation.
         """
-        vectors, D, interaction = categorical + 1, self.dim, self.interaction
+        D, interaction = self.dim, self.interaction
+        dense = 0 if self.bottom is None else 1  # vectors
+        vectors = categorical + dense
         flat = vectors * D
         matrices = biases = 0
         products, activations, width = 0.0, 0.0, flat
@@ -99,11 +114,11 @@ class DLRMConfig(Section):
         match interaction:
             case ProjectionInteraction(branch1=branch1, branch2=branch2):
                 layers = [*pairwise((flat, *branch1)), *pairwise((flat, *branch2))]
-                width = D + (branch1[-1] // D) * (branch2[-1] // D)
-                products = 2.0 * (width - D) * D
+                width = dense * D + (branch1[-1] // D) * (branch2[-1] // D)
+                products = 2.0 * (width - dense * D) * D
                 activations = branch1[-1] + branch2[-1]
             case DotInteraction(self_interaction=self_interaction):
-                width = D + vectors * (vectors + (1 if self_interaction else -1)) // 2
+                width = dense * D + vectors * (vectors + (1 if self_interaction else -1)) // 2
                 products = 2.0 * vectors * vectors * D
                 activations = flat
             case DCNInteraction(layers=cross_layers, rank=rank):
@@ -113,7 +128,7 @@ class DLRMConfig(Section):
                 activations = cross_layers * (2 * flat + rank)
             case CatInteraction():
                 pass
-        layers += [*pairwise((dense_features, *self.bottom)), *pairwise((width, *self.top))]
+        layers += [*pairwise((dense_features, *(self.bottom or ()))), *pairwise((width, *self.top))]
         for into, out in layers:
             matrices += into * out
             biases += out

@@ -7,7 +7,7 @@ experiment.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args, overload
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -161,7 +161,13 @@ class DLRMDense(DLRMConfig):
         "branch2": "interaction.branch2",
     }
 
-    dense_features: Count = 13
+    dense_features: CountOrNone = 13
+
+    @model_validator(mode="after")
+    def _bottom_reads_dense_features(self):
+        if fault := self.dense_fault(self.dense_features):
+            raise ValueError(fault)
+        return self
 
 
 class GivenDense(Section):
@@ -237,8 +243,12 @@ class InventoryConfig(Section):
         kind = self.dense.table_layout[0] if isinstance(self.dense, DLRMDense) else "pooled"
         return sum(table.features for table in self.tables if table.kind == kind)
 
-    def batch_on(self, ranks: int) -> int:
-        """B, examples a step on one of `ranks` ranks."""
+    @overload
+    def batch_on(self, ranks: int) -> int: ...
+    @overload
+    def batch_on(self, ranks: Any) -> Any: ...
+    def batch_on(self, ranks: Any) -> Any:
+        """B, examples a step on one of `ranks` ranks; ranks may be an array."""
         if self.rank_batch_size is not None:
             return self.rank_batch_size
         assert self.global_batch_size is not None

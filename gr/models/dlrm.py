@@ -1,7 +1,7 @@
 """DLRM (arXiv 1906.00091): pooled tables and a bottom MLP -> interaction -> top MLP. Single device; sharding is
 applied beside it.
 
-B examples, N dense features, F categorical features, T = F + 1 vectors an example, D width.
+B examples, N dense features, F categorical features, T = F + 1 vectors an example (F without dense features), D width.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ class DLRM(nn.Module):
 
     def __init__(self, config: DLRMConfig, tables: Sequence[TableConfig], dense_features: int) -> None:
         """tables: one for each categorical feature, of its name. Raises ConfigError where there are none, where one is
-        not as config.table_layout says, or where there are no dense features.
+        not as config.table_layout says, where config.bottom does not go with dense_features, or nothing interacts.
         """
         super().__init__()
-        if not tables or dense_features < 1:
-            raise ConfigError(
-                f"DLRM has {len(tables)} categorical and {dense_features} dense features; it needs one of each kind"
-            )
+        if not tables:
+            raise ConfigError("DLRM has no categorical features; it needs at least one")
+        if fault := config.dense_fault(dense_features):
+            raise ConfigError(f"model.{fault}")
         for table in tables:
             if (table.kind, table.dim) != config.table_layout:
                 kind, dim = config.table_layout
@@ -45,8 +45,10 @@ class DLRM(nn.Module):
         self.features = [table.name for table in tables]
         self.tables = build_tables(tables)
         linear = mlp_linear(config)
-        self.bottom = MLP(dense_features, config.bottom, linear=linear)
-        self.interaction = build_interaction(config, len(tables) + 1)
+        self.bottom = MLP(dense_features, config.bottom, linear=linear) if config.bottom else None
+        self.interaction = build_interaction(config, len(tables) + (self.bottom is not None))
+        if not self.interaction.width:
+            raise ConfigError("DLRM has one categorical feature and no dense ones: model.interaction=dot has no pairs")
         self.top = MLP(self.interaction.width, config.top, linear=linear, logit=True)
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor, looked_up: Any = None) -> Tensor:
@@ -56,12 +58,12 @@ class DLRM(nn.Module):
         MLP runs beside their all-to-all.
         """
         looked_up = self.tables(sparse) if looked_up is None else looked_up
-        dense_BD = self.bottom(dense_BN)
+        dense = [] if self.bottom is None else [self.bottom(dense_BN)]
         if self.config.row_weights:
             pooled = row_weighted_vectors(looked_up, self.features, self.config.dim)
         else:
             pooled = pooled_vectors(looked_up, self.features)
-        vectors_BTD = torch.stack([dense_BD, *pooled], dim=1)
+        vectors_BTD = torch.stack([*dense, *pooled], dim=1)
         return self.top(self.interaction(vectors_BTD)).squeeze(1)
 
 

@@ -10,7 +10,7 @@ from gr.config.dlrm import ROW_MULTIPLE
 from gr.config.inventory import SHARDING_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
-from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, ShardCosts, Traffic, shard_costs, traffic
+from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, Counts, ShardCosts, Traffic, shard_costs, traffic
 from gr.planner.placement import column_blocks
 from gr.planner.topology import Topology
 
@@ -44,10 +44,14 @@ class _Cut:
 
 def row_parts(sharding_type: AnyShardingType, topology: Topology) -> int:
     """The number of row blocks that `sharding_type` cuts a table (or a column block of it) into."""
-    return {
-        Scope.ALL: topology.ranks if sharding_type == "row_wise" else 1,
-        Scope.HOST: topology.ranks_per_host,
-    }.get(SCOPES[sharding_type], 1)
+    return row_blocks(sharding_type, topology.ranks, topology.ranks_per_host)
+
+
+def row_blocks(sharding_type: AnyShardingType, ranks: Counts, ranks_per_host: Counts) -> Counts:
+    """row_parts() of one number of ranks, or of an array of them."""
+    if sharding_type == "row_wise":
+        return ranks
+    return ranks_per_host if SCOPES[sharding_type] is Scope.HOST else ranks // ranks
 
 
 def hottest_part(table: TableConfig, parts: int) -> int:
@@ -59,10 +63,10 @@ def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
     """Every allowed option. Raises PlanError for a table whose constraints leave none."""
     traffic_T, tables = traffic(inventory, topology), inventory.tables
     comm_bytes = ELEMENT_BYTES[inventory.comm_dtype]
-    columns = [_columns(cut, traffic_T, topology, comm_bytes, tables) for cut in _cuts(tables, topology)]
-    covered = {int(table) for part in columns for table in part["table_O"]}
-    if missing := [table for index, table in enumerate(tables) if index not in covered]:
-        raise PlanError(_no_option(missing[0], topology))
+    cuts = list(_cuts(tables, topology))
+    if missing := _without_cut(cuts, tables):
+        raise PlanError(_no_option(tables[missing[0]], topology))
+    columns = [_columns(cut, traffic_T, topology, comm_bytes, tables) for cut in cuts]
     merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
     order = np.argsort(merged["table_O"], kind="stable")
     return Options(
@@ -70,6 +74,16 @@ def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
         group_seconds_S=np.array([_group_seconds(name, topology) for name in SHARDING_TYPES]),
         allowed_TR=_allowed(tables, topology.ranks),
     )
+
+
+def without_option(inventory: InventoryConfig, topology: Topology) -> list[int]:
+    """The tables whose constraints leave no option."""
+    return _without_cut(list(_cuts(inventory.tables, topology)), inventory.tables)
+
+
+def _without_cut(cuts: list[_Cut], tables: tuple[TableConfig, ...]) -> list[int]:
+    covered = {table for cut in cuts for table in cut.tables}
+    return [table for table in range(len(tables)) if table not in covered]
 
 
 def _group_seconds(sharding_type: AnyShardingType, topology: Topology) -> float:
@@ -82,7 +96,7 @@ def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]
         for sharding_type in allowed_types(table):
             if not _may_span(table, sharding_type, topology) or _leaves_empty(table, sharding_type, topology):
                 continue
-            for width in _widths(table, sharding_type, topology):
+            for width in column_widths(table, sharding_type, topology):
                 blocks = len(column_blocks(table.dim, width))
                 shards = 1 if sharding_type == "data_parallel" else blocks * row_parts(sharding_type, topology)
                 if not table.min_shards <= shards <= (table.max_shards or shards):
@@ -118,7 +132,9 @@ def _may_span(table: TableConfig, sharding_type: AnyShardingType, topology: Topo
 
 def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> int:
     """The most column blocks that fit the ranks a table may be on; 0 where it cannot be on them at all."""
-    allowed = set(range(topology.ranks)) if table.ranks is None else set(table.ranks)
+    if table.ranks is None:
+        return most_blocks(sharding_type, topology.ranks, topology.ranks_per_host)
+    allowed = set(table.ranks)
     on_host = np.bincount([rank // topology.ranks_per_host for rank in allowed], minlength=topology.hosts)
     match SCOPES[sharding_type]:
         case Scope.ALL:
@@ -131,6 +147,15 @@ def _most_blocks(table: TableConfig, sharding_type: AnyShardingType, topology: T
             return len(allowed)
 
 
+def most_blocks(sharding_type: AnyShardingType, ranks: Counts, ranks_per_host: Counts) -> Counts:
+    """The most column blocks that fit: a rank holds one shard of a table."""
+    one = ranks // ranks  # of the shape of ranks
+    if sharding_type not in COLUMN_TYPES:
+        return one
+    most = {Scope.HOST: ranks // ranks_per_host, Scope.HOST_RANKS: ranks_per_host, Scope.RANK: ranks}
+    return most.get(SCOPES[sharding_type], one)
+
+
 def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> bool:
     """True where a row shard would have no rows, which fbgemm's fused CPU kernels of pooled tables do not support."""
     if topology.device != "cpu" or "fused" not in table.kernels:
@@ -139,7 +164,7 @@ def _leaves_empty(table: TableConfig, sharding_type: AnyShardingType, topology: 
     return parts > 1 and -(-table.rows // -(-table.rows // parts)) < parts
 
 
-def _widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
+def column_widths(table: TableConfig, sharding_type: AnyShardingType, topology: Topology) -> list[int | None]:
     """Widths of column blocks worth trying; None for types that do not cut columns."""
     if sharding_type not in COLUMN_TYPES:
         return [None]
@@ -237,6 +262,15 @@ def _no_option(table: TableConfig, topology: Topology) -> str:
         "max_shards": table.max_shards,
     }
     constraints = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
+    if empty := [name for name in allowed_types(table) if _leaves_empty(table, name, topology)]:
+        parts = row_parts(empty[0], topology)
+        height = -(-table.rows // parts)
+        without = parts - -(-table.rows // height)
+        return (
+            f"table {table.name}: {empty[0]} cuts {table.rows} rows into blocks of {height}, which leaves {without} of "
+            f"{parts} ranks without a row, and fbgemm's CPU kernels need one; use fewer ranks, or let this "
+            f"table have another sharding type (planner.tables.{table.name}=auto, or sharding_types in an inventory)"
+        )
     return (
         f"table {table.name}: no way to shard {table.rows} x {table.dim} ({table.kind}) over {topology.ranks} ranks "
         f"of {topology.ranks_per_host} a host satisfies {constraints}; relax one of them"

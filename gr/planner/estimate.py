@@ -55,11 +55,15 @@ _LATENCY_SHARES = {"input_all_to_all": 0.5, "output_all_to_all": 0.25, "gradient
 
 @dataclass(frozen=True)
 class TableShare:
-    """One table in a plan. bytes: weights and optimizer states. seconds: a step of its costliest shard."""
+    """One table in a plan, of the sharding type that readers know.
+
+    shards, bytes: of one of its copies, weights and optimizer states. seconds: a step of its costliest shard.
+    """
 
     name: str
     sharding_type: str
     kernel: str
+    copies: int  # 1, unless it is replicated
     shards: int
     bytes: int
     largest_shard_bytes: int
@@ -211,10 +215,11 @@ def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> Table
     largest = sum(table_bytes(table, Shard(0, 0, 0, -(-table.rows // parts), max(widths))))
     return TableShare(
         name=table.name,
-        sharding_type=placement.sharding_type,
+        sharding_type=placement.shown_type,
         kernel=placement.kernel,
-        shards=len(placement.ranks),
-        bytes=copies * whole,
+        copies=copies,
+        shards=len(placement.ranks) // copies,
+        bytes=whole,
         largest_shard_bytes=largest,
         seconds=float(costs.seconds.max()),
         ranks=placement.ranks,

@@ -9,7 +9,7 @@ B examples a rank, R ranks, G = B R examples a step, L ranks a host, H hosts.
 """
 
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import Self, TypeVar, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from gr.planner.id_distribution import distinct_ids, hottest_share, miss_rate
 from gr.planner.placement import Shard
 from gr.planner.topology import Topology
 
+Counts = TypeVar("Counts", int, np.ndarray)  # of one topology or, as an array, of many
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 ID_BYTES = 8
 LENGTH_BYTES = 4
@@ -35,6 +36,7 @@ SORT_BYTES = 4 * 2 * (ID_BYTES + 4)
 MESSAGE_SECONDS = 0.2e-6
 # All-to-alls a group of equally sharded tables adds: lengths, ids, embeddings, gradients.
 GROUP_COLLECTIVES = 4
+ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")  # which cut rows
 
 
 def optimizer_states(table: TableConfig) -> tuple[int, int]:
@@ -51,8 +53,24 @@ def table_bytes(table: TableConfig, shard: Shard) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class ShardCosts:
-    """Seconds, bytes of HBM, bytes of host memory and bytes sent, of each shard in an array of shards."""
+class ShardMemory:
+    """Bytes of HBM, by kind, and of host memory, of each shard in an array of shards."""
+
+    tables: np.ndarray
+    table_optimizer: np.ndarray
+    table_gradients: np.ndarray
+    inputs: np.ndarray
+    embeddings: np.ndarray
+    host: np.ndarray
+
+    @property
+    def hbm(self) -> np.ndarray:
+        return np.sum(np.broadcast_arrays(*(getattr(self, kind) for kind in TABLE_MEMORY)), axis=0)
+
+
+@dataclass(frozen=True)
+class ShardCosts(ShardMemory):
+    """Seconds, bytes of memory and bytes sent, of each shard in an array of shards."""
 
     input_all_to_all: np.ndarray
     lookup: np.ndarray
@@ -60,12 +78,6 @@ class ShardCosts:
     gradient_all_to_all: np.ndarray
     update: np.ndarray
     table_all_reduce: np.ndarray
-    tables: np.ndarray
-    table_optimizer: np.ndarray
-    table_gradients: np.ndarray
-    inputs: np.ndarray
-    embeddings: np.ndarray
-    host: np.ndarray
     intra_bytes: np.ndarray
     inter_bytes: np.ndarray
 
@@ -76,10 +88,6 @@ class ShardCosts:
     def broadcast(self, count: int) -> "ShardCosts":
         """The same, with every array of length `count`."""
         return ShardCosts(**{f.name: np.broadcast_to(getattr(self, f.name), (count,)) for f in fields(self)})
-
-    @property
-    def hbm(self) -> np.ndarray:
-        return np.sum([getattr(self, kind) for kind in TABLE_MEMORY], axis=0)
 
 
 TABLE_PHASES = (
@@ -94,12 +102,11 @@ TABLE_MEMORY = ("tables", "table_optimizer", "table_gradients", "inputs", "embed
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """The lookups of each table in a step: arrays over tables, or scalars of one table.
+class Volume:
+    """How many ids and vectors each table takes in a step: arrays over tables [T], or scalars of one table.
 
-    ids: ids that reach the owners of the table, over all ranks. distinct: rows among them. own_ids, own_distinct: the
-    same for one rank's examples, which a replicated table serves. outputs: vectors that the owners return. hottest:
-    share of the ids that read the most read row. missed: share that misses the cache of fused_uvm_caching.
+    ids: ids that reach the owners of the table, over all ranks. own_ids: of one rank's examples, which a replicated
+    table serves. outputs: vectors that the owners return. hottest: share of the ids that read the most read row.
     """
 
     rows: np.ndarray
@@ -108,56 +115,75 @@ class Traffic:
     column_states: np.ndarray
     row_states: np.ndarray
     pooled: np.ndarray
+    cache_load_factor: np.ndarray
     lengths: np.ndarray
     ids: np.ndarray
-    distinct: np.ndarray
     own_ids: np.ndarray
-    own_distinct: np.ndarray
     outputs: np.ndarray
     own_outputs: np.ndarray
     hottest: np.ndarray
-    missed: np.ndarray
-    cache_load_factor: np.ndarray
 
-    def __getitem__(self, tables: np.ndarray | int) -> "Traffic":
-        return Traffic(**{field.name: getattr(self, field.name)[tables] for field in fields(self)})
+    def __getitem__(self, tables: np.ndarray | int) -> Self:
+        return type(self)(**{field.name: getattr(self, field.name)[..., tables] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Traffic(Volume):
+    """The lookups of each table in a step. distinct: rows among `ids`, own_distinct: among `own_ids`.
+
+    missed: share of the ids that misses the cache of fused_uvm_caching.
+    """
+
+    distinct: np.ndarray
+    own_distinct: np.ndarray
+    missed: np.ndarray
+
+
+def _column(inventory: InventoryConfig, name: str) -> np.ndarray:
+    return np.array([getattr(table, name) for table in inventory.tables])
+
+
+def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
+    """The volume of every table of `inventory`, in its order. ranks: a number, or a column [N, 1]: N at once."""
+    batch = inventory.batch_on(ranks)
+    rows, skew = _column(inventory, "rows").astype(float), _column(inventory, "skew").astype(float)
+    pooled, features = _column(inventory, "kind") == "pooled", _column(inventory, "features")
+    own_ids = _column(inventory, "ids_per_example") * batch + _column(inventory, "ids_per_step")
+    hottest = hottest_share(rows, skew)
+    # TorchRec's index dedup of sequence tables: a rank sends the id of a row once.
+    if inventory.index_dedup:
+        own_ids[..., ~pooled] = distinct_ids(rows[~pooled], own_ids[..., ~pooled], skew[~pooled])
+        hottest = np.where(pooled, hottest, np.minimum(hottest, 1 / own_ids))
+    own_outputs = np.where(pooled, features * batch, own_ids)
+    per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
+    return Volume(
+        rows=rows,
+        dim=_column(inventory, "dim"),
+        element_bytes=np.array([ELEMENT_BYTES[table.dtype] for table in inventory.tables]),
+        column_states=per_element,
+        row_states=per_row,
+        pooled=pooled,
+        cache_load_factor=_column(inventory, "cache_load_factor").astype(float),
+        lengths=features * batch * ranks,
+        ids=own_ids * ranks,
+        own_ids=own_ids,
+        outputs=own_outputs * ranks,
+        own_outputs=own_outputs,
+        hottest=hottest,
+    )
 
 
 def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
     """The traffic of every table of `inventory`, in its order."""
-
-    def column(name: str) -> np.ndarray:
-        return np.array([getattr(table, name) for table in inventory.tables])
-
-    ranks, batch = topology.ranks, inventory.batch_on(topology.ranks)
-    rows, skew = column("rows").astype(float), column("skew").astype(float)
-    pooled = column("kind") == "pooled"
-    read = column("ids_per_example") * batch + column("ids_per_step")
-    own_distinct = distinct_ids(rows, read, skew)
-    # TorchRec's index dedup of sequence tables: a rank sends the id of a row once.
-    deduplicated = ~pooled & inventory.index_dedup
-    own_ids = np.where(deduplicated, own_distinct, read)
-    hottest = np.where(deduplicated, np.minimum(hottest_share(rows, skew), 1 / own_distinct), hottest_share(rows, skew))
-    factor = column("cache_load_factor").astype(float)
-    own_outputs = np.where(pooled, column("features") * batch, own_ids)
-    per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
+    ranks, own = topology.ranks, volume(inventory, topology.ranks)
+    rows, skew = own.rows, _column(inventory, "skew").astype(float)
+    read = _column(inventory, "ids_per_example") * inventory.batch_on(ranks) + _column(inventory, "ids_per_step")
+    cacheability = _column(inventory, "cacheability").astype(float)
     return Traffic(
-        rows=rows,
-        dim=column("dim"),
-        element_bytes=np.array([ELEMENT_BYTES[dtype] for dtype in column("dtype")]),
-        column_states=per_element,
-        row_states=per_row,
-        pooled=pooled,
-        lengths=column("features") * batch * ranks,
-        ids=own_ids * ranks,
+        **vars(own),
         distinct=distinct_ids(rows, read * ranks, skew),
-        own_ids=own_ids,
-        own_distinct=own_distinct,
-        outputs=own_outputs * ranks,
-        own_outputs=own_outputs,
-        hottest=hottest,
-        missed=miss_rate(rows, skew, factor, column("cacheability").astype(float)),
-        cache_load_factor=factor,
+        own_distinct=distinct_ids(rows, read, skew),
+        missed=miss_rate(rows, skew, own.cache_load_factor, cacheability),
     )
 
 
@@ -213,17 +239,13 @@ def shard_costs(
     shares: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> ShardCosts:
     """Costs of shards with shares = (columns, share of the rows, share of the ids). comm_bytes: of an element sent."""
-    columns, row_share, id_share = shares
     if sharding_type == "data_parallel":
         return _replica_costs(traffic, topology)
+    columns, row_share, id_share = shares
     t, collectives = traffic, CollectiveCosts(topology)
-    ids, distinct, rows = t.ids * id_share, t.distinct * row_share, t.rows * row_share
-    by_rows = sharding_type in ("row_wise", "table_row_wise", "grid_shard")
-    # A row shard of a pooled table returns a partial sum for every example; that of a sequence table, the rows read.
-    vectors = np.where(t.pooled, t.outputs if by_rows else t.outputs * id_share, t.outputs * id_share)
-    input_bytes = ids * ID_BYTES + t.lengths * LENGTH_BYTES
+    memory, vectors = shard_memory(t, sharding_type, kernel, shares), _vectors(t, sharding_type, id_share)
     sent = vectors * columns * comm_bytes
-    if not by_rows:
+    if sharding_type not in ROW_TYPES:
         output = collectives.all_to_all(sent)
     elif sharding_type == "row_wise":
         flat, scattered = collectives.all_to_all(sent), collectives.reduce_scatter(sent)
@@ -231,31 +253,50 @@ def shard_costs(
         output = (seconds, intra, inter)
     else:
         output = collectives.host_reduce_scatter(sent)
-    received = collectives.all_to_all(input_bytes)
-    weights = rows * columns * t.element_bytes
-    column_states, row_states = rows * t.column_states * columns * STATE_BYTES, rows * t.row_states * STATE_BYTES
-    lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, distinct, vectors))
-    zero = 0 * weights
-    # fbgemm keeps states of a row on the device and states of every element with the weights; its cache has a slot
-    # number for every row.
-    offloaded = kernel in ("fused_uvm", "fused_uvm_caching")
-    cached = weights * t.cache_load_factor + rows * SLOT_BYTES
+    received = collectives.all_to_all(t.ids * id_share * ID_BYTES + t.lengths * LENGTH_BYTES)
+    lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, t.distinct * row_share, vectors))
     return ShardCosts(
+        **vars(memory),
         input_all_to_all=received[0],
         lookup=lookup,
         output_all_to_all=output[0],
         gradient_all_to_all=output[0],
         update=update,
-        table_all_reduce=zero,
-        tables={"fused_uvm": zero, "fused_uvm_caching": cached}.get(kernel, weights),
-        table_optimizer=row_states if offloaded else row_states + column_states,
-        table_gradients=rows * columns * OUTPUT_BYTES if kernel == "dense" else zero,
-        inputs=2 * ids * ID_BYTES + t.lengths * LENGTH_BYTES,
-        embeddings=2 * vectors * columns * OUTPUT_BYTES,
-        host=weights + column_states if offloaded else zero,
+        table_all_reduce=0 * memory.tables,
         intra_bytes=received[1] + 2 * output[1],
         inter_bytes=received[2] + 2 * output[2],
     )
+
+
+def shard_memory(
+    volume: Volume, sharding_type: str, kernel: str, shares: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> ShardMemory:
+    """Memory of shards with shares as for shard_costs, which need not be those of one topology."""
+    if sharding_type == "data_parallel":
+        return _replica_memory(volume)
+    columns, row_share, id_share = shares
+    v, rows, vectors = volume, volume.rows * row_share, _vectors(volume, sharding_type, id_share)
+    weights = rows * columns * v.element_bytes
+    column_states, row_states = rows * v.column_states * columns * STATE_BYTES, rows * v.row_states * STATE_BYTES
+    zero = 0 * weights
+    # fbgemm keeps states of a row on the device and states of every element with the weights; its cache has a slot
+    # number for every row.
+    offloaded = kernel in ("fused_uvm", "fused_uvm_caching")
+    cached = weights * v.cache_load_factor + rows * SLOT_BYTES
+    return ShardMemory(
+        tables={"fused_uvm": zero, "fused_uvm_caching": cached}.get(kernel, weights),
+        table_optimizer=row_states if offloaded else row_states + column_states,
+        table_gradients=rows * columns * OUTPUT_BYTES if kernel == "dense" else zero,
+        inputs=2 * (v.ids * id_share) * ID_BYTES + v.lengths * LENGTH_BYTES,
+        embeddings=2 * vectors * columns * OUTPUT_BYTES,
+        host=weights + column_states if offloaded else zero,
+    )
+
+
+def _vectors(volume: Volume, sharding_type: str, id_share: np.ndarray) -> np.ndarray:
+    """Vectors that a shard returns: a row shard of a pooled table, a partial sum for every example."""
+    whole = volume.pooled & (sharding_type in ROW_TYPES)
+    return np.where(whole, volume.outputs, volume.outputs * id_share)
 
 
 def _kernel_costs(
@@ -282,31 +323,38 @@ def _kernel_costs(
     return lookup, update
 
 
+def _replica_memory(v: Volume) -> ShardMemory:
+    """Memory of a copy of a data-parallel table: all of it, its dense gradient, one rank's ids and vectors."""
+    weights = v.rows * v.dim * v.element_bytes
+    return ShardMemory(
+        tables=weights,
+        table_optimizer=v.rows * (v.column_states * v.dim + v.row_states) * STATE_BYTES,
+        table_gradients=v.rows * v.dim * OUTPUT_BYTES,
+        inputs=2 * v.own_ids * ID_BYTES,
+        embeddings=2 * v.own_outputs * v.dim * OUTPUT_BYTES,
+        host=0 * weights,
+    )
+
+
 def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:
     """Costs of a data-parallel table: whole on every rank, its dense gradient reduced over all of them."""
-    weights = t.rows * t.dim * t.element_bytes
-    states = t.rows * (t.column_states * t.dim + t.row_states) * STATE_BYTES
-    gradients = t.rows * t.dim * OUTPUT_BYTES
-    vectors = t.own_outputs * t.dim * OUTPUT_BYTES
+    memory = _replica_memory(t)
+    gradients, vectors = memory.table_gradients, memory.embeddings / 2
     near = topology.hbm_bandwidth
     repeats = np.maximum(t.own_ids - t.own_distinct, 0) * REPEAT_COST
     reads = (t.own_distinct + repeats) * t.dim * t.element_bytes
     seconds, intra, inter = CollectiveCosts(topology).all_reduce(gradients)
-    zero = 0 * weights
+    zero = 0 * memory.tables
+    written = memory.tables + memory.table_optimizer
     return ShardCosts(
+        **vars(memory),
         input_all_to_all=zero,
         lookup=(t.own_ids * ID_BYTES + reads + vectors) / near,
         output_all_to_all=zero,
         gradient_all_to_all=zero,
         # The gradient is zeroed, scattered into and read; weights and states are read and written, every row.
-        update=(t.own_ids * SORT_BYTES + vectors + 3 * gradients + 2 * (weights + states)) / near,
+        update=(t.own_ids * SORT_BYTES + vectors + 3 * gradients + 2 * written) / near,
         table_all_reduce=seconds,
-        tables=weights,
-        table_optimizer=states,
-        table_gradients=gradients,
-        inputs=2 * t.own_ids * ID_BYTES,
-        embeddings=2 * vectors,
-        host=zero,
         intra_bytes=intra,
         inter_bytes=inter,
     )

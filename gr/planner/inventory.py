@@ -26,6 +26,11 @@ def is_inventory(path: str | Path) -> bool:
     """
     if Path(path).suffix in LISTS:
         return True
+    if Path(path).suffix in (".csv", ".tsv"):
+        raise ConfigError(
+            f"{path}: a list of tables is .parquet (a row a table) or .json (a list of objects): write one "
+            "with the same columns, for example by pandas.read_csv(...).to_parquet(...)"
+        )
     keys = top_level(path)
     if "tables" in keys:
         return True

@@ -21,6 +21,12 @@ class Placement:
     ranks: tuple[int, ...]
     column_width: int | None = None
 
+    @property
+    def shown_type(self) -> AnyShardingType:
+        """The sharding type for readers: a table in one shard is table_wise, whichever group it is sent with."""
+        whole = len(self.ranks) == 1 and self.sharding_type != "data_parallel"
+        return "table_wise" if whole else self.sharding_type
+
 
 @dataclass(frozen=True)
 class Shard:

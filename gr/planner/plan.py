@@ -16,6 +16,9 @@ def search(inventory: InventoryConfig, topology: Topology) -> Plan:
     Raises DoesNotFit (a PlanError) where memory does not suffice, PlanError where constraints exclude one another.
     """
     _check_ranks(inventory, topology)
+    if not inventory.tables:  # a model of its dense part alone
+        table_capacity(inventory, topology)
+        return Plan(inventory, topology, (), 0.0)
     options = search_space(inventory, topology)
     solution = solve_balanced(options, table_capacity(inventory, topology))
     placements = tuple(

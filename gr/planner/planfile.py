@@ -237,7 +237,9 @@ def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> No
 def _described(what: str, inventory: InventoryConfig, topology: Topology) -> str:
     if what == "topology":
         return f"{topology.device}, {topology.ranks} ranks of {topology.ranks_per_host} a host"
-    largest = max(inventory.tables, key=lambda table: table.rows * table.dim)
+    largest = max(inventory.tables, key=lambda table: table.rows * table.dim, default=None)
+    if largest is None:
+        return f"no tables, {inventory.dense.kind} dense part"
     return (
         f"{len(inventory.tables)} tables, {largest.name} of {largest.rows} x {largest.dim} {largest.dtype} "
         f"{largest.optimizer}, {inventory.dense.kind} dense part"

@@ -1,98 +1,52 @@
 """Explanations of tables that do not fit, and remedies: every remedy is tried before it is named."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from math import ceil
 
 import numpy as np
 
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
-from gr.planner.enumerate import search_space
+from gr.planner.enumerate import search_space, without_option
 from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
+from gr.planner.memory_bound import MemoryBound
+from gr.planner.placement import Plan
 from gr.planner.plan import DoesNotFit, search, table_capacity
-from gr.planner.solve import too_large
-from gr.planner.topology import Topology, with_ranks
+from gr.planner.smallest import in_steps, smallest
+from gr.planner.topology import Topology
 
-MOST_RANKS = 1 << 16
 NAMED = 5
+GROWTH, MOST_GROWTH = 1.05, 100  # of memory, until there is a plan
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One number of ranks: whether a plan was found, and the fullest rank under it, or what was missing."""
+def nearest(inventory: InventoryConfig, topology: Topology) -> Plan:
+    """A plan for tables that do not fit, which takes about as little more than the memory as any.
 
-    ranks: int
-    fits: bool
-    limit: str
-
-
-def smallest(inventory: InventoryConfig, topology: Topology) -> tuple[int | None, list[Trial]]:
-    """The smallest number of ranks that fits, None up to MOST_RANKS; and every number tried.
-
-    Parts of one host are tried in powers of two, then whole hosts. A sum tells without a plan whether the tables exceed
-    all memory together, so only larger numbers are planned.
+    It is the plan of a machine with more memory, which grows until there is a plan.
     """
-    local, tried = topology.ranks_per_host, dict[int, Trial]()
-
-    def fits(ranks: int) -> bool:
-        if ranks not in tried:
-            tried[ranks] = _trial(inventory, with_ranks(topology, ranks))
-        return tried[ranks].fits
-
-    sizes = [1 << power for power in range(local.bit_length()) if 1 << power < local]
-    smallest_ranks = next((ranks for ranks in sizes if fits(ranks)), None)
-    if smallest_ranks is None:
-        most = MOST_RANKS // local
-        start = _first(most, lambda hosts: _may_fit(inventory, with_ranks(topology, hosts * local)) is None)
-        if start is not None:
-            if start > 1:
-                fits((start - 1) * local)
-            hosts = _first_that_fits(start, most, lambda hosts: fits(hosts * local))
-            smallest_ranks = None if hosts is None else hosts * local
-    return smallest_ranks, sorted(tried.values(), key=lambda trial: trial.ranks)
+    (hbm,), (host,) = MemoryBound(inventory, topology).least(np.array([topology.ranks]))
+    fixed = sum(fixed_memory(inventory, topology).values())
+    hbm, host = max(hbm, topology.hbm_bytes - fixed), max(host, topology.host_bytes)
+    for power in range(MOST_GROWTH):
+        larger = replace(topology, hbm_bytes=ceil(fixed + GROWTH**power * hbm), host_bytes=ceil(GROWTH**power * host))
+        try:
+            return replace(search(inventory, larger), topology=topology)
+        except DoesNotFit:
+            continue
+    raise PlanError(f"{inventory.name}: no plan was found even with {GROWTH**power:.0f} times the memory of a rank")
 
 
-def _first_that_fits(start: int, most: int, fits: Callable[[int], bool]) -> int | None:
-    """The first number from `start` on that fits, by growing steps and then halving; None up to four times `start`."""
-    below, hosts = start - 1, start
-    while not fits(hosts):
-        below, hosts = hosts, hosts + max(1, hosts // 8)
-        if hosts > min(most, 4 * start):
-            return None
-    while hosts - below > 1:
-        middle = (below + hosts) // 2
-        below, hosts = (below, middle) if fits(middle) else (middle, hosts)
-    return hosts
+def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFit, divides: int = 0) -> str:
+    """`error` with the shortfall in bytes, the tables that cause it, and the outcome of each remedy.
 
-
-def _may_fit(inventory: InventoryConfig, topology: Topology) -> str | None:
-    """The reason why no plan can fit, by sums alone; None where they do not exclude one."""
-    try:
-        capacity = table_capacity(inventory, topology)
-        return too_large(search_space(inventory, topology), capacity)
-    except PlanError as error:
-        return str(error)
-
-
-def _trial(inventory: InventoryConfig, topology: Topology) -> Trial:
-    reason = _may_fit(inventory, topology)
-    if reason is not None:
-        return Trial(topology.ranks, False, reason)
-    try:
-        estimated = estimate(search(inventory, topology))
-    except PlanError as error:  # a constraint may exclude every option on a part of a host
-        return Trial(topology.ranks, False, str(error))
-    used = float(estimated.total_memory_R.max())
-    return Trial(topology.ranks, estimated.fits, f"the fullest rank holds {_gb(used)} of {_gb(topology.hbm_bytes)}")
-
-
-def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFit) -> str:
-    """`error` with the shortfall in bytes, the tables that cause it, and the outcome of each remedy."""
+    divides: the number of ranks has to divide it, unless it is 0.
+    """
     lines = [f"{inventory.name} does not fit {topology.name} x {topology.ranks}: {error}"]
     lines += _shortfall(inventory, topology)
     lines.append("remedies tried:")
-    lines += [f"  {remedy}" for remedy in _remedies(inventory, topology)]
+    lines += [f"  {remedy}" for remedy in _remedies(inventory, topology, divides)]
     return "\n".join(lines)
 
 
@@ -137,13 +91,8 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
     yield "largest tables: " + ", ".join(f"{inventory.tables[t].name} {_gb(table_T[t])}" for t in largest)
 
 
-def _remedies(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
-    ranks, _ = smallest(inventory, topology)
-    if ranks is None:
-        yield f"more hosts: none up to {MOST_RANKS} ranks suffices"
-    else:
-        local = topology.ranks_per_host
-        yield f"more hosts: {ranks} ranks fit ({-(-ranks // local)} hosts of {local})"
+def _remedies(inventory: InventoryConfig, topology: Topology, divides: int) -> Iterator[str]:
+    yield _other_ranks(inventory, topology, divides)
     halved = inventory.model_copy(
         update={
             "tables": tuple(
@@ -154,88 +103,94 @@ def _remedies(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
     if halved == inventory:
         yield "fp16 tables: they take two bytes already"
     else:
-        yield f"fp16 tables: {_outcome(halved, topology)}"
+        yield f"fp16 tables: {_outcome(halved, topology)[1]}"
     yield _offloaded(inventory, topology)
     yield _smaller_batch(inventory, topology)
 
 
+def _other_ranks(inventory: InventoryConfig, topology: Topology, divides: int) -> str:
+    least, local = smallest(inventory, topology, divides), topology.ranks_per_host
+    if least.ranks is None:
+        return f"more hosts: {least.reason}"
+    name = "more hosts" if least.ranks > topology.ranks else "fewer ranks"
+    hosts = f"{-(-least.ranks // local)} hosts of {local}" if least.ranks > local else f"of a host of {local}"
+    return f"{name}: {least.ranks} ranks fit ({hosts})" + (f"; {least.reason}" if least.reason else "")
+
+
 def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
+    """The fewest tables on the host that help, those that free most memory first.
+
+    Every number of them is planned, or excluded by the sums that too_large() has: packing is not monotone.
+    """
     if topology.host_bytes == 0:
         return "offload: the hosts of this topology have no memory for tables"
-    bytes_T = np.array([table.rows * table.dim for table in inventory.tables])
-    order = np.argsort(-bytes_T, kind="stable")
-    most = len(order)
-    start = _first(most, lambda count: _may_fit(_with_offload(inventory, order[:count]), topology) is None)
-    offloaded = None
-    if start is not None:
-        offloaded = _first_that_fits(
-            start, most, lambda count: _fits(_with_offload(inventory, order[:count]), topology)
-        )
-    if offloaded is None:
-        return "offload: with every table on the host (fused_uvm_caching) it still does not fit"
-    names = [inventory.tables[t].name for t in order[:offloaded]]
-    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    outcome = _outcome(_with_offload(inventory, order[:offloaded]), topology)
-    return f"offload {named} (kernels: [fused_uvm_caching]): {outcome}"
+    left = topology.hbm_bytes - sum(fixed_memory(inventory, topology).values())
+    if left <= 0:
+        return "offload: it moves tables alone, for which a rank has no memory at all"
+    order, counts = _offload_order(inventory, topology, left)
+    outcome = "no table would take less memory"
+    for count in in_steps(counts):
+        chosen = order[:count]
+        fits, outcome = _outcome(_with_offload(inventory, chosen), topology)
+        if fits:
+            names = [inventory.tables[t].name for t in chosen]
+            named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+            return f"offload {named} (kernels: [fused_uvm_caching]): {outcome}"
+    if order and not counts:
+        outcome = _outcome(_with_offload(inventory, order), topology)[1]
+    return f"offload: with up to {len(order)} tables on the host (fused_uvm_caching) it still {outcome}"
 
 
-def _with_offload(inventory: InventoryConfig, tables: np.ndarray) -> InventoryConfig:
-    chosen = set(tables.tolist())
-    return inventory.model_copy(
-        update={
-            "tables": tuple(
-                table.model_copy(update={"kernels": ("fused_uvm_caching",)}) if index in chosen else table
-                for index, table in enumerate(inventory.tables)
-            )
-        }
-    )
+def _offload_order(inventory: InventoryConfig, topology: Topology, left: float) -> tuple[list[int], list[int]]:
+    """(tables that take less memory when they are offloaded, how many of them to offload so that sums permit a fit).
+
+    left: bytes for tables on a rank.
+    """
+    every = range(len(inventory.tables))
+    movable = set(every) - set(without_option(_with_offload(inventory, every), topology))
+    plain, moved = search_space(inventory, topology), search_space(_with_offload(inventory, movable), topology)
+    freed_T = plain.minimum_T(plain.total_hbm_O) - moved.minimum_T(moved.total_hbm_O)
+    helps_T = (freed_T > 0) & (moved.minimum_T(moved.host_O) <= topology.host_bytes)
+    order = [t for t in np.argsort(-freed_T, kind="stable").tolist() if helps_T[t]]
+    shard_T, moved_T = plain.minimum_T(plain.hbm_O), moved.minimum_T(moved.hbm_O)
+    total, counts = plain.minimum_T(plain.total_hbm_O).sum(), []
+    for count, table in enumerate(order, start=1):
+        total, shard_T[table] = total - freed_T[table], moved_T[table]
+        if total <= left * topology.ranks and shard_T.max() <= left:
+            counts.append(count)
+    return order, counts
+
+
+def _with_offload(inventory: InventoryConfig, chosen: Collection[int]) -> InventoryConfig:
+    update = {"kernels": ("fused_uvm_caching",)}
+    tables = [
+        table.model_copy(update=update) if index in chosen else table for index, table in enumerate(inventory.tables)
+    ]
+    return inventory.model_copy(update={"tables": tuple(tables)})
 
 
 def _smaller_batch(inventory: InventoryConfig, topology: Topology) -> str:
     field = "rank_batch_size" if inventory.rank_batch_size is not None else "global_batch_size"
     batch = inventory.batch_on(topology.ranks)
     per_rank = 1 if field == "rank_batch_size" else topology.ranks
-    halvings = batch.bit_length() - 1
-
-    def with_batch(halved: int) -> InventoryConfig:
-        return inventory.model_copy(update={field: max(1, batch >> halved) * per_rank})
-
-    start = _first(halvings, lambda halved: _may_fit(with_batch(halved), topology) is None)
-    halved = None
-    if start is not None:
-        halved = next((n for n in range(start, halvings + 1) if _fits(with_batch(n), topology)), None)
-    if halved is None:
-        return f"smaller batch: even {field}={per_rank} does not fit"
-    smaller = with_batch(halved)
-    return f"smaller batch, halved to {field}={getattr(smaller, field)}: {_outcome(smaller, topology)}"
+    # Memory falls with the batch, but packing may fail at one and succeed at a larger one: every halving is tried.
+    for halvings in range(1, batch.bit_length()):
+        smaller = inventory.model_copy(update={field: (batch >> halvings) * per_rank})
+        fits, outcome = _outcome(smaller, topology)
+        if fits:
+            return f"smaller batch, halved to {field}={getattr(smaller, field)}: {outcome}"
+    return f"smaller batch: even {field}={per_rank} does not fit"
 
 
-def _first(most: int, holds: Callable[[int], bool]) -> int | None:
-    """The first of 1..most for which `holds` is true; it is monotone. None where it is false at `most`."""
-    if most < 1 or not holds(most):
-        return None
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def _fits(inventory: InventoryConfig, topology: Topology) -> bool:
-    return _trial(inventory, topology).fits
-
-
-def _outcome(inventory: InventoryConfig, topology: Topology) -> str:
+def _outcome(inventory: InventoryConfig, topology: Topology) -> tuple[bool, str]:
     try:
         estimated = estimate(search(inventory, topology))
     except PlanError as error:
-        return f"does not fit: {error}"
+        return False, f"does not fit: {error}"
     if not estimated.fits:
-        return "does not fit"
-    return (
-        f"fits, {_gb(float(estimated.total_memory_R.max()))} on the fullest rank, "
-        f"{estimated.step_seconds * 1e3:.1f} ms a step"
-    )
+        return False, "does not fit"
+    fullest, step = _gb(float(estimated.total_memory_R.max())), estimated.step_seconds
+    return True, f"fits, {fullest} on the fullest rank, {step * 1e3:.1f} ms a step"
 
 
 def _gb(size: float) -> str:

@@ -42,7 +42,12 @@ def solve_balanced(options: Options, capacity: Capacity) -> Solution:
             balanced = None  # the smallest shard of a table is above the cap
         if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * best.bound:
             return replace(balanced, bound_seconds=best.bound)
-    free = _solve(relaxation)
+    try:
+        free = _solve(relaxation)
+    except DoesNotFit:  # packing is no proof: more room may lead it astray
+        if balanced is None:
+            raise
+        return replace(balanced, bound_seconds=best.bound)
     if balanced is not None and balanced.cost <= (1 + GIVEN_UP) * free.cost:
         return replace(balanced, bound_seconds=free.bound_seconds)
     return free

@@ -178,9 +178,11 @@ def _figures_of(hardware: str, tree: Node, text: str) -> dict[str, Any]:
     known = _hardware()
     if hardware in known:
         return known[hardware]
-    near = difflib.get_close_matches(hardware, known, n=1, cutoff=0.5)
+    # A name that leaves out the memory, like a100, is that of every size; otherwise the nearest spelling.
+    sizes = [name for name in known if name.startswith(f"{hardware}-")]
+    near = sizes or difflib.get_close_matches(hardware, known, n=1, cutoff=0.5)
     ending = text.removeprefix(hardware) if text.startswith(hardware) else ""  # x64
-    suggestion = f"did you mean '{near[0]}{ending}'? " if near else ""
+    suggestion = "did you mean " + " or ".join(f"'{name}{ending}'" for name in near) + "? " if near else ""
     raise PlanError(
         f"{tree.origin_of(('hardware',))}: unknown hardware '{hardware}'; {suggestion}(known: {', '.join(known)})"
     )

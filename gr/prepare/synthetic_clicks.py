@@ -47,7 +47,7 @@ _LIMITS = {"rows": 1, "test_rows": 1, "columns": 2, "cardinality": 3, "dense": 1
 _REASONS = {
     "columns": "; an interaction is of two columns",
     "cardinality": "; id 0 is never drawn, and one id alone says nothing",
-    "dense": "; DLRM needs a dense feature",
+    "dense": "; the label follows the dense features too",
 }
 _LARGEST_SKEW = 3.0
 Part = Literal["train", "test"]

@@ -1,6 +1,7 @@
 """The dense parts of DLRM (arXiv 1906.00091): MLPs and feature interactions.
 
-B examples, F tables, T = F + 1 vectors an example (the dense one first), D their width.
+B examples, F tables, T = F + 1 vectors an example (the dense one x first; F and no x without dense features), D their
+width.
 """
 
 import math
@@ -38,10 +39,10 @@ class Dot(nn.Module):
     torchrec has the same order. facebookresearch/dlrm goes through the lower one (gr.models.convert.facebook_dlrm).
     """
 
-    def __init__(self, vectors: int, dim: int, *, self_interaction: bool) -> None:
+    def __init__(self, vectors: int, dim: int, *, self_interaction: bool, dense: bool) -> None:
         super().__init__()
-        self.diagonal = 0 if self_interaction else 1
-        self.width = dim + vectors * (vectors + 1 - 2 * self.diagonal) // 2
+        self.dense, self.diagonal = dense, 0 if self_interaction else 1
+        self.width = dense * dim + vectors * (vectors + 1 - 2 * self.diagonal) // 2
 
     def forward(self, vectors_BTD: Tensor) -> Tensor:
         T = vectors_BTD.shape[1]
@@ -49,7 +50,7 @@ class Dot(nn.Module):
         # Not a buffer: TorchRec fills buffers that were built on meta with zeros.
         i, j = torch.triu_indices(T, T, self.diagonal, device=vectors_BTD.device)
         pairs = products_BTT.flatten(1).index_select(1, i * T + j)
-        return torch.cat([vectors_BTD[:, 0], pairs], dim=1)
+        return torch.cat([vectors_BTD[:, 0], pairs], dim=1) if self.dense else pairs
 
 
 class Cat(nn.Module):
@@ -100,18 +101,21 @@ class CrossNet(nn.Module):
 class Projection(nn.Module):
     """[x, Y Z]: one MLP over all vectors gives Y of shape [F1, D], another Z of shape [D, F2]."""
 
-    def __init__(self, vectors: int, dim: int, config: ProjectionInteraction, *, linear: type[nn.Linear]) -> None:
+    def __init__(
+        self, vectors: int, dim: int, config: ProjectionInteraction, *, linear: type[nn.Linear], dense: bool
+    ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.dense = dim, dense
         self.branch1 = MLP(vectors * dim, config.branch1, linear=linear)
         self.branch2 = MLP(vectors * dim, config.branch2, linear=linear)
-        self.width = dim + (config.branch1[-1] // dim) * (config.branch2[-1] // dim)
+        self.width = dense * dim + (config.branch1[-1] // dim) * (config.branch2[-1] // dim)
 
     def forward(self, vectors_BTD: Tensor) -> Tensor:
         flat = vectors_BTD.flatten(1)
         left = self.branch1(flat).unflatten(1, (-1, self.dim))
         right = self.branch2(flat).unflatten(1, (self.dim, -1))
-        return torch.cat([vectors_BTD[:, 0], torch.bmm(left, right).flatten(1)], dim=1)
+        products = torch.bmm(left, right).flatten(1)
+        return torch.cat([vectors_BTD[:, 0], products], dim=1) if self.dense else products
 
 
 def mlp_linear(config: DLRMConfig) -> type[nn.Linear]:
@@ -120,13 +124,14 @@ def mlp_linear(config: DLRMConfig) -> type[nn.Linear]:
 
 
 def build_interaction(config: DLRMConfig, vectors: int) -> Dot | Cat | CrossNet | Projection:
-    """float [B, vectors, D] -> float [B, width], on the default device."""
+    """float [B, vectors, D] -> float [B, width], on the default device. The dense vector is first, if there is one."""
+    dense = config.bottom is not None
     match config.interaction:
         case DotInteraction(self_interaction=self_interaction):
-            return Dot(vectors, config.dim, self_interaction=self_interaction)
+            return Dot(vectors, config.dim, self_interaction=self_interaction, dense=dense)
         case CatInteraction():
             return Cat(vectors, config.dim)
         case DCNInteraction() as dcn:
             return CrossNet(vectors, config.dim, dcn)
         case ProjectionInteraction() as projection:
-            return Projection(vectors, config.dim, projection, linear=mlp_linear(config))
+            return Projection(vectors, config.dim, projection, linear=mlp_linear(config), dense=dense)

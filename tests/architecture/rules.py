@@ -26,7 +26,7 @@ CEILINGS = {
     "models": 0.9,
     "metrics": 0.6,
     "checkpoint": 0.8,
-    "planner": 3.9,
+    "planner": 4.1,
     "cluster": 0.5,
     "training": 1.4,
     "recipes": 1.2,

@@ -130,10 +130,11 @@ def share_of(table: TableConfig, placement: Placement, random: np.random.Generat
     copies = shards if placement.sharding_type == "data_parallel" else 1
     return TableShare(
         name=table.name,
-        sharding_type=placement.sharding_type,
+        sharding_type=placement.shown_type,
         kernel=placement.kernel,
-        shards=shards,
-        bytes=total * copies,
+        copies=copies,
+        shards=shards // copies,
+        bytes=total,
         largest_shard_bytes=total * copies // shards,
         seconds=float(1e-5 + random.lognormal(-8, 1)),
         ranks=placement.ranks,

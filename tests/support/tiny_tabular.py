@@ -19,13 +19,18 @@ COLUMNS = (
 
 
 def write_tiny_tabular(
-    folder: Path, *, rows: int = 293, seed: int = 0, columns: tuple[SparseColumn, ...] = COLUMNS
+    folder: Path,
+    *,
+    rows: int = 293,
+    seed: int = 0,
+    columns: tuple[SparseColumn, ...] = COLUMNS,
+    dense: tuple[str, ...] = DENSE,
 ) -> Path:
     """Rows whose label follows i1 and what a third of the ids stand for, in two parts with row groups of 16."""
     random = np.random.default_rng(seed)
     dense_NI = random.normal(size=(rows, len(DENSE))).astype(np.float32)
     logits = 1.5 * dense_NI[:, 0] - 0.5
-    arrays = {name: pa.array(column) for name, column in zip(DENSE, dense_NI.T, strict=True)}
+    arrays = {name: pa.array(dense_NI[:, DENSE.index(name)]) for name in dense}
     for column in columns:
         ids = random.integers(0, column.cardinality, (rows, column.hots)).astype(np.int32)
         logits += (ids % 3 == 0).sum(1) / column.hots
@@ -41,7 +46,7 @@ def write_tiny_tabular(
         kind="tabular",
         name="tiny",
         labels=["label"],
-        dense=list(DENSE),
+        dense=list(dense),
         transform=DenseTransform(name="log1p_clip", version=1),
         sparse=list(columns),
         rows=rows,

@@ -49,6 +49,8 @@ def _names(model: DLRM) -> dict[str, str]:
     interaction = model.config.interaction
     if not isinstance(interaction, DotInteraction | CatInteraction):
         raise CheckpointError(f"facebookresearch/dlrm has no interaction '{interaction.kind}', only dot and cat")
+    if model.bottom is None:
+        raise CheckpointError("facebookresearch/dlrm has no models without dense features")
     if model.config.row_weights:
         raise CheckpointError("facebookresearch/dlrm keeps weights of rows as they are, gr less one: not the same bits")
     names = {f"tables.embedding_bags.{name}.weight": f"emb_l.{k}.weight" for k, name in enumerate(model.features)}

@@ -116,6 +116,7 @@ def _row(table: TableConfig, share: TableShare) -> list[Any]:
         table.dtype,
         table.rows,
         table.dim,
+        share.copies,
         share.shards,
         share.bytes,
         share.largest_shard_bytes,

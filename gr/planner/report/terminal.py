@@ -29,14 +29,13 @@ NAME_WIDTH = 22
 
 def summary(estimate: Estimate) -> list[RenderableType]:
     """Renderables: verdict and headline, memory, top tables. Phases, links and every table are on the page."""
+    tables: list[RenderableType] = [Text(), _top(estimate), _types(estimate.tables)]
     return [
         *_head(estimate),
         Text(straggler(estimate).explanation()),
         Text(),
         _memory(estimate),
-        Text(),
-        _top(estimate),
-        _types(estimate.tables),
+        *(tables if estimate.tables else []),
     ]
 
 
@@ -80,7 +79,7 @@ def _spread(bytes_R: np.ndarray, capacity: float) -> Iterable[str]:
 def _top(estimate: Estimate) -> Table:
     shown = min(TOP, len(estimate.tables))
     title = f"The {shown} costliest and the {shown} largest of {len(estimate.tables):,} tables"
-    table = _table(title, ("costliest", "type", "a shard", "", "largest", "type", "all shards"), left=2)
+    table = _table(title, ("costliest", "type", "a shard", "", "largest", "type", "one copy"), left=2)
     for index in (0, 4):
         table.columns[index].max_width = NAME_WIDTH
         table.columns[index].overflow = "ellipsis"

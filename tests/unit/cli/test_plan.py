@@ -11,6 +11,9 @@ import pytest
 
 from gr.cli import main
 from gr.cli.plan import _counted
+from gr.errors import PlanError
+from gr.planner.estimate import estimate
+from gr.planner.planfile import check_plan, load_plan
 from tests.support import ROOT
 
 Refused = Callable[..., str]
@@ -45,6 +48,33 @@ def test_an_inventory_and_its_page(inventory: str, tmp_path: Path, capsys: pytes
     assert main(["plan", inventory, "--topology", "h100x8", "--html", str(page)]) == 0
     assert "two on h100" in capsys.readouterr().out
     assert page.read_text().lower().startswith("<!doctype html>")
+
+
+def test_files_are_written_before_the_report_is_printed(inventory: str, tmp_path: Path) -> None:
+    """As in `gr plan ... --html p.html | head -1`, whose reader is gone."""
+    page, plan = tmp_path / "p.html", tmp_path / "p.json"
+    command = [sys.executable, "-m", "gr", "plan", inventory, "--topology", "h100x8"]
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--html", str(page), "--json", str(plan)], env=environment, stdout=write, stderr=write)
+    os.close(write)
+    assert page.stat().st_size and json.loads(plan.read_text())["predicted"]["fits"]
+
+
+def test_files_of_a_model_that_does_not_fit(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, plan = tmp_path / "p.html", tmp_path / "p.json"
+    assert main(["plan", inventory, "--topology", "cpux2", "--html", str(page), "--json", str(plan)]) == 3
+    shown = capsys.readouterr()
+    assert f"wrote {page}: the plan that comes closest, which does not fit" in shown.out
+    assert "does not fit cpu x 2: the tables take at least 52.0 GB of 28.0 GB" in shown.err
+    assert '"verdict":"Does not fit: memory runs out on 2 of 2 ranks' in page.read_text()
+    written = load_plan(plan)
+    assert written.topology.hbm_bytes == 16 * 10**9
+    # Within 2 % of the least memory that any plan takes.
+    assert estimate(written).total_memory_R.max() < 1.02 * (52e9 / 2 + 2e9)
+    with pytest.raises(PlanError, match="the plan does not fit its own topology"):
+        check_plan(written, written.inventory, written.topology)
 
 
 @pytest.mark.slow
@@ -130,6 +160,9 @@ def test_wrong_calls(refused: Refused, config: str, inventory: str, tmp_path: Pa
     assert refused("plan", inventory).startswith("topology is missing: NAMExRANKS, with NAME one of a100-40g")
     assert refused("plan", config).startswith("topology is missing: cpux2 plans")
     assert "h100" in refused("plan", inventory, "--topology", "h10x8")
+    assert refused("plan", f"{tmp_path}/tables.csv", "--topology", "h100x8").startswith(
+        f"{tmp_path}/tables.csv: a list of tables is .parquet (a row a table) or .json (a list of objects): write "
+    )
     assert refused("plan", config, "--topology", "cpux3").startswith("data.lanes=4 is not divisible by the 3 ranks")
     assert refused("plan", config, "planner.tables.x=row_wise", "--topology", "cpux2").startswith(
         "planner.tables: no table named x; the model"

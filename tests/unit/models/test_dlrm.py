@@ -382,8 +382,8 @@ def test_no_examples_still_give_every_dense_parameter_a_gradient(shape: Shape) -
 @pytest.mark.parametrize(
     ("names", "dense_features", "message"),
     [
-        ([], 13, "0 categorical and 13 dense features; it needs one of each kind"),
-        (["a"], 0, "1 categorical and 0 dense features"),
+        ([], 13, "no categorical features; it needs at least one"),
+        (["a"], 0, r"model.bottom=\[8\] has nothing to read, as there are no dense features: leave it out"),
         (["a", "b", "a"], 13, "table a is named more than once"),
     ],
 )

@@ -165,6 +165,14 @@ def test_dlrm_with_every_interaction(interaction: Section, row_weights: bool, co
     assert_counts_are_the_models(config, tabular_schema(columns, DENSE))
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS, ids=lambda interaction: interaction.kind)
+def test_dlrm_without_dense_features(interaction: Section) -> None:
+    model = DLRMConfig(dim=4, top=(6, 5, 1), interaction=interaction)
+    tree = {"run_dir": "runs", "data": {"path": "data"}, "task": {"kind": "click"}, "trainer": {"steps": 1}}
+    config = ClickConfig.model_validate({**tree, "model": model})
+    assert_counts_are_the_models(config, tabular_schema(COLUMNS, []))
+
+
 def test_every_interaction_is_there() -> None:
     union = get_args(DLRMConfig.model_fields["interaction"].annotation)
     assert {type(interaction) for interaction in INTERACTIONS} == set(union)

@@ -222,6 +222,24 @@ class TestConstraints:
         )
 
 
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (2, "cuts 2 rows into blocks of 1, which leaves 2 of 4 ranks without a row"),
+        (5, "cuts 5 rows into blocks of 2, which leaves 1 of 4 ranks without a row"),
+    ],
+)
+def test_a_row_wise_table_that_would_leave_ranks_without_rows(rows, named):
+    table = described(rows=rows, sharding_types=("row_wise",))
+    with pytest.raises(PlanError) as error:
+        space(table, topology=replace(FOUR, device="cpu"))
+    assert str(error.value) == (
+        f"table t: row_wise {named}, and fbgemm's CPU kernels need one; use fewer ranks, or let this table have "
+        "another sharding type (planner.tables.t=auto, or sharding_types in an inventory)"
+    )
+    assert space(table, topology=replace(FOUR, device="cuda")).tables == 1
+
+
 class TestLatencies:
     def test_are_those_of_the_topology_but_for_replicas(self):
         group = dict(zip(SHARDING_TYPES, space(described()).group_seconds_S, strict=True))

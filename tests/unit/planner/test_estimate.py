@@ -152,9 +152,20 @@ class TestByHand:
     def test_shares_of_the_tables(self):
         large, small = estimate(planned()).tables
         assert (large.name, large.sharding_type, large.kernel, large.ranks) == ("large", "table_wise", "fused", (0,))
-        assert (large.shards, large.bytes, large.largest_shard_bytes) == (1, 2720, 2720)
+        assert (large.copies, large.shards, large.bytes, large.largest_shard_bytes) == (1, 1, 2720, 2720)
         assert large.seconds == pytest.approx(LARGE_INPUT + LARGE_LOOKUP + 2 * LARGE_OUTPUT + LARGE_UPDATE)
         assert small.bytes == 1280
+
+    def test_a_replicated_table_has_the_bytes_of_one_copy(self):
+        placements = (PLACEMENTS[0], Placement("small", "data_parallel", "dense", (0, 1)))
+        small = estimate(planned(placements)).tables[1]
+        assert (small.copies, small.shards, small.bytes, small.largest_shard_bytes) == (2, 1, 1280, 1280)
+
+    def test_a_table_in_one_shard_is_table_wise_to_a_reader(self):
+        for kind, width in (("column_wise", LARGE.dim), ("row_wise", None)):
+            large = Placement("large", kind, "fused", (0,), width)
+            assert large.shown_type == "table_wise" and large.sharding_type == kind
+        assert Placement("small", "data_parallel", "dense", (0,)).shown_type == "data_parallel"
 
     def test_work_of_the_dense_part(self):
         estimated = estimate(planned())

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, GivenDense, InventoryConfig, TableConfig
 from gr.errors import PlanError
@@ -18,7 +20,8 @@ from gr.planner.estimate_tables import table_bytes
 from gr.planner.memory import fixed_memory
 from gr.planner.placement import Plan, column_blocks, shards
 from gr.planner.plan import search, table_capacity
-from gr.planner.planfile import dump_plan, placement_fault
+from gr.planner.planfile import differences, dump_plan, parse_plan, placement_fault
+from gr.planner.report import page, summary
 from gr.planner.solve import DoesNotFit
 from gr.planner.topology import Topology
 from tests.support.plans import machine
@@ -217,3 +220,16 @@ def test_the_bound_is_below_the_cost_wherever_the_most_read_row_is(name):
     table = TableConfig(name=name, rows=10, dim=16, ids_per_example=50.0, skew=1.0, sharding_types=("row_wise",))
     plan = search(InventoryConfig(rank_batch_size=512, tables=(table,)), machine(4, 4, "cuda"))
     assert estimate(plan).gap >= -1e-9
+
+
+def test_a_model_without_tables():
+    inventory = InventoryConfig(rank_batch_size=8, tables=(), dense=GivenDense(parameters=10**6))
+    plan = search(inventory, machine(4))
+    assert plan.placements == () and estimate(plan).fits
+    assert parse_plan(dump_plan(plan)) == plan
+    console = Console(file=StringIO(), width=80)
+    for part in summary(estimate(plan)):
+        console.print(part)
+    assert "Sharding types" not in console.file.getvalue() and page(estimate(plan))
+    other = InventoryConfig(rank_batch_size=8, tables=(TableConfig(name="a", rows=10, dim=4),))
+    assert differences(plan, other, plan.topology)[0][1].endswith("(no tables, given dense part)")

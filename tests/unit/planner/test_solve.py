@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.config.inventory import SEQUENCE_TYPES, SHARDING_TYPES, InventoryConfig, TableConfig
+from gr.planner import solve as solve_module
 from gr.planner.bound import Relaxation
 from gr.planner.candidates import Capacity, Options, Scope, Solution
 from gr.planner.enumerate import search_space
-from gr.planner.solve import DoesNotFit, solve
+from gr.planner.solve import DoesNotFit, solve, solve_balanced
 from tests.support.plans import machine
 
 MOST = 300_000  # placements of all tables together
@@ -227,6 +228,18 @@ class TestSolve:
         problem = self.alike(3, hbm_bytes=400.0)
         solution = solve(replace(problem.options, allowed_TR=allowed), problem.capacity)
         assert summed(problem, solution)[0].tolist() == [3.0, 0.0]
+
+    def test_a_balanced_plan_is_kept_where_packing_with_all_memory_finds_none(self, monkeypatch):
+        problem, packed = self.alike(3, hbm_bytes=10_000.0), solve_module._solve
+
+        def astray(relaxation: Relaxation) -> Solution:
+            if relaxation.capacity.hbm_bytes == problem.capacity.hbm_bytes:
+                raise DoesNotFit("astray")
+            # Dearer than the bound by more than balance is worth.
+            return replace(packed(relaxation), cost=10.0)
+
+        monkeypatch.setattr(solve_module, "_solve", astray)
+        assert solve_balanced(problem.options, problem.capacity).cost == 10.0
 
     @staticmethod
     def alike(tables: int, hbm_bytes: float) -> Problem:

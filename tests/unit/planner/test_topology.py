@@ -168,6 +168,8 @@ def test_a_file_reads_back_equal(folder: Path, topology: Topology) -> None:
     ("text", "message"),
     [
         ("h10", f"h10: unknown hardware 'h10'; did you mean 'h100'? (known: {', '.join(NAMES)})"),
+        ("a100x8", "a100x8: unknown hardware 'a100'; did you mean 'a100-40gx8' or 'a100-80gx8'? (known: "),
+        ("a100", "a100: unknown hardware 'a100'; did you mean 'a100-40g' or 'a100-80g'? (known: "),
         ("mi300x8", "mi300x8: unknown hardware 'mi300'; did you mean 'mi300xx8'? (known: "),
         ("tpu-v5", "tpu-v5: unknown hardware 'tpu-v5'; (known: a100-40g, "),
         ("h100x12", "h100: 12 ranks do not fill hosts of 8: use 8 or 16 ranks, or set ranks_per_host in a topology"),

@@ -202,7 +202,7 @@ def test_the_example_configuration_reads_what_its_first_lines_write() -> None:
         ("--columns", "1", "columns=1: must be at least 2; an interaction is of two columns"),
         ("--cardinality", "1", "cardinality=1: must be at least 3; id 0 is never drawn"),
         ("--cardinality", "3000000000", "cardinality=3000000000: must be at most 2147483647"),
-        ("--dense", "0", "dense=0: must be at least 1; DLRM needs a dense feature"),
+        ("--dense", "0", "dense=0: must be at least 1; the label follows the dense features too"),
         ("--hots", "0", "hots=0: must be at least 1"),
         ("--seed", "-1", "seed=-1: must be at least 0"),
         ("--skew", "-0.1", "skew=-0.1: must be from 0"),

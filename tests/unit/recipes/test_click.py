@@ -198,3 +198,16 @@ def test_shuffled_rows_are_another_order_and_resume(data: Path, tmp_path: Path, 
 
 def test_columns_of_many_ids(tmp_path: Path) -> None:
     assert [column.hots for column in COLUMNS] == [1, 3, 1], "what the distributed tests rely on"
+
+
+def test_data_without_dense_columns(tmp_path: Path, alone: World) -> None:
+    data = write_tiny_tabular(tmp_path / "data", dense=())
+    config = tiny_click_config(data, tmp_path / "run", model={"bottom": None}, evaluation={"path": str(data)})
+    report = train(config, alone)
+    assert report is not None and evaluate(config, resolve(tmp_path / "run"), alone, "test")
+    with pytest.raises(
+        ConfigError, match=r"model.bottom=\[12, 8\] has nothing to read, as there are no dense features"
+    ):
+        build(open_recipe(tiny_click_config(data, tmp_path / "other")), alone)
+    with pytest.raises(ConfigError, match=r"^model.bottom=\[12, 8\] has nothing to read.*data/schema.json: dense\)$"):
+        tiny_click_config(data, tmp_path / "other").inventory(TabularSchema.load(data))

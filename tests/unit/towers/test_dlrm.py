@@ -32,7 +32,7 @@ IDS = ["dot", "dot with self", "cat", "dcn", "projection"]
 
 
 def build(interaction: Interaction, **changes: object) -> nn.Module:
-    config = DLRMConfig(dim=D, bottom=(D,), top=(1,), interaction=interaction, **changes)
+    config = DLRMConfig(**{"dim": D, "bottom": (D,), "top": (1,), "interaction": interaction, **changes})
     return build_interaction(config, T)
 
 
@@ -41,6 +41,16 @@ def test_dot_takes_the_upper_triangle_row_by_row() -> None:
     assert build(DotInteraction())(vectors).tolist() == [[1, 0, 0, 0, 2, 5, 31]]
     with_self = build(DotInteraction(self_interaction=True))(vectors)
     assert with_self.tolist() == [[1, 0, 0, 0, 1, 2, 5, 13, 31, 195]]
+
+
+def test_without_a_dense_vector_the_products_stand_alone() -> None:
+    vectors = torch.tensor([[[1.0, 0, 0, 0], [2, 3, 0, 0], [5, 7, 11, 0]]])
+    assert build(DotInteraction(), bottom=None)(vectors).tolist() == [[2, 5, 31]]
+    projection = ProjectionInteraction(branch1=(5, 2 * D), branch2=(3 * D,))
+    alone, beside = build(projection, bottom=None), build(projection)
+    alone.load_state_dict(beside.state_dict())
+    assert (alone.width, beside.width) == (6, 6 + D)
+    assert torch.equal(alone(vectors), beside(vectors)[:, D:])
 
 
 def test_cat_keeps_every_vector_in_order() -> None:

@@ -35,8 +35,9 @@ def test_it_holds_every_rank_and_table() -> None:
     np.testing.assert_allclose(seconds_R, estimated.table_seconds_R, rtol=1e-4)
     for row, share, table in zip(data["tables"], estimated.tables, estimated.plan.inventory.tables, strict=True):
         assert row[:3] == [share.name, share.sharding_type, share.kernel]
-        assert row[5:10] == [table.rows, table.dim, share.shards, share.bytes, share.largest_shard_bytes]
-        assert row[11] == "all" or ranks_in(row[11]) == set(share.ranks)
+        assert row[5:7] == [table.rows, table.dim]
+        assert row[7:11] == [share.copies, share.shards, share.bytes, share.largest_shard_bytes]
+        assert row[12] == "all" or ranks_in(row[12]) == set(share.ranks)
     assert sum(phase["slowest"] - phase["hidden"] for phase in data["phases"]) == pytest.approx(data["step"], rel=1e-4)
 
 
