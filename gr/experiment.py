@@ -25,6 +25,7 @@ from gr.embeddings import TableOptimizer, initialise_tables
 from gr.errors import CheckpointError
 from gr.files import write_json
 from gr.logging import get_logger
+from gr.metrics.trackers import check_installed, open_trackers
 from gr.metrics.writers import MetricsWriter
 from gr.models.dense import initialise_dense
 from gr.ops.backend import force_backend
@@ -39,6 +40,7 @@ from gr.recipes.answers import write_answers
 from gr.recipes.base import Recipe, Request, Split, Training, TrainingLoader, open_recipe
 from gr.status import StatusFile
 from gr.training import callbacks
+from gr.training.header import header
 from gr.training.module import TrainModule
 from gr.training.run_folder import run_folder, write_config
 from gr.training.trainer import Callback, Trainer
@@ -83,6 +85,7 @@ def train(config: RunConfig, world: World, callbacks: Sequence[Callback] = ()) -
     came in the last step leaves the report to the next run. Collective.
     """
     with run_folder(config, world), force_backend(config.trainer.kernels):
+        check_installed(config)
         return _train(build(open_recipe(config), world), callbacks)
     return None  # asked to stop outside the steps
 
@@ -94,7 +97,7 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
     objective = recipe.objective(world)
     with closing(recipe.loader(world)) as loader:
         steps = config.trainer.steps or loader.steps(config.trainer.epochs or 1)
-        module = TrainModule(built.model, objective, config, world, balance, steps=steps)
+        module = TrainModule(built.model, objective, config, world, balance, steps=steps, flops=recipe.flops())
         state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer, config.optimizer.states)
         progress = _resume(recipe, state, loader, world)
         step = progress["step"]
@@ -110,10 +113,12 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
             write_config(config)
             if built.plan is not None:
                 (run_dir / PLAN).write_text(dump_plan(built.plan))
-        with closing(MetricsWriter(run_dir, step)) if world.is_main else nullcontext() as writer:
+        with closing(_writer(config, step)) if world.is_main else nullcontext() as writer:
             checkpointing = callbacks.Checkpointing(store, config.checkpoint)
             training = Training(built.model, world, objective, loader, writer, checkpointing)
-            chosen = [*_callbacks(recipe, training), *more, *_last_callbacks(training, config)]
+            chosen = [*_callbacks(built, training), *more, *_last_callbacks(training, config)]
+            for line in header(config, module, built.plan, world, steps=steps, epoch_steps=loader.steps(1)):
+                log.info("%s", line)
             trainer = Trainer(module, loader, chosen, world, steps=steps)
             trainer.step, trainer.owing = step, progress.get("stopped", False)
             trainer.run()
@@ -216,6 +221,10 @@ def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: Wo
     return progress
 
 
+def _writer(config: RunConfig, steps_done: int) -> MetricsWriter:
+    return MetricsWriter(Path(config.run_dir), steps_done, open_trackers(config, steps_done))
+
+
 def _content(path: Path, world: World) -> bytes:
     """What rank 0 writes: read once, so that every checkpoint has what the run was trained with."""
     return path.read_bytes() if world.is_main else b""
@@ -229,13 +238,22 @@ def _saved_config(checkpoint: Path, config: RunConfig) -> RunConfig:
     return saved
 
 
-def _callbacks(recipe: Recipe, training: Training) -> list[Callback]:
-    config = recipe.config
-    chosen: list[Callback] = [callbacks.Metrics(training.writer, config.trainer.log_every)]
+def _callbacks(built: Built, training: Training) -> list[Callback]:
+    recipe, config = built.recipe, built.recipe.config
+    chosen: list[Callback] = [callbacks.Metrics(training.writer, config.trainer.log_every, _peak_flops(built))]
     if config.trainer.profiler:
         chosen.append(callbacks.Profiler(config.trainer.profiler, Path(config.run_dir), training.world.rank))
     plugins = [CALLBACKS.target(each)(each) for each in config.callbacks]
     return [*chosen, *recipe.callbacks(training), *plugins]
+
+
+def _peak_flops(built: Built) -> float | None:
+    """FLOP/s of all ranks by the data sheet; None where the plan is for hardware that nobody named, as on a CPU."""
+    config, world = built.recipe.config, built.world
+    if built.plan is None or (world.device.type == "cpu" and config.planner.topology is None):
+        return None
+    topology = built.plan.topology
+    return world.size * (topology.peak_bf16 if config.trainer.precision == "bf16" else topology.peak_fp32)
 
 
 def _last_callbacks(training: Training, config: RunConfig) -> list[Callback]:

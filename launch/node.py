@@ -58,7 +58,8 @@ def resolved(config: str, overrides: tuple[str, ...]) -> dict:
     """The configuration as gr resolves it on this node. Exits with FAILED after gr has printed a fault."""
     import yaml
 
-    if not Path(config).is_file():
+    # A name without an ending may be that of a configuration that is installed with gr, which gr looks up.
+    if Path(config).suffix in (".yaml", ".yml") and not Path(config).is_file():
         raise NodeError(
             f"{config} is not here, in {Path.cwd()}: submit from a folder that every node mounts (or ship it: "
             "torchx -cfg job_dir=..., an image), and name the configuration relative to it"

@@ -81,6 +81,10 @@ class ClickConfig(RunConfig):
     task: ClickTaskConfig = Field(description="What is predicted, and the loss.")
     evaluation: ClickEvaluationConfig = Field(ClickEvaluationConfig(), description="On which rows, how often.")
 
+    @property
+    def model_phrase(self) -> str:
+        return f"{self.kind}, dlrm with {self.model.interaction.kind} interaction, width {self.model.dim}"
+
     def load_schema(self, folder: Path | None = None) -> TabularSchema:
         return TabularSchema.load(folder or self.data.path)
 

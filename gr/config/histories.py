@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -69,6 +69,11 @@ class HistoryRunConfig(RunConfig):
                 f"data.lanes={self.data.lanes}"
             )
         return self
+
+    @property
+    def model_phrase(self) -> str:
+        model: Any = self.model  # type: ignore[attr-defined]
+        return f"{self.kind}, {model.tower.kind} of {model.tower.layers} layers, width {model.dim}"
 
     def load_schema(self, folder: Path | None = None) -> DataSchema:
         return DataSchema.load(folder or self.data.path)

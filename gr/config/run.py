@@ -73,6 +73,44 @@ class TimeoutsConfig(Section):
     evaluation: PositiveFloat = Field(3600, description="One evaluation, or the final report.")
 
 
+class WriterConfig(Section):
+    """A place that metrics go to, beside metrics.jsonl. package: the one it needs, of the extra of the kind's name."""
+
+    kind: str
+    package: ClassVar[str] = ""
+
+
+class TensorBoardConfig(WriterConfig):
+    """TensorBoard, in run_dir/tensorboard."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+class WandbConfig(WriterConfig):
+    """Weights & Biases (`pip install gr[wandb]`), with files in run_dir/wandb."""
+
+    kind: Literal["wandb"] = "wandb"
+    project: str = Field("gr", description="Project that the run belongs to.")
+    mode: Literal["online", "offline"] = Field("online", description="offline: for `wandb sync` later.")
+    package: ClassVar[str] = "wandb"
+
+
+class MLflowConfig(WriterConfig):
+    """MLflow (`pip install gr[mlflow]`)."""
+
+    kind: Literal["mlflow"] = "mlflow"
+    uri: str | None = Field(None, description="Tracking server, as http://host:5000; unset: MLFLOW_TRACKING_URI.")
+    experiment: str = Field("gr", description="Experiment that the run belongs to; made where it is missing.")
+    package: ClassVar[str] = "mlflow"
+
+
+# kind -> its config and the gr.metrics.trackers.Tracker that it configures: `Tracker(config, run, steps_done)`.
+WRITERS = Registry("writer")
+WRITERS.add(TensorBoardConfig, "gr.metrics.trackers:TensorBoard")
+WRITERS.add(WandbConfig, "gr.metrics.trackers:Wandb")
+WRITERS.add(MLflowConfig, "gr.metrics.trackers:MLflow")
+
+
 class TrainerConfig(Section):
     renamed: ClassVar[dict[str, str]] = {"operators": "kernels"}
 
@@ -87,6 +125,9 @@ class TrainerConfig(Section):
         "auto",
         description="Which implementation of gr.ops runs: C++ on CPU where it can be built, Triton on CUDA (auto); "
         "one of them, or an error; or plain PyTorch.",
+    )
+    writers: tuple[Annotated[WriterConfig, WRITERS], ...] = Field(
+        (TensorBoardConfig(),), description="Where metrics go beside metrics.jsonl, with the configuration."
     )
     profiler: ProfilerConfig | None = Field(None, description="Records some steps in run_dir/profile; unset: none.")
     timeouts: TimeoutsConfig = Field(TimeoutsConfig(), description="Seconds that each part of a run may take.")
@@ -151,6 +192,11 @@ class RunConfig(Section):
     def kind(self) -> str:
         """task.kind: which recipe this is for."""
         return self.task.kind  # type: ignore[attr-defined]
+
+    @property
+    def model_phrase(self) -> str:
+        """The model in a phrase, for the log."""
+        return self.kind
 
     @abstractmethod
     def load_schema(self, folder: Path | None = None) -> Any:

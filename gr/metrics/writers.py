@@ -1,37 +1,50 @@
-"""Writers of metrics: metrics.jsonl for programs, TensorBoard for people."""
+"""The writer of metrics: metrics.jsonl for programs, and the trackers of trainer.writers for people."""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
-from gr.logging import get_logger
+from gr.logging import get_logger, log_once
+from gr.metrics.trackers import Tracker
 
 log = get_logger(__name__)
 
 
 class MetricsWriter:
-    """Writes each record to run_dir/metrics.jsonl and run_dir/tensorboard."""
+    """Writes each record to run_dir/metrics.jsonl and to the trackers.
 
-    def __init__(self, run_dir: Path, steps_done: int = 0) -> None:
+    A tracker that cannot be reached costs records there, which are counted, and not the run.
+    """
+
+    def __init__(self, run_dir: Path, steps_done: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         """steps_done: records that a killed run wrote of later steps are dropped, since these steps run again."""
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         _drop_after(path, steps_done)
         self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
+        self._trackers = trackers
+        self.lost = 0
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """kind: train, validation or test; it prefixes the names in TensorBoard."""
+        """kind: train, validation or test; it prefixes the names in trackers."""
         self._lines.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        for tracker in self._trackers:
+            try:
+                tracker.write(step, kind, values)
+            except tracker.faults as error:
+                self.lost += 1
+                log_once(log, f"{type(tracker).__name__} does not take metrics, metrics.jsonl has them: {error}")
 
     def close(self) -> None:
         self._lines.close()
-        self._board.close()
+        for tracker in self._trackers:
+            try:
+                tracker.close()
+            except tracker.faults as error:
+                log.warning("%s does not end its run: %s", type(tracker).__name__, error)
+        if self.lost:
+            log.warning("trackers missed %d records, which metrics.jsonl has", self.lost)
 
 
 def _drop_after(path: Path, steps_done: int) -> None:

@@ -182,6 +182,12 @@ class Recipe(ABC, Generic[Config]):
         """FLOPs of examples by their events, int64 [N] -> float64 [N], to deal them to the ranks; None: not dealt."""
         return None
 
+    def flops(self) -> Callable[[Any], float] | None:
+        """FLOPs of the dense part on a batch of one rank, forward and backward, as the planner counts them; None: not
+        known.
+        """
+        return None
+
     @abstractmethod
     def callbacks(self, training: Training) -> list[Callback]:
         """The callbacks of this recipe, its evaluation included."""

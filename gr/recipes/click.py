@@ -1,6 +1,6 @@
 """Click: DLRM on rows of dense and categorical features, in one pass, each example scored before it is trained on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import RankingMetrics
+from gr.planner.estimate_dense import dense_work
 from gr.recipes.answers import read_rows, scored_schema, with_scores
 from gr.recipes.base import Answers, Evaluation, Recipe, ReportTable, Split, Training
 from gr.schema import TabularSchema
@@ -99,6 +100,10 @@ class ClickRecipe(Recipe[ClickConfig]):
         self.check_steps(len(rows), f"{size} rows", ", or to null and trainer.epochs to 2 or more")
         return ResumableLoader(rows)
 
+    def flops(self) -> Callable[[TabularBatch], float]:
+        work = dense_work(self.config.inventory(self.schema), 1)
+        return lambda batch: (work.forward_flops + work.backward_flops) * len(batch.labels_B)
+
     def callbacks(self, training: Training) -> list[Callback]:
         settings, world = self.config.evaluation, training.world
         metrics = PrequentialMetrics("train", world, window=settings.window)
@@ -107,6 +112,7 @@ class ClickRecipe(Recipe[ClickConfig]):
             callbacks.Prequential(training.objective, metrics, training.writer, every=self.config.trainer.log_every)
         ]
         if settings.every:
+            assert self.evaluation_data is not None, "the configuration asks for it"
             chosen.append(
                 callbacks.Evaluation(
                     lambda: self.evaluate(training.model, world, "test").metrics,
@@ -115,6 +121,7 @@ class ClickRecipe(Recipe[ClickConfig]):
                     every=settings.every,
                     select_by=None,  # it is scored on at the end, and one pass has nothing to select
                     shown=("auc", "ne", "log_loss", "calibration"),
+                    over=f"{self.evaluation_data.rows:,} examples",
                 )
             )
         return chosen

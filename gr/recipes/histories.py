@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -75,8 +75,13 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
         return events_N
 
     def example_flops(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        if not self.config.data.balance:
-            return None
+        return self._sequence_flops() if self.config.data.balance else None
+
+    def flops(self) -> Callable[[Any], float]:
+        of_examples = self._sequence_flops()
+        return lambda batch: float(of_examples(batch.features[ITEM_FEATURE].lengths().numpy()).sum())
+
+    def _sequence_flops(self) -> Callable[[np.ndarray], np.ndarray]:
         inventory = self.config.inventory(self.schema)
         return lambda events_N: sequence_flops(inventory, self.tokens(events_N))
 

@@ -144,6 +144,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
                     every=config.evaluation.every,
                     select_by=f"{first}/auc",
                     shown=[f"{first}/{name}" for name in ("auc", "ne")],
+                    over=f"{self.evaluation_data.rows:,} users",
                 )
             )
         return chosen

@@ -108,6 +108,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
                 every=settings.every,
                 select_by=settings.select_by,
                 shown=("hr@10", "ndcg@10", "mrr"),
+                over=f"{self.evaluation_data.rows:,} users",
             )
         ]
 

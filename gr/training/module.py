@@ -13,6 +13,7 @@ from gr.config.run import RunConfig
 from gr.dist import World
 from gr.embeddings import PipelinedLookup, TableOptimizer
 from gr.parallel.dense import dense_parameters, unwrapped
+from gr.training.phases import Phases
 from gr.training.schedule import rate_factor
 
 
@@ -76,7 +77,8 @@ class StepLoss:
 class Prepared:
     """A batch of this rank, on its device, and all that its step needs to know of the other ranks' batches.
 
-    tokens, examples: the numbers of losses and of examples over all ranks.
+    tokens, examples: the numbers of losses and of examples over all ranks. flops: of the dense part, forward and
+    backward, over all ranks; 0 where it is not known.
     """
 
     step: int
@@ -84,6 +86,7 @@ class Prepared:
     lookup: PipelinedLookup | None
     tokens: int
     examples: int
+    flops: int = 0
 
 
 class TrainModule:
@@ -98,13 +101,17 @@ class TrainModule:
         balance: Callable[[Any], Any] | None = None,
         *,
         steps: int | None = None,
+        flops: Callable[[Any], float] | None = None,
     ) -> None:
         """balance: deals the examples of a batch to the ranks; None: each keeps those of its loader. steps: of the run,
-        at the last of which the learning rate's schedule ends; None: trainer.steps.
+        at the last of which the learning rate's schedule ends; None: trainer.steps. flops: of the dense part on a batch
+        of this rank, forward and backward; None: not known.
         """
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.balance = balance
-        self.steps = steps or config.trainer.steps or 0
+        self.steps, self.flops = steps or config.trainer.steps or 0, flops
+        self.phases = Phases(world.device, enabled=world.is_main)
+        self.gradient_norm: Tensor | None = None  # of the dense part, before clipping, at the last step that logs it
         self.tables = getattr(unwrapped(model), "tables", None)
         self.dense = dense_parameters(model)
         self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
@@ -114,12 +121,13 @@ class TrainModule:
         """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead."""
         if self.balance is not None:
             batch = self.balance(batch)
-        counts = self.world.all_gather_ints([self.objective.losses(batch), self.objective.examples(batch)])
-        tokens, examples = zip(*counts, strict=True)
+        flops = 0 if self.flops is None else int(self.flops(batch))
+        counts = self.world.all_gather_ints([self.objective.losses(batch), self.objective.examples(batch), flops])
+        tokens, examples, all_flops = zip(*counts, strict=True)
         before = sum(tokens[: self.world.rank])
         inputs = self.objective.inputs(batch, step, before, self.world.device)
         lookup = None if inputs.lookups is None else PipelinedLookup(self.tables, inputs.lookups)
-        return Prepared(step, inputs, lookup, sum(tokens), sum(examples))
+        return Prepared(step, inputs, lookup, sum(tokens), sum(examples), sum(all_flops))
 
     def forward(self, prepared: Prepared) -> StepLoss:
         """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them.
@@ -127,11 +135,13 @@ class TrainModule:
         A GPU is not waited for.
         """
         self.model.train()
+        self.phases.start()
         looked_up = None if prepared.lookup is None else prepared.lookup.rows()
         torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
         total = self.objective.total(self.model, prepared.inputs, looked_up)
         # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
         loss = total * (self.world.size / max(1, prepared.tokens))
+        self.phases.end("forward")
         return StepLoss(loss, total.detach(), prepared.tokens, prepared.examples)
 
     def backward(self, loss: StepLoss, step: int) -> None:
@@ -140,12 +150,23 @@ class TrainModule:
         self.table_optimizer.set_learning_rate(self.config.embeddings.optimizer.lr * factor)
         for group in self.dense_optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
+        self.phases.start()
         loss.loss.backward()
-        if self.config.optimizer.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.dense.values(), self.config.optimizer.clip_grad_norm)
+        self.phases.end("backward")
+        self._clip(step + 1)
         self.dense_optimizer.step()
         self.dense_optimizer.zero_grad()
         self.table_optimizer.step()
+        self.phases.end("optimizer")
+
+    def _clip(self, step: int) -> None:
+        """Clips the dense gradients, and notes their norm where `step`, counted from 1, is one that is logged."""
+        limit = self.config.optimizer.clip_grad_norm
+        if limit is not None:
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.dense.values(), limit)
+        elif step % self.config.trainer.log_every == 0 or step == self.steps:
+            gradients = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(gradients)
 
     @property
     def learning_rate(self) -> float:

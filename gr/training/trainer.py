@@ -21,7 +21,8 @@ log = get_logger(__name__)
 class StepResult:
     """loss: mean nats a token over the global batch. wait: seconds this rank stood still for its batch.
 
-    seconds: of the step, with the wait and without the callbacks.
+    seconds: of the step, with the wait and without the callbacks. flops: of the dense part over all ranks, 0 where it
+    is not known.
     """
 
     loss: float
@@ -29,6 +30,7 @@ class StepResult:
     tokens: int
     wait: float
     seconds: float
+    flops: int = 0
 
 
 class Callback:
@@ -100,7 +102,7 @@ class Trainer:
             watchdog.enter(f"data after step {self.step}")
             self.pipeline.fill(self.step)
         waited, seconds = self.pipeline.wait_seconds - waited, time.perf_counter() - began
-        return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds)
+        return StepResult(total / loss.tokens, loss.examples, loss.tokens, waited, seconds, prepared.flops)
 
     def _request_stop(self) -> None:
         self._stop_requested = True

@@ -16,7 +16,7 @@ RESTRICTED_UNPICKLER = "gr/checkpoint/metadata.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 2.7,
+    "config": 2.8,
     "data": 1.8,
     "ops": 4.6,
     "embeddings": 1.4,
@@ -24,7 +24,7 @@ CEILINGS = {
     "towers": 1.0,
     "tasks": 0.6,
     "models": 0.9,
-    "metrics": 0.6,
+    "metrics": 0.75,
     "checkpoint": 0.8,
     "planner": 4.1,
     "cluster": 0.5,
@@ -33,7 +33,7 @@ CEILINGS = {
     "cli": 1.4,
     "prepare": 3.3,
 }
-WITHOUT_PREPARE = 22.0
+WITHOUT_PREPARE = 22.3
 GROUND = {"errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

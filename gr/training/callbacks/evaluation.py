@@ -26,15 +26,19 @@ class Evaluation(Callback):
         every: int,
         select_by: str | None,
         shown: Sequence[str],
+        over: str,
     ) -> None:
-        """select_by: the larger the better; None where no checkpoint is to be preferred. shown: on the log line."""
+        """select_by: the larger the better; None where no checkpoint is to be preferred. shown: on the log line. over:
+        what is evaluated on, such as "800 users", for the log.
+        """
         self.evaluate, self.checkpointing, self.writer = evaluate, checkpointing, writer
-        self.every, self.select_by, self.shown = every, select_by, shown
+        self.every, self.select_by, self.shown, self.over = every, select_by, shown, over
         self.best = checkpointing.store.best_value(select_by) if select_by is not None else float("inf")
 
     def on_start(self, trainer: Trainer) -> None:
         """The untrained model, as the point to compare with."""
         if trainer.step == 0:
+            log.info("step 0/%d  evaluating the untrained model on %s", trainer.steps, self.over)
             self._measure(trainer)
         elif trainer.owing:
             self._evaluate(trainer)

@@ -1,12 +1,15 @@
-"""metrics.jsonl and TensorBoard get the same numbers."""
+"""metrics.jsonl and trackers get the same numbers; a run goes on when a tracker does not take them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gr.metrics.trackers import TensorBoard, Tracker
 from gr.metrics.writers import MetricsWriter
+from tests.support.tiny import tiny_config
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -19,7 +22,8 @@ def without_time(records: list[dict]) -> list[dict]:
 
 def test_both_files(tmp_path: Path) -> None:
     run_dir = tmp_path / "not" / "there"
-    writer = MetricsWriter(run_dir)
+    config = tiny_config(tmp_path, run_dir)
+    writer = MetricsWriter(run_dir, trackers=[TensorBoard(config.trainer.writers[0], config, 0)])
     writer.write(2, "train", {"loss": 4.5})
     writer.write(2, "validation", {"hr@10": 0.25, "mrr": 0.125})
     writer.write(4, "train", {"loss": 4.0})
@@ -75,3 +79,21 @@ def test_lines_that_are_no_records_are_left_out_of_a_resumed_run(tmp_path: Path,
     writer.write(3, "train", {"loss": 1.0})
     writer.close()
     assert [(record["step"], record["loss"]) for record in lines(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+class Unreachable(Tracker):
+    faults = (OSError,)
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        raise ConnectionRefusedError("no server")
+
+    def close(self) -> None:
+        raise ConnectionRefusedError("no server")
+
+
+def test_a_tracker_out_of_reach_loses_records_and_not_the_run(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, trackers=[Unreachable()])
+    for step in (1, 2):
+        writer.write(step, "train", {"loss": 1.0})
+    writer.close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2] and writer.lost == 2

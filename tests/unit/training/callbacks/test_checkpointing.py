@@ -103,6 +103,7 @@ class TestEvaluation:
             every=2,
             select_by="ndcg@10",
             shown=("hr@10", "mrr"),
+            over="3 users",
         )
         trainer = trainer_at(step, steps, world)
         if step:

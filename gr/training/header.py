@@ -1,0 +1,35 @@
+"""What a run is, in three lines at its start."""
+
+from collections import Counter
+
+from gr.config.inventory import TowerDense
+from gr.config.run import RunConfig
+from gr.dist import World
+from gr.ops.backend import backend_for
+from gr.planner.placement import Plan
+from gr.planner.report.units import count
+from gr.training.module import TrainModule
+
+
+def header(
+    config: RunConfig, module: TrainModule, plan: Plan | None, world: World, *, steps: int, epoch_steps: int
+) -> list[str]:
+    """The model with its parameters and sharding types, the ranks, and the steps. epoch_steps: those of one epoch.
+
+    May build the C++ operators, as the first step of the run would.
+    """
+    dense = f"{count(sum(parameter.numel() for parameter in module.dense.values()))} dense parameters"
+    trainer, kernels = config.trainer, ""
+    if plan is not None:
+        tables = plan.inventory.tables
+        kinds = Counter(placement.sharding_type for placement in plan.placements)
+        sharding = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        dense += f", {count(sum(table.rows * table.dim for table in tables))} in tables ({sharding})"
+        if isinstance(plan.inventory.dense, TowerDense):
+            kernels = f", {backend_for(world.device)} kernels"
+    epochs = f"an epoch is {epoch_steps:,}, so {steps / epoch_steps:.3g} epochs"
+    return [
+        f"model: {config.model_phrase}; {dense}",
+        f"ranks: {world.size} on {world.device.type}, {trainer.precision}{kernels}",
+        f"steps: {steps:,} of {trainer.global_batch_size:,} examples; {epochs}",
+    ]
