@@ -59,6 +59,12 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
                     f"{self.folder} and {evaluated.path} differ in {name}{shown} (schema.json): prepare both alike"
                 )
 
+    def some_user_has(self, events: int) -> bool:
+        """Whether a user of the evaluation data has so many. Reads row groups until there is one: mostly the first."""
+        data, on_bad_row = self.evaluation_data, self.config.data.on_bad_row
+        groups = (data.read_row_group(index, [], on_bad_row) for index in range(len(data.row_groups)))
+        return any((group.lengths_B >= events).any() for group in groups)
+
     def tokens(self, events_N: np.ndarray) -> np.ndarray:
         """Tokens of the tower for examples of so many events."""
         return events_N

@@ -19,13 +19,13 @@ from gr.data.history_batches import HistoryEpochs, evaluation_batches
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.embeddings import with_candidates
-from gr.errors import CheckpointError, ConfigError, DataError
+from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
 from gr.recipes.base import Evaluation, Recommended, ReportTable, Split, Training
-from gr.recipes.baselines import evaluate_baselines
+from gr.recipes.baselines import evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
 from gr.schema import ITEMS_FILE, SCHEMA_FILE
 from gr.tasks import CandidateSampler, CorpusRanker
@@ -82,6 +82,10 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         return RetrievalObjective(CandidateSampler(self.config.task, *self.corpus, self.config.seed), world)
 
     def loader(self, world: World) -> ResumableLoader[RetrievalBatch]:
+        """Raises DataError where no user has what the evaluations of a run hold out: they would fail after hours."""
+        split: Split = "validation" if self.config.evaluation.every else "test"
+        if not self.some_user_has(1 + TARGET_FROM_END[split]):
+            raise no_targets(self.evaluation_data.path)
         epochs = HistoryEpochs(
             self.train_data,
             self.config.data,
@@ -130,10 +134,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         assert isinstance(inner, RetrievalModel)
         ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world)
         if not len(ranks):
-            raise DataError(
-                f"{self.evaluation_data.path}: no user has an event before the held-out one, so there is nothing to "
-                "evaluate: name other users with evaluation.path"
-            )
+            raise no_targets(self.evaluation_data.path)
         details: dict[str, Any] = {
             "split": split,
             "filter_seen": settings.filter_seen,
