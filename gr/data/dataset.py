@@ -16,7 +16,10 @@ from gr.data.columns import Column, ColumnType, read_column
 from gr.data.parquet import Parts, decoding, read_footer
 from gr.data.validate import Fault, check_rows, expected_types, value_faults
 from gr.errors import DataError
+from gr.logging import get_logger, log_once
 from gr.schema import ITEMS_FILE, DataSchema
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,13 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
     if (counts < 0).any():
         row = int((counts < 0).argmax())
         raise DataError(f"{file}: row {row}: count={counts[row]}; an item occurs 0 times or more")
+    least, total = max(0, schema.events - 2 * schema.users), int(counts.sum())
+    if not least <= total <= schema.events:
+        log_once(
+            log,
+            f"{file}: counts add up to {total}, events without each user's newest two to {least} or somewhat more: "
+            "popularity is wrong, see `gr data check`",
+        )
     return ids, counts
 
 
