@@ -16,7 +16,7 @@ from gr.batch import EvaluationBatch, RetrievalBatch, move_ids
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
 from gr.data.history_batches import HistoryEpochs, evaluation_batches
-from gr.data.loader import ResumableLoader
+from gr.data.loader import ResumableLoader, checksums
 from gr.dist import World
 from gr.embeddings import with_candidates
 from gr.errors import CheckpointError, ConfigError
@@ -139,6 +139,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             "split": split,
             "filter_seen": settings.filter_seen,
             "users": len(ranks),
+            "evaluation_data": checksums(self.evaluation_data.row_counts, self.evaluation_data.schema),
             "baselines": {},
         }
         return Evaluation(retrieval_metrics(ranks), details, {"ranks": ranks})
