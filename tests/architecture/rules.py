@@ -33,7 +33,7 @@ CEILINGS = {
     "cli": 1.5,
     "prepare": 3.3,
 }
-WITHOUT_PREPARE = 22.2
+WITHOUT_PREPARE = 22.5
 GROUND = {"errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

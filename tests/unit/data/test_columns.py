@@ -177,32 +177,25 @@ def test_tabular_values_that_no_cast_keeps(tmp_path: Path, column: str, value: f
         dataset.read_row_group(1)
 
 
-def test_pandas_polars_and_duckdb_as_they_write_by_default(make_folder: Make) -> None:
+@pytest.mark.parametrize("writer", ["pandas", "polars", "duckdb"])
+def test_folders_as_other_writers_make_them(make_folder: Make, writer: str) -> None:
+    library = pytest.importorskip(writer, reason=f"needs {writer}")
     folder = make_folder(ITEMS, times=TIMES)
-    part, rows = folder / "part-00000.parquet", {"user_id": [3, 4], "item_ids": ITEMS}
+    part = folder / "part-00000.parquet"
     moments = [[datetime(2024, 1, 1, 0, 0, second) for second in row] for row in TIMES]
-
-    def pandas() -> None:
-        pytest.importorskip("pandas").DataFrame({**rows, "timestamps": moments}, index=[7, 9]).to_parquet(part)
-
-    def polars() -> None:
-        pytest.importorskip("polars").DataFrame({**rows, "timestamps": moments}).write_parquet(part)
-
-    def duckdb() -> None:
-        values = ", ".join(
-            f"({user}, {items}, [{', '.join(f'TIMESTAMP {str(t)!r}' for t in times)}])"
-            for user, items, times in zip(rows["user_id"], ITEMS, moments, strict=True)
-        )
-        pytest.importorskip("duckdb").sql(
-            f"COPY (SELECT * FROM (VALUES {values}) t(user_id, item_ids, timestamps)) TO '{part}' (FORMAT parquet)"
-        )
-
+    columns = {"user_id": [3, 4], "item_ids": ITEMS, "timestamps": moments}
+    if writer == "pandas":
+        library.DataFrame(columns, index=[7, 9]).to_parquet(part)
+    elif writer == "polars":
+        library.DataFrame(columns).write_parquet(part)
+    else:
+        times = [f"[{', '.join(f'TIMESTAMP {str(moment)!r}' for moment in row)}]" for row in moments]
+        rows = ", ".join(f"({user}, {items}, {t})" for user, items, t in zip([3, 4], ITEMS, times, strict=True))
+        library.sql(f"COPY (SELECT * FROM (VALUES {rows}) t(user_id, item_ids, timestamps)) TO '{part}'")
+    read = Dataset.open(folder).read_row_group(0, ["user_id", "timestamps"]).columns
     start = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp())
-    for write in (pandas, polars, duckdb):
-        write()
-        columns = Dataset.open(folder).read_row_group(0, ["user_id", "timestamps"]).columns
-        assert columns["user_id"].tolist() == [3, 4] and columns["item_ids"].tolist() == [1, 2, 3, 4, 5, 6]
-        assert columns["timestamps"].tolist() == [start + t for t in (5, 6, 7, 1, 1, 2)]
+    assert read["user_id"].tolist() == [3, 4] and read["item_ids"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert read["timestamps"].tolist() == [start + second for second in (5, 6, 7, 1, 1, 2)]
 
 
 @pytest.mark.parametrize("stored", [pa.list_view(pa.int64()), pa.large_list_view(pa.int32()), pa.large_list(pa.int8())])
