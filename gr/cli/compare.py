@@ -32,8 +32,10 @@ def command(run_dirs: tuple[Path, ...], plugins: tuple[str, ...], picture: Path 
         raise ConfigError(f"gr compare takes 2 to {len(ascii_uppercase)} run folders, got {len(run_dirs)}")
     if picture is not None:
         check_picture(picture)
+    from gr import logging
     from gr.metrics.compare import Run
 
+    logging.configure()
     runs = [Run.open(path, plugins) for path in run_dirs]
     letters = ascii_uppercase[: len(runs)]
     for letter, run in zip(letters, runs, strict=True):

@@ -30,8 +30,10 @@ def check(folder: Path, everything: bool, picture: Path | None) -> int:
 
     Exit code 2 where something is wrong: every kind of fault is counted, with the first row that has it.
     """
+    from gr import logging
     from gr.data.check import check_folder, is_tabular
 
+    logging.configure()
     if picture is not None:
         check_picture(picture)
         if is_tabular(folder):

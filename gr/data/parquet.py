@@ -83,8 +83,8 @@ class Parts:
         for group in self.row_groups:
             footer = self.metadata[group.file]
             if group.file not in place:
-                paths = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]
-                place[group.file] = next(leaf for leaf, path in enumerate(paths) if path.split(".")[0] == column)
+                paths = [f"{footer.schema.column(leaf).path}." for leaf in range(footer.num_columns)]
+                place[group.file] = next(leaf for leaf, path in enumerate(paths) if path.startswith(f"{column}."))
             yield group, footer.row_group(group.index).column(place[group.file])
 
     def read(self, index: int, columns: list[str]) -> tuple[RowGroup, pa.Table]:
@@ -102,7 +102,7 @@ def decoding(place: Path | RowGroup, problem: str = "cannot be decoded") -> Iter
         yield
     except FileNotFoundError as error:
         raise DataError(f"{place}: the file has gone since the run began: put it back, then start again") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if is_transient(error):
             raise
         raise DataError(f"{place}: {problem}, the file is damaged or cut off: {error}") from error
@@ -113,7 +113,9 @@ def read_footer(file: Path) -> pq.FileMetaData:
     with decoding(file, "is not a whole Parquet file"):
         if file.stat().st_size == 0:
             raise DataError(f"{file}: is empty (0 bytes)")
-        return pq.read_metadata(file)
+        footer = pq.read_metadata(file)
+        _ = footer.schema.to_arrow_schema().names  # that they can be read
+        return footer
 
 
 def _check_types(file: Path, schema: pa.Schema, types: Mapping[str, ColumnType]) -> None:
