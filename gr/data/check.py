@@ -29,7 +29,7 @@ _DAY = 86400
 
 @dataclass
 class Faults:
-    """Faults by column and kind: how many rows have them, and the first."""
+    """Faults by column and kind: how many rows (of items.parquet: items) have them, and the first."""
 
     found: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ class Faults:
     def lines(self) -> list[str]:
         """One for each kind, the most frequent first."""
         ordered = sorted(self.found.items(), key=lambda item: -item[1][0])
-        return [f"{column} {kind}: {rows:,} rows; first: {first}" for (column, kind), (rows, first) in ordered]
+        return [f"{rows:,} x {column} {kind}; first: {first}" for (column, kind), (rows, first) in ordered]
 
 
 @dataclass
@@ -68,7 +68,9 @@ class Check:
 
 def check_folder(folder: Path | str) -> Check:
     """Reads all of a folder. Raises DataError where it cannot be opened."""
-    return _check_tabular(TabularDataset.open(folder)) if is_tabular(Path(folder)) else _check_histories(folder)
+    if is_tabular(Path(folder)):
+        return _check_tabular(TabularDataset.of_any_size(folder))
+    return _check_histories(Dataset.of_any_size(folder))
 
 
 def is_tabular(folder: Path) -> bool:
@@ -114,35 +116,41 @@ def _equal_to_before(values_T: np.ndarray, follows_T: np.ndarray) -> int:
     return int(((values_T[1:] == values_T[:-1]) & follows_T[1:]).sum())
 
 
-def _check_histories(folder: Path | str) -> Check:
-    data, faults = Dataset.open(folder), Faults()
+def _wrong_totals(data: Dataset | TabularDataset) -> Faults:
+    faults = Faults()
+    for problem in data.wrong_totals():
+        faults.add("schema.json", "does not fit the parts", 1, problem)
+    return faults
+
+
+def _check_histories(data: Dataset) -> Check:
+    faults = _wrong_totals(data)
     schema, sums = data.schema, _Histories(data.schema.item_cardinality)
-    names, shares = [*schema.event_columns[1:], *schema.user_columns], -(-data.rows // _USERS_AT_ONCE)
-    for group in _groups(data.row_groups):
+    names, shares = [*schema.event_columns[1:], *schema.user_columns], -(-sum(data.row_counts) // _USERS_AT_ONCE)
+    for index, group in _groups(data.row_groups):
         try:
-            histories, wrong = data.checked_row_group(group.index, ["user_id", *names])
+            histories, wrong = data.checked_row_group(index, ["user_id", *names])
         except DataError as error:
-            faults.add("", "cannot be read", group.place.rows, str(error))
+            faults.add("row", "cannot be read", group.rows, str(error))
             continue
-        faults.add_rows(group.place, wrong)
+        faults.add_rows(group, wrong)
         sums.add(histories)
         sums.users.append(_share(histories, wrong, 0, shares))
     events = int(sums.events_E.sum())
     if not faults.found and events != schema.events:
-        faults.add("schema.json", "is wrong", 1, f"events={schema.events}, the parts hold {events}")
+        problem = f"events={schema.events}, the parts hold {events}"
+        faults.add("schema.json", "does not fit the parts", 1, problem)
     for share in range(shares):
         _check_users(sums.users if share == 0 else _users(data, share, shares), faults)
-    never = _check_corpus(data, sums, faults)
+    never, users = _check_corpus(data, sums, faults), sum(data.row_counts)
+    short = _of(int(sums.lengths_N[:SHORT].sum()), users)
     return Check(
-        f"{folder}: user histories, {schema.name}",
+        f"{data.path}: user histories, {schema.name}",
         [
-            ("size", f"{schema.users:,} users, {events:,} events, {schema.items:,} items"),
+            ("size", f"{users:,} users, {events:,} events, {schema.items:,} items"),
             ("time", _time_span(sums) if schema.timestamps else "no timestamps"),
             ("lengths", _lengths(sums.lengths_N)),
-            (
-                "short",
-                f"{_of(int(sums.lengths_N[:SHORT].sum()), schema.users)} of the users have fewer than {SHORT} events",
-            ),
+            ("short", f"{short} of the users have fewer than {SHORT} events"),
             ("items", f"{_skew(sums.events_E)}; {never:,} of {schema.items:,} never seen"),
             ("repeats", f"{_of(sums.repeats, events)} of the events have the item of the event before"),
             *(
@@ -158,17 +166,9 @@ def _check_histories(folder: Path | str) -> Check:
     )
 
 
-@dataclass(frozen=True)
-class _Indexed:
-    """A row group, and its number among all of the folder."""
-
-    index: int
-    place: RowGroup
-
-
-def _groups(row_groups: list[RowGroup]) -> Iterator[_Indexed]:
-    for index, group in enumerate(tqdm(row_groups, desc="check", unit="row group", disable=None)):
-        yield _Indexed(index, group)
+def _groups(row_groups: list[RowGroup]) -> Iterator[tuple[int, RowGroup]]:
+    """The number of each row group among all, and the row group."""
+    yield from enumerate(tqdm(row_groups, desc="check", unit="row group", disable=None))
 
 
 def _share(histories: Histories, faults: list[Fault], share: int, shares: int) -> np.ndarray:
@@ -184,9 +184,9 @@ def _share(histories: Histories, faults: list[Fault], share: int, shares: int) -
 def _users(data: Dataset, share: int, shares: int) -> list[np.ndarray]:
     """A share of the user ids of row groups that can be read: those that cannot are counted by the first pass."""
     ids = []
-    for group in _groups(data.row_groups):
+    for index, _ in _groups(data.row_groups):
         with suppress(DataError):
-            ids.append(_share(*data.checked_row_group(group.index, ["user_id"]), share, shares))
+            ids.append(_share(*data.checked_row_group(index, ["user_id"]), share, shares))
     return ids
 
 
@@ -223,18 +223,18 @@ def _check_corpus(data: Dataset, sums: _Histories, faults: Faults) -> int:
 
 
 def _check_tabular(data: TabularDataset) -> Check:
-    schema, faults = data.schema, Faults()
+    schema, faults = data.schema, _wrong_totals(data)
     dense = {name: _Dense() for name in schema.dense}
     sparse = {column.name: _Sparse(column) for column in schema.sparse}
     clicks = rows = 0
-    for group in _groups(data.row_groups):
+    for index, group in _groups(data.row_groups):
         try:
-            columns = data.read_columns(group.index)
+            columns = data.read_columns(index)
         except DataError as error:
-            faults.add("", "cannot be read", group.place.rows, str(error))
+            faults.add("row", "cannot be read", group.rows, str(error))
             continue
-        faults.add_rows(group.place, data.faults(columns))
-        rows += group.place.rows
+        faults.add_rows(group, data.faults(columns))
+        rows += group.rows
         clicks += int((columns[schema.labels[0]].filled == 1).sum())
         for name, numbers in dense.items():
             numbers.add(columns[name].filled, columns[name].nulls)
@@ -243,7 +243,7 @@ def _check_tabular(data: TabularDataset) -> Check:
     return Check(
         f"{data.path}: tabular, {schema.name}",
         [
-            ("size", f"{schema.rows:,} rows, {len(dense)} dense and {len(sparse)} sparse columns"),
+            ("size", f"{sum(data.row_counts):,} rows, {len(dense)} dense and {len(sparse)} sparse columns"),
             ("label", f"{schema.labels[0]} is 1 in {_of(clicks, rows)} of the rows"),
             *((name, numbers.text(rows)) for name, numbers in dense.items()),
             *((name, ids.text(rows)) for name, ids in sparse.items()),

@@ -3,8 +3,9 @@
 B rows (users), T events of those rows, packed row after row, oldest first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -55,11 +56,33 @@ class Dataset:
         was cut off, a missing column, a type that cannot be read, users without an id, or another number of rows or
         events than the schema says, as far as footers tell.
         """
+        dataset = cls.of_any_size(path)
+        for problem in chain(dataset.wrong_totals(), dataset._users_without_id()):
+            raise DataError(problem)
+        return dataset
+
+    @classmethod
+    def of_any_size(cls, path: Path | str) -> "Dataset":
+        """As open, but the numbers of rows and events, and users without an id, are not yet checked."""
         path = Path(path)
         schema = DataSchema.load(path)
-        parts = Parts.open(path, expected_types(schema), rows=("users", schema.users))
-        _check_footers(path, schema, parts)
-        return cls(path, schema, parts)
+        return cls(path, schema, Parts.open(path, expected_types(schema)))
+
+    def wrong_totals(self) -> Iterator[str]:
+        """What footers say against schema.json: other numbers of rows or events.
+
+        A footer counts the elements of lists, and one for each list that is empty or null.
+        """
+        yield from self._parts.wrong_rows(self.path, "users", self.schema.users)
+        most = sum(chunk.num_values for _, chunk in self._parts.statistics("item_ids"))
+        least = max(0, most - sum(self.row_counts))
+        if not least <= self.schema.events <= most:
+            yield f"{self.path}: the parts hold {least} to {most} events, schema.json says events={self.schema.events}"
+
+    def _users_without_id(self) -> Iterator[str]:
+        for group, chunk in self._parts.statistics("user_id"):
+            if chunk.is_stats_set and chunk.statistics.has_null_count and (nulls := chunk.statistics.null_count):
+                yield f"{group}: {nulls} rows have a null user_id: give each user an id"
 
     @property
     def bad_rows(self) -> int:
@@ -119,20 +142,6 @@ class Dataset:
         assert offsets is not None, "a list column"
         lengths = np.where(bad, 0, np.diff(offsets))
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)
-
-
-def _check_footers(path: Path, schema: DataSchema, parts: Parts) -> None:
-    """Raises DataError for users without an id, and for another number of events than schema.json says.
-
-    A footer counts the elements of lists, and one for each list that is empty or null.
-    """
-    for group, chunk in parts.statistics("user_id"):
-        if chunk.is_stats_set and chunk.statistics.has_null_count and chunk.statistics.null_count:
-            raise DataError(f"{group}: {chunk.statistics.null_count} rows have a null user_id: give each user an id")
-    most = sum(chunk.num_values for _, chunk in parts.statistics("item_ids"))
-    least = max(0, most - schema.users)
-    if not least <= schema.events <= most:
-        raise DataError(f"{path}: the parts hold {least} to {most} events, schema.json says events={schema.events}")
 
 
 def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarray]:

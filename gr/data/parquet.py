@@ -39,13 +39,11 @@ class Parts:
     metadata: dict[Path, pq.FileMetaData]
 
     @classmethod
-    def open(cls, path: Path, types: Mapping[str, ColumnType], *, rows: tuple[str, int]) -> Self:
-        """Reads the footers. types: columns that each part must have; others are ignored, and named in the log. rows:
-        the field of schema.json that states the number of rows, and its value.
+    def open(cls, path: Path, types: Mapping[str, ColumnType]) -> Self:
+        """Reads the footers. types: columns that each part must have; others are ignored, and named in the log.
 
         A part without rows, as Spark writes them, is passed over. Raises DataError, naming file and column, for a
-        missing part, a file that is not Parquet or was cut off, a missing column, a type that cannot be read, or
-        another number of rows than the schema says.
+        missing part, a file that is not Parquet or was cut off, a missing column, or a type that cannot be read.
         """
         files = sorted(path.glob(PART_PATTERN))
         if not files:
@@ -66,11 +64,12 @@ class Parts:
         if len(metadata) < len(files):
             empty = len(files) - len(metadata)
             log_once(log, f"{path}: {empty} of {len(files)} parts have no rows", level=logging.INFO)
-        field, expected_rows = rows
-        total = sum(group.rows for group in row_groups)
-        if total != expected_rows:
-            raise DataError(f"{path}: {len(files)} parts hold {total} rows, schema.json says {field}={expected_rows}")
         return cls(row_groups, metadata)
+
+    def wrong_rows(self, path: Path, field: str, rows: int) -> Iterator[str]:
+        """What is wrong where the parts of a folder do not hold the rows that a field of schema.json states."""
+        if (total := sum(self.row_counts)) != rows:
+            yield f"{path}: {len(self.metadata)} parts hold {total} rows, schema.json says {field}={rows}"
 
     @property
     def row_counts(self) -> list[int]:

@@ -3,6 +3,7 @@
 B rows, N dense columns, H ids of a row over all sparse columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,21 @@ class TabularDataset:
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a missing column, a type that cannot be read, or another number of rows than the schema says.
         """
+        dataset = cls.of_any_size(path)
+        for problem in dataset.wrong_totals():
+            raise DataError(problem)
+        return dataset
+
+    @classmethod
+    def of_any_size(cls, path: Path | str) -> "TabularDataset":
+        """As open, but the number of rows is not yet checked."""
         path = Path(path)
         schema = TabularSchema.load(path)
-        return cls(path, schema, Parts.open(path, _types(schema), rows=("rows", schema.rows)))
+        return cls(path, schema, Parts.open(path, _types(schema)))
+
+    def wrong_totals(self) -> Iterator[str]:
+        """What footers say against schema.json: another number of rows."""
+        yield from self._parts.wrong_rows(self.path, "rows", self.schema.rows)
 
     def read_row_group(self, index: int) -> TabularRows:
         """Decodes and checks one row group. A null dense value is 0, a null id is 0.

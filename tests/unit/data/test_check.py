@@ -50,13 +50,13 @@ def test_every_fault_of_histories(make_folder: Make, monkeypatch: pytest.MonkeyP
     table = pq.read_table(part)
     pq.write_table(table.set_column(0, "user_id", pa.array([100.0, 100.5])), part)
     lines = check_folder(folder).faults.lines
-    assert lines[0].startswith("item_ids is out of range: 3 rows; first: part-00000.parquet, row group 1, row 1: ele")
+    assert lines[0].startswith("3 x item_ids is out of range; first: part-00000.parquet, row group 1, row 1: ele")
     assert {line.split(";")[0] for line in lines[1:]} == {
-        "item_ids has null elements: 1 rows",
-        "item_ids is null: 1 rows",
-        "user_id loses its value: 1 rows",
-        "user_id is in several rows: 2 rows",
-        "items.parquet lacks items of the parts: 1 rows",
+        "1 x item_ids has null elements",
+        "1 x item_ids is null",
+        "1 x user_id loses its value",
+        "2 x user_id is in several rows",
+        "1 x items.parquet lacks items of the parts",
     }
     assert any(line.endswith("first: user 100 has 2 rows") for line in lines)
 
@@ -66,10 +66,13 @@ def test_counts_and_events_that_are_wrong(make_folder: Make) -> None:
     schema = folder / "schema.json"
     schema.write_text(json.dumps(json.loads(schema.read_text()) | {"events": 9}))
     (events,) = check_folder(folder).faults.lines
-    assert events == "schema.json is wrong: 1 rows; first: events=9, the parts hold 10"
-    schema.write_text(json.dumps(json.loads(schema.read_text()) | {"events": 10}))
+    assert events == "1 x schema.json does not fit the parts; first: events=9, the parts hold 10"
+    schema.write_text(json.dumps(json.loads(schema.read_text()) | {"events": 99, "users": 6}))
+    (totals,) = check_folder(folder).faults.lines
+    assert totals.startswith("2 x schema.json does not fit the parts; first: ") and totals.endswith("says users=6")
+    schema.write_text(json.dumps(json.loads(schema.read_text()) | {"events": 10, "users": 5}))
     (counts,) = check_folder(folder).faults.lines
-    assert counts.startswith("items.parquet counts other events: 3 rows; first: item 2 has count=1, the parts have 0")
+    assert counts.startswith("3 x items.parquet counts other events; first: item 2 has count=1, the parts have 0")
 
 
 def test_tabular(tmp_path: Path) -> None:
@@ -85,12 +88,12 @@ def test_tabular(tmp_path: Path) -> None:
         table = table.set_column(table.schema.get_field_index(name), name, column)
     pq.write_table(table, part)
     assert {line.split(";")[0] for line in check_folder(folder).faults.lines} == {
-        "label is not 0 or 1: 1 rows",
-        "label is null: 1 rows",
-        "i1 is not finite: 1 rows",
-        "i1 loses its value: 1 rows",
-        "c1 is out of range: 1 rows",
-        "c1 loses its value: 1 rows",
+        "1 x label is not 0 or 1",
+        "1 x label is null",
+        "1 x i1 is not finite",
+        "1 x i1 loses its value",
+        "1 x c1 is out of range",
+        "1 x c1 loses its value",
     }
 
 
@@ -101,7 +104,7 @@ def test_a_damaged_row_group_does_not_hide_the_others(tmp_path: Path) -> None:
     content[4:200] = b"\xff" * 196
     part.write_bytes(content)
     (line,) = check_folder(folder).faults.lines
-    assert "row group 0: cannot be decoded" in line and "16 rows" in line
+    assert line.startswith("16 x row cannot be read; first: ") and "row group 0: cannot be decoded" in line
 
 
 @pytest.mark.slow
@@ -115,7 +118,7 @@ def test_command_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     (folder / "items.parquet").unlink()
     assert main(["data", "check", str(folder)]) == 2
-    assert "items.parquet cannot be used: 1 rows" in capsys.readouterr().out
+    assert "1 x items.parquet cannot be used" in capsys.readouterr().out
     tabular = write_tiny_tabular(tmp_path / "tabular")
     for path, problem in (
         (picture, "--picture draws user histories"),
