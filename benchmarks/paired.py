@@ -2,35 +2,31 @@
 
     python -m benchmarks.paired RUN [RUN ...] --against RUN [RUN ...]
 
-Each run folder holds test-ranks.npy. A user's metric is averaged over the runs (seeds) of a group; the standard error
-is over users. More than two standard errors is a difference.
+`gr compare` for groups of runs: a user's metric is averaged over the runs (seeds) of a group.
 """
 
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from gr.metrics.retrieval import paired_difference, user_metrics
+from gr.errors import DataError
+from gr.metrics.compare import Run, paired, unpaired
 
 SHOWN = ("hr@10", "ndcg@10", "mrr")
 
 
 def main() -> None:
     split = sys.argv.index("--against")
-    groups = [[Path(run) for run in part] for part in (sys.argv[1:split], sys.argv[split + 1 :])]
-    for group in groups:
-        for run in group:
-            report = json.loads((run / "report.json").read_text())
-            metrics = "  ".join(f"{name} {report['model'][name]:.4f}" for name in SHOWN)
-            print(f"{run}: step {report['step']}, filter {report['filter_seen']}, {report['users']} users  {metrics}")
-    for name in SHOWN:
-        ours, theirs = (
-            np.mean([user_metrics(np.load(run / "test-ranks.npy"))[name] for run in group], axis=0) for group in groups
-        )
-        mean, error = paired_difference(ours, theirs)
-        print(f"{name}: {ours.mean():.4f} against {theirs.mean():.4f}, difference {mean:+.4f} +- {error:.4f}")
+    groups = [[Run.open(Path(run)) for run in part] for part in (sys.argv[1:split], sys.argv[split + 1 :])]
+    runs = [run for group in groups for run in group]
+    for run in runs:
+        if reason := unpaired(runs[0], run):
+            raise DataError(reason)
+        metrics = "  ".join(f"{name} {run.metrics[name]:.4f}" for name in SHOWN)
+        report = run.report
+        print(f"{run.path}: step {report['step']}, filter {report['filter_seen']}, {report['users']} users  {metrics}")
+    ours, theirs = ([run.ranks for run in group] for group in groups)
+    for test in paired(theirs, ours, SHOWN):
+        print(f"{test.name}: difference {test.difference:+.4f} +- {test.error:.4f}, p {test.p:.2g}")
 
 
 if __name__ == "__main__":

@@ -53,14 +53,18 @@ class _SchemaFile(BaseModel):
         """Reads folder/schema.json. Raises DataError, which names the file and any field that is wrong or missing."""
         path = Path(folder) / SCHEMA_FILE
         if not path.parent.is_dir():
-            raise DataError(f"{folder}: no such folder; write a data folder with `gr prepare ... --out {folder}`")
+            raise DataError(
+                f"{folder}: no such folder; `gr prepare ... --out {folder}` writes one, of your own log with "
+                "`gr prepare events`"
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             if is_transient(error):
                 raise
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); write a data folder with `gr prepare`"
+                f"{path}: cannot be read ({error.strerror}); `gr prepare` writes it, of your own log with "
+                "`gr prepare events`"
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -30,6 +30,8 @@ _COMMANDS = {
     "plan": ("gr.cli.plan:command", "Plan where tables go; predict memory and step time."),
     "calibrate": ("gr.cli.calibrate:command", "Measure this machine and write a topology file for `gr plan`."),
     "prepare": ("gr.cli.prepare:command", "Turn your own log, or a public data set, into a data folder."),
+    "data": ("gr.cli.data:command", "Look at data folders: what is in one, and what is wrong with it."),
+    "compare": ("gr.cli.compare:command", "Compare runs: configurations, metrics, a paired test, curves."),
     "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN and Markov on the same split."),
     "smoke": ("gr.cli.smoke:command", "Train, evaluate and resume on generated data."),
     "config": ("gr.cli.config:command", "List, show, check, compare or explain configurations."),

@@ -3,8 +3,9 @@
 B rows (users), T events of those rows, packed row after row, oldest first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gr.data.columns import Column, ColumnType, read_column
 from gr.data.parquet import Parts, decoding, read_footer
-from gr.data.validate import Fault, check_rows, expected_types, packed
+from gr.data.validate import Fault, check_rows, expected_types, value_faults
 from gr.errors import DataError
+from gr.logging import get_logger, log_once
 from gr.schema import ITEMS_FILE, USER_COLUMN, DataSchema
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,36 @@ class Dataset:
         """Reads schema.json and the footers of the parts.
 
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
-        was cut off, a part without rows, a missing column, a wrong type, or fewer rows than the schema says.
+        was cut off, a missing column, a type that cannot be read, users without an id, or another number of rows or
+        events than the schema says, as far as footers tell.
         """
+        dataset = cls.of_any_size(path)
+        for problem in chain(dataset.wrong_totals(), dataset._users_without_id()):
+            raise DataError(problem)
+        return dataset
+
+    @classmethod
+    def of_any_size(cls, path: Path | str) -> "Dataset":
+        """As open, but the numbers of rows and events, and users without an id, are not yet checked."""
         path = Path(path)
         schema = DataSchema.load(path)
-        return cls(path, schema, Parts.open(path, expected_types(schema), rows=("users", schema.users)))
+        return cls(path, schema, Parts.open(path, expected_types(schema)))
+
+    def wrong_totals(self) -> Iterator[str]:
+        """What footers say against schema.json: other numbers of rows or events.
+
+        A footer counts the elements of lists, and one for each list that is empty or null.
+        """
+        yield from self._parts.wrong_rows(self.path, "users", self.schema.users)
+        most = sum(chunk.num_values for _, chunk in self._parts.statistics("item_ids"))
+        least = max(0, most - sum(self.row_counts))
+        if not least <= self.schema.events <= most:
+            yield f"{self.path}: the parts hold {least} to {most} events, schema.json says events={self.schema.events}"
+
+    def _users_without_id(self) -> Iterator[str]:
+        for group, chunk in self._parts.statistics("user_id"):
+            if chunk.is_stats_set and chunk.statistics.has_null_count and (nulls := chunk.statistics.null_count):
+                yield f"{group}: {nulls} rows have a null user_id: give each user an id"
 
     @property
     def bad_rows(self) -> int:
@@ -65,27 +95,29 @@ class Dataset:
         """Decodes and checks one row group.
 
         columns: names besides item_ids to read; None: timestamps, where the data has them. A bad row (null list, null
-        element, item id outside [1, cardinality), other number of timestamps than items, time going back) raises
-        DataError with file, row group, row, column and value; with on_bad_row="skip" it becomes an empty history and is
-        counted.
+        element, a value that no cast keeps, item id outside [1, cardinality), other number of timestamps than items,
+        time going back) raises DataError with file, row group, row, column and value; with on_bad_row="skip" it becomes
+        an empty history and is counted.
         """
-        file = self.row_groups[index].file
-        columns = ["timestamps"] * self.schema.timestamps if columns is None else columns
-        names = list(dict.fromkeys(["item_ids", *columns]))
-        types = expected_types(self.schema)
-        if unknown := [name for name in names if name not in types]:
-            raise DataError(f"{file}: has no column {unknown[0]}; it has {', '.join(types)}")
-        group, table = self._parts.read(index, names)
-        lists = {name: packed(table.column(name)) for name in names if pa.types.is_list(types[name][0])}
-        flat = {name: table.column(name) for name in names if name not in lists}
-        faults = check_rows(lists, flat, self.schema)
+        histories, faults = self.checked_row_group(index, columns)
         if faults and on_bad_row == "fail":
             fault = min(faults, key=lambda fault: fault.row)
             raise DataError(
-                f"{group}, row {fault.row}, column {fault.column}: {fault.problem}; correct the row, or set "
-                "data.on_bad_row=skip to count such rows and train on none of them"
+                f"{self.row_groups[index]}, row {fault.row}, column {fault.column}: {fault.problem}; correct the row, "
+                "or set data.on_bad_row=skip to count such rows and train on none of them"
             )
-        return self._histories(index, lists, flat, faults)
+        return histories
+
+    def checked_row_group(self, index: int, columns: Sequence[str] | None = None) -> tuple[Histories, list[Fault]]:
+        """One row group whose bad rows are empty histories, and what is wrong with them. columns: of read_row_group."""
+        columns = ["timestamps"] * self.schema.timestamps if columns is None else columns
+        names, types = list(dict.fromkeys(["item_ids", *columns])), expected_types(self.schema)
+        if unknown := [name for name in names if name not in types]:
+            raise DataError(f"{self.row_groups[index].file}: has no column {unknown[0]}; it has {', '.join(types)}")
+        _, table = self._parts.read(index, names)
+        read = {name: read_column(table.column(name), types[name]) for name in names}
+        faults = check_rows(read, self.schema)
+        return self._histories(index, read, faults), faults
 
     def user_ids(self) -> np.ndarray:
         """The user of every row, int64 [rows]."""
@@ -100,29 +132,24 @@ class Dataset:
         """Candidate item ids and their counts, by read_corpus."""
         return read_corpus(self.path, self.schema)
 
-    def _histories(
-        self,
-        index: int,
-        lists: dict[str, tuple[np.ndarray, pa.Array, np.ndarray]],
-        flat: dict[str, pa.ChunkedArray],
-        faults: list[Fault],
-    ) -> Histories:
+    def _histories(self, index: int, read: dict[str, Column], faults: list[Fault]) -> Histories:
         columns: dict[str, np.ndarray] = {}
         bad = np.zeros(self.row_groups[index].rows, dtype=bool)
         for fault in faults:
             bad[fault.rows] = True
-        lengths = np.where(bad, 0, np.diff(lists["item_ids"][0]))
-        for name, (offsets, values, _) in lists.items():
-            array = values.fill_null(0).to_numpy(zero_copy_only=False)
-            if bad.any():
-                array = array[np.repeat(~bad, np.diff(offsets))]
-            columns[name] = array.astype(np.float32 if pa.types.is_floating(values.type) else np.int64, copy=False)
-        for name, column in flat.items():
-            columns[name] = column.fill_null(0).to_numpy()
+        for name, column in read.items():
+            array = column.filled
+            if column.offsets is not None and bad.any():
+                array = array[np.repeat(~bad, np.diff(column.offsets))]
+            is_number = pa.types.is_floating(column.values.type)
+            columns[name] = array.astype(np.float32 if is_number else np.int64, copy=False)
         if "timestamps" in columns and self.schema.time_unit == "ms":
             columns["timestamps"] = columns["timestamps"] // 1000
         if faults:
             self._bad_rows[index] = int(bad.sum())
+        offsets = read["item_ids"].offsets
+        assert offsets is not None, "a list column"
+        lengths = np.where(bad, 0, np.diff(offsets))
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)
 
 
@@ -133,15 +160,14 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
     """
     file = folder / ITEMS_FILE
     if not file.exists():
-        raise DataError(f"{file}: no such file; write the folder again with `gr prepare --force`")
+        raise DataError(f"{file}: no such file; docs/data.md says how to write it")
     names = read_footer(file).schema.to_arrow_schema().names
     for column in ("item_id", "count"):
         if column not in names:
             raise DataError(f"{file}: has no column {column}; it has {', '.join(names)}")
     with decoding(file):
         table = pq.read_table(file, columns=["item_id", "count"], page_checksum_verification=True)
-        ids = table.column("item_id").cast(pa.int64()).to_numpy()
-        counts = table.column("count").cast(pa.int64()).to_numpy()
+    ids, counts = (_corpus_column(file, table, name) for name in ("item_id", "count"))
     wrong = (ids < 1) | (ids >= schema.item_cardinality) | np.append(False, np.diff(ids) <= 0)
     if wrong.any() or len(ids) != schema.items:
         row = int(wrong.argmax()) if wrong.any() else len(ids)
@@ -149,4 +175,26 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
         raise DataError(
             f"{file}: row {row}: {value}; wanted {schema.items} ascending ids, all below {schema.item_cardinality}"
         )
+    if (counts < 0).any():
+        row = int((counts < 0).argmax())
+        raise DataError(f"{file}: row {row}: count={counts[row]}; an item occurs 0 times or more")
+    least, total = max(0, schema.events - 2 * schema.users), int(counts.sum())
+    if not least <= total <= schema.events:
+        log_once(
+            log,
+            f"{file}: counts add up to {total}, events without each user's newest two to {least} or somewhat more: "
+            "popularity is wrong, see `gr data check`",
+        )
     return ids, counts
+
+
+def _corpus_column(file: Path, table: pa.Table, name: str) -> np.ndarray:
+    """A column of items.parquet, int64. Raises DataError for values that are null or no integers."""
+    wanted = ColumnType("id")
+    if not wanted.reads(kind := table.schema.field(name).type):
+        raise DataError(f"{file}: column {name} has type {kind}, wanted {wanted}")
+    column = read_column(table.column(name), wanted)
+    for fault in value_faults(name, column, wanted):
+        if fault is not None:
+            raise DataError(f"{file}: row {fault.row}: column {name}: {fault.problem}")
+    return column.values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)

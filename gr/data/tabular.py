@@ -3,21 +3,26 @@
 B rows, N dense columns, H ids of a row over all sparse columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from gr.data.parquet import Parts, RowGroup
-from gr.data.validate import packed
+from gr.data.columns import Column, ColumnType, read_column
+from gr.data.parquet import Parts
+from gr.data.validate import Fault, event_fault, row_fault, value_faults
 from gr.errors import DataError
 from gr.schema import SparseColumn, TabularSchema
 
 
 @dataclass(frozen=True)
 class TabularRows:
-    """Rows of one row group. labels_B: float32. dense_BN: float32. ids_BH: int32, the sparse columns side by side."""
+    """Rows of one row group.
+
+    labels_B: float32. dense_BN: float32. ids_BH: the sparse columns side by side, int32, or int64 where a table has
+    more than 2^31 rows.
+    """
 
     labels_B: np.ndarray
     dense_BN: np.ndarray
@@ -37,67 +42,109 @@ class TabularDataset:
         """Reads schema.json and the footers of the parts.
 
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
-        was cut off, a part without rows, a missing or unknown column, a wrong type, or another number of rows than the
-        schema says.
+        was cut off, a missing column, a type that cannot be read, or another number of rows than the schema says.
         """
+        dataset = cls.of_any_size(path)
+        for problem in dataset.wrong_totals():
+            raise DataError(problem)
+        return dataset
+
+    @classmethod
+    def of_any_size(cls, path: Path | str) -> "TabularDataset":
+        """As open, but the number of rows is not yet checked."""
         path = Path(path)
         schema = TabularSchema.load(path)
-        types = _types(schema)
-        parts = Parts.open(path, types, rows=("rows", schema.rows))
-        for file, footer in parts.metadata.items():
-            if unknown := [name for name in footer.schema.to_arrow_schema().names if name not in types]:
-                raise DataError(f"{file}: column {unknown[0]} is not in schema.json; write the folder again")
-        return cls(path, schema, parts)
+        return cls(path, schema, Parts.open(path, _types(schema)))
+
+    def wrong_totals(self) -> Iterator[str]:
+        """What footers say against schema.json: another number of rows."""
+        yield from self._parts.wrong_rows(self.path, "rows", self.schema.rows)
 
     def read_row_group(self, index: int) -> TabularRows:
         """Decodes and checks one row group. A null dense value is 0, a null id is 0.
 
         Raises DataError with file, row group, row, column and value for a label that is not 0 or 1, a dense value that
-        is not finite, an id outside [0, cardinality), or a list of another number of ids than the schema's hots.
+        is not finite, an id outside [0, cardinality), a value that no cast keeps, or a list of another number of ids
+        than the schema's hots.
         """
-        schema = self.schema
-        names = [*schema.labels, *schema.dense, *(column.name for column in schema.sparse)]
-        group, table = self._parts.read(index, names)
-        label = table.column(schema.labels[0])
-        if label.null_count:
-            raise _fault(group, schema.labels[0], label.is_null().to_numpy(), "is null")
-        labels_B = label.to_numpy()
-        if (wrong := (labels_B != 0) & (labels_B != 1)).any():
-            raise _fault(group, schema.labels[0], wrong, f"is {labels_B[wrong][0]}, allowed are 0 and 1")
-        dense_BN = np.empty((group.rows, len(schema.dense)), dtype=np.float32)
+        columns = self.read_columns(index)
+        if faults := self.faults(columns):
+            fault = min(faults, key=lambda fault: fault.row)
+            raise DataError(
+                f"{self.row_groups[index]}, row {fault.row}, column {fault.column}: {fault.problem}; correct the value "
+                "where the folder is written"
+            )
+        schema, rows = self.schema, self.row_groups[index].rows
+        dense_BN = np.empty((rows, len(schema.dense)), dtype=np.float32)
         for place, name in enumerate(schema.dense):
-            dense_BN[:, place] = values_B = table.column(name).fill_null(0).to_numpy()
-            if (wrong := ~np.isfinite(values_B)).any():
-                raise _fault(group, name, wrong, f"is {values_B[wrong][0]}, wanted a finite number")
-        ids = [_ids(group, column, table.column(column.name)) for column in schema.sparse]
-        ids_BH = np.concatenate([np.empty((group.rows, 0), dtype=np.int32), *ids], axis=1)
-        return TabularRows(labels_B.astype(np.float32), dense_BN, ids_BH)
+            dense_BN[:, place] = columns[name].filled
+        dtype = np.int32 if all(column.cardinality <= 1 << 31 for column in schema.sparse) else np.int64
+        ids = [_ids(columns[column.name], column).astype(dtype, copy=False) for column in schema.sparse]
+        ids_BH = np.concatenate([np.empty((rows, 0), dtype=dtype), *ids], axis=1)
+        return TabularRows(columns[schema.labels[0]].filled.astype(np.float32), dense_BN, ids_BH)
+
+    def only_label(self) -> int | None:
+        """The label of all rows where footers say that they have the same one."""
+        chunks = [chunk for _, chunk in self._parts.statistics(self.schema.labels[0])]
+        if not all(chunk.is_stats_set and chunk.statistics.has_min_max for chunk in chunks):
+            return None
+        bounds = {bound for chunk in chunks for bound in (chunk.statistics.min, chunk.statistics.max)}
+        return int(bounds.pop()) if len(bounds) == 1 else None
+
+    def read_columns(self, index: int) -> dict[str, Column]:
+        """The columns of one row group, not yet checked."""
+        types = _types(self.schema)
+        _, table = self._parts.read(index, list(types))
+        return {name: read_column(table.column(name), wanted) for name, wanted in types.items()}
+
+    def faults(self, columns: dict[str, Column]) -> list[Fault]:
+        """The faults of a row group, in no order; empty when all rows are good."""
+        schema, types, label = self.schema, _types(self.schema), self.schema.labels[0]
+        faults = [
+            fault
+            for name, column in columns.items()
+            for fault in value_faults(name, column, types[name], nulls=name == label)
+        ]
+        labels_B = columns[label].filled
+        wrong_B = (labels_B != 0) & (labels_B != 1)
+        faults.append(
+            row_fault(label, "is not 0 or 1", wrong_B, lambda row: f"is {labels_B[row]}, allowed are 0 and 1")
+        )
+        for sparse in schema.sparse:
+            faults += _id_faults(columns[sparse.name], sparse)
+        return [fault for fault in faults if fault is not None]
 
 
-def _ids(group: RowGroup, column: SparseColumn, array: pa.ChunkedArray) -> np.ndarray:
-    """The ids of a sparse column, int32 [B, hots]; a null row has zeros."""
-    if column.hots == 1:
-        ids = array.fill_null(0).to_numpy()[:, None]
-    else:
-        offsets, values, nulls = packed(array)
-        if (wrong := (np.diff(offsets) != column.hots) & ~nulls).any():
-            raise _fault(group, column.name, wrong, f"holds {np.diff(offsets)[wrong][0]} ids, wanted {column.hots}")
-        ids = np.zeros((len(nulls), column.hots), dtype=np.int32)
-        ids[~nulls] = values.fill_null(0).to_numpy(zero_copy_only=False).reshape(-1, column.hots)
-    if (outside := (ids < 0) | (ids >= column.cardinality)).any():
-        problem = f"is id {ids[outside][0]}, allowed are 0 to {column.cardinality - 1}"
-        raise _fault(group, column.name, np.any(outside, axis=1), problem)
+def _id_faults(column: Column, sparse: SparseColumn) -> list[Fault | None]:
+    ids = column.filled
+    outside = (ids < 0) | (ids >= sparse.cardinality)
+    describe = f"allowed are 0 to {sparse.cardinality - 1}"
+    faults = [
+        event_fault(sparse.name, "is out of range", column, outside, lambda place: f"is id {ids[place]}, {describe}")
+    ]
+    if column.offsets is not None:
+        counts_B = np.diff(column.offsets)
+        wrong_B = (counts_B != sparse.hots) & ~column.nulls
+        faults.append(
+            row_fault(
+                sparse.name,
+                "has another length",
+                wrong_B,
+                lambda row: f"holds {counts_B[row]} ids, wanted {sparse.hots}",
+            )
+        )
+    return faults
+
+
+def _ids(column: Column, sparse: SparseColumn) -> np.ndarray:
+    """The ids of a sparse column without faults, [B, hots]; a null row has zeros."""
+    if column.offsets is None:
+        return column.filled[:, None]
+    ids = np.zeros((len(column.nulls), sparse.hots), dtype=np.int64 if sparse.cardinality > 1 << 31 else np.int32)
+    ids[~column.nulls] = column.filled.reshape(-1, sparse.hots)
     return ids
 
 
-def _fault(group: RowGroup, column: str, rows: np.ndarray, problem: str) -> DataError:
-    return DataError(
-        f"{group}, row {int(rows.argmax())}, column {column}: {problem}; write the folder again with `gr prepare "
-        "--force`"
-    )
-
-
-def _types(schema: TabularSchema) -> dict[str, tuple[pa.DataType, ...]]:
-    types: dict[str, tuple[pa.DataType, ...]] = {name: (pa.int8(), pa.float32()) for name in schema.labels}
-    types |= {name: (pa.float32(),) for name in schema.dense}
-    return types | {c.name: (pa.int32() if c.hots == 1 else pa.list_(pa.int32()),) for c in schema.sparse}
+def _types(schema: TabularSchema) -> dict[str, ColumnType]:
+    types = dict.fromkeys(schema.labels, ColumnType("label")) | dict.fromkeys(schema.dense, ColumnType("number"))
+    return types | {column.name: ColumnType("id", column.hots > 1) for column in schema.sparse}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.validate import packed
+from gr.data.columns import ColumnType, read_column
 from gr.errors import DataError
 from gr.prepare.ratings import STABLE_ORDER, Format, group_users, read_ratings
 from gr.prepare.source import Source, SourceFile
@@ -121,10 +121,14 @@ def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> 
             table = pq.read_table(stream, columns=["user_id", "item_ids"])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: is not a Parquet file with user_id and item_ids: {error}") from error
-    offsets, values, nulls = packed(table.column("item_ids"))
-    if nulls.any() or values.null_count:
-        raise DataError(f"{file}: column item_ids has nulls")
-    items = values.to_numpy()
+    wanted, stored = ColumnType("id", is_list=True), table.column("item_ids")
+    if not wanted.reads(stored.type):
+        raise DataError(f"{file}: column item_ids has type {stored.type}, wanted {wanted}")
+    column = read_column(stored, wanted)
+    if column.nulls.any() or column.values.null_count:
+        raise DataError(f"{file}: column item_ids has nulls, or values that are no integers")
+    items, offsets = column.values.to_numpy(), column.offsets
+    assert offsets is not None, "a list column"
     unknown = ~np.isin(items, movies)
     if unknown.any():
         first = int(unknown.argmax())

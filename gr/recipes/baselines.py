@@ -6,6 +6,7 @@ as a model's evaluation (evaluation_batches in gr/data/history_batches.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -118,7 +119,7 @@ def evaluate_baselines(
 
     Returns float64 [users with an event before the target], in file order, 1 is best; ties get their mean rank.
     train_holdout: newest events of each user of `train` that are not fitted on. Memory: for item_knn and markov the
-    non-zero item pairs. Raises DataError for an unknown name or item tables of different size.
+    non-zero item pairs. Raises DataError for an unknown name, item tables of different size, or no user to evaluate.
     """
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
@@ -143,7 +144,16 @@ def evaluate_baselines(
     ):
         for name, scorer in scorers.items():
             ranks[name].append(_ranks(batch, scorer, candidate_E))
+    if any(not sum(map(len, parts)) for parts in ranks.values()):
+        raise no_targets(evaluation.path)
     return {name: np.concatenate(parts) for name, parts in ranks.items()}
+
+
+def no_targets(path: Path) -> DataError:
+    """The error of evaluation data whose users are all too short."""
+    return DataError(
+        f"{path}: no user has an event before the held-out one, so there is nothing to evaluate: name other users"
+    )
 
 
 def _ranks(batch: EvaluationBatch, scorer: Scorer, candidate_E: np.ndarray) -> np.ndarray:

@@ -82,6 +82,11 @@ class ClickRecipe(Recipe[ClickConfig]):
                     f"{self.folder} and {self.evaluation_data.path} differ in {name} (schema.json): prepare both with "
                     "the same columns, transform and vocabulary (as `gr prepare criteo --vocabulary` does)"
                 )
+        if (label := self.evaluation_data.only_label()) is not None:
+            raise DataError(
+                f"{self.evaluation_data.path}: all {self.evaluation_data.rows} labels are {label}, so there is no AUC "
+                "to evaluate: name other rows with evaluation.path"
+            )
 
     def objective(self, world: World) -> ClickObjective:
         return ClickObjective(self.config.task.loss)

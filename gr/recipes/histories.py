@@ -70,6 +70,12 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
         read = {ITEM_FEATURE, *schema.contextual, *schema.event_features}
         return {name: digest for name, digest in schema.vocabularies.items() if name in read}
 
+    def some_user_has(self, events: int) -> bool:
+        """Whether a user of the evaluation data has so many. Reads row groups until there is one: mostly the first."""
+        data, on_bad_row = self.evaluation_data, self.config.data.on_bad_row
+        groups = (data.read_row_group(index, [], on_bad_row) for index in range(len(data.row_groups)))
+        return any((group.lengths_B >= events).any() for group in groups)
+
     def tokens(self, events_N: np.ndarray) -> np.ndarray:
         """Tokens of the tower for examples of so many events."""
         return events_N

@@ -18,7 +18,7 @@ from gr.data.history_batches import HistoryEpochs, UserBatches
 from gr.data.loader import ResumableLoader, rank_batch_size
 from gr.data.time_windows import WindowPass
 from gr.dist import World
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import CheckpointError, ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
 from gr.metrics.tasks import BinaryMetrics, MultiTaskMetrics
@@ -91,7 +91,15 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         return per_event * events_N + context * (events_N > 0)
 
     def loader(self, world: World) -> ResumableLoader[RankingBatch]:
+        """Raises DataError where no user has an event that the evaluations of a run predict: they would fail late."""
         config = self.config
+        split: Split = "validation" if config.evaluation.every else "test"
+        events = 1 + NEWER_PARTS[split] * config.evaluation.newest
+        if self.held_out(split) and not self.some_user_has(events):
+            raise DataError(
+                f"{self.evaluation_data.path}: no user has {events} events, so there is nothing to evaluate "
+                f"({split} split): name other users with evaluation.path"
+            )
         collate = RankingCollate(self.schema, config.data, config.task)
         size = config.trainer.global_batch_size
         if config.data.stream is None:

@@ -17,18 +17,18 @@ from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch, move_ids
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
 from gr.data.history_batches import HistoryEpochs, UserBatches, evaluation_batches
-from gr.data.loader import ResumableLoader
+from gr.data.loader import ResumableLoader, checksums
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.embeddings import with_candidates
-from gr.errors import CheckpointError, ConfigError, DataError
+from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
 from gr.recipes.answers import read_listed
 from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Training
-from gr.recipes.baselines import evaluate_baselines
+from gr.recipes.baselines import evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
 from gr.schema import ITEMS_FILE, USER_COLUMN
 from gr.tasks import CandidateSampler, CorpusRanker
@@ -86,6 +86,10 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         return RetrievalObjective(CandidateSampler(self.config.task, *self.corpus, self.config.seed), world)
 
     def loader(self, world: World) -> ResumableLoader[RetrievalBatch]:
+        """Raises DataError where no user has what the evaluations of a run hold out: they would fail after hours."""
+        split: Split = "validation" if self.config.evaluation.every else "test"
+        if not self.some_user_has(1 + TARGET_FROM_END[split]):
+            raise no_targets(self.evaluation_data.path)
         epochs = HistoryEpochs(
             self.train_data,
             self.config.data,
@@ -126,14 +130,12 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         assert isinstance(inner, RetrievalModel)
         ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world)
         if not len(ranks):
-            raise DataError(
-                f"{self.evaluation_data.path}: no user has an event before the held-out one, so there is nothing to "
-                "evaluate: name other users with evaluation.path"
-            )
+            raise no_targets(self.evaluation_data.path)
         details: dict[str, Any] = {
             "split": split,
             "filter_seen": self.config.evaluation.filter_seen,
             "users": len(ranks),
+            "evaluation_data": checksums(self.evaluation_data.row_counts, self.evaluation_data.schema),
             "baselines": {},
         }
         return Evaluation(retrieval_metrics(ranks), details, {"ranks": ranks})

@@ -1,4 +1,4 @@
-"""The commands of docs/guide.md, docs/launch.md and docs/recommend.md, run in order as written."""
+"""The commands of docs/guide.md, data.md, launch.md and recommend.md, run in order as written."""
 
 import os
 import re
@@ -15,12 +15,22 @@ def commands(page: str) -> list[str]:
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
+def programs_of(page: str) -> dict[str, str]:
+    """The Python of a page, by the file name in its first line."""
+    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    return dict(blocks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("launch.md", 5), ("recommend.md", 12)])
+@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("data.md", 7), ("launch.md", 5), ("recommend.md", 12)])
 def test_every_command_of_the_page_runs(tmp_path, page, least):
     if page == "launch.md":
         pytest.importorskip("torchx", reason="needs torchx: the extra launch")
+    if page == "data.md":
+        pytest.importorskip("pandas", reason="needs pandas: the extra dev")
     assert len(commands(page)) >= least
+    for name, text in programs_of(page).items():
+        (tmp_path / name).write_text(text)
     for name in ("configs", "docs", "launch", ".torchxconfig"):
         (tmp_path / name).symlink_to(ROOT / name)
     # As a user's activated environment would find them.

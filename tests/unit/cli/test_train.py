@@ -61,7 +61,8 @@ def test_an_unknown_key(refused: Refused, config: str) -> None:
 
 def test_no_data_folder(refused: Refused, config: str, run_dir: Path, tmp_path: Path) -> None:
     said = refused("train", config, f"data.path={tmp_path}/none")
-    assert said == f"{tmp_path}/none: no such folder; write a data folder with `gr prepare ... --out {tmp_path}/none`"
+    own = "of your own log with `gr prepare events`"
+    assert said == f"{tmp_path}/none: no such folder; `gr prepare ... --out {tmp_path}/none` writes one, {own}"
     (tmp_path / "empty").mkdir()
     assert refused("train", config, f"data.path={tmp_path}/empty").startswith(f"{tmp_path}/empty/schema.json: cannot")
     said = refused("train", config, f"evaluation.path={tmp_path}/none")

@@ -83,10 +83,10 @@ def replaced(column: str, row: int, value: object) -> dict[str, pa.Array]:
     [
         ("label", None, "column label: is null"),
         ("label", float("nan"), "column label: is nan"),
-        ("i2", float("inf"), "column i2: is inf, wanted a finite number"),
+        ("i2", float("inf"), "column i2: is inf, not a finite number"),
         ("c1", -1, "column c1: is id -1, allowed are 0 to 49"),
         ("c1", 50, "column c1: is id 50"),
-        ("c2", [1, 2, 60], "column c2: is id 60, allowed are 0 to 59"),
+        ("c2", [1, 2, 60], "column c2: element 2 is id 60, allowed are 0 to 59"),
         ("c2", [1, 2], "column c2: holds 2 ids, wanted 3"),
     ],
 )
@@ -101,9 +101,8 @@ def test_bad_values_are_placed(make: Make, column: str, value: object, message: 
     ("changes", "message"),
     [
         ({"i2": None}, "has no column i2, which schema.json asks for"),
-        ({"i3": COLUMNS["i2"]}, "column i3 is not in schema.json"),
-        ({"c1": COLUMNS["i1"]}, "column c1 has type float, wanted int32"),
-        ({"c2": COLUMNS["c1"]}, "column c2 has type int32, wanted list"),
+        ({"c1": COLUMNS["i1"].cast(pa.string())}, "column c1 has type string, wanted integers"),
+        ({"c2": COLUMNS["c1"]}, "column c2 has type int32, wanted a list of integers"),
         ({"rows": 51}, r"2 parts hold 50 rows, schema\.json says rows=51"),
     ],
 )
@@ -266,3 +265,27 @@ def test_close_ends_the_threads(make: Make) -> None:
     batches.close()
     batches.close()
     assert threading.active_count() == before and list(batches) == []
+
+
+def test_the_only_label(make: Make) -> None:
+    """From footers, also where a name has a dot, which in Parquet separates the parts of a path."""
+    assert TabularDataset.open(make()).only_label() is None
+    folder = make(label=pa.array([True] * ROWS))
+    assert TabularDataset.open(folder).only_label() == 1
+    for part in folder.glob("part-*"):
+        table = pq.read_table(part)
+        pq.write_table(table.rename_columns(["label.x", *table.column_names[1:]]), part)
+    schema = folder / "schema.json"
+    schema.write_text(schema.read_text().replace('"label"', '"label.x"'))
+    dataset = TabularDataset.open(folder)
+    assert dataset.only_label() == 1 and dataset.read_row_group(0).labels_B.tolist() == [1.0] * 8
+
+
+def test_columns_that_the_schema_does_not_name_are_ignored(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make(i3=COLUMNS["i2"], __index_level_0__=pa.array(range(ROWS)))
+    with caplog.at_level("INFO", logger="gr"):
+        TabularDataset.open(folder)
+        TabularDataset.open(folder)
+    assert [record.message for record in caplog.records] == [
+        f"{folder}: ignores __index_level_0__, i3, not in schema.json"
+    ]

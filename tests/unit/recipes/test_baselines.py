@@ -85,7 +85,8 @@ def test_errors(dataset: Dataset, tmp_path: Path) -> None:
 def test_bad_rows_are_skipped_on_request(dataset: Dataset) -> None:
     part = next(dataset.path.glob("part-*"))
     table = pq.read_table(part)
-    rows = [*table.column("item_ids").to_pylist()[:-1], [1, 99]]
+    *rows, last = table.column("item_ids").to_pylist()
+    rows.append([*last[:-1], 99])
     pq.write_table(table.set_column(1, "item_ids", pa.array(rows, pa.list_(pa.int32()))), part)
     broken = Dataset.open(dataset.path)
     with pytest.raises(DataError, match="item id 99"):
