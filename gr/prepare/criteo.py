@@ -24,8 +24,9 @@ from gr.logging import get_logger
 from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, Block, is_orc, read_blocks
 from gr.prepare.criteo_vocabulary import ValueCounts, Vocabulary, write_vocabulary
 from gr.prepare.lines import BadRows, OnBadRow
+from gr.prepare.source import reading
 from gr.prepare.tabular import ROWS_PER_GROUP, Transform, dense_feature, tabular_table, with_progress
-from gr.prepare.write import PartWriter, atomic_folder, part_name, require_replaceable
+from gr.prepare.write import PartWriter, atomic_folder, part_name, require_replaceable, writing
 from gr.schema import (
     FORMAT_VERSION,
     PART_PATTERN,
@@ -73,13 +74,14 @@ def prepare_criteo(
     work = out.with_name(f".{out.name}.unfinished")
     if restart and work.exists():
         shutil.rmtree(work)
-    run = _Run(work, sources, _settled(options))
-    try:
-        schema = run.finish()
-    except (DataError, ConfigError):
-        if not any(run.done()):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+    with writing(out):
+        run = _Run(work, sources, _settled(options))
+        try:
+            schema = run.finish()
+        except (DataError, ConfigError):
+            if not any(run.done()):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
     with atomic_folder(out, force) as folder:
         for path in [work / VOCABULARY_FOLDER, *sorted(work.glob(PART_PATTERN)), work / SCHEMA_FILE]:
             path.rename(folder / path.name)
@@ -131,7 +133,7 @@ class _Run:
                 (self._work / name).mkdir(parents=True, exist_ok=True)
             _write_json(file, task)
             return
-        begun = json.loads(file.read_text(encoding="utf-8"))
+        begun = _read_json(file)
         for name, value in task.items():
             if begun.get(name) != value:
                 raise ConfigError(
@@ -233,8 +235,8 @@ class _Run:
         """The note written when the file was done; None if it is not. DataError for a file that changed since."""
         if not place.exists():
             return None
-        note = json.loads(place.read_text(encoding="utf-8"))
-        if any(note[name] != value for name, value in _stamp(file).items()):
+        note = _read_json(place)
+        if any(note.get(name) != value for name, value in _stamp(file).items()):
             raise DataError(f"{file}: changed after it was read; pass --restart to begin again")
         if note["bad_rows"] and self._options.on_bad_row == "fail":
             raise DataError(
@@ -246,6 +248,7 @@ class _Run:
     def _schema(self, vocabulary: Vocabulary, notes: list[dict[str, Any]]) -> TabularSchema:
         rows = sum(note["rows"] for note in notes)
         if not rows:
+            shutil.rmtree(self._work)
             raise DataError(f"{self._sources[0]}: no row is left to write, in {len(self._sources)} files")
         bad_rows: Counter[str] = Counter()
         for note in notes:
@@ -280,6 +283,15 @@ def _table(block: Block, vocabulary: Vocabulary, transform: Transform, minimum: 
 def _stamp(file: Path) -> dict[str, int]:
     status = file.stat()
     return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What `_write_json` wrote."""
+    with reading(f"{file} of an interrupted run (--restart begins again)"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("is no JSON object")
+        return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
