@@ -118,6 +118,8 @@ class Name:
     arrow = pa.dictionary(pa.int32(), pa.string())
 
     def values(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if any("" in chunk.dictionary.to_pylist() for chunk in column.chunks):
+            raise ValueError("a name is empty")
         return column
 
     def problem(self, field: bytes) -> str | None:
