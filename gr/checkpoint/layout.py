@@ -140,7 +140,7 @@ def read_progress(path: Path) -> dict[str, Any]:
         progress = json.loads((path / PROGRESS).read_text())
         if not isinstance(progress, dict) or not {"step", "data"} <= progress.keys():
             raise ValueError(f"{PROGRESS} has no step or no data")
-        if not isinstance(progress["step"], int) or not isinstance(progress["data"], dict):
+        if type(progress["step"]) is not int or progress["step"] < 0 or not isinstance(progress["data"], dict):
             raise ValueError(f"{PROGRESS} has a step or data of another type")
     except (OSError, ValueError, RecursionError) as error:
         if is_transient(error):

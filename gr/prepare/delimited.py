@@ -181,7 +181,7 @@ class Lines:
     def _fault(self, names: list[str], line: bytes) -> Fault | None:
         parts = line.split(self.separator.encode())
         if len(parts) != len(names) or b"\r" in line:
-            wanted = "" if self.header else f" ({self.separator.join(names)})"
+            wanted = "" if self.header else f" ({', '.join(names)})"
             return Fault("(fields)", f"has {len(parts)} fields, wanted {len(names)}{wanted}: {shown(line)}")
         for name, part in zip(names, parts, strict=True):
             if name in self.fields and (problem := self.fields[name].problem(part)):

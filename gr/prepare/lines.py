@@ -89,7 +89,7 @@ def parse_lines(
     for text in texts:
         block = None
         try:
-            if is_suspect(text):
+            if text.startswith(BOM_UTF8) or is_suspect(text):  # Arrow skips this mark
                 raise ValueError("a line may be bad that Arrow takes")
             block = parse(text)
         except ValueError:

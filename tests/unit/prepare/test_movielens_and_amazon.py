@@ -148,7 +148,7 @@ def test_force_replaces_data_folders_only(tmp_path: Path) -> None:
             "ratings.dat",
             4,
             "1::2::3",
-            "line 4: has 3 fields, wanted 4 (user::item::rating::time): '1::2::3'",
+            "line 4: has 3 fields, wanted 4 (user, item, rating, time): '1::2::3'",
         ),
         ("movielens-1m", "ratings.dat", 4, "1::2,3::4::5", "line 4, column item: '2,3' is not a whole number"),
         ("movielens-1m", "ratings.dat", 1, "1::2:3::4::5", "line 1, column item: '2:3' is not a whole"),
@@ -229,7 +229,7 @@ def test_amazon_books(tmp_path: Path) -> None:
     assert (schema.items, schema.item_cardinality) == (5, 6)
     (raw / "ratings_Books.csv").write_bytes(text.encode() + b"u1,b,4.0\n")
     failed = str(prepare("amazon-books", raw, tmp_path / "other").exception)
-    assert f"line {len(lines) + 1}: has 3 fields, wanted 4 (user,item,rating,time): 'u1,b,4.0'" in failed
+    assert f"line {len(lines) + 1}: has 3 fields, wanted 4 (user, item, rating, time): 'u1,b,4.0'" in failed
 
 
 @pytest.mark.data
