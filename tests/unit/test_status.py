@@ -78,3 +78,16 @@ def test_a_status_that_gr_did_not_write_is_one_line(tmp_path: Path, content: byt
     (tmp_path / "status.json").write_bytes(content)
     with pytest.raises(GRError, match="not a status of this version of gr"):
         read_status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"step": "7"}, {"steps": True}, {"loss": [None]}, {"updated": float("nan")}, {"updated": 1e300}),
+        *({"step": 1.5}, {"error": {"rank": "1", "host": "h", "message": "m"}}, {"checkpoint": {}}),
+    ],
+)
+def test_a_field_of_another_type(status: StatusFile, field: dict) -> None:
+    (status.run_dir / "status.json").write_text(json.dumps(asdict(BEGUN) | field))
+    with pytest.raises(GRError, match=r"status\.json: not a status of this version"):
+        read_status(status.run_dir)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gr.checkpoint import CheckpointFolder, resolve
-from gr.checkpoint.layout import BEST, PROGRESS, read_progress
+from gr.checkpoint.layout import BEST, FORMAT, PROGRESS, read_progress
 from gr.errors import CheckpointError
 
 
@@ -155,3 +155,21 @@ def test_a_progress_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -
     (tmp_path / PROGRESS).write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_progress(tmp_path)
+
+
+@pytest.mark.parametrize("step", [-1, 2**63, 1.5, True, None, "9"])
+def test_progress_that_is_none(folder: CheckpointFolder, step: object) -> None:
+    good = {"format": FORMAT, "step": 9, "data": {"position": 3}}
+    (folder.final(9) / PROGRESS).write_text(json.dumps(good))
+    assert read_progress(folder.final(9)) == good
+    for bad in (good | {"step": step}, good | {"data": {"position": step or "x"}}):
+        (folder.final(9) / PROGRESS).write_text(json.dumps(bad))
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            read_progress(folder.final(9))
+
+
+@pytest.mark.parametrize("value", [True, None, "0.5", float("nan"), [1]])
+def test_a_best_value_that_is_none(folder: CheckpointFolder, value: object) -> None:
+    (folder.path / "best.json").write_text(json.dumps({"step": 20, "metric": "mrr", "value": value}))
+    with pytest.raises(CheckpointError, match=r"best\.json: is not what gr wrote"):
+        folder.best()
