@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gr.errors import DataError
-from gr.prepare.delimited import Lines, Name, Stars, Time
+from gr.prepare.delimited import SECONDS, Lines, Name, Stars
 from gr.prepare.ratings import STABLE_ORDER, group_users
 from gr.prepare.source import Source
 from gr.prepare.write import write_folder
 from gr.schema import DataSchema
 
 _MIN_EVENTS = 5
-_LINES = Lines(",", {"user": Name(), "item": Name(), "rating": Stars(1, 1), "time": Time.of("s")})
+_LINES = Lines(",", {"user": Name(), "item": Name(), "rating": Stars(1, 1), "time": SECONDS})
 
 
 def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import ConfigError, DataError
+from gr.files import write_json
 from gr.logging import get_logger
 from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, Block, is_orc, read_blocks
 from gr.prepare.criteo_vocabulary import ValueCounts, Vocabulary, write_vocabulary
@@ -131,7 +132,7 @@ class _Run:
         if not file.exists():
             for name in (_COUNTS, _WRITTEN):
                 (self._work / name).mkdir(parents=True, exist_ok=True)
-            _write_json(file, task)
+            write_json(file, task)
             return
         begun = _read_json(file)
         for name, value in task.items():
@@ -173,7 +174,7 @@ class _Run:
             minimum = min(minimum, *(column.min() for column in block.counts))
             values.add(block.categories if self._options.vocabulary is None else ())
         values.close()
-        _write_json(folder / "done.json", {**stamp, "minimum": int(minimum), "bad_rows": self._bad.take()})
+        write_json(folder / "done.json", {**stamp, "minimum": int(minimum), "bad_rows": self._bad.take()})
 
     def _vocabulary(self) -> Vocabulary:
         """The vocabulary in the work folder, made first if it is missing."""
@@ -228,7 +229,7 @@ class _Run:
             "negative": negative.tolist(),
             "bad_rows": self._bad.take(),
         }
-        _write_json(place, note)
+        write_json(place, note)
         return note
 
     def _noted(self, place: Path, file: Path) -> dict[str, Any] | None:
@@ -286,15 +287,9 @@ def _stamp(file: Path) -> dict[str, int]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """What `_write_json` wrote."""
+    """What `write_json` wrote."""
     with reading(f"{file} of an interrupted run (--restart begins again)"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("is no JSON object")
         return content
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(file)

@@ -23,6 +23,7 @@ import pyarrow.csv as csv
 import pyarrow.orc as orc
 
 from gr.errors import DataError
+from gr.prepare.delimited import Whole
 from gr.prepare.lines import BadRows, Fault, parse_lines, shown, whole_lines
 from gr.prepare.source import SourceFile, reading
 
@@ -33,7 +34,7 @@ SMALLEST_COUNT, LARGEST_COUNT = -3, 2**31 - 1
 _COUNT_RANGE = f"wanted a whole number from {SMALLEST_COUNT} to {LARGEST_COUNT}"
 _COLUMNS = (LABEL, *DENSE, *SPARSE)
 _NAMES = re.compile(r"(day_\d+|train\.txt|.+\.tsv)(\.gz|\.bz2|\.zst)?|.+\.orc")
-_NUMBER, _HEX = re.compile(rb"-?\d{1,19}"), re.compile(rb"[0-9a-fA-F]{8}")
+_HEX = re.compile(rb"[0-9a-fA-F]{8}")
 _GOOD_LINE = re.compile(rb"[01](\t(-?[123]|\d{1,9})?){13}(\t([0-9a-fA-F]{8})?){26}")
 
 
@@ -156,9 +157,9 @@ def _fault(line: bytes) -> Fault | None:
         wanted = f"wanted {len(_COLUMNS)} (label, 13 counts, 26 categories)"
         return Fault("fields", f"has {len(fields)} fields, {wanted}{commas}")
     for name, field in zip(_COLUMNS, fields, strict=True):
-        if name == LABEL and not (_NUMBER.fullmatch(field) and int(field) in (0, 1)):
+        if name == LABEL and Whole(0, 1).problem(field):
             return Fault("label", f"label is {shown(field)}, allowed are 0 and 1")
-        if name in DENSE and field and not (_NUMBER.fullmatch(field) and SMALLEST_COUNT <= int(field) <= LARGEST_COUNT):
+        if name in DENSE and field and Whole(SMALLEST_COUNT, LARGEST_COUNT).problem(field):
             return Fault("count", f"{name} is {shown(field)}, {_COUNT_RANGE}, or nothing")
         if name in SPARSE and field and not _HEX.fullmatch(field):
             return Fault("category", f"{name} is {shown(field)}, wanted 8 hexadecimal digits, or nothing")

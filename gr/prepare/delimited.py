@@ -9,7 +9,7 @@ import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,17 +27,8 @@ _BYTE = b"\x01"  # stands for a separator of several bytes, since Arrow takes on
 _UNITS = {"s": 0, "ms": 10**11, "us": 10**14, "ns": 10**17}
 
 
-class Field(Protocol):
-    """A column. arrow: the type as which Arrow reads it."""
-
-    @property
-    def arrow(self) -> pa.DataType: ...
-
-    def values(self, column: pa.ChunkedArray) -> Any:
-        """The column [T]. ValueError where `problem` has one for a field that Arrow took."""
-
-    def problem(self, field: bytes) -> str | None:
-        """What is wrong with a field."""
+# Kinds of columns. arrow: the type as which Arrow reads it. values: the column [T], ValueError where `problem` has one for
+# a field that Arrow took. problem: what is wrong with a field.
 
 
 @dataclass(frozen=True)
@@ -67,20 +58,19 @@ class Whole:
 
 @dataclass(frozen=True)
 class Time(Whole):
-    """Time since 1970 in a unit, s or ms."""
+    """Time since 1970 in seconds or milliseconds."""
 
     unit: str
 
-    @classmethod
-    def of(cls, unit: str) -> "Time":
-        low, high = _UNITS[unit], list(_UNITS.values())[list(_UNITS).index(unit) + 1] - 1
-        return cls(low, high, unit)
-
     def problem(self, field: bytes) -> str | None:
-        if (problem := super().problem(field)) and field.isdigit() and len(field) <= 19:
+        if (problem := super().problem(field)) and field.isdigit():
             actual = next(unit for unit, first in reversed(_UNITS.items()) if int(field) >= first)
             return f"is {int(field)}, which is a time in {actual}; write it in {self.unit} since 1970"
         return problem
+
+
+SECONDS = Time(0, _UNITS["ms"] - 1, "s")
+MILLISECONDS = Time(_UNITS["ms"], _UNITS["us"] - 1, "ms")
 
 
 @dataclass(frozen=True)
@@ -126,6 +116,9 @@ class Name:
         if _NAME.fullmatch(field.decode("ascii", "replace")):
             return None
         return f"{shown(field)} is no name: wanted ASCII without blanks and quotes"
+
+
+Field = Whole | Stars | Name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.prepare.delimited import LARGEST_ID, Lines, Time, Whole, header_of
+from gr.prepare.delimited import LARGEST_ID, MILLISECONDS, Lines, Whole, header_of
 from gr.prepare.lines import BadRows, OnBadRow, text_blocks
 from gr.prepare.partition import partitioned
 from gr.prepare.source import Source, SourceFile
@@ -40,7 +40,7 @@ _LOGS = {
 }
 _COLUMNS: dict[str, Whole] = {
     **dict.fromkeys(("user_id", "video_id"), Whole(0, LARGEST_ID)),
-    "time_ms": Time.of("ms"),
+    "time_ms": MILLISECONDS,
     **dict.fromkeys((*ACTIONS, "is_rand"), Whole(0, 1)),
     **dict.fromkeys(("play_time_ms", "duration_ms"), Whole(0, 2**31 - 1)),
     "tab": Whole(0, TABS - 1),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from gr.data.validate import packed
 from gr.errors import DataError
-from gr.prepare.delimited import LARGEST_ID, Field, Lines, Stars, Time, Whole, header_of, require_dense
+from gr.prepare.delimited import LARGEST_ID, SECONDS, Field, Lines, Stars, Whole, header_of, require_dense
 from gr.prepare.lines import shown, text_blocks
 from gr.prepare.ratings import STABLE_ORDER, group_users
 from gr.prepare.source import Source, SourceFile
@@ -20,7 +20,7 @@ from gr.prepare.write import Users, write_folder
 from gr.schema import DataSchema, HistoryColumns
 
 _ID = Whole(1, LARGEST_ID)
-_FIELDS: dict[str, Field] = {"user": _ID, "item": _ID, "rating": Stars(1, 1), "time": Time.of("s")}
+_FIELDS: dict[str, Field] = {"user": _ID, "item": _ID, "rating": Stars(1, 1), "time": SECONDS}
 _HALVES = _FIELDS | {"rating": Stars(0.5, 0.5)}
 _RECBOLE_HEADER = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
 

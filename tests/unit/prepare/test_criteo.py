@@ -319,7 +319,7 @@ def test_parts(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from gr.prepare import criteo
-owner, name = {"note": (criteo, "_write_json"), "group": (criteo.PartWriter, "_write_group")}[sys.argv[1]]
+owner, name = {"note": (criteo, "write_json"), "group": (criteo.PartWriter, "_write_group")}[sys.argv[1]]
 function, calls = getattr(owner, name), iter(range(int(sys.argv[2])))
 def killing(*arguments):
     result = function(*arguments)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gr.errors import DataError
-from gr.prepare.delimited import Field, Lines, Name, Stars, Time, Whole, require_dense
+from gr.prepare.delimited import MILLISECONDS, SECONDS, Field, Lines, Name, Stars, Whole, require_dense
 from gr.prepare.source import SourceFile
 
 
@@ -18,7 +18,7 @@ def read(folder: Path, text: str, fields: dict[str, Field], header: dict[str, st
 
 def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
     header = {"user": "userId", "time": "timestamp"}
-    fields: dict[str, Field] = {"user": Whole(1, 9), "time": Time.of("s")}
+    fields: dict[str, Field] = {"user": Whole(1, 9), "time": SECONDS}
     columns = read(tmp_path, "timestamp,note,userId\n99999999999,a b,3\n7,0x1,4\n", fields, header)
     assert columns["user"].tolist() == [3, 4] and columns["time"].tolist() == [99999999999, 7]
     with pytest.raises(DataError, match="line 1: column userId is named twice"):
@@ -30,12 +30,12 @@ def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
     [(978342450, "s"), (978342450_000, "ms"), (978342450_000_000, "us"), (978342450_000_000_000, "ns")],
 )
 def test_the_unit_of_a_time_is_seen_by_its_size(tmp_path: Path, number: int, unit: str) -> None:
-    for wanted in ("s", "ms"):
+    for wanted, field in (("s", SECONDS), ("ms", MILLISECONDS)):
         if unit == wanted:
-            assert read(tmp_path, f"{number}\n", {"time": Time.of(wanted)})["time"].tolist() == [number]
+            assert read(tmp_path, f"{number}\n", {"time": field})["time"].tolist() == [number]
         else:
             with pytest.raises(DataError, match=f"line 1, .* a time in {unit}; write it in {wanted} since 1970"):
-                read(tmp_path, f"{number}\n", {"time": Time.of(wanted)})
+                read(tmp_path, f"{number}\n", {"time": field})
 
 
 @pytest.mark.parametrize("text", ["0x5", " 5", "5 ", "+5", "5.0", "5e0", "", "nan", "\u0665", "5\t", "1_0", "9" * 5000])
