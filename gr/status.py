@@ -53,6 +53,16 @@ class RunStatus:
     error: RunError | None = None
 
 
+def _require_types(part: RunStatus | RunError) -> None:
+    """TypeError for a field that is not what it declares, ValueError for one that is no finite number."""
+    for name, declared in get_type_hints(type(part)).items():
+        kinds, value = get_args(declared) or (declared,), getattr(part, name)
+        if type(value) not in kinds and value not in kinds and not (type(value) is int and float in kinds):
+            raise TypeError(f"{name} is {value!r}")
+        if type(value) in (int, float) and not abs(value) < (1e12 if name == "updated" else math.inf):
+            raise ValueError(f"{name} is {value}")
+
+
 def read_status(run_dir: Path) -> RunStatus:
     """The status in `run_dir`.
 
@@ -76,16 +86,6 @@ def read_status(run_dir: Path) -> RunStatus:
     except (ValueError, TypeError, KeyError, RecursionError) as fault:
         raise GRError(f"{path}: not a status of this version of gr ({fault}); start the run again") from None
     return status
-
-
-def _require_types(part: RunStatus | RunError) -> None:
-    """TypeError for a field that is not what it declares, ValueError for one that is no finite number."""
-    for name, declared in get_type_hints(type(part)).items():
-        kinds, value = get_args(declared) or (declared,), getattr(part, name)
-        if type(value) not in kinds and value not in kinds and not (type(value) is int and float in kinds):
-            raise TypeError(f"{name} is {value!r}")
-        if type(value) in (int, float) and not abs(value) < (1e12 if name == "updated" else math.inf):
-            raise ValueError(f"{name} is {value}")
 
 
 class StatusFile:

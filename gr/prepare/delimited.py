@@ -27,8 +27,8 @@ _BYTE = b"\x01"  # stands for a separator of several bytes, since Arrow takes on
 _UNITS = {"s": 0, "ms": 10**11, "us": 10**14, "ns": 10**17}
 
 
-# Kinds of columns. arrow: the type as which Arrow reads it. values: the column [T], ValueError where `problem` has one for
-# a field that Arrow took. problem: what is wrong with a field.
+# Kinds of columns. arrow: the type as which Arrow reads it. values: the column [T], ValueError where `problem` has one
+# for a field that Arrow took. problem: what is wrong with a field.
 
 
 @dataclass(frozen=True)
