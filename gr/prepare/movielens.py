@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.validate import packed
 from gr.errors import DataError
 from gr.prepare.delimited import LARGEST_ID, SECONDS, Field, Lines, Stars, Whole, header_of, require_dense
 from gr.prepare.lines import shown, text_blocks
@@ -127,10 +126,10 @@ def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> 
     with file.open() as stream:
         table = pq.read_table(stream, columns=["user_id", "item_ids"], page_checksum_verification=True)
         user_ids = table.column("user_id").cast(pa.int64())
-        offsets, values, nulls = packed(table.column("item_ids").cast(pa.list_(pa.int64())))
-    if nulls.any() or values.null_count or user_ids.null_count:
+        lists = table.column("item_ids").cast(pa.list_(pa.int64())).combine_chunks()
+    if lists.null_count or lists.flatten().null_count or user_ids.null_count:
         raise DataError(f"{file}: column user_id or item_ids has nulls")
-    items = values.to_numpy()
+    items, offsets = lists.flatten().to_numpy(), np.append(0, np.cumsum(lists.value_lengths().to_numpy()))
     unknown = ~np.isin(items, movies)
     if unknown.any():
         first = int(unknown.argmax())
