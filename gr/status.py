@@ -8,12 +8,13 @@ failed    an error ended the run, and trying again will not cure it
 
 import fcntl
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from gr.errors import GRError
 from gr.files import is_transient, write_json
@@ -52,6 +53,16 @@ class RunStatus:
     error: RunError | None = None
 
 
+def _require_types(part: RunStatus | RunError) -> None:
+    """TypeError for a field that is not what it declares, ValueError for one that is no finite number."""
+    for name, declared in get_type_hints(type(part)).items():
+        kinds, value = get_args(declared) or (declared,), getattr(part, name)
+        if type(value) not in kinds and value not in kinds and not (type(value) is int and float in kinds):
+            raise TypeError(f"{name} is {value!r}")
+        if type(value) in (int, float) and not abs(value) < (1e12 if name == "updated" else math.inf):
+            raise ValueError(f"{name} is {value}")
+
+
 def read_status(run_dir: Path) -> RunStatus:
     """The status in `run_dir`.
 
@@ -69,8 +80,9 @@ def read_status(run_dir: Path) -> RunStatus:
     try:
         fields = json.loads(text)
         status = RunStatus(**fields | {"error": RunError(**fields["error"]) if fields["error"] else None})
-        if status.state not in get_args(State):
-            raise ValueError(f"state {status.state!r}")
+        _require_types(status)
+        if status.error:
+            _require_types(status.error)
     except (ValueError, TypeError, KeyError, RecursionError) as fault:
         raise GRError(f"{path}: not a status of this version of gr ({fault}); start the run again") from None
     return status

@@ -64,7 +64,8 @@ class CheckpointFolder:
             return None
         try:
             best = json.loads(path.read_text())
-            if not (isinstance(best["step"], int) and isinstance(best["metric"], str) and math.isfinite(best["value"])):
+            number = type(best["step"]) is int and type(best["value"]) in (int, float) and math.isfinite(best["value"])
+            if not (number and isinstance(best["metric"], str)):
                 raise ValueError("step, metric or value is of another type")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(
@@ -140,9 +141,10 @@ def read_progress(path: Path) -> dict[str, Any]:
         progress = json.loads((path / PROGRESS).read_text())
         if not isinstance(progress, dict) or not {"step", "data"} <= progress.keys():
             raise ValueError(f"{PROGRESS} has no step or no data")
-        if not isinstance(progress["step"], int) or not isinstance(progress["data"], dict):
-            raise ValueError(f"{PROGRESS} has a step or data of another type")
-    except (OSError, ValueError, RecursionError) as error:
+        numbers = [progress["step"], *(value for value in progress["data"].values() if value is not None)]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError(f"{PROGRESS} has a step or a place in the data that is no number")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         if is_transient(error):
             raise
         raise CheckpointError(

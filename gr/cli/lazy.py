@@ -1,13 +1,32 @@
-"""A click group that imports a subcommand only when it runs, so that `gr --help` costs no torch."""
+"""Groups of commands: strict on options; and one that imports a command when it runs, for `gr --help` without torch."""
 
 import difflib
 import importlib
+from collections import Counter
 from collections.abc import Mapping
 
 import click
 
 
-class LazyGroup(click.Group):
+class StrictGroup(click.Group):
+    """An option of one value that is given twice is an error, of which click would take the last without a word."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        name, command, rest = super().resolve_command(ctx, args)
+        if any("\0" in argument for argument in rest):
+            ctx.fail("an argument has a NUL in it")
+        if command is not None and not isinstance(command, click.Group):
+            trial = click.Context(command, info_name=name, parent=ctx, resilient_parsing=True)
+            _, _, order = command.make_parser(trial).parse_args(list(rest))
+            single = Counter(
+                option.opts[0] for option in order if isinstance(option, click.Option) and not option.multiple
+            )
+            if twice := [option for option, count in single.items() if count > 1]:
+                ctx.fail(f"{twice[0]} is given {single[twice[0]]} times, and takes one value")
+        return name, command, rest
+
+
+class LazyGroup(StrictGroup):
     """lazy: name of the subcommand -> ("module:attribute", its line in the help)."""
 
     def __init__(self, *args, lazy: Mapping[str, tuple[str, str]], **kwargs) -> None:

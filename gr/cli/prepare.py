@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from gr.cli.lazy import StrictGroup
 from gr.cli.prepare_events import command as events
 
 
@@ -75,7 +76,11 @@ _OUT = [
     _option("--force", "Replace --out if it exists.", is_flag=True),
 ]
 _RAW = [
-    _option("--source", "Folder, zip archive or URL of the raw data, as published.", required=True),
+    _option(
+        "--source",
+        "Folder, zip archive, file (plain, .gz, .bz2, .zst) or URL of the raw data, as published.",
+        required=True,
+    ),
     _option("--sha256", "Expected digest of the archive; otherwise a download's digest is shown, not checked."),
     *_OUT,
 ]
@@ -90,10 +95,10 @@ _YAMBDA = [
     _option("--size", type=click.Choice(["50m", "500m", "5b"]), default="50m"),
     _ON_BAD_ROW,
 ]
-_ROWS_OF_CRITEO = "train.txt, day_N, *.tsv (plain or .gz), *.orc; or a folder or pattern of them."
+_ROWS_OF_CRITEO = "train.txt, day_N, *.tsv (plain, .gz, .bz2, .zst), *.orc; or a folder or pattern of them."
 _TRANSFORM = "Formula for counts x: log(max(x, 0) + 1), or log(x - smallest of the file + 2). Default: log1p_clip."
 _CRITEO = [
-    _option("--source", _ROWS_OF_CRITEO, required=True),
+    _option("--source", _ROWS_OF_CRITEO, required=True, multiple=True),
     click.Argument(["more"], nargs=-1),
     *_OUT,
     _option("--threshold", "Occurrences from which a value gets an id. Default: 1.", type=click.IntRange(1)),
@@ -196,9 +201,11 @@ class _Command(click.Command):
         click.echo("\n".join([f"{out}: {first}", *more]))
 
 
-def _criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart: bool, **values: Any) -> None:
+def _criteo(
+    source: tuple[str, ...], more: tuple[str, ...], out: Path, force: bool, restart: bool, **values: Any
+) -> None:
     """No row of the table: prepare_criteo keeps a folder of its own, to continue an interrupted run."""
-    files, options = _load("criteo_rows:find_sources")([source, *more]), _load("criteo:CriteoOptions")(**values)
+    files, options = _load("criteo_rows:find_sources")([*source, *more]), _load("criteo:CriteoOptions")(**values)
     schema = _load("criteo:prepare_criteo")(files, out, options, force=force, restart=restart)
     ids = sum(column.cardinality for column in schema.sparse)
     click.echo(f"{out}: {schema.rows} rows of {len(schema.files)} files, {ids} ids in {len(schema.sparse)} columns")
@@ -213,6 +220,6 @@ def _criteo(source: str, more: tuple[str, ...], out: Path, force: bool, restart:
 _GROUP_HELP = """Turn your own log (events), or a public data set, into schema.json and Parquet parts.\n
 Events are ordered by time within each user, ties in file order; schema.json states the rule."""
 _CRITEO_COMMAND = click.Command("criteo", params=_CRITEO, callback=_criteo, help=_CRITEO_HELP)
-command = click.Group(
+command = StrictGroup(
     "prepare", [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND, events], help=_GROUP_HELP
 )

@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gr.errors import DataError
-from gr.prepare.ratings import STABLE_ORDER, Format, group_users, read_ratings
+from gr.prepare.delimited import SECONDS, Lines, Name, Stars
+from gr.prepare.ratings import STABLE_ORDER, group_users
 from gr.prepare.source import Source
 from gr.prepare.write import write_folder
 from gr.schema import DataSchema
 
 _MIN_EVENTS = 5
-_FORM = Format(",", 0, pa.dictionary(pa.int32(), pa.string()))
+_LINES = Lines(",", {"user": Name(), "item": Name(), "rating": Stars(1, 1), "time": SECONDS})
 
 
 def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
@@ -28,9 +29,9 @@ def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
     header.
     """
     file = source.require("ratings_Books.csv")
-    events = read_ratings(file, _FORM)
-    users, user_names = _codes(events.column("user"))
-    items, item_names = _codes(events.column("item"))
+    events = _LINES.read(file)
+    users, user_names = _codes(events["user"])
+    items, item_names = _codes(events["item"])
     enough = (np.bincount(users) >= _MIN_EVENTS)[users] & (np.bincount(items) >= _MIN_EVENTS)[items]
     if not enough.any():
         raise DataError(f"{file}: no line has an item and a user with {_MIN_EVENTS} lines each")
@@ -39,14 +40,15 @@ def prepare_amazon_books(source: Source, folder: Path) -> DataSchema:
     long = (np.bincount(users) >= _MIN_EVENTS)[users]
     if not long.any():
         raise DataError(f"{file}: no user has {_MIN_EVENTS} events left after filtering")
-    times, ratings = (events.column(name).to_numpy()[enough][long] for name in ("time", "rating"))
+    times, ratings = (events[name][enough][long] for name in ("time", "rating"))
+    grouped, stated = group_users(file, users[long], items[long], times, ratings)
     return write_folder(
         folder,
-        group_users(users[long], items[long], times, ratings),
+        grouped,
         corpus=np.arange(1, item_count + 1),
         name="amazon-books",
         order=STABLE_ORDER.format(file=file.name),
-        source=f"{file}; items and users with >= {_MIN_EVENTS} lines, then users with >= {_MIN_EVENTS} events",
+        source=f"{stated}; items and users with >= {_MIN_EVENTS} lines, then users with >= {_MIN_EVENTS} events",
     )
 
 

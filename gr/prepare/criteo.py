@@ -20,12 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import ConfigError, DataError
+from gr.files import write_json
 from gr.logging import get_logger
 from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, Block, is_orc, read_blocks
 from gr.prepare.criteo_vocabulary import ValueCounts, Vocabulary, write_vocabulary
 from gr.prepare.lines import BadRows, OnBadRow
+from gr.prepare.source import reading
 from gr.prepare.tabular import ROWS_PER_GROUP, Transform, dense_feature, tabular_table, with_progress
-from gr.prepare.write import PartWriter, atomic_folder, part_name, require_replaceable
+from gr.prepare.write import PartWriter, atomic_folder, part_name, require_replaceable, writing
 from gr.schema import (
     FORMAT_VERSION,
     PART_PATTERN,
@@ -73,13 +75,14 @@ def prepare_criteo(
     work = out.with_name(f".{out.name}.unfinished")
     if restart and work.exists():
         shutil.rmtree(work)
-    run = _Run(work, sources, _settled(options))
-    try:
-        schema = run.finish()
-    except (DataError, ConfigError):
-        if not any(run.done()):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+    with writing(out):
+        run = _Run(work, sources, _settled(options))
+        try:
+            schema = run.finish()
+        except (DataError, ConfigError):
+            if not any(run.done()):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
     with atomic_folder(out, force) as folder:
         for path in [work / VOCABULARY_FOLDER, *sorted(work.glob(PART_PATTERN)), work / SCHEMA_FILE]:
             path.rename(folder / path.name)
@@ -133,9 +136,9 @@ class _Run:
         if not file.exists():
             for name in (_COUNTS, _WRITTEN):
                 (self._work / name).mkdir(parents=True, exist_ok=True)
-            _write_json(file, task)
+            write_json(file, task)
             return
-        begun = json.loads(file.read_text(encoding="utf-8"))
+        begun = _read_json(file)
         for name, value in task.items():
             if begun.get(name) != value:
                 raise ConfigError(
@@ -175,7 +178,7 @@ class _Run:
             minimum = min(minimum, *(column.min() for column in block.counts))
             values.add(block.categories if self._options.vocabulary is None else ())
         values.close()
-        _write_json(folder / "done.json", {**stamp, "minimum": int(minimum), "bad_rows": self._bad.take()})
+        write_json(folder / "done.json", {**stamp, "minimum": int(minimum), "bad_rows": self._bad.take()})
 
     def _vocabulary(self) -> Vocabulary:
         """The vocabulary in the work folder, made first if it is missing."""
@@ -230,15 +233,15 @@ class _Run:
             "negative": negative.tolist(),
             "bad_rows": self._bad.take(),
         }
-        _write_json(place, note)
+        write_json(place, note)
         return note
 
     def _noted(self, place: Path, file: Path) -> dict[str, Any] | None:
         """The note written when the file was done; None if it is not. DataError for a file that changed since."""
         if not place.exists():
             return None
-        note = json.loads(place.read_text(encoding="utf-8"))
-        if any(note[name] != value for name, value in _stamp(file).items()):
+        note = _read_json(place)
+        if any(note.get(name) != value for name, value in _stamp(file).items()):
             raise DataError(f"{file}: changed after it was read; pass --restart to begin again")
         if note["bad_rows"] and self._options.on_bad_row == "fail":
             raise DataError(
@@ -250,6 +253,7 @@ class _Run:
     def _schema(self, vocabulary: Vocabulary, notes: list[dict[str, Any]]) -> TabularSchema:
         rows = sum(note["rows"] for note in notes)
         if not rows:
+            shutil.rmtree(self._work)
             raise DataError(f"{self._sources[0]}: no row is left to write, in {len(self._sources)} files")
         bad_rows: Counter[str] = Counter()
         for note in notes:
@@ -286,7 +290,10 @@ def _stamp(file: Path) -> dict[str, int]:
     return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(file)
+def _read_json(file: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    with reading(f"{file} of an interrupted run (--restart begins again)"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("is no JSON object")
+        return content

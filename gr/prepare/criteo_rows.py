@@ -1,8 +1,8 @@
 """Criteo's rows, as published, -> blocks of arrays; a bad row is an error with its line, or counted.
 
 Text: lines of a label, 13 counts and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing
-(Kaggle's train.txt and Terabyte's day_0 to day_23, plain or .gz). ORC: the columns label, i1..i13 (double) and c1..c26
-(int64), each a list of at most one value.
+(Kaggle's train.txt and Terabyte's day_0 to day_23, plain or compressed). ORC: the columns label, i1..i13 (double) and
+c1..c26 (int64), each a list of at most one value.
 
 A count may be negative down to -3: Kaggle's I2 holds -1 to -3, Terabyte's I8 -1.
 
@@ -23,7 +23,9 @@ import pyarrow.csv as csv
 import pyarrow.orc as orc
 
 from gr.errors import DataError
-from gr.prepare.lines import BadRows, Fault, parse_lines, whole_lines
+from gr.prepare.delimited import Whole
+from gr.prepare.lines import BadRows, Fault, parse_lines, shown, whole_lines
+from gr.prepare.source import SourceFile, reading
 
 LABEL = "label"
 DENSE = tuple(f"i{n}" for n in range(1, 14))
@@ -31,8 +33,8 @@ SPARSE = tuple(f"c{n}" for n in range(1, 27))
 SMALLEST_COUNT, LARGEST_COUNT = -3, 2**31 - 1
 _COUNT_RANGE = f"wanted a whole number from {SMALLEST_COUNT} to {LARGEST_COUNT}"
 _COLUMNS = (LABEL, *DENSE, *SPARSE)
-_NAMES = re.compile(r"day_\d+(\.gz)?|train\.txt(\.gz)?|.+\.tsv(\.gz)?|.+\.orc")
-_NUMBER, _HEX = re.compile(rb"-?\d{1,19}"), re.compile(rb"[0-9a-fA-F]{8}")
+_NAMES = re.compile(r"(day_\d+|train\.txt|.+\.tsv)(\.gz|\.bz2|\.zst)?|.+\.orc")
+_HEX = re.compile(rb"[0-9a-fA-F]{8}")
 _GOOD_LINE = re.compile(rb"[01](\t(-?[123]|\d{1,9})?){13}(\t([0-9a-fA-F]{8})?){26}")
 
 
@@ -63,8 +65,8 @@ class Block:
 def find_sources(places: Sequence[str]) -> list[Path]:
     """Files of the given files, folders and patterns, in the order of the numbers in their names (day_2 before day_10).
 
-    From a folder: day_N, train.txt and *.tsv, plain or .gz, and *.orc. DataError if it has none, one comes twice, or
-    text and ORC are mixed.
+    From a folder: day_N, train.txt and *.tsv, plain or .gz, .bz2 or .zst, and *.orc. DataError if it has none, one
+    comes twice, also compressed, or text and ORC are mixed.
     """
     files: list[Path] = []
     for place in places:
@@ -75,14 +77,14 @@ def find_sources(places: Sequence[str]) -> list[Path]:
             matches = [path] if path.is_file() else [Path(name) for name in glob(place)]
         if not matches:
             raise DataError(
-                f"{place}: no such file, or no day_N, train.txt, *.tsv (or .gz of them) or *.orc in it; give --source "
-                "Criteo's rows"
+                f"{place}: no such file, or no day_N, train.txt, *.tsv (or .gz, .bz2, .zst) or *.orc in it; give "
+                "--source Criteo's rows"
             )
         files += matches
     files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))])
-    twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
-    if twice:
-        raise DataError(f"{twice[0]}: is in --source twice; give each file once")
+    unpacked = Counter(re.sub(r"\.(gz|bz2|zst)$", "", str(file.resolve())) for file in files)
+    if twice := [file for file, count in unpacked.items() if count > 1]:
+        raise DataError(f"{twice[0]}: is in --source twice, perhaps once compressed; give each file once")
     if len({is_orc(file) for file in files}) > 1:
         raise DataError(f"{files[0]}, {files[-1]}: --source mixes text and ORC; prepare them one after the other")
     return files
@@ -97,15 +99,13 @@ def read_blocks(file: Path, bad: BadRows) -> Iterator[Block]:
 
     Raises DataError for a file that cannot be read, is damaged, or has other columns, and for a bad row as `bad` says.
     """
-    try:
-        yield from _orc_blocks(file, bad) if is_orc(file) else _text_blocks(file, bad)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read, it is damaged or cut off: {error}") from error
-
-
-def _text_blocks(file: Path, bad: BadRows) -> Iterator[Block]:
-    with pa.input_stream(str(file), compression="gzip" if file.suffix == ".gz" else None) as stream:
-        yield from parse_lines(file, whole_lines(file, stream), _parse, _fault, bad)
+    if is_orc(file):
+        with reading(file):
+            yield from _orc_blocks(file, bad)
+    else:
+        text = SourceFile(file)
+        with text.open() as stream:
+            yield from parse_lines(text, whole_lines(text, stream), _parse, _fault, bad)
 
 
 def _parse(text: bytes) -> Block:
@@ -153,15 +153,16 @@ def _fault(line: bytes) -> Fault | None:
         return None
     fields = line.split(b"\t")
     if len(fields) != len(_COLUMNS):
-        return Fault("fields", f"has {len(fields)} fields, wanted {len(_COLUMNS)} (label, 13 counts, 26 categories)")
+        commas = "; its separator is a comma, wanted a tab" if line.count(b",") >= len(SPARSE) else ""
+        wanted = f"wanted {len(_COLUMNS)} (label, 13 counts, 26 categories)"
+        return Fault("fields", f"has {len(fields)} fields, {wanted}{commas}")
     for name, field in zip(_COLUMNS, fields, strict=True):
-        shown = repr(field.decode("utf-8", "backslashreplace"))
-        if name == LABEL and not (_NUMBER.fullmatch(field) and int(field) in (0, 1)):
-            return Fault("label", f"label is {shown}, allowed are 0 and 1")
-        if name in DENSE and field and not (_NUMBER.fullmatch(field) and SMALLEST_COUNT <= int(field) <= LARGEST_COUNT):
-            return Fault("count", f"{name} is {shown}, {_COUNT_RANGE}, or nothing")
+        if name == LABEL and Whole(0, 1).problem(field):
+            return Fault("label", f"label is {shown(field)}, allowed are 0 and 1")
+        if name in DENSE and field and Whole(SMALLEST_COUNT, LARGEST_COUNT).problem(field):
+            return Fault("count", f"{name} is {shown(field)}, {_COUNT_RANGE}, or nothing")
         if name in SPARSE and field and not _HEX.fullmatch(field):
-            return Fault("category", f"{name} is {shown}, wanted 8 hexadecimal digits, or nothing")
+            return Fault("category", f"{name} is {shown(field)}, wanted 8 hexadecimal digits, or nothing")
     return None
 
 

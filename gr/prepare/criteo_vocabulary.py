@@ -128,7 +128,7 @@ def _ids(vocabulary: np.ndarray, column: Categories) -> np.ndarray:
 
 def _read(file: Path) -> np.ndarray:
     try:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             kind = parquet.schema_arrow.field("value").type
             if kind not in (pa.uint32(), pa.int64()):
                 raise DataError(f"{file}: column value has type {kind}, wanted uint32 or int64")

@@ -11,17 +11,16 @@ T events of a block.
 
 import re
 from collections.abc import Iterator, Mapping
+from csv import Error as CsvError
 from csv import reader
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv as csv
 
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.prepare.lines import BadRows, Fault, OnBadRow, parse_lines, text_blocks
+from gr.prepare.delimited import LARGEST_ID, MILLISECONDS, Lines, Whole, header_of
+from gr.prepare.lines import BadRows, OnBadRow, text_blocks
 from gr.prepare.partition import partitioned
 from gr.prepare.source import Source, SourceFile
 from gr.prepare.write import FolderWriter
@@ -39,19 +38,17 @@ _LOGS = {
     "1k": [*(f"{log}_1k" for log in _STANDARD), f"{_RANDOM}_1k"],
     "27k": [*(f"{log}_27k_part{part}" for log in _STANDARD for part in (1, 2)), f"{_RANDOM}_27k"],
 }
-_COUNTS = ("play_time_ms", "duration_ms")
-_RANGES = {
-    **dict.fromkeys(("user_id", "video_id"), (0, 2**31 - 4)),
-    "time_ms": (1, 2**53),
-    **dict.fromkeys(ACTIONS, (0, 1)),
-    **dict.fromkeys(_COUNTS, (0, 2**53)),
-    "is_rand": (0, 1),
-    "tab": (0, TABS - 1),
+_COLUMNS: dict[str, Whole] = {
+    **dict.fromkeys(("user_id", "video_id"), Whole(0, LARGEST_ID)),
+    "time_ms": MILLISECONDS,
+    **dict.fromkeys((*ACTIONS, "is_rand"), Whole(0, 1)),
+    **dict.fromkeys(("play_time_ms", "duration_ms"), Whole(0, 2**31 - 1)),
+    "tab": Whole(0, TABS - 1),
 }
-_NEEDED = tuple(_RANGES)
+_LINES = Lines(",", _COLUMNS, {name: name for name in _COLUMNS})
 _FIELDS = {"actions": "<i4", "watch_fraction": "<f4", "tab": "<i4", "exposure": "<i4"}
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _LINE_BYTES = 71  # 23 GB of logs, 323 M lines
-_WHOLE = re.compile(rb"-?\d+")
 
 
 def prepare_kuairand(size: str, source: Source, folder: Path, on_bad_row: OnBadRow = "fail") -> DataSchema:
@@ -67,7 +64,7 @@ def prepare_kuairand(size: str, source: Source, folder: Path, on_bad_row: OnBadR
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         nonlocal endless
         for file in files:
-            for raw in _events(file, bad):
+            for raw in _LINES.blocks(file, bad):
                 endless += int((raw["duration_ms"] == 0).sum())
                 yield _columns(raw)
 
@@ -90,6 +87,7 @@ def prepare_kuairand(size: str, source: Source, folder: Path, on_bad_row: OnBadR
     for count, effect in (
         (endless, "events of videos of no length, watch_fraction 0"),
         (users.unknown, "users without features"),
+        (partitions.repeated, "events repeat the user, time and video of another, and are kept"),
     ):
         if count:
             log.warning("%s: %d %s", source.path, count, effect)
@@ -106,11 +104,8 @@ class _UserFeatures:
     """user_features: an id for each value of a column, from 1 in the order of values (numbers by size); 0 is empty."""
 
     def __init__(self, file: SourceFile) -> None:
-        table = _read_users(file)
-        try:
-            user_ids = table.column("user_id").cast(pa.int64()).to_numpy()
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{file}: column user_id: {error}") from None
+        columns = _read_users(file)
+        user_ids = np.array(columns["user_id"], dtype=np.int64)
         order = np.argsort(user_ids, kind="stable")
         self._user_ids = user_ids[order]
         if (repeated := self._user_ids[1:] == self._user_ids[:-1]).any():
@@ -118,7 +113,7 @@ class _UserFeatures:
         self.largest = int(self._user_ids.max(initial=-1))
         self._ids, self.cardinalities, self.unknown = {}, {}, 0
         for name in USER_FEATURES:
-            texts = np.array(table.column(name).to_pylist(), dtype=object)[order]
+            texts = np.array(columns[name], dtype=object)[order]
             values = sorted({text for text in texts if text}, key=_by_size)
             number = {"": 0} | {value: place for place, value in enumerate(values, 1)}
             self._ids[name] = np.array([number[text] for text in texts], dtype=np.int64)
@@ -133,67 +128,30 @@ class _UserFeatures:
 
 
 def _by_size(text: str) -> tuple[float, str]:
-    try:
-        return float(text), text
-    except ValueError:
-        return float("inf"), text
+    return (float(text) if _NUMBER.fullmatch(text) else float("inf")), text
 
 
-def _read_users(file: SourceFile) -> pa.Table:
-    names = _header(file, ("user_id", *USER_FEATURES))
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+def _read_users(file: SourceFile) -> dict[str, list[str]]:
+    """The columns user_id and USER_FEATURES."""
+    needed = ("user_id", *USER_FEATURES)
+    names = header_of(file, ",", {name: name for name in needed})
+    lines = (line for text in text_blocks(file, header=True) for line in text.split(b"\n")[:-1])
+    rows = reader((line.decode("latin-1") for line in lines), strict=True)  # only compared: any bytes will do
+    columns: dict[str, list[str]] = {name: [] for name in needed}
     try:
-        with file.open() as stream:
-            table = csv.read_csv(stream, convert_options=convert)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: cannot be parsed: {error}") from None
-    if not table.num_rows:
+        for row in rows:
+            if len(row) != len(names):
+                raise ValueError(f"has {len(row)} fields, wanted {len(names)}")
+            fields = dict(zip(names, row, strict=True))
+            if problem := _COLUMNS["user_id"].problem(fields["user_id"].encode()):
+                raise ValueError(f"column user_id {problem}")
+            for name in needed:
+                columns[name].append(fields[name])
+    except (CsvError, ValueError) as error:
+        raise DataError(f"{file}, line {rows.line_num + 1}: {error}") from None
+    if not columns["user_id"]:
         raise DataError(f"{file}: has no users")
-    return table
-
-
-def _header(file: SourceFile, needed: tuple[str, ...]) -> list[str]:
-    """Names of the columns. DataError where a needed one is missing."""
-    with file.open() as stream:
-        names = next(reader([stream.readline().decode("utf-8", "replace").rstrip("\r\n")]), [])
-    if missing := [name for name in needed if name not in names]:
-        raise DataError(f"{file}, line 1: has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-    return names
-
-
-def _events(file: SourceFile, bad: BadRows) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of the columns _NEEDED, int64 [T], in file order."""
-    names = _header(file, _NEEDED)
-    texts = text_blocks(file, header=1)
-    yield from parse_lines(file, texts, partial(_parse, names), partial(_fault, names), bad, first=2)
-
-
-def _parse(names: list[str], text: bytes) -> dict[str, np.ndarray]:
-    """ValueError where a value is no whole number, or out of its range."""
-    table = csv.read_csv(
-        pa.BufferReader(text),
-        csv.ReadOptions(column_names=names, block_size=len(text) + 1, use_threads=False),
-        csv.ParseOptions(ignore_empty_lines=False),
-        csv.ConvertOptions(column_types=dict.fromkeys(_NEEDED, pa.int64()), include_columns=list(_NEEDED)),
-    )
-    raw = {name: table.column(name).to_numpy() for name in _NEEDED if not table.column(name).null_count}
-    for name, (low, high) in _RANGES.items():
-        if name not in raw or raw[name].min() < low or raw[name].max() > high:
-            raise ValueError(f"column {name} lacks a value or has one out of range")
-    return raw
-
-
-def _fault(names: list[str], line: bytes) -> Fault | None:
-    fields = line.split(b",")
-    if len(fields) != len(names):
-        return Fault("(fields)", f"has {len(fields)} fields, wanted {len(names)}")
-    for name, (low, high) in _RANGES.items():
-        field = fields[names.index(name)].strip()
-        if not _WHOLE.fullmatch(field):
-            return Fault(name, f"{field.decode('utf-8', 'replace')!r} is not a whole number", name)
-        if not low <= int(field) <= high:
-            return Fault(name, f"is {int(field)}, allowed are {low} to {high}", name)
-    return None
+    return columns
 
 
 def _columns(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

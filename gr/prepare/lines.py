@@ -1,5 +1,6 @@
 """Lines of text -> blocks of arrays: parsed by Arrow, and examined one by one only where Arrow meets a bad line."""
 
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ log = get_logger(__name__)
 OnBadRow = Literal["fail", "skip"]
 BLOCK_BYTES = 4 << 20
 _LONGEST_LINE = 1 << 20
+_SHOWN = 80
+_NO_TEXT = (b"PAR", b"ORC", b"PK\x03")
 Block = TypeVar("Block")
 
 
@@ -67,23 +70,27 @@ class BadRows:
 
 
 def parse_lines(
-    file: Path | SourceFile,
+    file: SourceFile,
     texts: Iterable[bytes],
     parse: Callable[[bytes], Block],
     fault_of_line: Callable[[bytes], Fault | None],
     bad: BadRows,
     *,
     first: int = 1,
+    is_suspect: Callable[[bytes], bool] = lambda text: False,
 ) -> Iterator[Block]:
     """Blocks of `texts`, which hold whole lines, in file order; bad lines as `bad` says. first: number of line one.
 
-    parse: makes a block of good lines, and raises ValueError (as Arrow does) where a line may be bad; only then
-    fault_of_line examines the lines, given without their ends. DataError where it finds none and parse still fails.
+    parse: makes a block of good lines, and raises ValueError (as Arrow does) where a line may be bad; only then, or
+    where the text is suspect, fault_of_line examines the lines, given without their ends. DataError where it finds none
+    and parse still fails.
     """
     line = first
     for text in texts:
         block = None
         try:
+            if text.startswith(BOM_UTF8) or is_suspect(text):  # Arrow skips this mark
+                raise ValueError("a line may be bad that Arrow takes")
             block = parse(text)
         except ValueError:
             good = []
@@ -96,39 +103,45 @@ def parse_lines(
             try:
                 block = parse(b"".join(good)) if good else None
             except ValueError as error:
-                problem = f"cannot be parsed: {error}; check that its lines end in LF or CR LF"
-                raise DataError(f"{file}, lines {line} on: {problem}") from None
+                raise DataError(f"{file}, lines {line} to {number}: cannot be parsed: {error}") from None
         if block is not None:
             yield block
         line += text.count(b"\n")
 
 
-def text_blocks(file: SourceFile, *, header: int) -> Iterator[bytes]:
-    """Whole lines of a file after `header` lines, with progress in bytes."""
-    with (
-        file.open() as stream,
-        tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
-    ):
-        for _ in range(header):
-            bar.update(len(stream.readline()))
-        for text in whole_lines(file, stream):
-            yield text
+def shown(field: bytes) -> str:
+    """A field as a message quotes it, cut off where it is long."""
+    text = field[:_SHOWN].decode("utf-8", "backslashreplace")
+    return repr(text) + (f" and {len(field) - _SHOWN} bytes more" if len(field) > _SHOWN else "")
+
+
+def text_blocks(file: SourceFile, *, header: bool = False) -> Iterator[bytes]:
+    """Whole lines of a file, without the first where it is a header, with progress in bytes."""
+    with file.open() as stream, tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
+        for number, text in enumerate(whole_lines(file, stream)):
+            lines = text[text.index(b"\n") + 1 :] if header and not number else text
+            if lines:
+                yield lines
             bar.update(len(text))
 
 
-def whole_lines(file: Path | SourceFile, stream: BinaryIO) -> Iterator[bytes]:
-    """Blocks of about BLOCK_BYTES that end with a line; a last line without an end gets one. DataError for a line of
-    more than 1 MiB.
+def whole_lines(file: SourceFile, stream: BinaryIO) -> Iterator[bytes]:
+    """Blocks of about BLOCK_BYTES that end with a line; a last line without an end gets one. A byte order mark and
+    blank lines at the end of the file are left out. DataError for a line of more than about 1 MiB.
     """
-    rest = b""
+    rest = stream.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
+    if rest.startswith(_NO_TEXT):
+        raise DataError(f"{file}: is a Parquet, ORC or zip file; wanted lines of text")
     while block := stream.read(BLOCK_BYTES):
-        cut = block.rfind(b"\n") + 1
+        text = rest + block
+        end = len(text[: text.rfind(b"\n") + 1].rstrip(b"\r\n"))
+        cut = text.index(b"\n", end) + 1 if end else 0
         if cut:
-            yield rest + block[:cut]
-            rest = block[cut:]
-        else:
-            rest += block
+            yield text[:cut]
+        elif b"\r" in text.rstrip(b"\r\n") and b"\n" not in text:
+            raise DataError(f"{file}: its lines end in CR alone; write them with LF or CR LF")
+        rest = text[cut:]
         if len(rest) > _LONGEST_LINE:
-            raise DataError(f"{file}: has a line of more than {_LONGEST_LINE} bytes")
-    if rest:
+            raise DataError(f"{file}: has a line, or blank lines, of more than {_LONGEST_LINE} bytes")
+    if rest.strip(b"\r\n"):
         yield rest + b"\n"

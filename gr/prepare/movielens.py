@@ -10,92 +10,99 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.columns import ColumnType, read_column
 from gr.errors import DataError
-from gr.prepare.ratings import STABLE_ORDER, Format, group_users, read_ratings
+from gr.prepare.delimited import LARGEST_ID, SECONDS, Field, Lines, Stars, Whole, header_of, require_dense
+from gr.prepare.lines import shown, text_blocks
+from gr.prepare.ratings import STABLE_ORDER, group_users
 from gr.prepare.source import Source, SourceFile
 from gr.prepare.write import Users, write_folder
 from gr.schema import DataSchema, HistoryColumns
 
+_ID = Whole(1, LARGEST_ID)
+_FIELDS: dict[str, Field] = {"user": _ID, "item": _ID, "rating": Stars(1, 1), "time": SECONDS}
+_HALVES = _FIELDS | {"rating": Stars(0.5, 0.5)}
+_RECBOLE_HEADER = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
+
 
 @dataclass(frozen=True)
 class Layout:
-    """One published layout: file and format of the ratings, and of the list of movies, whose first field is the id."""
+    """One published layout: ratings, and the list of movies, whose first field is the id. header: the id's name."""
 
     ratings: str
-    form: Format
+    lines: Lines
     movies: str
     separator: str
-    encoding: str = "latin-1"
-    header: int = 0
-
-    def movie_id(self, line: str) -> int:
-        """ValueError on a malformed line."""
-        if self.separator not in line:
-            raise ValueError(f"{line!r} has no {self.separator!r}")
-        return int(line.partition(self.separator)[0].strip('"'))
+    header: str | None = None
 
 
-_U_DATA = Layout("u.data", Format("\t", 0, pa.int32()), "u.item", "|")
-_RECBOLE = Layout("ml-100k.inter", Format("\t", 1, pa.int32()), "ml-100k.item", "\t", "utf-8", 1)
+_U_DATA = Layout("u.data", Lines("\t", _FIELDS), "u.item", "|")
+_RECBOLE = Layout(
+    "ml-100k.inter",
+    Lines("\t", _FIELDS, dict(zip(_FIELDS, _RECBOLE_HEADER, strict=True))),
+    "ml-100k.item",
+    "\t",
+    "item_id:token",
+)
+_CSV = Lines(",", _HALVES, {"user": "userId", "item": "movieId", "rating": "rating", "time": "timestamp"})
 _LAYOUTS = {
     "movielens-100k": [_U_DATA, _RECBOLE],
-    "movielens-1m": [Layout("ratings.dat", Format("::", 0, pa.int32()), "movies.dat", "::")],
-    "movielens-20m": [Layout("ratings.csv", Format(",", 1, pa.int32()), "movies.csv", ",", "utf-8", 1)],
+    "movielens-1m": [Layout("ratings.dat", Lines("::", _FIELDS), "movies.dat", "::")],
+    "movielens-20m": [Layout("ratings.csv", _CSV, "movies.csv", ",", "movieId")],
 }
 _GROUPED = "sequences.parquet"
 _STARS = (2, 3, 4, 5)
 
 
 def prepare_movielens(name: str, source: Source, folder: Path) -> DataSchema:
-    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in ratings.py."""
-    for layout in _LAYOUTS[name]:
-        ratings = source.find(layout.ratings)
-        if ratings is not None:
-            return _from_ratings(name, source, ratings, layout, folder)
-    grouped = source.find(_GROUPED)
-    if name == "movielens-1m" and grouped is not None:
-        return _from_grouped(name, source, grouped, folder)
-    files = " or ".join([layout.ratings for layout in _LAYOUTS[name]] + [_GROUPED] * (name == "movielens-1m"))
-    raise DataError(f"{source.path}: has no {files}; give the unpacked folder or the zip archive of {name}")
+    """Write movielens-100k, movielens-1m or movielens-20m into an empty folder. DataError as in delimited.py."""
+    layouts = _LAYOUTS[name]
+    file = source.require(*(layout.ratings for layout in layouts), *[_GROUPED] * (name == "movielens-1m"))
+    layout = next((layout for layout in layouts if file.name.startswith(layout.ratings)), None)
+    if layout is None:
+        return _from_grouped(name, source, file, folder)
+    return _from_ratings(name, source, file, layout, folder)
 
 
 def _movies(source: Source, layout: Layout) -> np.ndarray:
     """Movie ids, int64 ascending. DataError naming file and line."""
     file, ids = source.require(layout.movies), []
-    with file.open() as stream:
-        for number, line in enumerate(stream, start=1):
-            if number <= layout.header:
-                continue
-            try:
-                ids.append(layout.movie_id(line.decode(layout.encoding).rstrip("\r\n")))
-                if ids[-1] < 1:
-                    raise ValueError(f"item id {ids[-1]} is below 1")
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: {error}") from None
+    if layout.header:
+        header_of(file, layout.separator, {"item": layout.header})
+    lines = (line for text in text_blocks(file, header=bool(layout.header)) for line in text.split(b"\n")[:-1])
+    for number, line in enumerate(lines, start=1 + bool(layout.header)):
+        field, separator, _ = line.partition(layout.separator.encode())
+        if not separator:
+            raise DataError(f"{file}, line {number}: {shown(line)} has no {layout.separator!r}")
+        if problem := _ID.problem(field):
+            raise DataError(f"{file}, line {number}: item id {problem}")
+        ids.append(int(field))
     if not ids:
         raise DataError(f"{file}: has no items")
-    return np.unique(np.array(ids, dtype=np.int64))
+    movies, lines_of_each = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
+    if (twice := lines_of_each > 1).any():
+        raise DataError(f"{file}: item {movies[twice][0]} has {lines_of_each[twice][0]} lines; wanted one")
+    require_dense(file, "item id", int(movies[-1]), len(movies))
+    return movies
 
 
 def _from_ratings(name: str, source: Source, file: SourceFile, layout: Layout, folder: Path) -> DataSchema:
     movies = _movies(source, layout)
-    events = read_ratings(file, layout.form)
-    user_ids, items, times, ratings = (events.column(name).to_numpy() for name in ("user", "item", "time", "rating"))
-    unknown = ~np.isin(items, movies)
+    events = layout.lines.read(file)
+    unknown = ~np.isin(events["item"], movies)
     if unknown.any():
         first = int(unknown.argmax())
-        raise DataError(
-            f"{file}, line {first + 1 + layout.form.header}: item {items[first]} is not in the list of items"
-        )
-    users, columns = _with_actions(group_users(user_ids, items, times, ratings))
+        line = first + 1 + (layout.lines.header is not None)
+        raise DataError(f"{file}, line {line}: item {events['item'][first]} is not in the list of items")
+    require_dense(file, "user id", int(events["user"].max()), len(events["user"]))
+    grouped, stated = group_users(file, events["user"], events["item"], events["time"], events["rating"])
+    users, columns = _with_actions(grouped)
     return write_folder(
         folder,
         users,
         corpus=movies,
         name=name,
         order=STABLE_ORDER.format(file=file.name),
-        source=str(file),
+        source=stated,
         columns=columns,
     )
 
@@ -116,29 +123,24 @@ def _with_actions(users: Users) -> tuple[Users, HistoryColumns]:
 def _from_grouped(name: str, source: Source, file: SourceFile, folder: Path) -> DataSchema:
     """One row a user, already in order, without times: columns user_id and item_ids."""
     movies = _movies(source, _LAYOUTS[name][0])
-    try:
-        with file.open() as stream:
-            table = pq.read_table(stream, columns=["user_id", "item_ids"])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: is not a Parquet file with user_id and item_ids: {error}") from error
-    wanted, stored = ColumnType("id", is_list=True), table.column("item_ids")
-    if not wanted.reads(stored.type):
-        raise DataError(f"{file}: column item_ids has type {stored.type}, wanted {wanted}")
-    column = read_column(stored, wanted)
-    if column.nulls.any() or column.values.null_count:
-        raise DataError(f"{file}: column item_ids has nulls, or values that are no integers")
-    items, offsets = column.values.to_numpy(), column.offsets
-    assert offsets is not None, "a list column"
+    with file.open() as stream:
+        table = pq.read_table(stream, columns=["user_id", "item_ids"], page_checksum_verification=True)
+        user_ids = table.column("user_id").cast(pa.int64())
+        lists = table.column("item_ids").cast(pa.list_(pa.int64())).combine_chunks()
+    if lists.null_count or lists.flatten().null_count or user_ids.null_count:
+        raise DataError(f"{file}: column user_id or item_ids has nulls")
+    items, offsets = lists.flatten().to_numpy(), np.append(0, np.cumsum(lists.value_lengths().to_numpy()))
     unknown = ~np.isin(items, movies)
     if unknown.any():
         first = int(unknown.argmax())
         row = int(np.searchsorted(offsets, first, side="right") - 1)
         raise DataError(f"{file}: row {row}: item {items[first]} is not in the list of movies")
+    if len(np.unique(user_ids.to_numpy())) != len(user_ids):
+        raise DataError(f"{file}: column user_id has a user twice")
     stated = (table.schema.metadata or {}).get(b"order", b"as in the file").decode()
-    users = Users(table.column("user_id").to_numpy(), offsets, items)
     return write_folder(
         folder,
-        users,
+        Users(user_ids.to_numpy(), offsets, items),
         corpus=movies,
         name=name,
         order=f"as given, not sorted here; the file says: {stated}",

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gr.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
+from gr.prepare.delimited import require_dense
+from gr.prepare.write import ROWS_PER_GROUP, FolderWriter, Users, repeated_events
 
 EVENTS_PER_PARTITION = 2_000_000
 EVENTS_PER_GROUP = 1_000_000  # limit of a row group that has more than one user
@@ -36,7 +37,7 @@ def partitioned(
 
 
 class UserPartitions:
-    """Events by user, on disk."""
+    """Events by user, on disk. repeated: events sorted so far that have the user, time and item of an earlier one."""
 
     def __init__(self, folder: Path, fields: Mapping[str, str], *, expected_events: int) -> None:
         """folder: empty. fields: further fields of an event, beside user, time and item, each with its numpy type.
@@ -44,17 +45,23 @@ class UserPartitions:
         """
         self.dtype = np.dtype([("user", "<i8"), ("time", "<i8"), ("item", "<i8"), *fields.items()])
         self._folder, self._number = folder, max(1, math.ceil(expected_events / EVENTS_PER_PARTITION))
-        self._seen = np.zeros(0, dtype=bool)
-        self.events, self.largest_user = 0, -1
+        self._expected, self._seen = expected_events, np.zeros(0, dtype=bool)
+        self.events, self.repeated, self.largest_user = 0, 0, -1
 
     def add(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Append events, in file order. The caller has checked that users and items are 0 or more, and items int32."""
+        """Append events, in file order. The caller has checked that users and items are 0 or more, and items int32.
+
+        DataError for ids that are far more than the events.
+        """
         records = np.empty(len(columns["user"]), dtype=self.dtype)
         for name in self.dtype.names or ():
             records[name] = columns[name]
-        self._mark_seen(records["item"])
         self.largest_user = max(self.largest_user, int(records["user"].max(initial=-1)))
         self.events += len(records)
+        rows = max(self.events, self._expected)
+        require_dense("the events", "user id", self.largest_user, rows)
+        require_dense("the events", "item id", int(records["item"].max(initial=0)), rows)
+        self._mark_seen(records["item"])
         places = records["user"] % self._number
         records = records[np.argsort(places, kind="stable")]
         ends = np.cumsum(np.bincount(places, minlength=self._number))
@@ -74,7 +81,9 @@ class UserPartitions:
             if self._file(number).exists():
                 records = np.fromfile(self._file(number), dtype=self.dtype)
                 self._file(number).unlink()
-                yield records[np.lexsort((records["time"], records["user"]))]  # a stable sort
+                records = records[np.lexsort((records["time"], records["user"]))]  # a stable sort
+                self.repeated += repeated_events(records["user"], records["time"], records["item"])
+                yield records
 
     def write_users(self, writer: FolderWriter, contextual: Columns, of_items: Columns = lambda items_T: {}) -> None:
         """Write all users. contextual: columns [B] of users [B]. of_items: columns [T] of items [T]."""

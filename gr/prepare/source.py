@@ -1,22 +1,47 @@
-"""Places of raw data: a folder, a zip archive, or a URL to a zip archive."""
+"""Places of raw data: a folder, a zip archive, or a URL to a zip archive; files may be gzip, bzip2 or zstd."""
 
 import hashlib
+import lzma
+import struct
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from contextlib import closing
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
+import pyarrow as pa
 from tqdm import tqdm
 
-from gr.errors import DataError
+from gr.errors import DataError, TransientError
+from gr.files import is_transient
 from gr.logging import get_logger
 
 log = get_logger(__name__)
 _BLOCK_BYTES = 1 << 20
+# What zipfile, the decompressors and Arrow raise for damaged, encrypted or unknown content.
+_FAULTS = (
+    *(OSError, EOFError, RuntimeError, ValueError, MemoryError),
+    *(struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError, pa.ArrowException),
+)
+_CODECS = {".gz": ("gzip", b"\x1f\x8b"), ".bz2": ("bz2", b"BZh"), ".zst": ("zstd", b"\x28\xb5\x2f\xfd")}
+_RATIO = 5  # bytes of text that a byte of such a file holds, about
+
+
+@contextmanager
+def reading(place: object) -> Iterator[None]:
+    """What fails while `place` is read becomes a DataError that names it, or a TransientError where the disk failed."""
+    try:
+        yield
+    except _FAULTS as error:
+        if is_transient(error):
+            raise TransientError(f"{place}: cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{place}: cannot be read, it is damaged or cut off: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -35,20 +60,33 @@ class SourceFile:
 
     @property
     def size(self) -> int:
-        """Bytes, uncompressed."""
-        if self.member is None:
-            return self.path.stat().st_size
-        with zipfile.ZipFile(self.path) as archive:
-            return archive.getinfo(self.member).file_size
-
-    def open(self) -> BinaryIO:
-        """A stream of bytes. Raises DataError when it cannot be opened."""
-        try:
+        """Bytes of its content, estimated where it is compressed by itself."""
+        with reading(self):
             if self.member is None:
-                return self.path.open("rb")
-            return zipfile.ZipFile(self.path).open(self.member)  # type: ignore[return-value]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self}: cannot be opened: {error}") from error
+                size = self.path.stat().st_size
+            else:
+                with zipfile.ZipFile(self.path) as archive:
+                    size = archive.getinfo(self.member).file_size
+        return size * _RATIO if self.name.endswith(tuple(_CODECS)) else size
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """A stream of its content. DataError where it cannot be opened, and for every fault of reading in the block."""
+        with reading(self), ExitStack() as opened:
+            stream: Any
+            if self.member is None:
+                stream = opened.enter_context(self.path.open("rb"))
+            else:
+                archive = opened.enter_context(zipfile.ZipFile(self.path))
+                stream = opened.enter_context(archive.open(self.member))
+            start = stream.read(4)
+            stream.seek(0)
+            for ending, (codec, magic) in _CODECS.items():
+                if start.startswith(magic):
+                    stream = opened.enter_context(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec))
+                elif self.name.endswith(ending) and start:
+                    raise DataError(f"{self}: is no {codec} file, though its name says so")
+            yield cast(BinaryIO, stream)
 
 
 @dataclass(frozen=True)
@@ -58,28 +96,38 @@ class Source:
     path: Path
 
     def find(self, name: str) -> SourceFile | None:
-        """The file of that name: at the top of the folder or one folder down, or anywhere in the archive."""
-        if self.path.is_dir():
-            for place in [self.path / name, *sorted(self.path.glob(f"*/{name}"))]:
-                if place.is_file():
-                    return SourceFile(place)
-            return None
-        if self.path.name == name:
-            return SourceFile(self.path)
-        if not zipfile.is_zipfile(self.path):
-            return None
-        with zipfile.ZipFile(self.path) as archive:
-            members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == name]
-        return SourceFile(self.path, min(members, key=len)) if members else None
+        """The file of that name, or of that name and .gz, .bz2 or .zst: at the top of the folder, or else one folder
+        down, or anywhere in the archive. DataError where there are several.
+        """
+        names = {name, *(name + ending for ending in _CODECS)}
+        with reading(self.path):
+            if self.path.is_dir():
+                at_top = [self.path / each for each in names]
+                below = [place for each in names for place in self.path.glob(f"*/{each}")]
+                places = [p for p in at_top if p.is_file()] or [p for p in below if p.is_file()]
+                files = [SourceFile(place) for place in sorted(places)]
+            elif self.path.name in names:
+                files = [SourceFile(self.path)]
+            elif zipfile.is_zipfile(self.path):
+                with zipfile.ZipFile(self.path) as archive:
+                    members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] in names]
+                files = [SourceFile(self.path, member) for member in members]
+            else:
+                files = []
+        if len(files) > 1:
+            raise DataError(f"{self.path}: has {name} {len(files)} times: {', '.join(map(str, files))}; keep one")
+        return files[0] if files else None
 
-    def require(self, name: str) -> SourceFile:
-        """The file `find` finds. DataError if there is none."""
-        file = self.find(name)
-        if file is None:
-            raise DataError(
-                f"{self.path}: has no {name}; give the unpacked folder, or the zip archive, of the data set"
-            )
-        return file
+    def require(self, *names: str) -> SourceFile:
+        """The first of these files that `find` finds. DataError if there is none."""
+        for name in names:
+            if (file := self.find(name)) is not None:
+                return file
+        damaged = "" if self.path.is_dir() or zipfile.is_zipfile(self.path) else ", and is no zip archive, or damaged"
+        raise DataError(
+            f"{self.path}: has no {' or '.join(names)}{damaged}; give the unpacked folder, or the zip archive, of the "
+            "data set"
+        )
 
 
 def open_source(location: str, *, sha256: str | None, download_to: Path) -> Source:
@@ -90,11 +138,13 @@ def open_source(location: str, *, sha256: str | None, download_to: Path) -> Sour
     """
     if not location.startswith(("http://", "https://")):
         path = Path(location)
-        if not path.exists():
+        with reading(path):
+            exists, is_folder = path.exists(), path.is_dir()
+        if not exists:
             raise DataError(
                 f"{path}: no such file or folder; give --source the folder, zip archive or URL of the raw data"
             )
-        if sha256 is not None and path.is_dir():
+        if sha256 is not None and is_folder:
             raise DataError(
                 f"{path}: --sha256 is the digest of one file, and this is a folder; give the archive or drop it"
             )
@@ -127,7 +177,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _check(path: Path, expected: str | None) -> None:
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if expected is None:
         log.warning("%s: sha256 %s, not checked; pass it as --sha256 to check it the next time", path, digest)

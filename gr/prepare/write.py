@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.errors import DataError
+from gr.errors import DataError, TransientError
+from gr.files import is_transient
 from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema, HistoryColumns
 
 ROWS_PER_GROUP = 512
@@ -43,11 +44,31 @@ class Users:
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What fails for want of room, memory or rights becomes a DataError, or a TransientError where it may pass."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DataError(f"{out}: needs more memory than there is: {error}; ask for less") from error
+    except OSError as error:
+        message = f"{out}: cannot be written: {error.strerror or error}"
+        if is_transient(error):
+            raise TransientError(message) from error
+        raise DataError(f"{message}; make room, or choose another --out") from error
+
+
+@contextmanager
 def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place if the block succeeds and vanishes if it fails.
 
-    Raises DataError if `out` exists and force is not set.
+    Raises DataError if `out` exists and force is not set, and as `writing` does.
     """
+    with writing(out), _replacement(out, force) as folder:
+        yield folder
+
+
+@contextmanager
+def _replacement(out: Path, force: bool) -> Iterator[Path]:
     require_replaceable(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -245,3 +266,12 @@ def _fitted(offsets: np.ndarray) -> np.ndarray:
     """bool [T]: all events but the newest EVALUATION_EVENTS of each user."""
     from_end = np.repeat(offsets[1:], np.diff(offsets)) - np.arange(offsets[-1])
     return from_end > EVALUATION_EVENTS
+
+
+def repeated_events(users_T: np.ndarray, times_T: np.ndarray, items_T: np.ndarray) -> int:
+    """How many events have the user, time and item of an earlier one. Events of a user and time stand side by side."""
+    same_T = np.append(False, (users_T[1:] == users_T[:-1]) & (times_T[1:] == times_T[:-1]))
+    tied_T = same_T | np.append(same_T[1:], False)
+    group_T, item_T = np.cumsum(~same_T)[tied_T], items_T[tied_T]
+    order = np.lexsort((item_T, group_T))
+    return int(((np.diff(group_T[order]) == 0) & (np.diff(item_T[order]) == 0)).sum())

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from gr.data.parquet import read_footer
 from gr.errors import DataError
 from gr.logging import get_logger
+from gr.prepare.delimited import require_dense
 from gr.prepare.lines import BadRows, Fault, OnBadRow
 from gr.prepare.partition import partitioned
 from gr.prepare.write import FolderWriter
@@ -38,7 +39,7 @@ _BITS = {kind: 1 << ACTIONS.index(kind) for kind in EVENTS.values()}
 _WHOLE = ("uid", "timestamp", "item_id", "is_organic")
 _RANGES = {
     "uid": (0, 2**31 - 4),
-    "timestamp": (0, 2**53),
+    "timestamp": (0, 10**9),
     "item_id": (1, 2**31 - 3),
     "is_organic": (0, 1),
     "played_ratio_pct": (0, 2**31 - 1),
@@ -82,6 +83,8 @@ def prepare_yambda(size: str, source: Path, folder: Path, on_bad_row: OnBadRow =
             of_items=lambda items_T: {"artist": _mapped(artists, items_T), "album": _mapped(albums, items_T)},
         )
     notes = [*map(str, files), *bad.note()]
+    if partitions.repeated:
+        notes.append(f"{partitions.repeated} events repeat the user, time and item of another, and are kept")
     for name, mapping in (("artist", artists), ("album", albums)):
         if count := int((_mapped(mapping, items) == 0).sum()):
             notes.append(f"{count} items without {name}")
@@ -144,6 +147,8 @@ def _mapping(file: Path, name: str) -> np.ndarray:
         checks.range(column, values, 0, 2**31 - 4)
     if not len(items):
         raise DataError(f"{file}: has no rows")
+    for column, values in (("item_id", items), (name, ids)):
+        require_dense(file, column, int(values.max()), len(items))
     smallest = np.full(int(items.max()) + 1, np.iinfo(np.int64).max)
     np.minimum.at(smallest, items, ids + 1)
     return np.where(smallest == np.iinfo(np.int64).max, 0, smallest)

@@ -53,6 +53,19 @@ def test_the_first_failure_stays_until_the_next_start(status: StatusFile) -> Non
     assert read_status(status.run_dir) == BEGUN
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"step": "7"}, {"steps": True}, {"loss": [None]}, {"updated": float("nan")}, {"updated": 1e300}),
+        *({"step": 1.5}, {"error": {"rank": "1", "host": "h", "message": "m"}}, {"checkpoint": {}}),
+    ],
+)
+def test_a_field_of_another_type(status: StatusFile, field: dict) -> None:
+    (status.run_dir / "status.json").write_text(json.dumps(asdict(BEGUN) | field))
+    with pytest.raises(GRError, match=r"status\.json: not a status of this version"):
+        read_status(status.run_dir)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(asdict(BEGUN) | {"state": "fine"})])
 def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)

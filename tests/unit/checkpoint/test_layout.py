@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gr.checkpoint import CheckpointFolder, resolve
-from gr.checkpoint.layout import BEST, PROGRESS, read_progress
+from gr.checkpoint.layout import BEST, FORMAT, PROGRESS, read_progress
 from gr.errors import CheckpointError
 
 
@@ -110,6 +110,24 @@ def test_a_partial_one_that_someone_reads_does_not_keep_a_run_from_starting(
     (folder.partial(120) / "__0_0.distcp").write_text("")
     with pytest.raises(OSError, match="not empty"):
         folder.remove_partial()
+
+
+@pytest.mark.parametrize("step", [-1, 2**63, 1.5, True, None, "9"])
+def test_progress_that_is_none(folder: CheckpointFolder, step: object) -> None:
+    good = {"format": FORMAT, "step": 9, "data": {"position": 3}}
+    (folder.final(9) / PROGRESS).write_text(json.dumps(good))
+    assert read_progress(folder.final(9)) == good
+    for bad in (good | {"step": step}, good | {"data": {"position": step or "x"}}):
+        (folder.final(9) / PROGRESS).write_text(json.dumps(bad))
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            read_progress(folder.final(9))
+
+
+@pytest.mark.parametrize("value", [True, None, "0.5", float("nan"), [1]])
+def test_a_best_value_that_is_none(folder: CheckpointFolder, value: object) -> None:
+    (folder.path / "best.json").write_text(json.dumps({"step": 20, "metric": "mrr", "value": value}))
+    with pytest.raises(CheckpointError, match=r"best\.json: is not what gr wrote"):
+        folder.best()
 
 
 def test_partial_ones_are_removed_and_nothing_else(folder: CheckpointFolder) -> None:

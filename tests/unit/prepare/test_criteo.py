@@ -170,7 +170,12 @@ BASE = changed(random_rows(7, 1)[0], 0, "1")
 FAULTS = [
     ("fields", BASE[:-1], "has 39 fields, wanted 40"),
     ("fields", (*BASE, "x"), "has 41 fields"),
-    ("fields", ("",), "has 1 fields"),
+    ("fields", ("0",), "has 1 fields"),
+    (
+        "fields",
+        (",".join(BASE),),
+        "has 1 fields, wanted 40 (label, 13 counts, 26 categories); its separator is a comma",
+    ),
     ("label", changed(BASE, 0, "2"), "label is '2', allowed are 0 and 1"),
     ("label", changed(BASE, 0, ""), "label is ''"),
     ("label", changed(BASE, 0, "nan"), "label is 'nan'"),
@@ -212,7 +217,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     assert isinstance(failed, DataError) and "day_0.gz: cannot be read, it is damaged or cut off" in str(failed)
     (tmp_path / "train.txt").write_bytes(b"\0" * 3_000_000)
     failed = prepare(tmp_path / "train.txt", tmp_path / "out").exception
-    assert isinstance(failed, DataError) and "has a line of more than" in str(failed)
+    assert isinstance(failed, DataError) and "a line, or blank lines, of more than" in str(failed)
     (tmp_path / "train.txt").write_bytes(b"")
     failed = prepare(tmp_path / "train.txt", tmp_path / "out").exception
     assert isinstance(failed, DataError) and "no row is left to write" in str(failed)
@@ -314,7 +319,7 @@ def test_parts(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from gr.prepare import criteo
-owner, name = {"note": (criteo, "_write_json"), "group": (criteo.PartWriter, "_write_group")}[sys.argv[1]]
+owner, name = {"note": (criteo, "write_json"), "group": (criteo.PartWriter, "_write_group")}[sys.argv[1]]
 function, calls = getattr(owner, name), iter(range(int(sys.argv[2])))
 def killing(*arguments):
     result = function(*arguments)

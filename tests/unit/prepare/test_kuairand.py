@@ -132,7 +132,7 @@ def test_videos_of_no_length(tmp_path: Path) -> None:
         ("7,3,20220421,40", "line 4: has 4 fields, wanted 19"),
         (event(7, -3, 1), "line 4, column video_id: is -3, allowed are 0 to"),
         (event(7, 2**31, 1), f"line 4, column video_id: is {2**31}, allowed are 0 to"),
-        (event(7, 3, -T0), "line 4, column time_ms: is 0, allowed are 1 to"),
+        (event(7, 3, -T0), "line 4, column time_ms: is 0, which is a time in s; write it in ms"),
         (event(7, 3, 1, click=2), "line 4, column is_click: is 2, allowed are 0 to 1"),
         (event(7, 3, 1).removesuffix(",3") + ",15", "line 4, column tab: is 15, allowed are 0 to 14"),
         (event(7, 3, 1, play=-1), "line 4, column play_time_ms: is -1"),
@@ -154,7 +154,7 @@ def test_bad_lines_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out").exit_code == 1
     result = prepare(source, tmp_path / "out", "--on-bad-row", "skip")
     assert result.exit_code == 0, result.exception
-    assert "5 bad events left out: (fields) 2, is_click 1, video_id 2" in result.output
+    assert "4 bad events left out: (fields) 1, is_click 1, video_id 2" in result.output
     assert prepare(put(tmp_path / "good", [FIRST, SECOND, RANDOM], USERS), tmp_path / "wanted").exit_code == 0
     assert histories_by_user(tmp_path / "out") == histories_by_user(tmp_path / "wanted")
 
