@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from gr.errors import printable
+
 _ROOT = "gr"
 _logged: set[tuple[str, str]] = set()
 
@@ -44,6 +46,6 @@ class _PlainFormatter(logging.Formatter):
         super().__init__("%(message)s")
         self._prefix = f"[rank {rank}] " if rank else ""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._prefix}{level}{super().format(record)}"
+        return f"{self._prefix}{level}{printable(record.message)}"

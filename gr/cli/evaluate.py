@@ -1,9 +1,10 @@
 """`gr evaluate`: the metrics of a checkpoint, from the checkpoint and the evaluation data alone."""
 
-import os
 from typing import Literal
 
 import click
+
+from gr.environment import whole_number
 
 
 @click.command(help="Evaluate a checkpoint: a run folder (its best, or else its latest), or one step-XXXXXXXX folder.")
@@ -17,7 +18,7 @@ def command(
     from gr import logging
     from gr.api import evaluate
 
-    rank = int(os.environ.get("RANK", 0))
+    rank = whole_number("RANK", 0)
     logging.configure(rank)
     report = evaluate(checkpoint, overrides, split=split, plugins=plugins)
     if rank == 0:

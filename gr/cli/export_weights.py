@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from gr.cli.out import check_out
+from gr.cli.out import check_out, say
 
 
 @click.command(
@@ -33,4 +33,4 @@ def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -
     except OSError as error:
         raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
     size = sum(tensor.nbytes for tensor in tensors.values())
-    click.echo(f"{out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+    say(f"{out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")

@@ -6,9 +6,9 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from gr.api import planning_problem
+from gr.cli.out import cell, say, show
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
@@ -73,11 +73,11 @@ def _plan(inventory: InventoryConfig, topology: Topology, json_path: Path | None
     except DoesNotFit as error:
         with _working("it does not fit; trying remedies"):
             text = explanation(inventory, topology, error)
-        click.echo(f"error: {text}", err=True)
+        say(*f"error: {text}".split("\n"), err=True)
         return DOES_NOT_FIT
     estimated = estimate(plan)
     for part in summary(estimated):
-        Console().print(part)
+        show(part)
     _write(json_path, lambda: dump_plan(plan, predicted(estimated)))
     _write(html_path, lambda: page(estimated))
     return 0 if estimated.fits else DOES_NOT_FIT
@@ -88,16 +88,16 @@ def _smallest(inventory: InventoryConfig, topology: Topology) -> int:
 
     with _working("trying numbers of ranks"):
         ranks, trials = smallest(inventory, topology)
-    table = Table(title=Text(f"{inventory.name} on {topology.name}"))
+    table = Table(title=cell(f"{inventory.name} on {topology.name}"))
     for column in ("ranks", "fits", "why"):
         table.add_column(column, justify="right" if column == "ranks" else "left")
     for trial in trials:
-        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", Text(trial.limit))
-    Console().print(table)
+        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", cell(trial.limit))
+    show(table)
     if ranks is None:
-        click.echo(f"error: nothing up to {MOST_RANKS} ranks fits", err=True)
+        say(f"error: nothing up to {MOST_RANKS} ranks fits", err=True)
         return DOES_NOT_FIT
-    click.echo(f"smallest: {ranks} ranks of {topology.name}")
+    say(f"smallest: {ranks} ranks of {topology.name}")
     return 0
 
 
@@ -107,23 +107,23 @@ def _diff(before: Path, after: Path) -> None:
 
     comparison = compare(load_plan(before), load_plan(after))
     for what, old, new in comparison.others:
-        click.echo(f"the plans are for another {what}: {old} before, {new} after")
-    table = Table(title=Text(f"from {before} to {after}"))  # Text: a path or a name is no markup
+        say(f"the plans are for another {what}: {old} before, {new} after")
+    table = Table(title=cell(f"from {before} to {after}"))
     for column in ("table", "before", "after", "moved GB"):
         table.add_column(column, justify="right" if column == "moved GB" else "left")
     changes = sorted(comparison.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
-        table.add_row(Text(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
+        table.add_row(cell(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
     if changes:
-        Console().print(table)
+        show(table)
     if len(changes) > MOVES_SHOWN:
-        click.echo(f"and {len(changes) - MOVES_SHOWN} tables more")
+        say(f"and {len(changes) - MOVES_SHOWN} tables more")
     step, hbm = comparison.step_seconds, comparison.hbm_bytes
     counted = _counted(comparison.new, comparison.gone, comparison.moved)
-    click.echo(f"{counted}; {comparison.moved_bytes / 1e9:.3f} GB move to another rank")
-    click.echo(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
-    click.echo(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
+    say(f"{counted}; {comparison.moved_bytes / 1e9:.3f} GB move to another rank")
+    say(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
+    say(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
 
 
 def _counted(new: int, gone: int, moved: int) -> str:
@@ -150,7 +150,7 @@ def _write(path: Path | None, content) -> None:
         path.write_text(content())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
-    click.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def _working(what: str) -> Progress:

@@ -1,12 +1,12 @@
 """`gr recommend`: the best items of every user, from a checkpoint."""
 
-import os
 from pathlib import Path
 from typing import Literal, cast
 
 import click
 
-from gr.cli.out import check_out
+from gr.cli.out import check_out, say
+from gr.environment import whole_number
 
 
 @click.command(
@@ -27,10 +27,10 @@ def command(
     from gr.api import recommend
 
     check_out(out, force)
-    rank = int(os.environ.get("RANK", 0))
+    rank = whole_number("RANK", 0)
     logging.configure(rank)
     counts = recommend(checkpoint, out, overrides, k=k, holdout=cast(Literal[0, 1], holdout), plugins=plugins)
     if rank == 0:
-        click.echo(f"{out}: {counts['rows']:,} rows, {counts['users']:,} users")
+        say(f"{out}: {counts['rows']:,} rows, {counts['users']:,} users")
         if counts["without_history"]:
-            click.echo(f"{counts['without_history']:,} users have no history: nothing is recommended to them")
+            say(f"{counts['without_history']:,} users have no history: nothing is recommended to them")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gr.config.inventory import InventoryConfig
-from gr.errors import PlanError
+from gr.errors import PlanError, printable
 from gr.planner.enumerate import search_space
 from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
@@ -93,7 +93,7 @@ def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFi
     lines += _shortfall(inventory, topology)
     lines.append("remedies tried:")
     lines += [f"  {remedy}" for remedy in _remedies(inventory, topology)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # a line break in a name begins no line
 
 
 def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:

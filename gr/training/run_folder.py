@@ -16,6 +16,7 @@ from gr.checkpoint.layout import CHECKPOINTS, CONFIG
 from gr.config import dump_config
 from gr.config.run import RunConfig
 from gr.dist import World
+from gr.environment import whole_number
 from gr.errors import ConfigError, GRError, TrainingError, TransientError
 from gr.files import DISK_FULL, is_transient, write_text
 from gr.logging import get_logger, log_once
@@ -135,7 +136,7 @@ def _start(config: RunConfig, world: World) -> None:
     """Raises TrainingError in a worker that torchrun restarted after a failure that a restart will not cure."""
     run_dir = Path(config.run_dir)
     status = StatusFile(run_dir)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (failure := _failure(run_dir)):
+    if whole_number("TORCHELASTIC_RESTART_COUNT", 0) and (failure := _failure(run_dir)):
         raise TrainingError(f"not tried again: {failure.message}")
     status.start(_status(config, world.size))
 
@@ -162,10 +163,10 @@ def _failure(run_dir: Path) -> RunError | None:
 
 def record_refusal(config: RunConfig, error: GRError) -> None:
     """For a rank that cannot join the others: status.json says why, unless a run is in the folder."""
-    run_dir, failure = Path(config.run_dir), RunError(int(os.environ.get("RANK", 0)), socket.gethostname(), str(error))
+    run_dir, failure = Path(config.run_dir), RunError(whole_number("RANK", 0), socket.gethostname(), str(error))
     try:
         with _locked(run_dir, 0):
-            status = _status(config, int(os.environ.get("WORLD_SIZE", 1)))
+            status = _status(config, whole_number("WORLD_SIZE", 1, least=1))
             StatusFile(run_dir).start(replace(status, state="failed", error=failure))
     except (GRError, OSError) as fault:
         log.info("status.json does not say why this rank cannot join: %s", fault)
