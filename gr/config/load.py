@@ -51,6 +51,8 @@ def load_config(
     bases = plugins is None
     reader = Reader(default_kinds(RetrievalConfig), bases=bases)
     tree = reader.read(path, overrides)
+    if "tables" in tree.value and "trainer" not in tree.value:
+        raise ConfigError(f"{path}: an inventory, which names no data and no training: use gr plan {path}")
     _import_plugins(tree.find(("plugins",)), plugins)
     written = tree.find(("task", "kind"))
     kind = DEFAULT_RECIPE if written is None else written.value

@@ -107,6 +107,11 @@ def test_the_file_of_the_nearest_name_is_named(fault: Fault) -> None:
     assert fault("nowhere/base.yaml") == "nowhere/base.yaml: no such file"
 
 
+def test_an_inventory_is_for_the_planner(fault: Fault) -> None:
+    Path("i.yaml").write_text("tables: [{name: a, rows: 9, dim: 16}]\nrank_batch_size: 4")
+    assert fault("i.yaml") == "i.yaml: an inventory, which names no data and no training: use gr plan i.yaml"
+
+
 def test_names_that_forge_lines(fault: Fault) -> None:
     assert fault("x\nerror: fake") == r"x\nerror: fake: no such file"
     Path("a\nb.yaml").write_text(BASE + "sed: 1\n")
