@@ -114,6 +114,10 @@ for _scalar in SCALARS:
     ScalarLoader.add_implicit_resolver(*_scalar)
 
 
+_ENDS = (yaml.StreamStartToken, yaml.StreamEndToken, yaml.BlockEndToken)
+_LOST = (yaml.DocumentStartToken, yaml.DocumentEndToken, yaml.DirectiveToken, yaml.AnchorToken)
+
+
 class Reader:
     """Reads files and overrides into one tree and collects every fault on the way instead of stopping at the first.
 
@@ -229,6 +233,7 @@ class Reader:
             return Node({}, origin)
         try:
             node = self._parse(value, lambda line: origin)
+            _check_whole(value, node.value)
         except _Syntax as error:
             self.faults.append(f"{origin}: {error}")
             return Node({}, origin)
@@ -267,8 +272,11 @@ class Reader:
             raise _Syntax(line, f"not a usable value: {error}") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise _Syntax(line, f"not a usable value: {node.value} is not a finite number")
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            raise _Syntax(line, "not a usable value: text with half of a surrogate pair")
+        if isinstance(value, str):
+            try:  # JSON writes a letter beyond 16 bits as a pair of escapes, which PyYAML leaves apart
+                value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                raise _Syntax(line, "not a usable value: text with half of a surrogate pair") from None
         return Node(value, origin(line))
 
     def _convert_mapping(
@@ -290,6 +298,15 @@ class Reader:
             child = self._convert(loader, value_node, origin, depth + 1)
             result[key] = Node(child.value, origin(line))  # the key's line is the one to look at, not the value's
         return result
+
+
+def _check_whole(text: str, value: Any) -> None:
+    """Raises _Syntax where YAML reads less than was typed: it drops comments, and folds line breaks into blanks."""
+    tokens = [token for token in yaml.scan(text, Loader=ScalarLoader) if not isinstance(token, _ENDS)]
+    dropped = text[tokens[-1].end_mark.index if tokens else 0 :].strip() or any(isinstance(t, _LOST) for t in tokens)
+    is_plain = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken) and tokens[0].plain
+    if dropped or (is_plain and isinstance(value, str) and value != text):
+        raise _Syntax(1, f"YAML reads {describe(value)} of it: put the text in quotes of its own, KEY.PATH='\"TEXT\"'")
 
 
 def _near_file(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Files and overrides that nobody writes in good faith: an answer in seconds, in one line, without a traceback."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -105,6 +106,37 @@ def test_an_override_of_very_many_dots(fault: Fault) -> None:
 def test_the_file_of_the_nearest_name_is_named(fault: Fault) -> None:
     assert fault("bse.yaml") == "bse.yaml: no such file; did you mean base.yaml?"
     assert fault("nowhere/base.yaml") == "nowhere/base.yaml: no such file"
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data.path", "evaluation.path", "checkpoint.load_from", "planner.plan"])
+def test_paths_are_taken_as_they_are_or_refused(fault: Fault, key: str) -> None:
+    assert f"{key}: ~ is not filled in here" in fault("base.yaml", f"{key}=~/x")
+    assert f"{key}: empty; . is the working folder" in fault("base.yaml", f"{key}=''")
+    assert rf"{key}: 'a\x00' is no path" in fault("base.yaml", rf'{key}="a\0"')
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("runs/x #2", "'runs/x'"),
+        ("#2", "nothing (null)"),
+        ("a\nb", "'a b'"),
+        ("a ", "'a'"),
+        ("--- a", "'a'"),
+        ("&a b", "'b'"),
+        ("{a: b} # c", "a section"),
+    ],
+)
+def test_a_value_that_yaml_would_cut_is_refused(fault: Fault, value: str, read: str) -> None:
+    assert f"YAML reads {read} of it: put the text in quotes of its own" in fault("base.yaml", f"run_dir={value}")
+    assert load_config("base.yaml", [f"run_dir={json.dumps(value)}"]).run_dir == value
+
+
+def test_a_value_in_quotes_is_whole() -> None:
+    for written in ("'runs/x #2'", '"runs/x #2"', " 'runs/x #2' "):
+        assert load_config("base.yaml", [f"run_dir={written}"]).run_dir == "runs/x #2"
+    assert load_config("base.yaml", ["seed= 3"]).seed == 3
+    assert load_config("base.yaml", ['run_dir="\\ud83d\\ude00"']).run_dir == "\U0001f600"  # as JSON writes it
 
 
 def test_an_inventory_is_for_the_planner(fault: Fault) -> None:
