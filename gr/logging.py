@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 
 from gr.errors import printable
 
@@ -31,6 +32,15 @@ def configure(rank: int = 0) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False  # a library that configures the root logger would print every line twice
+    threading.excepthook = _thread_failed
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Shows an error of the disk that ends a thread, such as TensorBoard's, in one line; its user meets it too."""
+    if isinstance(failed.exc_value, OSError):
+        get_logger(__name__).error("%s: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 class _CurrentStderr(logging.StreamHandler):

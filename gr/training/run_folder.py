@@ -57,7 +57,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
                 first = _first(error)
                 # An ordinary error before the signal: its peer has stopped and left, or else this rank had crashed
                 # already, and torchrun sent the signal for that.
-                if not isinstance(first, Exception) or read_status(run_dir).state == "stopped":
+                if not isinstance(first, Exception) or _state(run_dir) == "stopped":
                     _record_stop(run_dir)
                     return
                 error = first
@@ -104,6 +104,11 @@ def _failure_of(error: BaseException, run_dir: Path, world: World) -> GRError | 
         return TrainingError(f"rank {first.rank} on {first.host} failed: {first.message}")
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         error = TrainingError(f"run_dir={run_dir}: {error.strerror}: make room, then start the same command again")
+    if isinstance(error, FileNotFoundError) and (gone := _removed(error, run_dir)):
+        error = TrainingError(
+            f"{gone} was removed while the run wrote into it: start the same command again, from its last checkpoint "
+            "where one is left"
+        )
     if not isinstance(error, GRError):
         return None
     _record(run_dir, RunError(world.rank, socket.gethostname(), str(error)))
@@ -157,8 +162,28 @@ def _failure(run_dir: Path) -> RunError | None:
     """The failure that status.json tells of, if there is one."""
     if not (run_dir / STATUS).exists():
         return None
-    status = read_status(run_dir)
+    try:
+        status = read_status(run_dir)
+    except GRError as error:  # it tells of none
+        log.warning("%s", error)
+        return None
     return status.error if status.state == "failed" else None
+
+
+def _state(run_dir: Path) -> str:
+    """The state in status.json; empty where the file is no status."""
+    try:
+        return read_status(run_dir).state
+    except GRError as error:
+        log.warning("%s", error)
+        return ""
+
+
+def _removed(error: FileNotFoundError, run_dir: Path) -> Path | None:
+    """The folder of the run that is gone, if `error` comes from that."""
+    if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(run_dir):
+        return None
+    return next((each for each in (run_dir, run_dir / CHECKPOINTS) if not each.exists()), None)
 
 
 def record_refusal(config: RunConfig, error: GRError) -> None:
@@ -182,7 +207,7 @@ def _record(run_dir: Path, failure: RunError) -> None:
 def _record_stop(run_dir: Path) -> None:
     """A run that was done, or had failed, when the signal came stays so."""
     log.warning("stopped outside the steps, so nothing was to be saved; the same command starts at the last checkpoint")
-    if read_status(run_dir).state == "running":
+    if _state(run_dir) in ("running", ""):
         StatusFile(run_dir).update(state="stopped")
 
 
