@@ -4,7 +4,6 @@ Each function runs in one process, or on every rank that torchrun started, as th
 before it is needed.
 """
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import gcd
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gr import watchdog
 from gr.config import RunConfig, load_config
+from gr.environment import whole_number
 from gr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def train(
     from gr.dist import use_cpu_well, world
     from gr.training.run_folder import record_refusal
 
-    rank, logs = int(os.environ.get("RANK", 0)), Path(loaded.run_dir) / "logs"
+    rank, logs = whole_number("RANK", 0), Path(loaded.run_dir) / "logs"
     limits = loaded.trainer.timeouts.model_dump()
     # The watchdog reports first.
     slowest = max(limits.values()) + 2 * watchdog.GRACE_SECONDS

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gr import watchdog
+from gr.environment import whole_number
 from gr.errors import ConfigError, TransientError
 from gr.files import is_transient
 from gr.logging import get_logger, log_once
 
 TIMEOUT_SECONDS = 600.0  # the default time limit of a collective
 CONNECT_SECONDS = 120.0
+MOST_THREADS = 1024
 Outcome = TypeVar("Outcome", bound=str | None)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of malloc.h
 log = get_logger(__name__)
@@ -160,10 +162,17 @@ def use_cpu_well(world: World) -> None:
 
 
 def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:
-    """The number of threads of one of `local_size` ranks on a machine with `cores`."""
+    """The number of threads of one of `local_size` ranks on a machine with `cores`.
+
+    Raises ConfigError for more than MOST_THREADS in OMP_NUM_THREADS: OpenMP crashes where it cannot start them.
+    """
     requested = environment.get("OMP_NUM_THREADS", "")
     set_by_torchrun = requested == "1" and "TORCHELASTIC_RUN_ID" in environment
-    if requested.isdecimal() and int(requested) > 0 and not set_by_torchrun:
+    if requested.isdecimal() and requested.strip("0") and not set_by_torchrun:
+        if len(requested) > 9 or int(requested) > MOST_THREADS:
+            raise ConfigError(
+                f"OMP_NUM_THREADS={requested[:40]}: at most {MOST_THREADS}; unset it for this rank's share of {cores}"
+            )
         return int(requested)
     return max(1, cores // local_size)
 
@@ -178,8 +187,7 @@ def world(
     Raises ConfigError for more ranks than this host has CPUs or GPUs and for an incomplete environment, TransientError
     if the other ranks cannot be reached.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank, size, local_rank, local_size = _place()
     resolved = resolve_device(device, local_rank)
     if device == "auto" and not local_rank and (unusable := gpus_out_of_reach()):
         log.warning(
@@ -210,6 +218,17 @@ def world(
         dist.destroy_process_group()
 
 
+def _place() -> tuple[int, int, int, int]:
+    """Rank, world size, local rank and local world size from the environment; one process where it says nothing.
+
+    Raises ConfigError where a variable holds no such number.
+    """
+    size = whole_number("WORLD_SIZE", 1, least=1)
+    rank = whole_number("RANK", 0, most=size - 1)
+    local_size = whole_number("LOCAL_WORLD_SIZE", size, least=1)
+    return rank, size, whole_number("LOCAL_RANK", 0, most=local_size - 1), local_size
+
+
 def _store(rank: int, size: int, local_size: int, timeout: float) -> dist.Store | None:
     """The store with the addresses of the ranks, or None for torch's own choice.
 
@@ -222,7 +241,7 @@ def _store(rank: int, size: int, local_size: int, timeout: float) -> dist.Store 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or local_size < size:
         return None
     shared = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout)
+        os.environ["MASTER_ADDR"], whole_number("MASTER_PORT", 0), is_master=False, timeout=timedelta(seconds=timeout)
     )
     return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", shared)
 
@@ -267,6 +286,7 @@ def _check_rendezvous(rank: int) -> None:
             "WORLD_SIZE is set, but MASTER_ADDR or MASTER_PORT is not: start the ranks with torchrun, or unset "
             "WORLD_SIZE to run one process"
         )
+    whole_number("MASTER_PORT", 0, least=1, most=65535)
     if rank == 0:
         return
     deadline = time.monotonic() + CONNECT_SECONDS
@@ -274,7 +294,7 @@ def _check_rendezvous(rank: int) -> None:
         try:
             socket.create_connection((address, int(port)), timeout=CONNECT_SECONDS).close()
             return
-        except (OSError, ValueError, OverflowError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
                 raise TransientError(
                     f"{socket.gethostname()} cannot reach rank 0 at {address}:{port}: {error}; check that name and "

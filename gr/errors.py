@@ -1,8 +1,25 @@
 """Errors a user can cause. Each message says what was wrong, where, what is allowed and what to do."""
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with every control, separating or unassigned character written as its escape.
+
+    Names come from files and arguments of others: an ESC would command the terminal, a line break would forge a line.
+    The rule is that of repr, without quotes and without doubled backslashes, so that a second time changes nothing.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class GRError(Exception):
-    """Base of every error that the CLI prints as one message, without a traceback."""
+    """Base of every error that the CLI prints as one message, without a traceback.
+
+    The message is one line, and each further argument an indented one below it; names in them are shown `printable`.
+    """
+
+    def __str__(self) -> str:
+        return "\n  ".join(printable(str(line)) for line in self.args)
 
 
 class ConfigError(GRError):

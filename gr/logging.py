@@ -2,6 +2,9 @@
 
 import logging
 import sys
+import threading
+
+from gr.errors import printable
 
 _ROOT = "gr"
 _logged: set[tuple[str, str]] = set()
@@ -29,6 +32,15 @@ def configure(rank: int = 0) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False  # a library that configures the root logger would print every line twice
+    threading.excepthook = _thread_failed
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Shows an error of the disk that ends a thread, such as TensorBoard's, in one line; its user meets it too."""
+    if isinstance(failed.exc_value, OSError):
+        get_logger(__name__).error("%s: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 class _CurrentStderr(logging.StreamHandler):
@@ -44,6 +56,6 @@ class _PlainFormatter(logging.Formatter):
         super().__init__("%(message)s")
         self._prefix = f"[rank {rank}] " if rank else ""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._prefix}{level}{super().format(record)}"
+        return f"{self._prefix}{level}{printable(record.message)}"

@@ -72,6 +72,8 @@ class _SchemaFile(BaseModel):
             fields = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # an integer of too many digits; nested too deep
+            raise DataError(f"{path}: is not usable JSON: {error}") from None
         if not isinstance(fields, dict):
             raise DataError(f"{path}: must be a JSON object, is a {type(fields).__name__}")
         if (kind := fields.get("kind", "histories")) != cls._kind:

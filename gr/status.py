@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from gr.errors import GRError
-from gr.files import is_transient, write_json
+from gr.files import DISK_FULL, is_transient, write_json
+from gr.logging import get_logger
 
+log = get_logger(__name__)
 STATUS = "status.json"
 State = Literal["running", "stopped", "done", "failed"]
 
@@ -88,6 +90,10 @@ def read_status(run_dir: Path) -> RunStatus:
     return status
 
 
+# What this process wrote last, by run folder.
+_written: dict[Path, RunStatus] = {}
+
+
 class StatusFile:
     """The writer of status.json: rank 0 during the run, and the first rank that fails."""
 
@@ -100,9 +106,18 @@ class StatusFile:
             self._write(status)
 
     def update(self, **changes: Any) -> None:
-        """Changes some fields. A failed state stays: the first rank to fail knows the cause, later ones do not."""
+        """Changes some fields. A failed state stays: the first rank to fail knows the cause, later ones do not.
+
+        Where another program has removed or overwritten the file, what this process wrote last takes its place.
+        """
         with self._locked():
-            status = read_status(self.run_dir)
+            try:
+                status = read_status(self.run_dir)
+            except GRError as error:
+                if self.run_dir not in _written:
+                    raise
+                log.warning("%s; it is written anew", error)
+                status = _written[self.run_dir]
             if status.state != "failed":
                 self._write(replace(status, updated=time.time(), **changes))
 
@@ -110,7 +125,17 @@ class StatusFile:
         self.update(state="failed", error=error)
 
     def _write(self, status: RunStatus) -> None:
-        write_json(self.run_dir / STATUS, asdict(status))
+        path, content = self.run_dir / STATUS, asdict(status)
+        try:
+            write_json(path, content)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not path.exists():
+                raise
+            # The end of a run has to be told on a full disk too: the old file has a block of its own to write into.
+            with path.open("r+") as file:
+                file.write(json.dumps(content) + "\n")
+                file.truncate()
+        _written[self.run_dir] = status
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

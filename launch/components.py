@@ -22,11 +22,16 @@ _SHARES = {
 }
 
 
+READ_AGAIN = ("$$", "$(", specs.macros.app_id)
+
+
 class LaunchError(SystemExit):
     """A mistake in the command, shown as one line; nothing was submitted. The exit code is 2."""
 
     def __init__(self, message: str) -> None:
-        sys.stderr.write(f"error: {message}\n")  # SystemExit with a message would exit with 1
+        # SystemExit with a message would exit with 1. Control characters, which others may have sent, become escapes.
+        shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in message)
+        sys.stderr.write(f"error: {shown}\n")
         super().__init__(2)
 
 
@@ -89,14 +94,33 @@ def device(resource: str) -> list[str]:
     return ["device=cuda"] if host(resource).gpu else []
 
 
-def _role(name: str, arguments: list[str], resource: str, image: str) -> specs.Role:
+def _role(name: str, module: list[str], typed: list[str], resource: str, image: str) -> specs.Role:
+    """module: what `python -m` runs, with its own options. typed: the words after it, which are the user's."""
     return specs.Role(
         name=name,
-        image=image or os.getcwd(),
+        image=one_line("image", image) or os.getcwd(),
         entrypoint="python",
-        args=["-m", *arguments],
+        args=["-m", *module, *map(_as_typed, typed)],
         resource=host(resource),
     )
+
+
+def _as_typed(word: str) -> str:
+    """`word` so that it arrives as it is: TorchX fills in `${img_root}` and its like in words, and makes `$` of `$$`.
+
+    Raises LaunchError for what the scheduler behind it, which is not known here, may read once more: Kubernetes does so
+    with $$ and $(NAME), TorchX's Slurm scripts with ${app_id}.
+    """
+    if read_again := next((each for each in READ_AGAIN if each in word), None):
+        raise LaunchError(f"{word!r}: {read_again} would not arrive as it is under every scheduler; write another name")
+    return word.replace("$", "$$")
+
+
+def one_line(option: str, text: str) -> str:
+    """`text`, which goes into a manifest or a script. Raises LaunchError for control characters and line breaks."""
+    if not text.isprintable():
+        raise LaunchError(f"--{option}={text}: line breaks and control characters have no place in it")
+    return text
 
 
 def _agents(nnodes: str, nproc: int, retries: int) -> list[str]:
@@ -137,11 +161,11 @@ def train(
     if retries < 0:
         raise LaunchError(f"--retries={retries}: give 0 or more")
     arguments = ["train", config, *device(resource), *overrides]
-    role = _role("train", [*_agents(nnodes, ranks(nproc, resource), retries), *arguments], resource, image)
+    role = _role("train", _agents(nnodes, ranks(nproc, resource), retries), arguments, resource, image)
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
     role.max_retries, role.retry_policy = retries, specs.RetryPolicy.APPLICATION
     try:
-        role.mounts = specs.parse_mounts(mounts.split(",")) if mounts else []
+        role.mounts = specs.parse_mounts(one_line("mounts", mounts).split(",")) if mounts else []
     except (KeyError, ValueError) as error:
         raise LaunchError(f"--mounts={mounts}: give type=bind,src=/data,dst=/data ({error.args[0]})") from None
     return specs.AppDef(name="gr-train", roles=[role])
@@ -168,7 +192,7 @@ def evaluate(
         image: container image, where the scheduler runs containers
     """
     arguments = ["evaluate", "--checkpoint", checkpoint, "--split", split, *device(resource), *overrides]
-    role = _role("evaluate", [*_agents(nnodes, ranks(nproc, resource), 0), *arguments], resource, image)
+    role = _role("evaluate", _agents(nnodes, ranks(nproc, resource), 0), arguments, resource, image)
     role.num_replicas = nodes(nnodes)[1]
     return specs.AppDef(name="gr-evaluate", roles=[role])
 
@@ -183,7 +207,7 @@ def plan(*overrides: str, config: str, topology: str, resource: str = "cpu", ima
         resource: what the planning itself runs on
         image: container image, where the scheduler runs containers
     """
-    role = _role("plan", ["gr", "plan", config, f"--topology={topology}", *overrides], resource, image)
+    role = _role("plan", ["gr", "plan"], [config, f"--topology={topology}", *overrides], resource, image)
     return specs.AppDef(name="gr-plan", roles=[role])
 
 
@@ -195,7 +219,7 @@ def prepare(*arguments: str, resource: str = "cpu", image: str = "") -> specs.Ap
         resource: what it runs on
         image: container image, where the scheduler runs containers
     """
-    return specs.AppDef(name="gr-prepare", roles=[_role("prepare", ["gr", "prepare", *arguments], resource, image)])
+    return specs.AppDef(name="gr-prepare", roles=[_role("prepare", ["gr", "prepare"], [*arguments], resource, image)])
 
 
 def smoke(*arguments: str, resource: str = "cpux2", image: str = "") -> specs.AppDef:
@@ -206,4 +230,4 @@ def smoke(*arguments: str, resource: str = "cpux2", image: str = "") -> specs.Ap
         resource: what it runs on
         image: container image, where the scheduler runs containers
     """
-    return specs.AppDef(name="gr-smoke", roles=[_role("smoke", ["gr", "smoke", *arguments], resource, image)])
+    return specs.AppDef(name="gr-smoke", roles=[_role("smoke", ["gr", "smoke"], [*arguments], resource, image)])

@@ -15,6 +15,7 @@ exit code   meaning
 import glob
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import click
 
-from launch.outcome import CRASHED, DONE, FAILED, STOPPED, Attempt, NodeError
+from launch.outcome import CRASHED, DONE, FAILED, STOPPED, Attempt, NodeError, printable
 from launch.rendezvous import Group, await_rendezvous, parse_group
 from launch.stop import Stop
 
@@ -35,6 +36,7 @@ LAST_CALL_SECONDS = 15
 POLL_SECONDS = 0.5
 STATUS_SECONDS = 10.0  # the interval between two reads of status.json, which all nodes share
 NOT_NEGATIVE = click.IntRange(min=0)
+JOB_ID = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
 SHOWN = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_")
 
 
@@ -251,7 +253,7 @@ class Node:
         return " ".join(f"{name}={value}" for name, value in (facts | present | added).items())
 
     def _say(self, text: str) -> None:
-        click.echo(f"node {socket.gethostname()}: {text}", err=True)
+        click.echo(printable(f"node {socket.gethostname()}: {text}"), err=True)
 
 
 def _ignore_termination() -> None:
@@ -268,6 +270,8 @@ def run(options: Options, arguments: tuple[str, ...], stop: Stop) -> int:
         raise NodeError(
             f"what to run is {' '.join(arguments)!r}: give `train CONFIG ...` or `evaluate --checkpoint ...`"
         )
+    if not JOB_ID.fullmatch(options.job_id):  # a folder and a file of torchrun's have the name
+        raise NodeError(f"--id={options.job_id}: give at most 200 of a-z, A-Z, 0-9, -, _ and ., beginning with no dot")
     group = parse_group(options.nnodes, options.rendezvous, f"{options.job_id}-{options.attempt}")
     settings = resolved(rest[0], tuple(rest[1:])) if verb == "train" else {}
     device = settings.get("device", "auto")

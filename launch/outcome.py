@@ -12,6 +12,11 @@ _OUTCOMES = {"done": DONE, "failed": FAILED, "stopped": STOPPED}
 SETTLE_SECONDS = 10.0
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and line breaks as escapes: parts of it come from files of others."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class NodeError(click.ClickException):
     """An error shown as one line that begins with the node's name. outcome: CRASHED if another try may help."""
 
@@ -20,7 +25,7 @@ class NodeError(click.ClickException):
         self.exit_code = outcome  # type: ignore[misc]  # click declares it on the class
 
     def show(self, file: object = None) -> None:
-        click.echo(f"error: {socket.gethostname()}: {self.format_message()}", err=True)
+        click.echo(printable(f"error: {socket.gethostname()}: {self.format_message()}"), err=True)
 
 
 class Attempt:

@@ -18,21 +18,26 @@ from launch.outcome import FAILED, STOPPED
 from launch.rendezvous import PORTS
 
 try:
-    from launch.components import LaunchError, device, host, nodes, ranks
+    from launch.components import LaunchError, device, host, nodes, one_line, ranks
 except ModuleNotFoundError as error:  # one table of hosts serves both, and stands where TorchX reads it
     click.echo(
         f"error: launch.render needs {error.name}: pip install 'torchx>=0.7', which is the extra launch", err=True
     )
     raise SystemExit(FAILED) from None
 
-WORKSPACE, GROUP = "/workspace", 10001  # as in docker/Dockerfile
+WORKSPACE, USER, GROUP = "/workspace", 10001, 10001  # as in docker/Dockerfile
 OCCUPIED = (f"{WORKSPACE}/launch", "/opt/gr", "/dev/shm")  # no volume may hide them
 # Ranks save within the first; the rest of the pod's grace period is for the agents to leave.
 SAVE_SECONDS, LEAVE_SECONDS = 240, 60
 JOIN_SECONDS = 1800  # pods of a job start as nodes and images arrive
 PORT = PORTS[0]  # a pod has its ports to itself
 LONGEST_NAME = 40  # a pod's name is longer, and has to stay a DNS label
+# What the Pod Security Standard "restricted" asks of a container, beside what the pod states.
+CONFINED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+# The names of queues are values of labels; those of runtimes and images are written likewise, with more letters.
+LABEL_VALUE = re.compile(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
+IMAGE = re.compile(r"[A-Za-z0-9][\w./:@-]*", re.ASCII)
 MOUNT_PATH = re.compile(r"(/[\w-][\w.-]*)+/?")
 OVERRIDE = re.compile(r"[A-Za-z_][^=]*=.*", re.DOTALL)
 
@@ -55,7 +60,9 @@ class Job:
         options = {"nnodes": self.nodes, "nproc": self.nproc, "rendezvous": rendezvous, "id": self.name}
         options |= {"join-timeout": JOIN_SECONDS, "grace": SAVE_SECONDS}
         words = [f"--{name}={value}" for name, value in options.items()]
-        return ["python", "-m", "launch.node", *words, "train", *self.arguments]
+        # Kubernetes fills in $(NAME) in the words of a command, and makes $ of $$.
+        typed = [word.replace("$", "$$") for word in self.arguments]
+        return ["python", "-m", "launch.node", *words, "train", *typed]
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -79,11 +86,20 @@ class Job:
     @property
     def pod(self) -> dict[str, Any]:
         volumes = [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in self.claims]
+        # Half of the pod's memory, as Linux does with a machine's: what is in it counts as memory of the pod.
+        shm = {"medium": "Memory", "sizeLimit": f"{host(self.resource).memMB // 2}M"}
         return {
             "terminationGracePeriodSeconds": SAVE_SECONDS + LEAVE_SECONDS,
-            # Root owns new volumes, and the user of the image is another.
-            "securityContext": {"fsGroup": GROUP, "fsGroupChangePolicy": "OnRootMismatch"},
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}, *volumes],
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER,
+                "runAsGroup": GROUP,
+                # Root owns new volumes, and the user of the image is another.
+                "fsGroup": GROUP,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "volumes": [{"name": "shm", "emptyDir": shm}, *volumes],
         }
 
 
@@ -117,8 +133,11 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
         "command": job.command(f"{job.name}-node-0-0.{job.name}:{PORT}"),
         "ports": [{"name": "rendezvous", "containerPort": PORT}],
         "resources": {"limits": job.limits},
+        "securityContext": CONFINED,
         "volumeMounts": job.mounts,
     }
+    # Nothing in a pod talks to the cluster. A TrainJob cannot say so: its runtime does.
+    pod = {"restartPolicy": "Never", "automountServiceAccountToken": False, **job.pod, "containers": [container]}
     job_policy, set_policy = failure_policies(restarts)
     indexed = {
         "parallelism": job.nodes,
@@ -126,7 +145,7 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": job_policy,
-        "template": {"spec": {"restartPolicy": "Never", **job.pod, "containers": [container]}},
+        "template": {"spec": pod},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -143,7 +162,8 @@ def jobset(job: Job, restarts: int) -> dict[str, Any]:
 
 def trainjob(job: Job, runtime: str) -> dict[str, Any]:
     """A TrainJob. Its runtime decides on restarts, and the torch plugin names the first node in PET_MASTER_ADDR."""
-    pod = {"spec": {**job.pod, "containers": [{"name": "node", "volumeMounts": job.mounts}]}}
+    container = {"name": "node", "securityContext": CONFINED, "volumeMounts": job.mounts}
+    pod = {"spec": {**job.pod, "containers": [container]}}
     node = {"name": "node", "template": {"spec": {"template": pod}}}
     patch = {"template": {"spec": {"replicatedJobs": [node]}}}
     return {
@@ -241,7 +261,12 @@ def _job(config: str, overrides: tuple[str, ...], nnodes: str, nproc: int, claim
         raise LaunchError(f"--nnodes={nnodes}: a JobSet has a fixed number of pods; give one number")
     mounted = _claims(claims)
     _check(rest["name"], mounted, config, overrides)
-    arguments, nproc = (config, *device(rest["resource"]), *overrides), ranks(nproc, rest["resource"])
+    if rest["queue"] and not LABEL_VALUE.fullmatch(rest["queue"]):
+        raise LaunchError(f"--queue={rest['queue']}: a LocalQueue has at most 63 of a-z, A-Z, 0-9, -, _ and .")
+    if not IMAGE.fullmatch(rest["image"]):
+        raise LaunchError(f"--image={rest['image']}: give REGISTRY/NAME:TAG or REGISTRY/NAME@sha256:...")
+    arguments = (one_line("config", config), *device(rest["resource"]), *overrides)
+    nproc = ranks(nproc, rest["resource"])
     return Job(arguments=arguments, nodes=max_nodes, nproc=nproc, claims=mounted, **rest)
 
 
@@ -249,6 +274,21 @@ def _shared(command: Any) -> Any:
     for option in reversed(_SHARED):
         command = option(command)
     return command
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that kubectl's YAML would read as a truth value or a number, and PyYAML would not."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # kubectl reads them; people do not
+
+
+_Dumper.add_implicit_resolver("bool", re.compile("^[yYnN]$"), list("yYnN"))
+_Dumper.add_implicit_resolver("number", re.compile(r"^[-+.0-9][0-9a-fA-FoxX_.:eE+-]*$"), list("-+.0123456789"))
+
+
+def _print(manifest: dict[str, Any]) -> None:
+    click.echo(yaml.dump(manifest, Dumper=_Dumper, sort_keys=False), nl=False)
 
 
 @click.group(help=__doc__)
@@ -261,14 +301,16 @@ def main() -> None: ...
     "--restarts", default=20, show_default=True, type=click.IntRange(0), help="Restarts of the whole job after crashes."
 )
 def _jobset(restarts: int, **options: Any) -> None:
-    click.echo(yaml.safe_dump(jobset(_job(**options), restarts), sort_keys=False), nl=False)
+    _print(jobset(_job(**options), restarts))
 
 
 @main.command("trainjob", help="A TrainJob of Kubeflow Trainer.")
 @_shared
 @click.option("--runtime", default="torch-distributed", show_default=True, help="A ClusterTrainingRuntime for torch.")
 def _trainjob(runtime: str, **options: Any) -> None:
-    click.echo(yaml.safe_dump(trainjob(_job(**options), runtime), sort_keys=False), nl=False)
+    if not LABEL_VALUE.fullmatch(runtime):
+        raise LaunchError(f"--runtime={runtime}: name a ClusterTrainingRuntime of the cluster")
+    _print(trainjob(_job(**options), runtime))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from typing import Any
 from gr.config.load import PROGRESS
 from gr.errors import CheckpointError
 from gr.files import is_transient, write_json
+from gr.logging import get_logger, log_once
 
+log = get_logger(__name__)
 STEP_NAME = re.compile(r"step-(\d{8,})")
 CONFIG = "config.yaml"
 METADATA = ".metadata"
@@ -48,8 +50,11 @@ class CheckpointFolder:
         """Steps of the complete checkpoints, ascending."""
         if not self.path.is_dir():
             return []
-        names = (STEP_NAME.fullmatch(p.name) for p in self.path.iterdir() if (p / PROGRESS).is_file())
-        return sorted(int(match[1]) for match in names if match)
+        named = [(match, each) for each in self.path.iterdir() if (match := STEP_NAME.fullmatch(each.name))]
+        for _, folder in named:
+            if not (folder / PROGRESS).is_file():
+                log_once(log, f"{folder}: passed over, since without {PROGRESS} it is no whole checkpoint; remove it")
+        return sorted(int(match[1]) for match, folder in named if (folder / PROGRESS).is_file())
 
     def latest(self) -> Path | None:
         return self.final(steps[-1]) if (steps := self.steps()) else None

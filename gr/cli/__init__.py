@@ -17,7 +17,9 @@ import click
 
 from gr import __version__
 from gr.cli.lazy import LazyGroup
+from gr.cli.out import say
 from gr.errors import GRError, TransientError
+from gr.files import DISK_FULL, is_transient
 
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
@@ -53,23 +55,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return 2
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        say(f"error: {_hinted(error)}", err=True)
         return 2
     except GRError as error:
-        click.echo(f"error: {error}", err=True)
+        first, *more = str(error).splitlines()  # its own line breaks: those of names are escaped in it
+        say(f"error: {first}", *more, err=True)
         return 1 if isinstance(error, TransientError) else 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        say("interrupted", err=True)
         return 130
     except BrokenPipeError:  # `gr config show ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ImportError, OSError) as error:
-        if not _is_installation(error):
+        if _is_installation(error):
+            say(f"error: {error}", "Run `gr doctor`: it names the package that is wrong and the remedy.", err=True)
+            return 2
+        if not isinstance(error, OSError) or not (is_transient(error) or error.errno in DISK_FULL):
             raise
-        click.echo(f"error: {error}\nRun `gr doctor`: it names the package that is wrong and the remedy.", err=True)
-        return 2
+        passes = is_transient(error)
+        remedy = "another try may help" if passes else "make room, then start the same command again"
+        say(f"error: {error.filename or 'the system'}: {error.strerror}; {remedy}", err=True)
+        return 1 if passes else 2
     return result if isinstance(result, int) else 0
+
+
+def _hinted(error: click.ClickException) -> str:
+    """The message of click; for an option that a command does not have, how a value of the configuration is written."""
+    message = error.format_message()
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None or error.possibilities:
+        return message
+    if not any(parameter.name == "overrides" for parameter in error.ctx.command.params):
+        return message
+    key = error.option_name.lstrip("-")
+    return f"{message.rstrip('.')}; a value of the configuration has no dashes: {key}=VALUE"
 
 
 def _is_installation(error: ImportError | OSError) -> bool:

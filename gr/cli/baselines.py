@@ -5,6 +5,8 @@ from typing import Literal
 
 import click
 
+from gr.cli.out import cell, show
+
 _COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 
 
@@ -39,7 +41,6 @@ def command(
 
     Full ranking over the corpus; ties get their mean rank.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from gr.data.dataset import Dataset
@@ -60,11 +61,12 @@ def command(
         max_length=max_length,
     )
     users = len(next(iter(ranks.values())))
-    table = Table(title=f"{held_out.path}, {split}: {users} users, filter_seen={filter_seen}, train_holdout={holdout}")
+    title = f"{held_out.path}, {split}: {users} users, filter_seen={filter_seen}, train_holdout={holdout}"
+    table = Table(title=cell(title))
     table.add_column("baseline")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
     for name, values in ranks.items():
         metrics = retrieval_metrics(values)
         table.add_row(name, *(f"{metrics[column]:.4f}" for column in _COLUMNS))
-    Console(width=max(Console().width, 100)).print(table)  # narrower would cut numbers off
+    show(table, width=100)  # narrower would cut numbers off

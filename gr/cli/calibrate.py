@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from gr.cli.out import check_out
+from gr.cli.out import cell, check_out, say, show
 from gr.errors import ConfigError, GRError
 
 if TYPE_CHECKING:
@@ -109,11 +108,11 @@ def _measure(path: Path, base: "Topology", device: Literal["auto", "cpu", "cuda"
             raise ConfigError(f"--out={path}: cannot be written: {error.strerror}") from None
         _print(base, topology, set(figures))
         _print_links(measured)
-    click.echo(f"written: {path}; use it with gr plan --topology {path}")
+    say(f"written: {path}; use it with gr plan --topology {path}")
 
 
 def _print(base: "Topology", topology: "Topology", figures: set[str]) -> None:
-    table = Table(title=f"this machine, {topology.ranks} ranks on {topology.hosts} hosts, against {base.name}")
+    table = Table(title=cell(f"this machine, {topology.ranks} ranks on {topology.hosts} hosts, against {base.name}"))
     for column in ("of a rank", "here", base.name, "here/there", "unit"):
         table.add_column(column, justify="left" if column in ("of a rank", "unit") else "right")
     for name, (unit, one) in _FIGURES.items():
@@ -123,16 +122,15 @@ def _print(base: "Topology", topology: "Topology", figures: set[str]) -> None:
         else:
             shown, ratio = "not measured", ""
         table.add_row(name, shown, f"{there / one:,.4g}", ratio, unit)
-    console = Console()
-    console.print(table)
+    show(table)
     kept = [name for name in _FIGURES if name not in figures]
-    console.print(f"not measured, so the file takes them from {base.name}: {', '.join(kept)}")
+    say(f"not measured, so the file takes them from {base.name}: {', '.join(kept)}")
     if topology.ranks == 1:
-        console.print("one rank measures no link: use --nproc, or torchrun on several hosts")
+        say("one rank measures no link: use --nproc, or torchrun on several hosts")
 
 
 def _print_links(measured: "Measurement") -> None:
     for where, link in (("intra", measured.intra_all_reduce), ("inter", measured.inter_all_reduce)):
         if link is not None:
             rate = f"{link.bandwidth / 1e9:,.4g} GB/s, {link.latency * 1e6:,.4g} us"
-            Console().print(f"{where}_* are of all-to-all; all-reduce has {rate}")
+            say(f"{where}_* are of all-to-all; all-reduce has {rate}")

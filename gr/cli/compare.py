@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gr.cli.out import check_picture
+from gr.cli.out import check_picture, say
 from gr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def command(run_dirs: tuple[Path, ...], plugins: tuple[str, ...], picture: Path 
     runs = [Run.open(path, plugins) for path in run_dirs]
     letters = ascii_uppercase[: len(runs)]
     for letter, run in zip(letters, runs, strict=True):
-        click.echo(f"{letter}  {run.path}{'' if run.report else ', not done'}")
+        say(f"{letter}  {run.path}{'' if run.report else ', not done'}")
     _print_configurations(runs, letters)
     _print_metrics(runs, letters)
     _print_paired(runs, letters)
@@ -55,9 +55,9 @@ def _print_configurations(runs: Sequence["Run"], letters: str) -> None:
     for letter, run in zip(letters[1:], runs[1:], strict=True):
         changes = differences(runs[0].config, run.config)
         changes.pop("run_dir", None)
-        click.echo(f"\nconfiguration, {letters[0]} -> {letter}{'' if changes else ': the same'}")
+        say("", f"configuration, {letters[0]} -> {letter}{'' if changes else ': the same'}")
         for path, (before, after) in changes.items():
-            click.echo(f"  {path}: {before} -> {after}")
+            say(f"  {path}: {before} -> {after}")
 
 
 def _print_metrics(runs: Sequence["Run"], letters: str) -> None:
@@ -65,16 +65,16 @@ def _print_metrics(runs: Sequence["Run"], letters: str) -> None:
 
     kind, metrics = common(runs)
     if not metrics:
-        click.echo("\nno metric is in all of these runs")
+        say("", "no metric is in all of these runs")
         return
     columns = [*letters, *(f"{letter} - {letters[0]}" for letter in letters[1:])]
     width = max(map(len, metrics))
-    click.echo(f"\n{kind} metrics")
-    click.echo("  " + " " * width + "".join(f"{column:>12}" for column in columns))
+    say("", f"{kind} metrics")
+    say("  " + " " * width + "".join(f"{column:>12}" for column in columns))
     for name, values in metrics.items():
         numbers = [f"{value:>12,.5g}" for value in values]
         numbers += [f"{value - values[0]:>+12,.4g}" for value in values[1:]]
-        click.echo(f"  {name:<{width}}" + "".join(numbers))
+        say(f"  {name:<{width}}" + "".join(numbers))
 
 
 def _print_paired(runs: Sequence["Run"], letters: str) -> None:
@@ -83,9 +83,9 @@ def _print_paired(runs: Sequence["Run"], letters: str) -> None:
     for letter, run in zip(letters[1:], runs[1:], strict=True):
         heading = f"\npaired, {letter} - {letters[0]}"
         if reason := unpaired(runs[0], run):
-            click.echo(f"{heading}: no test, since {reason}")
+            say(f"{heading}: no test, since {reason}")
             continue
         assert runs[0].ranks is not None and run.ranks is not None, "asked above"
-        click.echo(f"{heading}, {len(run.ranks):,} users: difference +- standard error, p of no difference")
+        say(f"{heading}, {len(run.ranks):,} users: difference +- standard error, p of no difference")
         for test in paired([runs[0].ranks], [run.ranks]):
-            click.echo(f"  {test.name:<8} {test.difference:+.4f} +- {test.error:.4f}  p {test.p:.2g}")
+            say(f"  {test.name:<8} {test.difference:+.4f} +- {test.error:.4f}  p {test.p:.2g}")

@@ -5,10 +5,11 @@ from itertools import zip_longest
 
 import click
 
+from gr.cli.out import dump, say
 from gr.config import differences, dump_config, json_schema, load_config, packaged
 from gr.config.explain import Keys, Meaning
 
-_path = click.argument("config", type=click.Path())
+_path = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[a.b.c=value]...")
 
 
@@ -22,7 +23,7 @@ def list_() -> None:
     """List the configurations that are installed with gr; every command that takes a file takes their names."""
     formatter = click.HelpFormatter()
     formatter.write_dl([(name, packaged.title(name)) for name in packaged.names()])
-    click.echo(formatter.getvalue(), nl=False)
+    dump(formatter.getvalue())
 
 
 @command.command()
@@ -30,7 +31,7 @@ def list_() -> None:
 @_overrides
 def show(config: str, overrides: tuple[str, ...]) -> None:
     """Print CONFIG with its bases, the overrides and every default resolved."""
-    click.echo(dump_config(load_config(config, overrides)), nl=False)
+    dump(dump_config(load_config(config, overrides)))
 
 
 @command.command()
@@ -39,17 +40,17 @@ def show(config: str, overrides: tuple[str, ...]) -> None:
 def check(config: str, overrides: tuple[str, ...]) -> None:
     """Say whether CONFIG with the overrides is valid, and every fault when it is not."""
     load_config(config, overrides)
-    click.echo(f"ok: {config}")
+    say(f"ok: {config}")
 
 
 @command.command()
-@click.argument("left", type=click.Path())
-@click.argument("right", type=click.Path())
+@click.argument("left")
+@click.argument("right")
 def diff(left: str, right: str) -> int:
     """Print the paths where two resolved configurations differ, with both values. Exit code 1 when any does."""
     changes = differences(load_config(left), load_config(right))
     for path, (before, after) in changes.items():
-        click.echo(f"{path}: {before} -> {after}")
+        say(f"{path}: {before} -> {after}")
     return 1 if changes else 0
 
 
@@ -73,7 +74,7 @@ def explain(key: str | None) -> None:
                 formatter.write_text("keys:")
                 with formatter.indentation():
                     formatter.write_dl([_line(each) for each in meaning.keys])
-    click.echo(formatter.getvalue(), nl=False)
+    dump(formatter.getvalue())
 
 
 def _line(key: Meaning) -> tuple[str, str]:
@@ -86,4 +87,4 @@ def _line(key: Meaning) -> tuple[str, str]:
 @command.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration file, for editors that complete and check YAML."""
-    click.echo(json.dumps(json_schema(), indent=2))
+    dump(json.dumps(json_schema(), indent=2))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gr.cli.out import check_picture
+from gr.cli.out import check_picture, say
 from gr.errors import ConfigError
 
 _LINES, _COLUMNS = 24, 80
@@ -40,7 +40,7 @@ def check(folder: Path, everything: bool, picture: Path | None) -> int:
             raise ConfigError("--picture draws user histories, and this folder is tabular: leave it out")
     result = check_folder(folder)
     lines = screen(result.title, result.facts, result.faults.lines, None if everything else _LINES)
-    click.echo("\n".join(lines))
+    say(*lines)
     if picture is not None:
         from gr.data.picture import draw
 

@@ -13,7 +13,9 @@ from fnmatch import fnmatch
 
 import click
 
+from gr.cli.out import say
 from gr.config import load_config
+from gr.environment import whole_number
 from gr.errors import ConfigError, GRError
 
 # The one set that loads together: fbgemm's binaries are built against one minor version of torch.
@@ -82,11 +84,11 @@ def command(cluster: bool, config: str | None, overrides: tuple[str, ...]) -> in
         raise ConfigError(f"{config}: a configuration is for the checks of all hosts: add --cluster")
     installed = inspect_machine()
     for line in describe(installed):
-        click.echo(line)
+        say(line)
     faults = diagnose(installed)
     for fault in faults:
-        click.echo(f"\nfault: {fault.problem}\n  remedy: {fault.remedy}")
-    click.echo("\nok: the packages fit together" if not faults else f"\n{len(faults)} fault(s)")
+        say("", f"fault: {fault.problem}", f"  remedy: {fault.remedy}")
+    say("", f"{len(faults)} fault(s)" if faults else "ok: the packages fit together")
     return 1 if faults else 0
 
 
@@ -99,7 +101,7 @@ def _check_cluster(config: str | None, overrides: tuple[str, ...]) -> int:
     from gr.cluster.preflight import preflight
     from gr.dist import world
 
-    logging.configure(int(os.environ.get("RANK", 0)))
+    logging.configure(whole_number("RANK", 0))
     # Without the probe: what this process could not import, it would have said already.
     misfits = diagnose(Installed(_versions(), cuda=torch.version.cuda))
     pairing = "; ".join(f"{fault.problem}: {fault.remedy}" for fault in misfits)
@@ -110,11 +112,11 @@ def _check_cluster(config: str | None, overrides: tuple[str, ...]) -> int:
                 faults += len(finding.faults)
                 if here.is_main:
                     for fault in finding.faults:
-                        click.echo(f"FAULT  {finding.check:<11} {fault}")
+                        say(f"FAULT  {finding.check:<11} {fault}")
                     if not finding.faults:
-                        click.echo(f"ok     {finding.check:<11} {finding.summary}")
+                        say(f"ok     {finding.check:<11} {finding.summary}")
     except GRError as error:  # a rank that cannot join has only its own voice
-        click.echo(f"FAULT  {'rendezvous':<11} {error}")
+        say(f"FAULT  {'rendezvous':<11} {error}")
         return 1
     return 1 if faults else 0
 

@@ -1,30 +1,33 @@
 """`gr embed`: the vectors of items and users, from a checkpoint."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gr.cli.checkpoint import checkpoint_and_overrides
+from gr.cli.out import say
+from gr.environment import whole_number
 from gr.errors import ConfigError
 
 
 @click.command(
-    help="Write items.parquet and users.parquet: ids of your log and vectors, whose dot product is the score that `gr "
+    help="Write items.parquet and users.parquet of CHECKPOINT: ids of your log and vectors, whose dot product is the score that `gr "
     "recommend` ranks by. The users are those of evaluation.path, or else data.path."
 )
-@click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
+@click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def command(checkpoint: str, out: Path, overrides: tuple[str, ...], **options: Any) -> None:
+@click.argument("overrides", nargs=-1, metavar="CHECKPOINT [KEY.PATH=VALUE]...")
+def command(checkpoint: str | None, out: Path, overrides: tuple[str, ...], **options: Any) -> None:
     from gr import logging
     from gr.api import embed
 
+    checkpoint, overrides = checkpoint_and_overrides(checkpoint, overrides)
     if not out.parent.is_dir():
         raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
-    rank = int(os.environ.get("RANK", 0))
+    rank = whole_number("RANK", 0)
     logging.configure(rank)
     counts = embed(checkpoint, out, overrides, **options)
     if rank == 0:
-        click.echo(f"{out}: vectors of {counts['items']:,} items and {counts['users']:,} users")
+        say(f"{out}: vectors of {counts['items']:,} items and {counts['users']:,} users")

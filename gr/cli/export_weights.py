@@ -4,17 +4,24 @@ from pathlib import Path
 
 import click
 
-from gr.cli.out import check_out
+from gr.cli.checkpoint import checkpoint_and_overrides
+from gr.cli.out import check_out, say
 
 
 @click.command(
-    help="Write the weights of a checkpoint as OUT (.safetensors), with its schema and configuration in the header."
+    help="Write the weights of CHECKPOINT as OUT (.safetensors), with its schema and configuration in the header."
 )
-@click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
+@click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
 @click.option("--force", is_flag=True, help="Replace the file.")
-def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -> None:
+@click.argument("arguments", nargs=-1, metavar="CHECKPOINT")
+def command(
+    checkpoint: str | None, out: Path, plugins: tuple[str, ...], force: bool, arguments: tuple[str, ...]
+) -> None:
+    checkpoint, more = checkpoint_and_overrides(checkpoint, arguments)
+    if more:
+        raise click.UsageError(f"{more[0]}: one checkpoint, and no values of the configuration")
     from gr.errors import ConfigError
 
     if out.suffix != ".safetensors":
@@ -33,4 +40,4 @@ def command(checkpoint: str, out: Path, plugins: tuple[str, ...], force: bool) -
     except OSError as error:
         raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
     size = sum(tensor.nbytes for tensor in tensors.values())
-    click.echo(f"{out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+    say(f"{out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")

@@ -6,9 +6,9 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-from rich.text import Text
 
 from gr.api import planning_problem
+from gr.cli.out import cell, say, show
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
@@ -74,11 +74,11 @@ def _plan(inventory: InventoryConfig, topology: Topology, divides: int, files: d
             if any(files.values()):
                 _write(estimate(nearest(inventory, topology)), files)
             text = explanation(inventory, topology, error, divides)
-        click.echo(f"error: {text}", err=True)
+        say(*f"error: {text}".split("\n"), err=True)
         return DOES_NOT_FIT
     _write(estimated, files)  # before a reader of the report may close its end of a pipe
     for part in summary(estimated):
-        Console().print(part)
+        show(part)
     return 0 if estimated.fits else DOES_NOT_FIT
 
 
@@ -87,15 +87,18 @@ def _smallest(inventory: InventoryConfig, topology: Topology, divides: int) -> i
 
     with _working("trying numbers of ranks"):
         least = smallest(inventory, topology, divides)
-    table = Table(Column("ranks", justify="right"), "fits", "why", title=Text(f"{inventory.name} on {topology.name}"))
+    table = Table(Column("ranks", justify="right"), "fits", "why", title=cell(f"{inventory.name} on {topology.name}"))
     for trial in least.trials:
-        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", Text(trial.limit))
-    Console().print(table)
+        table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", cell(trial.limit))
+    show(table)
     if least.ranks is None:
-        click.echo(f"error: {least.reason}", err=True)
+        say(f"error: {least.reason}", err=True)
         return DOES_NOT_FIT
-    found = f"smallest: {least.ranks} rank{'s' * (least.ranks > 1)} of {topology.name}"
-    click.echo("; ".join(filter(None, (found, least.reason))))
+    say(
+        "; ".join(
+            filter(None, (f"smallest: {least.ranks} rank{'s' * (least.ranks > 1)} of {topology.name}", least.reason))
+        )
+    )
     return 0
 
 
@@ -105,22 +108,22 @@ def _diff(before: Path, after: Path) -> None:
 
     comparison = compare(load_plan(before), load_plan(after))
     for what, old, new in comparison.others:
-        click.echo(f"the plans are for another {what}: {old} before, {new} after")
-    title = Text(f"from {before} to {after}")  # Text: a path or a name is no markup
-    table = Table("table", "before", "after", Column("moved GB", justify="right"), title=title)
+        say(f"the plans are for another {what}: {old} before, {new} after")
+    columns = ("table", "before", "after", Column("moved GB", justify="right"))
+    table = Table(*columns, title=cell(f"from {before} to {after}"))
     changes = sorted(comparison.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
-        table.add_row(Text(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
+        table.add_row(cell(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
     if changes:
-        Console().print(table)
+        show(table)
     if len(changes) > MOVES_SHOWN:
-        click.echo(f"and {len(changes) - MOVES_SHOWN} tables more")
+        say(f"and {len(changes) - MOVES_SHOWN} tables more")
     step, hbm = comparison.step_seconds, comparison.hbm_bytes
     counted = _counted(comparison.new, comparison.gone, comparison.moved)
-    click.echo(f"{counted}; {comparison.moved_bytes / 1e9:.3f} GB move to another rank")
-    click.echo(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
-    click.echo(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
+    say(f"{counted}; {comparison.moved_bytes / 1e9:.3f} GB move to another rank")
+    say(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
+    say(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
 
 
 def _counted(new: int, gone: int, moved: int) -> str:
@@ -153,7 +156,7 @@ def _write(estimated, files: dict[str, Path | None]) -> None:
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
     note = "" if estimated.fits else ": the plan that comes closest, which does not fit"
-    click.echo("\n".join(f"wrote {path}{note}" for path in paths.values()), nl=bool(paths))
+    say(*(f"wrote {path}{note}" for path in paths.values()))
 
 
 def _working(what: str) -> Progress:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import click
 
 from gr.cli.lazy import StrictGroup
+from gr.cli.out import say
 from gr.cli.prepare_events import command as events
 
 
@@ -198,7 +199,7 @@ class _Command(click.Command):
                 values["source"] = _load("source:open_source")(place, sha256=sha256, download_to=out.parent)
             schema = _load(self._row.run)(folder=folder, **self._row.fixed, **values)
         first, *more = self._row.report(schema)
-        click.echo("\n".join([f"{out}: {first}", *more]))
+        say(f"{out}: {first}", *more)
 
 
 def _criteo(
@@ -208,13 +209,13 @@ def _criteo(
     files, options = _load("criteo_rows:find_sources")([*source, *more]), _load("criteo:CriteoOptions")(**values)
     schema = _load("criteo:prepare_criteo")(files, out, options, force=force, restart=restart)
     ids = sum(column.cardinality for column in schema.sparse)
-    click.echo(f"{out}: {schema.rows} rows of {len(schema.files)} files, {ids} ids in {len(schema.sparse)} columns")
-    click.echo(f"transform: {schema.transform.name}, version {schema.transform.version}")
+    say(f"{out}: {schema.rows} rows of {len(schema.files)} files, {ids} ids in {len(schema.sparse)} columns")
+    say(f"transform: {schema.transform.name}, version {schema.transform.version}")
     effect = "taken as 0" if schema.transform.name == "log1p_clip" else "kept"
     counted = {f"negative counts, {effect}": schema.negative_counts, "bad rows left out": schema.bad_rows}
     for title, counts in counted.items():
         if counts:
-            click.echo(f"{title}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
+            say(f"{title}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
 
 
 _GROUP_HELP = """Turn your own log (events), or a public data set, into schema.json and Parquet parts.\n

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from gr.cli.out import say
+
 _HELP = """Turn your own log of interactions into a data folder, in bounded memory.\n
 --source: Parquet, CSV or TSV (.gz, .zst) with a header line, or JSON lines: files, folders, patterns in quotes. User
 and item ids may be text or numbers: vocabularies are kept with the data and with every checkpoint, so that
@@ -64,10 +66,9 @@ def _prepare(source: str, more: tuple[str, ...], out: Path, force: bool, **value
 
     with atomic_folder(out, force) as folder:
         prepared = prepare_events([source, *more], folder, EventOptions(**values))
-    for note in prepared.notes:
-        click.echo(note)
+    say(*prepared.notes)
     for name, schema in prepared.schemas.items():
-        click.echo(f"{out / name}: {schema.summary()}")
+        say(f"{out / name}: {schema.summary()}")
 
 
 command = click.Command("events", params=_OPTIONS, callback=_prepare, help=_HELP)

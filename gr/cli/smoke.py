@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from gr.cli.out import say, show
 from gr.config import RetrievalConfig, load_config
 from gr.errors import GRError, TrainingError
 
@@ -61,7 +61,7 @@ def _stream(length: int) -> list[str]:
 
 
 def _run(title: str, arguments: list[str]) -> None:
-    Console(stderr=True).rule(title)
+    say(f"--- {title}", err=True)
     threads = max(1, (os.cpu_count() or 1) // RANKS)
     status = subprocess.run(arguments, env={"OMP_NUM_THREADS": str(threads), **os.environ}).returncode
     if status:
@@ -107,12 +107,11 @@ def _print_summary(root: Path, runs: dict[str, dict], gap: float, seconds: float
     }
     for name, metrics in rows.items():
         table.add_row(name, f"{metrics['hr@10']:.4f}", f"{metrics['ndcg@10']:.4f}")
-    console = Console()
-    console.print(table)
+    show(table)
     rates = train["rates"][len(train["rates"]) // 2 :]
     for name in ("examples_per_second", "tokens_per_second"):
         middle = sorted(line[name] for line in rates)[len(rates) // 2]
-        console.print(f"{name.replace('_per_second', '/s')}: {middle:,.0f} (median, {RANKS} ranks)")
-    console.print(f"largest difference of a resumed loss: {gap:.2e}")
-    console.print(f"checkpoint: {train['report']['checkpoint']}", soft_wrap=True)
-    console.print(f"TensorBoard: tensorboard --logdir {root}", soft_wrap=True)
+        say(f"{name.replace('_per_second', '/s')}: {middle:,.0f} (median, {RANKS} ranks)")
+    say(f"largest difference of a resumed loss: {gap:.2e}")
+    say(f"checkpoint: {train['report']['checkpoint']}")
+    say(f"TensorBoard: tensorboard --logdir {root}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from gr.cli.out import dump, say
 from gr.status import RunStatus, read_status
 
 
@@ -18,11 +19,11 @@ from gr.status import RunStatus, read_status
 def command(run_dir: str, state: bool, as_json: bool) -> None:
     status = read_status(Path(run_dir))
     if state:
-        click.echo(status.state)
+        say(status.state)
     elif as_json:
-        click.echo(json.dumps(asdict(status), indent=2))
+        dump(json.dumps(asdict(status), indent=2))
     else:
-        click.echo("\n".join(describe(status, run_dir, time.time())))
+        say(*describe(status, run_dir, time.time()))
 
 
 def describe(status: RunStatus, run_dir: str, now: float) -> list[str]:

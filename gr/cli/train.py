@@ -1,11 +1,11 @@
 """`gr train`: one process, or one of the ranks that torchrun started."""
 
 import json
-import os
 
 import click
 
 from gr.config import load_config
+from gr.environment import whole_number
 
 
 @click.command(
@@ -23,7 +23,7 @@ def command(config: str, overrides: tuple[str, ...], plan: str | None) -> None:
     from gr import logging
     from gr.api import train
 
-    rank = int(os.environ.get("RANK", 0))
+    rank = whole_number("RANK", 0)
     logging.configure(rank)
     report = train(loaded)
     if report is not None and rank == 0:

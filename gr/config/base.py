@@ -5,7 +5,15 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from gr.errors import ConfigError
@@ -17,6 +25,19 @@ CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Precision = Literal["fp32", "bf16"]
+
+
+def _checked_path(text: str) -> str:
+    if not text:
+        raise ValueError("empty; . is the working folder")
+    if text.startswith("~"):
+        raise ValueError(f"~ is not filled in here, and nodes may differ in it: write the whole path, not {text}")
+    if "\0" in text:
+        raise ValueError(f"{text!r} is no path")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_checked_path)]  # of a file or folder
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from gr.config.base import Count, PositiveFloat, Section
+from gr.config.base import Count, PathText, PositiveFloat, Section
 from gr.config.dlrm import DLRMConfig
 from gr.config.inventory import DLRMDense, LossInventory, TableConfig
 from gr.config.run import RunConfig
@@ -38,7 +38,7 @@ ClickLoss = Annotated[BCELoss | WeightedBCELoss | MSELoss, Field(discriminator="
 
 
 class TabularDataConfig(Section):
-    path: str = Field(
+    path: PathText = Field(
         description="Folder with schema.json and part-*.parquet, as written by `gr prepare criteo` or `clicks`."
     )
     shuffle: bool = Field(
@@ -55,7 +55,7 @@ class ClickTaskConfig(Section):
 
 
 class ClickEvaluationConfig(Section):
-    path: str | None = Field(None, description="Data folder to evaluate on; unset: only the prequential metrics.")
+    path: PathText | None = Field(None, description="Data folder to evaluate on; unset: only the prequential metrics.")
     every: Count | None = Field(None, description="Steps between evaluations; unset: only at the end.")
     global_batch_size: Count = Field(4096, description="Rows a step of evaluation, over all ranks.")
     window: Count = Field(

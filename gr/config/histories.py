@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.base import Section
+from gr.config.base import PathText, Section
 from gr.config.run import RunConfig
 from gr.schema import DataSchema
 
@@ -26,7 +26,7 @@ class StochasticLength(Section):
 
 
 class HistoryDataConfig(Section):
-    path: str = Field(description="Folder with schema.json and part-*.parquet, as written by `gr prepare`.")
+    path: PathText = Field(description="Folder with schema.json and part-*.parquet, as written by `gr prepare`.")
     max_length: PositiveInt = Field(200, description="N: newest events of a user that the model sees, in tokens.")
     train_holdout: NonNegativeInt = Field(
         2, description="Newest events of each user kept out of training: 2 leaves validation and test, 1 only test."
@@ -50,7 +50,7 @@ class HistoryDataConfig(Section):
 
 
 class UserEvaluationConfig(Section):
-    path: str | None = Field(None, description="Data folder to evaluate on; unset means data.path.")
+    path: PathText | None = Field(None, description="Data folder to evaluate on; unset means data.path.")
     every: PositiveInt | None = Field(None, description="Steps between evaluations on the validation split.")
     global_batch_size: PositiveInt = Field(512, description="Users a step of evaluation, over all ranks.")
 

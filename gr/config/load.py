@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from gr.config.base import Registry, Section
 from gr.config.click import ClickConfig
-from gr.config.messages import default_kinds, describe_faults
+from gr.config.messages import default_kinds, describe_faults, shortened
 from gr.config.ranking import RankingConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.config.run import RunConfig
@@ -49,11 +50,13 @@ def load_config(
     came with a checkpoint is somebody else's: Python code runs only where the caller names it too, and it stands alone:
     `base:` is refused.
     """
-    if plugins is None and (Path(path).parent / PROGRESS).is_file():
+    if plugins is None and os.path.isfile(Path(path).parent / PROGRESS):  # False for a name that cannot be one
         plugins = ()  # it is a checkpoint's, whoever asks
     bases = plugins is None
     reader = Reader(default_kinds(RetrievalConfig), bases=bases)
     tree = reader.read(path, overrides)
+    if "tables" in tree.value and "trainer" not in tree.value:
+        raise ConfigError(f"{path}: an inventory, which names no data and no training: use gr plan {path}")
     _import_plugins(tree.find(("plugins",)), plugins)
     written = tree.find(("task", "kind"))
     kind = DEFAULT_RECIPE if written is None else written.value
@@ -149,7 +152,7 @@ def _validated(model: type[Config], path: str | Path, kinds: dict[Location, str]
         except ValidationError as error:
             faults = faults + describe_faults(model, error.errors(include_url=False), tree)
     if faults:
-        raise ConfigError(_message(path, faults))
+        raise _error(path, faults)
     return config
 
 
@@ -169,7 +172,7 @@ def top_level(path: str | Path) -> dict[str, Node]:
     reader = Reader({})
     tree = reader.read(path, ())
     if reader.broken:
-        raise ConfigError(_message(path, reader.faults))
+        raise _error(path, reader.faults)
     return tree.value
 
 
@@ -226,7 +229,7 @@ def _for_editors(schema: Any) -> Any:
     return {key: _for_editors(value) for key, value in renamed.items() if key not in ("required", "discriminator")}
 
 
-def _message(path: str | Path, faults: list[str]) -> str:
+def _error(path: str | Path, faults: list[str]) -> ConfigError:
     if len(faults) == 1:
-        return faults[0]
-    return f"{len(faults)} faults in the configuration {path}\n  " + "\n  ".join(faults)
+        return ConfigError(faults[0])
+    return ConfigError(f"{len(faults)} faults in the configuration {path}", *shortened(faults))

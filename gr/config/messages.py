@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from gr.config.base import Registry, Section
 from gr.config.yaml import Location, Node, describe
 
+FAULTS_SHOWN = 20
 _EXPECTED = {
     "int": "an integer",
     "float": "a number",
@@ -24,8 +25,14 @@ _EXPECTED = {
 }
 
 
+def shortened(faults: list[str]) -> list[str]:
+    """The first FAULTS_SHOWN, and the number of the others."""
+    more = len(faults) - FAULTS_SHOWN
+    return [*faults[:FAULTS_SHOWN], f"and {more} faults more"] if more > 0 else faults
+
+
 def describe_faults(model: type[BaseModel], findings: list[ErrorDetails], tree: Node) -> list[str]:
-    """One line a fault, ordered as pydantic found them."""
+    """One line a fault, ordered as pydantic found them; of many the first ones, and a line with the others' number."""
     grouped: dict[Location, list[ErrorDetails]] = {}
     for finding in findings:
         # A union of plain types yields one finding for each member; they are one fault at one place.

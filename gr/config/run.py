@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.base import PositiveFloat, Precision, Registry, Section
+from gr.config.base import PathText, PositiveFloat, Precision, Registry, Section
 from gr.config.inventory import (
     AnyShardingType,
     DLRMDense,
@@ -49,11 +49,13 @@ class EmbeddingsConfig(Section):
 class PlannerConfig(Section):
     sharding: Literal["auto"] | AnyShardingType = Field("auto", description="For every table; auto asks the planner.")
     tables: dict[str, AnyShardingType] = Field({}, description="Sharding type of single tables, by name.")
-    plan: str | None = Field(None, description="Plan to train with, as written by `gr plan --json`; unset makes one.")
+    plan: PathText | None = Field(
+        None, description="Plan to train with, as written by `gr plan --json`; unset makes one."
+    )
     replan: bool = Field(
         False, description="Make another plan where that of `plan` is for another machine: elastic runs change theirs."
     )
-    topology: str | None = Field(
+    topology: PathText | None = Field(
         None,
         description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",
     )
@@ -147,7 +149,7 @@ class CheckpointConfig(Section):
     )
     keep_last: PositiveInt = Field(2, description="Newest checkpoints that stay, beside the best one.")
     asynchronous: bool = Field(False, description="Write while training goes on, from a copy in host memory.")
-    load_from: str | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
+    load_from: PathText | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
 
 
 class CallbackConfig(Section):
@@ -171,7 +173,7 @@ class RunConfig(Section):
     model_target: ClassVar[str]
     saved_target: ClassVar[str]
 
-    run_dir: str = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
+    run_dir: PathText = Field(description="Folder of this run: config, logs, metrics, checkpoints.")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
         1, description="Determines initial values, the order of the data, negatives and dropout."
     )

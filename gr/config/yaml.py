@@ -3,6 +3,7 @@
 Nothing here knows the typed tree, except for the paths of its sections that choose a variant by `kind`.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,10 +14,13 @@ from typing import Any
 import yaml
 
 from gr.config.packaged import hint, located
+from gr.errors import TransientError
 from gr.files import is_transient
 
 Location = tuple[str | int, ...]
-_MAX_DEPTH = 50  # far above any real configuration, far below Python's recursion limit
+# Far above any real configuration. The depth is of nesting and of bases, and far below Python's recursion limit; the
+# letters are read in seconds.
+_MAX_DEPTH, _MAX_FILES, _MAX_LETTERS = 50, 500, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,10 @@ for _scalar in SCALARS:
     ScalarLoader.add_implicit_resolver(*_scalar)
 
 
+_ENDS = (yaml.StreamStartToken, yaml.StreamEndToken, yaml.BlockEndToken)
+_LOST = (yaml.DocumentStartToken, yaml.DocumentEndToken, yaml.DirectiveToken, yaml.AnchorToken)
+
+
 class Reader:
     """Reads files and overrides into one tree and collects every fault on the way instead of stopping at the first.
 
@@ -120,6 +128,7 @@ class Reader:
     def __init__(self, default_kinds: Mapping[Location, str], *, bases: bool = True) -> None:
         """bases: whether a file may name others."""
         self._default_kinds, self._bases = default_kinds, bases
+        self._known: dict[Path, Node] = {}  # files that were read, over their bases: many may name the same one
         self.faults: list[str] = []
         self.broken = False
 
@@ -148,15 +157,33 @@ class Reader:
             self._fail(base.origin, "base: a checkpoint's configuration names no other file")
             return own
         for name in self._base_names(base):
-            parent = path.parent / name.value
-            chain = (*above, path)
-            if parent.resolve() in [seen.resolve() for seen in chain]:
-                self._fail(name.origin, f"base: cycle: {' -> '.join(map(str, (*chain, parent)))}")
-            elif not parent.is_file():
-                self._fail(name.origin, f"base: no such file: {parent}")
-            else:
-                tree = self._merge(tree, self._file(parent, chain))
+            tree = self._merge(tree, self._base(name, path.parent / name.value, (*above, path)))
         return self._merge(tree, own)
+
+    def _base(self, name: Node, path: Path, chain: tuple[Path, ...]) -> Node:
+        """The file that `name` names, over its bases. `chain`: the files that lead to it."""
+        nothing = Node({}, name.origin)
+        try:
+            place, is_file = path.resolve(), path.is_file()
+        except ValueError:
+            self._fail(name.origin, f"base: {describe(name.value)} is no name of a file")
+            return nothing
+        except OSError as error:
+            self._fail(name.origin, f"base: {describe(name.value)} cannot be read: {error.strerror}")
+            return nothing
+        if place in [above.resolve() for above in chain]:
+            self._fail(name.origin, f"base: cycle: {' -> '.join(map(str, (*chain, path)))}")
+        elif not is_file:
+            self._fail(name.origin, f"base: no such file: {path}")
+        elif len(chain) > _MAX_DEPTH:
+            self._fail(name.origin, f"base: more than {_MAX_DEPTH} files above one another; name fewer, in one list")
+        elif len(self._known) >= _MAX_FILES:
+            self._fail(name.origin, f"base: more than {_MAX_FILES} files; name fewer")
+        else:
+            if place not in self._known:
+                self._known[place] = self._file(path, chain)
+            return self._known[place]
+        return nothing
 
     def _base_names(self, base: Node | None) -> Sequence[Node]:
         if base is None:
@@ -170,17 +197,21 @@ class Reader:
     def _parse_file(self, path: Path) -> Node:
         nothing = Node({}, f"{path}:1")
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                text = file.read(_MAX_LETTERS + 1)
         except FileNotFoundError:
-            self._fail(str(path), f"no such file{hint(path)}")
+            self._fail(str(path), f"no such file{hint(path) or _near_file(path)}")
             return nothing
         except OSError as error:
             if is_transient(error):
-                raise
+                raise TransientError(f"{path}: cannot be read: {error.strerror}") from None
             self._fail(str(path), f"cannot be read: {error.strerror}")
             return nothing
         except UnicodeDecodeError as error:
             self._fail(str(path), f"cannot be read: not UTF-8 text (byte {error.start})")
+            return nothing
+        except ValueError:  # a NUL
+            self._fail(str(path), "is no name of a file")
             return nothing
         try:
             node = self._parse(text, lambda line: f"{path}:{line}")
@@ -198,11 +229,12 @@ class Reader:
         origin = f"override '{text if len(text) <= 80 else text[:77] + '...'}'"
         name, equals, value = text.partition("=")
         parts = name.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > _MAX_DEPTH:
             self.faults.append(f"{origin}: expected a.b.c=value")
             return Node({}, origin)
         try:
             node = self._parse(value, lambda line: origin)
+            _check_whole(value, node.value)
         except _Syntax as error:
             self.faults.append(f"{origin}: {error}")
             return Node({}, origin)
@@ -212,6 +244,8 @@ class Reader:
 
     def _parse(self, text: str, origin: Callable[[int], str]) -> Node:
         """YAML text as a Node. Raises _Syntax; faults that leave the rest readable are collected instead."""
+        if len(text) > _MAX_LETTERS:
+            raise _Syntax(1, f"longer than {_MAX_LETTERS:,} letters; a long list of tables is JSON or Parquet")
         try:
             loader = ScalarLoader(text)
             root = loader.get_single_node()
@@ -239,8 +273,11 @@ class Reader:
             raise _Syntax(line, f"not a usable value: {error}") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise _Syntax(line, f"not a usable value: {node.value} is not a finite number")
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            raise _Syntax(line, "not a usable value: text with half of a surrogate pair")
+        if isinstance(value, str):
+            try:  # JSON writes a letter beyond 16 bits as a pair of escapes, which PyYAML leaves apart
+                value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                raise _Syntax(line, "not a usable value: text with half of a surrogate pair") from None
         return Node(value, origin(line))
 
     def _convert_mapping(
@@ -262,6 +299,25 @@ class Reader:
             child = self._convert(loader, value_node, origin, depth + 1)
             result[key] = Node(child.value, origin(line))  # the key's line is the one to look at, not the value's
         return result
+
+
+def _check_whole(text: str, value: Any) -> None:
+    """Raises _Syntax where YAML reads less than was typed: it drops comments, and folds line breaks into blanks."""
+    tokens = [token for token in yaml.scan(text, Loader=ScalarLoader) if not isinstance(token, _ENDS)]
+    dropped = text[tokens[-1].end_mark.index if tokens else 0 :].strip() or any(isinstance(t, _LOST) for t in tokens)
+    is_plain = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken) and tokens[0].plain
+    if dropped or (is_plain and isinstance(value, str) and value != text):
+        raise _Syntax(1, f"YAML reads {describe(value)} of it: put the text in quotes of its own, KEY.PATH='\"TEXT\"'")
+
+
+def _near_file(path: Path) -> str:
+    """A question whether the file of the nearest name in its folder was meant; empty where there is none."""
+    try:
+        stems = [each.stem for each in path.parent.iterdir() if each.suffix == path.suffix]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)
+    return f"; did you mean {path.with_name(near[0] + path.suffix)}?" if near else ""
 
 
 def describe(value: Any) -> str:

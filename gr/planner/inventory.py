@@ -11,12 +11,11 @@ from pydantic import ValidationError
 
 from gr.config.inventory import InventoryConfig, TableConfig
 from gr.config.load import RECIPES, load_section, top_level
-from gr.config.messages import describe_faults
+from gr.config.messages import describe_faults, shortened
 from gr.config.yaml import Node
 from gr.errors import ConfigError
 
 LISTS = (".json", ".parquet")
-FAULTS_SHOWN = 20
 
 
 def is_inventory(path: str | Path) -> bool:
@@ -137,10 +136,8 @@ def _checked_rows(path: Path, rows: list[Any]) -> list[Node]:
         else:
             if (before := first.setdefault(table.name, number)) != number:
                 faults.append(f"{origin}: name: '{table.name}' is also the table of row {before}; names are unique")
-    if len(faults) > FAULTS_SHOWN:
-        faults[FAULTS_SHOWN:] = [f"and {len(faults) - FAULTS_SHOWN} faults more"]
     if faults:
-        raise ConfigError("\n  ".join(faults))
+        raise ConfigError(*shortened(faults))
     return nodes
 
 

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 
 from gr.config.inventory import InventoryConfig
-from gr.errors import PlanError
+from gr.errors import PlanError, printable
 from gr.planner.enumerate import search_space, without_option
 from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
@@ -47,7 +47,7 @@ def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFi
     lines += _shortfall(inventory, topology)
     lines.append("remedies tried:")
     lines += [f"  {remedy}" for remedy in _remedies(inventory, topology, divides)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # a line break in a name begins no line
 
 
 def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:

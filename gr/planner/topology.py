@@ -171,6 +171,8 @@ def _named(text: str) -> Node:
     match = re.fullmatch(r"(.+)x([0-9]+)", text)
     if match is None or text in _hardware():
         return Node({"hardware": Node(text, text)}, text)
+    if len(match[2]) > len(str(LARGEST_WORLD)):
+        raise PlanError(f"{text[:40]}...: {len(match[2])} digits of ranks; give at most {LARGEST_WORLD}")
     return Node({"hardware": Node(match[1], text), "ranks": Node(int(match[2]), text)}, text)
 
 

@@ -16,6 +16,7 @@ from gr.checkpoint.layout import CHECKPOINTS, CONFIG
 from gr.config import dump_config
 from gr.config.run import RunConfig
 from gr.dist import World
+from gr.environment import whole_number
 from gr.errors import ConfigError, GRError, TrainingError, TransientError
 from gr.files import DISK_FULL, is_transient, write_text
 from gr.logging import get_logger, log_once
@@ -56,7 +57,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[None]:
                 first = _first(error)
                 # An ordinary error before the signal: its peer has stopped and left, or else this rank had crashed
                 # already, and torchrun sent the signal for that.
-                if not isinstance(first, Exception) or read_status(run_dir).state == "stopped":
+                if not isinstance(first, Exception) or _state(run_dir) == "stopped":
                     _record_stop(run_dir)
                     return
                 error = first
@@ -103,6 +104,11 @@ def _failure_of(error: BaseException, run_dir: Path, world: World) -> GRError | 
         return TrainingError(f"rank {first.rank} on {first.host} failed: {first.message}")
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         error = TrainingError(f"run_dir={run_dir}: {error.strerror}: make room, then start the same command again")
+    if isinstance(error, FileNotFoundError) and (gone := _removed(error, run_dir)):
+        error = TrainingError(
+            f"{gone} was removed while the run wrote into it: start the same command again, from its last checkpoint "
+            "where one is left"
+        )
     if not isinstance(error, GRError):
         return None
     _record(run_dir, RunError(world.rank, socket.gethostname(), str(error)))
@@ -135,7 +141,7 @@ def _start(config: RunConfig, world: World) -> None:
     """Raises TrainingError in a worker that torchrun restarted after a failure that a restart will not cure."""
     run_dir = Path(config.run_dir)
     status = StatusFile(run_dir)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (failure := _failure(run_dir)):
+    if whole_number("TORCHELASTIC_RESTART_COUNT", 0) and (failure := _failure(run_dir)):
         raise TrainingError(f"not tried again: {failure.message}")
     status.start(_status(config, world.size))
 
@@ -156,16 +162,36 @@ def _failure(run_dir: Path) -> RunError | None:
     """The failure that status.json tells of, if there is one."""
     if not (run_dir / STATUS).exists():
         return None
-    status = read_status(run_dir)
+    try:
+        status = read_status(run_dir)
+    except GRError as error:  # it tells of none
+        log.warning("%s", error)
+        return None
     return status.error if status.state == "failed" else None
+
+
+def _state(run_dir: Path) -> str:
+    """The state in status.json; empty where the file is no status."""
+    try:
+        return read_status(run_dir).state
+    except GRError as error:
+        log.warning("%s", error)
+        return ""
+
+
+def _removed(error: FileNotFoundError, run_dir: Path) -> Path | None:
+    """The folder of the run that is gone, if `error` comes from that."""
+    if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(run_dir):
+        return None
+    return next((each for each in (run_dir, run_dir / CHECKPOINTS) if not each.exists()), None)
 
 
 def record_refusal(config: RunConfig, error: GRError) -> None:
     """For a rank that cannot join the others: status.json says why, unless a run is in the folder."""
-    run_dir, failure = Path(config.run_dir), RunError(int(os.environ.get("RANK", 0)), socket.gethostname(), str(error))
+    run_dir, failure = Path(config.run_dir), RunError(whole_number("RANK", 0), socket.gethostname(), str(error))
     try:
         with _locked(run_dir, 0):
-            status = _status(config, int(os.environ.get("WORLD_SIZE", 1)))
+            status = _status(config, whole_number("WORLD_SIZE", 1, least=1))
             StatusFile(run_dir).start(replace(status, state="failed", error=failure))
     except (GRError, OSError) as fault:
         log.info("status.json does not say why this rank cannot join: %s", fault)
@@ -181,7 +207,7 @@ def _record(run_dir: Path, failure: RunError) -> None:
 def _record_stop(run_dir: Path) -> None:
     """A run that was done, or had failed, when the signal came stays so."""
     log.warning("stopped outside the steps, so nothing was to be saved; the same command starts at the last checkpoint")
-    if read_status(run_dir).state == "running":
+    if _state(run_dir) in ("running", ""):
         StatusFile(run_dir).update(state="stopped")
 
 

@@ -23,6 +23,7 @@ def test_manifests_know_the_image():
     pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     from launch import render
 
-    (group,) = re.findall(r"groupadd --gid (\d+) gr && useradd .*--gid gr gr", RUNTIME)
+    ((group, user),) = re.findall(r"groupadd --gid (\d+) gr && useradd .*--uid (\d+) --gid gr gr", RUNTIME)
     (folder,) = re.findall(r"^WORKDIR (\S+)$", RUNTIME, flags=re.M)
-    assert (int(group), folder) == (render.GROUP, render.WORKSPACE)
+    assert (int(group), int(user), folder) == (render.GROUP, render.USER, render.WORKSPACE)
+    assert re.findall(r"^USER (\S+)$", RUNTIME, flags=re.M) == [user], "a number, for runAsNonRoot"

@@ -155,6 +155,69 @@ def test_volumes_are_made_writable(name):
     assert "fsGroup: 10001\n" in text
 
 
+def restricted_faults(pod: dict) -> list[str]:
+    """What the Pod Security Standard "restricted" (Kubernetes 1.34) refuses in a pod's spec."""
+    of_pod = pod.get("securityContext", {})
+    faults = [f"{key} of the host" for key in ("hostNetwork", "hostPID", "hostIPC") if pod.get(key)]
+    faults += [f"sysctl {each['name']}" for each in of_pod.get("sysctls", [])]
+    kinds = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    faults += [f"volume {each['name']}" for each in pod.get("volumes", []) if not set(each) - {"name"} <= kinds]
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        own = of_pod | container.get("securityContext", {})
+        capabilities = own.get("capabilities", {})
+        rules = {
+            "privileged": not own.get("privileged"),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "runAsNonRoot": own.get("runAsNonRoot") is True,
+            "runAsUser": own.get("runAsUser") != 0,
+            "seccompProfile": own.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+            "capabilities drop": "ALL" in capabilities.get("drop", []),
+            "capabilities add": set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
+            "procMount": own.get("procMount", "Default") == "Default",
+        }
+        faults += [f"{container['name']}: {rule}" for rule, kept in rules.items() if not kept]
+    return faults
+
+
+def pod_of(manifest: dict) -> dict:
+    spec = manifest["spec"]
+    if manifest["kind"] == "TrainJob":
+        spec = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
+        return spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    return spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_restricted_namespace_takes_the_pods(name):
+    pod = pod_of(golden(name))
+    assert restricted_faults(pod) == []
+    assert pod["securityContext"]["runAsUser"] == 10001, "a number: Kubernetes cannot look up names of the image"
+    (shm,) = (each["emptyDir"] for each in pod["volumes"] if each["name"] == "shm")
+    assert re.fullmatch("[1-9][0-9]*M", shm["sizeLimit"])
+    assert name == "trainjob" or pod["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "fault"),
+    [
+        ("securityContext", "runAsNonRoot", None, "trainer: runAsNonRoot"),
+        ("securityContext", "runAsUser", 0, "trainer: runAsUser"),
+        ("securityContext", "seccompProfile", None, "trainer: seccompProfile"),
+        ("container", "allowPrivilegeEscalation", True, "trainer: allowPrivilegeEscalation"),
+        ("container", "capabilities", {"drop": ["NET_RAW"]}, "trainer: capabilities drop"),
+        ("container", "capabilities", {"drop": ["ALL"], "add": ["SYS_PTRACE"]}, "trainer: capabilities add"),
+        (None, "hostNetwork", True, "hostNetwork of the host"),
+        (None, "volumes", [{"name": "x", "hostPath": {"path": "/"}}], "volume x"),
+    ],
+)
+def test_the_restriction_bites(place, key, value, fault):
+    pod = pod_of(golden("jobset"))
+    section = pod["containers"][0]["securityContext"] if place == "container" else pod[place] if place else pod
+    section[key] = value if value is not None else {}
+    assert restricted_faults(pod) == [fault]
+
+
 def test_a_host_of_other_shape_and_devices():
     pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     own = "a100x8,cpu=64,memory=500,rdma/ib=4"

@@ -169,6 +169,37 @@ def test_threads_of_a_rank(ranks, cores, environment, threads):
     assert cpu_threads(ranks, cores, environment) == threads
 
 
+@pytest.mark.parametrize("threads", ["1025", "99999", "9" * 5000])
+def test_more_threads_than_openmp_can_start_are_refused(threads: str) -> None:
+    with pytest.raises(ConfigError, match=r"^OMP_NUM_THREADS=[0-9]{4,40}: at most 1024; unset it"):
+        cpu_threads(1, 2, {"OMP_NUM_THREADS": threads})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((name, text) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") for text in ("x", "-1")),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "1"),  # of a world of one
+        ("LOCAL_RANK", "1"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=f"^{name}={text} in the environment: expected a whole number"), world("cpu"):
+        pass
+
+
+def test_a_port_that_is_none_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    for name, text in (place | {"MASTER_PORT": "x"}).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=r"^MASTER_PORT=x in the environment"), world("cpu"):
+        pass
+
+
 def threads_after(process: World) -> int:
     use_cpu_well(process)
     return torch.get_num_threads()

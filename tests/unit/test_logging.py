@@ -1,6 +1,7 @@
 """Log lines: their logger, their rank, and how often they appear."""
 
 import logging
+import threading
 
 import pytest
 
@@ -43,3 +44,16 @@ def test_once(capsys):
         log_once(logger, "fallback taken")
     log_once(logger, "another", level=logging.INFO)
     assert capsys.readouterr().err == "warning: fallback taken\nanother\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_of_the_disk_in_a_thread_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    configure()
+
+    def fail():
+        raise FileNotFoundError(2, "No such file or directory", "run/a\nb")
+
+    threading.Thread(target=fail, name="writer").start()
+    [thread.join() for thread in threading.enumerate() if thread.name == "writer"]
+    assert capsys.readouterr().err == "error: writer: [Errno 2] No such file or directory: 'run/a\\nb'\n"

@@ -91,3 +91,33 @@ def test_a_status_that_gr_did_not_write_is_one_line(tmp_path: Path, content: byt
     (tmp_path / "status.json").write_bytes(content)
     with pytest.raises(GRError, match="not a status of this version of gr"):
         read_status(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "garbage", "[]"])
+def test_a_file_that_another_program_spoils_is_written_anew(status: StatusFile, text: str | None) -> None:
+    path = status.run_dir / "status.json"
+    path.unlink() if text is None else path.write_text(text)
+    StatusFile(status.run_dir).update(step=30)
+    assert read_status(status.run_dir).step == 30 and read_status(status.run_dir).checkpoint == 20
+    StatusFile(status.run_dir).fail(LOST)
+    assert read_status(status.run_dir).error == LOST
+
+
+def test_a_process_that_wrote_no_status_leaves_a_spoilt_one(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("garbage")
+    with pytest.raises(GRError, match="not a status of this version"):
+        StatusFile(tmp_path).update(step=30)
+
+
+def test_a_full_disk_keeps_no_failure_back(status: StatusFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gr.status.write_json", full)
+    status.fail(LOST)
+    assert read_status(status.run_dir).error == LOST and read_status(status.run_dir).state == "failed"
+    status.start(BEGUN)  # shorter: nothing of the longer one is left
+    assert read_status(status.run_dir) == BEGUN
+    (status.run_dir / "status.json").unlink()
+    with pytest.raises(OSError, match="No space left"):
+        status.start(BEGUN)

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gr.errors import printable
 from gr.planner.estimate import MEMORY, Estimate, TableShare
 from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
 from gr.planner.report.units import duration, percent, size
@@ -32,20 +33,25 @@ def summary(estimate: Estimate) -> list[RenderableType]:
     tables: list[RenderableType] = [Text(), _top(estimate), _types(estimate.tables)]
     return [
         *_head(estimate),
-        Text(straggler(estimate).explanation()),
+        _text(straggler(estimate).explanation()),
         Text(),
         _memory(estimate),
         *(tables if estimate.tables else []),
     ]
 
 
+def _text(text: str, style: str = "") -> Text:
+    """Names of tables and models are data: no markup of Rich's, and no control characters."""
+    return Text(printable(text), style=style)
+
+
 def _head(estimate: Estimate) -> list[RenderableType]:
     where = f"{estimate.plan.topology.name}: {world(estimate)}"
-    title = Text(f"{estimate.plan.inventory.name} on {where}", style="bold")
-    fits = Text(verdict(estimate), style="green" if estimate.fits else "bold red")
+    title = _text(f"{estimate.plan.inventory.name} on {where}", style="bold")
+    fits = _text(verdict(estimate), style="green" if estimate.fits else "bold red")
     grid = Table.grid(padding=(0, 2))
     for name, value, note in headline(estimate):
-        grid.add_row(Text(name), Text(value, style="bold"), Text(note, style="dim"))
+        grid.add_row(_text(name), _text(value, style="bold"), _text(note, style="dim"))
     return [title, fits, grid]
 
 
@@ -88,11 +94,11 @@ def _top(estimate: Estimate) -> Table:
     by_bytes = sorted(estimate.tables, key=lambda share: -share.bytes)
     for costly, large in list(zip(by_seconds, by_bytes, strict=True))[:shown]:
         table.add_row(
-            Text(costly.name),
+            _text(costly.name),
             ABBREVIATIONS[costly.sharding_type],
             duration(costly.seconds),
             "",
-            Text(large.name),
+            _text(large.name),
             ABBREVIATIONS[large.sharding_type],
             size(large.bytes),
         )
@@ -105,4 +111,4 @@ def _types(tables: Iterable[TableShare]) -> Text:
     kernels = Counter(table.kernel for table in tables)
     text = ", ".join(f"{ABBREVIATIONS[name]} {number:,}" for name, number in types.most_common())
     held = ", ".join(f"{name} {number:,}" for name, number in kernels.most_common())
-    return Text(f"Sharding types: {text}; kernels: {held}")
+    return _text(f"Sharding types: {text}; kernels: {held}")

@@ -173,3 +173,13 @@ def test_a_progress_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -
     (tmp_path / PROGRESS).write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_progress(tmp_path)
+
+
+def test_a_folder_without_progress_is_passed_over_and_named(tmp_path, caplog):
+    folder = CheckpointFolder(tmp_path)
+    (whole := folder.final(9)).mkdir()
+    (whole / "progress.json").touch()
+    folder.final(20).mkdir()
+    with caplog.at_level("WARNING", logger="gr"):
+        assert folder.steps() == [9] and folder.latest() == whole
+    assert f"{folder.final(20)}: passed over, since without progress.json it is no whole checkpoint" in caplog.text

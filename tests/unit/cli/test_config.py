@@ -93,6 +93,12 @@ class TestFrame:
             (["xyz"], "error: no such command 'xyz'; commands: train, "),
             (["config", "show"], "error: Missing argument 'CONFIG'"),
             (["config", "check", "a.yaml", "--fast"], "error: No such option"),
+            (
+                ["config", "check", "a.yaml", "--trainer.steps=10"],
+                "error: No such option '--trainer.steps'; a value of the configuration has no dashes: "
+                "trainer.steps=VALUE\n",
+            ),
+            (["config", "schema", "--a.b"], "error: No such option '--a.b'.\n"),
         ],
     )
     def test_wrong_usage(self, arguments, said, capsys):
@@ -105,6 +111,12 @@ class TestFrame:
             (DataError("part-0.parquet: empty"), 2, "error: part-0.parquet: empty\n"),
             (KeyboardInterrupt(), 130, "interrupted\n"),
             (click.Abort(), 130, "interrupted\n"),
+            (OSError(5, "Input/output error", "x\ny"), 1, "error: x\\ny: Input/output error; another try may help\n"),
+            (
+                OSError(28, "No space left on device"),
+                2,
+                "error: the system: No space left on device; make room, then start the same command again\n",
+            ),
         ],
     )
     def test_exit_codes(self, monkeypatch, capsys, raised, code, said):

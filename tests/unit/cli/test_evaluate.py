@@ -19,7 +19,10 @@ def test_before_training(refused: Refused, config: str, run_dir: Path) -> None:
 
 
 def test_wrong_calls(refused: Refused) -> None:
-    assert refused("evaluate") == "Missing option '--checkpoint'."
+    for command in (["evaluate"], ["recommend", "--out", "x"], ["export-weights", "--out", "x.safetensors"]):
+        assert refused(*command) == "which checkpoint? Name a run folder or a step-XXXXXXXX folder of one"
+        assert refused(*command, "/none/x").startswith("/none/x: no checkpoint there")
+    assert refused("export-weights", "--out", "x.safetensors", "a", "b=1").startswith("b=1: one checkpoint, and no")
     assert "'train' is not one of 'validation', 'test'" in refused("evaluate", "--checkpoint", "x", "--split", "train")
 
 
@@ -28,8 +31,13 @@ def test_after_training(config: str, run_dir: Path, refused: Refused, capfd: pyt
     assert main(["train", config]) == 0
     trained = capfd.readouterr().out
     report = json.loads((run_dir / "report.json").read_text())
-    for path in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / "step-00000004"):
-        assert main(["evaluate", "--checkpoint", str(path)]) == 0
+    for *option, path in (
+        ("--checkpoint", run_dir),
+        ("--checkpoint", run_dir / "checkpoints"),
+        ("--checkpoint", run_dir / "checkpoints" / "step-00000004"),
+        (run_dir,),
+    ):
+        assert main(["evaluate", *option, str(path)]) == 0
         # The same table; training also says where its run folder is.
         assert trained.startswith(capfd.readouterr().out)
     assert f"{report['model']['hr@10']:.4f}" in trained

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -68,6 +69,32 @@ def test_a_full_disk_is_a_failure_with_a_remedy(config: RetrievalConfig, run_dir
     left = ended(config, alone, OSError(errno.ENOSPC, "No space left on device"))
     assert isinstance(left, TrainingError) and "No space left on device: make room" in str(left)
     assert read_status(run_dir).state == "failed"
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints"])
+def test_a_folder_that_is_removed_during_the_run(
+    config: RetrievalConfig, run_dir: Path, alone: World, name: str
+) -> None:
+    with pytest.raises(TrainingError) as left, run_folder(config, alone):
+        (run_dir / "checkpoints").mkdir()
+        shutil.rmtree(gone := run_dir / name)
+        (run_dir / "checkpoints" / "step-1").mkdir()
+    assert str(left.value).startswith(f"{gone} was removed while the run wrote into it: start the same command again")
+
+
+def test_a_file_of_ours_that_is_missing_stays_a_crash(config: RetrievalConfig, alone: World) -> None:
+    error = ended(config, alone, FileNotFoundError(errno.ENOENT, "No such file or directory", "/none/x"))
+    assert isinstance(error, FileNotFoundError)
+
+
+def test_a_spoilt_status_keeps_no_attempt_from_starting(
+    config: RetrievalConfig, run_dir: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir.mkdir()
+    (run_dir / "status.json").write_text("garbage")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with run_folder(config, alone):
+        assert read_status(run_dir).state == "running"
 
 
 def test_torchrun_does_not_try_a_failure_again_and_a_person_may(
