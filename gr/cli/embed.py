@@ -12,8 +12,8 @@ from gr.errors import ConfigError
 
 
 @click.command(
-    help="Write items.parquet and users.parquet of CHECKPOINT: ids of your log and vectors, whose dot product is the score that `gr "
-    "recommend` ranks by. The users are those of evaluation.path, or else data.path."
+    help="Write items.parquet and users.parquet of CHECKPOINT: ids of your log and vectors, whose dot product is the "
+    "score that `gr recommend` ranks by. The users are those of evaluation.path, or else data.path."
 )
 @click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")

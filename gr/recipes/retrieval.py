@@ -164,7 +164,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
         listed = None if request.users is None else read_listed(request.users, users)
         rows_N = None if listed is None else self.evaluation_data.rows_of(listed.ids_N)
-        batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N, users=True)
+        batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N)
         own = 0
         for batch in batches:
             moved = batch.to(world.device)
@@ -215,7 +215,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         inner = unwrapped(model)
         assert isinstance(inner, RetrievalModel)
         inner.eval()
-        for batch in self._user_batches(world, target_from_end=0, users=True):
+        for batch in self._user_batches(world, target_from_end=0):
             moved = batch.to(world.device)
             queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
             assert batch.user_B is not None, "asked for"
@@ -231,7 +231,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         return allowed_C, len(listed.ids_N) - len(allowed_C) + listed.unknown
 
     def _user_batches(
-        self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None, users: bool = False
+        self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None
     ) -> UserBatches:
         settings = self.config.evaluation
         return evaluation_batches(
@@ -243,7 +243,6 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             rank=world.rank,
             world_size=world.size,
             rows_N=rows_N,
-            users=users,
         )
 
     def comparisons(self, split: Split) -> dict[str, Any]:
