@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gr.api import planning_problem
 from gr.cli import main
 from gr.cli.plan import _counted
 from gr.errors import PlanError
@@ -91,6 +92,14 @@ def test_smallest(inventory: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == "smallest: 2 ranks of a100-40g"
     assert "the tables take at least" in " ".join(shown.replace("│", " ").split())
+
+
+def test_smallest_of_an_experiment_divides_its_batches(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`gr train` refuses three ranks, as data.lanes=4 is not divisible by 3."""
+    _, _, divides = planning_problem(config, [], "cpux1")
+    assert divides == 4
+    assert main(["plan", config, "--topology", "cpux1", "--smallest"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "smallest: 1 rank of cpu"
 
 
 def test_diff(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
