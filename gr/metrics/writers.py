@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -23,15 +23,25 @@ class MetricsWriter:
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
 
-    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """kind: train, validation or test; it prefixes the names in TensorBoard."""
+    def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
+        """kind: train, validation or test; it prefixes the names in TensorBoard, which gets no value that is None."""
         self._lines.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            if value is not None:
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._lines.close()
         self._board.close()
+
+
+def in_words(metrics: Mapping[str, float | None], names: Iterable[str]) -> str:
+    """Some metrics on a line; null for what does not exist."""
+    return "  ".join(f"{name} {shown(metrics[name])}" for name in names)
+
+
+def shown(value: float | None) -> str:
+    return "null" if value is None else f"{value:.4f}"
 
 
 def _drop_after(path: Path, steps_done: int) -> None:

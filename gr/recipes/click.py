@@ -15,7 +15,7 @@ from gr.data.tabular_pass import TabularPass
 from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
-from gr.metrics.ranking import RankingMetrics
+from gr.metrics.ranking import OneClassError, RankingMetrics
 from gr.recipes.base import Evaluation, Recipe, ReportTable, Split, Training
 from gr.schema import TabularSchema
 from gr.tasks import click_loss
@@ -138,7 +138,10 @@ class ClickRecipe(Recipe[ClickConfig]):
                 logits_B = model(batch.dense_BN, batch.sparse)
                 metrics.update(logits_B[:own], batch.labels_B[:own])
         model.train(was_training)
-        return Evaluation(metrics.compute(), details)
+        try:
+            return Evaluation(metrics.compute(), details)
+        except OneClassError as error:
+            return Evaluation(error.metrics, {**details, "unmeasured": {"label": str(error)}})
 
     @classmethod
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
