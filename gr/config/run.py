@@ -55,8 +55,8 @@ class PlannerConfig(Section):
     )
     allow_state_per_shard: bool = Field(
         False,
-        description="Take column shards of tables whose optimizer keeps one number a row, such as rowwise_adagrad: each "
-        "shard then keeps its own, which trains another model than one rank does.",
+        description="Take column shards of tables whose optimizer keeps one number a row, as rowwise_adagrad does: "
+        "each shard then keeps its own, which trains another model than one rank does.",
     )
     topology: PathText | None = Field(
         None,

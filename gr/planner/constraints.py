@@ -20,7 +20,7 @@ def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str)
     if unknown := sorted(set(planner.tables) - set(names)):
         raise ConfigError(f"planner.tables: no table named {', '.join(unknown)}; the model has {', '.join(names)}")
     for table in inventory.tables:
-        _check_state(table, planner)
+        check_state(planner, table, sharding_type_of(planner, table.name))
     tables = [_allowed(table, sharding_type_of(planner, table.name), device) for table in inventory.tables]
     return inventory.model_copy(update={"tables": tuple(tables)})
 
@@ -30,14 +30,13 @@ def sharding_type_of(planner: PlannerConfig, table: str) -> str:
     return planner.tables.get(table, planner.sharding)
 
 
-def _check_state(table: TableConfig, planner: PlannerConfig) -> None:
-    """Raises ConfigError where column shards would train another model, and the configuration does not say so."""
-    chosen, optimizer = sharding_type_of(planner, table.name), _optimizer(table)
-    if chosen in BY_COLUMNS and optimizer.states_a("row") and not planner.allow_state_per_shard:
+def check_state(planner: PlannerConfig, table: TableConfig, sharding_type: str) -> None:
+    """Raises ConfigError where column shards would train another model, and the configuration does not allow it."""
+    if sharding_type in BY_COLUMNS and _optimizer(table).states_a("row") and not planner.allow_state_per_shard:
         raise ConfigError(
-            f"planner: {chosen} of {table.name}: {table.optimizer} keeps one number a row over all its columns, and each "
-            "column shard would keep its own, which trains another model than one rank does: use auto, table_wise or "
-            "row_wise, an optimizer with a state for each element, or planner.allow_state_per_shard=true"
+            f"planner: {sharding_type} of {table.name}: {table.optimizer} keeps one number a row over all columns, and "
+            "each column shard would keep its own, which trains another model than one rank does: use auto, table_wise "
+            "or row_wise, an optimizer with a state for each element, or planner.allow_state_per_shard=true"
         )
 
 
