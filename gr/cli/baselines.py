@@ -6,6 +6,7 @@ from typing import Literal
 import click
 
 from gr.cli.out import cell, show
+from gr.errors import DataError
 
 _COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 
@@ -61,6 +62,8 @@ def command(
         max_length=max_length,
     )
     users = len(next(iter(ranks.values())))
+    if not users:
+        raise DataError(f"{held_out.path}: no user has an event before the held-out one, so there is nothing to score")
     title = f"{held_out.path}, {split}: {users} users, filter_seen={filter_seen}, train_holdout={holdout}"
     table = Table(title=cell(title))
     table.add_column("baseline")

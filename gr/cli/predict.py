@@ -12,8 +12,8 @@ from gr.environment import whole_number
 
 @click.command(
     help="Write the rows of a Parquet file with the predictions of CHECKPOINT beside them. Click models read the "
-    "columns of their training data and add `score`, the probability of the label. Ranking models read user_id and item_id "
-    "(perhaps timestamp and event features) and add score_TASK for each task; histories are those of "
+    "columns of their training data and add `score`, the probability of the label. Ranking models read user_id and "
+    "item_id (perhaps timestamp and event features) and add score_TASK for each task; histories are those of "
     "evaluation.path, or else data.path. Ids are those of your log."
 )
 @click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from gr.cli.out import cell, say, show
+from gr.metrics.writers import shown
 from gr.recipes.base import ReportTable, recipe_class
 
 
@@ -17,6 +18,7 @@ def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
     else:
         for content in tables:
             show(metrics_table(content))
+    say(*(f"null: {why}" for why in report.get("unmeasured", {}).values()))
     say(f"checkpoint: {report['checkpoint']} (step {report['step']})")
     if run_dir is not None:
         say(f"run folder: {run_dir} (report.json, metrics.jsonl, tensorboard/)")
@@ -28,5 +30,5 @@ def metrics_table(content: ReportTable) -> Table:
     for name in content.columns:
         table.add_column(cell(name), justify="right")
     for name, metrics in content.rows.items():
-        table.add_row(cell(name), *(f"{metrics[key]:.4f}" for key in content.columns))
+        table.add_row(cell(name), *(shown(metrics[key]) for key in content.columns))
     return table

@@ -55,6 +55,11 @@ class PlannerConfig(Section):
     replan: bool = Field(
         False, description="Make another plan where that of `plan` is for another machine: elastic runs change theirs."
     )
+    allow_state_per_shard: bool = Field(
+        False,
+        description="Take column shards of tables whose optimizer keeps one number a row, as rowwise_adagrad does: "
+        "each shard then keeps its own, which trains another model than one rank does.",
+    )
     topology: PathText | None = Field(
         None,
         description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",

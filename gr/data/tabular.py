@@ -83,14 +83,6 @@ class TabularDataset:
         ids_BH = np.concatenate([np.empty((rows, 0), dtype=dtype), *ids], axis=1)
         return TabularRows(columns[schema.labels[0]].filled.astype(np.float32), dense_BN, ids_BH)
 
-    def only_label(self) -> int | None:
-        """The label of all rows where footers say that they have the same one."""
-        chunks = [chunk for _, chunk in self._parts.statistics(self.schema.labels[0])]
-        if not all(chunk.is_stats_set and chunk.statistics.has_min_max for chunk in chunks):
-            return None
-        bounds = {bound for chunk in chunks for bound in (chunk.statistics.min, chunk.statistics.max)}
-        return int(bounds.pop()) if len(bounds) == 1 else None
-
     def read_columns(self, index: int) -> dict[str, Column]:
         """The columns of one row group, not yet checked."""
         types = _types(self.schema)

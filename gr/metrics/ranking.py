@@ -27,6 +27,17 @@ SCORE_BITS = 20  # the sign, exponent and 11 mantissa bits of a float32 logit: a
 BINS = 1 << SCORE_BITS
 
 
+class OneClassError(DataError):
+    """All labels are of one class, so there is nothing to tell apart.
+
+    metrics: as far as they exist; NE, AUC and calibration are None.
+    """
+
+    def __init__(self, message: str, metrics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.metrics: dict[str, float | None] = {"ne": None, "auc": None, "calibration": None, **metrics}
+
+
 class _Examples(NamedTuple):
     """Checked examples. Rows of weight 0 have logit 0 and label 0."""
 
@@ -127,8 +138,9 @@ class RankingMetrics:
         gauc_groups_skipped, which have one class. accuracy: at probability 0.5. base_rate: mean label.
         calibration: mean prediction / mean label. examples: the number of weight above 0.
 
-        Raises DataError for no example, labels of one class or not 0 and 1, bad weights; TrainingError for predictions
-        that are not finite or all the same; ValueError for a window where ranks updated unequally often.
+        Raises OneClassError for labels of one class; DataError for no example, labels not 0 and 1, bad weights;
+        TrainingError for predictions that are not finite or all the same; ValueError for a window where ranks updated
+        unequally often.
         """
         self._intake.raise_faults()
         self._trim()
@@ -265,14 +277,16 @@ def _means(sums_6: Tensor, lowest: float, highest: float, task: str) -> dict[str
     positive, negative, prediction, loss, hits, examples = sums_6.tolist()
     if not examples:
         raise DataError(f"task {task!r}: no example of weight above 0, so there is nothing to measure")
+    weight = positive + negative
     if not (positive and negative):
         problem = f"all {examples:.0f} labels are {int(positive > 0)}, so there is no NE, AUC or calibration"
-        raise DataError(f"task {task!r}: {problem}; measure more examples, or a larger window")
+        known = {"log_loss": loss / weight, "accuracy": hits / weight, "base_rate": positive / weight}
+        message = f"task {task!r}: {problem}; measure more examples, or a larger window"
+        raise OneClassError(message, {**known, "examples": examples})
     if lowest == highest:
         problem = f"all predictions are the same (logit {lowest:.6g}), so they order nothing"
         remedy = "look for dead units, inputs that are all missing, or a learning rate that is too high"
         raise TrainingError(f"task {task!r}: {problem}; {remedy}")
-    weight = positive + negative
     base_rate, log_loss = positive / weight, loss / weight
     means = {"ne": normalised_entropy(log_loss, base_rate), "log_loss": log_loss, "accuracy": hits / weight}
     return means | {"base_rate": base_rate, "calibration": prediction / positive, "examples": examples}

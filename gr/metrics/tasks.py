@@ -1,6 +1,6 @@
 """Metrics of several tasks at once. P predictions, C tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.logging import get_logger, log_once
 from gr.metrics.prequential import PrequentialMetrics
-from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
+from gr.metrics.ranking import LifetimeMetrics, OneClassError, RankingMetrics
 
 log = get_logger(__name__)
 
@@ -54,6 +54,7 @@ class MultiTaskMetrics:
             task.name: binary(task.name) if isinstance(task, ActionTask) else RegressionMetrics(task.name, world)
             for task in tasks
         }
+        self.unmeasured: dict[str, str] = {}
 
     def update(self, outputs_PC: Tensor, labels_PC: Tensor, user_P: Tensor) -> None:
         columns = zip(self._tasks.values(), outputs_PC.unbind(1), labels_PC.unbind(1), strict=True)
@@ -63,18 +64,23 @@ class MultiTaskMetrics:
             else:
                 metrics.update(output_P, label_P)
 
-    def compute(self) -> dict[str, float]:
-        """The metrics of every task, on every rank. Collective.
+    def compute(self) -> dict[str, float | None]:
+        """The metrics of every task, on every rank, and in `unmeasured` why some are None. Collective.
 
-        A task that cannot be measured, for example because its labels are of one class, is left out and logged once;
-        the first task raises DataError instead.
+        What does not exist is None and logged once: NE, AUC and calibration of labels of one class, or examples of a
+        task that has none. Where the first task has no example it raises DataError.
         """
-        values: dict[str, float] = {}
+        values: dict[str, float | None] = {}
+        self.unmeasured = {}
         for index, (name, metrics) in enumerate(self._tasks.items()):
+            known: Mapping[str, float | None]
             try:
-                values |= {f"{name}/{metric}": value for metric, value in metrics.compute().items()}
+                known = metrics.compute()
             except DataError as error:
-                if index == 0:
+                if index == 0 and not isinstance(error, OneClassError):
                     raise
-                log_once(log, f"left out: {error}")
+                known = error.metrics if isinstance(error, OneClassError) else {"examples": None}
+                self.unmeasured[name] = str(error)
+                log_once(log, str(error))
+            values |= {f"{name}/{metric}": value for metric, value in known.items()}
         return values

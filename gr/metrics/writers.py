@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gr.logging import get_logger, log_once
@@ -26,12 +26,13 @@ class MetricsWriter:
         self._trackers = trackers
         self.lost = 0
 
-    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """kind: train, validation or test; it prefixes the names in trackers."""
+    def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
+        """kind: train, validation or test; it prefixes the names in trackers, which get no value that is None."""
         self._lines.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if value is not None}
         for tracker in self._trackers:
             try:
-                tracker.write(step, kind, values)
+                tracker.write(step, kind, numbers)
             except tracker.faults as error:
                 self.lost += 1
                 log_once(log, f"{type(tracker).__name__} does not take metrics, metrics.jsonl has them: {error}")
@@ -45,6 +46,15 @@ class MetricsWriter:
                 log.warning("%s does not end its run: %s", type(tracker).__name__, error)
         if self.lost:
             log.warning("trackers missed %d records, which metrics.jsonl has", self.lost)
+
+
+def in_words(metrics: Mapping[str, float | None], names: Iterable[str]) -> str:
+    """Some metrics on a line; null for what does not exist."""
+    return "  ".join(f"{name} {shown(metrics[name])}" for name in names)
+
+
+def shown(value: float | None) -> str:
+    return "null" if value is None else f"{value:.4f}"
 
 
 def _drop_after(path: Path, steps_done: int) -> None:

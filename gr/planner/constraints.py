@@ -7,6 +7,8 @@ from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import PlannerConfig
 from gr.errors import ConfigError
 
+BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
+
 
 def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str) -> InventoryConfig:
     """`inventory` limited to what planner.sharding, planner.tables and the device (cpu or cuda) allow.
@@ -17,6 +19,8 @@ def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str)
     names = [table.name for table in inventory.tables]
     if unknown := sorted(set(planner.tables) - set(names)):
         raise ConfigError(f"planner.tables: no table named {', '.join(unknown)}; the model has {', '.join(names)}")
+    for table in inventory.tables:
+        check_state(planner, table, sharding_type_of(planner, table.name))
     tables = [_allowed(table, sharding_type_of(planner, table.name), device) for table in inventory.tables]
     return inventory.model_copy(update={"tables": tuple(tables)})
 
@@ -26,11 +30,25 @@ def sharding_type_of(planner: PlannerConfig, table: str) -> str:
     return planner.tables.get(table, planner.sharding)
 
 
+def check_state(planner: PlannerConfig, table: TableConfig, sharding_type: str) -> None:
+    """Raises ConfigError where column shards would train another model, and the configuration does not allow it."""
+    if sharding_type in BY_COLUMNS and _optimizer(table).states_a("row") and not planner.allow_state_per_shard:
+        raise ConfigError(
+            f"planner: {sharding_type} of {table.name}: {table.optimizer} keeps one number a row over all columns, and "
+            "each column shard would keep its own, which trains another model than one rank does: use auto, table_wise "
+            "or row_wise, an optimizer with a state for each element, or planner.allow_state_per_shard=true"
+        )
+
+
+def _optimizer(table: TableConfig) -> type[TableOptimizerConfig]:
+    return cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+
+
 def _allowed(table: TableConfig, chosen: str, device: str) -> TableConfig:
     valid = table.valid_sharding_types()
     if chosen not in ("auto", *valid):
         raise ConfigError(f"planner: {chosen} {table.why_invalid(chosen)}: {table.name}; use auto, {', '.join(valid)}")
-    optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+    optimizer = _optimizer(table)
     types: list[str] = [chosen]
     if chosen == "auto":
         types = [name for name in ("table_wise", "row_wise", "table_row_wise") if name in valid]

@@ -11,7 +11,7 @@ from gr.config.run import PlannerConfig, RunConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, PlanError
 from gr.logging import get_logger
-from gr.planner.constraints import constrained, sharding_type_of
+from gr.planner.constraints import check_state, constrained, sharding_type_of
 from gr.planner.placement import Plan
 from gr.planner.plan import search
 from gr.planner.planfile import check_plan, differences, dump_plan, load_plan, parse_plan
@@ -59,7 +59,9 @@ def _plan(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> P
         )
         return search(inventory, topology)
     check_plan(plan, inventory, topology)
+    tables = {table.name: table for table in inventory.tables}
     for placement in plan.placements:
+        check_state(planner, tables[placement.table], placement.sharding_type)
         if (chosen := sharding_type_of(planner, placement.table)) not in ("auto", placement.sharding_type):
             raise PlanError(
                 f"{planner.plan}: table {placement.table} is {placement.sharding_type} there, and the "

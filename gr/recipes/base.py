@@ -40,12 +40,14 @@ class TrainingLoader(Loader, Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: of the model; empty where there is nothing to evaluate on. details: what else the report says.
+    """metrics: of the model; empty where there is nothing to evaluate on, None for what does not exist in the data.
+
+    details: what else the report says; `unmeasured` says why metrics are None, by task.
 
     arrays: saved beside the report, by name.
     """
 
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | None]
     details: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -78,7 +80,7 @@ class ReportTable:
     """Metrics to show: a row a model, a column for each of `columns`."""
 
     title: str
-    rows: Mapping[str, Mapping[str, float]]
+    rows: Mapping[str, Mapping[str, float | None]]
     columns: Sequence[str]
 
 

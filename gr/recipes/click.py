@@ -18,7 +18,7 @@ from gr.data.tabular_pass import TabularPass
 from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
-from gr.metrics.ranking import RankingMetrics
+from gr.metrics.ranking import OneClassError, RankingMetrics
 from gr.planner.estimate_dense import dense_work
 from gr.recipes.answers import read_rows, scored_schema, with_scores
 from gr.recipes.base import Answers, Evaluation, Recipe, ReportTable, Split, Training
@@ -82,11 +82,6 @@ class ClickRecipe(Recipe[ClickConfig]):
                     f"{self.folder} and {self.evaluation_data.path} differ in {name} (schema.json): prepare both with "
                     "the same columns, transform and vocabulary (as `gr prepare criteo --vocabulary` does)"
                 )
-        if (label := self.evaluation_data.only_label()) is not None:
-            raise DataError(
-                f"{self.evaluation_data.path}: all {self.evaluation_data.rows} labels are {label}, so there is no AUC "
-                "to evaluate: name other rows with evaluation.path"
-            )
 
     def objective(self, world: World) -> ClickObjective:
         return ClickObjective(self.config.task.loss)
@@ -156,7 +151,10 @@ class ClickRecipe(Recipe[ClickConfig]):
                 logits_B = model(batch.dense_BN, batch.sparse)
                 metrics.update(logits_B[:own], batch.labels_B[:own])
         model.train(was_training)
-        return Evaluation(metrics.compute(), details)
+        try:
+            return Evaluation(metrics.compute(), details)
+        except OneClassError as error:
+            return Evaluation(error.metrics, {**details, "unmeasured": {"label": str(error)}})
 
     def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
         """Column score: the probability of the label. Columns of the file: those of the training data."""

@@ -138,7 +138,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
                     stream.starting_window,
                     lambda window: self._metrics(
                         training.model, world, stream.window(window), lambda name: LifetimeMetrics(name, world)
-                    ),
+                    )[0],
                     writer,
                     shown=shown,
                 )
@@ -190,8 +190,8 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
             rank=world.rank,
             world_size=world.size,
         )
-        metrics = self._metrics(model, world, batches, lambda name: RankingMetrics(name, world, grouped=True))
-        return Evaluation(metrics, details)
+        metrics, why = self._metrics(model, world, batches, lambda name: RankingMetrics(name, world, grouped=True))
+        return Evaluation(metrics, details | ({"unmeasured": why} if why else {}))
 
     def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
         """A column score_TASK for each task: the probability of an action, or the number; null for an unknown item.
@@ -230,7 +230,8 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
     @torch.no_grad()
     def _metrics(
         self, model: nn.Module, world: World, batches: Iterable[RankingBatch], binary: Callable[[str], BinaryMetrics]
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float | None], dict[str, str]]:
+        """The metrics, and why some of them are None, by task."""
         metrics = MultiTaskMetrics(self.config.task.tasks, world, binary)
         was_training = model.training
         model.eval()
@@ -238,7 +239,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
             batch = batch.to(world.device)
             metrics.update(model(batch), *batch.targets())
         model.train(was_training)
-        return metrics.compute()
+        return metrics.compute(), metrics.unmeasured
 
     @classmethod
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
@@ -248,6 +249,6 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         for task in report["tasks"]:
             own = {name: value for name, value in report["model"].items() if name.startswith(f"{task}/")}
             metrics = {name.removeprefix(f"{task}/"): value for name, value in own.items()}
-            title = f"{task}, {report['split']} split, {metrics['examples']:,.0f} predictions"
+            title = f"{task}, {report['split']} split, {metrics['examples'] or 0:,.0f} predictions"
             tables.append(ReportTable(title, {"model": metrics}, [name for name in COLUMNS if name in metrics]))
         return tables

@@ -64,7 +64,7 @@ def configured(
         data / "train",
         run_dir,
         model={"row_weights": row_weights},
-        planner={"sharding": sharding},
+        planner={"sharding": sharding, "allow_state_per_shard": True},
         embeddings={"optimizer": {"kind": optimizer, "lr": RATES[optimizer]}},
         optimizer={"kind": dense, "lr": DENSE_RATES[dense]},
         evaluation={"path": str(data / "five")},

@@ -53,7 +53,7 @@ def configured(data: Path, sharding: str, optimizer: str, negatives: str = "per_
     return tiny_config(
         data,
         data / "unused",
-        planner={"sharding": sharding},
+        planner={"sharding": sharding, "allow_state_per_shard": True},
         embeddings={"optimizer": {"kind": optimizer, "lr": OPTIMIZERS[optimizer]}},
         task={"negatives": {"kind": negatives}},
     )

@@ -34,7 +34,7 @@ def configured(data: Path, run_dir: Path, form: str, sharding: str) -> RankingCo
     return tiny_ranking_config(
         data,
         run_dir,
-        planner={"sharding": sharding},
+        planner={"sharding": sharding, "allow_state_per_shard": True},
         task={**base.task.model_dump(), "supervision": changes.get("task", "all")},
         data={**base.data.model_dump(), **changes.get("data", {}), "path": str(data)},
         checkpoint={"every": HALF, "keep_last": 9},

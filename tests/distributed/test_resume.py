@@ -31,7 +31,7 @@ def configured(data: Path, run_dir: Path, *, sharding: str = "row_wise", optimiz
     return tiny_config(
         data,
         run_dir,
-        planner={"sharding": sharding},
+        planner={"sharding": sharding, "allow_state_per_shard": True},
         # Dropout on: what is drawn must be repeated too.
         model={
             "input_dropout": 0.2,

@@ -45,7 +45,7 @@ def make_table(alone: World) -> Callable[..., nn.Module]:
             Path("unused"),
             Path("unused"),
             model={"dim": dim},
-            planner={"sharding": sharding},
+            planner={"sharding": sharding, "allow_state_per_shard": True},
             embeddings={"dtype": dtype, "optimizer": optimizer or {"kind": "sgd"}},
         )
         with torch.device("meta"):

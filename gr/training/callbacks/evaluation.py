@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gr import watchdog
 from gr.logging import get_logger
-from gr.metrics.writers import MetricsWriter
+from gr.metrics.writers import MetricsWriter, in_words
 from gr.training.callbacks.checkpointing import Checkpointing
 from gr.training.trainer import Callback, StepResult, Trainer
 
@@ -19,7 +19,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        evaluate: Callable[[], Mapping[str, float]],
+        evaluate: Callable[[], Mapping[str, float | None]],
         checkpointing: Checkpointing,
         writer: MetricsWriter | None,
         *,
@@ -55,15 +55,15 @@ class Evaluation(Callback):
         if self.select_by is None:
             return
         value = metrics[self.select_by]
-        if value > self.best:
+        if value is not None and value > self.best:
             self.best = value
             self.checkpointing.store.mark_best(trainer.step, self.select_by, value)
 
-    def _measure(self, trainer: Trainer) -> Mapping[str, float]:
+    def _measure(self, trainer: Trainer) -> Mapping[str, float | None]:
         watchdog.enter(f"evaluation after step {trainer.step}", "evaluation")
         metrics = self.evaluate()
         if self.writer is not None:
             self.writer.write(trainer.step, "validation", metrics)
-            shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.shown)
+            shown = in_words(metrics, self.shown)
             log.info("step %d/%d  validation  %s", trainer.step, trainer.steps, shown)
         return metrics

@@ -3,12 +3,12 @@
 In one pass, that is; from a second epoch on it has been trained on before. Scores are those of training, with dropout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.metrics.writers import MetricsWriter
+from gr.metrics.writers import MetricsWriter, in_words
 from gr.training.module import ScoringObjective
 from gr.training.trainer import Callback, StepResult, Trainer
 
@@ -22,7 +22,7 @@ class WindowedMetrics(Protocol):
     @property
     def update(self) -> Callable[..., None]: ...
 
-    def compute(self) -> dict[str, float]: ...
+    def compute(self) -> Mapping[str, float | None]: ...
 
 
 class Prequential(Callback):
@@ -52,5 +52,5 @@ class Prequential(Callback):
             return
         if self.writer is not None:
             self.writer.write(trainer.step, "prequential", values)
-            shown = "  ".join(f"{name} {values[name]:.4f}" for name in self.shown)
+            shown = in_words(values, self.shown)
             log.info("step %d/%d  prequential  %s", trainer.step, trainer.steps, shown)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gr import watchdog
 from gr.errors import DataError
 from gr.logging import get_logger
-from gr.metrics.writers import MetricsWriter
+from gr.metrics.writers import MetricsWriter, in_words
 from gr.training.trainer import Callback, StepResult, Trainer
 
 log = get_logger(__name__)
@@ -17,7 +17,7 @@ class WindowEvaluation(Callback):
     def __init__(
         self,
         starting_window: Callable[[int], int | None],
-        evaluate: Callable[[int], Mapping[str, float]],
+        evaluate: Callable[[int], Mapping[str, float | None]],
         writer: MetricsWriter | None,
         *,
         shown: Sequence[str],
@@ -48,5 +48,5 @@ class WindowEvaluation(Callback):
             return
         if self.writer is not None:
             self.writer.write(trainer.step, "next_window", {"window": window, **metrics})
-            shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.shown)
+            shown = in_words(metrics, self.shown)
             log.info("step %d/%d  window %d before training on it  %s", trainer.step, trainer.steps, window, shown)

@@ -267,20 +267,6 @@ def test_close_ends_the_threads(make: Make) -> None:
     assert threading.active_count() == before and list(batches) == []
 
 
-def test_the_only_label(make: Make) -> None:
-    """From footers, also where a name has a dot, which in Parquet separates the parts of a path."""
-    assert TabularDataset.open(make()).only_label() is None
-    folder = make(label=pa.array([True] * ROWS))
-    assert TabularDataset.open(folder).only_label() == 1
-    for part in folder.glob("part-*"):
-        table = pq.read_table(part)
-        pq.write_table(table.rename_columns(["label.x", *table.column_names[1:]]), part)
-    schema = folder / "schema.json"
-    schema.write_text(schema.read_text().replace('"label"', '"label.x"'))
-    dataset = TabularDataset.open(folder)
-    assert dataset.only_label() == 1 and dataset.read_row_group(0).labels_B.tolist() == [1.0] * 8
-
-
 def test_columns_that_the_schema_does_not_name_are_ignored(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     folder = make(i3=COLUMNS["i2"], __index_level_0__=pa.array(range(ROWS)))
     with caplog.at_level("INFO", logger="gr"):

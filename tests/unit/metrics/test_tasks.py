@@ -84,17 +84,26 @@ def test_nothing_to_measure_and_divergence() -> None:
         metrics.compute()
 
 
-def test_a_later_task_of_one_class_is_left_out_and_the_first_is_not() -> None:
+@pytest.mark.parametrize("first", [False, True])
+def test_a_task_of_one_class_has_what_exists_and_says_why_the_rest_does_not(first: bool) -> None:
     outputs, labels, users = drawn()
     labels[:, 1] = 0
-    rare = ActionTask(action="rare")
-    metrics = by_user(ALONE, (TASKS[0], rare))
-    metrics.update(outputs, labels, users)
-    assert {name.split("/")[0] for name in metrics.compute()} == {"like"}
-    metrics = by_user(ALONE, (rare, TASKS[0]))
-    metrics.update(outputs.flip(1), labels.flip(1), users)
-    with pytest.raises(DataError, match="task 'rare': all 60 labels are 0"):
-        metrics.compute()
+    tasks = (TASKS[0], ActionTask(action="rare"))
+    metrics = by_user(ALONE, tasks[::-1] if first else tasks)
+    metrics.update(outputs.flip(1) if first else outputs, labels.flip(1) if first else labels, users)
+    values = metrics.compute()
+    assert [values[f"rare/{name}"] for name in ("ne", "auc", "calibration")] == [None] * 3
+    assert (values["rare/base_rate"], values["rare/examples"]) == (0, 60) and values["rare/log_loss"] > 0
+    assert values["like/auc"] is not None
+    assert metrics.unmeasured == {
+        "rare": "task 'rare': all 60 labels are 0, so there is no NE, AUC or calibration; measure more examples, or a "
+        "larger window"
+    }
+
+
+def test_a_later_task_without_examples_says_so_and_the_first_is_an_error() -> None:
+    with pytest.raises(DataError, match="task 'like': no example"):
+        by_user(ALONE).compute()
 
 
 def test_users_of_one_class_each_leave_no_gauc() -> None:

@@ -46,7 +46,7 @@ def configured(*, dim: int = 8, optimizer: str = "adam", **planner: object) -> R
         Path("unused"),
         model={"dim": dim},
         embeddings={"optimizer": {"kind": optimizer}},
-        planner=planner,
+        planner={"allow_state_per_shard": True, **planner},
     )
 
 
@@ -105,6 +105,24 @@ def test_auto_may_not_change_what_is_trained(optimizer: str, allowed: tuple[str,
     assert table.kernels == (("dense",) if "adam" in optimizer else ("fused",))
     _, got = planned(configured(optimizer=optimizer), world_of(2))
     assert got.sharding_type in allowed
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "partial_rowwise_adam"])
+@pytest.mark.parametrize("planner", [{"sharding": "column_wise"}, {"tables": {"item_id": "column_wise"}}])
+def test_column_shards_of_an_optimizer_with_one_number_a_row_are_asked_for_twice(
+    tmp_path: Path, optimizer: str, planner: dict
+) -> None:
+    refusal = (
+        f"planner: column_wise of item_id: {optimizer} keeps one number a row .* planner.allow_state_per_shard=true"
+    )
+    with pytest.raises(ConfigError, match=refusal):
+        planned(configured(optimizer=optimizer, allow_state_per_shard=False, **planner), world_of(2))
+    plan, _ = planned(configured(optimizer=optimizer, **planner), world_of(2))
+    (written := tmp_path / "plan.json").write_text(dump_plan(plan))
+    given = {"plan": str(written), "allow_state_per_shard": False}
+    with pytest.raises(GRError, match=refusal):  # a plan is no way round it
+        planned(configured(optimizer=optimizer, **given), world_of(2))
+    planned(configured(optimizer="adagrad", allow_state_per_shard=False, **planner), world_of(2))
 
 
 def test_on_cuda_every_optimizer_is_fused() -> None:

@@ -13,7 +13,6 @@ from gr.recipes.base import open_recipe
 from gr.recipes.baselines import evaluate_baselines
 from tests.support.tiny import tiny_config, write_tiny
 from tests.support.tiny_histories import tiny_ranking_config, write_histories
-from tests.support.tiny_tabular import tiny_click_config, write_tiny_tabular
 
 
 def cut(folder: Path, events: int) -> Path:
@@ -71,14 +70,3 @@ def test_ranking(tmp_path: Path, alone: World) -> None:
     )
     with pytest.raises(DataError, match=r"other: no user has 1 events, .* \(test split\)"):
         recipe.loader(alone)
-
-
-def test_click(tmp_path: Path) -> None:
-    data, other = write_tiny_tabular(tmp_path / "data"), write_tiny_tabular(tmp_path / "other")
-    for part in other.glob("part-*"):
-        table = pq.read_table(part)
-        pq.write_table(table.set_column(0, "label", pa.array([1] * len(table), pa.int8())), part)
-    recipe = open_recipe(tiny_click_config(data, tmp_path / "run", evaluation={"path": str(other)}))
-    with pytest.raises(DataError, match="other: all 293 labels are 1, so there is no AUC"):
-        recipe.check_data()
-    open_recipe(tiny_click_config(data, tmp_path / "run", evaluation={"path": str(data)})).check_data()
