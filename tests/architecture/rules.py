@@ -17,7 +17,7 @@ RESTRICTED_UNPICKLER = "gr/checkpoint/metadata.py"
 CEILINGS = {
     "ground": 1.1,
     "config": 2.4,
-    "data": 2.4,
+    "data": 2.5,
     "ops": 4.6,
     "embeddings": 1.4,
     "parallel": 0.7,
