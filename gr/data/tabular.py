@@ -35,7 +35,7 @@ class TabularDataset:
     def __init__(self, path: Path, schema: TabularSchema, parts: Parts) -> None:
         self.path, self.schema, self.rows = path, schema, schema.rows
         self.row_groups, self.row_counts = parts.row_groups, parts.row_counts
-        self._parts = parts
+        self._parts, self._types = parts, _types(schema)
 
     @classmethod
     def open(cls, path: Path | str) -> "TabularDataset":
@@ -85,13 +85,12 @@ class TabularDataset:
 
     def read_columns(self, index: int) -> dict[str, Column]:
         """The columns of one row group, not yet checked."""
-        types = _types(self.schema)
-        _, table = self._parts.read(index, list(types))
-        return {name: read_column(table.column(name), wanted) for name, wanted in types.items()}
+        _, table = self._parts.read(index, list(self._types))
+        return {name: read_column(table.column(name), wanted) for name, wanted in self._types.items()}
 
     def faults(self, columns: dict[str, Column]) -> list[Fault]:
         """The faults of a row group, in no order; empty when all rows are good."""
-        schema, types, label = self.schema, _types(self.schema), self.schema.labels[0]
+        schema, types, label = self.schema, self._types, self.schema.labels[0]
         faults = [
             fault
             for name, column in columns.items()
