@@ -30,8 +30,8 @@ CEILINGS = {
     "cluster": 0.5,
     "training": 1.4,
     "recipes": 1.2,
-    "cli": 1.3,
-    "prepare": 3.3,
+    "cli": 1.4,
+    "prepare": 3.5,
 }
 WITHOUT_PREPARE = 22.0
 GROUND = {"errors", "logging", "files", "status", "watchdog", "schema"}
