@@ -231,7 +231,7 @@ def test_which_files(tmp_path: Path) -> None:
     for name in ("a.orc", "day_1"):
         (tmp_path / name).touch()
     for places, message in [
-        ([str(tmp_path)], "mixes text and ORC"),
+        ([str(tmp_path / "a.orc"), str(tmp_path / "day_2")], "mixes text and ORC"),
         ([str(tmp_path / "day_2"), str(tmp_path / "day_*")], "is in --source twice"),
         ([str(tmp_path / "day_1"), str(tmp_path / "day_1.gz")], "is in --source twice, perhaps once compressed"),
         ([str(tmp_path / "none")], "no such file"),
