@@ -73,8 +73,12 @@ def history_content(folder: Path) -> dict[str, object]:
 def tabular_content(folder: Path) -> dict[str, object]:
     dataset = TabularDataset.open(folder)
     content: dict[str, object] = {"rows": dataset.schema.rows}
+    names = [column.name for column in dataset.schema.sparse for _ in range(column.hots)]
     for index in range(len(dataset.row_groups)):
-        content |= {f"{name}, {index}": column for name, column in vars(dataset.read_row_group(index)).items()}
+        group = dataset.read_row_group(index)
+        columns = {"label": group.labels_B, **dict(zip(dataset.schema.dense, group.dense_BN.T, strict=True))}
+        columns |= dict(zip(names, group.ids_BH.T, strict=True))
+        content |= {f"{name}, {index}": column for name, column in columns.items()}
     return content
 
 
