@@ -63,8 +63,7 @@ def history_content(folder: Path) -> dict[str, object]:
     """All that a folder of histories holds, as training reads it, by name."""
     dataset = Dataset.open(folder)
     schema = dataset.schema
-    assert schema.item_cardinality < 2**40, "no machine has that many rows"
-    content = {"users": schema.users, "events": schema.events, "items": schema.items, "corpus": dataset.corpus()}
+    content = {"users": schema.users, "items": schema.items, "corpus": dataset.corpus()}
     for index in range(len(dataset.row_groups)):
         group = dataset.read_row_group(index, ["user_id", *schema.event_columns, *schema.user_columns])
         content |= {f"{name}, {index}": column for name, column in {**group.columns, "offsets": group.offsets}.items()}
@@ -74,8 +73,12 @@ def history_content(folder: Path) -> dict[str, object]:
 def tabular_content(folder: Path) -> dict[str, object]:
     dataset = TabularDataset.open(folder)
     content: dict[str, object] = {"rows": dataset.schema.rows}
+    names = [column.name for column in dataset.schema.sparse for _ in range(column.hots)]
     for index in range(len(dataset.row_groups)):
-        content |= {f"{name}, {index}": column for name, column in vars(dataset.read_row_group(index)).items()}
+        group = dataset.read_row_group(index)
+        columns = {"label": group.labels_B, **dict(zip(dataset.schema.dense, group.dense_BN.T, strict=True))}
+        columns |= dict(zip(names, group.ids_BH.T, strict=True))
+        content |= {f"{name}, {index}": column for name, column in columns.items()}
     return content
 
 

@@ -63,7 +63,7 @@ class Time(Whole):
     unit: str
 
     def problem(self, field: bytes) -> str | None:
-        if (problem := super().problem(field)) and field.isdigit():
+        if (problem := super().problem(field)) and field.isdigit() and len(field) < 20:
             actual = next(unit for unit, first in reversed(_UNITS.items()) if int(field) >= first)
             return f"is {int(field)}, which is a time in {actual}; write it in {self.unit} since 1970"
         return problem

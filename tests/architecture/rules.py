@@ -32,7 +32,7 @@ CEILINGS = {
     "training": 1.4,
     "recipes": 1.2,
     "cli": 1.9,
-    "prepare": 4.3,
+    "prepare": 4.7,
 }
 WITHOUT_PREPARE = 24.5
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}

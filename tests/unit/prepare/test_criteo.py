@@ -204,9 +204,8 @@ def test_bad_lines(tmp_path: Path, reason: str, bad: Row, message: str) -> None:
     good = [*random_rows(9, 5), *rows]
     for place in (0, 25):
         ids = expected_ids(good, place, 1)
-        assert table(tmp_path / "out").column(SPARSE[place]).to_pylist() == [
-            ids.get(row[14 + place], 0) for row in good
-        ]
+        wanted = [ids.get(row[14 + place], 0) for row in good]
+        assert table(tmp_path / "out").column(SPARSE[place]).to_pylist() == wanted
     schema = TabularDataset.open(tmp_path / "out").schema
     assert schema.bad_rows == {reason: 2} and [file.rows for file in schema.files] == [5, 20]
 
@@ -221,22 +220,20 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_bytes(b"")
     failed = prepare(tmp_path / "train.txt", tmp_path / "out").exception
     assert isinstance(failed, DataError) and "no row is left to write" in str(failed)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
 
 
 def test_which_files(tmp_path: Path) -> None:
     for name in ("day_10", "day_2", "day_1.gz", "notes.md", "test.txt"):
         (tmp_path / name).touch()
-    assert [file.name for file in find_sources([str(tmp_path)])] == ["day_1.gz", "day_2", "day_10"]
-    assert [file.name for file in find_sources([str(tmp_path / "day_1*"), str(tmp_path / "day_2")])] == [
-        "day_1.gz",
-        "day_2",
-        "day_10",
-    ]
-    (tmp_path / "a.orc").touch()
+    for places in ([str(tmp_path)], [str(tmp_path / "day_1*"), str(tmp_path / "day_2")]):
+        assert [file.name for file in find_sources(places)] == ["day_1.gz", "day_2", "day_10"]
+    for name in ("a.orc", "day_1"):
+        (tmp_path / name).touch()
     for places, message in [
-        ([str(tmp_path)], "mixes text and ORC"),
+        ([str(tmp_path / "a.orc"), str(tmp_path / "day_2")], "mixes text and ORC"),
         ([str(tmp_path / "day_2"), str(tmp_path / "day_*")], "is in --source twice"),
+        ([str(tmp_path / "day_1"), str(tmp_path / "day_1.gz")], "is in --source twice, perhaps once compressed"),
         ([str(tmp_path / "none")], "no such file"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -297,9 +294,8 @@ def test_bad_orc_rows(tmp_path: Path, column: str, row: int, values: list, reaso
     ],
 )
 def test_orc_columns(tmp_path: Path, change: dict, message: str) -> None:
-    columns = {
-        name: column for name, column in (orc_columns(random_rows(13, 3)) | change).items() if column is not None
-    }
+    changed_columns = orc_columns(random_rows(13, 3)) | change
+    columns = {name: column for name, column in changed_columns.items() if column is not None}
     orc.write_table(pa.table(columns), tmp_path / "bad.orc")
     failed = prepare(tmp_path / "bad.orc", tmp_path / "out").exception
     assert isinstance(failed, DataError) and message in str(failed)

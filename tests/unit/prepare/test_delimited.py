@@ -34,6 +34,8 @@ def test_the_unit_of_a_time_is_seen_by_its_size(tmp_path: Path, number: int, uni
         if unit == wanted:
             assert read(tmp_path, f"{number}\n", {"time": field})["time"].tolist() == [number]
         else:
+            with pytest.raises(DataError, match="is not a whole number"):
+                read(tmp_path, "9" * 5000, {"time": field})
             with pytest.raises(DataError, match=f"line 1, .* a time in {unit}; write it in {wanted} since 1970"):
                 read(tmp_path, f"{number}\n", {"time": field})
 
