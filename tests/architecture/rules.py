@@ -17,24 +17,24 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.0,
-    "data": 2.7,
+    "config": 3.3,
+    "data": 3.0,
     "ops": 4.6,
     "embeddings": 1.4,
     "parallel": 0.7,
     "towers": 1.0,
     "tasks": 0.6,
-    "models": 0.9,
+    "models": 1.1,
     "metrics": 1.0,
     "checkpoint": 0.8,
     "planner": 4.1,
     "cluster": 0.5,
     "training": 1.4,
-    "recipes": 1.2,
+    "recipes": 1.6,
     "cli": 1.9,
-    "prepare": 4.7,
+    "prepare": 4.9,
 }
-WITHOUT_PREPARE = 24.5
+WITHOUT_PREPARE = 25.5
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
