@@ -15,7 +15,7 @@ def names() -> list[str]:
 
 def located(path: Path) -> Path:
     """`path`, or the installed configuration of that name where `path` is no file."""
-    if not path.is_file() and str(path) in names():
+    if str(path) in names() and not path.is_file():
         return CONFIGS / f"{path}.yaml"
     return path
 

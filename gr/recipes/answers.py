@@ -142,6 +142,9 @@ def _part(out: Path, rank: int) -> Path:
 
 def _join(out: Path, schema: pa.Schema, ranks: int) -> None:
     """One file of the parts, one row group at a time."""
+    if ranks == 1:
+        _part(out, 0).rename(out)
+        return
     with pq.ParquetWriter(_whole(out), schema) as writer:
         for rank in range(ranks):
             with pq.ParquetFile(_part(out, rank)) as part:
