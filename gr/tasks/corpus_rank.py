@@ -141,9 +141,11 @@ def _best(scores_QC: Tensor, ids_QC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row, best first; of equal scores the smaller ids, wherever they stand."""
     values, place = scores_QC.topk(min(k + 1, scores_QC.shape[1]), dim=1)
     scores_QK, ids_QK = values[:, :k], ids_QC.gather(1, place[:, :k])
+    if not bool((values[:, 1:] == values[:, :-1]).any()):
+        return scores_QK, ids_QK
     if values.shape[1] > k:
         # Only where the next one is as good does an id decide who is in.
-        tied_Q = (values[:, k - 1] == values[:, k])
+        tied_Q = values[:, k - 1] == values[:, k]
         if bool(tied_Q.any()):
             scores_QK, ids_QK = scores_QK.clone(), ids_QK.clone()
             scores_QK[tied_Q], ids_QK[tied_Q] = _best_of_ties(scores_QC[tied_Q], ids_QC[tied_Q], k)
