@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 
 from gr.config.base import Count, PositiveFloat, Probability, Section
 from gr.config.dlrm import stored_dim
+from gr.config.features import ITEM_TABLE
 from gr.config.histories import HistoryRunConfig, UserEvaluationConfig
 from gr.config.inventory import LossInventory, TableConfig, TowerDense
 from gr.config.towers import TOWERS, HSTUConfig, TowerConfig
 from gr.schema import DataSchema
 
-ITEM_TABLE = "item_id"
 # Up to here looking up the whole corpus costs less than finding the distinct items of a step.
 SMALL_CORPUS = 1 << 16
 LOSS_CHUNK = 1024  # tokens whose scores against all items are in memory together
@@ -147,12 +147,16 @@ class RetrievalConfig(HistoryRunConfig):
             )
         return self
 
+    def id_columns(self, schema: DataSchema) -> dict[str, int]:
+        return {ITEM_TABLE: schema.item_cardinality}
+
     def tables(self, schema: DataSchema) -> tuple[TableConfig, ...]:
         """The item table, which the history and the candidates read."""
+        (name,) = self.columns_by_table(schema)
         compared = self.compared(schema)
         candidates, candidates_of_step = self.task.negatives.lookups(compared)
         table = self.table(
-            ITEM_TABLE,
+            name,
             schema.item_cardinality,
             dim=stored_dim(self.model.dim),
             kind="sequence",

@@ -33,8 +33,8 @@ class TabularDataset:
         self._parts = parts
 
     @classmethod
-    def open(cls, path: Path | str) -> "TabularDataset":
-        """Reads schema.json and the footers of the parts.
+    def open(cls, path: Path | str, columns: TabularSchema | None = None) -> "TabularDataset":
+        """Reads schema.json and the footers of the parts. columns: schema.json with the columns to read; None: all.
 
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a part without rows, a missing or unknown column, a wrong type, or another number of rows than the
@@ -47,7 +47,7 @@ class TabularDataset:
         for file, footer in parts.metadata.items():
             if unknown := [name for name in footer.schema.to_arrow_schema().names if name not in types]:
                 raise DataError(f"{file}: column {unknown[0]} is not in schema.json; write the folder again")
-        return cls(path, schema, parts)
+        return cls(path, columns or schema, parts)
 
     def read_row_group(self, index: int) -> TabularRows:
         """Decodes and checks one row group. A null dense value is 0, a null id is 0.

@@ -8,6 +8,7 @@ from gr.embeddings.collection import (
     pooled_vectors,
     row_weighted_vectors,
     sequence_vectors,
+    table_weights,
     with_candidates,
 )
 from gr.embeddings.init import initialise_tables
@@ -28,5 +29,6 @@ __all__ = [
     "pooled_vectors",
     "row_weighted_vectors",
     "sequence_vectors",
+    "table_weights",
     "with_candidates",
 ]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -67,6 +67,17 @@ def _check(tables: Sequence[TableConfig], names: Mapping[str, Sequence[str]]) ->
                 f"embedding tables: {what} {', '.join(repeated)} is named more than once; the names of the tables must "
                 "differ, and so must the features that they read"
             )
+
+
+def table_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight of every table of a model that is not sharded, by the table's name."""
+    weights: dict[str, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            weights |= {name: table.weight for name, table in module.embeddings.items()}
+        elif isinstance(module, EmbeddingBagCollection):
+            weights |= {name: table.weight for name, table in module.embedding_bags.items()}
+    return weights
 
 
 def lookup(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch
-from gr.config.retrieval import ITEM_TABLE, RetrievalConfig
+from gr.config.features import ITEM_TABLE
+from gr.config.retrieval import RetrievalConfig
 from gr.embeddings import CANDIDATE_FEATURE, build_tables, lookup, sequence_vectors, with_candidates
 from gr.ops.dropout import dropout
 from gr.schema import DataSchema
