@@ -50,9 +50,9 @@ class DLRM(nn.Module):
                     f"table {table.name}: DLRM reads {kind} tables of {dim} columns, not {table.kind}, {table.dim}"
                 )
         self.config = config
-        columns = columns or {table.name: (table.name,) for table in tables}
-        self.features = [name for names in columns.values() for name in names]
-        self.tables = build_tables(tables, columns)
+        self.columns = columns or {table.name: (table.name,) for table in tables}
+        self.features = [name for names in self.columns.values() for name in names]
+        self.tables = build_tables(tables, self.columns)
         linear = mlp_linear(config)
         self.bottom = MLP(dense_features, config.bottom, linear=linear)
         self.interaction = build_interaction(config, len(self.features) + 1)

@@ -51,7 +51,7 @@ def _names(model: DLRM) -> dict[str, str]:
         raise CheckpointError(f"facebookresearch/dlrm has no interaction '{interaction.kind}', only dot and cat")
     if model.config.row_weights:
         raise CheckpointError("facebookresearch/dlrm keeps weights of rows as they are, gr less one: not the same bits")
-    if len(model.features) > len(model.tables.embedding_bag_configs()):
+    if len(model.columns) < len(model.features):
         raise CheckpointError("facebookresearch/dlrm has a table for each feature, and here features share one")
     names = {f"tables.embedding_bags.{name}.weight": f"emb_l.{k}.weight" for k, name in enumerate(model.features)}
     for ours, theirs in MLP_NAMES.items():

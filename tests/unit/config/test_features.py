@@ -1,5 +1,6 @@
 """Features and tables by configuration: one clear line where a name or a choice does not fit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from gr.config import ClickConfig, RankingConfig, dump_config, load_config
 from gr.config.features import TableOptions, chosen_columns, chosen_features, columns_by_table
 from gr.config.optim import Adam, RowWiseAdagrad
 from gr.errors import ConfigError
+from tests.support import ROOT
 from tests.support.schemas import tabular_schema
 from tests.support.tiny_histories import SCHEMA
 from tests.support.tiny_tabular import COLUMNS, DENSE
@@ -65,6 +67,21 @@ def test_a_fault_names_its_place(ranking: str, override: str, said: str) -> None
     with pytest.raises(ConfigError) as caught:
         load_config(ranking, [override])
     assert said.removeprefix("ranking.yaml:6: ") in str(caught.value) and str(caught.value).count("\n") <= 1
+
+
+def test_the_section_of_the_guide_is_what_it_says(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(model:\n.*?)```", (ROOT / "docs/config.md").read_text(), re.DOTALL)
+    (tmp_path / "guide.yaml").write_text(RANKING[: RANKING.index("model:")] + block)
+    config = load_config(tmp_path / "guide.yaml")
+    assert isinstance(config, RankingConfig)
+    columns = {"event_features": {"genre": 19, "tag": 7}, "contextual": {"viewed_genre": 19, "country": 5}}
+    schema = chosen_features(SCHEMA.model_copy(update=columns), config.model.features)
+    tables = config.tables(schema)
+    assert {table.name: (table.features, table.dtype, table.optimizer) for table in tables} == {
+        "item_id": (1, "fp32", "rowwise_adagrad"),
+        "genre": (2, "fp16", "adam"),
+    }
+    assert schema.contextual_numeric == ["age"]
 
 
 def test_columns_of_click(tmp_path: Path) -> None:
