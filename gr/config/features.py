@@ -60,6 +60,13 @@ def chosen_features(schema: DataSchema, features: Collection[str] | None) -> Dat
     )
 
 
+def chosen_item_features(schema: DataSchema, features: Collection[str]) -> DataSchema:
+    """Histories with these features of items and no others. Raises ConfigError where there is no such feature."""
+    _check_columns("model.features", features, [ITEM_TABLE, *schema.event_features], f"{schema.name} (schema.json)")
+    chosen = {name: rows for name, rows in schema.event_features.items() if name in features}
+    return schema.model_copy(update={"event_features": chosen, "contextual": {}, "contextual_numeric": []})
+
+
 def chosen_columns(schema: TabularSchema, features: Collection[str] | None) -> TabularSchema:
     """Rows of these dense and sparse columns, in the order of schema.json; None: of all.
 

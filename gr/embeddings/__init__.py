@@ -3,6 +3,7 @@
 from gr.embeddings.collection import (
     CANDIDATE_FEATURE,
     build_tables,
+    candidate_feature,
     lookup,
     pooled_lookup,
     pooled_vectors,
@@ -22,6 +23,7 @@ __all__ = [
     "TableOptimizer",
     "TableShard",
     "build_tables",
+    "candidate_feature",
     "initialise_tables",
     "local_shards",
     "lookup",

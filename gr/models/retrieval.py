@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch
-from gr.config.features import ITEM_TABLE
+from gr.batch import EvaluationBatch, RetrievalBatch
 from gr.config.retrieval import RetrievalConfig
-from gr.embeddings import CANDIDATE_FEATURE, build_tables, lookup, sequence_vectors, with_candidates
+from gr.embeddings import build_tables, candidate_feature, lookup, sequence_vectors, with_candidates
 from gr.ops.dropout import dropout
 from gr.schema import DataSchema
 from gr.sequence import JaggedSequence
@@ -30,11 +29,28 @@ class RetrievalModel(nn.Module):
         self.dim, self.max_length = config.model.dim, config.data.max_length
         self.input_dropout = config.model.input_dropout
         self.precision = config.trainer.precision
-        self.tables = build_tables(config.tables(schema), {ITEM_TABLE: (ITEM_FEATURE, CANDIDATE_FEATURE)})
+        self.tables = build_tables(
+            config.tables(schema),
+            {
+                table: [name for column in columns for name in (column, candidate_feature(column))]
+                for table, columns in config.columns_by_table(schema).items()
+            },
+        )
+        self._item_features: dict[str, dict[str, Tensor]] = {"cpu": {}}
         self.position = nn.Parameter(torch.empty(self.max_length, self.dim))
         self.tower = build_tower(config.model.tower, dim=self.dim, max_length=self.max_length)
         self.similarity = build_similarity(config.task)
         self.reset_parameters()
+
+    def set_item_features(self, item_features: Mapping[str, Tensor]) -> None:
+        """item_features: ids of each of config.model.features by item, [E], as the corpus has them."""
+        self._item_features = {"cpu": dict(item_features)}
+
+    def item_features(self, device: torch.device) -> dict[str, Tensor]:
+        """The features that were set, on a device."""
+        if str(device) not in self._item_features:
+            self._item_features[str(device)] = {name: x.to(device) for name, x in self._item_features["cpu"].items()}
+        return self._item_features[str(device)]
 
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.position)
@@ -44,18 +60,20 @@ class RetrievalModel(nn.Module):
     ) -> Tensor:
         """Sum of -log p(next item) over the T positions, a scalar in nats.
 
-        looked_up: what the tables have for with_candidates(batch.features, candidates.ids_K); None: look it up.
+        looked_up: what the tables have for with_candidates(batch.features, candidates.ids_K, item_features); None: look
+        it up.
         """
+        features = self.item_features(candidates.ids_K.device)
         if looked_up is None:
-            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K))
-        history_TD, items_KD = sequence_vectors(looked_up, self.dim)
+            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K, features))
+        history_TD, items_KD = sequence_vectors(looked_up, self.dim, features)
         queries_TD = self._run_tower(history_TD, batch)
         return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
 
     def queries(self, batch: EvaluationBatch) -> Tensor:
         """Float [B, D]: the tower's output at the newest token of each example; zero where there is no history."""
         nothing = batch.target_ids_B.new_empty(0)
-        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim)
+        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim, self.item_features(nothing.device))
         outputs_TD = self._run_tower(history_TD, batch)
         lengths_B = batch.features.lengths()
         last_B = lengths_B.cumsum(0) - 1
@@ -64,9 +82,9 @@ class RetrievalModel(nn.Module):
         return outputs.float()
 
     def item_vectors(self, ids_K: Tensor) -> Tensor:
-        """Float [K, D] of the items' rows, from whichever ranks hold them."""
+        """Float [K, D] of the items and their features, from whichever ranks hold their rows."""
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
-        return lookup(self.tables, one_empty_example, ids_K, self.dim)[1]
+        return lookup(self.tables, one_empty_example, ids_K, self.dim, self.item_features(ids_K.device))[1]
 
     def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch) -> Tensor:
         offsets_B1 = batch.features.offsets().long()

@@ -34,6 +34,9 @@ class Saved:
     config: RunConfig
     folder: Path
 
+    def __post_init__(self) -> None:
+        """Reads what else of the checkpoint the model needs."""
+
     @cached_property
     def vocabularies(self) -> dict[str, Vocabulary]:
         """The values of every column that has ids."""

@@ -10,6 +10,7 @@ from gr.dist import World
 from gr.experiment import train
 from gr.schema import SparseColumn
 from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_groups
 from tests.support.tiny_histories import tiny_ranking_config, write_twins
 from tests.support.tiny_tabular import COLUMNS, tiny_click_config, write_tiny_tabular
 
@@ -39,6 +40,24 @@ def click(folder: Path, run_dir: Path, sharding: str) -> RunConfig:
     )
 
 
+def retrieval(folder: Path, run_dir: Path, sharding: str) -> RunConfig:
+    return tiny_config(
+        folder,
+        run_dir,
+        model={"features": ["group"]},
+        trainer={"steps": STEPS},
+        embeddings={"tables": {"group": {"optimizer": {"kind": "sgd", "lr": 0.1}}}},
+        planner={"sharding": sharding},
+    )
+
+
+def write_rows(folder: Path) -> None:
+    write_tiny_tabular(folder, columns=(*COLUMNS, SparseColumn(name="c4", cardinality=64)))
+
+
+KINDS = {"ranking": (ranking, write_twins), "click": (click, write_rows), "retrieval": (retrieval, write_groups)}
+
+
 def run(world: World, config: RunConfig) -> None:
     train(config, world)
 
@@ -50,13 +69,10 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "data_parallel"])
-@pytest.mark.parametrize("kind", ["ranking", "click"])
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_any_plan_on_two_ranks(tmp_path: Path, kind: str, sharding: str) -> None:
-    if kind == "ranking":
-        write_twins(tmp_path / "data")
-    else:
-        write_tiny_tabular(tmp_path / "data", columns=(*COLUMNS, SparseColumn(name="c4", cardinality=64)))
-    configure = ranking if kind == "ranking" else click
+    configure, write = KINDS[kind]
+    write(tmp_path / "data")
     for ranks, chosen in ((1, "auto"), (2, sharding)):
         run_ranks(run, ranks, configure(tmp_path / "data", tmp_path / f"run-{ranks}", chosen))
     alone = losses(tmp_path / "run-1")

@@ -14,7 +14,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from gr.config import ClickConfig, RunConfig, load_config
 from gr.config.base import Section
 from gr.config.dlrm import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, ProjectionInteraction
-from gr.config.features import chosen_columns, chosen_features
+from gr.config.features import chosen_columns, chosen_features, chosen_item_features
 from gr.config.inventory import TableConfig, TowerDense
 from gr.config.towers import TOWERS, SASRecConfig, TowerCost
 from gr.models import build_model
@@ -100,6 +100,22 @@ def check_ranking(tower: dict[str, Any], model: dict[str, Any], supervision: str
 @given(st.data(), DIMS)
 def test_retrieval_with_every_tower(kind: str, data: st.DataObject, dim: int) -> None:
     check_retrieval(data.draw(towers(kind)), dim)
+
+
+@pytest.mark.parametrize(
+    ("tables", "features"),
+    [({}, {"item_id": 2, "group": 2, "maker": 2}), ({"maker": {"table": "group"}}, {"item_id": 2, "group": 4})],
+)
+def test_retrieval_with_features_of_items(tables: dict, features: dict) -> None:
+    config = tiny_config("data", "runs", model={"features": ["group", "maker"]}, embeddings={"tables": tables})
+    of_events = {"group": 6, "hour": 24, "maker": 6}
+    schema = item_schema(ITEMS).model_copy(update={"event_features": of_events, "contextual": {"country": 5}})
+    schema = chosen_item_features(schema, config.model.features)
+    assert_counts_are_the_models(config, schema)
+    assert {table.name: table.features for table in config.tables(schema)} == features
+    item, *others = config.tables(schema)
+    assert sum(table.ids_per_example for table in others) == 2 * item.ids_per_example
+    assert sum(table.ids_per_step for table in others) == 2 * item.ids_per_step
 
 
 RANKERS = st.fixed_dictionaries(
