@@ -27,6 +27,12 @@ def data(tmp_path: Path) -> Path:
     return write_groups(tmp_path / "data")
 
 
+def configured(data: Path, run_dir: Path, *features: str, steps: int = 4, **sections: object) -> RetrievalConfig:
+    return tiny_config(
+        data, run_dir, **{"model": {"features": list(features)}, "trainer": {"steps": steps}, **sections}
+    )
+
+
 def test_features_are_read_of_the_corpus(data: Path) -> None:
     schema = DataSchema.load(data)
     assert pq.read_schema(data / "items.parquet").names == ["item_id", "count", "group"]
