@@ -153,7 +153,7 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
 
 
 def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray]:
-    """The ids of each of schema.event_features by item, int64 [item_cardinality], from items.parquet.
+    """The ids of each of schema.event_features by item, int32 or int64 [item_cardinality], from items.parquet.
 
     An item that is not in it has 0. Raises DataError where a feature is no column of it, or has ids that are null or
     outside [0, cardinality).
@@ -178,6 +178,7 @@ def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray
             raise DataError(
                 f"{file}: row {row}, column {name}: is {table.column(name)[row]}, allowed are 0 to {size - 1}"
             )
-        features[name] = np.zeros(schema.item_cardinality, dtype=np.int64)
+        dtype = np.int32 if size <= np.iinfo(np.int32).max else np.int64
+        features[name] = np.zeros(schema.item_cardinality, dtype=dtype)
         features[name][items_C] = columns[name]
     return features

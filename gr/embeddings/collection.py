@@ -102,15 +102,15 @@ def with_candidates(
 ) -> KeyedJaggedTensor:
     """The ids of both, so that there is one pass over the tables and one all-to-all a step.
 
-    item_features: ids of further columns, [E] by item; those of the items of both are looked up, too. Candidates belong
-    to no example and are filed under the first.
+    item_features: ids of further columns, [E] by item, where their device has room for all items; those of the items of
+    both are looked up, too. Candidates belong to no example and are filed under the first.
     """
     lengths, items_T = history.lengths(), history.values()
     filed = torch.zeros_like(lengths)
     filed[0] = candidates_K.numel()
     values = [items_T, candidates_K]
     for ids_E in item_features.values():
-        values += [ids_E[items_T].to(items_T.dtype), ids_E[candidates_K].to(items_T.dtype)]
+        values += [ids_E[items.to(ids_E.device)].to(items_T) for items in (items_T, candidates_K)]
     columns = [ITEM_FEATURE, *item_features]
     return KeyedJaggedTensor(
         keys=[key for column in columns for key in (column, candidate_feature(column))],

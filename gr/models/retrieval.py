@@ -36,21 +36,12 @@ class RetrievalModel(nn.Module):
                 for table, columns in config.columns_by_table(schema).items()
             },
         )
-        self._item_features: dict[str, dict[str, Tensor]] = {"cpu": {}}
+        self.features = list(schema.event_features)
+        self.item_features: Mapping[str, Tensor] = {}  # those features' ids by item, as the corpus has them
         self.position = nn.Parameter(torch.empty(self.max_length, self.dim))
         self.tower = build_tower(config.model.tower, dim=self.dim, max_length=self.max_length)
         self.similarity = build_similarity(config.task)
         self.reset_parameters()
-
-    def set_item_features(self, item_features: Mapping[str, Tensor]) -> None:
-        """item_features: ids of each of config.model.features by item, [E], as the corpus has them."""
-        self._item_features = {"cpu": dict(item_features)}
-
-    def item_features(self, device: torch.device) -> dict[str, Tensor]:
-        """The features that were set, on a device."""
-        if str(device) not in self._item_features:
-            self._item_features[str(device)] = {name: x.to(device) for name, x in self._item_features["cpu"].items()}
-        return self._item_features[str(device)]
 
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.position)
@@ -63,17 +54,16 @@ class RetrievalModel(nn.Module):
         looked_up: what the tables have for with_candidates(batch.features, candidates.ids_K, item_features); None: look
         it up.
         """
-        features = self.item_features(candidates.ids_K.device)
         if looked_up is None:
-            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K, features))
-        history_TD, items_KD = sequence_vectors(looked_up, self.dim, features)
+            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K, self.item_features))
+        history_TD, items_KD = sequence_vectors(looked_up, self.dim, self.features)
         queries_TD = self._run_tower(history_TD, batch)
         return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
 
     def queries(self, batch: EvaluationBatch) -> Tensor:
         """Float [B, D]: the tower's output at the newest token of each example; zero where there is no history."""
         nothing = batch.target_ids_B.new_empty(0)
-        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim, self.item_features(nothing.device))
+        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim, self.item_features)
         outputs_TD = self._run_tower(history_TD, batch)
         lengths_B = batch.features.lengths()
         last_B = lengths_B.cumsum(0) - 1
@@ -84,7 +74,7 @@ class RetrievalModel(nn.Module):
     def item_vectors(self, ids_K: Tensor) -> Tensor:
         """Float [K, D] of the items and their features, from whichever ranks hold their rows."""
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
-        return lookup(self.tables, one_empty_example, ids_K, self.dim, self.item_features(ids_K.device))[1]
+        return lookup(self.tables, one_empty_example, ids_K, self.dim, self.item_features)[1]
 
     def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch) -> Tensor:
         offsets_B1 = batch.features.offsets().long()

@@ -41,7 +41,7 @@ class SavedRetrieval(Saved):
 
     def __post_init__(self) -> None:
         features = read_item_features(self.folder, self.schema)
-        self.model.set_item_features({name: torch.from_numpy(ids_E) for name, ids_E in features.items()})
+        self.model.item_features = {name: torch.from_numpy(ids_E) for name, ids_E in features.items()}
 
     @torch.no_grad()
     def recommend(

@@ -88,7 +88,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
     def model(self) -> nn.Module:
         model = super().model()
         assert isinstance(model, RetrievalModel)
-        model.set_item_features(self.item_features)
+        model.item_features = self.item_features
         return model
 
     def check_saved(self, saved: RetrievalConfig, path: str) -> None:
