@@ -136,9 +136,8 @@ class Recipe(ABC, Generic[Config]):
     def check_shared_tables(self) -> None:
         """Raises DataError where the ids of columns that share a table stand for different values."""
         for table, columns in self.config.columns_by_table(self.schema).items():
-            mine = self.vocabulary(table)
             for name in columns[1:]:
-                if not mine.agrees(self.vocabulary(name)):
+                if not self.vocabulary(table).agrees(self.vocabulary(name)):
                     raise DataError(
                         f"embeddings.tables.{name}.table={table}: in {self.folder} the ids of {name} and {table} stand "
                         "for different values: unset it, or prepare both columns with one vocabulary"
