@@ -9,7 +9,8 @@ A folder of user histories is
                          each of `values`, a list<int32|int64> for each of `event_features`; for each contextual
                          feature one integer column, for each numeric one a float32 column
     items.parquet        the corpus of candidates, ids ascending: item_id, count (occurrences over all users, without
-                         each user's newest two events)
+                         each user's newest two events), and each of `event_features` that the item
+                         determines, int32|int64
     vocabulary/          of an own log: one Parquet file for item_id, user_id and each feature of categories: value (the
                          log's own id: int64 or text) and id, both ascending, and count (occurrences in training)
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from gr.config.base import Count, PathText, PositiveFloat, Section
 from gr.config.dlrm import DLRMConfig
+from gr.config.features import Features, chosen_columns
 from gr.config.inventory import DLRMDense, LossInventory, TableConfig
 from gr.config.run import RunConfig
 from gr.errors import ConfigError
@@ -47,6 +48,12 @@ class TabularDataConfig(Section):
     )
 
 
+class ClickModelConfig(DLRMConfig):
+    features: Features | None = Field(
+        None, description="Dense and sparse columns that the model reads, in the order of schema.json; unset: all."
+    )
+
+
 class ClickTaskConfig(Section):
     """Click prediction: the probability that a row's label is 1."""
 
@@ -77,7 +84,7 @@ class ClickConfig(RunConfig):
     saved_target: ClassVar[str] = "gr.models.saved_click:SavedClick"
 
     data: TabularDataConfig = Field(description="The rows to train on.")
-    model: DLRMConfig = Field(description="DLRM (arXiv 1906.00091): its widths and its interaction.")
+    model: ClickModelConfig = Field(description="DLRM (arXiv 1906.00091): its widths and its interaction.")
     task: ClickTaskConfig = Field(description="What is predicted, and the loss.")
     evaluation: ClickEvaluationConfig = Field(ClickEvaluationConfig(), description="On which rows, how often.")
 
@@ -86,23 +93,35 @@ class ClickConfig(RunConfig):
         return f"{self.kind}, dlrm with {self.model.interaction.kind} interaction, width {self.model.dim}"
 
     def load_schema(self, folder: Path | None = None) -> TabularSchema:
-        return TabularSchema.load(folder or self.data.path)
+        return chosen_columns(TabularSchema.load(folder or self.data.path), self.model.features)
 
     def batch_sizes(self) -> Mapping[str, int]:
         return {**super().batch_sizes(), "evaluation.global_batch_size": self.evaluation.global_batch_size}
 
+    def id_columns(self, schema: TabularSchema) -> dict[str, int]:
+        return {column.name: column.cardinality for column in schema.sparse}
+
     def tables(self, schema: TabularSchema) -> tuple[TableConfig, ...]:
-        """A table for each sparse column, of its name."""
+        """A table for each sparse column, of its name, unless it shares another's."""
         kind, dim = self.model.table_layout
+        rows, hots = self.id_columns(schema), {column.name: column.hots for column in schema.sparse}
         return tuple(
-            self.table(column.name, column.cardinality, dim=dim, kind=kind, ids_per_example=column.hots)
-            for column in schema.sparse
+            self.table(
+                name,
+                rows[name],
+                dim=dim,
+                kind=kind,
+                features=len(columns),
+                ids_per_example=sum(hots[column] for column in columns),
+            )
+            for name, columns in self.columns_by_table(schema).items()
         )
 
     def dense_part(self, schema: TabularSchema) -> DLRMDense:
         if fault := self.model.dense_fault(len(schema.dense)):
             raise ConfigError(f"model.{fault} ({self.data.path}/schema.json: dense)")
-        return DLRMDense(**dict(self.model), dense_features=len(schema.dense))
+        fields = {name: value for name, value in self.model if name in DLRMConfig.model_fields}
+        return DLRMDense(**fields, dense_features=len(schema.dense))
 
     def loss(self, schema: TabularSchema) -> LossInventory:
         return LossInventory(scores_per_example=1)

@@ -1,15 +1,16 @@
 """The configuration of a ranking experiment: the actions a user takes on candidates, from their history. No torch."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from gr.config.base import Count, PositiveFloat, Probability, Section
 from gr.config.dlrm import Widths, stored_dim
+from gr.config.features import ITEM_TABLE, Features, chosen_features
 from gr.config.histories import HistoryDataConfig, HistoryRunConfig, UserEvaluationConfig
 from gr.config.inventory import LossInventory, TableConfig, TowerDense
-from gr.config.retrieval import ITEM_TABLE
 from gr.config.towers import TOWERS, STUConfig, TowerConfig
 from gr.schema import DataSchema
 
@@ -64,6 +65,11 @@ class TimeEncoding(Section):
 
 class RankingModelConfig(Section):
     dim: Count = Field(64, description="D: width of embeddings and of the tower.")
+    features: Features | None = Field(
+        None,
+        description="Features of events and users that the model reads beside the item, in the order of schema.json; "
+        "unset: all.",
+    )
     input: Annotated[AdditiveInput | InterleavedInput, Field(discriminator="kind")] = Field(
         InterleavedInput(), description="The tokens that an event becomes."
     )
@@ -190,15 +196,26 @@ class RankingConfig(HistoryRunConfig):
             )
         return self
 
+    def load_schema(self, folder: Path | None = None) -> DataSchema:
+        return chosen_features(super().load_schema(folder), self.model.features)
+
+    def id_columns(self, schema: DataSchema) -> dict[str, int]:
+        """The item, the features of events, then contextual ones."""
+        return {ITEM_TABLE: schema.item_cardinality, **schema.event_features, **schema.contextual}
+
     def tables(self, schema: DataSchema) -> tuple[TableConfig, ...]:
-        """A table for each feature of ids, of the feature's name: of events, then contextual ones."""
-        N = self.data.max_length
-        reads = {ITEM_TABLE: (schema.item_cardinality, N)}
-        reads |= {name: (rows, N) for name, rows in schema.event_features.items()}
-        reads |= {name: (rows, 1) for name, rows in schema.contextual.items()}
-        dim = stored_dim(self.model.dim)
+        """A table for each feature of ids, of the feature's name, unless it shares another's."""
+        rows, N = self.id_columns(schema), self.data.max_length
         return tuple(
-            self.table(name, rows, dim=dim, kind="sequence", ids_per_example=ids) for name, (rows, ids) in reads.items()
+            self.table(
+                name,
+                rows[name],
+                dim=stored_dim(self.model.dim),
+                kind="sequence",
+                features=len(columns),
+                ids_per_example=sum(1 if column in schema.contextual else N for column in columns),
+            )
+            for name, columns in self.columns_by_table(schema).items()
         )
 
     def dense_part(self, schema: DataSchema) -> TowerDense:

@@ -2,18 +2,19 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from gr.config.base import Count, PositiveFloat, Probability, Section
 from gr.config.dlrm import stored_dim
+from gr.config.features import ITEM_TABLE, Features, chosen_item_features
 from gr.config.histories import HistoryRunConfig, UserEvaluationConfig
 from gr.config.inventory import LossInventory, TableConfig, TowerDense
 from gr.config.towers import TOWERS, HSTUConfig, TowerConfig
 from gr.schema import DataSchema
 
-ITEM_TABLE = "item_id"
 # Up to here looking up the whole corpus costs less than finding the distinct items of a step.
 SMALL_CORPUS = 1 << 16
 LOSS_CHUNK = 1024  # tokens whose scores against all items are in memory together
@@ -22,6 +23,9 @@ METRICS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200",
 
 class RetrievalModelConfig(Section):
     dim: Count = Field(50, description="D: width of item embeddings and of the tower.")
+    features: Features = Field(
+        (), description="Features of items, columns of items.parquet, whose vectors are added to the item's."
+    )
     input_dropout: Probability = Field(0.2, description="Of the tower's input, as it is trained.")
     tower: Annotated[TowerConfig, TOWERS] = Field(HSTUConfig(), description="The layers that read the sequence.")
 
@@ -157,20 +161,30 @@ class RetrievalConfig(HistoryRunConfig):
             )
         return self
 
+    def load_schema(self, folder: Path | None = None) -> DataSchema:
+        return chosen_item_features(super().load_schema(folder), self.model.features)
+
+    def id_columns(self, schema: DataSchema) -> dict[str, int]:
+        """The item, then its features."""
+        return {ITEM_TABLE: schema.item_cardinality, **schema.event_features}
+
     def tables(self, schema: DataSchema) -> tuple[TableConfig, ...]:
-        """The item table, which the history and the candidates read."""
+        """The item table and those of its features, which the history and the candidates read."""
+        rows = self.id_columns(schema)
         compared = self.compared(schema)
         candidates, candidates_of_step = self.task.negatives.lookups(compared)
-        table = self.table(
-            ITEM_TABLE,
-            schema.item_cardinality,
-            dim=stored_dim(self.model.dim),
-            kind="sequence",
-            features=2,  # the history and the candidates
-            ids_per_example=compared.targets + candidates,
-            ids_per_step=candidates_of_step,
+        return tuple(
+            self.table(
+                name,
+                rows[name],
+                dim=stored_dim(self.model.dim),
+                kind="sequence",
+                features=2 * len(columns),  # the history and the candidates
+                ids_per_example=len(columns) * (compared.targets + candidates),
+                ids_per_step=len(columns) * candidates_of_step,
+            )
+            for name, columns in self.columns_by_table(schema).items()
         )
-        return (table,)
 
     def dense_part(self, schema: DataSchema) -> TowerDense:
         N = self.data.max_length

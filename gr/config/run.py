@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gr.config.base import PathText, PositiveFloat, Precision, Registry, Section
+from gr.config.features import TableDtype, TableOptions, columns_by_table
 from gr.config.inventory import (
     AnyShardingType,
     DLRMDense,
@@ -35,7 +36,7 @@ TableInit = Literal["truncated_normal", "uniform_rows"]
 
 
 class EmbeddingsConfig(Section):
-    dtype: Literal["fp32", "fp16"] = Field("fp32", description="Of the tables' rows in memory.")
+    dtype: TableDtype = Field("fp32", description="Of the tables' rows in memory.")
     init: TableInit = Field(
         "truncated_normal",
         description="Keyed on (seed, table, row). uniform_rows is DLRM's: within 1/sqrt(rows) of zero.",
@@ -44,6 +45,14 @@ class EmbeddingsConfig(Section):
     optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] = Field(
         Adam(), description="Updates the tables' rows."
     )
+    tables: dict[str, TableOptions] = Field({}, description="By column: a table that differs from all others.")
+
+    def of(self, table: str) -> TableOptions:
+        """What a table has of its own."""
+        return self.tables.get(table, TableOptions())
+
+    def optimizer_of(self, table: str) -> TableOptimizerConfig:
+        return self.of(table).optimizer or self.optimizer
 
 
 class PlannerConfig(Section):
@@ -207,7 +216,18 @@ class RunConfig(Section):
 
     @abstractmethod
     def load_schema(self, folder: Path | None = None) -> Any:
-        """schema.json of the training data, or of another folder that has one. Raises DataError."""
+        """schema.json of the training data, or of another folder that has one, with the columns that the model reads.
+
+        Raises DataError, and ConfigError for a column that is not there.
+        """
+
+    @abstractmethod
+    def id_columns(self, schema: Any) -> Mapping[str, int]:
+        """The columns of ids that the model reads, in its order, each with the rows of its table."""
+
+    def columns_by_table(self, schema: Any) -> dict[str, tuple[str, ...]]:
+        """The columns of ids that read each table, by its name. Raises ConfigError where embeddings.tables misfits."""
+        return columns_by_table(self.id_columns(schema), self.embeddings.tables)
 
     @abstractmethod
     def tables(self, schema: Any) -> tuple[TableConfig, ...]:
@@ -236,9 +256,11 @@ class RunConfig(Section):
 
     @within_limits()
     def table(self, name: str, rows: int, **fields: Any) -> TableConfig:
-        """A table with the dtype and the optimizer that every table of the run has. fields: as in TableConfig."""
-        embeddings = self.embeddings
-        return TableConfig(name=name, rows=rows, dtype=embeddings.dtype, optimizer=embeddings.optimizer.kind, **fields)
+        """A table with its dtype and optimizer. fields: as in TableConfig."""
+        dtype = self.embeddings.of(name).dtype or self.embeddings.dtype
+        return TableConfig(
+            name=name, rows=rows, dtype=dtype, optimizer=self.embeddings.optimizer_of(name).kind, **fields
+        )
 
     def batch_sizes(self) -> Mapping[str, int]:
         """The numbers that are dealt evenly to the ranks, by the names of their keys."""

@@ -198,3 +198,33 @@ def _corpus_column(file: Path, table: pa.Table, name: str) -> np.ndarray:
         if fault is not None:
             raise DataError(f"{file}: row {fault.row}: column {name}: {fault.problem}")
     return column.values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+
+
+def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray]:
+    """The ids of each of schema.event_features by item, int32 or int64 [item_cardinality], from items.parquet.
+
+    An item that is not in it has 0. Raises DataError where a feature is no column of it, or has ids that are null or
+    outside [0, cardinality).
+    """
+    if not schema.event_features:
+        return {}
+    items_C, _ = read_corpus(folder, schema)
+    file = folder / ITEMS_FILE
+    names = read_footer(file).schema.to_arrow_schema().names
+    if absent := [name for name in schema.event_features if name not in names]:
+        raise DataError(
+            f"model.features: {file} has no column {absent[0]}; it has {', '.join(names)}. Name features of items, as "
+            "`gr prepare events --item-features` writes them"
+        )
+    with decoding(file):
+        table = pq.read_table(file, columns=list(schema.event_features), page_checksum_verification=True)
+        columns = {name: _corpus_column(file, table, name) for name in schema.event_features}
+    features = {}
+    for name, size in schema.event_features.items():
+        if (wrong := (columns[name] < 0) | (columns[name] >= size)).any():
+            row = int(wrong.argmax())
+            raise DataError(f"{file}: row {row}, column {name}: is {columns[name][row]}, allowed are 0 to {size - 1}")
+        dtype = np.int32 if size <= np.iinfo(np.int32).max else np.int64
+        features[name] = np.zeros(schema.item_cardinality, dtype=dtype)
+        features[name][items_C] = columns[name]
+    return features

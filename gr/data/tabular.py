@@ -38,23 +38,23 @@ class TabularDataset:
         self._parts, self._types = parts, _types(schema)
 
     @classmethod
-    def open(cls, path: Path | str) -> "TabularDataset":
-        """Reads schema.json and the footers of the parts.
+    def open(cls, path: Path | str, columns: TabularSchema | None = None) -> "TabularDataset":
+        """Reads schema.json and the footers of the parts. columns: schema.json with the columns to read; None: all.
 
         Raises DataError, naming file and column, for a missing folder, schema or part, a file that is not Parquet or
         was cut off, a missing column, a type that cannot be read, or another number of rows than the schema says.
         """
-        dataset = cls.of_any_size(path)
+        dataset = cls.of_any_size(path, columns)
         for problem in dataset.wrong_totals():
             raise DataError(problem)
         return dataset
 
     @classmethod
-    def of_any_size(cls, path: Path | str) -> "TabularDataset":
+    def of_any_size(cls, path: Path | str, columns: TabularSchema | None = None) -> "TabularDataset":
         """As open, but the number of rows is not yet checked."""
         path = Path(path)
         schema = TabularSchema.load(path)
-        return cls(path, schema, Parts.open(path, _types(schema)))
+        return cls(path, columns or schema, Parts.open(path, _types(schema)))
 
     def wrong_totals(self) -> Iterator[str]:
         """What footers say against schema.json: another number of rows."""

@@ -38,6 +38,12 @@ class Vocabulary:
             table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
         return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
 
+    def agrees(self, other: "Vocabulary") -> bool:
+        """Whether ids stand for the same values."""
+        if self.ids_V is None or other.ids_V is None or self.values_V is None:
+            return self.ids_V is other.ids_V
+        return np.array_equal(self.ids_V, other.ids_V) and self.values_V.equals(other.values_V)
+
     @property
     def type(self) -> pa.DataType:
         return pa.int64() if self.values_V is None else self.values_V.type

@@ -3,11 +3,13 @@
 from gr.embeddings.collection import (
     CANDIDATE_FEATURE,
     build_tables,
+    candidate_feature,
     lookup,
     pooled_lookup,
     pooled_vectors,
     row_weighted_vectors,
     sequence_vectors,
+    table_weights,
     with_candidates,
 )
 from gr.embeddings.init import initialise_tables
@@ -21,6 +23,7 @@ __all__ = [
     "TableOptimizer",
     "TableShard",
     "build_tables",
+    "candidate_feature",
     "initialise_tables",
     "local_shards",
     "lookup",
@@ -28,5 +31,6 @@ __all__ = [
     "pooled_vectors",
     "row_weighted_vectors",
     "sequence_vectors",
+    "table_weights",
     "with_candidates",
 ]

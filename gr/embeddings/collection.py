@@ -1,10 +1,11 @@
 """Tables on meta, sequence (EmbeddingCollection) and pooled (EmbeddingBagCollection), and a step's lookups in them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -69,31 +70,67 @@ def _check(tables: Sequence[TableConfig], names: Mapping[str, Sequence[str]]) ->
             )
 
 
+def table_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight of every table of a model that is not sharded, by the table's name."""
+    weights: dict[str, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            weights |= {name: table.weight for name, table in module.embeddings.items()}
+        elif isinstance(module, EmbeddingBagCollection):
+            weights |= {name: table.weight for name, table in module.embedding_bags.items()}
+    return weights
+
+
+def candidate_feature(column: str) -> str:
+    """The feature of the candidates' ids of a column; the history's has the column's name."""
+    return CANDIDATE_FEATURE if column == ITEM_FEATURE else f"candidate/{column}"
+
+
 def lookup(
-    collection: torch.nn.Module, history: KeyedJaggedTensor, candidates_K: Tensor, dim: int
+    collection: torch.nn.Module,
+    history: KeyedJaggedTensor,
+    candidates_K: Tensor,
+    dim: int,
+    item_features: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor]:
-    """Vectors of the history's tokens and of the candidates, float [T, dim] and [K, dim], from the (sharded) table."""
-    return sequence_vectors(collection(with_candidates(history, candidates_K)), dim)
+    """Vectors of the history's tokens and of the candidates, float [T, dim] and [K, dim], from the (sharded) tables."""
+    return sequence_vectors(collection(with_candidates(history, candidates_K, item_features)), dim, item_features)
 
 
-def with_candidates(history: KeyedJaggedTensor, candidates_K: Tensor) -> KeyedJaggedTensor:
-    """The ids of both, so that there is one pass over the table and one all-to-all a step.
+def with_candidates(
+    history: KeyedJaggedTensor, candidates_K: Tensor, item_features: Mapping[str, Tensor] = MappingProxyType({})
+) -> KeyedJaggedTensor:
+    """The ids of both, so that there is one pass over the tables and one all-to-all a step.
 
-    Candidates belong to no example and are filed under the first.
+    item_features: ids of further columns, [E] by item, where their device has room for all items; those of the items of
+    both are looked up, too. Candidates belong to no example and are filed under the first.
     """
-    lengths = history.lengths()
+    lengths, items_T = history.lengths(), history.values()
     filed = torch.zeros_like(lengths)
     filed[0] = candidates_K.numel()
+    values = [items_T, candidates_K]
+    for ids_E in item_features.values():
+        values += [ids_E[items.to(ids_E.device)].to(items_T) for items in (items_T, candidates_K)]
+    columns = [ITEM_FEATURE, *item_features]
     return KeyedJaggedTensor(
-        keys=[ITEM_FEATURE, CANDIDATE_FEATURE],
-        values=torch.cat([history.values(), candidates_K]),
-        lengths=torch.cat([lengths, filed]),
+        keys=[key for column in columns for key in (column, candidate_feature(column))],
+        values=torch.cat(values),
+        lengths=torch.cat([lengths, filed] * len(columns)),
     )
 
 
-def sequence_vectors(looked_up: Mapping[str, JaggedTensor], dim: int) -> tuple[Tensor, Tensor]:
-    """The vectors of a lookup with_candidates: of the history's tokens [T, dim] and of the candidates [K, dim]."""
-    return looked_up[ITEM_FEATURE].values()[:, :dim], looked_up[CANDIDATE_FEATURE].values()[:, :dim]
+def sequence_vectors(
+    looked_up: Mapping[str, JaggedTensor], dim: int, item_features: Iterable[str] = ()
+) -> tuple[Tensor, Tensor]:
+    """The vectors of a lookup with_candidates: of the history's tokens [T, dim] and of the candidates [K, dim].
+
+    Those of an item and of its features are added.
+    """
+    history_TD, candidates_KD = (looked_up[key].values()[:, :dim] for key in (ITEM_FEATURE, CANDIDATE_FEATURE))
+    for column in item_features:
+        history_TD = history_TD + looked_up[column].values()[:, :dim]
+        candidates_KD = candidates_KD + looked_up[candidate_feature(column)].values()[:, :dim]
+    return history_TD, candidates_KD
 
 
 def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, names: Sequence[str]) -> list[Tensor]:

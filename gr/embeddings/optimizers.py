@@ -1,4 +1,4 @@
-"""The optimizer of the embedding tables: fused into backward where fbgemm can, stepped here where it cannot.
+"""The optimizers of the embedding tables: fused into backward where fbgemm can, stepped here where it cannot.
 
 On CPU fbgemm has no fused Adam, and data-parallel tables never are fused: their kernels leave a dense gradient, which
 `TableOptimizer.step` applies with the same formulas. The one difference: it updates every row at every step, where a
@@ -21,6 +21,7 @@ from gr.config.optim import (
     RowWiseAdagrad,
     TableOptimizerConfig,
 )
+from gr.config.run import EmbeddingsConfig
 from gr.embeddings.local_shards import TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
 
@@ -32,25 +33,31 @@ def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
 
 
 class TableOptimizer:
-    """Steps the tables of a sharded model, and owns their optimizer state for checkpoints.
+    """Steps the tables of a sharded model, each by its optimizer, and owns their state for checkpoints.
 
-    states[i] holds the state tensors of shards[i] by fbgemm's names: sum (Adagrad), exp_avg and exp_avg_sq (Adam).
+    configs[i]: the optimizer of shards[i]. states[i] holds the state tensors of shards[i] by fbgemm's names: sum
+    (Adagrad), exp_avg and exp_avg_sq (Adam).
     """
 
-    def __init__(self, model: nn.Module, config: TableOptimizerConfig) -> None:
-        self.config = config
-        self._update = TABLE_OPTIMIZERS.target(config)
-        self.lr = config.lr
+    def __init__(self, model: nn.Module, embeddings: EmbeddingsConfig) -> None:
+        self.factor = 1.0
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
-        self.states = [s.states if s.is_fused else _dense_states(s.weight, config) for s in self.shards]
+        self.configs = [embeddings.optimizer_of(shard.table) for shard in self.shards]
+        self.states = [
+            shard.states if shard.is_fused else _dense_states(shard.weight, config)
+            for shard, config in zip(self.shards, self.configs, strict=True)
+        ]
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Takes effect at the next backward for fused tables, at the next step for the others."""
-        self.lr = lr
-        for shard in self.shards:
+    def scale_learning_rates(self, factor: float) -> None:
+        """Each is `factor` of its configured value: from the next backward for fused tables, the next step for others.
+
+        The shards of one kernel have one optimizer: TorchRec groups tables by it.
+        """
+        self.factor = factor
+        for shard, config in zip(self.shards, self.configs, strict=True):
             if shard.is_fused:
-                shard.kernel.emb_module.set_learning_rate(lr)
+                shard.kernel.emb_module.set_learning_rate(config.lr * factor)
 
     def set_steps(self, steps: int) -> None:
         """Steps taken so far, for Adam's bias correction; called after a checkpoint was loaded."""
@@ -67,11 +74,11 @@ class TableOptimizer:
     def step(self) -> None:
         """Applies and clears the gradients that dense kernels were left with."""
         self.steps += 1
-        for shard, states in zip(self.shards, self.states, strict=True):
+        for shard, config, states in zip(self.shards, self.configs, self.states, strict=True):
             if not shard.is_fused and (gradient := shard.gradient()) is not None:
                 # In float32: eps and the squares of small gradients are zero in float16.
-                weight = shard.weight.float()
-                self._update(self.config, weight, gradient.float(), states, lr=self.lr, steps=self.steps)
+                weight, update = shard.weight.float(), TABLE_OPTIMIZERS.target(config)
+                update(config, weight, gradient.float(), states, lr=config.lr * self.factor, steps=self.steps)
                 shard.weight.copy_(weight)
         # Only now: the shards of one kernel share one gradient tensor.
         for shard in self.shards:

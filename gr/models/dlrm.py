@@ -4,7 +4,7 @@ applied beside it.
 B examples, N dense features, F categorical features, T = F + 1 vectors an example (F without dense features), D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,17 @@ class DLRM(nn.Module):
     The tables' start is gr.embeddings.initialise_tables', `uniform_rows` being the published one.
     """
 
-    def __init__(self, config: DLRMConfig, tables: Sequence[TableConfig], dense_features: int) -> None:
-        """tables: one for each categorical feature, of its name. Raises ConfigError where there are none, where one is
-        not as config.table_layout says, where config.bottom does not go with dense_features, or nothing interacts.
+    def __init__(
+        self,
+        config: DLRMConfig,
+        tables: Sequence[TableConfig],
+        dense_features: int,
+        columns: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """columns: the categorical features that read each table, by its name; None: one each, of that name.
+
+        Raises ConfigError where there are no tables, where one is not as config.table_layout says, where config.bottom
+        does not go with dense_features, or nothing interacts.
         """
         super().__init__()
         if not tables:
@@ -42,11 +50,12 @@ class DLRM(nn.Module):
                     f"table {table.name}: DLRM reads {kind} tables of {dim} columns, not {table.kind}, {table.dim}"
                 )
         self.config = config
-        self.features = [table.name for table in tables]
-        self.tables = build_tables(tables)
+        self.columns = columns or {table.name: (table.name,) for table in tables}
+        self.features = [name for names in self.columns.values() for name in names]
+        self.tables = build_tables(tables, self.columns)
         linear = mlp_linear(config)
         self.bottom = MLP(dense_features, config.bottom, linear=linear) if config.bottom else None
-        self.interaction = build_interaction(config, len(tables) + (self.bottom is not None))
+        self.interaction = build_interaction(config, len(self.features) + (self.bottom is not None))
         if not self.interaction.width:
             raise ConfigError("DLRM has one categorical feature and no dense ones: model.interaction=dot has no pairs")
         self.top = MLP(self.interaction.width, config.top, linear=linear, logit=True)
@@ -69,4 +78,4 @@ class DLRM(nn.Module):
 
 def build_dlrm(config: ClickConfig, schema: TabularSchema) -> DLRM:
     """The model of a click experiment on data of `schema`. Build it on meta."""
-    return DLRM(config.model, config.tables(schema), len(schema.dense))
+    return DLRM(config.model, config.tables(schema), len(schema.dense), config.columns_by_table(schema))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch
-from gr.config.retrieval import ITEM_TABLE, RetrievalConfig
-from gr.embeddings import CANDIDATE_FEATURE, build_tables, lookup, sequence_vectors, with_candidates
+from gr.batch import EvaluationBatch, RetrievalBatch
+from gr.config.retrieval import RetrievalConfig
+from gr.embeddings import build_tables, candidate_feature, lookup, sequence_vectors, with_candidates
 from gr.ops.dropout import dropout
 from gr.schema import DataSchema
 from gr.sequence import JaggedSequence
@@ -29,7 +29,15 @@ class RetrievalModel(nn.Module):
         self.dim, self.max_length = config.model.dim, config.data.max_length
         self.input_dropout = config.model.input_dropout
         self.precision = config.trainer.precision
-        self.tables = build_tables(config.tables(schema), {ITEM_TABLE: (ITEM_FEATURE, CANDIDATE_FEATURE)})
+        self.tables = build_tables(
+            config.tables(schema),
+            {
+                table: [name for column in columns for name in (column, candidate_feature(column))]
+                for table, columns in config.columns_by_table(schema).items()
+            },
+        )
+        self.features = list(schema.event_features)
+        self.item_features: Mapping[str, Tensor] = {}  # those features' ids by item, as the corpus has them
         self.position = nn.Parameter(torch.empty(self.max_length, self.dim))
         self.tower = build_tower(config.model.tower, dim=self.dim, max_length=self.max_length)
         self.similarity = build_similarity(config.task)
@@ -43,18 +51,19 @@ class RetrievalModel(nn.Module):
     ) -> Tensor:
         """Sum of -log p(next item) over the T positions, a scalar in nats.
 
-        looked_up: what the tables have for with_candidates(batch.features, candidates.ids_K); None: look it up.
+        looked_up: what the tables have for with_candidates(batch.features, candidates.ids_K, item_features); None: look
+        it up.
         """
         if looked_up is None:
-            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K))
-        history_TD, items_KD = sequence_vectors(looked_up, self.dim)
+            looked_up = self.tables(with_candidates(batch.features, candidates.ids_K, self.item_features))
+        history_TD, items_KD = sequence_vectors(looked_up, self.dim, self.features)
         queries_TD = self._run_tower(history_TD, batch)
         return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
 
     def queries(self, batch: EvaluationBatch) -> Tensor:
         """Float [B, D]: the tower's output at the newest token of each example; zero where there is no history."""
         nothing = batch.target_ids_B.new_empty(0)
-        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim)
+        history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim, self.item_features)
         outputs_TD = self._run_tower(history_TD, batch)
         lengths_B = batch.features.lengths()
         last_B = lengths_B.cumsum(0) - 1
@@ -63,9 +72,9 @@ class RetrievalModel(nn.Module):
         return outputs.float()
 
     def item_vectors(self, ids_K: Tensor) -> Tensor:
-        """Float [K, D] of the items' rows, from whichever ranks hold them."""
+        """Float [K, D] of the items and their features, from whichever ranks hold their rows."""
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
-        return lookup(self.tables, one_empty_example, ids_K, self.dim)[1]
+        return lookup(self.tables, one_empty_example, ids_K, self.dim, self.item_features)[1]
 
     def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch) -> Tensor:
         offsets_B1 = batch.features.offsets().long()

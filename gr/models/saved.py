@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torch import nn
 
 from gr.checkpoint import resolve, verify
 from gr.checkpoint.layout import CONFIG, read_progress
@@ -16,6 +15,7 @@ from gr.checkpoint.plain import load_weights
 from gr.config import RunConfig, load_config
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
+from gr.embeddings import table_weights
 from gr.models import build_model, import_target
 from gr.models.dense import dense_parameters, initialise_dense
 
@@ -34,10 +34,13 @@ class Saved:
     config: RunConfig
     folder: Path
 
+    def __post_init__(self) -> None:
+        """Reads what else of the checkpoint the model needs."""
+
     @cached_property
     def vocabularies(self) -> dict[str, Vocabulary]:
         """The values of every column that has ids."""
-        columns = [table.name for table in self.config.tables(self.schema)]
+        columns = self.config.id_columns(self.schema)
         return {name: Vocabulary.open(self.folder, self.schema, name) for name in columns}
 
     @property
@@ -60,17 +63,7 @@ def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str
     schema = config.load_schema(path)
     model = build_model(config, schema).to_empty(device=device)
     initialise_dense(model, config.seed)  # buffers, which no checkpoint has
+    tables = {name: weight.detach() for name, weight in table_weights(model).items()}
     with torch.no_grad():
-        load_weights(path, {name: p.detach() for name, p in dense_parameters(model).items()}, table_weights(model))
+        load_weights(path, {name: p.detach() for name, p in dense_parameters(model).items()}, tables)
     return import_target(config.saved_target)(model.eval(), schema, config, path)
-
-
-def table_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weight of every table of a model that is not sharded, by the table's name."""
-    weights: dict[str, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, EmbeddingCollection):
-            weights |= {name: table.weight.detach() for name, table in module.embeddings.items()}
-        elif isinstance(module, EmbeddingBagCollection):
-            weights |= {name: table.weight.detach() for name, table in module.embedding_bags.items()}
-    return weights

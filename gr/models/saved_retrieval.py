@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gr.batch import ITEM_FEATURE, EvaluationBatch
 from gr.data.collate import Rows, collate_evaluation
-from gr.data.dataset import Histories, read_corpus
+from gr.data.dataset import Histories, read_corpus, read_item_features
 from gr.data.vocabulary import Vocabulary
 from gr.errors import ConfigError, DataError
 from gr.logging import get_logger
@@ -38,6 +38,10 @@ class SavedRetrieval(Saved):
     """Histories are lists of item ids, oldest first; times, lists of seconds for those, where the tower reads time."""
 
     model: RetrievalModel
+
+    def __post_init__(self) -> None:
+        features = read_item_features(self.folder, self.schema)
+        self.model.item_features = {name: torch.from_numpy(ids_E) for name, ids_E in features.items()}
 
     @torch.no_grad()
     def recommend(

@@ -31,7 +31,7 @@ class SequenceRanker(nn.Module):
         self.uses_candidates = config.task.supervision == "candidates"
         self.dim = model.dim
         self.event_features, self.contextual = [ITEM_FEATURE, *schema.event_features], list(schema.contextual)
-        self.tables = build_tables(config.tables(schema))
+        self.tables = build_tables(config.tables(schema), config.columns_by_table(schema))
         self.tokens = SequencePreprocessor(
             model,
             max_events=config.data.max_length,

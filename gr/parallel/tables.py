@@ -15,12 +15,13 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from gr import compat
 from gr.config.inventory import SHARDING_TYPES, sharding_types_of
 from gr.config.run import EmbeddingsConfig
+from gr.embeddings import table_weights
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
 
 
 def sequence_sharder(config: EmbeddingsConfig) -> EmbeddingCollectionSharder:
-    """The sharder of the sequence tables, which also carries their fused optimizer."""
+    """The sharder of the sequence tables, which also carries the fused optimizer of those without one of their own."""
     return EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
 
 
@@ -37,7 +38,7 @@ class PooledSharder(EmbeddingBagCollectionSharder):
 
 
 def pooled_sharder(config: EmbeddingsConfig) -> PooledSharder:
-    """The sharder of the pooled tables, which also carries their fused optimizer."""
+    """The sharder of the pooled tables, which also carries the fused optimizer of those without one of their own."""
     return PooledSharder(fused_params=fused_params(config.optimizer))
 
 
@@ -54,6 +55,9 @@ def shard_tables(
     if device.type == "cpu":
         _refuse_shards_without_rows(model, plan)
     compat.apply()
+    for table, weight in table_weights(model).items():
+        if (own := config.of(table).optimizer) is not None:
+            weight._optimizer_kwargs = [fused_params(own)]  # type: ignore[attr-defined]  # where TorchRec looks for it
     return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),

@@ -201,13 +201,18 @@ class FolderWriter:
         source: str,
         corpus: np.ndarray,
         vocabularies: Mapping[str, str] = MappingProxyType({}),
+        item_features: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> DataSchema:
-        """Finish the folder. corpus: candidate item ids. Raises DataError if no user was written."""
+        """Finish the folder. corpus: candidate item ids. Raises DataError if no user was written.
+
+        item_features: of the event features that an item determines, the ids by item, [item_cardinality].
+        """
         self._parts.end_part()
         if not self._parts.rows:
             raise DataError(f"{source}: no user is left to write")
         corpus = np.unique(corpus).astype(np.int64)
-        items = pa.table({"item_id": corpus, "count": self._counts[corpus]})
+        features = {name: pa.array(ids[corpus], type=self._types[name]) for name, ids in item_features.items()}
+        items = pa.table({"item_id": corpus, "count": self._counts[corpus], **features})
         pq.write_table(items, self._folder / ITEMS_FILE, write_page_checksum=True)
         schema = DataSchema(
             format_version=FORMAT_VERSION,

@@ -137,6 +137,16 @@ class Recipe(ABC, Generic[Config]):
                     "`gr prepare events --vocabulary` and the folder that was trained on"
                 )
 
+    def check_shared_tables(self) -> None:
+        """Raises DataError where the ids of columns that share a table stand for different values."""
+        for table, columns in self.config.columns_by_table(self.schema).items():
+            for name in columns[1:]:
+                if not self.vocabulary(table).agrees(self.vocabulary(name)):
+                    raise DataError(
+                        f"embeddings.tables.{name}.table={table}: in {self.folder} the ids of {name} and {table} stand "
+                        "for different values: unset it, or prepare both columns with one vocabulary"
+                    )
+
     @property
     def has_tables(self) -> bool:
         return bool(self.config.tables(self.schema))
@@ -160,6 +170,12 @@ class Recipe(ABC, Generic[Config]):
         if changed:
             shown = "; ".join(f"{key} is {before} there, {now} now" for key, (before, now) in changed.items())
             raise CheckpointError(f"{path} is of another {' or '.join(sections)}: {shown}. Use another run_dir")
+        before, now = saved.columns_by_table(self.schema), self.config.columns_by_table(self.schema)
+        for table in {**before, **now}:
+            if before.get(table) != now.get(table):
+                columns = (", ".join(each.get(table, ())) or "no column" for each in (before, now))
+                shown = f"table {table} is read by {next(columns)} there, by {next(columns)} now"
+                raise CheckpointError(f"{path} is of another model: {shown} (embeddings.tables). Use another run_dir")
 
     @abstractmethod
     def objective(self, world: World) -> Objective:

@@ -62,17 +62,21 @@ class ClickRecipe(Recipe[ClickConfig]):
 
     @cached_property
     def train_data(self) -> TabularDataset:
-        return TabularDataset.open(self.config.data.path)
+        return self._open(self.config.data.path)
 
     @cached_property
     def evaluation_data(self) -> TabularDataset | None:
-        return TabularDataset.open(self.config.evaluation.path) if self.config.evaluation.path else None
+        return self._open(self.config.evaluation.path) if self.config.evaluation.path else None
+
+    def _open(self, path: str) -> TabularDataset:
+        return TabularDataset.open(path, self.config.load_schema(Path(path)))
 
     @property
     def table_columns(self) -> int:
         return self.config.model.dim  # the column of row weights after them starts at zero
 
     def check_data(self) -> None:
+        self.check_shared_tables()
         if self.evaluation_data is None:
             return
         self.check_vocabularies(self.evaluation_data.schema, self.evaluation_data.path)

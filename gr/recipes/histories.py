@@ -48,19 +48,19 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
         return self.config.model.dim  # type: ignore[attr-defined]
 
     def check_data(self) -> None:
-        evaluated = self.evaluation_data
-        for schema, path in ((self.schema, self.folder), (evaluated.schema, evaluated.path)):
+        self.check_shared_tables()
+        path = self.evaluation_data.path
+        evaluated = self.config.load_schema(path)
+        for schema, folder in ((self.schema, self.folder), (evaluated, path)):
             for setting, remedy in self.needs_time().items():
                 if not schema.timestamps:
-                    raise ConfigError(f"{setting}, but {path} has no timestamps: {remedy}")
-        self.check_vocabularies(evaluated.schema, evaluated.path)
+                    raise ConfigError(f"{setting}, but {folder} has no timestamps: {remedy}")
+        self.check_vocabularies(evaluated, path)
         for name in self.compared_columns:
-            mine, other = getattr(self.schema, name), getattr(evaluated.schema, name)
+            mine, other = getattr(self.schema, name), getattr(evaluated, name)
             if mine != other:
                 shown = f": {mine} and {other}" if isinstance(mine, int) else ""
-                raise DataError(
-                    f"{self.folder} and {evaluated.path} differ in {name}{shown} (schema.json): prepare both alike"
-                )
+                raise DataError(f"{self.folder} and {path} differ in {name}{shown} (schema.json): prepare both alike")
 
     def user_vocabulary(self) -> Vocabulary:
         """The user ids of the evaluation data."""

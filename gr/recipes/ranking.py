@@ -179,7 +179,7 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
         details = {"split": split, "data": str(data.path), "tasks": tasks}
         if not self.held_out(split):
             return Evaluation({}, details)
-        collate = RankingCollate(data.schema, config.data, config.task)
+        collate = RankingCollate(self.schema, config.data, config.task)
         newest = config.evaluation.newest
         batches = UserBatches(
             data,

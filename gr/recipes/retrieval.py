@@ -6,6 +6,7 @@ B examples, T tokens, K candidates, C items of the corpus.
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch, move_ids
 from gr.config.retrieval import RetrievalConfig
-from gr.data.dataset import read_corpus
+from gr.data.dataset import read_corpus, read_item_features
 from gr.data.history_batches import HistoryEpochs, UserBatches, evaluation_batches
 from gr.data.loader import ResumableLoader, checksums
 from gr.data.vocabulary import Vocabulary
@@ -46,8 +47,13 @@ COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
 class RetrievalObjective:
     """-log p(next item) at every position, against candidates drawn for the step."""
 
-    def __init__(self, sampler: CandidateSampler, world: World) -> None:
-        self.sampler, self.world = sampler, world
+    def __init__(
+        self,
+        sampler: CandidateSampler,
+        world: World,
+        item_features: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.sampler, self.world, self.item_features = sampler, world, item_features
 
     def losses(self, batch: RetrievalBatch) -> int:
         return len(batch.target_ids_T)
@@ -57,7 +63,7 @@ class RetrievalObjective:
 
     def inputs(self, batch: RetrievalBatch, step: int, first: int, device: torch.device) -> Inputs:
         candidates = self.sampler.draw(batch, step, self.world, first)
-        lookups = move_ids(with_candidates(batch.features, candidates.ids_K), device)
+        lookups = move_ids(with_candidates(batch.features, candidates.ids_K, self.item_features), device)
         return Inputs(batch.to(device), lookups, candidates.to(device))
 
     def total(self, model: nn.Module, inputs: Inputs, looked_up: Any) -> Tensor:
@@ -74,6 +80,17 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         """Candidate item ids and their counts in training, read once for the sampler and every evaluation."""
         return read_corpus(self.folder, self.schema)
 
+    @cached_property
+    def item_features(self) -> dict[str, Tensor]:
+        """The ids of each feature of items, by item."""
+        return {name: torch.from_numpy(ids_E) for name, ids_E in read_item_features(self.folder, self.schema).items()}
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        assert isinstance(model, RetrievalModel)
+        model.item_features = self.item_features
+        return model
+
     def check_saved(self, saved: RetrievalConfig, path: str) -> None:
         super().check_saved(saved, path)
         if saved.data.train_holdout != self.config.data.train_holdout:
@@ -83,7 +100,8 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             )
 
     def objective(self, world: World) -> RetrievalObjective:
-        return RetrievalObjective(CandidateSampler(self.config.task, *self.corpus, self.config.seed), world)
+        sampler = CandidateSampler(self.config.task, *self.corpus, self.config.seed)
+        return RetrievalObjective(sampler, world, self.item_features)
 
     def loader(self, world: World) -> ResumableLoader[RetrievalBatch]:
         """Raises DataError where no user has what the evaluations of a run hold out: they would fail after hours."""

@@ -115,7 +115,7 @@ class TrainModule:
         self.tables = getattr(unwrapped(model), "tables", None)
         self.dense = dense_parameters(model)
         self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
-        self.table_optimizer = TableOptimizer(model, config.embeddings.optimizer)
+        self.table_optimizer = TableOptimizer(model, config.embeddings)
 
     def prepare(self, batch, step: int) -> Prepared:
         """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead."""
@@ -147,7 +147,7 @@ class TrainModule:
     def backward(self, loss: StepLoss, step: int) -> None:
         """Gradients and updates; fused tables are updated inside backward, so rates are set first."""
         factor = rate_factor(self.config.optimizer.schedule, step, self.steps)
-        self.table_optimizer.set_learning_rate(self.config.embeddings.optimizer.lr * factor)
+        self.table_optimizer.scale_learning_rates(factor)
         for group in self.dense_optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
         self.phases.start()

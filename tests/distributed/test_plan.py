@@ -261,7 +261,7 @@ def measured(
     if kind is Bags:
         held = list(bag_shards(dmp))
     else:
-        tables = TableOptimizer(dmp, config.optimizer)
+        tables = TableOptimizer(dmp, config)
         tables.step()
         held = [(s.table, s.weight, states) for s, states in zip(tables.shards, tables.states, strict=True)]
     weights, states = dict.fromkeys((t.name for t in plan.inventory.tables), 0), {}
@@ -349,7 +349,7 @@ def held(world: World, config: RetrievalConfig) -> tuple[list[int], list[float]]
     """Bytes of this rank's table weights and optimizer states: measured, and as estimate() predicts them."""
     built = build(open_recipe(config), world)
     assert built.plan is not None
-    tables = TableOptimizer(built.model, config.embeddings.optimizer)
+    tables = TableOptimizer(built.model, config.embeddings)
     states = sum(state.nbytes for own in tables.states for state in own.values())
     memory_MR = estimate(built.plan).memory_MR
     predicted = [float(memory_MR[MEMORY.index(kind), world.rank]) for kind in ("tables", "table_optimizer")]

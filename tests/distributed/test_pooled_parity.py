@@ -154,7 +154,7 @@ class Job:
         over.reset_parameters()
         self.dense = dict(over.named_parameters())
         self.dense_optimizer = torch.optim.AdamW(self.dense.values(), lr=0.01, weight_decay=0.0)
-        self.tables = TableOptimizer(self.model, config.optimizer)
+        self.tables = TableOptimizer(self.model, config)
 
     @property
     def state(self) -> ModelState:

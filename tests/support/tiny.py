@@ -9,6 +9,7 @@ from gr.prepare.write import FolderWriter, Users
 from gr.schema import HistoryColumns
 
 ITEMS = 61
+GROUPS = 6
 
 
 def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool = False) -> Path:
@@ -24,6 +25,31 @@ def write_tiny(folder: Path, *, users: int = 96, seed: int = 0, timestamps: bool
     writer = FolderWriter(folder, HistoryColumns(timestamps=timestamps), item_cardinality=ITEMS)
     writer.write(Users(np.arange(users), offsets, items, times))
     writer.close(name="tiny", order="as generated", source="tests", corpus=np.arange(1, ITEMS))
+    return folder
+
+
+def group_of(items: np.ndarray) -> np.ndarray:
+    """The feature `group` of items of write_groups, 1 to GROUPS - 1."""
+    return (items - 1) % (GROUPS - 1) + 1
+
+
+def write_groups(folder: Path, *, users: int = 128) -> Path:
+    """Users who stay in one of five groups of items, from which theirs are drawn evenly; items 1..60.
+
+    `group` is a feature of items, `hour` of events, `country` of users.
+    """
+    random = np.random.default_rng(0)
+    lengths = random.integers(4, 25, users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    group = random.integers(1, GROUPS, users).repeat(lengths)
+    items = group + (GROUPS - 1) * random.integers(0, (ITEMS - 1) // (GROUPS - 1), offsets[-1])
+    columns = HistoryColumns(event_features={"group": GROUPS, "hour": 24}, contextual={"country": 5})
+    features = {"group": group_of(items), "hour": items % 24, "country": random.integers(0, 5, users)}
+    writer = FolderWriter(folder, columns, item_cardinality=ITEMS)
+    writer.write(Users(np.arange(users), offsets, items, None, None, features))
+    corpus = np.arange(1, ITEMS)
+    by_item = np.concatenate([[0], group_of(corpus)])
+    writer.close(name="groups", order="as generated", source="tests", corpus=corpus, item_features={"group": by_item})
     return folder
 
 

@@ -61,6 +61,37 @@ def write_histories(folder: Path, *, users: int = 96, longest: int = 24, seed: i
     )
 
 
+def write_twins(folder: Path, *, users: int = 48) -> Path:
+    """Histories whose users have a favourite of the events' categories, and a last item."""
+    random = np.random.default_rng(3)
+    lengths = random.integers(3, 20, users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    items = random.integers(1, 41, offsets[-1])
+    columns = {
+        "actions": random.integers(0, 4, len(items)).astype(np.int32),
+        "watched": random.random(len(items)).astype(np.float32),
+        "category": items % 7,
+        "favourite": random.integers(0, 7, users),
+        "last_item": random.integers(0, 41, users),
+    }
+    write_folder(
+        folder,
+        Users(np.arange(users) + 100, offsets, items, np.arange(len(items)) * 1000, None, columns),
+        corpus=np.arange(1, 41),
+        name="twins",
+        order="as generated",
+        source="tests",
+        columns=HistoryColumns(
+            timestamps=True,
+            actions=["like", "share"],
+            values=["watched"],
+            event_features={"category": 7},
+            contextual={"favourite": 7, "last_item": 41},
+        ),
+    )
+    return folder
+
+
 def tiny_ranking_config(
     data: Path | str = "data", run_dir: Path | str = "runs", /, **sections: object
 ) -> RankingConfig:

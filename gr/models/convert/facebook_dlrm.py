@@ -53,6 +53,8 @@ def _names(model: DLRM) -> dict[str, str]:
         raise CheckpointError("facebookresearch/dlrm has no models without dense features")
     if model.config.row_weights:
         raise CheckpointError("facebookresearch/dlrm keeps weights of rows as they are, gr less one: not the same bits")
+    if len(model.columns) < len(model.features):
+        raise CheckpointError("facebookresearch/dlrm has a table for each feature, and here features share one")
     names = {f"tables.embedding_bags.{name}.weight": f"emb_l.{k}.weight" for k, name in enumerate(model.features)}
     for ours, theirs in MLP_NAMES.items():
         for name, _ in model.get_submodule(ours.rstrip(".")).named_parameters():

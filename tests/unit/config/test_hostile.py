@@ -145,6 +145,6 @@ def test_an_inventory_is_for_the_planner(fault: Fault) -> None:
 
 
 def test_names_that_forge_lines(fault: Fault) -> None:
-    assert fault("x\nerror: fake") .startswith(r"x\nerror: fake: no such file")
+    assert fault("x\nerror: fake").startswith(r"x\nerror: fake: no such file")
     Path("a\nb.yaml").write_text(BASE + "sed: 1\n")
     assert fault("a\nb.yaml").startswith(r"a\nb.yaml:4: sed: unknown key; did you mean 'seed'?")

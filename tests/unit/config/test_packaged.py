@@ -29,7 +29,9 @@ def test_each_is_read_from_any_folder_and_has_a_title(name):
         assert load_inventory(name).tables
     else:
         # Where sizes follow from the data there has to be some.
-        sizes = ["sizes=written", "trainer.steps=1"] * ("sizes: data" in (packaged.CONFIGS / f"{name}.yaml").read_text())
+        sizes = ["sizes=written", "trainer.steps=1"] * (
+            "sizes: data" in (packaged.CONFIGS / f"{name}.yaml").read_text()
+        )
         assert load_config(name, ["seed=3", *sizes]).seed == 3
 
 

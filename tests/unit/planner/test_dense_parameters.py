@@ -1,6 +1,7 @@
 """The planner counts exactly the parameters and the tables of the model on meta: every tower, every recipe, DLRM."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -13,17 +14,20 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from gr.config import ClickConfig, RunConfig, load_config
 from gr.config.base import Section
 from gr.config.dlrm import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, ProjectionInteraction
+from gr.config.features import chosen_columns, chosen_features, chosen_item_features
 from gr.config.inventory import TableConfig, TowerDense
 from gr.config.towers import TOWERS, SASRecConfig, TowerCost
 from gr.models import build_model
 from gr.parallel.dense import dense_parameters
 from gr.planner.estimate_dense import dense_work
+from gr.schema import SparseColumn
 from tests.support import ROOT
 from tests.support.schemas import item_schema, tabular_schema
 from tests.support.tiny import ITEMS, tiny_config
+from tests.support.tiny_histories import ITEMS as ITEMS_RANKED
 from tests.support.tiny_histories import SCHEMA as HISTORIES
 from tests.support.tiny_histories import tiny_ranking_config
-from tests.support.tiny_tabular import COLUMNS, DENSE
+from tests.support.tiny_tabular import COLUMNS, DENSE, tiny_click_config
 
 DIMS = st.sampled_from([4, 6, 8, 10, 12])
 many = settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
@@ -98,6 +102,22 @@ def test_retrieval_with_every_tower(kind: str, data: st.DataObject, dim: int) ->
     check_retrieval(data.draw(towers(kind)), dim)
 
 
+@pytest.mark.parametrize(
+    ("tables", "features"),
+    [({}, {"item_id": 2, "group": 2, "maker": 2}), ({"maker": {"table": "group"}}, {"item_id": 2, "group": 4})],
+)
+def test_retrieval_with_features_of_items(tables: dict, features: dict) -> None:
+    config = tiny_config("data", "runs", model={"features": ["group", "maker"]}, embeddings={"tables": tables})
+    of_events = {"group": 6, "hour": 24, "maker": 6}
+    schema = item_schema(ITEMS).model_copy(update={"event_features": of_events, "contextual": {"country": 5}})
+    schema = chosen_item_features(schema, config.model.features)
+    assert_counts_are_the_models(config, schema)
+    assert {table.name: table.features for table in config.tables(schema)} == features
+    item, *others = config.tables(schema)
+    assert sum(table.ids_per_example for table in others) == 2 * item.ids_per_example
+    assert sum(table.ids_per_step for table in others) == 2 * item.ids_per_step
+
+
 RANKERS = st.fixed_dictionaries(
     {
         "dim": DIMS,
@@ -161,7 +181,7 @@ INTERACTIONS = (
 def test_dlrm_with_every_interaction(interaction: Section, row_weights: bool, columns: tuple) -> None:
     model = DLRMConfig(dim=4, bottom=(9, 4), top=(6, 5, 1), row_weights=row_weights, interaction=interaction)
     tree = {"run_dir": "runs", "data": {"path": "data"}, "task": {"kind": "click"}, "trainer": {"steps": 1}}
-    config = ClickConfig.model_validate({**tree, "model": model})
+    config = ClickConfig.model_validate({**tree, "model": dict(model)})
     assert_counts_are_the_models(config, tabular_schema(columns, DENSE))
 
 
@@ -171,6 +191,48 @@ def test_dlrm_without_dense_features(interaction: Section) -> None:
     tree = {"run_dir": "runs", "data": {"path": "data"}, "task": {"kind": "click"}, "trainer": {"steps": 1}}
     config = ClickConfig.model_validate({**tree, "model": model})
     assert_counts_are_the_models(config, tabular_schema(COLUMNS, []))
+
+
+TWINS = (*COLUMNS, SparseColumn(name="c4", cardinality=64))
+
+
+@pytest.mark.parametrize("row_weights", [False, True])
+@pytest.mark.parametrize(
+    ("features", "tables", "ids"),
+    [
+        (["i1", "c2", "c4"], {}, {"c2": 3, "c4": 1}),
+        (["i3", "c4", "c2"], {"c2": {"table": "c4", "dtype": None}}, {"c4": 4}),
+        (None, {"c4": {"table": "c2"}, "c1": {"dtype": "fp16"}}, {"c1": 1, "c2": 4, "c3": 1}),
+    ],
+)
+def test_dlrm_with_chosen_columns(features: list | None, tables: dict, ids: dict, row_weights: bool) -> None:
+    embeddings = {"tables": tables}
+    config = tiny_click_config(
+        Path("data"), Path("runs"), model={"features": features, "row_weights": row_weights}, embeddings=embeddings
+    )
+    schema = chosen_columns(tabular_schema(TWINS, DENSE), config.model.features)
+    assert_counts_are_the_models(config, schema)
+    inventory = config.inventory(schema)
+    assert {table.name: table.ids_per_example for table in inventory.tables} == ids
+    assert inventory.interacting_features == len(schema.sparse)
+
+
+@pytest.mark.parametrize(
+    ("features", "tables"),
+    [
+        ([], {}),
+        (["age"], {}),
+        (["category", "home"], {"home": {"table": "category"}, "category": {"dtype": "fp16"}}),
+        (None, {"seen": {"table": "item_id"}, "home": {"table": "category"}}),
+    ],
+)
+def test_ranking_with_chosen_features(features: list | None, tables: dict) -> None:
+    twins = {"event_features": {"category": 43, "seen": ITEMS_RANKED}, "contextual": {"country": 45, "home": 43}}
+    config = tiny_ranking_config(model={"features": features}, embeddings={"tables": tables})
+    schema = chosen_features(HISTORIES.model_copy(update=twins), config.model.features)
+    built = assert_counts_are_the_models(config, schema)
+    dense = config.inventory(schema).dense
+    assert isinstance(dense, TowerDense) and dense.max_length == built.tokens.max_length
 
 
 def test_every_interaction_is_there() -> None:

@@ -98,3 +98,12 @@ def test_what_does_not_fit_is_named() -> None:
 def test_interactions_that_were_never_published_are_refused() -> None:
     with pytest.raises(CheckpointError, match="no interaction 'dcn', only dot and cat"):
         from_facebook({}, on_meta(DCNInteraction()))
+
+
+def test_features_that_share_a_table_are_refused() -> None:
+    """The published code has a table for each feature."""
+    config = DLRMConfig(dim=D, bottom=(8, D), top=(7, 1))
+    with torch.device("meta"):
+        model = DLRM(config, tables_for(config, {"c0": 6}), DENSE, {"c0": ("c0", "c1")})
+    with pytest.raises(CheckpointError, match="has a table for each feature, and here features share one"):
+        to_facebook(model.state_dict(), model)

@@ -1,0 +1,121 @@
+"""The columns of the data that a model reads, and the tables of those of ids. No torch."""
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from gr.config.base import Section
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
+from gr.errors import ConfigError
+from gr.schema import DataSchema, TabularSchema
+
+ITEM_TABLE = "item_id"
+TableDtype = Literal["fp32", "fp16"]
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"names {repeated[0]} twice")
+    return names
+
+
+Features = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+
+
+class TableOptions(Section):
+    """The table of one column, where it is not as all others are."""
+
+    table: str | None = Field(
+        None, description="Column whose table this one reads, too: their ids must stand for the same values."
+    )
+    dtype: TableDtype | None = None
+    optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] | None = None
+
+    @model_validator(mode="after")
+    def _the_owner_decides(self):
+        own = [name for name, value in self if name != "table" and value is not None]
+        if self.table is not None and own:
+            raise ValueError(f"table={self.table} shares a table: set {', '.join(own)} of {self.table} instead")
+        return self
+
+
+def chosen_features(schema: DataSchema, features: Collection[str] | None) -> DataSchema:
+    """Histories with these features beside the item, in the order of schema.json; None: with all.
+
+    Raises ConfigError where there is no such feature.
+    """
+    if features is None:
+        return schema
+    known = [ITEM_TABLE, *schema.event_features, *schema.contextual, *schema.contextual_numeric]
+    _check_columns("model.features", features, known, f"{schema.name} (schema.json)")
+    return schema.model_copy(
+        update={
+            "event_features": {name: rows for name, rows in schema.event_features.items() if name in features},
+            "contextual": {name: rows for name, rows in schema.contextual.items() if name in features},
+            "contextual_numeric": [name for name in schema.contextual_numeric if name in features],
+        }
+    )
+
+
+def chosen_item_features(schema: DataSchema, features: Collection[str]) -> DataSchema:
+    """Histories with these features of items and no others. Raises ConfigError where there is no such feature."""
+    _check_columns("model.features", features, [ITEM_TABLE, *schema.event_features], f"{schema.name} (schema.json)")
+    chosen = {name: rows for name, rows in schema.event_features.items() if name in features}
+    return schema.model_copy(update={"event_features": chosen, "contextual": {}, "contextual_numeric": []})
+
+
+def chosen_columns(schema: TabularSchema, features: Collection[str] | None) -> TabularSchema:
+    """Rows of these dense and sparse columns, in the order of schema.json; None: of all.
+
+    Raises ConfigError where there is no such column, or where none of a kind is left.
+    """
+    if features is None:
+        return schema
+    known = [*schema.dense, *(column.name for column in schema.sparse)]
+    _check_columns("model.features", features, known, f"{schema.name} (schema.json)")
+    dense = [name for name in schema.dense if name in features]
+    sparse = [column for column in schema.sparse if column.name in features]
+    for kind, chosen, there in (("dense", dense, schema.dense), ("sparse", sparse, [c.name for c in schema.sparse])):
+        if not chosen and there:
+            raise ConfigError(f"model.features has no {kind} column, DLRM needs one: name one of {', '.join(there)}")
+    return schema.model_copy(
+        update={
+            "dense": dense,
+            "sparse": sparse,
+            "vocabularies": {name: digest for name, digest in schema.vocabularies.items() if name in features},
+        }
+    )
+
+
+def columns_by_table(rows: Mapping[str, int], options: Mapping[str, TableOptions]) -> dict[str, tuple[str, ...]]:
+    """The columns that read each table, by the table's name, which is that of the first of them.
+
+    rows: of each column of ids that the model reads. Raises ConfigError where `options` names another column, or one
+    with other ids than those of the column whose table it shares.
+    """
+    _check_columns("embeddings.tables", options, rows, "the model")
+    owners = {name: own.table for name, own in options.items() if own.table is not None}
+    for name, owner in owners.items():
+        key = f"embeddings.tables.{name}.table"
+        _check_columns(key, [owner], rows, "the model")
+        if owner == name or owner in owners:
+            raise ConfigError(f"{key}={owner}: name a column that has a table of its own, or unset it")
+        if rows[owner] != rows[name]:
+            raise ConfigError(
+                f"{key}={owner}: {owner} has {rows[owner]} ids and {name} {rows[name]}; columns that share a table "
+                "have the same ids"
+            )
+    return {
+        table: (table, *(name for name in rows if owners.get(name) == table)) for table in rows if table not in owners
+    }
+
+
+def _check_columns(key: str, names: Iterable[str], known: Collection[str], whose: str) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? It has" if near else "it has"
+            raise ConfigError(f"{key}: {whose} has no feature {name}; {hint} {', '.join(known) or 'none'}")
