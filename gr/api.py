@@ -140,12 +140,19 @@ def prepare_events(
     source: files, patterns of files, or a table in memory (pandas, polars, pyarrow). options: fields of
     gr.prepare.event_table.EventOptions, such as user="u", item="i", time="t", time_unit="s".
     """
+    from pydantic import ValidationError
+
     from gr.prepare.event_table import EventOptions
     from gr.prepare.events import prepare_events
     from gr.prepare.write import atomic_folder
 
+    try:
+        chosen = EventOptions(**options)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"options of prepare_events: {'; '.join(faults)}") from None
     with atomic_folder(Path(out), force) as folder:
-        return prepare_events(source, folder, EventOptions(**options)).schemas
+        return prepare_events(source, folder, chosen).schemas
 
 
 def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Estimate":

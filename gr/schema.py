@@ -91,7 +91,8 @@ USER_COLUMN = "user_id"
 MAX_ACTIONS = 31
 FileName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$", max_length=200)]
 _VOCABULARIES = "Columns whose ids stand for values of vocabulary/<column>.parquet: SHA-256 of that file."
-_HISTORY_COLUMNS = ("user_id", "item_ids", "timestamps", "ratings", "actions")
+# Columns of a folder of histories, and item_id: the model's feature, its vocabulary, and the column of items.parquet.
+HISTORY_COLUMNS = ("user_id", "item_id", "item_ids", "timestamps", "ratings", "actions")
 
 
 class HistoryColumns(BaseModel):
@@ -112,7 +113,7 @@ class HistoryColumns(BaseModel):
     def _names_differ(self) -> Self:
         _require_distinct(self.actions, "action")
         named = [*self.values, *self.event_features, *self.contextual, *self.contextual_numeric]
-        _require_distinct([*_HISTORY_COLUMNS, *named], "column")
+        _require_distinct([*HISTORY_COLUMNS, *named], "column")
         return self
 
     @property

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from gr.errors import DataError
 from gr.prepare.event_clicks import write_clicks
+from gr.prepare.event_codes import Given
 from gr.prepare.event_log import database, one
 from gr.prepare.event_table import (
     ITEM,
@@ -56,14 +57,14 @@ def prepare_events(source: Any, folder: Path, options: EventOptions) -> Prepared
         log = encode(con, source, options)
         leave_out_rare(log)
         write = write_clicks if options.label else _write_histories
-        given = options.vocabulary
+        given = log.given
         for name, where in log.splits.items():
-            schemas[name] = write(log, folder / name, where, given)
-            given = folder / name
+            schemas[name] = schema = write(log, folder / name, where, given)
+            given = Given(folder / name, schema.vocabularies)
     return Prepared(schemas, log.notes)
 
 
-def _write_histories(log: Log, folder: Path, where: str, vocabularies: Path | None) -> DataSchema:
+def _write_histories(log: Log, folder: Path, where: str, vocabularies: Given | None) -> DataSchema:
     con, options = log.con, log.options
     ids_I = train_ids(log, "item")
     contextual, numeric = log.user_features.sizes()

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import DataError
+from gr.files import is_transient
 from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema, HistoryColumns
 
 ROWS_PER_GROUP = 512
@@ -46,7 +47,7 @@ class Users:
 def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place if the block succeeds and vanishes if it fails.
 
-    Raises DataError if `out` exists and force is not set.
+    Raises DataError if `out` exists and force is not set, and where the disk is full or may not be written to.
     """
     require_replaceable(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,10 @@ def atomic_folder(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(out)
+    except OSError as error:
+        if error.errno is None or is_transient(error):
+            raise
+        raise DataError(f"{error.filename or out}: {error.strerror}; choose another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
