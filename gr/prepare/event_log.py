@@ -72,6 +72,10 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
         with duckdb.connect(f"{folder}/events.db", config=settings) as con:
             con.execute("SET enable_progress_bar=false; SET TimeZone='UTC'")
             yield con
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
     except duckdb.Error as error:
         if any(sign in str(error) for sign in _DISK_FULL):
             raise DataError(f"{beside}: the disk is full ({_reason(error)}); choose another --out") from error

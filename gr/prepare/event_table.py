@@ -12,7 +12,7 @@ from typing import Any, Literal
 import duckdb
 import numpy as np
 import pyarrow as pa
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from gr.errors import DataError
@@ -34,7 +34,7 @@ from gr.schema import HISTORY_COLUMNS, MAX_ACTIONS, USER_COLUMN, DataSchema, Fil
 ITEM = "item_id"
 
 
-@checked(frozen=True)
+@checked(frozen=True, config=ConfigDict(extra="forbid"))
 class EventOptions:
     """The columns of a log, and what to make of it. Names are those of the source.
 
