@@ -127,7 +127,6 @@ def embed(
     from gr import experiment
 
     loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
-    Path(out).mkdir(exist_ok=True)
     with _world(loaded) as own:
         return experiment.embed(loaded, path, own, Path(out))
 

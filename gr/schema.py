@@ -145,6 +145,12 @@ class DataSchema(HistoryColumns, _SchemaFile):
     vocabularies: dict[FileName, str] = Field({}, description=_VOCABULARIES)
     source: str = Field(description="Where the data came from.")
 
+    @property
+    def input_vocabularies(self) -> dict[str, str]:
+        """The digests of the vocabularies of what a model reads."""
+        read = {self.item_feature, *self.contextual, *self.event_features}
+        return {name: digest for name, digest in self.vocabularies.items() if name in read}
+
     def summary(self) -> str:
         """The sizes, in one line."""
         return f"{self.users:,} users, {self.events:,} events, {self.items:,} items"
@@ -205,6 +211,10 @@ class TabularSchema(_SchemaFile):
     vocabularies: dict[FileName, str] = Field({}, description=_VOCABULARIES)
     negative_counts: dict[str, PositiveInt] = Field({}, description="Counts below 0 of each dense column.")
     source: str = Field(description="Where the data came from.")
+
+    @property
+    def input_vocabularies(self) -> dict[str, str]:
+        return self.vocabularies
 
     def summary(self) -> str:
         """The sizes, in one line."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gr.errors import ConfigError
+from gr.cli.out import check_out
 
 
 @click.command(
@@ -16,13 +16,13 @@ from gr.errors import ConfigError
 @click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or checkpoint folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
+@click.option("--force", is_flag=True, help="Replace the files.")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def command(checkpoint: str, out: Path, overrides: tuple[str, ...], **options: Any) -> None:
+def command(checkpoint: str, out: Path, force: bool, overrides: tuple[str, ...], **options: Any) -> None:
     from gr import logging
     from gr.api import embed
 
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    check_out(out, force)
     rank = int(os.environ.get("RANK", 0))
     logging.configure(rank)
     counts = embed(checkpoint, out, overrides, **options)

@@ -38,7 +38,7 @@ class ClickRows:
             dense_BN=torch.from_numpy(dense_BN),
             sparse=KeyedJaggedTensor(
                 keys=[column.name for column in self.schema.sparse],
-                values=torch.from_numpy(np.concatenate(ids)),
+                values=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *ids])),
                 lengths=torch.from_numpy(np.repeat([column.hots for column in self.schema.sparse], table.num_rows)),
                 stride=table.num_rows,
             ),
@@ -52,6 +52,8 @@ class ClickRows:
             ids = self.vocabularies[column.name].ids(values_B)
         else:
             lists = values_B.combine_chunks()
+            if not pa.types.is_list(lists.type) and not pa.types.is_large_list(lists.type):
+                raise DataError(f"column {column.name}: of type {lists.type}, wanted lists of {column.hots} ids")
             widths = set(lists.value_lengths().to_pylist())
             if widths - {column.hots}:
                 raise DataError(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from gr.data.parquet import Parts, decoding, read_footer
 from gr.data.validate import Fault, check_rows, expected_types, packed
+from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.schema import ITEMS_FILE, USER_COLUMN, DataSchema
 
@@ -124,6 +125,16 @@ class Dataset:
         if faults:
             self._bad_rows[index] = int(bad.sum())
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)
+
+
+def check_alike(schema: DataSchema, folder: Path, other: Dataset, fields: Sequence[str]) -> None:
+    """Raises DataError where a model of data of `schema` cannot read `other`. fields: of schema.json, to compare."""
+    check_vocabularies(schema.input_vocabularies, folder, other.schema.input_vocabularies, other.path)
+    for name in fields:
+        mine, others = getattr(schema, name), getattr(other.schema, name)
+        if mine != others:
+            shown = f": {mine} and {others}" if isinstance(mine, int) else ""
+            raise DataError(f"{folder} and {other.path} differ in {name}{shown} (schema.json): prepare both alike")
 
 
 def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
@@ -16,6 +17,7 @@ from gr.checkpoint.plain import load_weights
 from gr.config import RunConfig, load_config
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
+from gr.errors import DataError
 from gr.models import build_model, import_target
 from gr.models.dense import dense_parameters, initialise_dense
 
@@ -63,6 +65,14 @@ def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str
     with torch.no_grad():
         load_weights(path, {name: p.detach() for name, p in dense_parameters(model).items()}, table_weights(model))
     return import_target(config.saved_target)(model.eval(), schema, config, path)
+
+
+def as_table(rows: Any) -> pa.Table:
+    """A table of pandas, polars or pyarrow, in Arrow. Raises DataError for a column of mixed kinds."""
+    try:
+        return pa.table(rows)
+    except pa.ArrowException as error:
+        raise DataError(f"rows: {'; '.join(map(str, error.args))}") from None
 
 
 def table_weights(model: nn.Module) -> dict[str, Tensor]:

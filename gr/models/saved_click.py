@@ -4,11 +4,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from gr.data.click_rows import ClickRows
-from gr.models.saved import Saved
+from gr.models.saved import Saved, as_table
 
 
 class SavedClick(Saved):
@@ -20,7 +19,7 @@ class SavedClick(Saved):
 
         Raises DataError for a missing column, or a value that is no finite number.
         """
-        batch = self._rows.batch(pa.table(rows)).to(self.device)
+        batch = self._rows.batch(as_table(rows)).to(self.device)
         return self.model(batch.dense_BN, batch.sparse).float().sigmoid().cpu().numpy()
 
     @cached_property

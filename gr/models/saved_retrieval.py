@@ -71,7 +71,7 @@ class SavedRetrieval(Saved):
         self, histories: Sequence[Sequence[Any]], items: Sequence[Any], *, times: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
         """The score of each item for each history, float32 [B, K]. Raises DataError for an item that is not known."""
-        ids_K = self._items.ids(pa.array(items))
+        ids_K = self._ids(items)
         if (unknown := ids_K == 0).any():
             raise DataError(f"item {items[int(unknown.argmax())]!r} is not known to the model")
         vectors_KD = self.model.similarity.items(self.model.item_vectors(torch.from_numpy(ids_K).to(self.device)))
@@ -92,6 +92,15 @@ class SavedRetrieval(Saved):
         similarity = self.model.similarity
         return similarity.queries(self.model.queries(batch)) * similarity.scale
 
+    def _ids(self, items: Sequence[Any]) -> np.ndarray:
+        """The id of each item; 0 for one that the model does not know."""
+        try:
+            array = pa.array(items)
+        except pa.ArrowException as error:
+            raise DataError(f"items are of mixed kinds: {error}") from None
+        ids = self._items.ids(array)
+        return np.where((ids > 0) & (ids < self.schema.item_cardinality), ids, 0)
+
     @property
     def _items(self) -> Vocabulary:
         return self.vocabularies[ITEM_FEATURE]
@@ -109,7 +118,7 @@ class SavedRetrieval(Saved):
         filter_seen: Literal["window", "all", "none"],
     ) -> EvaluationBatch:
         lengths_B = np.array([len(history) for history in histories], dtype=np.int64)
-        ids_T = self._items.ids(pa.array([item for history in histories for item in history], type=None))
+        ids_T = self._ids([item for history in histories for item in history])
         columns = {"item_ids": ids_T}
         timed = self.config.model.tower.uses_time  # type: ignore[attr-defined]
         if timed and times is None:
