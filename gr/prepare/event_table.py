@@ -238,7 +238,7 @@ def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tup
         return (), {}
     distinct = [row[0] for row in con.execute("SELECT DISTINCT action_0::VARCHAR FROM log LIMIT 1000").fetchall()]
     if len(names) > 1 or one(con, _odd_flag("action_0")) is None:
-        bits = [f"{_flag(con, f'action_{i}', n)} << {i}" for i, n in enumerate(names)]
+        bits = [f"({_flag(con, f'action_{i}', n)} << {i})" for i, n in enumerate(names)]
         return names, {"actions": f"bit_or({' | '.join(bits)})" if not options.keep_duplicates else " | ".join(bits)}
     if None in distinct or len(distinct) > MAX_ACTIONS:
         fault = (
