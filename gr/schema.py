@@ -80,7 +80,7 @@ class _SchemaFile(BaseModel):
                 + ("" if fault["type"] == "missing" else f", got {fault['input']!r}")
                 for fault in error.errors()
             )
-            raise DataError(f"{path}: {faults}") from None
+            raise DataError(f"{path}: {' '.join(faults.splitlines())}") from None
 
     def save(self, folder: Path | str) -> None:
         """Writes folder/schema.json."""

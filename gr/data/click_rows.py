@@ -73,6 +73,8 @@ def _numbers(name: str, values_B: pa.ChunkedArray) -> np.ndarray:
         numbers = values_B.cast(pa.float64()).fill_null(0).to_numpy()
     except pa.ArrowException as error:
         raise DataError(f"column {name}: of type {values_B.type}, wanted numbers ({error})") from None
-    if (wrong := ~np.isfinite(numbers.astype(np.float32))).any():
+    with np.errstate(over="ignore"):
+        single_B = numbers.astype(np.float32)
+    if (wrong := ~np.isfinite(single_B)).any():
         raise DataError(f"row {int(wrong.argmax())}, column {name}: is {numbers[wrong][0]}, wanted a finite number")
-    return numbers.astype(np.float32)
+    return single_B

@@ -54,6 +54,8 @@ class SavedRetrieval(Saved):
         """
         if not 1 <= k <= len(self._ranker.ids):
             raise ConfigError(f"k={k}: the corpus has {len(self._ranker.ids)} items; set k to 1 up to that")
+        if not len(histories):
+            return []
         batch = self._batch(histories, times, filter_seen)
         queries_BD = self._queries(batch)
         ids_BK, scores_BK = (part.cpu() for part in self._ranker.top(queries_BD, batch, k))
@@ -86,6 +88,8 @@ class SavedRetrieval(Saved):
         self, histories: Sequence[Sequence[Any]], *, times: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
         """The vector of each history, float32 [B, D]: its dot product with an item's vector is the score."""
+        if not len(histories):
+            return self._ranker.items[:0]
         return self._queries(self._batch(histories, times, "none"))
 
     def _queries(self, batch: EvaluationBatch) -> Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -23,6 +24,25 @@ LOG = pd.DataFrame(
     }
 )
 TIMED: dict[str, Any] = {"user": "u", "item": "i", "time": "t", "time_unit": "s"}
+
+
+def random_log(events: int = 500, *, users: int = 57, items: int = 43, seed: int = 0) -> pd.DataFrame:
+    """Users and items that are text, times that differ, a column of every kind; each user has two events or more."""
+    random = np.random.default_rng(seed)
+    user, item = random.integers(0, users, events), random.integers(0, items, events)
+    user[: 2 * users] = np.tile(np.arange(users), 2)
+    like = random.random(events) < 0.2 + 0.6 * (user % 2)
+    return pd.DataFrame(
+        {
+            "user": [f"user {each:02}" for each in user],
+            "item": [f"item {each:02}" for each in item],
+            "when": 1_700_000_000 + random.permutation(events) * 60,
+            "like": like.astype(int),
+            "share": (like & (random.random(events) < 0.4)).astype(int),
+            "watched": random.random(events).round(3),
+            "shop": [f"shop {each}" for each in random.integers(0, 5, events)],
+        }
+    )
 
 
 def prepared(out: Path, source: Any, **options: Any) -> Path:
