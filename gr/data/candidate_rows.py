@@ -46,13 +46,15 @@ class CandidateRows:
                 raise DataError(
                     f"column {name} is missing, the model reads it; there are {', '.join(table.column_names)}"
                 )
+        if not (count := table.num_rows):  # ranks take as many batches each; this one predicts nothing
+            table = pa.table({name: pa.nulls(1) for name in table.column_names})
         user_ids_B, known_B = self.users.lookup(table.column(USER_COLUMN))
         rows_B = np.where(known_B, self._rows_of(user_ids_B), -1)
         histories = self._histories(rows_B)
         items_B = self.vocabularies[ITEM_FEATURE].ids(table.column(ITEM_FEATURE))
         known_B = (items_B > 0) & (items_B < schema.item_cardinality)
-        self.unknown_users += int((rows_B < 0).sum())
-        self.unknown_items += int((~known_B).sum())
+        self.unknown_users += int((rows_B[:count] < 0).sum())
+        self.unknown_items += int((~known_B[:count]).sum())
         lengths_B = histories.lengths_B()
         newest = {"item_ids": np.where(known_B, items_B, 0)}
         newest |= {name: self.vocabularies[name].ids(table.column(name)) for name in schema.event_features}
@@ -71,8 +73,8 @@ class CandidateRows:
         extended = Rows(
             [Histories(offsets, columns)], np.zeros(size, dtype=np.int64), np.arange(size), schema.timestamps
         )
-        batch, _ = self.collate.scored(extended, lengths_B + 1, np.ones(size, dtype=np.int64), 0)
-        return batch, known_B
+        batch, _ = self.collate.scored(extended, lengths_B + 1, np.full(size, int(count > 0)), 0)
+        return batch, known_B[:count]
 
     def _rows_of(self, user_ids_B: np.ndarray) -> np.ndarray:
         """The row of each user in the data; -1 where there is none."""
