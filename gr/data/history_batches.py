@@ -176,10 +176,9 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     rows_N: np.ndarray | None = None,
-    users: bool = False,
 ) -> UserBatches:
     """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
-    validation), or none (0). Rows that only fill up a batch are not valid. users: whether batches name their users.
+    validation), or none (0). Rows that only fill up a batch are not valid. rows_N: of the users to read; None: all.
     Raises ConfigError as UserBatches does.
     """
     collate = partial(
@@ -187,14 +186,13 @@ def evaluation_batches(
         max_length=config.max_length,
         target_from_end=target_from_end,
         filter_seen=filter_seen,
-        users=users,
+        users=True,
     )
-    columns = ["user_id", *["timestamps"] * dataset.schema.timestamps] if users else None
     return UserBatches(
         dataset,
         config,
         collate,
-        columns=columns,
+        columns=["user_id", *["timestamps"] * dataset.schema.timestamps],
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,

@@ -102,13 +102,10 @@ class Log:
 
 def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -> Log:
     """Reads the source and makes the table `events` of it."""
-    columns, given = options.columns(), None
+    columns, given = options.columns(), _given(options)
     other = {"user": _others(options.user_features, options.user)}
     other["item"] = _others(options.item_features, options.item)
     _check_names(options, [*options.values, *options.features, *other["user"], *other["item"]])
-    if options.vocabulary is not None:
-        described = (TabularSchema if options.label else DataSchema).load(options.vocabulary)
-        given = Given(options.vocabulary, described.vocabularies)
     types = load_log(con, source, columns)
     total = one(con, "SELECT count(*) FROM log")
     if not total:
@@ -129,11 +126,8 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
     if "label" in columns:
         chosen["label"] = _flag(con, "label", columns["label"])
     actions, chosen_actions = _actions(con, options)
-    features, joins = {}, ""
-    for place, name in enumerate(options.features):
-        kind = ("log", f"feature_{place}", types[f"feature_{place}"])
-        file = None if given is None else given.file(name)
-        features[name] = codes = make_codes(con, f"codes_feature_{place}", kind, f"column {name}", file)
+    features, joins = _feature_codes(con, types, options, given), ""
+    for place, codes in enumerate(features.values()):
         joins += f" LEFT JOIN {codes.table} f{place} ON log.feature_{place} = f{place}.raw"
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
@@ -168,6 +162,14 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
     )
 
 
+def _given(options: EventOptions) -> Given | None:
+    """The vocabularies of --vocabulary, a folder of the kind that is to be written."""
+    if options.vocabulary is None:
+        return None
+    schema = (TabularSchema if options.label else DataSchema).load(options.vocabulary)
+    return Given(options.vocabulary, schema.vocabularies)
+
+
 def _key_codes(
     con: duckdb.DuckDBPyConnection, key: str, column: str, kind: Column, options: EventOptions, given: Given | None
 ) -> Codes:
@@ -176,6 +178,18 @@ def _key_codes(
     if given is not None and (key == "item" or options.label is not None):
         file = given.file(ITEM if options.label is None else column)
     return make_codes(con, f"codes_{key}", ("log", key, kind), f"column {column}", file)
+
+
+def _feature_codes(
+    con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions, given: Given | None
+) -> dict[str, Codes]:
+    """The ids of the categories of events, by column."""
+    codes = {}
+    for place, name in enumerate(options.features):
+        kind = ("log", f"feature_{place}", types[f"feature_{place}"])
+        file = None if given is None else given.file(name)
+        codes[name] = make_codes(con, f"codes_feature_{place}", kind, f"column {name}", file)
+    return codes
 
 
 def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:

@@ -171,14 +171,14 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         inner.eval()
         ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
         rows_N = None if listed is None else self.evaluation_data.rows_of(listed.ids_N)
-        batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N, users=True)
+        batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N)
         own = 0
         for batch in batches:
             moved = batch.to(world.device)
             queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
             ids_BK, scores_BK = ranker.top(queries_BD, moved, k)
             there_BK = ((scores_BK > -torch.inf) & moved.valid_B[:, None]).cpu()
-            assert batch.user_B is not None, "asked for"
+            assert batch.user_B is not None
             places_BK = torch.arange(1, k + 1, dtype=torch.int32).expand_as(there_BK)
             if listed is not None and listed.limits_N is not None and len(listed.ids_N):
                 at_B = np.minimum(np.searchsorted(listed.ids_N, batch.user_B.numpy()), len(listed.ids_N) - 1)
@@ -222,10 +222,10 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         inner = unwrapped(model)
         assert isinstance(inner, RetrievalModel)
         inner.eval()
-        for batch in self._user_batches(world, target_from_end=0, users=True):
+        for batch in self._user_batches(world, target_from_end=0):
             moved = batch.to(world.device)
             queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
-            assert batch.user_B is not None, "asked for"
+            assert batch.user_B is not None
             ids = batch.user_B[batch.valid_B].numpy()
             yield pa.table({USER_COLUMN: users.values(ids), "vector": _vectors(queries_BD[moved.valid_B])})
 
@@ -238,7 +238,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         return allowed_C, len(listed.ids_N) - len(allowed_C) + listed.unknown
 
     def _user_batches(
-        self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None, users: bool = False
+        self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None
     ) -> UserBatches:
         settings = self.config.evaluation
         return evaluation_batches(
@@ -250,7 +250,6 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             rank=world.rank,
             world_size=world.size,
             rows_N=rows_N,
-            users=users,
         )
 
     def comparisons(self, split: Split) -> dict[str, Any]:

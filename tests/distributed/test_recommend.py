@@ -97,7 +97,6 @@ def test_scores_are_the_similarity_over_its_temperature(config: RetrievalConfig,
                 filter_seen="none",
                 rank=0,
                 world_size=1,
-                users=True,
             )
         )
     )
