@@ -137,11 +137,11 @@ def prepare_events(
     """Turns an interaction log into a data folder, as `gr prepare events` does; returns its schemas, by folder.
 
     source: files, patterns of files, or a table in memory (pandas, polars, pyarrow). options: fields of
-    gr.prepare.event_table.EventOptions, such as user="u", item="i", time="t", time_unit="s".
+    gr.prepare.event_options.EventOptions, such as user="u", item="i", time="t", time_unit="s".
     """
     from pydantic import ValidationError
 
-    from gr.prepare.event_table import EventOptions
+    from gr.prepare.event_options import EventOptions
     from gr.prepare.events import prepare_events
     from gr.prepare.write import atomic_folder
 

@@ -21,9 +21,9 @@ from gr.errors import DataError
 from gr.prepare.event_clicks import write_clicks
 from gr.prepare.event_codes import Given
 from gr.prepare.event_log import database, one
+from gr.prepare.event_options import EventOptions
 from gr.prepare.event_table import (
     ITEM,
-    EventOptions,
     Log,
     encode,
     leave_out_rare,
