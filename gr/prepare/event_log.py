@@ -266,8 +266,13 @@ def _listed(files: list[Path]) -> str:
 def _require(columns: Any, present: Sequence[str], place: str) -> None:
     for column in columns:
         if present.count(column) != 1:
-            fault = f"has more than one column {column}" if column in present else f"has no column {column}"
-            raise DataError(f"{place}: {fault}; it has {', '.join(present)}")
+            fault = "has more than one column" if column in present else "has no column"
+            raise DataError(f"{place}: {fault} {_shown(column)}; it has {', '.join(map(_shown, present))}")
+
+
+def _shown(name: str) -> str:
+    """A name in one line of an error."""
+    return name if name.isprintable() else repr(name)
 
 
 def _header(file: Path, delimiter: str) -> list[str]:

@@ -223,6 +223,7 @@ BROKEN: dict[str, tuple[str, bytes | str, str]] = {
     "not UTF-8": ("a.csv", "u,i\né,1\n".encode("latin1"), "a.csv: cannot be read as UTF-8 text"),
     "no bytes": ("a.csv", "", "a.csv, line 1: has no column u; it has "),
     "no rows": ("a.csv", HEADER, "a.csv: has no rows"),
+    "a name of two lines": ("a.csv", '"u\nx",i\na,1\n', "line 1: has no column u; it has 'u\\nx', i"),
     "twice": ("a.csv", "u,i,u\na,1,b\n", "has more than one column u"),
     "gz cut off": ("a.csv.gz", gzip.compress(MANY.encode())[:-12], "Compressed file ended"),
     "gz flipped": ("a.csv.gz", b"\x1f\x8b" + b"\xff" * 200, "a.csv.gz: cannot be read as UTF-8 text"),
