@@ -128,7 +128,6 @@ def embed(
     from gr import experiment
 
     loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
-    Path(out).mkdir(exist_ok=True)
     with _world(loaded) as own:
         return experiment.embed(loaded, path, own, Path(out))
 
@@ -139,14 +138,21 @@ def prepare_events(
     """Turns an interaction log into a data folder, as `gr prepare events` does; returns its schemas, by folder.
 
     source: files, patterns of files, or a table in memory (pandas, polars, pyarrow). options: fields of
-    gr.prepare.event_table.EventOptions, such as user="u", item="i", time="t", time_unit="s".
+    gr.prepare.event_options.EventOptions, such as user="u", item="i", time="t", time_unit="s".
     """
-    from gr.prepare.event_table import EventOptions
+    from pydantic import ValidationError
+
+    from gr.prepare.event_options import EventOptions
     from gr.prepare.events import prepare_events
     from gr.prepare.write import atomic_folder
 
+    try:
+        chosen = EventOptions(**options)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"options of prepare_events: {'; '.join(faults)}") from None
     with atomic_folder(Path(out), force) as folder:
-        return prepare_events(source, folder, EventOptions(**options)).schemas
+        return prepare_events(source, folder, chosen).schemas
 
 
 def plan(config: RunConfig | str | Path, overrides: Sequence[str] = (), *, topology: str | None = None) -> "Estimate":

@@ -22,7 +22,7 @@ from gr.config import RunConfig, differences, dump_config, load_config
 from gr.config.run import CALLBACKS
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables
-from gr.errors import CheckpointError
+from gr.errors import CheckpointError, ConfigError
 from gr.files import write_json
 from gr.logging import get_logger
 from gr.metrics.trackers import check_installed, open_trackers
@@ -107,7 +107,8 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
             dump_config(config),
             world,
             asynchronous=config.checkpoint.asynchronous,
-            artifacts={name: _content(recipe.folder / name, world) for name in recipe.artifacts},
+            # Read once, so that every checkpoint has what the run was trained with.
+            artifacts={name: recipe.artifact(name) if world.is_main else b"" for name in recipe.artifacts},
         )
         if world.is_main:
             write_config(config)
@@ -198,6 +199,10 @@ def embed(config: RunConfig, checkpoint: Path, world: World, folder: Path) -> di
         built = build(_recipe_of(checkpoint, config, world), world)
         load_weights(built, checkpoint)
         parts = built.recipe.embed(built.model, world)
+        try:
+            world.on_all(lambda: folder.mkdir(exist_ok=True) if world.is_main else None)
+        except OSError as error:
+            raise ConfigError(f"out={folder}: cannot be made: {error.strerror}; name another folder") from error
         return {
             name: write_answers(folder / f"{name}.parquet", answers.schema, answers.tables, world)
             for name, answers in parts.items()
@@ -223,11 +228,6 @@ def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: Wo
 
 def _writer(config: RunConfig, steps_done: int) -> MetricsWriter:
     return MetricsWriter(Path(config.run_dir), steps_done, open_trackers(config, steps_done))
-
-
-def _content(path: Path, world: World) -> bytes:
-    """What rank 0 writes: read once, so that every checkpoint has what the run was trained with."""
-    return path.read_bytes() if world.is_main else b""
 
 
 def _saved_config(checkpoint: Path, config: RunConfig) -> RunConfig:

@@ -87,7 +87,7 @@ class _SchemaFile(BaseModel):
                 + ("" if fault["type"] == "missing" else f", got {fault['input']!r}")
                 for fault in error.errors()
             )
-            raise DataError(f"{path}: {faults}") from None
+            raise DataError(f"{path}: {' '.join(faults.splitlines())}") from None
 
     def save(self, folder: Path | str) -> None:
         """Writes folder/schema.json."""
@@ -98,7 +98,8 @@ USER_COLUMN = "user_id"
 MAX_ACTIONS = 31
 FileName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$", max_length=200)]
 _VOCABULARIES = "Columns whose ids stand for values of vocabulary/<column>.parquet: SHA-256 of that file."
-_HISTORY_COLUMNS = ("user_id", "item_ids", "timestamps", "ratings", "actions")
+# Columns of a folder of histories, and item_id: the model's feature, its vocabulary, and the column of items.parquet.
+HISTORY_COLUMNS = ("user_id", "item_id", "item_ids", "timestamps", "ratings", "actions")
 
 
 class HistoryColumns(BaseModel):
@@ -119,7 +120,7 @@ class HistoryColumns(BaseModel):
     def _names_differ(self) -> Self:
         _require_distinct(self.actions, "action")
         named = [*self.values, *self.event_features, *self.contextual, *self.contextual_numeric]
-        _require_distinct([*_HISTORY_COLUMNS, *named], "column")
+        _require_distinct([*HISTORY_COLUMNS, *named], "column")
         return self
 
     @property
@@ -150,6 +151,12 @@ class DataSchema(HistoryColumns, _SchemaFile):
     items: PositiveInt = Field(description="Rows of items.parquet: candidates, including items without an event.")
     vocabularies: dict[FileName, str] = Field({}, description=_VOCABULARIES)
     source: str = Field(description="Where the data came from.")
+
+    @property
+    def input_vocabularies(self) -> dict[str, str]:
+        """The digests of the vocabularies of what a model reads."""
+        read = {self.item_feature, *self.contextual, *self.event_features}
+        return {name: digest for name, digest in self.vocabularies.items() if name in read}
 
     def summary(self) -> str:
         """The sizes, in one line."""
@@ -211,6 +218,12 @@ class TabularSchema(_SchemaFile):
     vocabularies: dict[FileName, str] = Field({}, description=_VOCABULARIES)
     negative_counts: dict[str, PositiveInt] = Field({}, description="Counts below 0 of each dense column.")
     source: str = Field(description="Where the data came from.")
+
+    @property
+    def input_vocabularies(self) -> dict[str, str]:
+        """The digests of the vocabularies of what a model reads."""
+        read = {column.name for column in self.sparse}
+        return {name: digest for name, digest in self.vocabularies.items() if name in read}
 
     def summary(self) -> str:
         """The sizes, in one line."""

@@ -6,9 +6,8 @@ from typing import Any
 import click
 
 from gr.cli.checkpoint import checkpoint_and_overrides
-from gr.cli.out import say
+from gr.cli.out import check_out, say
 from gr.environment import whole_number
-from gr.errors import ConfigError
 
 
 @click.command(
@@ -18,14 +17,14 @@ from gr.errors import ConfigError
 @click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
+@click.option("--force", is_flag=True, help="Replace the files.")
 @click.argument("overrides", nargs=-1, metavar="CHECKPOINT [KEY.PATH=VALUE]...")
-def command(checkpoint: str | None, out: Path, overrides: tuple[str, ...], **options: Any) -> None:
+def command(checkpoint: str | None, out: Path, force: bool, overrides: tuple[str, ...], **options: Any) -> None:
     from gr import logging
     from gr.api import embed
 
     checkpoint, overrides = checkpoint_and_overrides(checkpoint, overrides)
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+    check_out(out, force)
     rank = whole_number("RANK", 0)
     logging.configure(rank)
     counts = embed(checkpoint, out, overrides, **options)

@@ -4,6 +4,7 @@ One row of _ROWS a command; the part of gr.prepare it runs is imported when it r
 """
 
 import importlib
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -221,6 +222,16 @@ def _criteo(
 _GROUP_HELP = """Turn your own log (events), or a public data set, into schema.json and Parquet parts.\n
 Events are ordered by time within each user, ties in file order; schema.json states the rule."""
 _CRITEO_COMMAND = click.Command("criteo", params=_CRITEO, callback=_criteo, help=_CRITEO_HELP)
+
+
+def _leave_nothing_when_ended() -> None:
+    """SIGTERM ends a command as Ctrl-C does: what is half made is removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 command = StrictGroup(
-    "prepare", [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND, events], help=_GROUP_HELP
+    "prepare",
+    [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND, events],
+    help=_GROUP_HELP,
+    callback=_leave_nothing_when_ended,
 )

@@ -60,7 +60,7 @@ _OPTIONS = [
 
 
 def _prepare(source: str, more: tuple[str, ...], out: Path, force: bool, **values: Any) -> None:
-    from gr.prepare.event_table import EventOptions
+    from gr.prepare.event_options import EventOptions
     from gr.prepare.events import prepare_events
     from gr.prepare.write import atomic_folder
 

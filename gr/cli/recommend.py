@@ -18,7 +18,9 @@ from gr.environment import whole_number
 @click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option("--k", type=click.IntRange(1), default=20, show_default=True, help="Items a user.")
-@click.option("--users", type=click.Path(path_type=Path), help="Parquet file of users: user_id, and perhaps k.")
+@click.option(
+    "--users", type=click.Path(path_type=Path), help="Parquet file of users: user_id, and perhaps k instead of --k."
+)
 @click.option("--items", type=click.Path(path_type=Path), help="Parquet file of the items allowed: item_id.")
 @click.option("--holdout", type=click.IntRange(0, 1), default=0, show_default=True, help="Newest events left out.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")

@@ -22,7 +22,7 @@ class CandidateRows:
     """Makes batches of tables with columns user_id, item_id, perhaps timestamp, and the event features of the data.
 
     Each row is an example of its own: the user's whole history, and the candidate as its newest event, whose actions
-    are to be predicted. Without a timestamp a candidate comes at the time of the newest event.
+    are to be predicted. Without a timestamp, or where it is null, a candidate comes at the time of the newest event.
     """
 
     def __init__(
@@ -46,17 +46,20 @@ class CandidateRows:
                 raise DataError(
                     f"column {name} is missing, the model reads it; there are {', '.join(table.column_names)}"
                 )
-        rows_B = self._rows_of(self.users.ids(table.column(USER_COLUMN)))
+        if not (count := table.num_rows):  # ranks take as many batches each; this one predicts nothing
+            table = pa.table({name: pa.nulls(1) for name in table.column_names})
+        user_ids_B, known_B = self.users.lookup(table.column(USER_COLUMN))
+        rows_B = np.where(known_B, self._rows_of(user_ids_B), -1)
         histories = self._histories(rows_B)
         items_B = self.vocabularies[ITEM_FEATURE].ids(table.column(ITEM_FEATURE))
         known_B = (items_B > 0) & (items_B < schema.item_cardinality)
-        self.unknown_users += int((rows_B < 0).sum())
-        self.unknown_items += int((~known_B).sum())
+        self.unknown_users += int((rows_B[:count] < 0).sum())
+        self.unknown_items += int((~known_B[:count]).sum())
         lengths_B = histories.lengths_B()
         newest = {"item_ids": np.where(known_B, items_B, 0)}
         newest |= {name: self.vocabularies[name].ids(table.column(name)) for name in schema.event_features}
         for name, size in schema.event_features.items():
-            newest[name] = np.where(newest[name] < size, newest[name], 0)
+            newest[name] = np.where((newest[name] >= 0) & (newest[name] < size), newest[name], 0)
         if schema.timestamps:
             newest["timestamps"] = self._times(table, histories, lengths_B)
         columns = {}
@@ -70,8 +73,8 @@ class CandidateRows:
         extended = Rows(
             [Histories(offsets, columns)], np.zeros(size, dtype=np.int64), np.arange(size), schema.timestamps
         )
-        batch, _ = self.collate.scored(extended, lengths_B + 1, np.ones(size, dtype=np.int64), 0)
-        return batch, known_B
+        batch, _ = self.collate.scored(extended, lengths_B + 1, np.full(size, int(count > 0)), 0)
+        return batch, known_B[:count]
 
     def _rows_of(self, user_ids_B: np.ndarray) -> np.ndarray:
         """The row of each user in the data; -1 where there is none."""
@@ -109,12 +112,13 @@ class CandidateRows:
         column = table.column(TIME)
         try:
             if pa.types.is_timestamp(column.type):
-                times_B = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).fill_null(0).to_numpy()
+                times = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
+                scale = 1000
             else:
-                scale = 1000 if self.data.schema.time_unit == "ms" else 1
-                times_B = column.cast(pa.int64()).fill_null(0).to_numpy() // scale
+                times, scale = column.cast(pa.int64()), 1000 if self.data.schema.time_unit == "ms" else 1
         except pa.ArrowException as error:
             raise DataError(f"column {TIME}: of type {column.type}, wanted dates or whole numbers ({error})") from None
+        times_B = np.where(times.is_valid(), times.fill_null(0).to_numpy() // scale, last_B)
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(

@@ -38,7 +38,7 @@ class ClickRows:
             dense_BN=torch.from_numpy(dense_BN),
             sparse=KeyedJaggedTensor(
                 keys=[column.name for column in self.schema.sparse],
-                values=torch.from_numpy(np.concatenate(ids)),
+                values=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *ids])),
                 lengths=torch.from_numpy(np.repeat([column.hots for column in self.schema.sparse], table.num_rows)),
                 stride=table.num_rows,
             ),
@@ -52,6 +52,8 @@ class ClickRows:
             ids = self.vocabularies[column.name].ids(values_B)
         else:
             lists = values_B.combine_chunks()
+            if not pa.types.is_list(lists.type) and not pa.types.is_large_list(lists.type):
+                raise DataError(f"column {column.name}: of type {lists.type}, wanted lists of {column.hots} ids")
             widths = set(lists.value_lengths().to_pylist())
             if widths - {column.hots}:
                 raise DataError(
@@ -71,6 +73,8 @@ def _numbers(name: str, values_B: pa.ChunkedArray) -> np.ndarray:
         numbers = values_B.cast(pa.float64()).fill_null(0).to_numpy()
     except pa.ArrowException as error:
         raise DataError(f"column {name}: of type {values_B.type}, wanted numbers ({error})") from None
-    if (wrong := ~np.isfinite(numbers.astype(np.float32))).any():
+    with np.errstate(over="ignore"):
+        single_B = numbers.astype(np.float32)
+    if (wrong := ~np.isfinite(single_B)).any():
         raise DataError(f"row {int(wrong.argmax())}, column {name}: is {numbers[wrong][0]}, wanted a finite number")
-    return numbers.astype(np.float32)
+    return single_B

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from gr.data.columns import Column, ColumnType, read_column
 from gr.data.parquet import Parts, decoding, read_footer
 from gr.data.validate import Fault, check_rows, expected_types, value_faults
+from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
 from gr.schema import ITEMS_FILE, USER_COLUMN, DataSchema
@@ -151,6 +152,16 @@ class Dataset:
         assert offsets is not None, "a list column"
         lengths = np.where(bad, 0, np.diff(offsets))
         return Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns)
+
+
+def check_alike(schema: DataSchema, folder: Path, other: DataSchema, path: Path, fields: Sequence[str]) -> None:
+    """Raises DataError where a model of data of `schema` cannot read that of `other`. fields: of schema.json."""
+    check_vocabularies(schema.input_vocabularies, folder, other.input_vocabularies, path)
+    for name in fields:
+        mine, others = getattr(schema, name), getattr(other, name)
+        if mine != others:
+            shown = f": {mine} and {others}" if isinstance(mine, int) else ""
+            raise DataError(f"{folder} and {path} differ in {name}{shown} (schema.json): prepare both alike")
 
 
 def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarray]:

@@ -182,8 +182,8 @@ def evaluation_batches(
     rows_N: np.ndarray | None = None,
 ) -> UserBatches:
     """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
-    validation), or none (0). Rows that only fill up a batch are not valid.
-    rows_N: rows of the users to read; None: all. Raises ConfigError as UserBatches does.
+    validation), or none (0). Rows that only fill up a batch are not valid. rows_N: of the users to read; None: all.
+    Raises ConfigError as UserBatches does.
     """
     collate = partial(
         collate_evaluation,
@@ -192,12 +192,11 @@ def evaluation_batches(
         filter_seen=filter_seen,
         users=True,
     )
-    columns = ["user_id", *["timestamps"] * dataset.schema.timestamps]
     return UserBatches(
         dataset,
         config,
         collate,
-        columns=columns,
+        columns=["user_id", *["timestamps"] * dataset.schema.timestamps],
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,

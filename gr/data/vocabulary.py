@@ -1,6 +1,7 @@
 """The values that the ids of a column stand for: a log's own ids of users, items and categories. N ids."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,7 @@ class Vocabulary:
         path = folder / vocabulary_file(column)
         with decoding(path):
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != schema.vocabularies[column]:
-                raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare the data again")
+            check_digest(path, content, schema.vocabularies[column])
             table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
         return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
 
@@ -56,7 +56,12 @@ class Vocabulary:
         return self.values_V.take(pa.array(place_N, mask=self.ids_V[place_N] != ids_N))
 
     def ids(self, values_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """The id of each value, int64; 0 for a null and for one that is not in the vocabulary.
+        """The id of each value, int64; 0 for a null and for one that is not in the vocabulary."""
+        ids_N, known_N = self.lookup(values_N)
+        return np.where(known_N, ids_N, 0)
+
+    def lookup(self, values_N: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+        """The id of each value, int64, and whether it has one. (Where ids stand for themselves, 0 may be an id.)
 
         Raises DataError where the values are of another kind: text for whole numbers, or the other way round.
         """
@@ -74,10 +79,28 @@ class Vocabulary:
                 f"{self.column}: values of type {values_N.type} cannot be looked up, these are {kind} ({error})"
             ) from None
         if self.ids_V is None or self.values_V is None:
-            return cast_N.fill_null(0).to_numpy(zero_copy_only=False)
+            return cast_N.fill_null(0).to_numpy(zero_copy_only=False), cast_N.is_valid().to_numpy(zero_copy_only=False)
         place_N = pc.index_in(cast_N, value_set=self.values_V, skip_nulls=True)
         known_N = place_N.is_valid().to_numpy(zero_copy_only=False)
-        return np.where(known_N, self.ids_V[place_N.fill_null(0).to_numpy(zero_copy_only=False)], 0)
+        ids_N = np.zeros(len(known_N), dtype=np.int64)
+        ids_N[known_N] = self.ids_V[place_N.drop_null().to_numpy(zero_copy_only=False)]
+        return ids_N, known_N
+
+
+def check_digest(path: Path, content: bytes, digest: str) -> None:
+    """Raises DataError where a vocabulary is not the one that schema.json names."""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare the data again")
+
+
+def check_vocabularies(mine: Mapping[str, str], folder: Path, others: Mapping[str, str], path: Path) -> None:
+    """Raises DataError where the ids of two folders stand for other values. mine, others: digests, by column."""
+    for name in [*mine, *others]:
+        if mine.get(name) != others.get(name):
+            raise DataError(
+                f"{folder} and {path} have other vocabularies of {name}: prepare {path} with "
+                "`gr prepare events --vocabulary` and the folder that was trained on"
+            )
 
 
 def _is_text(kind: pa.DataType) -> bool:

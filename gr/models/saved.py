@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from gr.config import RunConfig, load_config
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.embeddings import table_weights
+from gr.errors import DataError
 from gr.models import build_model, import_target
 from gr.models.dense import dense_parameters, initialise_dense
 
@@ -67,3 +69,11 @@ def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str
     with torch.no_grad():
         load_weights(path, {name: p.detach() for name, p in dense_parameters(model).items()}, tables)
     return import_target(config.saved_target)(model.eval(), schema, config, path)
+
+
+def as_table(rows: Any) -> pa.Table:
+    """A table of pandas, polars or pyarrow, in Arrow. Raises DataError for a column of mixed kinds."""
+    try:
+        return pa.table(rows)
+    except pa.ArrowException as error:
+        raise DataError(f"rows: {'; '.join(map(str, error.args))}") from None

@@ -4,11 +4,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from gr.data.click_rows import ClickRows
-from gr.models.saved import Saved
+from gr.models.saved import Saved, as_table
 
 
 class SavedClick(Saved):
@@ -20,8 +19,10 @@ class SavedClick(Saved):
 
         Raises DataError for a missing column, or a value that is no finite number.
         """
-        batch = self._rows.batch(pa.table(rows)).to(self.device)
-        return self.model(batch.dense_BN, batch.sparse).float().sigmoid().cpu().numpy()
+        batch = self._rows.batch(as_table(rows))
+        count = len(batch.labels_B)
+        batch = batch.padded(max(count, 1), [column.hots for column in self.schema.sparse]).to(self.device)
+        return self.model(batch.dense_BN, batch.sparse).float().sigmoid()[:count].cpu().numpy()
 
     @cached_property
     def _rows(self) -> ClickRows:

@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from gr.config.ranking import ActionTask
 from gr.data.candidate_rows import CandidateRows
 from gr.data.collate_ranking import RankingCollate
-from gr.data.dataset import Dataset
+from gr.data.dataset import Dataset, check_alike
 from gr.data.vocabulary import Vocabulary
-from gr.models.saved import Saved
-from gr.schema import USER_COLUMN
+from gr.models.saved import Saved, as_table
+from gr.schema import USER_COLUMN, HistoryColumns
 
 
 class SavedRanking(Saved):
@@ -27,9 +26,11 @@ class SavedRanking(Saved):
         of its users. NaN where an item is not known. Raises DataError.
         """
         dataset = Dataset.open(data)
+        fields = ("item_cardinality", *HistoryColumns.model_fields)
+        check_alike(self.schema, self.folder, self.config.load_schema(dataset.path), dataset.path, fields)
         users = Vocabulary.open(dataset.path, dataset.schema, USER_COLUMN)
         collate = RankingCollate(self.schema, self.config.data, self.config.task)  # type: ignore[attr-defined]
-        batch, known_B = CandidateRows(dataset, collate, users, self.vocabularies).batch(pa.table(rows))
+        batch, known_B = CandidateRows(dataset, collate, users, self.vocabularies).batch(as_table(rows))
         outputs_BC = self.model(batch.to(self.device)).float().cpu()
         return {
             task.name: np.where(

@@ -58,6 +58,8 @@ class SavedRetrieval(Saved):
         """
         if not 1 <= k <= len(self._ranker.ids):
             raise ConfigError(f"k={k}: the corpus has {len(self._ranker.ids)} items; set k to 1 up to that")
+        if not len(histories):
+            return []
         batch = self._batch(histories, times, filter_seen)
         queries_BD = self._queries(batch)
         ids_BK, scores_BK = (part.cpu() for part in self._ranker.top(queries_BD, batch, k))
@@ -75,7 +77,7 @@ class SavedRetrieval(Saved):
         self, histories: Sequence[Sequence[Any]], items: Sequence[Any], *, times: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
         """The score of each item for each history, float32 [B, K]. Raises DataError for an item that is not known."""
-        ids_K = self._items.ids(pa.array(items))
+        ids_K = self._ids(items)
         if (unknown := ids_K == 0).any():
             raise DataError(f"item {items[int(unknown.argmax())]!r} is not known to the model")
         vectors_KD = self.model.similarity.items(self.model.item_vectors(torch.from_numpy(ids_K).to(self.device)))
@@ -90,11 +92,22 @@ class SavedRetrieval(Saved):
         self, histories: Sequence[Sequence[Any]], *, times: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
         """The vector of each history, float32 [B, D]: its dot product with an item's vector is the score."""
+        if not len(histories):
+            return self._ranker.items[:0]
         return self._queries(self._batch(histories, times, "none"))
 
     def _queries(self, batch: EvaluationBatch) -> Tensor:
         similarity = self.model.similarity
         return similarity.queries(self.model.queries(batch)) * similarity.scale
+
+    def _ids(self, items: Sequence[Any]) -> np.ndarray:
+        """The id of each item; 0 for one that the model does not know."""
+        try:
+            array = pa.array(items)
+        except pa.ArrowException as error:
+            raise DataError(f"items are of mixed kinds: {error}") from None
+        ids = self._items.ids(array)
+        return np.where((ids > 0) & (ids < self.schema.item_cardinality), ids, 0)
 
     @property
     def _items(self) -> Vocabulary:
@@ -113,7 +126,7 @@ class SavedRetrieval(Saved):
         filter_seen: Literal["window", "all", "none"],
     ) -> EvaluationBatch:
         lengths_B = np.array([len(history) for history in histories], dtype=np.int64)
-        ids_T = self._items.ids(pa.array([item for history in histories for item in history], type=None))
+        ids_T = self._ids([item for history in histories for item in history])
         columns = {"item_ids": ids_T}
         timed = self.config.model.tower.uses_time  # type: ignore[attr-defined]
         if timed and times is None:

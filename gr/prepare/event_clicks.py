@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import DataError
+from gr.prepare.event_codes import Given
 from gr.prepare.event_log import one
 from gr.prepare.event_table import Log, save_vocabularies, train_ids
 from gr.prepare.tabular import tabular_table, write_tabular
@@ -14,7 +15,7 @@ from gr.schema import DenseTransform, SourceRows, SparseColumn, TabularSchema
 _LARGEST_TABLE = 2**31 - 1  # ids are int32
 
 
-def write_clicks(log: Log, folder: Path, where: str, vocabularies: Path | None) -> TabularSchema:
+def write_clicks(log: Log, folder: Path, where: str, vocabularies: Given | None) -> TabularSchema:
     """Sparse columns: item, user and every category; dense ones: every number. Labels are those of --label."""
     options, ids_I, ids_U = log.options, train_ids(log, "item"), train_ids(log, "user")
     (user_sizes, user_numbers), (item_sizes, item_numbers) = log.user_features.sizes(), log.item_features.sizes()

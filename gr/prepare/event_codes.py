@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,28 @@ import pyarrow.parquet as pq
 
 from gr.errors import DataError
 from gr.prepare.event_log import WHOLE, Column, literal, one, quoted
-from gr.schema import VOCABULARY_FOLDER
+from gr.schema import vocabulary_file
 
 _EXACT_DOUBLE = 1 << 53  # up to here a float64 holds every whole number
+
+
+@dataclass(frozen=True)
+class Given:
+    """The vocabularies of a prepared folder, by the name of their column. digests: SHA-256 of their files."""
+
+    folder: Path
+    digests: Mapping[str, str]
+
+    def file(self, name: str) -> Path:
+        """Raises DataError where there is no such vocabulary, or it is not the one that schema.json names."""
+        if name not in self.digests:
+            raise DataError(
+                f"{self.folder}: has no vocabulary of {name}; it has {', '.join(self.digests) or 'none at all'}"
+            )
+        path = self.folder / vocabulary_file(name)
+        if not path.is_file() or _digest(path) != self.digests[name]:
+            raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare that folder again")
+        return path
 
 
 @dataclass(frozen=True)
@@ -30,56 +50,50 @@ class Codes:
 
 
 def make_codes(
-    con: duckdb.DuckDBPyConnection,
-    name: str,
-    column: tuple[str, str, Column],
-    title: str,
-    vocabulary: Path | None = None,
-    entry: str | None = None,
+    con: duckdb.DuckDBPyConnection, codes: str, column: tuple[str, str, Column], title: str, given: Path | None = None
 ) -> Codes:
-    """Ids by ascending value, as table codes_<name>. column: table, column and type.
-
-    vocabulary: a prepared folder whose ids are used, those of column `entry`, or else `name`.
+    """Ids by ascending value, as table `codes`. column: table, column and type. given: a vocabulary whose ids are used.
 
     Raises DataError where values are neither whole numbers nor text, or of another kind than the vocabulary's.
     """
     table, field, kind = column
     distinct = f"(SELECT DISTINCT {quoted(field)} AS raw FROM {table} WHERE {quoted(field)} IS NOT NULL)"
-    value = _value(con, distinct, kind, title)
-    codes = f"codes_{name}"
-    if vocabulary is None:
+    value = value_expression(con, distinct, kind, title)
+    if given is None:
         numbered = f"SELECT raw, {value} AS value, row_number() OVER (ORDER BY {value}) AS id FROM {distinct}"
     else:
-        file = vocabulary / VOCABULARY_FOLDER / f"{entry or name}.parquet"
-        if not file.is_file():
-            raise DataError(f"--vocabulary {vocabulary}: has no vocabulary of {entry or name} ({file})")
-        given = pq.read_schema(file).field("value").type
-        if pa.types.is_integer(given) != value.endswith("BIGINT"):
-            raise DataError(f"{title}: its values and those of {file} are not both whole numbers or both text")
+        if pa.types.is_integer(pq.read_schema(given).field("value").type) != value.endswith("BIGINT"):
+            raise DataError(f"{title}: its values and those of {given} are not both whole numbers or both text")
         numbered = (
             f"SELECT raw, v.value, v.id FROM (SELECT raw, {value} AS value FROM {distinct}) "
-            f"JOIN read_parquet({literal(file)}) v USING (value)"
+            f"JOIN read_parquet({literal(given)}) v USING (value)"
         )
-    con.execute(f"CREATE TABLE {quoted(codes)} AS {numbered}")
-    if vocabulary is None:
-        return Codes(codes, int(one(con, f"SELECT count(*) FROM {quoted(codes)}")), False)
-    return Codes(codes, int(one(con, f"SELECT coalesce(max(id), 0) FROM read_parquet({literal(file)})")), True)
+    con.execute(f"CREATE TABLE {codes} AS {numbered}")
+    if given is None:
+        if not (count := int(one(con, f"SELECT count(*) FROM {codes}"))):
+            raise DataError(f"{title}: has no value; leave it out")
+        return Codes(codes, count, False)
+    return Codes(codes, int(one(con, f"SELECT coalesce(max(id), 0) FROM read_parquet({literal(given)})")), True)
 
 
-def save_vocabulary(con: duckdb.DuckDBPyConnection, folder: Path, name: str, query: str, given: Path | None) -> str:
+def save_vocabulary(con: duckdb.DuckDBPyConnection, folder: Path, name: str, query: str, given: Given | None) -> str:
     """Makes vocabulary/<name>.parquet of a data folder and returns its SHA-256.
 
-    It is that of the folder `given`, or else what `query` selects: value ascending, id, count.
+    It is the given one, or else what `query` selects: value ascending, id, count.
     """
-    path = folder / VOCABULARY_FOLDER / f"{name}.parquet"
+    path = folder / vocabulary_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if given is not None:
-        shutil.copyfile(given / VOCABULARY_FOLDER / path.name, path)
+        shutil.copyfile(given.file(name), path)
     else:
         rows = con.sql(query).to_arrow_reader(1 << 17)
         with pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True) as writer:
             for batch in rows:
                 writer.write_batch(batch)
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -92,7 +106,7 @@ def by_code(con: duckdb.DuckDBPyConnection, query: str, size: int) -> np.ndarray
     return array
 
 
-def _value(con: duckdb.DuckDBPyConnection, distinct: str, kind: Column, title: str) -> str:
+def value_expression(con: duckdb.DuckDBPyConnection, distinct: str, kind: Column, title: str) -> str:
     """SQL of the value that stands for a raw one: int64 where all are whole numbers, text otherwise."""
     if kind.is_whole:
         if kind.sql in ("UBIGINT", "HUGEINT", "UHUGEINT"):

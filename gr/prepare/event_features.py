@@ -1,7 +1,6 @@
 """Features of users and items from a file of their own: a row for each, by the id that the log has."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -9,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import DataError
-from gr.prepare.event_codes import Codes, by_code, make_codes
-from gr.prepare.event_log import Column, column_names, load_log, one, quoted
+from gr.prepare.event_codes import Codes, Given, by_code, make_codes, value_expression
+from gr.prepare.event_log import Column, load_log, one
 
 _FRACTION = r"-?[0-9]*\.[0-9]+([eE][-+]?[0-9]+)?"
 
@@ -35,11 +34,10 @@ class Features:
         queries = {}
         for name, codes in self.categories.items():
             ids, counts = np.unique(self.by_code[name], return_counts=True)
-            counted = f"{codes.table}_counts"
-            con.register(counted, pa.table({"id": ids, "count": counts}))
+            con.register(f"{codes.table}_counts", pa.table({"id": ids, "count": counts}))
             queries[name] = (
-                f"SELECT value, id, coalesce(n.count, 0) AS count FROM {quoted(codes.table)} "
-                f"LEFT JOIN {quoted(counted)} n USING (id) ORDER BY id"
+                f"SELECT value, id, coalesce(n.count, 0) AS count FROM {codes.table} "
+                f"LEFT JOIN {codes.table}_counts n USING (id) ORDER BY id"
             )
         return queries
 
@@ -49,23 +47,25 @@ def join_features(
     key: str,
     codes: Codes,
     source: Any,
-    column: str,
-    vocabulary: Path | None,
+    columns: tuple[str, list[str]],
+    given: Given | None,
     notes: list[str],
 ) -> Features:
     """The features of a file, by the codes of `key` (user or item); none without a source.
 
-    column: that of the ids, of the log's name, in the file too. Fractions are numbers, all else is a category. Raises
-    DataError where an id occurs twice or none is in the log.
+    columns: that of the ids, and the others. Fractions are numbers, all else is a category. Raises DataError where an
+    id occurs twice or none is in the log.
     """
     if source is None:
         return Features()
-    table, names = f"{key}_features", [name for name in column_names(source) if name != column]
+    table, (column, names) = f"{key}_features", columns
     types = load_log(con, source, {"key": column} | {f"f{i}": name for i, name in enumerate(names)}, table)
     twice = one(con, f"SELECT min(key) FROM (SELECT key FROM {table} GROUP BY key HAVING count(*) > 1)")
     if twice is not None:
         raise DataError(f"--{key}-features: {column} {twice!r} has more than one row; keep one")
-    joined = f"{codes.table} c JOIN {table} t ON c.value::VARCHAR = t.key::VARCHAR"
+    value = value_expression(con, f"(SELECT key AS raw FROM {table})", types["key"], f"--{key}-features, {column}")
+    keyed = f"(SELECT *, key AS raw FROM {table})"
+    joined = f"{codes.table} c JOIN (SELECT *, {value} AS value FROM {keyed}) t ON c.value::VARCHAR = t.value::VARCHAR"
     present, total = one(con, f"SELECT count(*) FROM {joined}"), one(con, f"SELECT count(*) FROM {codes.table}")
     if not present:
         raise DataError(f"--{key}-features: no {column} of the log is in the file; look at its column {column}")
@@ -75,15 +75,16 @@ def join_features(
     for place, name in enumerate(names):
         kind = types[f"f{place}"]
         if _is_number(con, table, f"f{place}", kind):
-            value = f"coalesce(TRY_CAST(t.f{place} AS FLOAT), 0)"
-            by_id[name] = by_code(con, f"SELECT c.id, {value} FROM {joined}", codes.count + 1)
+            number = f"coalesce(TRY_CAST(t.f{place} AS FLOAT), 0)"
+            by_id[name] = by_code(con, f"SELECT c.id, {number} FROM {joined}", codes.count + 1)
             if not np.isfinite(by_id[name]).all():
                 raise DataError(f"--{key}-features, column {name}: has values that are not finite")
         else:
             title = f"--{key}-features, column {name}"
-            categories[name] = own = make_codes(con, name, (table, f"f{place}", kind), title, vocabulary)
-            ids = f"SELECT c.id, f.id FROM {joined} JOIN {quoted(own.table)} f ON t.f{place} = f.raw"
-            by_id[name] = by_code(con, ids.replace("f.id FROM", "f.id AS value FROM"), codes.count + 1)
+            file = None if given is None else given.file(name)
+            own = make_codes(con, f"codes_{key}_{place}", (table, f"f{place}", kind), title, file)
+            ids = f"SELECT c.id, f.id AS value FROM {joined} JOIN {own.table} f ON t.f{place} = f.raw"
+            by_id[name], categories[name] = by_code(con, ids, codes.count + 1), own
     return Features(by_id, categories)
 
 

@@ -4,13 +4,18 @@ Parquet, delimited text (.csv, .tsv, any other name; plain, .gz or .zst) with a 
 that exports an Arrow stream (pandas, polars, pyarrow). DuckDB keeps to a limit of memory and spills to a folder.
 """
 
+import codecs
+import csv
 import glob
 import gzip
+import io
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +30,7 @@ WHOLE = r"0|-?[1-9][0-9]{0,17}"  # whole numbers of which int64 holds every one
 _DELIMITERS = (",", "\t", ";", "|")
 _LONGEST_HEADER = 1 << 20
 _JSON = {".json", ".jsonl", ".ndjson"}
+_DISK_FULL = ("No space left on device", "max_temp_directory_size")
 _PLAUSIBLE = (631_152_000, 4_102_444_800)  # seconds of 1990-01-01 and of 2100-01-01
 
 
@@ -64,12 +70,18 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
             "autoload_known_extensions": False,
         }
         with duckdb.connect(f"{folder}/events.db", config=settings) as con:
-            con.execute("SET enable_progress_bar=false")
+            con.execute("SET enable_progress_bar=false; SET TimeZone='UTC'")
             yield con
-    except duckdb.OutOfMemoryException as error:
-        raise DataError(f"--memory {memory_gib:g} GiB is too little: {_first_line(error)}; allow more") from error
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
     except duckdb.Error as error:
-        raise DataError(f"the log cannot be read: {_first_line(error)}") from error
+        if any(sign in str(error) for sign in _DISK_FULL):
+            raise DataError(f"{beside}: the disk is full ({_reason(error)}); choose another --out") from error
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise DataError(f"--memory {memory_gib:g} GiB is too little: {_reason(error)}; allow more") from error
+        raise DataError(f"the log cannot be read: {_reason(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -82,42 +94,59 @@ def load_log(
     source: files, patterns of files, or an object with an Arrow stream. columns: name in the table -> name in the
     source. Raises DataError where a file or column is not there.
     """
-    chosen = ", ".join(f"{quoted(old)} AS {quoted(new)}" for new, old in columns.items())
-    if hasattr(source, "__arrow_c_stream__"):
-        arrow = pa.table(source)
+    if _is_table(source):
+        arrow = _arrow(source)
         _require(columns.values(), arrow.column_names, "the table")
-        con.register("source_rows", arrow)
-        con.execute(f"CREATE TABLE {table} AS SELECT {chosen} FROM source_rows")
+        # DuckDB does not tell U from u, so the columns get their names before it sees them.
+        con.register("source_rows", pa.table([arrow.column(old) for old in columns.values()], names=list(columns)))
+        con.execute(f"CREATE TABLE {table} AS SELECT * FROM source_rows")
         con.unregister("source_rows")
         text = False
     else:
-        files = find_files([source] if isinstance(source, (str, Path)) else source)
-        scan, text = _scan(con, files, list(columns.values()))
+        files = find_files(source)
+        scan, fields, text = _scan(con, files, list(columns.values()))
+        _require(columns.values(), list(fields), str(files[0]))
+        chosen = ", ".join(f"{fields[old]} AS {new}" for new, old in columns.items())
         con.execute(f"CREATE TABLE {table} AS SELECT {chosen} FROM {scan}")
+        if _suffix(files[0]) in _JSON:
+            counts = row(con, f"SELECT count(*), {', '.join(f'count({new})' for new in columns)} FROM {table}")
+            for count, name in zip(counts[1:], columns.values(), strict=True):
+                if counts[0] and not count:
+                    raise DataError(f"{files[0]}: no row has a field {name}; name another column")
     described = con.execute(f"DESCRIBE {table}").fetchall()
     return {name: Column(kind, text and kind == "VARCHAR") for name, kind, *_ in described}
 
 
-def column_names(source: Any) -> list[str]:
-    """The columns of a source, in its order."""
-    if hasattr(source, "__arrow_c_stream__"):
-        return list(pa.table(source).column_names)
-    file = find_files([source])[0]
-    if _suffix(file) == ".parquet" or _suffix(file) in _JSON:
-        with duckdb.connect() as con:
-            reader = "read_parquet" if _suffix(file) == ".parquet" else "read_json"
-            try:
-                return [row[0] for row in con.execute(f"DESCRIBE SELECT * FROM {reader}({literal(file)})").fetchall()]
-            except duckdb.Error as error:
-                raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
-    header = _header(file)
-    return header.split(max(_DELIMITERS, key=header.count))
+def column_names(source: Any, known: str) -> list[str]:
+    """The columns of a source, in its order. known: one of them."""
+    if _is_table(source):
+        return list(_arrow(source).column_names)
+    files = find_files(source)
+    with duckdb.connect() as con:
+        try:
+            if _suffix(files[0]) in _JSON:
+                described = con.execute(f"DESCRIBE SELECT * FROM read_json({_listed(files)})").fetchall()
+                return [name for name, *_ in described]
+            return list(_scan(con, files, [known])[1])
+        except duckdb.Error as error:
+            raise DataError(f"{files[0]}: cannot be read: {_reason(error)}") from error
 
 
-def find_files(patterns: Sequence[str | Path]) -> list[Path]:
+def _is_table(source: Any) -> bool:
+    return hasattr(source, "__arrow_c_stream__")
+
+
+def _arrow(source: Any) -> pa.Table:
+    try:
+        return pa.table(source)
+    except pa.ArrowException as error:
+        raise DataError(f"the table: is of mixed kinds: {'; '.join(map(str, error.args))}") from None
+
+
+def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files of paths, folders and patterns, each in natural order. Raises DataError where one names no file."""
     files: list[Path] = []
-    for pattern in map(str, patterns):
+    for pattern in map(str, [source] if isinstance(source, (str, Path)) else source):
         path = Path(pattern)
         if path.is_dir():
             inside = (each for each in path.rglob("*") if each.is_file() and not _is_hidden(each.relative_to(path)))
@@ -126,13 +155,13 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
             chosen = [path] if path.is_file() else [Path(each) for each in glob.glob(pattern, recursive=True)]
         chosen = [each for each in chosen if each.is_file()]
         if not chosen:
-            raise DataError(f"--source {pattern}: no such file; name a file, a folder or a pattern in quotes")
+            raise DataError(f"{pattern}: no such file; name a file, a folder or a pattern in quotes")
         files += sorted(chosen, key=_natural)
     if repeated := {file for file in files if files.count(file) > 1}:
-        raise DataError(f"--source names {min(repeated)} twice; name each file once")
+        raise DataError(f"{min(repeated)} is named twice; name each file once")
     kinds = {"Parquet" if _suffix(f) == ".parquet" else "JSON" if _suffix(f) in _JSON else "text" for f in files}
     if len(kinds) > 1:
-        raise DataError(f"--source mixes {' and '.join(sorted(kinds))} files; prepare one kind at a time")
+        raise DataError(f"{files[0]} and others are {' and '.join(sorted(kinds))} files; prepare one kind at a time")
     return files
 
 
@@ -144,33 +173,33 @@ def time_expression(
     Numbers need a unit, which the caller confirms; dates have one. Raises DataError where the values are no times.
     """
     if column.is_date:
-        return _milliseconds("time" if column.sql != "DATE" else "time::TIMESTAMP"), "ms", "dates, UTC"
+        return _milliseconds("time" if "ZONE" in column.sql else "time::TIMESTAMP"), "ms", "dates, UTC"
     number = "time"
     if column.sql == "VARCHAR":
-        pattern = rf"-?[0-9]{{1,18}}(\.[0-9]*)?|{WHOLE}"
-        odd = one(con, f"SELECT any_value(time) FROM log WHERE NOT regexp_full_match(time, '{pattern}')")
-        if odd is not None:
-            bad = one(
-                con, "SELECT any_value(time) FROM log WHERE time IS NOT NULL AND TRY_CAST(time AS TIMESTAMPTZ) IS NULL"
-            )
+        odd = r"SELECT any_value(time) FROM log WHERE NOT regexp_full_match(time, '-?[0-9]{1,19}(\.[0-9]*)?')"
+        if one(con, odd) is not None:
+            bad = one(con, "SELECT any_value(time) FROM log WHERE TRY_CAST(time AS TIMESTAMPTZ) IS NULL")
             if bad is not None:
                 raise DataError(f"{title}: {bad!r} is neither a number nor a date like 2026-11-28T12:00:00")
             return _milliseconds("time::TIMESTAMPTZ"), "ms", "dates, UTC where they name no zone"
-        fractions = one(con, "SELECT count(*) FROM log WHERE contains(time, '.')")
-        number = "time::DECIMAL(38, 9)" if fractions else "time::BIGINT"
+        number = "time::DECIMAL(38, 9)"
     elif column.is_real:
         if one(con, "SELECT count(*) FROM log WHERE NOT isfinite(time)"):
             raise DataError(f"{title}: has values that are not finite")
     elif not column.is_whole:
         raise DataError(f"{title}: has type {column.sql}, wanted numbers or dates")
+    whole = column.is_whole or not one(con, f"SELECT count(*) FROM log WHERE {number} <> floor({number})")
+    if whole:
+        number = f"{number}::HUGEINT"
     first, last = row(con, f"SELECT min({number}), max({number}) FROM log")
-    _confirm_unit(first, last, unit, title)
-    assert unit is not None
-    if unit == "s" and number in ("time", "time::BIGINT") and not column.is_real:
-        return f"{number}::BIGINT", "s", "whole seconds"
-    factor = PER_SECOND[unit]
-    scaled = f"{number} * {1000 // factor}" if factor <= 1000 else f"{number} / {factor // 1000}"
-    return f"floor({scaled})::BIGINT", "ms", f"milliseconds, from {unit}"
+    unit = _confirmed_unit(first, last, unit, title)
+    if whole and unit == "s":
+        return f"({number})::BIGINT", "s", "whole seconds"
+    if unit == "s":  # a float64 of seconds is less than a millisecond off
+        return f"round({number} * 1000)::BIGINT", "ms", "milliseconds, from s"
+    divisor = PER_SECOND[unit] // 1000
+    floor = f"({number} - ({number} % {divisor} + {divisor}) % {divisor}) // {divisor}" if whole else ""
+    return f"({floor or f'floor({number} / {divisor})'})::BIGINT", "ms", f"milliseconds, from {unit}"
 
 
 def _milliseconds(date: str) -> str:
@@ -178,10 +207,8 @@ def _milliseconds(date: str) -> str:
     return f"(epoch_us({date}) - (epoch_us({date}) % 1000 + 1000) % 1000) // 1000"
 
 
-def _confirm_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) -> None:
-    """Raises DataError where a unit is missing, or another one is the only one that makes dates of the values."""
-    if first is None:
-        return
+def _confirmed_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) -> TimeUnit:
+    """The unit. Raises DataError where it is missing, or another one is the only one that makes dates of the values."""
     fitting = [u for u, n in PER_SECOND.items() if _PLAUSIBLE[0] * n <= first and last <= _PLAUSIBLE[1] * n]
     span = f"{title}: values from {first} to {last}"
     if unit is None:
@@ -195,6 +222,7 @@ def _confirm_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) -> N
         )
     if max(abs(first), abs(last)) >= 9_000_000_000_000_000_000 // (1000 if unit == "s" else 1):
         raise DataError(f"{span} do not fit int64 milliseconds; correct the column")
+    return unit
 
 
 def number_expression(con: duckdb.DuckDBPyConnection, name: str, column: Column, title: str) -> str:
@@ -207,53 +235,68 @@ def number_expression(con: duckdb.DuckDBPyConnection, name: str, column: Column,
     return f"{quoted(name)}::DOUBLE::FLOAT"
 
 
-def _scan(con: duckdb.DuckDBPyConnection, files: list[Path], columns: list[str]) -> tuple[str, bool]:
-    """SQL that scans files in order, and whether their values are text."""
-    listed = "[" + ", ".join(map(literal, files)) + "]"
+def _scan(con: duckdb.DuckDBPyConnection, files: list[Path], columns: list[str]) -> tuple[str, dict[str, str], bool]:
+    """SQL that scans files in order, SQL of each column by its name, and whether the values are text."""
     if _suffix(files[0]) == ".parquet":
-        scan = f"read_parquet({listed}, union_by_name = true)"
-        _require(columns, [row[0] for row in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()], str(files[0]))
-        return scan, False
+        scan = f"read_parquet({_listed(files)}, union_by_name = true)"
+        described = con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
+        return scan, {name: quoted(name) for name, *_ in described}, False
+    for file in files:
+        if file.suffix == ".zst":
+            _require_whole(file)
     if _suffix(files[0]) in _JSON:
         types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in columns)
-        return f"read_json({listed}, format = 'newline_delimited', columns = {{{types}}})", True
-    header = _header(files[0])
-    delimiter = next((d for d in _DELIMITERS if set(columns) <= set(_fields(header, d))), None)
-    if delimiter is None:
-        likely = max(_DELIMITERS, key=header.count)
-        _require(columns, _fields(header, likely), f"{files[0]}, line 1")
+        scan = f"read_json({_listed(files)}, format = 'newline_delimited', columns = {{{types}}})"
+        return scan, {name: quoted(name) for name in columns}, True
+    headers = {delimiter: _header(files[0], delimiter) for delimiter in _DELIMITERS}
+    fitting = [delimiter for delimiter, names in headers.items() if set(columns) <= set(names)]
+    delimiter = fitting[0] if fitting else max(_DELIMITERS, key=lambda each: len(headers[each]))
     for file in files[1:]:
-        if _header(file) != header:
+        if _header(file, delimiter) != headers[delimiter]:
             raise DataError(f"{file}: its first line is not that of {files[0]}; prepare files of one layout at a time")
-    assert delimiter is not None
-    types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in _fields(header, delimiter))
-    return (
-        f"read_csv({listed}, header = true, auto_detect = false, delim = {literal(delimiter)}, quote = '\"', "
-        f"escape = '\"', columns = {{{types}}}, new_line = '{_line_end(files[0])}', max_line_size = {_LONGEST_HEADER})"
-    ), True
+    names = headers[delimiter]
+    types = ", ".join(f"c{place}: 'VARCHAR'" for place in range(len(names)))
+    scan = (
+        f"read_csv({_listed(files)}, header = true, auto_detect = false, delim = {literal(delimiter)}, quote = '\"', "
+        f"escape = '\"', columns = {{{types}}}, max_line_size = {_LONGEST_HEADER})"
+    )
+    _require(columns, names, f"{files[0]}, line 1")
+    return scan, {name: f"c{place}" for place, name in enumerate(names)}, True
+
+
+def _listed(files: list[Path]) -> str:
+    return "[" + ", ".join(map(literal, files)) + "]"
 
 
 def _require(columns: Any, present: Sequence[str], place: str) -> None:
     for column in columns:
-        if column not in present:
-            raise DataError(f"{place}: has no column {column}; it has {', '.join(present)}")
+        if present.count(column) != 1:
+            fault = "has more than one column" if column in present else "has no column"
+            raise DataError(f"{place}: {fault} {_shown(column)}; it has {', '.join(map(_shown, present))}")
 
 
-def _fields(header: str, delimiter: str) -> list[str]:
-    return [field.removeprefix('"').removesuffix('"') for field in header.split(delimiter)]
+def _shown(name: str) -> str:
+    """A name in one line of an error."""
+    return name if name.isprintable() else repr(name)
 
 
-def _header(file: Path) -> str:
-    """The first line of a text file, without its end and byte order mark."""
+def _header(file: Path, delimiter: str) -> list[str]:
+    """The fields of the first line of a text file."""
     try:
-        line = _first_bytes(file).split(b"\n")[0]
-        return line.decode("utf-8-sig").removesuffix("\r")
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"{file}: its first line cannot be read as UTF-8 text ({error})") from error
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(_first_bytes(file))
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error, pa.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
 
 
-def _line_end(file: Path) -> str:
-    return "\\r\\n" if b"\r\n" in _first_bytes(file) else "\\n"
+def _require_whole(file: Path) -> None:
+    """DuckDB takes a zstd file that was cut off for one that ends there."""
+    try:
+        with pa.CompressedInputStream(pa.OSFile(str(file)), "zstd") as stream:
+            while stream.read(_LONGEST_HEADER):
+                pass
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read, the file is damaged or cut off: {error}") from error
 
 
 def _first_bytes(file: Path) -> bytes:
@@ -279,7 +322,7 @@ def _is_hidden(path: Path) -> bool:
 
 def _natural(file: Path) -> list[tuple[int, str]]:
     """Sorts part-2 before part-10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(file))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(file))]
 
 
 def one(con: duckdb.DuckDBPyConnection, query: str) -> Any:
@@ -302,5 +345,10 @@ def literal(value: str | Path) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _reason(error: Exception) -> str:
+    """What DuckDB says, in one line without its advice, which is for its own users."""
+    lines = str(error).strip().splitlines()
+    said = takewhile(lambda line: not line.startswith(("Possible", "  ", "See ", "LINE ", "Try ")), lines)
+    text = "; ".join(line.strip() for line in said if line.strip())[:300]
+    file = next((line.partition("file = ")[2] for line in lines if line.startswith("  file = ")), "")
+    return f"{file}: {text}" if file else text

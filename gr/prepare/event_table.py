@@ -5,7 +5,6 @@ I items.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,63 +13,21 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import DataError
-from gr.prepare.event_codes import Codes, make_codes, save_vocabulary
+from gr.prepare.event_codes import Codes, Given, make_codes, save_vocabulary
 from gr.prepare.event_features import Features, join_features
 from gr.prepare.event_log import (
     Column,
-    TimeUnit,
     literal,
     load_log,
     number_expression,
     one,
-    quoted,
     row,
     time_expression,
 )
-from gr.schema import MAX_ACTIONS
+from gr.prepare.event_options import EventOptions, check_names, moment, other_columns
+from gr.schema import MAX_ACTIONS, USER_COLUMN, DataSchema, TabularSchema
 
-ITEM, USER = "item_id", "user_id"
-
-
-@dataclass(frozen=True)
-class EventOptions:
-    """The columns of a log, and what to make of it. Names are those of the source.
-
-    actions: one column whose values are actions (click, buy), or several that are 0 or 1. label: 0 or 1, makes rows for
-    a click model. since, until: dates, the latter exclusive. test_from: events from this date on are tested on;
-    test_users: this share of users is; each makes train/ and test/.
-    vocabulary: a prepared folder whose ids are used. memory: GiB of DuckDB.
-    """
-
-    user: str
-    item: str
-    time: str | None = None
-    time_unit: TimeUnit | None = None
-    rating: str | None = None
-    actions: tuple[str, ...] = ()
-    values: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
-    item_features: Any = None
-    user_features: Any = None
-    label: str | None = None
-    min_user_events: int = 1
-    min_item_events: int = 1
-    since: str | None = None
-    until: str | None = None
-    keep_duplicates: bool = False
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    test_from: str | None = None
-    test_users: float | None = None
-    vocabulary: Path | None = None
-    name: str = "events"
-    memory: float = 0.5
-
-    def columns(self) -> dict[str, str]:
-        """Name in the table `log` -> name in the source."""
-        single = {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "label": self.label}
-        many = {"action": self.actions, "value": self.values, "feature": self.features}
-        numbered = {f"{kind}_{i}": name for kind, names in many.items() for i, name in enumerate(names)}
-        return {name: column for name, column in single.items() if column is not None} | numbered
+ITEM = "item_id"
 
 
 @dataclass(frozen=True)
@@ -87,6 +44,7 @@ class Log:
     user_features: Features
     item_features: Features
     splits: dict[str, str]
+    given: Given | None
     source: str
     notes: list[str]
 
@@ -98,17 +56,20 @@ class Log:
 
 def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -> Log:
     """Reads the source and makes the table `events` of it."""
-    columns = options.columns()
+    columns, given = options.columns(), _given(options)
+    other = {"user": other_columns(options.user_features, options.user)}
+    other["item"] = other_columns(options.item_features, options.item)
+    check_names(options, [*options.values, *options.features, *other["user"], *other["item"]])
     types = load_log(con, source, columns)
-    notes = [f"{one(con, 'SELECT count(*) FROM log'):,} events read"]
+    total = one(con, "SELECT count(*) FROM log")
+    if not total:
+        raise DataError(f"{_described(source)}: has no rows")
+    notes = [f"{total:,} events read"]
     _check_missing(con, columns, options.on_bad_row, notes)
-    keys = {}
-    for name, entry in (("user", USER), ("item", ITEM)):
-        # Users of histories are no input of a model, so that they need not be known.
-        given = None if name == "user" and not options.label else options.vocabulary
-        entry = columns[name] if options.label else entry
-        keys[name] = make_codes(con, name, ("log", name, types[name]), f"column {columns[name]}", given, entry)
-    chosen, unit = {"user": "u.id", "item": "i.id"}, "s"
+    keys = {name: _key_codes(con, name, columns[name], types[name], options, given) for name in ("user", "item")}
+    # Two users, or items, that are not known are not the same one.
+    raw = {"raw_user": "log.user", "raw_item": "log.item"}
+    chosen, unit = {"user": "coalesce(u.id, 0)", "item": "coalesce(i.id, 0)"} | raw, "s"
     if options.time is not None:
         sql, unit, phrase = time_expression(con, types["time"], options.time_unit, f"column {options.time}")
         chosen["time"] = sql
@@ -117,30 +78,26 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         if name == "rating" or name.startswith("value_"):
             chosen[name] = number_expression(con, name, types[name], f"column {columns[name]}")
     if "label" in columns:
-        chosen["label"] = _flag(con, "label", types["label"], columns["label"])
-    actions, chosen_actions = _actions(con, types, options)
-    features, joins = {}, ""
-    for place, name in enumerate(options.features):
-        kind = ("log", f"feature_{place}", types[f"feature_{place}"])
-        features[name] = codes = make_codes(con, name, kind, f"column {name}", options.vocabulary)
-        joins += f" LEFT JOIN {quoted(codes.table)} f{place} ON log.feature_{place} = f{place}.raw"
+        chosen["label"] = _flag(con, "label", columns["label"])
+    actions, chosen_actions = _actions(con, options)
+    features, joins = _feature_codes(con, types, options, given), ""
+    for place, codes in enumerate(features.values()):
+        joins += f" LEFT JOIN {codes.table} f{place} ON log.feature_{place} = f{place}.raw"
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
     grouped = not options.keep_duplicates
-    place = "min(log.rowid) AS place, count(*) AS copies" if grouped else "log.rowid AS place, 1 AS copies"
+    order = "min(log.rowid) AS place, count(*) AS copies" if grouped else "log.rowid AS place, 1 AS copies"
+    # A row for a click model stays where its user or item is not known: they have id 0.
+    join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
-        f"CREATE TABLE events AS SELECT {selected}, {place} FROM log JOIN codes_user u ON log.user = u.raw "
-        f"JOIN codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
-        + " GROUP BY ALL"
-        * grouped
+        f"CREATE TABLE events AS SELECT {selected}, {order} FROM log {join} codes_user u ON log.user = u.raw "
+        f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
+        f"{' GROUP BY ALL' if grouped else ''}"
     )
-    taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
-    if left_out := one(con, "SELECT count(*) FROM log") - taken:
-        notes.append(f"{left_out:,} events left out: outside --since and --until, or of items without an id")
-    if taken > kept:
-        notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")
-    con.execute("ALTER TABLE events DROP COLUMN copies")
+    _note_left_out(con, options, notes)
+    for name in ("copies", *raw):
+        con.execute(f"ALTER TABLE events DROP COLUMN {name}")
     con.execute("DROP TABLE log")
     return Log(
         con,
@@ -150,12 +107,54 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         unit,  # type: ignore[arg-type]
         actions,
         features,
-        join_features(con, "user", users, options.user_features, options.user, options.vocabulary, notes),
-        join_features(con, "item", items, options.item_features, options.item, options.vocabulary, notes),
+        join_features(con, "user", users, options.user_features, (options.user, other["user"]), given, notes),
+        join_features(con, "item", items, options.item_features, (options.item, other["item"]), given, notes),
         _splits(options, users, unit),
+        given,
         _described(source),
         notes,
     )
+
+
+def _given(options: EventOptions) -> Given | None:
+    """The vocabularies of --vocabulary, a folder of the kind that is to be written."""
+    if options.vocabulary is None:
+        return None
+    schema = (TabularSchema if options.label else DataSchema).load(options.vocabulary)
+    return Given(options.vocabulary, schema.vocabularies)
+
+
+def _key_codes(
+    con: duckdb.DuckDBPyConnection, key: str, column: str, kind: Column, options: EventOptions, given: Given | None
+) -> Codes:
+    """The ids of users or items. Users of histories are no input of a model, so that they need not be known."""
+    file = None
+    if given is not None and (key == "item" or options.label is not None):
+        file = given.file(ITEM if options.label is None else column)
+    return make_codes(con, f"codes_{key}", ("log", key, kind), f"column {column}", file)
+
+
+def _feature_codes(
+    con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions, given: Given | None
+) -> dict[str, Codes]:
+    """The ids of the categories of events, by column."""
+    codes = {}
+    for place, name in enumerate(options.features):
+        kind = ("log", f"feature_{place}", types[f"feature_{place}"])
+        file = None if given is None else given.file(name)
+        codes[name] = make_codes(con, f"codes_feature_{place}", kind, f"column {name}", file)
+    return codes
+
+
+def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
+    taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
+    if left_out := one(con, "SELECT count(*) FROM log") - taken:
+        notes.append(f"{left_out:,} events left out: outside --since and --until, or of items that are not known")
+    if taken > kept:
+        notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")
+    for key in ("user", "item"):
+        if unknown := one(con, f"SELECT count(*) FROM events WHERE {key} = 0"):
+            notes.append(f"{unknown:,} events of {key}s that are not known have id 0")
 
 
 def _check_missing(con: duckdb.DuckDBPyConnection, columns: dict[str, str], on_bad_row: str, notes: list[str]) -> None:
@@ -175,16 +174,14 @@ def _check_missing(con: duckdb.DuckDBPyConnection, columns: dict[str, str], on_b
     notes.append(f"{count:,} events left out: {', '.join(columns[name] for name in needed)} missing")
 
 
-def _actions(
-    con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions
-) -> tuple[tuple[str, ...], dict[str, str]]:
+def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tuple[str, ...], dict[str, str]]:
     """The names of the bits of the column actions, and its SQL; none without actions."""
     names = options.actions
     if not names:
         return (), {}
-    distinct = [row[0] for row in con.execute("SELECT DISTINCT action_0 FROM log LIMIT 1000").fetchall()]
-    if len(names) > 1 or {str(value).lower() for value in distinct} <= {"0", "1", "true", "false"}:
-        bits = [f"({_flag(con, f'action_{i}', types[f'action_{i}'], n)})::INT << {i}" for i, n in enumerate(names)]
+    distinct = [row[0] for row in con.execute("SELECT DISTINCT action_0::VARCHAR FROM log LIMIT 1000").fetchall()]
+    if len(names) > 1 or one(con, _odd_flag("action_0")) is None:
+        bits = [f"({_flag(con, f'action_{i}', n)} << {i})" for i, n in enumerate(names)]
         return names, {"actions": f"bit_or({' | '.join(bits)})" if not options.keep_duplicates else " | ".join(bits)}
     if None in distinct or len(distinct) > MAX_ACTIONS:
         fault = (
@@ -193,20 +190,30 @@ def _actions(
             else f"has {len(distinct):,} different values, at most {MAX_ACTIONS} are actions"
         )
         raise DataError(f"column {names[0]}: {fault}; name columns that are 0 or 1, or a column of few actions")
-    values = sorted(map(str, distinct))
+    values = sorted(distinct)
     cases = " ".join(f"WHEN {literal(value)} THEN {1 << bit}" for bit, value in enumerate(values))
     sql = f"CASE action_0::VARCHAR {cases} END"
     return tuple(values), {"actions": sql if options.keep_duplicates else f"bit_or({sql})"}
 
 
-def _flag(con: duckdb.DuckDBPyConnection, name: str, kind: Column, title: str) -> str:
-    """SQL of a column of 0 and 1 (or false and true). Raises DataError for anything else."""
-    odd = f"SELECT any_value({name}::VARCHAR) FROM log WHERE TRY_CAST({name} AS DOUBLE) NOT IN (0, 1)"
-    if kind.sql == "BOOLEAN":
-        return f"{name}::INT"
-    if (bad := one(con, odd + f" OR ({name} IS NOT NULL AND TRY_CAST({name} AS DOUBLE) IS NULL)")) is not None:
+def _flag(con: duckdb.DuckDBPyConnection, name: str, title: str) -> str:
+    """SQL of a column of 0 and 1, or false and true; missing is 0. Raises DataError for anything else."""
+    if (bad := one(con, _odd_flag(name))) is not None:
         raise DataError(f"column {title}: {bad} is neither 0 nor 1")
-    return f"coalesce({name}::DOUBLE::INT, 0)"
+    return f"coalesce({_number_of_flag(name)}::INT, 0)"
+
+
+def _odd_flag(name: str) -> str:
+    """SQL of a value that is neither 0 nor 1; null where there is none."""
+    return (
+        f"SELECT any_value({name}::VARCHAR) FROM log "
+        f"WHERE {name} IS NOT NULL AND coalesce({_number_of_flag(name)} NOT IN (0, 1), true)"
+    )
+
+
+def _number_of_flag(name: str) -> str:
+    text = f"{name}::VARCHAR"
+    return f"coalesce(TRY_CAST({text} AS DOUBLE), TRY_CAST({text} AS BOOLEAN)::INT)"
 
 
 def _between(options: EventOptions, time: str | None, unit: str) -> str:
@@ -215,16 +222,6 @@ def _between(options: EventOptions, time: str | None, unit: str) -> str:
     if conditions and time is None:
         raise DataError("--since and --until need --time")
     return " AND ".join(conditions) or "true"
-
-
-def moment(date: str, unit: str, flag: str) -> int:
-    """A date such as 2026-11-28 or 2026-11-28T12:00 (UTC where it names no zone) in the unit of the events' times."""
-    try:
-        parsed = datetime.fromisoformat(date)
-    except ValueError:
-        raise DataError(f"{flag} {date}: is no date like 2026-11-28 or 2026-11-28T12:00") from None
-    seconds = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-    return round(seconds * (1000 if unit == "ms" else 1))
 
 
 def leave_out_rare(log: Log) -> None:
@@ -243,8 +240,12 @@ def leave_out_rare(log: Log) -> None:
         log.notes.append(f"{before - total:,} events left out: of users or items with too few events")
     if not total:
         raise DataError("no event is left; relax the filters")
-    if alone := one(con, "SELECT count(*) FROM (SELECT user FROM events GROUP BY user HAVING count(*) = 1)"):
+    alone = one(con, "SELECT count(*) FROM (SELECT user FROM events GROUP BY user HAVING count(*) = 1)")
+    if alone and not log.options.label:
         log.notes.append(f"{alone:,} users have one event: there is nothing to predict it from")
+    for name, where in log.splits.items():
+        if not one(con, f"SELECT count(*) FROM events WHERE {where}"):
+            raise DataError(f"{name}/ would have no event; choose another --test-from or --test-users")
     if test := log.splits.get("test"):
         unseen = f"{test} AND item NOT IN (SELECT item FROM events WHERE {log.train})"
         if count := one(con, f"SELECT count(*) FROM events WHERE {unseen}"):
@@ -283,11 +284,11 @@ def train_ids(log: Log, key: Literal["user", "item"]) -> np.ndarray:
 
 
 def save_vocabularies(
-    log: Log, folder: Path, ids: dict[str, tuple[Literal["user", "item"], np.ndarray]], given: Path | None
+    log: Log, folder: Path, ids: dict[str, tuple[Literal["user", "item"], np.ndarray]], given: Given | None
 ) -> dict[str, str]:
     """Writes the vocabularies of model inputs, and returns the digests of their files, by name.
 
-    ids: by name, train_ids of users or items. given: a folder whose vocabularies are used instead.
+    ids: by name, train_ids of users or items. given: those used instead.
     """
     con, queries = log.con, {}
     for name, (key, ids_V) in ids.items():
@@ -298,7 +299,7 @@ def save_vocabularies(
         )
     for place, (name, codes) in enumerate(log.features.items()):
         queries[name] = (
-            f"SELECT value, id, coalesce(n.count, 0) AS count FROM {quoted(codes.table)} "
+            f"SELECT value, id, coalesce(n.count, 0) AS count FROM {codes.table} "
             f"LEFT JOIN ({_occurrences(f'feature_{place}', log.train)}) n USING (id) ORDER BY id"
         )
     for features in (log.user_features, log.item_features):
@@ -309,7 +310,7 @@ def save_vocabularies(
 def save_users(log: Log, folder: Path, where: str) -> dict[str, str]:
     """Writes the vocabulary of the users of one folder of histories, where they are no input of a model."""
     query = f"SELECT value, id, n.count FROM codes_user JOIN ({_occurrences('user', where)}) n USING (id) ORDER BY id"
-    return {USER: save_vocabulary(log.con, folder, USER, query, None)}
+    return {USER_COLUMN: save_vocabulary(log.con, folder, USER_COLUMN, query, None)}
 
 
 def _occurrences(column: str, condition: str) -> str:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from gr.errors import DataError
 from gr.prepare.event_clicks import write_clicks
+from gr.prepare.event_codes import Given
 from gr.prepare.event_log import database, one
+from gr.prepare.event_options import EventOptions
 from gr.prepare.event_table import (
     ITEM,
-    EventOptions,
     Log,
     encode,
     leave_out_rare,
@@ -56,14 +57,14 @@ def prepare_events(source: Any, folder: Path, options: EventOptions) -> Prepared
         log = encode(con, source, options)
         leave_out_rare(log)
         write = write_clicks if options.label else _write_histories
-        given = options.vocabulary
+        given = log.given
         for name, where in log.splits.items():
-            schemas[name] = write(log, folder / name, where, given)
-            given = folder / name
+            schemas[name] = schema = write(log, folder / name, where, given)
+            given = Given(folder / name, schema.vocabularies)
     return Prepared(schemas, log.notes)
 
 
-def _write_histories(log: Log, folder: Path, where: str, vocabularies: Path | None) -> DataSchema:
+def _write_histories(log: Log, folder: Path, where: str, vocabularies: Given | None) -> DataSchema:
     con, options = log.con, log.options
     ids_I = train_ids(log, "item")
     contextual, numeric = log.user_features.sizes()
@@ -97,7 +98,15 @@ def _write_histories(log: Log, folder: Path, where: str, vocabularies: Path | No
         corpus=ids_I[ids_I > 0],
         vocabularies=save_vocabularies(log, folder, {ITEM: ("item", ids_I)}, vocabularies)
         | save_users(log, folder, where),
+        item_features={name: _by_item(log.item_features.by_code[name], ids_I) for name in item_categories},
     )
+
+
+def _by_item(values_I: np.ndarray, ids_I: np.ndarray) -> np.ndarray:
+    """Values by item id, of values by code; 0 for ids that no item has."""
+    values_E = np.zeros(int(ids_I.max()) + 1, dtype=values_I.dtype)
+    values_E[ids_I[ids_I > 0]] = values_I[ids_I > 0]
+    return values_E
 
 
 def _users(log: Log, table: dict[str, np.ndarray], ids_I: np.ndarray) -> Users:

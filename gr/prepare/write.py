@@ -82,6 +82,10 @@ def _replacement(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(out)
+    except OSError as error:
+        if error.errno is None or is_transient(error):
+            raise
+        raise DataError(f"{error.filename or out}: {error.strerror}; choose another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

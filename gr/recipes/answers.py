@@ -38,8 +38,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
         table = pq.read_table(path)
     if vocabulary.column not in table.column_names:
         raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
-    ids_N = vocabulary.ids(table.column(vocabulary.column))
-    known = ids_N > 0
+    ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
     order = np.argsort(ids_N[known], kind="stable")
     chosen = ids_N[known][order]
     if (repeated := chosen[1:][np.diff(chosen) == 0]).size:

@@ -13,7 +13,8 @@ from torch import nn
 from gr.config import differences
 from gr.config.load import RECIPES
 from gr.config.run import RunConfig
-from gr.data.vocabulary import Vocabulary
+from gr.data.parquet import decoding
+from gr.data.vocabulary import Vocabulary, check_digest
 from gr.dist import World
 from gr.errors import CheckpointError, ConfigError, DataError
 from gr.metrics.writers import MetricsWriter
@@ -56,8 +57,8 @@ class Evaluation:
 class Request:
     """What to recommend. k: items a user. holdout: newest events of a user that are left out, to compare with them.
 
-    users, items: Parquet files of the users to recommend to (with an optional column k) and of the items allowed; None:
-    all.
+    users, items: Parquet files of the users to recommend to (with an optional column k, which takes the place of k) and
+    of the items allowed; None: all.
     """
 
     k: int = 20
@@ -117,25 +118,21 @@ class Recipe(ABC, Generic[Config]):
     @property
     def artifacts(self) -> list[str]:
         """Files of the data folder that a model needs to be used, kept in every checkpoint."""
-        return [SCHEMA_FILE, *self.corpus_files, *map(vocabulary_file, self.vocabularies(self.schema))]
+        return [SCHEMA_FILE, *self.corpus_files, *map(vocabulary_file, self.schema.input_vocabularies)]
+
+    def artifact(self, name: str) -> bytes:
+        """The content of one of them. Raises DataError for a vocabulary that is not the one that schema.json names."""
+        path = self.folder / name
+        with decoding(path):
+            content = path.read_bytes()
+        expected = {vocabulary_file(column): digest for column, digest in self.schema.input_vocabularies.items()}
+        if name in expected:
+            check_digest(path, content, expected[name])
+        return content
 
     def vocabulary(self, column: str) -> Vocabulary:
         """The values of a column that the model reads."""
         return Vocabulary.open(self.folder, self.schema, column)
-
-    def vocabularies(self, schema: Any) -> dict[str, str]:
-        """The digest of the vocabulary of each column that the model reads, of those that have one."""
-        return schema.vocabularies
-
-    def check_vocabularies(self, evaluated: Any, path: Path) -> None:
-        """Raises DataError where the ids of the data to evaluate on stand for other values."""
-        mine, others = self.vocabularies(self.schema), self.vocabularies(evaluated)
-        for name in [*mine, *others]:
-            if mine.get(name) != others.get(name):
-                raise DataError(
-                    f"{self.folder} and {path} have other vocabularies of {name}: prepare {path} with "
-                    "`gr prepare events --vocabulary` and the folder that was trained on"
-                )
 
     def check_shared_tables(self) -> None:
         """Raises DataError where the ids of columns that share a table stand for different values."""

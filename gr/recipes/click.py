@@ -15,6 +15,7 @@ from gr.data.click_rows import ClickRows
 from gr.data.loader import ResumableLoader, rank_batch_size
 from gr.data.tabular import TabularDataset
 from gr.data.tabular_pass import TabularPass
+from gr.data.vocabulary import check_vocabularies
 from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
@@ -79,7 +80,10 @@ class ClickRecipe(Recipe[ClickConfig]):
         self.check_shared_tables()
         if self.evaluation_data is None:
             return
-        self.check_vocabularies(self.evaluation_data.schema, self.evaluation_data.path)
+        evaluated = self.evaluation_data
+        check_vocabularies(
+            self.schema.input_vocabularies, self.folder, evaluated.schema.input_vocabularies, evaluated.path
+        )
         for name in ("labels", "dense", "transform", "sparse"):
             if getattr(self.schema, name) != getattr(self.evaluation_data.schema, name):
                 raise DataError(

@@ -8,10 +8,10 @@ import numpy as np
 
 from gr.batch import ITEM_FEATURE
 from gr.config.histories import HistoryRunConfig
-from gr.data.dataset import Dataset
+from gr.data.dataset import Dataset, check_alike
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
-from gr.errors import ConfigError, DataError
+from gr.errors import ConfigError
 from gr.logging import get_logger
 from gr.planner.estimate_dense import sequence_flops
 from gr.recipes.base import Recipe
@@ -55,20 +55,11 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
             for setting, remedy in self.needs_time().items():
                 if not schema.timestamps:
                     raise ConfigError(f"{setting}, but {folder} has no timestamps: {remedy}")
-        self.check_vocabularies(evaluated, path)
-        for name in self.compared_columns:
-            mine, other = getattr(self.schema, name), getattr(evaluated, name)
-            if mine != other:
-                shown = f": {mine} and {other}" if isinstance(mine, int) else ""
-                raise DataError(f"{self.folder} and {path} differ in {name}{shown} (schema.json): prepare both alike")
+        check_alike(self.schema, self.folder, evaluated, path, self.compared_columns)
 
     def user_vocabulary(self) -> Vocabulary:
         """The user ids of the evaluation data."""
         return Vocabulary.open(self.evaluation_data.path, self.evaluation_data.schema, USER_COLUMN)
-
-    def vocabularies(self, schema: DataSchema) -> dict[str, str]:
-        read = {ITEM_FEATURE, *schema.contextual, *schema.event_features}
-        return {name: digest for name, digest in schema.vocabularies.items() if name in read}
 
     def some_user_has(self, events: int) -> bool:
         """Whether a user of the evaluation data has so many. Reads row groups until there is one: mostly the first."""

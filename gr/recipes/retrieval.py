@@ -4,6 +4,7 @@ B examples, T tokens, K candidates, C items of the corpus.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
-from gr.recipes.answers import read_listed
+from gr.recipes.answers import Listed, read_listed
 from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Training
 from gr.recipes.baselines import evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
@@ -165,22 +166,31 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         """
         items, users = self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
         corpus_C, unknown = self._allowed(request.items, items)
-        if not 1 <= request.k <= len(corpus_C):
-            raise ConfigError(f"k={request.k}: {len(corpus_C)} items may be recommended; set k to 1 up to that")
+        listed = None if request.users is None else read_listed(request.users, users)
+        k = request.k
+        if listed is not None and listed.limits_N is not None:
+            k = int(listed.limits_N.max(initial=1))
+        if not 1 <= k <= len(corpus_C):
+            raise ConfigError(f"k={k}: {len(corpus_C)} items may be recommended; set k to 1 up to that")
         names = {USER_COLUMN: users.type, "item_id": items.type, "score": pa.float32(), "place": pa.int32()}
         answers = Answers(pa.schema(names), (), {"unknown_items": unknown})
-        answers.tables = self._recommended(model, world, request, corpus_C, answers)
+        answers.tables = self._recommended(model, world, replace(request, k=k), corpus_C, listed, answers)
         return answers
 
     @torch.no_grad()
     def _recommended(
-        self, model: nn.Module, world: World, request: Request, corpus_C: np.ndarray, answers: Answers
+        self,
+        model: nn.Module,
+        world: World,
+        request: Request,
+        corpus_C: np.ndarray,
+        listed: Listed | None,
+        answers: Answers,
     ) -> Iterator[pa.Table]:
         inner, k, items, users = unwrapped(model), request.k, self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
         assert isinstance(inner, RetrievalModel)
         inner.eval()
         ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
-        listed = None if request.users is None else read_listed(request.users, users)
         rows_N = None if listed is None else self.evaluation_data.rows_of(listed.ids_N)
         batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N)
         own = 0
@@ -189,7 +199,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
             ids_BK, scores_BK = ranker.top(queries_BD, moved, k)
             there_BK = ((scores_BK > -torch.inf) & moved.valid_B[:, None]).cpu()
-            assert batch.user_B is not None, "asked for"
+            assert batch.user_B is not None
             places_BK = torch.arange(1, k + 1, dtype=torch.int32).expand_as(there_BK)
             if listed is not None and listed.limits_N is not None and len(listed.ids_N):
                 at_B = np.minimum(np.searchsorted(listed.ids_N, batch.user_B.numpy()), len(listed.ids_N) - 1)
@@ -236,7 +246,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         for batch in self._user_batches(world, target_from_end=0):
             moved = batch.to(world.device)
             queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
-            assert batch.user_B is not None, "asked for"
+            assert batch.user_B is not None
             ids = batch.user_B[batch.valid_B].numpy()
             yield pa.table({USER_COLUMN: users.values(ids), "vector": _vectors(queries_BD[moved.valid_B])})
 

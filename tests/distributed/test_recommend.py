@@ -1,8 +1,10 @@
 """Recommendations: the hit rate of evaluation to the last digit, and the same file on 1, 2 and 4 ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +15,11 @@ from gr.config import RetrievalConfig
 from gr.data.dataset import Dataset
 from gr.data.history_batches import evaluation_batches
 from gr.dist import World
-from gr.errors import ConfigError
+from gr.errors import ConfigError, DataError
 from gr.experiment import evaluate, recommend, train
 from gr.models.saved import load
+from gr.recipes.base import Request
+from tests.support.own_log import prepared, random_log
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -24,13 +28,13 @@ def trained(world: World, config: RetrievalConfig) -> None:
     train(config, world)
 
 
-def recommended(world: World, config: RetrievalConfig, out: Path, k: int, holdout: int) -> dict[str, int]:
-    return recommend(config, resolve(config.run_dir), world, out, k=k, holdout=holdout)
+def recommended(world: World, config: RetrievalConfig, out: Path, *request: Any) -> dict[str, int]:
+    return recommend(config, resolve(config.run_dir), world, out, Request(*request))
 
 
-def refused(world: World, config: RetrievalConfig, out: Path, k: int, holdout: int) -> str:
-    with pytest.raises(ConfigError) as error:
-        recommend(config, resolve(config.run_dir), world, out, k=k, holdout=holdout)
+def refused(world: World, config: RetrievalConfig, out: Path, *request: Any) -> str:
+    with pytest.raises((ConfigError, DataError)) as error:
+        recommended(world, config, out, *request)
     return str(error.value)
 
 
@@ -82,7 +86,7 @@ def test_scores_are_the_similarity_over_its_temperature(config: RetrievalConfig,
     rows = pq.read_table(tmp_path / "top.parquet")
     user, first = rows.column("user_id")[0].as_py(), rows.slice(0, 40)
     assert config.task.l2_norm and set(first.column("user_id").to_pylist()) >= {user}
-    model, _, _ = load(config.run_dir)
+    model = load(config.run_dir).model
     batch = next(
         iter(
             evaluation_batches(
@@ -93,7 +97,6 @@ def test_scores_are_the_similarity_over_its_temperature(config: RetrievalConfig,
                 filter_seen="none",
                 rank=0,
                 world_size=1,
-                users=True,
             )
         )
     )
@@ -130,3 +133,83 @@ def test_seen_items_are_not_recommended(config: RetrievalConfig, tmp_path: Path)
         seen |= set(zip(users.tolist(), group.columns["item_ids"].tolist(), strict=True))
     assert pairs.isdisjoint(seen)
     assert len(pairs) + len(seen) == 97 * 60, "every item is either seen or recommended, where k is the corpus"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> RetrievalConfig:
+    """Trained on a log whose users and items are text."""
+    folder = tmp_path_factory.mktemp("own")
+    data = prepared(folder / "data", random_log(), user="user", item="item", time="when", time_unit="s")
+    config = tiny_config(data, folder / "run", trainer={"steps": 3}, evaluation={"filter_seen": "none"})
+    run_ranks(trained, 1, config)
+    return config
+
+
+def listed(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_own_ids_of_listed_users_and_items_on_any_number_of_ranks(own: RetrievalConfig, tmp_path: Path) -> None:
+    limits = {f"user {user:02}": 1 + user % 4 for user in range(0, 57, 5)} | {"nobody": 3}
+    users = listed(tmp_path / "users", user_id=[*limits], k=[*limits.values()])
+    allowed = [f"item {item:02}" for item in range(20, 31)]
+    items = listed(tmp_path / "items", item_id=pa.array([*allowed, "nothing"]).dictionary_encode())
+    tables = []
+    for ranks in (1, 2, 4):
+        counts = run_ranks(recommended, ranks, own, tmp_path / f"{ranks}.parquet", 2, 0, users, items)
+        assert all(
+            each == dict(rows=sum(limits.values()) - 3, users=12, without_history=0, unknown_users=1, unknown_items=1)
+            for each in counts
+        )
+        tables.append(pq.read_table(tmp_path / f"{ranks}.parquet"))
+    rows = tables[0].to_pydict()
+    assert {user: rows["user_id"].count(user) for user in rows["user_id"]} | {"nobody": 3} == limits, "k of the file"
+    assert set(rows["item_id"]) <= set(allowed)
+    for table in tables[1:]:
+        assert table.drop("score").equals(tables[0].drop("score"))
+        assert np.allclose(table["score"].to_numpy(), tables[0]["score"].to_numpy(), atol=1e-5, rtol=0)
+
+
+def test_a_loaded_model_recommends_the_same(own: RetrievalConfig, tmp_path: Path) -> None:
+    user = "user 07"
+    users = listed(tmp_path / "users", user_id=[user])
+    run_ranks(recommended, 1, own, tmp_path / "top.parquet", 5, 0, users)
+    rows = pq.read_table(tmp_path / "top.parquet")
+    history = random_log().query("user == @user").sort_values("when", kind="stable")["item"].tolist()
+    (best,) = load(own.run_dir).recommend([history], 5, filter_seen="none")
+    assert [each.item for each in best] == rows["item_id"].to_pylist()
+    assert np.allclose([each.score for each in best], rows["score"].to_numpy(), atol=1e-5)
+
+
+def test_users_of_a_folder_without_vocabularies(config: RetrievalConfig, tmp_path: Path) -> None:
+    """Their ids stand for themselves, and 0 is one of them; a null is nobody."""
+    users = listed(tmp_path / "users", user_id=pa.array([0, 3, None, 4000], pa.int32()))
+    (counts,) = run_ranks(recommended, 1, config, tmp_path / "top.parquet", 2, 0, users)
+    assert counts["unknown_users"] == 2 and counts["users"] + counts["without_history"] == 2
+    assert set(pq.read_table(tmp_path / "top.parquet")["user_id"].to_pylist()) == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "fault"),
+    [
+        ({"id": ["a"]}, None, "has no column user_id; it has id"),
+        ({"user_id": [1]}, None, "values of type int64 cannot be looked up, these are text"),
+        ({"user_id": ["user 07", "user 07"]}, None, "user_id user 07 is named twice"),
+        ({"user_id": ["user 07"], "k": [0]}, None, "column k has values below 1"),
+        ({"user_id": ["user 07"], "k": ["x"]}, None, "column k is no list of whole numbers"),
+        ({"user_id": ["user 07"], "k": [12]}, {"item_id": ["item 20"]}, "k=12: 1 items may be recommended"),
+        (None, {"item_id": ["nothing"]}, "k=2: 0 items may be recommended"),
+    ],
+)
+def test_lists_that_are_refused(own: RetrievalConfig, tmp_path: Path, users: Any, items: Any, fault: str) -> None:
+    files = [
+        None if columns is None else listed(tmp_path / name, **columns)
+        for name, columns in (("users", users), ("items", items))
+    ]
+    (said,) = run_ranks(refused, 1, own, tmp_path / "top.parquet", 2, 0, *files)
+    assert fault in said and "\n" not in said
+    (tmp_path / "text").write_text("no Parquet")
+    (said,) = run_ranks(refused, 1, own, tmp_path / "top.parquet", 2, 0, tmp_path / "text")
+    assert "text: cannot be read, the file is damaged or cut off" in said
+    assert not (tmp_path / "top.parquet").exists()

@@ -1,0 +1,75 @@
+"""Rows for a click model: the batches that the folder itself gives, in the log's own values."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gr.data.click_rows import ClickRows
+from gr.data.tabular import TabularDataset
+from gr.data.vocabulary import Vocabulary
+from gr.errors import DataError
+from gr.schema import TabularSchema
+from tests.support.tiny_tabular import write_tiny_tabular
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiny_tabular(tmp_path / "data", rows=32)
+
+
+def click_rows(folder: Path, **vocabularies: Vocabulary) -> ClickRows:
+    schema = TabularSchema.load(folder)
+    return ClickRows(schema, {column.name: Vocabulary(column.name) for column in schema.sparse} | vocabularies)
+
+
+def test_rows_of_the_folder_itself(folder: Path) -> None:
+    """Also with more than one id a row."""
+    table = pq.read_table(folder / "part-00000.parquet")
+    batch = click_rows(folder).batch(table)
+    rows = TabularDataset.open(folder).read_row_group(0)
+    assert torch.equal(batch.dense_BN, torch.from_numpy(rows.dense_BN))
+    ids = [batch.sparse[name].values().view(len(table), -1) for name in ("c1", "c2", "c3")]
+    assert torch.equal(torch.cat(ids, 1), torch.from_numpy(rows.ids_BH).long())
+    assert len(click_rows(folder).batch(table[:0]).labels_B) == 0
+
+
+def test_missing_and_unseen_values_are_0(folder: Path) -> None:
+    table = pq.read_table(folder / "part-00000.parquet")[:3]
+    own = Vocabulary("c1", np.array([1, 2]), pa.array(["a", "b"]))
+    table = table.drop("c1").append_column("c1", pa.array(["b", None, "new"]))
+    table = table.drop("i1").append_column("i1", pa.array([None, 2, 3]))
+    batch = click_rows(folder, c1=own).batch(table)
+    assert batch.sparse["c1"].values().tolist() == [2, 0, 0]
+    assert batch.dense_BN[:, 0].tolist() == [0.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fault"),
+    [
+        ("i2", None, "column i2 is missing, the model reads it; there are"),
+        ("i2", ["a"], "column i2: of type string, wanted numbers"),
+        ("i2", [1e39], "column i2: is 1e+39, wanted a finite number"),
+        ("i2", [float("nan")], "column i2: is nan, wanted a finite number"),
+        ("c1", [41], "column c1: is id 41, allowed are 0 to 40"),
+        ("c1", [-1], "column c1: is id -1, allowed are 0 to 40"),
+        ("c1", [[1]], "cannot be looked up"),
+        ("c2", [7], "column c2: of type int64, wanted lists of 3 ids"),
+        ("c2", [[1, 2]], "column c2: has lists of ['2'] ids, wanted 3"),
+        ("c2", [None], "column c2: has lists of ['None'] ids, wanted 3"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_refused(folder: Path, name: str, values: list[Any] | None, fault: str) -> None:
+    table = pq.read_table(folder / "part-00000.parquet")[:1].drop(name)
+    if values is not None:
+        table = table.append_column(
+            name, pa.array(values if name != "c2" or values != [None] else pa.array([None], pa.list_(pa.int32())))
+        )
+    with pytest.raises(DataError) as error:
+        click_rows(folder).batch(table)
+    assert fault in str(error.value) and "\n" not in str(error.value)
