@@ -34,6 +34,6 @@ def test_after_training(
     rows = pq.read_table(out)
     assert rows.column_names == ["user_id", "item_id", "score", "place"] and len(rows) == 288
     other = str(tmp_path / "other.parquet")
-    assert refused(*call, "--out", other, "--k", "61") == "k=61: the corpus has 60 items; set k to 1 up to that"
+    assert refused(*call, "--out", other, "--k", "61") == "k=61: 60 items may be recommended; set k to 1 up to that"
     assert "no such folder" in refused(*call, "--out", other, f"evaluation.path={tmp_path}/none")
     assert not any(path.name.startswith(".other") for path in tmp_path.iterdir())
