@@ -46,6 +46,11 @@ class EventOptions:
     name: str = "events"
     memory: float = 0.5
 
+    @property
+    def joins_repeats(self) -> bool:
+        """Whether events that are the same in all columns become one. Without times nothing tells which are repeats."""
+        return self.time is not None and not self.keep_duplicates
+
     def columns(self) -> dict[str, str]:
         """Name in the table `log` -> name in the source."""
         single = {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "label": self.label}

@@ -86,14 +86,15 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
-    grouped = not options.keep_duplicates
-    order = "min(log.rowid) AS place, count(*) AS copies" if grouped else "log.rowid AS place, 1 AS copies"
+    order = (
+        "min(log.rowid) AS place, count(*) AS copies" if options.joins_repeats else "log.rowid AS place, 1 AS copies"
+    )
     # A row for a click model stays where its user or item is not known: they have id 0.
     join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
         f"CREATE TABLE events AS SELECT {selected}, {order} FROM log {join} codes_user u ON log.user = u.raw "
         f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
-        f"{' GROUP BY ALL' if grouped else ''}"
+        f"{' GROUP BY ALL' if options.joins_repeats else ''}"
     )
     _note_left_out(con, options, notes)
     for name in ("copies", *raw):
@@ -182,7 +183,7 @@ def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tup
     distinct = [row[0] for row in con.execute("SELECT DISTINCT action_0::VARCHAR FROM log LIMIT 1000").fetchall()]
     if len(names) > 1 or one(con, _odd_flag("action_0")) is None:
         bits = [f"({_flag(con, f'action_{i}', n)} << {i})" for i, n in enumerate(names)]
-        return names, {"actions": f"bit_or({' | '.join(bits)})" if not options.keep_duplicates else " | ".join(bits)}
+        return names, {"actions": f"bit_or({' | '.join(bits)})" if options.joins_repeats else " | ".join(bits)}
     if None in distinct or len(distinct) > MAX_ACTIONS:
         fault = (
             "has missing values"
@@ -193,7 +194,7 @@ def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tup
     values = sorted(distinct)
     cases = " ".join(f"WHEN {literal(value)} THEN {1 << bit}" for bit, value in enumerate(values))
     sql = f"CASE action_0::VARCHAR {cases} END"
-    return tuple(values), {"actions": sql if options.keep_duplicates else f"bit_or({sql})"}
+    return tuple(values), {"actions": f"bit_or({sql})" if options.joins_repeats else sql}
 
 
 def _flag(con: duckdb.DuckDBPyConnection, name: str, title: str) -> str:

@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 
 from gr.config import ClickConfig, RunConfig, load_config
 from gr.config.base import Section
+from gr.config.click import ClickModelConfig
 from gr.config.dlrm import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, ProjectionInteraction
 from gr.config.features import chosen_columns, chosen_features, chosen_item_features
 from gr.config.inventory import TableConfig, TowerDense
@@ -187,7 +188,7 @@ def test_dlrm_with_every_interaction(interaction: Section, row_weights: bool, co
 
 @pytest.mark.parametrize("interaction", INTERACTIONS, ids=lambda interaction: interaction.kind)
 def test_dlrm_without_dense_features(interaction: Section) -> None:
-    model = DLRMConfig(dim=4, top=(6, 5, 1), interaction=interaction)
+    model = ClickModelConfig(dim=4, top=(6, 5, 1), interaction=interaction)
     tree = {"run_dir": "runs", "data": {"path": "data"}, "task": {"kind": "click"}, "trainer": {"steps": 1}}
     config = ClickConfig.model_validate({**tree, "model": model})
     assert_counts_are_the_models(config, tabular_schema(COLUMNS, []))

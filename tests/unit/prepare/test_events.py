@@ -97,6 +97,12 @@ def test_repeated_events(tmp_path: Path) -> None:
     assert DataSchema.load(kept).events == 8 and "repeated" not in notes(kept)
 
 
+def test_without_times_nothing_is_a_repeat(tmp_path: Path) -> None:
+    log = pd.DataFrame({"u": [1, 1, 1, 2, 2], "i": ["a", "b", "a", "a", "a"], "x": [0, 1, 0, 1, 1]})
+    folder = prepared(tmp_path / "o", log, user="u", item="i", actions=("x",))
+    assert pq.read_table(folder / "part-00000.parquet").column("item_ids").to_pylist() == [[1, 2, 1], [1, 1]]
+
+
 @pytest.mark.parametrize("column", ["u", "i", "t"])
 def test_missing_values(tmp_path: Path, column: str) -> None:
     log = LOG.copy().astype({"t": "Int64"})
