@@ -1,28 +1,19 @@
 """`gr evaluate`: the metrics of a checkpoint, from the checkpoint and the evaluation data alone."""
 
-from typing import Literal
+from typing import Any
 
 import click
 
-from gr.cli.checkpoint import checkpoint_and_overrides
-from gr.environment import whole_number
+from gr.cli.checkpoint import on_checkpoint
 
 
 @click.command(help="Evaluate CHECKPOINT: a run folder (its best, or else its latest), or one step-XXXXXXXX folder.")
-@click.option("--checkpoint", help="CHECKPOINT as an option.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
-@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
-@click.argument("overrides", nargs=-1, metavar="CHECKPOINT [KEY.PATH=VALUE]...")
-def command(
-    checkpoint: str | None, split: Literal["validation", "test"], plugins: tuple[str, ...], overrides: tuple[str, ...]
-) -> None:
-    from gr import logging
+@on_checkpoint
+def command(checkpoint: str, overrides: tuple[str, ...], rank: int, **options: Any) -> None:
     from gr.api import evaluate
 
-    rank = whole_number("RANK", 0)
-    logging.configure(rank)
-    checkpoint, overrides = checkpoint_and_overrides(checkpoint, overrides)
-    report = evaluate(checkpoint, overrides, split=split, plugins=plugins)
+    report = evaluate(checkpoint, overrides, **options)
     if rank == 0:
         from gr.cli.report import print_report
 

@@ -4,29 +4,22 @@ from pathlib import Path
 
 import click
 
-from gr.cli.checkpoint import checkpoint_and_overrides
-from gr.cli.out import check_out, say
+from gr.cli.checkpoint import on_checkpoint, writing
+from gr.cli.out import say
 
 
 @click.command(
     help="Write the weights of CHECKPOINT as OUT (.safetensors), with its schema and configuration in the header."
 )
-@click.option("--checkpoint", help="CHECKPOINT as an option: run folder (its best, or else its latest) or one of it.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
-@click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
-@click.option("--force", is_flag=True, help="Replace the file.")
-@click.argument("arguments", nargs=-1, metavar="CHECKPOINT")
-def command(
-    checkpoint: str | None, out: Path, plugins: tuple[str, ...], force: bool, arguments: tuple[str, ...]
-) -> None:
-    checkpoint, more = checkpoint_and_overrides(checkpoint, arguments)
-    if more:
-        raise click.UsageError(f"{more[0]}: one checkpoint, and no values of the configuration")
+@writing("File")
+@on_checkpoint
+def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, plugins: tuple[str, ...]) -> None:
     from gr.errors import ConfigError
 
+    if overrides:
+        raise click.UsageError(f"{overrides[0]}: one checkpoint, and no values of the configuration")
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out={out}: name a file that ends with .safetensors")
-    check_out(out, force)
     from safetensors.torch import save_file
 
     from gr.config import dump_config
