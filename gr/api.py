@@ -75,27 +75,23 @@ def recommend(
     out: str | Path,
     overrides: Sequence[str] = (),
     *,
-    k: int = 20,
-    users: str | Path | None = None,
-    items: str | Path | None = None,
-    holdout: Literal[0, 1] = 0,
     plugins: Collection[str] = (),
+    **request: Any,
 ) -> dict[str, int]:
-    """Writes the k best items of users of the evaluation data as one Parquet file, from a checkpoint.
+    """Writes the best items of users of the evaluation data as one Parquet file, from a checkpoint.
 
     `out` has user_id and item_id (as in the log that was prepared), score and place (1 is best), users in the order of
-    the data, without the items that evaluation.filter_seen forbids. users, items: Parquet files with a column user_id
-    (and perhaps k) or item_id, of those to recommend to and of those allowed; None: all. overrides:
-    `evaluation.path=FOLDER` names other data. holdout: newest events of a user that are left out, to compare with them.
-    Returns the numbers of rows, of users with and without a history, of users and items that are not known.
+    the data, without the items that evaluation.filter_seen forbids. overrides: `evaluation.path=FOLDER` names other
+    data. request: fields of gr.recipes.base.Request: k=20; users, items: Parquet files with a column user_id (and
+    perhaps k) or item_id, of those to recommend to and of those allowed; cold="popularity"; holdout=1, to compare with
+    the newest event. Returns the numbers of rows, of users with and without a history, of users and items not known.
     """
     from gr import experiment
     from gr.recipes.base import Request
 
     loaded, path = _of_checkpoint(checkpoint, overrides, plugins)
     with _world(loaded) as own:
-        request = Request(k, holdout, *(None if file is None else Path(file) for file in (users, items)))
-        return experiment.recommend(loaded, path, own, Path(out), request)
+        return experiment.recommend(loaded, path, own, Path(out), Request.of(**request))
 
 
 def predict(

@@ -19,6 +19,13 @@ from gr.cli.out import say
     "--users", type=click.Path(path_type=Path), help="Parquet file of users: user_id, and perhaps k instead of --k."
 )
 @click.option("--items", type=click.Path(path_type=Path), help="Parquet file of the items allowed: item_id.")
+@click.option(
+    "--cold",
+    type=click.Choice(["nothing", "popularity"]),
+    default="nothing",
+    show_default=True,
+    help="What users get that have no history or are not in the data.",
+)
 @click.option("--holdout", type=click.IntRange(0, 1), default=0, show_default=True, help="Newest events left out.")
 @writing("File")
 @on_checkpoint
@@ -27,9 +34,12 @@ def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, *
 
     counts = recommend(checkpoint, out, overrides, **options)
     if rank == 0:
+        given = (
+            "they get the most frequent items" if options["cold"] == "popularity" else "nothing is recommended to them"
+        )
         say(f"{out}: {counts['rows']:,} rows, {counts['users']:,} users")
         if counts["without_history"]:
-            say(f"{counts['without_history']:,} users have no history: nothing is recommended to them")
+            say(f"{counts['without_history']:,} users have no history: {given}")
         for noun in ("users", "items"):
             if unknown := counts[f"unknown_{noun}"]:
                 say(f"{unknown:,} {noun} of --{noun} are not in the data")

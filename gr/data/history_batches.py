@@ -139,6 +139,11 @@ class UserBatches(BatchSource[Histories, Any]):
         self.read_threads = config.read_threads
         self._counts = Counts()
 
+    @property
+    def own_rows(self) -> int:
+        """The users of this rank."""
+        return self._stop_row - self._first_row
+
     def __iter__(self) -> Iterator[Any]:
         self._counts = Counts()
         for batch, counts in self.batches(0, self.stop):

@@ -22,11 +22,11 @@ from gr.files import is_transient
 
 @dataclass(frozen=True)
 class Listed:
-    """The ids that a file names, ascending. limits_N: its column k, where it has one. unknown: values without an id."""
+    """The ids that a file names, ascending. limits_N: its column k, if any. unknown_N: values without an id."""
 
     ids_N: np.ndarray
     limits_N: np.ndarray | None
-    unknown: int
+    unknown_N: pa.Array
 
 
 def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
@@ -49,7 +49,8 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
             limits = table.column("k").cast(pa.int64()).fill_null(0).to_numpy()[known][order]
         if (limits < 1).any():
             raise DataError(f"{path}: column k has values below 1")
-    return Listed(chosen, limits, int((~known).sum()))
+    unknown_N = table.column(vocabulary.column).combine_chunks().filter(pa.array(~known))
+    return Listed(chosen, limits, unknown_N)
 
 
 def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from gr.config import differences
@@ -58,13 +59,26 @@ class Request:
     """What to recommend. k: items a user. holdout: newest events of a user that are left out, to compare with them.
 
     users, items: Parquet files of the users to recommend to (with an optional column k, which takes the place of k) and
-    of the items allowed; None: all.
+    of the items allowed; None: all. cold: what users get that have no history or are not in the data: nothing, or the
+    items that occur most often in training, without a score.
     """
 
     k: int = 20
     holdout: Literal[0, 1] = 0
     users: Path | None = None
     items: Path | None = None
+    cold: Literal["nothing", "popularity"] = "nothing"
+
+    @classmethod
+    def of(cls, **fields: Any) -> "Request":
+        """Raises ConfigError for a field that is none, or a value that it cannot have."""
+        try:
+            return TypeAdapter(cls).validate_python(fields)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ConfigError(
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}; fields: {', '.join(cls.__annotations__)}"
+            ) from None
 
 
 @dataclass

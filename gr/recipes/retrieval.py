@@ -4,7 +4,6 @@ B examples, T tokens, K candidates, C items of the corpus.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -28,10 +27,11 @@ from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
 from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
-from gr.recipes.answers import Listed, read_listed
+from gr.recipes.answers import read_listed
 from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Training
 from gr.recipes.baselines import evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
+from gr.recipes.recommendations import Recommendations
 from gr.schema import ITEMS_FILE, USER_COLUMN
 from gr.tasks import CandidateSampler, CorpusRanker
 from gr.training import callbacks
@@ -165,58 +165,24 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         Columns: user_id and item_id (as in the log), score, place (1 is best).
         """
         items, users = self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
-        corpus_C, unknown = self._allowed(request.items, items)
+        corpus_C, counts_C, unknown = self._allowed(request.items, items)
         listed = None if request.users is None else read_listed(request.users, users)
         k = request.k
         if listed is not None and listed.limits_N is not None:
             k = int(listed.limits_N.max(initial=1))
         if not 1 <= k <= len(corpus_C):
             raise ConfigError(f"k={k}: {len(corpus_C)} items may be recommended; set k to 1 up to that")
-        names = {USER_COLUMN: users.type, "item_id": items.type, "score": pa.float32(), "place": pa.int32()}
-        answers = Answers(pa.schema(names), (), {"unknown_items": unknown})
-        answers.tables = self._recommended(model, world, replace(request, k=k), corpus_C, listed, answers)
-        return answers
-
-    @torch.no_grad()
-    def _recommended(
-        self,
-        model: nn.Module,
-        world: World,
-        request: Request,
-        corpus_C: np.ndarray,
-        listed: Listed | None,
-        answers: Answers,
-    ) -> Iterator[pa.Table]:
-        inner, k, items, users = unwrapped(model), request.k, self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
+        inner = unwrapped(model)
         assert isinstance(inner, RetrievalModel)
-        inner.eval()
-        ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
+        with torch.no_grad():
+            ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
         rows_N = None if listed is None else self.evaluation_data.rows_of(listed.ids_N)
         batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N)
-        own = 0
-        for batch in batches:
-            moved = batch.to(world.device)
-            queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
-            ids_BK, scores_BK = ranker.top(queries_BD, moved, k)
-            there_BK = ((scores_BK > -torch.inf) & moved.valid_B[:, None]).cpu()
-            assert batch.user_B is not None
-            places_BK = torch.arange(1, k + 1, dtype=torch.int32).expand_as(there_BK)
-            if listed is not None and listed.limits_N is not None and len(listed.ids_N):
-                at_B = np.minimum(np.searchsorted(listed.ids_N, batch.user_B.numpy()), len(listed.ids_N) - 1)
-                there_BK &= places_BK <= torch.from_numpy(listed.limits_N[at_B])[:, None]
-            values = (batch.user_B[:, None].expand_as(there_BK), ids_BK.cpu(), scores_BK.cpu(), places_BK)
-            user_N, item_N, score_N, place_N = (value[there_BK].numpy() for value in values)
-            columns = (users.values(user_N), items.values(item_N), score_N, place_N)
-            own += int(batch.valid_B.sum())
-            yield pa.table(dict(zip(answers.schema.names, columns, strict=True)), schema=answers.schema)
-        present = self.evaluation_data.rows if rows_N is None else len(rows_N)
-        asked = present if listed is None else len(listed.ids_N) + listed.unknown
-        with_history = int(world.all_reduce_sum([float(own)])[0])
-        answers.counts |= {
-            "users": with_history,
-            "without_history": present - with_history,
-            "unknown_users": asked - present,
-        }
+        popular_K = corpus_C[np.argsort(-counts_C, kind="stable")[:k]] if request.cold == "popularity" else None
+        chosen = Recommendations(inner, ranker, batches, users, items, k, listed, popular_K)
+        answers = Answers(chosen.schema, (), {"unknown_items": unknown})
+        answers.tables = chosen.tables(world, answers.counts)
+        return answers
 
     def embed(self, model: nn.Module, world: World) -> dict[str, Answers]:
         """items: of the corpus; users: of the evaluation data, after their newest event. Both have `vector`, and the
@@ -250,13 +216,15 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             ids = batch.user_B[batch.valid_B].numpy()
             yield pa.table({USER_COLUMN: users.values(ids), "vector": _vectors(queries_BD[moved.valid_B])})
 
-    def _allowed(self, path: Path | None, items: Vocabulary) -> tuple[np.ndarray, int]:
-        """The candidates that a file names, and how many it names that are none; all without a file."""
+    def _allowed(self, path: Path | None, items: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
+        """The candidates that a file names, their counts, and how many it names that are none; all without a file."""
+        corpus_C, counts_C = self.corpus
         if path is None:
-            return self.corpus[0], 0
+            return corpus_C, counts_C, 0
         listed = read_listed(path, items)
-        allowed_C = np.intersect1d(self.corpus[0], listed.ids_N)
-        return allowed_C, len(listed.ids_N) - len(allowed_C) + listed.unknown
+        allowed_C = np.isin(corpus_C, listed.ids_N)
+        named = len(listed.ids_N) + len(listed.unknown_N)
+        return corpus_C[allowed_C], counts_C[allowed_C], named - int(allowed_C.sum())
 
     def _user_batches(
         self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None

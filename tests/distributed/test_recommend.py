@@ -171,6 +171,36 @@ def test_own_ids_of_listed_users_and_items_on_any_number_of_ranks(own: Retrieval
         assert np.allclose(table["score"].to_numpy(), tables[0]["score"].to_numpy(), atol=1e-5, rtol=0)
 
 
+def test_the_popular_items_for_users_without_a_history(own: RetrievalConfig, tmp_path: Path) -> None:
+    """By what training counted, without a score, where they are asked for; the same on any number of ranks."""
+    users = listed(tmp_path / "users", user_id=["user 07", "nobody", "user 08"], k=[2, 9, 1])
+    log = random_log().drop_duplicates(["user", "item", "when"]).sort_values(["user", "when"], kind="stable")
+    fitted = log.groupby("user").head(-2)  # as items.parquet counts
+    counts = fitted["item"].value_counts()
+    popular = sorted(counts.index, key=lambda item: (-counts[item], item))[:3]
+    rows = []
+    for ranks in (1, 2, 4):
+        out = tmp_path / f"{ranks}.parquet"
+        run_ranks(
+            recommended,
+            ranks,
+            own,
+            out,
+            3,
+            0,
+            listed(tmp_path / "u", user_id=["nobody", "user 07"]),
+            None,
+            "popularity",
+        )
+        rows.append([row for row in pq.read_table(out).to_pylist() if row["user_id"] == "nobody"])
+    assert rows[0] == rows[1] == rows[2]
+    assert [(row["item_id"], row["score"], row["place"]) for row in rows[0]] == [
+        (item, None, place) for place, item in enumerate(popular, 1)
+    ]
+    run_ranks(recommended, 1, own, tmp_path / "nothing.parquet", 3, 0, users)
+    assert set(pq.read_table(tmp_path / "nothing.parquet")["user_id"].to_pylist()) == {"user 07", "user 08"}
+
+
 def test_a_loaded_model_recommends_the_same(own: RetrievalConfig, tmp_path: Path) -> None:
     user = "user 07"
     users = listed(tmp_path / "users", user_id=[user])
