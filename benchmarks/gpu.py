@@ -4,9 +4,9 @@
 
 Ceilings of the device; correctness of every dtype, bias and mask against float64 with poisoned outputs; a sweep of
 tiles on shapes from recommenders' lengths to 8,192; softmax attention of equal shape; the tower of a published run, the
-layer, the loss and, with --data, the training step. Stops starting new work after --seconds. Not yet run on a GPU: with
-TRITON_INTERPRET=1 and no GPU it goes through the same steps on tiny shapes and the CPU, which checks the plumbing and
-times nothing of interest.
+layer, the loss and, with --data, the training step, which alone needs torchrec and fbgemm-gpu. Stops starting new work
+after --seconds. Not yet run on a GPU: with TRITON_INTERPRET=1 and no GPU it goes through the same steps on tiny shapes
+and the CPU, which checks the plumbing and times nothing of interest.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import layer, loss, train_step
+from benchmarks import layer, loss
 from benchmarks.case import Options
 from benchmarks.compare import compare
 from benchmarks.machine import describe, peaks
@@ -222,7 +222,12 @@ def end_to_end(run: Run, data: Path | None) -> None:
     if run.small:
         return  # its variants take seconds an operation under the interpreter
     options = Options(run.device, data)
-    for module in (loss, layer, *([train_step] if data else [])):
+    modules: list[Any] = [loss, layer]
+    if data:
+        from benchmarks import train_step  # needs torchrec and fbgemm-gpu; nothing else here does
+
+        modules.append(train_step)
+    for module in modules:
         for case in module.cases(options):
             if not run.late:
                 run.note(
