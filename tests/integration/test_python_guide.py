@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import gr
 from tests.support import ROOT
 
 
@@ -31,3 +32,8 @@ def test_importing_gr_costs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", lazy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_stub_has_every_public_name() -> None:
+    stub = (ROOT / "gr/__init__.pyi").read_text()
+    assert sorted(re.findall(r"^from \S+ import \w+ as (\w+)$", stub, re.MULTILINE)) == sorted(gr.__all__)
