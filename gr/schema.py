@@ -63,6 +63,9 @@ class _SchemaFile(BaseModel):
         except OSError as error:
             if is_transient(error):
                 raise
+            inside = sorted(found.parent.name for found in path.parent.glob(f"*/{SCHEMA_FILE}"))
+            if inside:
+                raise DataError(f"{folder}: is no data folder, but has {', '.join(inside)}: name one of them") from None
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); `gr prepare` writes it, of your own log with "
                 "`gr prepare events`"
@@ -97,6 +100,17 @@ class _SchemaFile(BaseModel):
 USER_COLUMN = "user_id"
 MAX_ACTIONS = 31
 FileName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$", max_length=200)]
+# A table is a submodule of its column's name, which may be none of torch.nn.ModuleDict's own, nor have a dot.
+_NAMES = """
+T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches
+eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys
+load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop
+register_backward_hook register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+set_submodule share_memory state_dict to to_empty train training type update values xpu zero_grad
+"""
+NAMES_OF_TORCH = frozenset(_NAMES.split())
 _VOCABULARIES = "Columns whose ids stand for values of vocabulary/<column>.parquet: SHA-256 of that file."
 # Columns of a folder of histories, and item_id: the model's feature, its vocabulary, and the column of items.parquet.
 HISTORY_COLUMNS = ("user_id", "item_id", "item_ids", "timestamps", "ratings", "actions")

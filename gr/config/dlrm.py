@@ -91,7 +91,7 @@ class DLRMConfig(Section):
         if dense_features and self.bottom is None:
             return f"bottom is missing: the layer widths of the MLP that reads the {dense_features} dense features"
         if self.bottom is not None and not dense_features:
-            return f"bottom={list(self.bottom)} has nothing to read, as there are no dense features: leave it out"
+            return f"bottom={list(self.bottom)} has nothing to read, as there are no dense features: set it to null"
         return None
 
     @property

@@ -71,12 +71,13 @@ class Vocabulary:
             values_N = values_N.dictionary_decode()
         try:
             if pa.types.is_string(self.type) and not _is_text(values_N.type):
-                raise pa.ArrowInvalid("they are no text")
+                raise pa.ArrowInvalid("not cast here, as 7 may be 7 or 007")
             cast_N = values_N.cast(self.type)
         except pa.ArrowException as error:
             kind = "text" if pa.types.is_string(self.type) else "whole numbers"
             raise DataError(
-                f"{self.column}: values of type {values_N.type} cannot be looked up, these are {kind} ({error})"
+                f"column {self.column}: values of type {values_N.type} cannot be looked up, these are {kind}: cast "
+                f"them ({error})"
             ) from None
         if self.ids_V is None or self.values_V is None:
             return cast_N.fill_null(0).to_numpy(zero_copy_only=False), cast_N.is_valid().to_numpy(zero_copy_only=False)

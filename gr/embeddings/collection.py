@@ -33,7 +33,7 @@ def build_tables(
     """The tables of a model, all sequence tables or all pooled ones, without storage (on meta).
 
     feature_names: the features that read a table; unset, the one of the table's name. Raises ConfigError where kinds
-    are mixed, or where tables or features are named twice.
+    are mixed, where tables or features are named twice, or where torch takes no table of that name.
     """
     names = {table.name: list((feature_names or {}).get(table.name, [table.name])) for table in tables}
     _check(tables, names)
@@ -67,6 +67,12 @@ def _check(tables: Sequence[TableConfig], names: Mapping[str, Sequence[str]]) ->
             raise ConfigError(
                 f"embedding tables: {what} {', '.join(repeated)} is named more than once; the names of the tables must "
                 "differ, and so must the features that they read"
+            )
+    for table in tables:
+        if "." in table.name or hasattr(nn.ModuleDict(), table.name):
+            raise ConfigError(
+                f"column {table.name}: no table may have this name (a dot, or a name of torch.nn.ModuleDict); "
+                "rename it in the data, or leave it out of model.features"
             )
 
 

@@ -132,9 +132,12 @@ class SavedRetrieval(Saved):
         if timed and times is None:
             raise DataError("the tower reads time: pass times=, the seconds of each event")
         if times is not None:
-            columns["timestamps"] = np.array([second for seconds in times for second in seconds], dtype=np.int64)
+            columns["timestamps"] = _seconds([second for seconds in times for second in seconds])
             if [len(seconds) for seconds in times] != lengths_B.tolist():
                 raise DataError("times must have a list for each history, of the same length")
+            user_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
+            if (back := (np.diff(columns["timestamps"]) < 0) & (np.diff(user_T) == 0)).any():
+                raise DataError(f"history {user_T[int(back.argmax())]}: times go back; pass events oldest first")
         known_T = ids_T > 0
         if missing := int((~known_T).sum()):
             log.warning("%d of %d events are of items that the model does not know: left out", missing, len(ids_T))
@@ -146,3 +149,14 @@ class SavedRetrieval(Saved):
         length = self.config.data.max_length  # type: ignore[attr-defined]
         batch, _ = collate_evaluation(rows, max_length=length, target_from_end=0, filter_seen=filter_seen)
         return batch.to(self.device)
+
+
+def _seconds(times_T: Sequence[Any]) -> np.ndarray:
+    """int64 [T]. Raises DataError for anything but whole numbers."""
+    seconds_T = np.array(times_T) if times_T else np.empty(0, dtype=np.int64)
+    if not np.issubdtype(seconds_T.dtype, np.integer):
+        raise DataError(
+            f"times are whole seconds since 1970, and not of type {type(times_T[0]).__name__}; pandas makes them "
+            'of dates with times.astype("datetime64[s]").astype(int), polars with times.dt.epoch("s")'
+        )
+    return seconds_T.astype(np.int64)

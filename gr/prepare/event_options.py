@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from gr.errors import DataError
 from gr.prepare.event_log import TimeUnit, column_names
-from gr.schema import HISTORY_COLUMNS, FileName
+from gr.schema import HISTORY_COLUMNS, NAMES_OF_TORCH, FileName
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -65,7 +65,7 @@ def other_columns(source: Any, key: str) -> list[str]:
 
 
 def check_names(options: EventOptions, names: list[str]) -> None:
-    """Raises DataError where two columns of the folder would have one name, or a name can be no file's."""
+    """Raises DataError where two columns would have one name, or a name can be no file's or no table's."""
     taken = list(HISTORY_COLUMNS)
     if options.label is not None:
         if options.rating is not None or options.actions:
@@ -81,6 +81,11 @@ def check_names(options: EventOptions, names: list[str]) -> None:
                 f"column {name!r}: no column of a folder may have this name (a dot first, a slash, a control character "
                 "or more than 200 letters); rename it in the source"
             ) from None
+        if name not in (options.label, *options.values) and ("." in name or name in NAMES_OF_TORCH):
+            raise DataError(
+                f"column {name}: no table of a model may have this name (a dot, or a name of torch.nn.ModuleDict); "
+                "rename it in the source"
+            )
         taken.append(name)
 
 

@@ -86,14 +86,12 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
-    order = (
-        "min(log.rowid) AS place, count(*) AS copies" if options.joins_repeats else "log.rowid AS place, 1 AS copies"
-    )
+    order, copies = ("min(log.rowid)", "count(*)") if options.joins_repeats else ("log.rowid", "1")
     # A row for a click model stays where its user or item is not known: they have id 0.
     join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
-        f"CREATE TABLE events AS SELECT {selected}, {order} FROM log {join} codes_user u ON log.user = u.raw "
-        f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
+        f"CREATE TABLE events AS SELECT {selected}, {order} AS place, {copies} AS copies FROM log "
+        f"{join} codes_user u ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
         f"{' GROUP BY ALL' if options.joins_repeats else ''}"
     )
     _note_left_out(con, options, notes)
@@ -150,7 +148,9 @@ def _feature_codes(
 def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
     taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
     if left_out := one(con, "SELECT count(*) FROM log") - taken:
-        notes.append(f"{left_out:,} events left out: outside --since and --until, or of items that are not known")
+        reasons = {"outside --since and --until": options.since or options.until}
+        reasons["of items that --vocabulary lacks"] = options.vocabulary
+        notes.append(f"{left_out:,} events left out: {', or '.join(name for name, given in reasons.items() if given)}")
     if taken > kept:
         notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")
     for key in ("user", "item"):

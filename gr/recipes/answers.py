@@ -19,6 +19,8 @@ from gr.dist import World
 from gr.errors import ConfigError, DataError
 from gr.files import is_transient
 
+_MAGIC = b"PAR1"
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -129,6 +131,9 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
 def _present(path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: no such file; name a Parquet file")
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise DataError(f"{path}: is no Parquet file; write it as one, as to_parquet of pandas does")
     return path
 
 

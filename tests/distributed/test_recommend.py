@@ -241,5 +241,5 @@ def test_lists_that_are_refused(own: RetrievalConfig, tmp_path: Path, users: Any
     assert fault in said and "\n" not in said
     (tmp_path / "text").write_text("no Parquet")
     (said,) = run_ranks(refused, 1, own, tmp_path / "top.parquet", 2, 0, tmp_path / "text")
-    assert "text: cannot be read, the file is damaged or cut off" in said
+    assert "text: is no Parquet file; write it as one" in said
     assert not (tmp_path / "top.parquet").exists()

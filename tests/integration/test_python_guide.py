@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import gr
 from tests.support import ROOT
 
 
 @pytest.mark.slow
 def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 6
+    assert len(blocks) >= 10
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "page.py").write_text("\n".join(blocks))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -31,3 +32,8 @@ def test_importing_gr_costs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", lazy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_stub_has_every_public_name() -> None:
+    stub = (ROOT / "gr/__init__.pyi").read_text()
+    assert sorted(re.findall(r"^from \S+ import \w+ as (\w+)$", stub, re.MULTILINE)) == sorted(gr.__all__)

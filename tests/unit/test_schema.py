@@ -115,3 +115,11 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(FIELDS))
     with pytest.raises(DataError, match="describes a histories folder, this reads tabular folders"):
         TabularSchema.load(tmp_path)
+
+
+def test_a_folder_of_splits_is_no_data_folder(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schema.json").write_text("{}")
+    with pytest.raises(DataError, match="is no data folder, but has test, train: name one of them"):
+        DataSchema.load(tmp_path)

@@ -13,6 +13,7 @@ from gr.config.inventory import TableConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import CANDIDATE_FEATURE, build_tables, local_shards, lookup, pooled_lookup
 from gr.errors import ConfigError
+from gr.schema import NAMES_OF_TORCH
 from tests.support.pooled import PooledTable, build_bags
 
 # lengths of the examples, ids of the history, ids of the candidates
@@ -84,6 +85,8 @@ def test_the_bag_collection_has_the_tables_without_storage() -> None:
     ("table", "message"),
     [
         (PooledTable("users", 5, 8, ("z",)), "table users is named more than once"),
+        (PooledTable("a.b", 5, 8, ("a.b",)), r"column a\.b: no table may have this name .*; rename it in the data"),
+        (PooledTable("type", 5, 8, ("type",)), "column type: no table may have this name"),
         (PooledTable("new", 5, 8, ("title",)), "feature title is named more than once"),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -116,3 +119,7 @@ def test_pooled_lookup(make_bags: Callable, sharding: str, kind: str) -> None:
     assert torch.allclose(user, torch.stack([2 * users[4], torch.zeros(8)]))
     assert torch.allclose(query, torch.stack([words[3], words[:3].mean(0)]))
     assert torch.allclose(title, torch.stack([torch.zeros(4), words[[6, 5]].mean(0)]))
+
+
+def test_the_names_that_a_table_cannot_have_are_those_of_torch() -> None:
+    assert {name for name in dir(torch.nn.ModuleDict()) if not name.startswith("_")} == NAMES_OF_TORCH

@@ -383,7 +383,7 @@ def test_no_examples_still_give_every_dense_parameter_a_gradient(shape: Shape) -
     ("names", "dense_features", "message"),
     [
         ([], 13, "no categorical features; it needs at least one"),
-        (["a"], 0, r"model.bottom=\[8\] has nothing to read, as there are no dense features: leave it out"),
+        (["a"], 0, r"model.bottom=\[8\] has nothing to read, as there are no dense features: set it to null"),
         (["a", "b", "a"], 13, "table a is named more than once"),
     ],
 )

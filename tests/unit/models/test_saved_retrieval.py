@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def test_wrong_calls(config: RetrievalConfig) -> None:
         saved.score([["item 03"]], ["item 03", "new"])
     with pytest.raises(DataError, match="times must have a list for each history, of the same length"):
         saved.recommend([["item 03"]], 3, times=[[1, 2]])
+    with pytest.raises(DataError, match="history 1: times go back; pass events oldest first"):
+        saved.recommend([["item 03"], ["item 03", "item 07"]], 3, times=[[9], [5, 1]])
+    for time in (datetime(2026, 1, 1), np.datetime64("2026-01-01"), 1.5):
+        with pytest.raises(DataError, match=r"times are whole seconds since 1970, and not of type .*; pandas"):
+            saved.recommend([["item 03"]], 3, times=[[time]])
 
 
 def test_ids_that_stand_for_themselves(tmp_path: Path) -> None:

@@ -135,6 +135,9 @@ def test_missing_values(tmp_path: Path, column: str) -> None:
         (LOG.rename(columns={"f": "a\nb"}), {"features": ("a\nb",)}, "no column of a folder may have this name"),
         (LOG.rename(columns={"f": "a\0b"}), {"features": ("a\0b",)}, "no column of a folder may have this name"),
         (LOG.rename(columns={"f": ".."}), {"features": ("..",)}, "no column of a folder may have this name"),
+        (LOG.rename(columns={"f": "a.b"}), {"features": ("a.b",)}, "no table of a model may have this name"),
+        (LOG.rename(columns={"f": "type"}), {"features": ("type",)}, "no table of a model may have this name"),
+        (LOG.rename(columns={"u": "u.id"}), {"user": "u.id", "label": "l"}, "column u.id: no table of a model may"),
         (LOG.assign(f=None), {"features": ("f",)}, "column f: has"),
         (LOG.assign(x=[1, None, 2, 3, 4]), {"rating": "x"}, "column x: 1 values are missing or no finite numbers"),
         (LOG, {"values": ("f",)}, "column f: 5 values are missing or no finite numbers"),
@@ -151,7 +154,7 @@ def test_missing_values(tmp_path: Path, column: str) -> None:
     ],
 )
 def test_refused_in_one_line(tmp_path: Path, source: Any, options: dict[str, Any], fault: str) -> None:
-    assert fault in refusal(tmp_path, source, **TIMED, **options)
+    assert fault in refusal(tmp_path, source, **(TIMED | options))
 
 
 def test_actions_of_one_column(tmp_path: Path) -> None:
@@ -244,13 +247,15 @@ def test_the_vocabulary_of_another_folder(tmp_path: Path) -> None:
         "x": (["x1"], [None]),
         "z": (["x3"], [None]),
     }
-    assert "1 events left out: outside --since and --until, or of items that are not known" in notes(folder)
+    assert "1 events left out: of items that --vocabulary lacks" in notes(folder)
     assert "has no vocabulary of x; it has item_id, f, user_id" in refusal(
         tmp_path, LOG, **TIMED, features=("x",), vocabulary=first
     )
     numbers = LOG.assign(i=range(5))
     assert "are not both whole numbers or both text" in refusal(tmp_path, numbers, **TIMED, vocabulary=first)
-    assert "schema.json: cannot be read" in refusal(tmp_path, LOG, **TIMED, vocabulary=tmp_path)
+    assert "is no data folder, but has first, o: name one of them" in refusal(
+        tmp_path, LOG, **TIMED, vocabulary=tmp_path
+    )
     assert "describes a histories folder" in refusal(tmp_path, LOG, **TIMED, vocabulary=first, label="l")
     file = first / "vocabulary" / "item_id.parquet"
     content = bytearray(file.read_bytes())
