@@ -2,6 +2,7 @@
 
 import hashlib
 import lzma
+import re
 import struct
 import urllib.error
 import urllib.parse
@@ -87,6 +88,11 @@ class SourceFile:
                 elif self.name.endswith(ending) and start:
                     raise DataError(f"{self}: is no {codec} file, though its name says so")
             yield cast(BinaryIO, stream)
+
+
+def natural_order(file: Path) -> list[int | str]:
+    """A key that sorts part-2 before part-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(file))]
 
 
 @dataclass(frozen=True)
