@@ -38,6 +38,7 @@ SCHEMA_FILE = "schema.json"
 ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
+UNCOUNTED_EVENTS = 2  # newest events of each user, which are evaluated on, so that items.parquet does not count them
 
 
 def vocabulary_file(column: str) -> str:

@@ -19,10 +19,9 @@ from gr.data.parquet import RowGroup
 from gr.data.tabular import TabularDataset
 from gr.data.validate import LAST_SECOND, Fault
 from gr.errors import DataError
-from gr.schema import SCHEMA_FILE, SparseColumn
+from gr.schema import SCHEMA_FILE, UNCOUNTED_EVENTS, SparseColumn
 
 SHORT = 3  # events from which a user has a test target, a validation target and an event before them
-UNCOUNTED = 2  # newest events of each user that items.parquet does not count
 _USERS_AT_ONCE = 1 << 24
 _DAY = 86400
 
@@ -100,7 +99,7 @@ class _Histories:
         self.lengths_N = lengths_N
         self.events_E += np.bincount(items_T, minlength=len(self.events_E))
         from_end_T = np.repeat(group.offsets[1:], lengths_B) - np.arange(len(items_T))
-        self.counted_E += np.bincount(items_T[from_end_T > UNCOUNTED], minlength=len(self.events_E))
+        self.counted_E += np.bincount(items_T[from_end_T > UNCOUNTED_EVENTS], minlength=len(self.events_E))
         follows_T = np.ones(len(items_T), dtype=bool)
         follows_T[group.offsets[:-1][lengths_B > 0]] = False
         self.repeats += _equal_to_before(items_T, follows_T)
@@ -217,7 +216,7 @@ def _check_corpus(data: Dataset, sums: _Histories, faults: Faults) -> int:
     if wrong.any() and not faults.found:
         row = int(wrong.argmax())
         shown = f"item {ids[row]} has count={counts[row]}, the parts have {sums.counted_E[ids[row]]}"
-        note = f" without each user's newest {UNCOUNTED}"
+        note = f" without each user's newest {UNCOUNTED_EVENTS}"
         faults.add("items.parquet", "counts other events", int(wrong.sum()), shown + note)
     return int((sums.events_E[ids] == 0).sum())
 

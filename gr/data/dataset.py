@@ -19,7 +19,7 @@ from gr.data.validate import Fault, check_rows, expected_types, value_faults
 from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
-from gr.schema import ITEMS_FILE, USER_COLUMN, DataSchema
+from gr.schema import ITEMS_FILE, UNCOUNTED_EVENTS, USER_COLUMN, DataSchema
 
 log = get_logger(__name__)
 
@@ -189,7 +189,7 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
     if (counts < 0).any():
         row = int((counts < 0).argmax())
         raise DataError(f"{file}: row {row}: count={counts[row]}; an item occurs 0 times or more")
-    least, total = max(0, schema.events - 2 * schema.users), int(counts.sum())
+    least, total = max(0, schema.events - UNCOUNTED_EVENTS * schema.users), int(counts.sum())
     if not least <= total <= schema.events:
         log_once(
             log,

@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 
 from gr.errors import DataError, TransientError
 from gr.files import is_transient
-from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema, HistoryColumns
+from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, UNCOUNTED_EVENTS, DataSchema, HistoryColumns
 
 ROWS_PER_GROUP = 512
 GROUPS_PER_PART = 128
-EVALUATION_EVENTS = 2  # newest events of each user left out of the counts in items.parquet
 
 
 @dataclass(frozen=True)
@@ -272,9 +271,9 @@ def write_folder(
 
 
 def _fitted(offsets: np.ndarray) -> np.ndarray:
-    """bool [T]: all events but the newest EVALUATION_EVENTS of each user."""
+    """bool [T]: all events but the newest UNCOUNTED_EVENTS of each user."""
     from_end = np.repeat(offsets[1:], np.diff(offsets)) - np.arange(offsets[-1])
-    return from_end > EVALUATION_EVENTS
+    return from_end > UNCOUNTED_EVENTS
 
 
 def repeated_events(users_T: np.ndarray, times_T: np.ndarray, items_T: np.ndarray) -> int:
