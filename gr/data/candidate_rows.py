@@ -9,7 +9,9 @@ import pyarrow as pa
 from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.data.collate import Rows
 from gr.data.collate_ranking import RankingCollate
+from gr.data.columns import ColumnType
 from gr.data.dataset import Dataset, Histories
+from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.schema import USER_COLUMN
@@ -41,11 +43,7 @@ class CandidateRows:
         Raises DataError for a missing column or values of another kind.
         """
         schema = self.collate.schema
-        for name in [USER_COLUMN, ITEM_FEATURE, *schema.event_features]:
-            if name not in table.column_names:
-                raise DataError(
-                    f"column {name} is missing, the model reads it; there are {', '.join(table.column_names)}"
-                )
+        require_columns("the input", table, [USER_COLUMN, ITEM_FEATURE, *schema.event_features])
         if not (count := table.num_rows):  # ranks take as many batches each; this one predicts nothing
             table = pa.table({name: pa.nulls(1) for name in table.column_names})
         user_ids_B, known_B = self.users.lookup(table.column(USER_COLUMN))
@@ -109,16 +107,9 @@ class CandidateRows:
         last_B[some_B] = histories.gather("timestamps", np.maximum(lengths_B - 1, 0), some_B.astype(np.int64))
         if TIME not in table.column_names:
             return last_B
-        column = table.column(TIME)
-        try:
-            if pa.types.is_timestamp(column.type):
-                times = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
-                scale = 1000
-            else:
-                times, scale = column.cast(pa.int64()), 1000 if self.data.schema.time_unit == "ms" else 1
-        except pa.ArrowException as error:
-            raise DataError(f"column {TIME}: of type {column.type}, wanted dates or whole numbers ({error})") from None
-        times_B = np.where(times.is_valid(), times.fill_null(0).to_numpy() // scale, last_B)
+        unit = self.data.schema.time_unit
+        times = checked_column("the input", table, TIME, ColumnType("time", time_unit=unit), nulls=False)
+        times_B = np.where(times.nulls, last_B, times.filled // (1000 if unit == "ms" else 1))
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(

@@ -31,7 +31,7 @@ _INT64 = np.iinfo(np.int64)
 
 @dataclass(frozen=True)
 class ColumnType:
-    """What a column holds: a value a row, or a list of them. time_unit: of integers that are times."""
+    """The contents of a column: a value a row, or a list of them. time_unit: of integers that are times."""
 
     kind: Kind
     is_list: bool = False
@@ -39,7 +39,7 @@ class ColumnType:
 
     def reads(self, stored: pa.DataType) -> bool:
         """Whether a part may have the column in this type; which values it may have is seen as they are read."""
-        if any(is_list(stored) for is_list in _LISTS) != self.is_list:
+        if is_list(stored) != self.is_list:
             return False
         value = stored.value_type if self.is_list else stored
         is_time = self.kind == "time" and (pa.types.is_timestamp(value) or pa.types.is_date(value))
@@ -88,12 +88,12 @@ def read_column(column: pa.ChunkedArray, wanted: ColumnType) -> Column:
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
     if not wanted.is_list:
         return Column(array, None, array, *_cast(array, wanted))
-    offsets, stored = _flat(array)
+    offsets, stored = flattened(array)
     return Column(array, offsets, stored, *_cast(stored, wanted))
 
 
 def problem(column: Column, wanted: ColumnType) -> Callable[[int], str]:
-    """What is wrong with a lost value."""
+    """Describes a lost value by its place."""
     limit = "beyond float32" if wanted.kind == "number" else "not a whole number within int64"
     return lambda place: f"is {column.stored[place].as_py()}, {limit}"
 
@@ -124,8 +124,12 @@ def _cast(values: pa.Array, wanted: ColumnType) -> tuple[pa.Array, np.ndarray | 
     return pa.array(kept, mask=_is_null(values) | lost), lost if lost.any() else None
 
 
-def _flat(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Offsets from 0, int64 [B + 1], and the values they point into."""
+def is_list(stored: pa.DataType) -> bool:
+    return any(is_kind(stored) for is_kind in _LISTS)
+
+
+def flattened(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Lists as offsets from 0, int64 [B + 1], and the values they point into."""
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         offsets = array.offsets.to_numpy().astype(np.int64)
         return offsets - offsets[0], array.values.slice(offsets[0], offsets[-1] - offsets[0])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from gr.data.columns import Column, ColumnType, read_column
 from gr.data.parquet import Parts, decoding, read_footer
-from gr.data.validate import Fault, check_rows, expected_types, value_faults
+from gr.data.validate import Fault, check_rows, checked_column, expected_types
 from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
@@ -122,8 +122,9 @@ class Dataset:
 
     def user_ids(self) -> np.ndarray:
         """The user of every row, int64 [rows]."""
-        read = (self._parts.read(index, [USER_COLUMN])[1].column(USER_COLUMN) for index in range(len(self.row_groups)))
-        return np.concatenate([np.empty(0, dtype=np.int64), *(column.cast(pa.int64()).to_numpy() for column in read)])
+        groups = (self._parts.read(index, [USER_COLUMN]) for index in range(len(self.row_groups)))
+        ids = [checked_column(group, table, USER_COLUMN, ColumnType("id")).filled for group, table in groups]
+        return np.concatenate([np.empty(0, dtype=np.int64), *ids])
 
     def rows_of(self, user_ids_N: np.ndarray) -> np.ndarray:
         """Rows of these users, int64, in file order; those of users that are not here are left out."""
@@ -201,14 +202,7 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
 
 def _corpus_column(file: Path, table: pa.Table, name: str) -> np.ndarray:
     """A column of items.parquet, int64. Raises DataError for values that are null or no integers."""
-    wanted = ColumnType("id")
-    if not wanted.reads(kind := table.schema.field(name).type):
-        raise DataError(f"{file}: column {name} has type {kind}, wanted {wanted}")
-    column = read_column(table.column(name), wanted)
-    for fault in value_faults(name, column, wanted):
-        if fault is not None:
-            raise DataError(f"{file}: row {fault.row}: column {name}: {fault.problem}")
-    return column.values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+    return checked_column(file, table, name, ColumnType("id")).filled.astype(np.int64, copy=False)
 
 
 def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray]:

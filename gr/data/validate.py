@@ -1,11 +1,13 @@
-"""Checks of the rows of a row group, vectorised over Arrow columns as offsets and values. B rows, T events."""
+"""Checks of rows, vectorised over Arrow columns as offsets and values. B rows, T events."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from gr.data.columns import Column, ColumnType, problem
+from gr.data.columns import Column, ColumnType, problem, read_column
+from gr.errors import DataError
 from gr.schema import DataSchema
 
 # The year 10000: beyond it, times are in another unit than schema.json says.
@@ -75,6 +77,24 @@ def value_faults(name: str, column: Column, wanted: ColumnType, *, nulls: bool =
             event_fault(name, "is not finite", column, infinite, lambda i: f"is {values[i]}, not a finite number")
         )
     return faults
+
+
+def require_columns(place: object, table: pa.Table, names: Iterable[str]) -> None:
+    """Raises DataError where a table lacks one of these columns. place: its file, for the message."""
+    for name in names:
+        if name not in table.column_names:
+            raise DataError(f"{place}: has no column {name}; it has {', '.join(table.column_names)}")
+
+
+def checked_column(place: object, table: pa.Table, name: str, wanted: ColumnType, *, nulls: bool = True) -> Column:
+    """A column that is there. Raises DataError for its type and its value_faults. place: of require_columns."""
+    if not wanted.reads(kind := table.schema.field(name).type):
+        raise DataError(f"{place}: column {name} has type {kind}, wanted {wanted}")
+    column = read_column(table.column(name), wanted)
+    for fault in value_faults(name, column, wanted, nulls=nulls):
+        if fault is not None:
+            raise DataError(f"{place}: row {fault.row}, column {name}: {fault.problem}")
+    return column
 
 
 def _offsets(column: Column) -> np.ndarray:

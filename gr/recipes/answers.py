@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gr.data.columns import ColumnType
 from gr.data.parquet import decoding
+from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.errors import ConfigError, DataError
@@ -36,8 +38,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
     """
     with decoding(_present(path), "cannot be read"):
         table = pq.read_table(path)
-    if vocabulary.column not in table.column_names:
-        raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
+    require_columns(path, table, [vocabulary.column])
     ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
     order = np.argsort(ids_N[known], kind="stable")
     chosen = ids_N[known][order]
@@ -45,8 +46,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
         raise DataError(f"{path}: {vocabulary.column} {vocabulary.values(repeated[:1])[0]} is named twice")
     limits = None
     if "k" in table.column_names:
-        with decoding(path, "column k is no list of whole numbers"):
-            limits = table.column("k").cast(pa.int64()).fill_null(0).to_numpy()[known][order]
+        limits = checked_column(path, table, "k", ColumnType("id")).filled[known][order]
         if (limits < 1).any():
             raise DataError(f"{path}: column k has values below 1")
     unknown_N = table.column(vocabulary.column).combine_chunks().filter(pa.array(~known))
