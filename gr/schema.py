@@ -42,7 +42,7 @@ UNCOUNTED_EVENTS = 2  # newest events of each user, which are evaluated on, so t
 
 
 def vocabulary_file(column: str) -> str:
-    """Where a data folder and a checkpoint have the vocabulary of a column."""
+    """The path of a column's vocabulary in a data folder and in a checkpoint."""
     return f"{VOCABULARY_FOLDER}/{column}.parquet"
 
 

@@ -81,33 +81,33 @@ class Column:
         return nulls if self.lost is None else nulls & ~self.lost
 
 
-def read_column(column: pa.ChunkedArray, wanted: ColumnType) -> Column:
-    """The column in the types that gr computes with. wanted.reads(column.type) holds."""
+def read_column(column: pa.ChunkedArray, column_type: ColumnType) -> Column:
+    """The column in the types that gr computes with. column_type.reads(column.type) holds."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    if not wanted.is_list:
-        return Column(array, None, array, *_cast(array, wanted))
+    if not column_type.is_list:
+        return Column(array, None, array, *_cast(array, column_type))
     offsets, stored = flattened(array)
-    return Column(array, offsets, stored, *_cast(stored, wanted))
+    return Column(array, offsets, stored, *_cast(stored, column_type))
 
 
-def problem(column: Column, wanted: ColumnType) -> Callable[[int], str]:
+def problem(column: Column, column_type: ColumnType) -> Callable[[int], str]:
     """Describes a lost value by its place."""
-    limit = "beyond float32" if wanted.kind == "number" else "not a whole number within int64"
+    limit = "beyond float32" if column_type.kind == "number" else "not a whole number within int64"
     return lambda place: f"is {column.stored[place].as_py()}, {limit}"
 
 
-def _cast(values: pa.Array, wanted: ColumnType) -> tuple[pa.Array, np.ndarray | None]:
-    if values.type in _OWN[wanted.kind]:
+def _cast(values: pa.Array, column_type: ColumnType) -> tuple[pa.Array, np.ndarray | None]:
+    if values.type in _OWN[column_type.kind]:
         return values, None
-    target = _OWN[wanted.kind][0]
+    target = _OWN[column_type.kind][0]
     if pa.types.is_null(values.type):
         return pa.nulls(len(values), target), None
     if pa.types.is_boolean(values.type):
         return values.cast(pa.int8()).cast(target), None
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        numbers, lost = _times(values, wanted.time_unit)
+        numbers, lost = _times(values, column_type.time_unit)
     elif target != pa.int64():
         # float16, decimals: numpy has no decimals, and not every release of Arrow fills nulls in float16.
         plain = values if pa.types.is_integer(values.type) else values.cast(pa.float64())
@@ -161,11 +161,11 @@ def _times(values: pa.Array, time_unit: Literal["s", "ms"]) -> tuple[np.ndarray,
     """Whole units since 1970 in UTC, of datetimes; those without a time zone are in UTC."""
     if pa.types.is_date(values.type):
         values = values.cast(pa.timestamp("s" if pa.types.is_date32(values.type) else "ms"))
-    ticks, wanted = _TICKS[values.type.unit], _TICKS[time_unit]
+    ticks, kept = _TICKS[values.type.unit], _TICKS[time_unit]
     stored = _filled(values.cast(pa.int64()))
-    if ticks >= wanted:
-        return stored // (ticks // wanted), np.zeros(len(stored), dtype=bool)
-    factor = wanted // ticks
+    if ticks >= kept:
+        return stored // (ticks // kept), np.zeros(len(stored), dtype=bool)
+    factor = kept // ticks
     lost = (stored > _INT64.max // factor) | (stored < _INT64.min // factor)
     return np.where(lost, 0, stored) * factor, lost
 

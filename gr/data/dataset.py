@@ -64,13 +64,13 @@ class Dataset:
 
     @classmethod
     def of_any_size(cls, path: Path | str) -> "Dataset":
-        """As open, but the numbers of rows and events, and users without an id, are not yet checked."""
+        """Opens it as `open` does, but does not check the numbers of rows and events, and that users have ids."""
         path = Path(path)
         schema = DataSchema.load(path)
         return cls(path, schema, Parts.open(path, expected_types(schema)))
 
     def wrong_totals(self) -> Iterator[str]:
-        """What footers say against schema.json: other numbers of rows or events.
+        """The contradictions of footers to schema.json: other numbers of rows or events.
 
         A footer counts the elements of lists, and one for each list that is empty or null.
         """

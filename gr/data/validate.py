@@ -60,17 +60,17 @@ def check_rows(columns: Mapping[str, Column], schema: DataSchema) -> list[Fault]
     return [fault for fault in faults if fault is not None]
 
 
-def value_faults(name: str, column: Column, wanted: ColumnType, *, nulls: bool = True) -> list[Fault | None]:
+def value_faults(name: str, column: Column, column_type: ColumnType, *, nulls: bool = True) -> list[Fault | None]:
     """The faults that any column may have: values that a cast lost, numbers that are not finite, and nulls."""
     faults = []
     if column.lost is not None:
-        faults.append(event_fault(name, "loses its value", column, column.lost, problem(column, wanted)))
+        faults.append(event_fault(name, "loses its value", column, column.lost, problem(column, column_type)))
     if nulls:
         noun = "is null" if column.offsets is None else "the list is null"
         faults.append(row_fault(name, "is null", column.nulls, lambda row: noun))
         if column.offsets is not None and column.values.null_count:
             faults.append(event_fault(name, "has null elements", column, column.missing(), lambda event: "is null"))
-    if wanted.kind == "number":
+    if column_type.kind == "number":
         values = column.filled
         infinite = ~np.isfinite(values)
         faults.append(
@@ -86,12 +86,12 @@ def require_columns(place: object, table: pa.Table, names: Iterable[str]) -> Non
             raise DataError(f"{place}: has no column {name}; it has {', '.join(table.column_names)}")
 
 
-def checked_column(place: object, table: pa.Table, name: str, wanted: ColumnType, *, nulls: bool = True) -> Column:
+def checked_column(place: object, table: pa.Table, name: str, column_type: ColumnType, *, nulls: bool = True) -> Column:
     """A column that is there. Raises DataError for its type and its value_faults. place: of require_columns."""
-    if not wanted.reads(kind := table.schema.field(name).type):
-        raise DataError(f"{place}: column {name} has type {kind}, wanted {wanted}")
-    column = read_column(table.column(name), wanted)
-    for fault in value_faults(name, column, wanted, nulls=nulls):
+    if not column_type.reads(kind := table.schema.field(name).type):
+        raise DataError(f"{place}: column {name} has type {kind}, wanted {column_type}")
+    column = read_column(table.column(name), column_type)
+    for fault in value_faults(name, column, column_type, nulls=nulls):
         if fault is not None:
             raise DataError(f"{place}: row {fault.row}, column {name}: {fault.problem}")
     return column

@@ -1,4 +1,4 @@
-"""What is asked of `gr prepare events`, as far as it can be checked before the log is read."""
+"""The options of `gr prepare events`, and the checks of them that need no log."""
 
 from datetime import UTC, datetime
 from pathlib import Path

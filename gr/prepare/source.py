@@ -35,7 +35,7 @@ _RATIO = 5  # bytes of text that a byte of such a file holds, about
 
 @contextmanager
 def reading(place: object) -> Iterator[None]:
-    """What fails while `place` is read becomes a DataError that names it, or a TransientError where the disk failed."""
+    """Turns failures to read `place` into a DataError that names it, or a TransientError where the disk failed."""
     try:
         yield
     except _FAULTS as error:

@@ -44,7 +44,7 @@ class Users:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What fails for want of room, memory or rights becomes a DataError, or a TransientError where it may pass."""
+    """Turns failures for want of room, memory or rights into a DataError, or a TransientError where it may pass."""
     try:
         yield
     except MemoryError as error:
@@ -277,7 +277,7 @@ def _fitted(offsets: np.ndarray) -> np.ndarray:
 
 
 def repeated_events(users_T: np.ndarray, times_T: np.ndarray, items_T: np.ndarray) -> int:
-    """How many events have the user, time and item of an earlier one. Events of a user and time stand side by side."""
+    """The number of events that repeat another in user, time and item. Those of a user and time stand side by side."""
     same_T = np.append(False, (users_T[1:] == users_T[:-1]) & (times_T[1:] == times_T[:-1]))
     tied_T = same_T | np.append(same_T[1:], False)
     group_T, item_T = np.cumsum(~same_T)[tied_T], items_T[tied_T]

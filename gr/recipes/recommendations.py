@@ -1,4 +1,4 @@
-"""What a retrieval model recommends, as tables in the log's own ids. B users of a batch, K items a user, N rows."""
+"""Recommendations of a retrieval model, as tables in the log's own ids. B users of a batch, K items a user, N rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
