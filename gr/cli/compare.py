@@ -81,11 +81,11 @@ def _print_paired(runs: Sequence["Run"], letters: str) -> None:
     from gr.metrics.compare import paired, unpaired
 
     for letter, run in zip(letters[1:], runs[1:], strict=True):
-        heading = f"\npaired, {letter} - {letters[0]}"
+        heading = f"paired, {letter} - {letters[0]}"
         if reason := unpaired(runs[0], run):
-            say(f"{heading}: no test, since {reason}")
+            say("", f"{heading}: no test, since {reason}")
             continue
         assert runs[0].ranks is not None and run.ranks is not None, "asked above"
-        say(f"{heading}, {len(run.ranks):,} users: difference +- standard error, p of no difference")
+        say("", f"{heading}, {len(run.ranks):,} users: difference +- standard error, p of no difference")
         for test in paired([runs[0].ranks], [run.ranks]):
             say(f"  {test.name:<8} {test.difference:+.4f} +- {test.error:.4f}  p {test.p:.2g}")

@@ -9,7 +9,7 @@ import pyarrow as pa
 from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.data.collate import Rows
 from gr.data.collate_ranking import RankingCollate
-from gr.data.columns import ColumnType
+from gr.data.columns import PER_SECOND, ColumnType
 from gr.data.dataset import Dataset, Histories
 from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
@@ -109,7 +109,7 @@ class CandidateRows:
             return last_B
         unit = self.data.schema.time_unit
         times = checked_column("the input", table, TIME, ColumnType("time", time_unit=unit), nulls=False)
-        times_B = np.where(times.nulls, last_B, times.filled // (1000 if unit == "ms" else 1))
+        times_B = np.where(times.nulls, last_B, times.filled // PER_SECOND[unit])
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(

@@ -25,7 +25,7 @@ _LISTS = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
     *(pa.types.is_list_view, pa.types.is_large_list_view),
 )
-_TICKS = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}  # of a second
+PER_SECOND = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
 _INT64 = np.iinfo(np.int64)
 
 
@@ -161,7 +161,7 @@ def _times(values: pa.Array, time_unit: Literal["s", "ms"]) -> tuple[np.ndarray,
     """Whole units since 1970 in UTC, of datetimes; those without a time zone are in UTC."""
     if pa.types.is_date(values.type):
         values = values.cast(pa.timestamp("s" if pa.types.is_date32(values.type) else "ms"))
-    ticks, kept = _TICKS[values.type.unit], _TICKS[time_unit]
+    ticks, kept = PER_SECOND[values.type.unit], PER_SECOND[time_unit]
     stored = _filled(values.cast(pa.int64()))
     if ticks >= kept:
         return stored // (ticks // kept), np.zeros(len(stored), dtype=bool)

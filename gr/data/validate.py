@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from gr.data.columns import Column, ColumnType, problem, read_column
+from gr.data.columns import PER_SECOND, Column, ColumnType, problem, read_column
 from gr.errors import DataError
 from gr.schema import DataSchema
 
@@ -125,7 +125,7 @@ def _check_times(column: Column, unit: str) -> list[Fault | None]:
     back = np.zeros(len(times), dtype=bool)
     back[1:] = (times[1:] < times[:-1]) & ~missing[1:] & ~missing[:-1]
     back[offsets[:-1][np.diff(offsets) > 0]] = False  # the first event of a row
-    late = times >= LAST_SECOND * (1000 if unit == "ms" else 1)
+    late = times >= LAST_SECOND * PER_SECOND[unit]
     remedy = f"beyond the year 9999 in {unit}, the time_unit of schema.json: is it {_SMALLER_UNIT[unit]}?"
     return [
         event_fault(

@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import pyarrow as pa
 
+from gr.data.columns import PER_SECOND
 from gr.errors import DataError
 from gr.prepare.source import SourceFile, natural_order
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
-PER_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 WHOLE = r"0|-?[1-9][0-9]{0,17}"  # whole numbers of which int64 holds every one
 _DELIMITERS = (",", "\t", ";", "|")
 _LONGEST_HEADER = 1 << 20

@@ -87,7 +87,7 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
         f"{' GROUP BY ALL' if options.joins_repeats else ''}"
     )
-    _note_left_out(con, options, notes)
+    _note_left_out(con, notes)
     for name in ("copies", *_RAW):
         con.execute(f"ALTER TABLE events DROP COLUMN {name}")
     con.execute("DROP TABLE log")
@@ -155,7 +155,7 @@ def _feature_codes(
     return codes
 
 
-def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
+def _note_left_out(con: duckdb.DuckDBPyConnection, notes: list[str]) -> None:
     taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
     if left_out := one(con, "SELECT count(*) FROM log") - taken:
         notes.append(f"{left_out:,} events left out: outside --since and --until, or of items that are not known")

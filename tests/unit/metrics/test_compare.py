@@ -120,7 +120,7 @@ def test_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "configuration, A -> B\n  seed: 1 -> 5\n" in out and "run_dir" not in out.split("configuration")[1]
     row = next(line for line in out.splitlines() if line.startswith("  hr@10 "))
     assert row.split() == ["hr@10", "0.6", "0.2", "-0.4"]
-    assert "paired, B - A, 5 users" in out and "  hr@10    -0.4000 +- 0.2449  p " in out
+    assert "\n\npaired, B - A, 5 users" in out and "  hr@10    -0.4000 +- 0.2449  p " in out
     assert main(["compare", str(a.path)]) == 2 and main(["compare", str(a.path), str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
 
