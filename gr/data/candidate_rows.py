@@ -37,13 +37,13 @@ class CandidateRows:
         self._groups: OrderedDict[int, Histories] = OrderedDict()
         self.unknown_users = self.unknown_items = 0
 
-    def batch(self, table: pa.Table) -> tuple[RankingBatch, np.ndarray]:
-        """The batch, and which of its rows have an item that the model knows, bool [B].
+    def batch(self, table: pa.Table, where: str = "the input") -> tuple[RankingBatch, np.ndarray]:
+        """The batch, and which of its rows have an item that the model knows, bool [B]. where: as in ClickRows.
 
         Raises DataError for a missing column or values of another kind.
         """
         schema = self.collate.schema
-        require_columns("the input", table, [USER_COLUMN, ITEM_FEATURE, *schema.event_features])
+        require_columns(where, table, [USER_COLUMN, ITEM_FEATURE, *schema.event_features])
         if not (count := table.num_rows):  # ranks take as many batches each; this one predicts nothing
             table = pa.table({name: pa.nulls(1) for name in table.column_names})
         user_ids_B, known_B = self.users.lookup(table.column(USER_COLUMN))
@@ -59,7 +59,7 @@ class CandidateRows:
         for name, size in schema.event_features.items():
             newest[name] = np.where((newest[name] >= 0) & (newest[name] < size), newest[name], 0)
         if schema.timestamps:
-            newest["timestamps"] = self._times(table, histories, lengths_B)
+            newest["timestamps"] = self._times(where, table, histories, lengths_B)
         columns = {}
         for name in schema.event_columns:
             past = histories.gather(name, np.zeros_like(lengths_B), lengths_B)
@@ -100,7 +100,7 @@ class CandidateRows:
         self._groups.move_to_end(index)
         return self._groups[index]
 
-    def _times(self, table: pa.Table, histories: Rows, lengths_B: np.ndarray) -> np.ndarray:
+    def _times(self, where: str, table: pa.Table, histories: Rows, lengths_B: np.ndarray) -> np.ndarray:
         """Seconds: those of the column timestamp, or of the newest event."""
         last_B = np.zeros(len(lengths_B), dtype=np.int64)
         some_B = lengths_B > 0
@@ -108,11 +108,12 @@ class CandidateRows:
         if TIME not in table.column_names:
             return last_B
         unit = self.data.schema.time_unit
-        times = checked_column("the input", table, TIME, ColumnType("time", time_unit=unit), nulls=False)
+        times = checked_column(where, table, TIME, ColumnType("time", time_unit=unit), nulls=False)
         times_B = np.where(times.nulls, last_B, times.filled // PER_SECOND[unit])
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(
-                f"row {row}, column {TIME}: {times_B[row]} s is before the user's newest event, {last_B[row]} s"
+                f"{where}: row {row}, column {TIME}: {times_B[row]} s is before the user's newest event, "
+                f"{last_B[row]} s"
             )
         return times_B

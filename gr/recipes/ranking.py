@@ -212,11 +212,16 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, world: World, tables: Iterator[pa.Table], rows: CandidateRows, answers: Answers
+        self,
+        model: nn.Module,
+        world: World,
+        tables: Iterator[tuple[str, pa.Table]],
+        rows: CandidateRows,
+        answers: Answers,
     ) -> Iterator[pa.Table]:
         model.eval()
-        for table in tables:
-            batch, known_B = rows.batch(table)
+        for where, table in tables:
+            batch, known_B = rows.batch(table, where)
             columns = predictions(model(batch.to(world.device)), self.config.task.tasks)
             yield with_scores(table, answers.schema, [pa.array(values_B, mask=~known_B) for values_B in columns])
         counted = [float(rows.unknown_users), float(rows.unknown_items)]

@@ -113,7 +113,7 @@ def test_any_number_of_rows(click: RunConfig, tmp_path: Path, count: int) -> Non
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"shop": None}, "the input: has no column shop; it has user"),
+        ({"shop": None}, "rows.parquet, rows from 0: has no column shop; it has user"),
         ({"watched": "x"}, "string, wanted numbers"),
         ({"watched": np.inf}, "column watched: is inf, not a finite number"),
         ({"country": "x"}, "string cannot be looked up, these are whole numbers"),

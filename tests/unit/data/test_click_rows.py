@@ -58,7 +58,7 @@ def test_missing_and_unseen_values_are_0(folder: Path) -> None:
         ("c1", [41], "column c1: is id 41, allowed are 0 to 40"),
         ("c1", [-1], "column c1: is id -1, allowed are 0 to 40"),
         ("c1", [[1]], "cannot be looked up"),
-        ("c2", [7], "column c2: has type int64, wanted lists of 3 ids"),
+        ("c2", [7], "column c2 has type int64, wanted lists of 3 ids"),
         ("c2", [[1, 2]], "row 0, column c2: holds 2 ids, wanted 3"),
         ("c2", [None], "row 0, column c2: holds 0 ids, wanted 3"),
     ],
