@@ -92,11 +92,11 @@ def reading(
         contents.append(read(folder))
 
     def difference() -> str | None:
-        wanted, (found,) = read(whole), contents
-        if lacks := wanted.keys() - found.keys() - (wanted.keys() if may_lack else set()):
+        before, (after,) = read(whole), contents
+        if lacks := before.keys() - after.keys() - (before.keys() if may_lack else set()):
             return f"has no {min(lacks)}"
-        wrong = [name for name in found if name not in wanted or not same(wanted[name], found[name])]
-        return f"{wrong[0]} was {str(wanted.get(wrong[0]))[:99]}, is {str(found[wrong[0]])[:99]}" if wrong else None
+        wrong = [name for name in after if name not in before or not same(before[name], after[name])]
+        return f"{wrong[0]} was {str(before.get(wrong[0]))[:99]}, is {str(after[wrong[0]])[:99]}" if wrong else None
 
     return run, difference
 

@@ -33,11 +33,11 @@ def configuration(random: np.random.Generator, folder: Path) -> Trial:
         tree = yaml.safe_load(text)
         kind = (tree.get("task") or {}).get("kind", "retrieval")
         try:
-            wanted = dump_config(RECIPES.config(kind).model_validate(tree))
+            expected = dump_config(RECIPES.config(kind).model_validate(tree))
         except ValueError as error:
             return f"accepted, though {str(error)[:300]}"
         actual = dump_config(load_config(file))
-        pairs = zip(wanted.splitlines(), actual.splitlines(), strict=False)
+        pairs = zip(expected.splitlines(), actual.splitlines(), strict=False)
         return next((f"wanted {a!r}, is {b!r}" for a, b in pairs if a != b), None)
 
     return Trial(f"{path}, {mutation}", lambda: main(["config", "check", str(file)]), difference)
@@ -70,7 +70,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def evaluate(checkpoint: Path, report: Path) -> int:
-    """As gr evaluate does, which has no file for what it prints."""
+    """Writes the metrics that `gr evaluate` only prints."""
     from gr.api import evaluate
 
     report.write_text(json.dumps(metrics(evaluate(str(checkpoint)))))
@@ -78,12 +78,12 @@ def evaluate(checkpoint: Path, report: Path) -> int:
 
 
 def metrics(report: dict) -> dict:
-    """What does not depend on where a run was resumed."""
+    """The part of a report that does not depend on where a run was resumed."""
     return {name: report[name] for name in ("kind", "step", "split", "users", "model")}
 
 
-def compared(report: Path, wanted: Path) -> str | None:
-    before, after = (metrics(json.loads(path.read_text())) for path in (wanted, report))
+def compared(report: Path, expected: Path) -> str | None:
+    before, after = (metrics(json.loads(path.read_text())) for path in (expected, report))
     wrong = [key for key in before | after if before.get(key) != after.get(key)]
     return f"{wrong[0]} was {before.get(wrong[0])}, is {after.get(wrong[0])}"[:400] if wrong else None
 
@@ -92,14 +92,14 @@ def entries(
     folder: Path, run_dir: Path, checkpoint: Path
 ) -> dict[str, tuple[Callable[[], int], Callable[[], str | None]]]:
     """(run, difference) by name: what reads a run folder."""
-    report, wanted = folder / "report.json", folder.parent / "evaluated.json"
-    if not wanted.exists():
-        evaluate(folder.parent / "whole", wanted)
+    report, expected = folder / "report.json", folder.parent / "evaluated.json"
+    if not expected.exists():
+        evaluate(folder.parent / "whole", expected)
     resumed = folder.parent / "resumed" / "report.json"
     return {
         "status": (lambda: main(["status", str(run_dir)]), lambda: None),
         "train": (lambda: train(folder, run_dir, STEPS + 2), lambda: compared(run_dir / "report.json", resumed)),
-        "evaluate": (lambda: evaluate(checkpoint, report), lambda: compared(report, wanted)),
+        "evaluate": (lambda: evaluate(checkpoint, report), lambda: compared(report, expected)),
     }
 
 

@@ -76,5 +76,5 @@ def edited(random: np.random.Generator, text: bytes, separator: bytes) -> tuple[
 
 
 def changed(random: np.random.Generator, text: bytes, separator: bytes) -> tuple[bytes, str]:
-    """One or the other."""
+    """Text with faults of bytes or of fields."""
     return damaged(random, text) if random.random() < 0.3 else edited(random, text, separator)

@@ -21,7 +21,7 @@ import torch
 import gr
 from benchmarks.compare import print_machine
 from gr.dist import world
-from gr.experiment import _recipe_of, build, load_weights
+from gr.experiment import trained
 from gr.models.saved import ALONE
 from gr.recipes.answers import write_answers
 from gr.recipes.base import Request
@@ -46,10 +46,9 @@ def plain(recipe, model, out: Path) -> None:
     place = torch.zeros(int(corpus_C.max()) + 1, dtype=torch.int64)
     place[torch.tensor(corpus_C)] = torch.arange(len(corpus_C))
     columns: list[list[np.ndarray]] = [[], [], []]
-    for batch in recipe._user_batches(ALONE, target_from_end=0):
-        queries_BD = model.similarity.queries(model.queries(batch)) * model.similarity.scale
-        score_BC = queries_BD @ vectors_CD.T
-        owner = torch.arange(len(queries_BD)).repeat_interleave(batch.seen_offsets.diff())
+    for batch in recipe.user_batches(ALONE, target_from_end=0):
+        score_BC = model.user_vectors(batch) @ vectors_CD.T
+        owner = torch.arange(len(score_BC)).repeat_interleave(batch.seen_offsets.diff())
         score_BC[owner, place[batch.seen_ids]] = -torch.inf
         best = score_BC.topk(K, dim=1)
         valid = batch.valid_B
@@ -87,11 +86,9 @@ def main() -> None:
 
 def _measure(folder: Path, rounds: int) -> None:
     saved = gr.load(folder / "run")
-    with world("cpu") as own:
+    with world("cpu") as own, trained(saved.config, saved.folder, own) as built:
         torch.set_num_threads(1)
-        recipe = _recipe_of(saved.folder, saved.config, own)
-        built = build(recipe, own)
-        load_weights(built, saved.folder)
+        recipe = built.recipe
 
         def ours() -> None:
             answers = recipe.recommend(built.model, own, Request(K))

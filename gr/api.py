@@ -1,4 +1,4 @@
-"""gr from Python: what `gr train`, `gr evaluate`, `gr recommend` and `gr plan` do, for a program of one's own.
+"""gr from Python: the commands train, evaluate, recommend, predict, embed, prepare events and plan as functions.
 
 Each function runs in one process, or on every rank that torchrun started, as the commands do. No torch is imported
 before it is needed.

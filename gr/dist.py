@@ -202,7 +202,7 @@ def world(
     backend = "nccl" if resolved.type == "cuda" else "gloo"
     if size > 1:
         _check_rendezvous(rank)
-    store = _store(rank, size, local_size, timeout)
+    store = _store(size, local_size, timeout)
     # TorchRec reads the local world size from the environment and assumes 8 where it is missing.
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(local_size))
     watchdog.enter("joining the other ranks")
@@ -229,7 +229,7 @@ def _place() -> tuple[int, int, int, int]:
     return rank, size, whole_number("LOCAL_RANK", 0, most=local_size - 1), local_size
 
 
-def _store(rank: int, size: int, local_size: int, timeout: float) -> dist.Store | None:
+def _store(size: int, local_size: int, timeout: float) -> dist.Store | None:
     """The store with the addresses of the ranks, or None for torch's own choice.
 
     The torchrun of torch 2.13 shares one store among all attempts, so the faster ranks of an attempt would find the

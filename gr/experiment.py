@@ -6,8 +6,8 @@
 The experiment asks the recipe (gr.recipes.base.Recipe) for all that differs between kinds.
 """
 
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,18 +167,24 @@ def load_weights(built: Built, checkpoint: Path) -> int:
     return int(load_state(checkpoint, state, built.world)["step"])
 
 
+@contextmanager
+def trained(config: RunConfig, checkpoint: Path, world: World) -> Iterator[Built]:
+    """The model of a checkpoint with its weights, and the kernels of its configuration. Collective."""
+    with force_backend(config.trainer.kernels):
+        built = build(_recipe_of(checkpoint, config, world), world)
+        load_weights(built, checkpoint)
+        yield built
+
+
 def recommend(config: RunConfig, checkpoint: Path, world: World, out: Path, request: Request) -> dict[str, int]:
     """Writes the best items of users of the evaluation data as `out`, and returns what was counted. Collective.
 
     `out` is one Parquet file: user_id, item_id, score, place; the same at every world size. Every rank must reach its
     folder.
     """
-    with force_backend(config.trainer.kernels):
-        built = build(_recipe_of(checkpoint, config, world), world)
-        load_weights(built, checkpoint)
+    with trained(config, checkpoint, world) as built:
         answers = built.recipe.recommend(built.model, world, request)
-        rows = write_answers(out, answers.schema, answers.tables, world)
-        return {"rows": rows, **answers.counts}
+        return {"rows": write_answers(out, answers.schema, answers.tables, world), **answers.counts}
 
 
 def predict(config: RunConfig, checkpoint: Path, world: World, file: Path, out: Path) -> dict[str, int]:
@@ -186,18 +192,14 @@ def predict(config: RunConfig, checkpoint: Path, world: World, file: Path, out: 
 
     The same at every world size. Every rank must reach both folders.
     """
-    with force_backend(config.trainer.kernels):
-        built = build(_recipe_of(checkpoint, config, world), world)
-        load_weights(built, checkpoint)
+    with trained(config, checkpoint, world) as built:
         answers = built.recipe.predict(built.model, world, file)
         return {"rows": write_answers(out, answers.schema, answers.tables, world), **answers.counts}
 
 
 def embed(config: RunConfig, checkpoint: Path, world: World, folder: Path) -> dict[str, int]:
     """Writes items.parquet and users.parquet of ids and vectors into a folder; returns their rows. Collective."""
-    with force_backend(config.trainer.kernels):
-        built = build(_recipe_of(checkpoint, config, world), world)
-        load_weights(built, checkpoint)
+    with trained(config, checkpoint, world) as built:
         parts = built.recipe.embed(built.model, world)
         try:
             world.on_all(lambda: folder.mkdir(exist_ok=True) if world.is_main else None)

@@ -38,10 +38,11 @@ SCHEMA_FILE = "schema.json"
 ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
+UNCOUNTED_EVENTS = 2  # newest events of each user, which are evaluated on, so that items.parquet does not count them
 
 
 def vocabulary_file(column: str) -> str:
-    """Where a data folder and a checkpoint have the vocabulary of a column."""
+    """The path of a column's vocabulary in a data folder and in a checkpoint."""
     return f"{VOCABULARY_FOLDER}/{column}.parquet"
 
 

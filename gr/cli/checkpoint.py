@@ -1,4 +1,4 @@
-"""What commands on a checkpoint have in common: the checkpoint, values of its configuration, the file they write."""
+"""The options that commands on a checkpoint share: the checkpoint, values of its configuration, the file to write."""
 
 import functools
 from collections.abc import Callable

@@ -45,7 +45,7 @@ def check(folder: Path, everything: bool, picture: Path | None) -> int:
         from gr.data.picture import draw
 
         draw(result, picture)
-    return 2 if result.faults.found else 0
+    return 2 if result.faults.by_kind else 0
 
 
 def screen(title: str, facts: list[tuple[str, str]], faults: list[str], limit: int | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a command prints, and the file that it writes."""
+"""The output of commands: lines, tables, and the files of --out and --picture."""
 
 import importlib.util
 from pathlib import Path

@@ -21,10 +21,10 @@ def located(path: Path) -> Path:
 
 
 def hint(path: Path) -> str:
-    """What follows `no such file`: the installed configuration of the nearest name, or nothing."""
+    """The end of `no such file`: a question for the installed configuration of the nearest name, or nothing."""
     known = {Path(name).name: name for name in names()} | {name: name for name in names()}
-    wanted = str(path.with_suffix("") if path.suffix == ".yaml" else path).removeprefix("configs/")
-    near = difflib.get_close_matches(wanted, known, n=1)
+    asked = str(path.with_suffix("") if path.suffix == ".yaml" else path).removeprefix("configs/")
+    near = difflib.get_close_matches(asked, known, n=1)
     if near:
         return f"; did you mean '{known[near[0]]}', which is installed with gr?"
     return "" if path.suffix else "; `gr config list` shows those installed with gr"

@@ -48,7 +48,7 @@ class EmbeddingsConfig(Section):
     tables: dict[str, TableOptions] = Field({}, description="By column: a table that differs from all others.")
 
     def of(self, table: str) -> TableOptions:
-        """What a table has of its own."""
+        """The options of one table, all unset where it is as the others are."""
         return self.tables.get(table, TableOptions())
 
     def optimizer_of(self, table: str) -> TableOptimizerConfig:

@@ -9,7 +9,9 @@ import pyarrow as pa
 from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.data.collate import Rows
 from gr.data.collate_ranking import RankingCollate
+from gr.data.columns import PER_SECOND, ColumnType
 from gr.data.dataset import Dataset, Histories
+from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.schema import USER_COLUMN
@@ -35,17 +37,13 @@ class CandidateRows:
         self._groups: OrderedDict[int, Histories] = OrderedDict()
         self.unknown_users = self.unknown_items = 0
 
-    def batch(self, table: pa.Table) -> tuple[RankingBatch, np.ndarray]:
-        """The batch, and which of its rows have an item that the model knows, bool [B].
+    def batch(self, table: pa.Table, where: str = "the input") -> tuple[RankingBatch, np.ndarray]:
+        """The batch, and which of its rows have an item that the model knows, bool [B]. where: as in ClickRows.
 
         Raises DataError for a missing column or values of another kind.
         """
         schema = self.collate.schema
-        for name in [USER_COLUMN, ITEM_FEATURE, *schema.event_features]:
-            if name not in table.column_names:
-                raise DataError(
-                    f"column {name} is missing, the model reads it; there are {', '.join(table.column_names)}"
-                )
+        require_columns(where, table, [USER_COLUMN, ITEM_FEATURE, *schema.event_features])
         if not (count := table.num_rows):  # ranks take as many batches each; this one predicts nothing
             table = pa.table({name: pa.nulls(1) for name in table.column_names})
         user_ids_B, known_B = self.users.lookup(table.column(USER_COLUMN))
@@ -61,7 +59,7 @@ class CandidateRows:
         for name, size in schema.event_features.items():
             newest[name] = np.where((newest[name] >= 0) & (newest[name] < size), newest[name], 0)
         if schema.timestamps:
-            newest["timestamps"] = self._times(table, histories, lengths_B)
+            newest["timestamps"] = self._times(where, table, histories, lengths_B)
         columns = {}
         for name in schema.event_columns:
             past = histories.gather(name, np.zeros_like(lengths_B), lengths_B)
@@ -102,26 +100,20 @@ class CandidateRows:
         self._groups.move_to_end(index)
         return self._groups[index]
 
-    def _times(self, table: pa.Table, histories: Rows, lengths_B: np.ndarray) -> np.ndarray:
+    def _times(self, where: str, table: pa.Table, histories: Rows, lengths_B: np.ndarray) -> np.ndarray:
         """Seconds: those of the column timestamp, or of the newest event."""
         last_B = np.zeros(len(lengths_B), dtype=np.int64)
         some_B = lengths_B > 0
         last_B[some_B] = histories.gather("timestamps", np.maximum(lengths_B - 1, 0), some_B.astype(np.int64))
         if TIME not in table.column_names:
             return last_B
-        column = table.column(TIME)
-        try:
-            if pa.types.is_timestamp(column.type):
-                times = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
-                scale = 1000
-            else:
-                times, scale = column.cast(pa.int64()), 1000 if self.data.schema.time_unit == "ms" else 1
-        except pa.ArrowException as error:
-            raise DataError(f"column {TIME}: of type {column.type}, wanted dates or whole numbers ({error})") from None
-        times_B = np.where(times.is_valid(), times.fill_null(0).to_numpy() // scale, last_B)
+        unit = self.data.schema.time_unit
+        times = checked_column(where, table, TIME, ColumnType("time", time_unit=unit), nulls=False)
+        times_B = np.where(times.nulls, last_B, times.filled // PER_SECOND[unit])
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(
-                f"row {row}, column {TIME}: {times_B[row]} s is before the user's newest event, {last_B[row]} s"
+                f"{where}: row {row}, column {TIME}: {times_B[row]} s is before the user's newest event, "
+                f"{last_B[row]} s"
             )
         return times_B

@@ -1,4 +1,4 @@
-"""What is in a data folder, and every fault that reading it would meet: one pass over its row groups.
+"""The contents of a data folder, and every fault that reading it would meet: one pass over its row groups.
 
 B rows of a row group, T events of them, E items. Memory: a row group, 16 bytes for each item of a folder of histories,
 one byte for each row of the tables of a tabular folder, and the user ids of `_USERS_AT_ONCE` users.
@@ -19,10 +19,9 @@ from gr.data.parquet import RowGroup
 from gr.data.tabular import TabularDataset
 from gr.data.validate import LAST_SECOND, Fault
 from gr.errors import DataError
-from gr.schema import SCHEMA_FILE, SparseColumn
+from gr.schema import SCHEMA_FILE, UNCOUNTED_EVENTS, SparseColumn
 
 SHORT = 3  # events from which a user has a test target, a validation target and an event before them
-UNCOUNTED = 2  # newest events of each user that items.parquet does not count
 _USERS_AT_ONCE = 1 << 24
 _DAY = 86400
 
@@ -31,12 +30,12 @@ _DAY = 86400
 class Faults:
     """Faults by column and kind: how many rows (of items.parquet: items) have them, and the first."""
 
-    found: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
+    by_kind: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
     def add(self, column: str, kind: str, rows: int, first: str) -> None:
         """first: its place and what is wrong there; of two, the earlier call's stays."""
-        before, place = self.found.get((column, kind), (0, first))
-        self.found[column, kind] = before + rows, place
+        before, place = self.by_kind.get((column, kind), (0, first))
+        self.by_kind[column, kind] = before + rows, place
 
     def add_rows(self, group: RowGroup, faults: list[Fault]) -> None:
         for fault in faults:
@@ -46,13 +45,13 @@ class Faults:
     @property
     def lines(self) -> list[str]:
         """One for each kind, the most frequent first."""
-        ordered = sorted(self.found.items(), key=lambda item: -item[1][0])
+        ordered = sorted(self.by_kind.items(), key=lambda item: -item[1][0])
         return [f"{rows:,} x {column} {kind}; first: {first}" for (column, kind), (rows, first) in ordered]
 
 
 @dataclass
 class Check:
-    """What a folder holds. facts: (name, text), to be shown in this order.
+    """The contents of a folder. facts: (name, text), to be shown in this order.
 
     For pictures, None where there is none: lengths_N counts users by their number of events, events_E events by item,
     days events by day since 1970.
@@ -100,7 +99,7 @@ class _Histories:
         self.lengths_N = lengths_N
         self.events_E += np.bincount(items_T, minlength=len(self.events_E))
         from_end_T = np.repeat(group.offsets[1:], lengths_B) - np.arange(len(items_T))
-        self.counted_E += np.bincount(items_T[from_end_T > UNCOUNTED], minlength=len(self.events_E))
+        self.counted_E += np.bincount(items_T[from_end_T > UNCOUNTED_EVENTS], minlength=len(self.events_E))
         follows_T = np.ones(len(items_T), dtype=bool)
         follows_T[group.offsets[:-1][lengths_B > 0]] = False
         self.repeats += _equal_to_before(items_T, follows_T)
@@ -137,7 +136,7 @@ def _check_histories(data: Dataset) -> Check:
         sums.add(histories)
         sums.users.append(_share(histories, wrong, 0, shares))
     events = int(sums.events_E.sum())
-    if not faults.found and events != schema.events:
+    if not faults.by_kind and events != schema.events:
         problem = f"events={schema.events}, the parts hold {events}"
         faults.add("schema.json", "does not fit the parts", 1, problem)
     for share in range(shares):
@@ -214,10 +213,10 @@ def _check_corpus(data: Dataset, sums: _Histories, faults: Faults) -> int:
         first = f"item {outside[0]} has {strangers[outside[0]]:,} events"
         faults.add("items.parquet", "lacks items of the parts", len(outside), first)
     wrong = counts != sums.counted_E[ids]
-    if wrong.any() and not faults.found:
+    if wrong.any() and not faults.by_kind:
         row = int(wrong.argmax())
         shown = f"item {ids[row]} has count={counts[row]}, the parts have {sums.counted_E[ids[row]]}"
-        note = f" without each user's newest {UNCOUNTED}"
+        note = f" without each user's newest {UNCOUNTED_EVENTS}"
         faults.add("items.parquet", "counts other events", int(wrong.sum()), shown + note)
     return int((sums.events_E[ids] == 0).sum())
 
@@ -315,7 +314,7 @@ def _lengths(lengths_N: np.ndarray) -> str:
 
 
 def _skew(events_E: np.ndarray) -> str:
-    """Of the items that are seen: the share of the most frequent 1 %, and Gini's coefficient."""
+    """The share of the most frequent 1 % of the items that are seen, and Gini's coefficient of those."""
     seen = np.sort(events_E[events_E > 0])
     if not len(seen):
         return "no events"

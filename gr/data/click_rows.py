@@ -8,6 +8,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import TabularBatch
+from gr.data.columns import ColumnType, flattened, is_list
+from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.schema import SparseColumn, TabularSchema
@@ -23,17 +25,16 @@ class ClickRows:
     def __init__(self, schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.schema, self.vocabularies = schema, vocabularies
 
-    def batch(self, table: pa.Table) -> TabularBatch:
-        """Labels are 0. Raises DataError for a missing column, or a value that is no finite number or no id."""
-        for name in [*self.schema.dense, *(column.name for column in self.schema.sparse)]:
-            if name not in table.column_names:
-                raise DataError(
-                    f"column {name} is missing, the model reads it; there are {', '.join(table.column_names)}"
-                )
+    def batch(self, table: pa.Table, where: str = "the input") -> TabularBatch:
+        """Labels are 0. where: of the table, for messages.
+
+        Raises DataError for a missing column, or a value that is no finite number or no id.
+        """
+        require_columns(where, table, [*self.schema.dense, *(column.name for column in self.schema.sparse)])
         dense_BN = np.empty((table.num_rows, len(self.schema.dense)), dtype=np.float32)
         for place, name in enumerate(self.schema.dense):
-            dense_BN[:, place] = _numbers(name, table.column(name))
-        ids = [self._ids(column, table.column(column.name)) for column in self.schema.sparse]
+            dense_BN[:, place] = checked_column(where, table, name, ColumnType("number"), nulls=False).filled
+        ids = [self._ids(where, column, table.column(column.name)) for column in self.schema.sparse]
         return TabularBatch(
             dense_BN=torch.from_numpy(dense_BN),
             sparse=KeyedJaggedTensor(
@@ -46,35 +47,27 @@ class ClickRows:
             first_example=0,
         )
 
-    def _ids(self, column: SparseColumn, values_B: pa.ChunkedArray) -> np.ndarray:
+    def _ids(self, where: str, column: SparseColumn, values_B: pa.ChunkedArray) -> np.ndarray:
         """int64 [B * hots]."""
         if column.hots == 1:
             ids = self.vocabularies[column.name].ids(values_B)
         else:
-            lists = values_B.combine_chunks()
-            if not pa.types.is_list(lists.type) and not pa.types.is_large_list(lists.type):
-                raise DataError(f"column {column.name}: of type {lists.type}, wanted lists of {column.hots} ids")
-            widths = set(lists.value_lengths().to_pylist())
-            if widths - {column.hots}:
+            if not is_list(values_B.type):
                 raise DataError(
-                    f"column {column.name}: has lists of {sorted(map(str, widths))} ids, wanted {column.hots}"
+                    f"{where}: column {column.name} has type {values_B.type}, wanted lists of {column.hots} ids"
                 )
-            ids = self.vocabularies[column.name].ids(lists.flatten())
+            offsets, values = flattened(values_B.combine_chunks())
+            if (wrong_B := np.diff(offsets) != column.hots).any():
+                row = int(wrong_B.argmax())
+                raise DataError(
+                    f"{where}: row {row}, column {column.name}: holds {offsets[row + 1] - offsets[row]} ids, wanted "
+                    f"{column.hots}"
+                )
+            ids = self.vocabularies[column.name].ids(values)
         if (outside := (ids < 0) | (ids >= column.cardinality)).any():
             row = int(outside.argmax()) // column.hots
             raise DataError(
-                f"row {row}, column {column.name}: is id {ids[outside][0]}, allowed are 0 to {column.cardinality - 1}"
+                f"{where}: row {row}, column {column.name}: is id {ids[outside][0]}, allowed are 0 to "
+                f"{column.cardinality - 1}"
             )
         return ids
-
-
-def _numbers(name: str, values_B: pa.ChunkedArray) -> np.ndarray:
-    try:
-        numbers = values_B.cast(pa.float64()).fill_null(0).to_numpy()
-    except pa.ArrowException as error:
-        raise DataError(f"column {name}: of type {values_B.type}, wanted numbers ({error})") from None
-    with np.errstate(over="ignore"):
-        single_B = numbers.astype(np.float32)
-    if (wrong := ~np.isfinite(single_B)).any():
-        raise DataError(f"row {int(wrong.argmax())}, column {name}: is {numbers[wrong][0]}, wanted a finite number")
-    return single_B

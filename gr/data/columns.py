@@ -25,13 +25,13 @@ _LISTS = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
     *(pa.types.is_list_view, pa.types.is_large_list_view),
 )
-_TICKS = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}  # of a second
+PER_SECOND = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
 _INT64 = np.iinfo(np.int64)
 
 
 @dataclass(frozen=True)
 class ColumnType:
-    """What a column holds: a value a row, or a list of them. time_unit: of integers that are times."""
+    """The contents of a column: a value a row, or a list of them. time_unit: of integers that are times."""
 
     kind: Kind
     is_list: bool = False
@@ -39,7 +39,7 @@ class ColumnType:
 
     def reads(self, stored: pa.DataType) -> bool:
         """Whether a part may have the column in this type; which values it may have is seen as they are read."""
-        if any(is_list(stored) for is_list in _LISTS) != self.is_list:
+        if is_list(stored) != self.is_list:
             return False
         value = stored.value_type if self.is_list else stored
         is_time = self.kind == "time" and (pa.types.is_timestamp(value) or pa.types.is_date(value))
@@ -81,33 +81,33 @@ class Column:
         return nulls if self.lost is None else nulls & ~self.lost
 
 
-def read_column(column: pa.ChunkedArray, wanted: ColumnType) -> Column:
-    """The column in the types that gr computes with. wanted.reads(column.type) holds."""
+def read_column(column: pa.ChunkedArray, column_type: ColumnType) -> Column:
+    """The column in the types that gr computes with. column_type.reads(column.type) holds."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    if not wanted.is_list:
-        return Column(array, None, array, *_cast(array, wanted))
-    offsets, stored = _flat(array)
-    return Column(array, offsets, stored, *_cast(stored, wanted))
+    if not column_type.is_list:
+        return Column(array, None, array, *_cast(array, column_type))
+    offsets, stored = flattened(array)
+    return Column(array, offsets, stored, *_cast(stored, column_type))
 
 
-def problem(column: Column, wanted: ColumnType) -> Callable[[int], str]:
-    """What is wrong with a lost value."""
-    limit = "beyond float32" if wanted.kind == "number" else "not a whole number within int64"
+def problem(column: Column, column_type: ColumnType) -> Callable[[int], str]:
+    """Describes a lost value by its place."""
+    limit = "beyond float32" if column_type.kind == "number" else "not a whole number within int64"
     return lambda place: f"is {column.stored[place].as_py()}, {limit}"
 
 
-def _cast(values: pa.Array, wanted: ColumnType) -> tuple[pa.Array, np.ndarray | None]:
-    if values.type in _OWN[wanted.kind]:
+def _cast(values: pa.Array, column_type: ColumnType) -> tuple[pa.Array, np.ndarray | None]:
+    if values.type in _OWN[column_type.kind]:
         return values, None
-    target = _OWN[wanted.kind][0]
+    target = _OWN[column_type.kind][0]
     if pa.types.is_null(values.type):
         return pa.nulls(len(values), target), None
     if pa.types.is_boolean(values.type):
         return values.cast(pa.int8()).cast(target), None
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        numbers, lost = _times(values, wanted.time_unit)
+        numbers, lost = _times(values, column_type.time_unit)
     elif target != pa.int64():
         # float16, decimals: numpy has no decimals, and not every release of Arrow fills nulls in float16.
         plain = values if pa.types.is_integer(values.type) else values.cast(pa.float64())
@@ -124,8 +124,12 @@ def _cast(values: pa.Array, wanted: ColumnType) -> tuple[pa.Array, np.ndarray | 
     return pa.array(kept, mask=_is_null(values) | lost), lost if lost.any() else None
 
 
-def _flat(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Offsets from 0, int64 [B + 1], and the values they point into."""
+def is_list(stored: pa.DataType) -> bool:
+    return any(is_kind(stored) for is_kind in _LISTS)
+
+
+def flattened(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Lists as offsets from 0, int64 [B + 1], and the values they point into."""
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         offsets = array.offsets.to_numpy().astype(np.int64)
         return offsets - offsets[0], array.values.slice(offsets[0], offsets[-1] - offsets[0])
@@ -157,11 +161,11 @@ def _times(values: pa.Array, time_unit: Literal["s", "ms"]) -> tuple[np.ndarray,
     """Whole units since 1970 in UTC, of datetimes; those without a time zone are in UTC."""
     if pa.types.is_date(values.type):
         values = values.cast(pa.timestamp("s" if pa.types.is_date32(values.type) else "ms"))
-    ticks, wanted = _TICKS[values.type.unit], _TICKS[time_unit]
+    ticks, kept = PER_SECOND[values.type.unit], PER_SECOND[time_unit]
     stored = _filled(values.cast(pa.int64()))
-    if ticks >= wanted:
-        return stored // (ticks // wanted), np.zeros(len(stored), dtype=bool)
-    factor = wanted // ticks
+    if ticks >= kept:
+        return stored // (ticks // kept), np.zeros(len(stored), dtype=bool)
+    factor = kept // ticks
     lost = (stored > _INT64.max // factor) | (stored < _INT64.min // factor)
     return np.where(lost, 0, stored) * factor, lost
 

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from gr.data.columns import Column, ColumnType, read_column
 from gr.data.parquet import Parts, decoding, read_footer
-from gr.data.validate import Fault, check_rows, expected_types, value_faults
+from gr.data.validate import Fault, check_rows, checked_column, expected_types
 from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
-from gr.schema import ITEMS_FILE, USER_COLUMN, DataSchema
+from gr.schema import ITEMS_FILE, UNCOUNTED_EVENTS, USER_COLUMN, DataSchema
 
 log = get_logger(__name__)
 
@@ -64,13 +64,13 @@ class Dataset:
 
     @classmethod
     def of_any_size(cls, path: Path | str) -> "Dataset":
-        """As open, but the numbers of rows and events, and users without an id, are not yet checked."""
+        """Opens it as `open` does, but does not check the numbers of rows and events, and that users have ids."""
         path = Path(path)
         schema = DataSchema.load(path)
         return cls(path, schema, Parts.open(path, expected_types(schema)))
 
     def wrong_totals(self) -> Iterator[str]:
-        """What footers say against schema.json: other numbers of rows or events.
+        """The contradictions of footers to schema.json: other numbers of rows or events.
 
         A footer counts the elements of lists, and one for each list that is empty or null.
         """
@@ -122,8 +122,9 @@ class Dataset:
 
     def user_ids(self) -> np.ndarray:
         """The user of every row, int64 [rows]."""
-        read = (self._parts.read(index, [USER_COLUMN])[1].column(USER_COLUMN) for index in range(len(self.row_groups)))
-        return np.concatenate([np.empty(0, dtype=np.int64), *(column.cast(pa.int64()).to_numpy() for column in read)])
+        groups = (self._parts.read(index, [USER_COLUMN]) for index in range(len(self.row_groups)))
+        ids = [checked_column(group, table, USER_COLUMN, ColumnType("id")).filled for group, table in groups]
+        return np.concatenate([np.empty(0, dtype=np.int64), *ids])
 
     def rows_of(self, user_ids_N: np.ndarray) -> np.ndarray:
         """Rows of these users, int64, in file order; those of users that are not here are left out."""
@@ -189,7 +190,7 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
     if (counts < 0).any():
         row = int((counts < 0).argmax())
         raise DataError(f"{file}: row {row}: count={counts[row]}; an item occurs 0 times or more")
-    least, total = max(0, schema.events - 2 * schema.users), int(counts.sum())
+    least, total = max(0, schema.events - UNCOUNTED_EVENTS * schema.users), int(counts.sum())
     if not least <= total <= schema.events:
         log_once(
             log,
@@ -201,14 +202,7 @@ def read_corpus(folder: Path, schema: DataSchema) -> tuple[np.ndarray, np.ndarra
 
 def _corpus_column(file: Path, table: pa.Table, name: str) -> np.ndarray:
     """A column of items.parquet, int64. Raises DataError for values that are null or no integers."""
-    wanted = ColumnType("id")
-    if not wanted.reads(kind := table.schema.field(name).type):
-        raise DataError(f"{file}: column {name} has type {kind}, wanted {wanted}")
-    column = read_column(table.column(name), wanted)
-    for fault in value_faults(name, column, wanted):
-        if fault is not None:
-            raise DataError(f"{file}: row {fault.row}: column {name}: {fault.problem}")
-    return column.values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+    return checked_column(file, table, name, ColumnType("id")).filled.astype(np.int64, copy=False)
 
 
 def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray]:

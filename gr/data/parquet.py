@@ -67,7 +67,7 @@ class Parts:
         return cls(row_groups, metadata)
 
     def wrong_rows(self, path: Path, field: str, rows: int) -> Iterator[str]:
-        """What is wrong where the parts of a folder do not hold the rows that a field of schema.json states."""
+        """A fault where the parts of a folder do not hold the rows that a field of schema.json states."""
         if (total := sum(self.row_counts)) != rows:
             yield f"{path}: {len(self.metadata)} parts hold {total} rows, schema.json says {field}={rows}"
 
@@ -77,7 +77,7 @@ class Parts:
         return [group.rows for group in self.row_groups]
 
     def statistics(self, column: str) -> Iterator[tuple[RowGroup, pq.ColumnChunkMetaData]]:
-        """Of each row group, what its footer says of the values of a column."""
+        """The statistics of a column in the footers, by row group."""
         place = {}
         for group in self.row_groups:
             footer = self.metadata[group.file]
@@ -118,16 +118,16 @@ def read_footer(file: Path) -> pq.FileMetaData:
 
 
 def _check_types(file: Path, schema: pa.Schema, types: Mapping[str, ColumnType]) -> None:
-    for name, wanted in types.items():
+    for name, column_type in types.items():
         if (count := schema.names.count(name)) != 1:
             problem = f"has {count} columns {name}" if count else f"has no column {name}, which schema.json asks for"
             raise DataError(f"{file}: {problem}; it has {', '.join(schema.names)}")
-        if not wanted.reads(kind := schema.field(name).type):
-            raise DataError(f"{file}: column {name} has type {kind}, wanted {wanted}")
+        if not column_type.reads(kind := schema.field(name).type):
+            raise DataError(f"{file}: column {name} has type {kind}, wanted {column_type}")
 
 
 def _what_is_there(path: Path) -> str:
-    """What a folder without parts has instead, to go into a message."""
+    """The end of a message: other Parquet files that a folder without parts has."""
     if hive := sorted(each.name for each in path.iterdir() if each.is_dir() and "=" in each.name):
         return f", but {len(hive)} folders as {hive[0]}, which are not read: write it without partitions"
     if others := sorted(path.glob("*.parquet")):

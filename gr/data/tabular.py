@@ -51,13 +51,13 @@ class TabularDataset:
 
     @classmethod
     def of_any_size(cls, path: Path | str, columns: TabularSchema | None = None) -> "TabularDataset":
-        """As open, but the number of rows is not yet checked."""
+        """Opens it as `open` does, but does not check the number of rows."""
         path = Path(path)
         schema = TabularSchema.load(path)
         return cls(path, columns or schema, Parts.open(path, _types(schema)))
 
     def wrong_totals(self) -> Iterator[str]:
-        """What footers say against schema.json: another number of rows."""
+        """The contradiction of footers to schema.json: another number of rows."""
         yield from self._parts.wrong_rows(self.path, "rows", self.schema.rows)
 
     def read_row_group(self, index: int) -> TabularRows:
@@ -86,7 +86,7 @@ class TabularDataset:
     def read_columns(self, index: int) -> dict[str, Column]:
         """The columns of one row group, not yet checked."""
         _, table = self._parts.read(index, list(self._types))
-        return {name: read_column(table.column(name), wanted) for name, wanted in self._types.items()}
+        return {name: read_column(table.column(name), column_type) for name, column_type in self._types.items()}
 
     def faults(self, columns: dict[str, Column]) -> list[Fault]:
         """The faults of a row group, in no order; empty when all rows are good."""

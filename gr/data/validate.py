@@ -1,11 +1,13 @@
-"""Checks of the rows of a row group, vectorised over Arrow columns as offsets and values. B rows, T events."""
+"""Checks of rows, vectorised over Arrow columns as offsets and values. B rows, T events."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from gr.data.columns import Column, ColumnType, problem
+from gr.data.columns import PER_SECOND, Column, ColumnType, problem, read_column
+from gr.errors import DataError
 from gr.schema import DataSchema
 
 # The year 10000: beyond it, times are in another unit than schema.json says.
@@ -58,23 +60,41 @@ def check_rows(columns: Mapping[str, Column], schema: DataSchema) -> list[Fault]
     return [fault for fault in faults if fault is not None]
 
 
-def value_faults(name: str, column: Column, wanted: ColumnType, *, nulls: bool = True) -> list[Fault | None]:
+def value_faults(name: str, column: Column, column_type: ColumnType, *, nulls: bool = True) -> list[Fault | None]:
     """The faults that any column may have: values that a cast lost, numbers that are not finite, and nulls."""
     faults = []
     if column.lost is not None:
-        faults.append(event_fault(name, "loses its value", column, column.lost, problem(column, wanted)))
+        faults.append(event_fault(name, "loses its value", column, column.lost, problem(column, column_type)))
     if nulls:
         noun = "is null" if column.offsets is None else "the list is null"
         faults.append(row_fault(name, "is null", column.nulls, lambda row: noun))
         if column.offsets is not None and column.values.null_count:
             faults.append(event_fault(name, "has null elements", column, column.missing(), lambda event: "is null"))
-    if wanted.kind == "number":
+    if column_type.kind == "number":
         values = column.filled
         infinite = ~np.isfinite(values)
         faults.append(
             event_fault(name, "is not finite", column, infinite, lambda i: f"is {values[i]}, not a finite number")
         )
     return faults
+
+
+def require_columns(place: object, table: pa.Table, names: Iterable[str]) -> None:
+    """Raises DataError where a table lacks one of these columns. place: its file, for the message."""
+    for name in names:
+        if name not in table.column_names:
+            raise DataError(f"{place}: has no column {name}; it has {', '.join(table.column_names)}")
+
+
+def checked_column(place: object, table: pa.Table, name: str, column_type: ColumnType, *, nulls: bool = True) -> Column:
+    """A column that is there. Raises DataError for its type and its value_faults. place: of require_columns."""
+    if not column_type.reads(kind := table.schema.field(name).type):
+        raise DataError(f"{place}: column {name} has type {kind}, wanted {column_type}")
+    column = read_column(table.column(name), column_type)
+    for fault in value_faults(name, column, column_type, nulls=nulls):
+        if fault is not None:
+            raise DataError(f"{place}: row {fault.row}, column {name}: {fault.problem}")
+    return column
 
 
 def _offsets(column: Column) -> np.ndarray:
@@ -105,7 +125,7 @@ def _check_times(column: Column, unit: str) -> list[Fault | None]:
     back = np.zeros(len(times), dtype=bool)
     back[1:] = (times[1:] < times[:-1]) & ~missing[1:] & ~missing[:-1]
     back[offsets[:-1][np.diff(offsets) > 0]] = False  # the first event of a row
-    late = times >= LAST_SECOND * (1000 if unit == "ms" else 1)
+    late = times >= LAST_SECOND * PER_SECOND[unit]
     remedy = f"beyond the year 9999 in {unit}, the time_unit of schema.json: is it {_SMALLER_UNIT[unit]}?"
     return [
         event_fault(

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Of the report; empty where there is none."""
+        """The metrics of the report; empty where there is none."""
         return self.report.get("model", {})
 
     def curve(self, kind: str, name: str) -> list[tuple[int, float]]:
@@ -115,7 +115,7 @@ def paired(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], names: Sequ
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """How often a mean at least as far from 0 comes of differences whose signs are drawn at random, two-sided.
+    """The chance that the mean of differences is as far from 0 where their signs are drawn at random, two-sided.
 
     For a metric of 0 and 1 it is McNemar's test. 9,999 draws of a fixed seed, or from 5,000 differences that are not 0
     on the normal distribution to which the draws tend. differences: [users].
@@ -138,13 +138,13 @@ def sign_flip_p(differences: np.ndarray) -> float:
 
 
 def common(runs: Sequence[Run]) -> tuple[str, dict[str, list[float]]]:
-    """What they measured, and the metrics that all have: of the tests, or of the last records where one is not done."""
+    """The kind of the metrics, and those that all runs have: of tests, or of last records where a run is not done."""
     tested = all(run.metrics for run in runs)
-    found = [run.metrics if tested else run.last for run in runs]
+    measured = [run.metrics if tested else run.last for run in runs]
     values = {
-        name: [float(metrics[name]) for metrics in found]
-        for name in (found[0] if found else {})
-        if all(_is_metric(name, metrics.get(name)) for metrics in found)
+        name: [float(metrics[name]) for metrics in measured]
+        for name in (measured[0] if measured else {})
+        if all(_is_metric(name, metrics.get(name)) for metrics in measured)
     }
     kinds = dict.fromkeys(str(run.evaluated) for run in runs)
     return "test" if tested else f"last {' and '.join(kinds)}", values

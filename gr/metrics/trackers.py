@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl, by `kind` under trainer.writers: TensorBoard, Weights & Biases, MLflow.
+"""The trackers of metrics beside metrics.jsonl, by `kind` under trainer.writers: TensorBoard, Weights & Biases, MLflow.
 
 Each keeps the resolved configuration with its run. The packages of the latter two are extras of gr.
 """

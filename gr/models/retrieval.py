@@ -71,6 +71,10 @@ class RetrievalModel(nn.Module):
         outputs[lengths_B > 0] = outputs_TD[last_B[lengths_B > 0]]
         return outputs.float()
 
+    def user_vectors(self, batch: EvaluationBatch) -> Tensor:
+        """Float [B, D]: the dot product with an item's vector, as the similarity has it, is the score of the item."""
+        return self.similarity.queries(self.queries(batch)) * self.similarity.scale
+
     def item_vectors(self, ids_K: Tensor) -> Tensor:
         """Float [K, D] of the items and their features, from whichever ranks hold their rows."""
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gr.config.ranking import ActionTask
 from gr.data.candidate_rows import CandidateRows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset, check_alike
 from gr.data.vocabulary import Vocabulary
 from gr.models.saved import Saved, as_table
+from gr.models.sequence_ranking import predictions
 from gr.schema import USER_COLUMN, HistoryColumns
 
 
@@ -31,10 +31,6 @@ class SavedRanking(Saved):
         users = Vocabulary.open(dataset.path, dataset.schema, USER_COLUMN)
         collate = RankingCollate(self.schema, self.config.data, self.config.task)  # type: ignore[attr-defined]
         batch, known_B = CandidateRows(dataset, collate, users, self.vocabularies).batch(as_table(rows))
-        outputs_BC = self.model(batch.to(self.device)).float().cpu()
-        return {
-            task.name: np.where(
-                known_B, (output_B.sigmoid() if isinstance(task, ActionTask) else output_B).numpy(), np.nan
-            )
-            for task, output_B in zip(collate.task.tasks, outputs_BC.T, strict=True)
-        }
+        tasks = collate.task.tasks
+        columns = predictions(self.model(batch.to(self.device)), tasks)
+        return {task.name: np.where(known_B, values_B, np.nan) for task, values_B in zip(tasks, columns, strict=True)}

@@ -61,7 +61,7 @@ class SavedRetrieval(Saved):
         if not len(histories):
             return []
         batch = self._batch(histories, times, filter_seen)
-        queries_BD = self._queries(batch)
+        queries_BD = self.model.user_vectors(batch)
         ids_BK, scores_BK = (part.cpu() for part in self._ranker.top(queries_BD, batch, k))
         there_BK = (scores_BK > -torch.inf) & batch.valid_B.cpu()[:, None]
         return [
@@ -94,11 +94,7 @@ class SavedRetrieval(Saved):
         """The vector of each history, float32 [B, D]: its dot product with an item's vector is the score."""
         if not len(histories):
             return self._ranker.items[:0]
-        return self._queries(self._batch(histories, times, "none"))
-
-    def _queries(self, batch: EvaluationBatch) -> Tensor:
-        similarity = self.model.similarity
-        return similarity.queries(self.model.queries(batch)) * similarity.scale
+        return self.model.user_vectors(self._batch(histories, times, "none"))
 
     def _ids(self, items: Sequence[Any]) -> np.ndarray:
         """The id of each item; 0 for one that the model does not know."""

@@ -4,15 +4,16 @@ B examples, T events, S tokens, P predictions, C tasks, D width.
 Source: arXiv 2402.17152, section 2.2 and Table 1; the form with candidates is that of its public production code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from gr.batch import ITEM_FEATURE, RankingBatch
-from gr.config.ranking import RankingConfig
+from gr.config.ranking import ActionTask, RankingConfig, ValueTask
 from gr.embeddings import build_tables
 from gr.models.preprocessor import SequencePreprocessor
 from gr.ops.dropout import dropout
@@ -61,6 +62,12 @@ class SequenceRanker(nn.Module):
     def _run_tower(self, sequence: JaggedSequence) -> Tensor:
         with torch.autocast(sequence.values_TD.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.tower(sequence).values_TD.float()
+
+
+def predictions(outputs_PC: Tensor, tasks: Sequence[ActionTask | ValueTask]) -> list[np.ndarray]:
+    """The prediction of each task, float32 [P]: the probability of an action, or the number."""
+    columns = zip(tasks, outputs_PC.float().cpu().T, strict=True)
+    return [(output.sigmoid() if isinstance(task, ActionTask) else output).numpy() for task, output in columns]
 
 
 class Head(nn.Module):

@@ -103,7 +103,7 @@ TABLE_MEMORY = ("tables", "table_optimizer", "table_gradients", "inputs", "embed
 
 @dataclass(frozen=True)
 class Volume:
-    """How many ids and vectors each table takes in a step: arrays over tables [T], or scalars of one table.
+    """The ids and vectors that each table takes in a step: arrays over tables [T], or scalars of one table.
 
     ids: ids that reach the owners of the table, over all ranks. own_ids: of one rank's examples, which a replicated
     table serves. outputs: vectors that the owners return. hottest: share of the ids that read the most read row.

@@ -1,1 +1,1 @@
-"""Public data sets -> data folders (gr/schema.py), as `gr prepare` runs them."""
+"""Public data sets, and anyone's log, -> data folders (gr/schema.py), as `gr prepare` runs them."""

@@ -291,7 +291,7 @@ def _stamp(file: Path) -> dict[str, int]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
+    """The object in a file that `write_json` wrote."""
     with reading(f"{file} of an interrupted run (--restart begins again)"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

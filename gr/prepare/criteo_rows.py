@@ -25,7 +25,7 @@ import pyarrow.orc as orc
 from gr.errors import DataError
 from gr.prepare.delimited import Whole
 from gr.prepare.lines import BadRows, Fault, parse_lines, shown, whole_lines
-from gr.prepare.source import SourceFile, reading
+from gr.prepare.source import SourceFile, natural_order, reading
 
 LABEL = "label"
 DENSE = tuple(f"i{n}" for n in range(1, 14))
@@ -81,7 +81,7 @@ def find_sources(places: Sequence[str]) -> list[Path]:
                 "--source Criteo's rows"
             )
         files += matches
-    files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))])
+    files.sort(key=natural_order)
     unpacked = Counter(re.sub(r"\.(gz|bz2|zst)$", "", str(file.resolve())) for file in files)
     if twice := [file for file, count in unpacked.items() if count > 1]:
         raise DataError(f"{twice[0]}: is in --source twice, perhaps once compressed; give each file once")

@@ -7,12 +7,10 @@ that exports an Arrow stream (pandas, polars, pyarrow). DuckDB keeps to a limit 
 import codecs
 import csv
 import glob
-import gzip
 import io
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -22,10 +20,11 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import pyarrow as pa
 
+from gr.data.columns import PER_SECOND
 from gr.errors import DataError
+from gr.prepare.source import SourceFile, natural_order
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
-PER_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 WHOLE = r"0|-?[1-9][0-9]{0,17}"  # whole numbers of which int64 holds every one
 _DELIMITERS = (",", "\t", ";", "|")
 _LONGEST_HEADER = 1 << 20
@@ -156,7 +155,7 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
         chosen = [each for each in chosen if each.is_file()]
         if not chosen:
             raise DataError(f"{pattern}: no such file; name a file, a folder or a pattern in quotes")
-        files += sorted(chosen, key=_natural)
+        files += sorted(chosen, key=natural_order)
     if repeated := {file for file in files if files.count(file) > 1}:
         raise DataError(f"{min(repeated)} is named twice; name each file once")
     kinds = {"Parquet" if _suffix(f) == ".parquet" else "JSON" if _suffix(f) in _JSON else "text" for f in files}
@@ -272,42 +271,25 @@ def _require(columns: Any, present: Sequence[str], place: str) -> None:
     for column in columns:
         if present.count(column) != 1:
             fault = "has more than one column" if column in present else "has no column"
-            raise DataError(f"{place}: {fault} {_shown(column)}; it has {', '.join(map(_shown, present))}")
-
-
-def _shown(name: str) -> str:
-    """A name in one line of an error."""
-    return name if name.isprintable() else repr(name)
+            raise DataError(f"{place}: {fault} {column}; it has {', '.join(present)}")
 
 
 def _header(file: Path, delimiter: str) -> list[str]:
     """The fields of the first line of a text file."""
+    with SourceFile(file).open() as stream:
+        start = stream.read(_LONGEST_HEADER)
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(_first_bytes(file))
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error, pa.ArrowException) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _require_whole(file: Path) -> None:
     """DuckDB takes a zstd file that was cut off for one that ends there."""
-    try:
-        with pa.CompressedInputStream(pa.OSFile(str(file)), "zstd") as stream:
-            while stream.read(_LONGEST_HEADER):
-                pass
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read, the file is damaged or cut off: {error}") from error
-
-
-def _first_bytes(file: Path) -> bytes:
-    if file.suffix == ".gz":
-        with gzip.open(file) as stream:
-            return stream.read(_LONGEST_HEADER)
-    if file.suffix == ".zst":
-        with pa.CompressedInputStream(pa.OSFile(str(file)), "zstd") as stream:
-            return stream.read(_LONGEST_HEADER)
-    with file.open("rb") as stream:
-        return stream.read(_LONGEST_HEADER)
+    with SourceFile(file).open() as stream:
+        while stream.read(_LONGEST_HEADER):
+            pass
 
 
 def _suffix(file: Path) -> str:
@@ -318,11 +300,6 @@ def _suffix(file: Path) -> str:
 def _is_hidden(path: Path) -> bool:
     """Spark and Hadoop leave _SUCCESS and .part.crc beside the data."""
     return any(part.startswith(("_", ".")) for part in path.parts)
-
-
-def _natural(file: Path) -> list[tuple[int, str]]:
-    """Sorts part-2 before part-10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(file))]
 
 
 def one(con: duckdb.DuckDBPyConnection, query: str) -> Any:
@@ -346,9 +323,9 @@ def literal(value: str | Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What DuckDB says, in one line without its advice, which is for its own users."""
+    """DuckDB's message in one line, without its advice, which is for its own users."""
     lines = str(error).strip().splitlines()
-    said = takewhile(lambda line: not line.startswith(("Possible", "  ", "See ", "LINE ", "Try ")), lines)
-    text = "; ".join(line.strip() for line in said if line.strip())[:300]
+    message = takewhile(lambda line: not line.startswith(("Possible", "  ", "See ", "LINE ", "Try ")), lines)
+    text = "; ".join(line.strip() for line in message if line.strip())[:300]
     file = next((line.partition("file = ")[2] for line in lines if line.startswith("  file = ")), "")
     return f"{file}: {text}" if file else text

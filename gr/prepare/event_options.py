@@ -1,4 +1,4 @@
-"""What is asked of `gr prepare events`, as far as it can be checked before the log is read."""
+"""The options of `gr prepare events`, and the checks of them that need no log."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gr.data.columns import PER_SECOND
 from gr.errors import DataError
 from gr.prepare.event_log import TimeUnit, column_names
 from gr.schema import HISTORY_COLUMNS, NAMES_OF_TORCH, FileName
@@ -96,4 +97,4 @@ def moment(date: str, unit: str, flag: str) -> int:
     except ValueError:
         raise DataError(f"{flag} {date}: is no date like 2026-11-28 or 2026-11-28T12:00") from None
     seconds = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-    return round(seconds * (1000 if unit == "ms" else 1))
+    return round(seconds * PER_SECOND[unit])

@@ -28,6 +28,8 @@ from gr.prepare.event_options import EventOptions, check_names, moment, other_co
 from gr.schema import MAX_ACTIONS, USER_COLUMN, DataSchema, TabularSchema
 
 ITEM = "item_id"
+# Beside the ids while repeats are joined: two users, or items, that are not known are not the same one.
+_RAW = {"raw_user": "log.user", "raw_item": "log.item"}
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,7 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
     notes = [f"{total:,} events read"]
     _check_missing(con, columns, options.on_bad_row, notes)
     keys = {name: _key_codes(con, name, columns[name], types[name], options, given) for name in ("user", "item")}
-    # Two users, or items, that are not known are not the same one.
-    raw = {"raw_user": "log.user", "raw_item": "log.item"}
-    chosen, unit = {"user": "coalesce(u.id, 0)", "item": "coalesce(i.id, 0)"} | raw, "s"
-    if options.time is not None:
-        sql, unit, phrase = time_expression(con, types["time"], options.time_unit, f"column {options.time}")
-        chosen["time"] = sql
-        notes.append(f"times: {phrase}")
-    for name in columns:
-        if name == "rating" or name.startswith("value_"):
-            chosen[name] = number_expression(con, name, types[name], f"column {columns[name]}")
-    if "label" in columns:
-        chosen["label"] = _flag(con, "label", columns["label"])
+    chosen, unit = _expressions(con, types, options, notes)
     actions, chosen_actions = _actions(con, options)
     features, joins = _feature_codes(con, types, options, given), ""
     for place, codes in enumerate(features.values()):
@@ -94,8 +85,8 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         f"{join} codes_user u ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
         f"{' GROUP BY ALL' if options.joins_repeats else ''}"
     )
-    _note_left_out(con, options, notes)
-    for name in ("copies", *raw):
+    _note_left_out(con, notes)
+    for name in ("copies", *_RAW):
         con.execute(f"ALTER TABLE events DROP COLUMN {name}")
     con.execute("DROP TABLE log")
     return Log(
@@ -103,7 +94,7 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         options,
         users,
         items,
-        unit,  # type: ignore[arg-type]
+        unit,
         actions,
         features,
         join_features(con, "user", users, options.user_features, (options.user, other["user"]), given, notes),
@@ -113,6 +104,23 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         _described(source),
         notes,
     )
+
+
+def _expressions(
+    con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions, notes: list[str]
+) -> tuple[dict[str, str], Literal["s", "ms"]]:
+    """SQL of the columns of `events`, by name, but for actions and features; and the unit of its times."""
+    chosen, columns = {"user": "coalesce(u.id, 0)", "item": "coalesce(i.id, 0)"} | _RAW, options.columns()
+    unit: Literal["s", "ms"] = "s"
+    if options.time is not None:
+        chosen["time"], unit, phrase = time_expression(con, types["time"], options.time_unit, f"column {options.time}")
+        notes.append(f"times: {phrase}")
+    for name in columns:
+        if name == "rating" or name.startswith("value_"):
+            chosen[name] = number_expression(con, name, types[name], f"column {columns[name]}")
+    if "label" in columns:
+        chosen["label"] = _flag(con, "label", columns["label"])
+    return chosen, unit
 
 
 def _given(options: EventOptions) -> Given | None:
@@ -145,7 +153,7 @@ def _feature_codes(
     return codes
 
 
-def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
+def _note_left_out(con: duckdb.DuckDBPyConnection, notes: list[str]) -> None:
     taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
     if left_out := one(con, "SELECT count(*) FROM log") - taken:
         reasons = {"outside --since and --until": options.since or options.until}

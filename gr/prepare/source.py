@@ -2,6 +2,7 @@
 
 import hashlib
 import lzma
+import re
 import struct
 import urllib.error
 import urllib.parse
@@ -34,7 +35,7 @@ _RATIO = 5  # bytes of text that a byte of such a file holds, about
 
 @contextmanager
 def reading(place: object) -> Iterator[None]:
-    """What fails while `place` is read becomes a DataError that names it, or a TransientError where the disk failed."""
+    """Turns failures to read `place` into a DataError that names it, or a TransientError where the disk failed."""
     try:
         yield
     except _FAULTS as error:
@@ -87,6 +88,11 @@ class SourceFile:
                 elif self.name.endswith(ending) and start:
                     raise DataError(f"{self}: is no {codec} file, though its name says so")
             yield cast(BinaryIO, stream)
+
+
+def natural_order(file: Path) -> list[int | str]:
+    """A key that sorts part-2 before part-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(file))]
 
 
 @dataclass(frozen=True)

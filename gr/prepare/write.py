@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 
 from gr.errors import DataError, TransientError
 from gr.files import is_transient
-from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, DataSchema, HistoryColumns
+from gr.schema import FORMAT_VERSION, ITEMS_FILE, SCHEMA_FILE, UNCOUNTED_EVENTS, DataSchema, HistoryColumns
 
 ROWS_PER_GROUP = 512
 GROUPS_PER_PART = 128
-EVALUATION_EVENTS = 2  # newest events of each user left out of the counts in items.parquet
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Users:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What fails for want of room, memory or rights becomes a DataError, or a TransientError where it may pass."""
+    """Turns failures for want of room, memory or rights into a DataError, or a TransientError where it may pass."""
     try:
         yield
     except MemoryError as error:
@@ -272,13 +271,13 @@ def write_folder(
 
 
 def _fitted(offsets: np.ndarray) -> np.ndarray:
-    """bool [T]: all events but the newest EVALUATION_EVENTS of each user."""
+    """bool [T]: all events but the newest UNCOUNTED_EVENTS of each user."""
     from_end = np.repeat(offsets[1:], np.diff(offsets)) - np.arange(offsets[-1])
-    return from_end > EVALUATION_EVENTS
+    return from_end > UNCOUNTED_EVENTS
 
 
 def repeated_events(users_T: np.ndarray, times_T: np.ndarray, items_T: np.ndarray) -> int:
-    """How many events have the user, time and item of an earlier one. Events of a user and time stand side by side."""
+    """The number of events that repeat another in user, time and item. Those of a user and time stand side by side."""
     same_T = np.append(False, (users_T[1:] == users_T[:-1]) & (times_T[1:] == times_T[:-1]))
     tied_T = same_T | np.append(same_T[1:], False)
     group_T, item_T = np.cumsum(~same_T)[tied_T], items_T[tied_T]

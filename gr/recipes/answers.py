@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gr.data.columns import ColumnType
 from gr.data.parquet import decoding
+from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.errors import ConfigError, DataError
@@ -38,8 +40,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
     """
     with decoding(_present(path), "cannot be read"):
         table = pq.read_table(path)
-    if vocabulary.column not in table.column_names:
-        raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
+    require_columns(path, table, [vocabulary.column])
     ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
     order = np.argsort(ids_N[known], kind="stable")
     chosen = ids_N[known][order]
@@ -47,16 +48,15 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
         raise DataError(f"{path}: {vocabulary.column} {vocabulary.values(repeated[:1])[0]} is named twice")
     limits = None
     if "k" in table.column_names:
-        with decoding(path, "column k is no list of whole numbers"):
-            limits = table.column("k").cast(pa.int64()).fill_null(0).to_numpy()[known][order]
+        limits = checked_column(path, table, "k", ColumnType("id")).filled[known][order]
         if (limits < 1).any():
             raise DataError(f"{path}: column k has values below 1")
     unknown_N = table.column(vocabulary.column).combine_chunks().filter(pa.array(~known))
     return Listed(chosen, limits, unknown_N)
 
 
-def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """The columns of a Parquet file, and this rank's rows in tables of `size` at most.
+def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[tuple[str, pa.Table]]]:
+    """The columns of a Parquet file, and this rank's rows in tables of `size` at most, each with its place in the file.
 
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
@@ -66,7 +66,7 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
     bounds = [rank * rows // world.size for rank in range(world.size + 1)]
     tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
 
-    def read() -> Iterator[pa.Table]:
+    def read() -> Iterator[tuple[str, pa.Table]]:
         first, given = 0, 0
         start, stop = bounds[world.rank], bounds[world.rank + 1]
         pending = file.schema_arrow.empty_table()
@@ -79,10 +79,10 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
             with decoding(path):
                 pending = pa.concat_tables([pending, file.read_row_group(index).slice(begin, end - begin)])
             while pending.num_rows >= size:
-                yield pending.slice(0, size)
+                yield f"{path}, rows from {start + given * size}", pending.slice(0, size)
                 pending, given = pending.slice(size), given + 1
         for _ in range(tables - given):
-            yield pending
+            yield f"{path}, rows from {start + given * size}", pending
             pending = pending.slice(pending.num_rows)
 
     return file.schema_arrow, read()

@@ -56,8 +56,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Request:
-    """What to recommend. k: items a user. holdout: newest events of a user that are left out, to compare with them.
+    """A request for recommendations.
 
+    k: items a user. holdout: newest events of a user that are left out, to compare with them.
     users, items: Parquet files of the users to recommend to (with an optional column k, which takes the place of k) and
     of the items allowed; None: all. cold: what users get that have no history or are not in the data: nothing, or the
     items that occur most often in training, without a score.

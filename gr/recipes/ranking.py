@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gr.batch import ITEM_FEATURE, RankingBatch
-from gr.config.ranking import ActionTask, InterleavedInput, RankingConfig, RankingTaskConfig
+from gr.config.ranking import InterleavedInput, RankingConfig, RankingTaskConfig
 from gr.data.candidate_rows import CandidateRows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.history_batches import HistoryEpochs, UserBatches
@@ -22,6 +22,7 @@ from gr.errors import CheckpointError, ConfigError, DataError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import LifetimeMetrics, RankingMetrics
 from gr.metrics.tasks import BinaryMetrics, MultiTaskMetrics
+from gr.models.sequence_ranking import predictions
 from gr.recipes.answers import read_rows, scored_schema, with_scores
 from gr.recipes.base import Answers, Evaluation, ReportTable, Split, Training
 from gr.recipes.histories import HistoryRecipe
@@ -211,17 +212,17 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, world: World, tables: Iterator[pa.Table], rows: CandidateRows, answers: Answers
+        self,
+        model: nn.Module,
+        world: World,
+        tables: Iterator[tuple[str, pa.Table]],
+        rows: CandidateRows,
+        answers: Answers,
     ) -> Iterator[pa.Table]:
         model.eval()
-        tasks = self.config.task.tasks
-        for table in tables:
-            batch, known_B = rows.batch(table)
-            outputs_BC = model(batch.to(world.device)).float().cpu()
-            columns = [
-                (output_B.sigmoid() if isinstance(task, ActionTask) else output_B).numpy()
-                for task, output_B in zip(tasks, outputs_BC.T, strict=True)
-            ]
+        for where, table in tables:
+            batch, known_B = rows.batch(table, where)
+            columns = predictions(model(batch.to(world.device)), self.config.task.tasks)
             yield with_scores(table, answers.schema, [pa.array(values_B, mask=~known_B) for values_B in columns])
         counted = [float(rows.unknown_users), float(rows.unknown_items)]
         totals = (int(count) for count in world.all_reduce_sum(counted))

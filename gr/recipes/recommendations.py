@@ -1,4 +1,4 @@
-"""What a retrieval model recommends, as tables in the log's own ids. B users of a batch, K items a user, N rows."""
+"""Recommendations of a retrieval model, as tables in the log's own ids. B users of a batch, K items a user, N rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,11 +41,11 @@ class Recommendations:
     def tables(self, world: World, counts: dict[str, int]) -> Iterator[pa.Table]:
         """A table a batch, users in the order of the data; counts what it saw once it has ended. Collective."""
         self.model.eval()
-        similarity, own, left = self.model.similarity, 0, self.batches.own_rows
+        own, left = 0, self.batches.own_rows
         for batch in self.batches:
             moved = batch.to(world.device)
-            queries_BD = similarity.queries(self.model.queries(moved)) * similarity.scale
-            ids_BK, scores_BK = (part.cpu() for part in self.ranker.top(queries_BD, moved, self.k))
+            vectors_BD = self.model.user_vectors(moved)
+            ids_BK, scores_BK = (part.cpu() for part in self.ranker.top(vectors_BD, moved, self.k))
             assert batch.user_B is not None
             there_BK = (scores_BK > -torch.inf) & batch.valid_B[:, None]
             if self.popular_K is not None:

@@ -40,8 +40,8 @@ from gr.training.trainer import Callback
 
 log = get_logger(__name__)
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
-# What fits a terminal of 80 columns; report.json has all of them.
 VECTORS = 1 << 14  # of a table of vectors
+# What fits a terminal of 80 columns; report.json has all of them.
 COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
 
 
@@ -144,10 +144,8 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
 
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """arrays: ranks, the place of each user's item, float64 [users], in the order of the data; 1 is best."""
-        batches = self._user_batches(world, target_from_end=TARGET_FROM_END[split])
-        inner = unwrapped(model)
-        assert isinstance(inner, RetrievalModel)
-        ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world)
+        batches = self.user_batches(world, target_from_end=TARGET_FROM_END[split])
+        ranks = corpus_ranks(_plain(model), batches, torch.tensor(self.corpus[0]), world)
         if not len(ranks):
             raise no_targets(self.evaluation_data.path)
         details: dict[str, Any] = {
@@ -172,12 +170,11 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             k = int(listed.limits_N.max(initial=1))
         if not 1 <= k <= len(corpus_C):
             raise ConfigError(f"k={k}: {len(corpus_C)} items may be recommended; set k to 1 up to that")
-        inner = unwrapped(model)
-        assert isinstance(inner, RetrievalModel)
+        inner = _plain(model)
         with torch.no_grad():
             ranker = CorpusRanker(torch.tensor(corpus_C), inner.item_vectors, inner.similarity, world)
         rows_N = None if listed is None else self.evaluation_data.rows_of(listed.ids_N)
-        batches = self._user_batches(world, target_from_end=request.holdout, rows_N=rows_N)
+        batches = self.user_batches(world, target_from_end=request.holdout, rows_N=rows_N)
         popular_K = corpus_C[np.argsort(-counts_C, kind="stable")[:k]] if request.cold == "popularity" else None
         chosen = Recommendations(inner, ranker, batches, users, items, k, listed, popular_K)
         answers = Answers(chosen.schema, (), {"unknown_items": unknown})
@@ -197,8 +194,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
 
     @torch.no_grad()
     def _item_vectors(self, model: nn.Module, world: World, items: Vocabulary) -> Iterator[pa.Table]:
-        inner = unwrapped(model)
-        assert isinstance(inner, RetrievalModel)
+        inner = _plain(model)
         ranker = CorpusRanker(torch.tensor(self.corpus[0]), inner.item_vectors, inner.similarity, world)
         for first in range(0, len(ranker.ids), VECTORS):
             ids = ranker.ids[first : first + VECTORS].cpu().numpy()
@@ -206,15 +202,14 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
 
     @torch.no_grad()
     def _user_vectors(self, model: nn.Module, world: World, users: Vocabulary) -> Iterator[pa.Table]:
-        inner = unwrapped(model)
-        assert isinstance(inner, RetrievalModel)
+        inner = _plain(model)
         inner.eval()
-        for batch in self._user_batches(world, target_from_end=0):
+        for batch in self.user_batches(world, target_from_end=0):
             moved = batch.to(world.device)
-            queries_BD = inner.similarity.queries(inner.queries(moved)) * inner.similarity.scale
             assert batch.user_B is not None
             ids = batch.user_B[batch.valid_B].numpy()
-            yield pa.table({USER_COLUMN: users.values(ids), "vector": _vectors(queries_BD[moved.valid_B])})
+            vectors_BD = inner.user_vectors(moved)[moved.valid_B]
+            yield pa.table({USER_COLUMN: users.values(ids), "vector": _vectors(vectors_BD)})
 
     def _allowed(self, path: Path | None, items: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
         """The candidates that a file names, their counts, and how many it names that are none; all without a file."""
@@ -226,9 +221,10 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         named = len(listed.ids_N) + len(listed.unknown_N)
         return corpus_C[allowed_C], counts_C[allowed_C], named - int(allowed_C.sum())
 
-    def _user_batches(
+    def user_batches(
         self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None
     ) -> UserBatches:
+        """The users of the evaluation data, of this rank. rows_N: those in these rows of it; None: all."""
         settings = self.config.evaluation
         return evaluation_batches(
             self.evaluation_data,
@@ -263,6 +259,13 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable]:
         title = f"{report['split']} split, {report['users']:,} users, seen items filtered: {report['filter_seen']}"
         return [ReportTable(title, {"model": report["model"], **report["baselines"]}, COLUMNS)]
+
+
+def _plain(model: nn.Module) -> RetrievalModel:
+    """The model itself, without what makes it run on several ranks."""
+    inner = unwrapped(model)
+    assert isinstance(inner, RetrievalModel)
+    return inner
 
 
 def _vectors(rows_ND: Tensor) -> pa.Array:

@@ -1,4 +1,4 @@
-"""What a run is, in three lines at its start."""
+"""The first lines of a run's log: the model, the ranks, the steps."""
 
 from collections import Counter
 

@@ -187,7 +187,7 @@ def _removed(error: FileNotFoundError, run_dir: Path) -> Path | None:
 
 
 def record_refusal(config: RunConfig, error: GRError) -> None:
-    """For a rank that cannot join the others: status.json says why, unless a run is in the folder."""
+    """Says in status.json why this rank cannot join the others, unless a run is in the folder."""
     run_dir, failure = Path(config.run_dir), RunError(whole_number("RANK", 0), socket.gethostname(), str(error))
     try:
         with _locked(run_dir, 0):

@@ -113,9 +113,9 @@ def test_any_number_of_rows(click: RunConfig, tmp_path: Path, count: int) -> Non
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"shop": None}, "column shop is missing, the model reads it; there are user"),
+        ({"shop": None}, "rows.parquet, rows from 0: has no column shop; it has user"),
         ({"watched": "x"}, "string, wanted numbers"),
-        ({"watched": np.inf}, "column watched: is inf, wanted a finite number"),
+        ({"watched": np.inf}, "column watched: is inf, not a finite number"),
         ({"country": "x"}, "string cannot be looked up, these are whole numbers"),
         ({"item": 5}, "item: values of type int64 cannot be looked up, these are text"),
         ({"score": 1.0}, "the input has a column score already; rename it"),
@@ -210,7 +210,7 @@ def test_times_of_candidates(ranking: tuple[RunConfig, Path, Any], tmp_path: Pat
     assert np.array_equal(missing, without)
     with pytest.raises(DataError, match=r"row 3, column timestamp: 5 s is before the user's newest event"):
         saved.score(rows.assign(timestamp=np.where(np.arange(57) == 3, 5, rows.timestamp)), past)
-    with pytest.raises(DataError, match="wanted dates or whole numbers"):
+    with pytest.raises(DataError, match="wanted integers or datetimes"):
         saved.score(rows.assign(timestamp="x"), past)
     other = prepared(
         tmp_path / "other", LOG, **COLUMNS, actions=("like", "share"), values=("watched",), features=("shop",)

@@ -227,7 +227,7 @@ def test_users_of_a_folder_without_vocabularies(config: RetrievalConfig, tmp_pat
         ({"user_id": [1]}, None, "values of type int64 cannot be looked up, these are text"),
         ({"user_id": ["user 07", "user 07"]}, None, "user_id user 07 is named twice"),
         ({"user_id": ["user 07"], "k": [0]}, None, "column k has values below 1"),
-        ({"user_id": ["user 07"], "k": ["x"]}, None, "column k is no list of whole numbers"),
+        ({"user_id": ["user 07"], "k": ["x"]}, None, "column k has type string, wanted integers"),
         ({"user_id": ["user 07"], "k": [12]}, {"item_id": ["item 20"]}, "k=12: 1 items may be recommended"),
         (None, {"item_id": ["nothing"]}, "k=2: 0 items may be recommended"),
     ],

@@ -122,6 +122,3 @@ def tiny_ranking_config(
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     return RankingConfig.model_validate(tree)
-
-
-ADDITIVE = {"model": {"dim": 8, "input_dropout": 0.0, "time": {"buckets": 64}, "input": {"kind": "additive"}}}

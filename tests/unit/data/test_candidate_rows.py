@@ -81,7 +81,7 @@ def test_memory_is_that_of_some_row_groups(folder: Path) -> None:
         ({"user_id": ["a"]}, "user_id: values of type string cannot be looked up"),
         ({"category": ["a"]}, "category: values of type string cannot be looked up"),
         ({"timestamp": [5]}, "row 0, column timestamp: 0 s is before the user's newest event"),
-        ({"timestamp": [1.5]}, "column timestamp: of type double, wanted dates or whole numbers"),
+        ({"timestamp": [1.5]}, "row 0, column timestamp: is 1.5, not a whole number within int64"),
     ],
 )
 def test_rows_that_are_refused(folder: Path, change: dict[str, list], fault: str) -> None:
@@ -91,5 +91,5 @@ def test_rows_that_are_refused(folder: Path, change: dict[str, list], fault: str
         candidate_rows(folder, tiny_ranking_config(folder)).batch(pa.table(columns | change))
     assert fault in str(error.value) and "\n" not in str(error.value)
     del columns["category"]
-    with pytest.raises(DataError, match="column category is missing, the model reads it; there are user_id, item_id"):
+    with pytest.raises(DataError, match="the input: has no column category; it has user_id, item_id"):
         candidate_rows(folder, tiny_ranking_config(folder)).batch(pa.table(columns))

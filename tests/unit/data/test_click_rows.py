@@ -51,16 +51,16 @@ def test_missing_and_unseen_values_are_0(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "fault"),
     [
-        ("i2", None, "column i2 is missing, the model reads it; there are"),
-        ("i2", ["a"], "column i2: of type string, wanted numbers"),
-        ("i2", [1e39], "column i2: is 1e+39, wanted a finite number"),
-        ("i2", [float("nan")], "column i2: is nan, wanted a finite number"),
+        ("i2", None, "the input: has no column i2; it has"),
+        ("i2", ["a"], "the input: column i2 has type string, wanted numbers"),
+        ("i2", [1e39], "row 0, column i2: is 1e+39, beyond float32"),
+        ("i2", [float("nan")], "row 0, column i2: is nan, not a finite number"),
         ("c1", [41], "column c1: is id 41, allowed are 0 to 40"),
         ("c1", [-1], "column c1: is id -1, allowed are 0 to 40"),
         ("c1", [[1]], "cannot be looked up"),
-        ("c2", [7], "column c2: of type int64, wanted lists of 3 ids"),
-        ("c2", [[1, 2]], "column c2: has lists of ['2'] ids, wanted 3"),
-        ("c2", [None], "column c2: has lists of ['None'] ids, wanted 3"),
+        ("c2", [7], "column c2 has type int64, wanted lists of 3 ids"),
+        ("c2", [[1, 2]], "row 0, column c2: holds 2 ids, wanted 3"),
+        ("c2", [None], "row 0, column c2: holds 0 ids, wanted 3"),
     ],
 )
 @pytest.mark.filterwarnings("error")

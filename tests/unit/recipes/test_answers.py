@@ -1,0 +1,28 @@
+"""Questions read from files: the rows of a rank, in tables of a given size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.models.saved import ALONE
+from gr.recipes.answers import read_rows
+
+
+def test_a_table_knows_its_place_in_the_file(tmp_path: Path) -> None:
+    """So that the message of a bad row in it leads there; every rank gets as many tables."""
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"row": range(11)}), file, row_group_size=3)
+    for size in (1, 2, 3):
+        seen, counts = [], set()
+        for rank in range(size):
+            _, tables = read_rows(file, replace(ALONE, rank=rank, size=size), 2)
+            given = list(tables)
+            counts.add(len(given))
+            for place, table in given:
+                assert table.num_rows <= 2
+                if table.num_rows:
+                    assert place == f"{file}, rows from {table['row'][0].as_py()}"
+                seen += table["row"].to_pylist()
+        assert seen == list(range(11)) and len(counts) == 1
