@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gr.errors import DataError
 from gr.files import is_transient
@@ -38,6 +38,10 @@ SCHEMA_FILE = "schema.json"
 ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
+# Ids and counts are int64 in every file and tensor.
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+NonNegativeInt = Annotated[Int64, Field(ge=0)]
+PositiveInt = Annotated[Int64, Field(ge=1)]
 
 
 def vocabulary_file(column: str) -> str:
@@ -142,7 +146,7 @@ class DataSchema(HistoryColumns, _SchemaFile):
     name: str = Field(description="Name of the data set, for reports.")
     item_feature: Literal["item_id"] = Field("item_id", description="Model feature of the items.")
     item_column: Literal["item_ids"] = Field("item_ids", description="Parquet column of the items.")
-    item_cardinality: Annotated[int, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
+    item_cardinality: Annotated[Int64, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
     timestamps: bool = Field(description="Whether the column timestamps exists.")
     ratings: bool = Field(description="Whether the column ratings exists.")
     order: str = Field(description="How events of a user are ordered, and the rule for ties.")
@@ -192,7 +196,7 @@ class SourceRows(BaseModel):
 
     name: str = Field(description="Name of the file.")
     rows: NonNegativeInt = Field(description="Rows written.")
-    minimum: int = Field(description="Least count of the file over all dense columns, missing counts as 0.")
+    minimum: Int64 = Field(description="Least count of the file over all dense columns, missing counts as 0.")
 
 
 class TabularSchema(_SchemaFile):
@@ -209,7 +213,7 @@ class TabularSchema(_SchemaFile):
     sparse: list[SparseColumn] = Field(description="Sparse columns, in the order of the model's features.")
     rows: PositiveInt = Field(description="Rows over all parts.")
     threshold: PositiveInt = Field(description="Occurrences from which a value is in the vocabulary.")
-    max_rows: Annotated[int, Field(ge=2)] | None = Field(
+    max_rows: Annotated[Int64, Field(ge=2)] | None = Field(
         None,
         description="Rows of a table at most: entry k of a vocabulary, from 1, has id 1 + (k - 1) % (max_rows - 1).",
     )

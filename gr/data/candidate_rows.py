@@ -35,9 +35,10 @@ class CandidateRows:
         self._groups: OrderedDict[int, Histories] = OrderedDict()
         self.unknown_users = self.unknown_items = 0
 
-    def batch(self, table: pa.Table) -> tuple[RankingBatch, np.ndarray]:
+    def batch(self, table: pa.Table, first_row: int = 0) -> tuple[RankingBatch, np.ndarray]:
         """The batch, and which of its rows have an item that the model knows, bool [B].
 
+        first_row: number of the table's first row, for errors.
         Raises DataError for a missing column or values of another kind.
         """
         schema = self.collate.schema
@@ -61,7 +62,7 @@ class CandidateRows:
         for name, size in schema.event_features.items():
             newest[name] = np.where((newest[name] >= 0) & (newest[name] < size), newest[name], 0)
         if schema.timestamps:
-            newest["timestamps"] = self._times(table, histories, lengths_B)
+            newest["timestamps"] = self._times(table, histories, lengths_B, first_row)
         columns = {}
         for name in schema.event_columns:
             past = histories.gather(name, np.zeros_like(lengths_B), lengths_B)
@@ -102,7 +103,7 @@ class CandidateRows:
         self._groups.move_to_end(index)
         return self._groups[index]
 
-    def _times(self, table: pa.Table, histories: Rows, lengths_B: np.ndarray) -> np.ndarray:
+    def _times(self, table: pa.Table, histories: Rows, lengths_B: np.ndarray, first_row: int) -> np.ndarray:
         """Seconds: those of the column timestamp, or of the newest event."""
         last_B = np.zeros(len(lengths_B), dtype=np.int64)
         some_B = lengths_B > 0
@@ -122,6 +123,6 @@ class CandidateRows:
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(
-                f"row {row}, column {TIME}: {times_B[row]} s is before the user's newest event, {last_B[row]} s"
+                f"row {first_row + row}, column {TIME}: {times_B[row]} s is before the user's newest event, {last_B[row]} s"
             )
         return times_B

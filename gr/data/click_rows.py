@@ -23,8 +23,11 @@ class ClickRows:
     def __init__(self, schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.schema, self.vocabularies = schema, vocabularies
 
-    def batch(self, table: pa.Table) -> TabularBatch:
-        """Labels are 0. Raises DataError for a missing column, or a value that is no finite number or no id."""
+    def batch(self, table: pa.Table, first_row: int = 0) -> TabularBatch:
+        """Labels are 0. first_row: number of the table's first row, for errors.
+
+        Raises DataError for a missing column, or a value that is no finite number or no id.
+        """
         for name in [*self.schema.dense, *(column.name for column in self.schema.sparse)]:
             if name not in table.column_names:
                 raise DataError(
@@ -32,8 +35,8 @@ class ClickRows:
                 )
         dense_BN = np.empty((table.num_rows, len(self.schema.dense)), dtype=np.float32)
         for place, name in enumerate(self.schema.dense):
-            dense_BN[:, place] = _numbers(name, table.column(name))
-        ids = [self._ids(column, table.column(column.name)) for column in self.schema.sparse]
+            dense_BN[:, place] = _numbers(name, table.column(name), first_row)
+        ids = [self._ids(column, table.column(column.name), first_row) for column in self.schema.sparse]
         return TabularBatch(
             dense_BN=torch.from_numpy(dense_BN),
             sparse=KeyedJaggedTensor(
@@ -46,7 +49,7 @@ class ClickRows:
             first_example=0,
         )
 
-    def _ids(self, column: SparseColumn, values_B: pa.ChunkedArray) -> np.ndarray:
+    def _ids(self, column: SparseColumn, values_B: pa.ChunkedArray, first_row: int) -> np.ndarray:
         """int64 [B * hots]."""
         if column.hots == 1:
             ids = self.vocabularies[column.name].ids(values_B)
@@ -61,14 +64,14 @@ class ClickRows:
                 )
             ids = self.vocabularies[column.name].ids(lists.flatten())
         if (outside := (ids < 0) | (ids >= column.cardinality)).any():
-            row = int(outside.argmax()) // column.hots
+            row = first_row + int(outside.argmax()) // column.hots
             raise DataError(
                 f"row {row}, column {column.name}: is id {ids[outside][0]}, allowed are 0 to {column.cardinality - 1}"
             )
         return ids
 
 
-def _numbers(name: str, values_B: pa.ChunkedArray) -> np.ndarray:
+def _numbers(name: str, values_B: pa.ChunkedArray, first_row: int) -> np.ndarray:
     try:
         numbers = values_B.cast(pa.float64()).fill_null(0).to_numpy()
     except pa.ArrowException as error:
@@ -76,5 +79,6 @@ def _numbers(name: str, values_B: pa.ChunkedArray) -> np.ndarray:
     with np.errstate(over="ignore"):
         single_B = numbers.astype(np.float32)
     if (wrong := ~np.isfinite(single_B)).any():
-        raise DataError(f"row {int(wrong.argmax())}, column {name}: is {numbers[wrong][0]}, wanted a finite number")
+        row = first_row + int(wrong.argmax())
+        raise DataError(f"row {row}, column {name}: is {numbers[wrong][0]}, wanted a finite number")
     return single_B

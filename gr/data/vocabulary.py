@@ -17,7 +17,7 @@ from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """ids_V: ascending, int64. values_V: int64 or text. Both None: an id stands for itself."""
+    """ids_V: ascending, int64. values_V: ascending, whole numbers or text. Both None: an id stands for itself."""
 
     column: str
     ids_V: np.ndarray | None = None
@@ -27,7 +27,7 @@ class Vocabulary:
     def open(cls, folder: Path, schema: DataSchema | TabularSchema, column: str) -> "Vocabulary":
         """The vocabulary of a column, of a data folder or a checkpoint; where there is none, ids stand for themselves.
 
-        Raises DataError where the file is not the one that schema.json names.
+        Raises DataError where the file is not the one that schema.json names, or has no ascending values.
         """
         if column not in schema.vocabularies:
             return cls(column)
@@ -36,7 +36,11 @@ class Vocabulary:
             content = path.read_bytes()
             check_digest(path, content, schema.vocabularies[column])
             table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
-        return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
+        values_V = table.column("value").combine_chunks()
+        is_known_kind = pa.types.is_integer(values_V.type) or pa.types.is_string(values_V.type)
+        if not is_known_kind or values_V.null_count or not pc.all(pc.less(values_V[:-1], values_V[1:])).as_py():
+            raise DataError(f"{path}: values must be whole numbers or text that ascend; prepare the data again")
+        return cls(column, table.column("id").to_numpy(), values_V)
 
     def agrees(self, other: "Vocabulary") -> bool:
         """Whether ids stand for the same values."""
@@ -80,11 +84,30 @@ class Vocabulary:
             ) from None
         if self.ids_V is None or self.values_V is None:
             return cast_N.fill_null(0).to_numpy(zero_copy_only=False), cast_N.is_valid().to_numpy(zero_copy_only=False)
-        place_N = pc.index_in(cast_N, value_set=self.values_V, skip_nulls=True)
-        known_N = place_N.is_valid().to_numpy(zero_copy_only=False)
+        known_N = cast_N.is_valid().to_numpy(zero_copy_only=False)
         ids_N = np.zeros(len(known_N), dtype=np.int64)
-        ids_N[known_N] = self.ids_V[place_N.drop_null().to_numpy(zero_copy_only=False)]
+        if not len(self.ids_V):
+            return ids_N, np.zeros_like(known_N)
+        filled_N = cast_N.fill_null("" if pa.types.is_string(self.type) else 0)
+        place_N = np.minimum(_count_below(self.values_V, filled_N), len(self.ids_V) - 1)
+        known_N &= pc.equal(self.values_V.take(pa.array(place_N)), filled_N).to_numpy(zero_copy_only=False)
+        ids_N[known_N] = self.ids_V[place_N[known_N]]
         return ids_N, known_N
+
+
+def _count_below(values_V: pa.Array, values_N: pa.Array) -> np.ndarray:
+    """How many of values_V, which ascend, are below each of values_N, int64.
+
+    It is a search, since an index of all values would take more time than a batch and more memory than the values.
+    """
+    if not pa.types.is_string(values_V.type):
+        return np.searchsorted(values_V.to_numpy(), values_N.to_numpy())
+    below_N = np.zeros(len(values_N), dtype=np.int64)
+    for bit in reversed(range(len(values_V).bit_length())):
+        more_N = below_N + (1 << bit)
+        less_N = pc.less(values_V.take(pa.array(np.minimum(more_N, len(values_V)) - 1)), values_N)
+        below_N = np.where(less_N.to_numpy(zero_copy_only=False) & (more_N <= len(values_V)), more_N, below_N)
+    return below_N
 
 
 def check_digest(path: Path, content: bytes, digest: str) -> None:

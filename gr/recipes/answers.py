@@ -52,8 +52,8 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
     return Listed(chosen, limits, int((~known).sum()))
 
 
-def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """The columns of a Parquet file, and this rank's rows in tables of `size` at most.
+def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[tuple[int, pa.Table]]]:
+    """The columns of a Parquet file, and this rank's rows in tables of `size` at most, each with its first row's number.
 
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
@@ -63,9 +63,10 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
     bounds = [rank * rows // world.size for rank in range(world.size + 1)]
     tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
 
-    def read() -> Iterator[pa.Table]:
+    def read() -> Iterator[tuple[int, pa.Table]]:
         first, given = 0, 0
         start, stop = bounds[world.rank], bounds[world.rank + 1]
+        row = start
         pending = file.schema_arrow.empty_table()
         for index in range(file.metadata.num_row_groups):
             count = file.metadata.row_group(index).num_rows
@@ -76,10 +77,11 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
             with decoding(path):
                 pending = pa.concat_tables([pending, file.read_row_group(index).slice(begin, end - begin)])
             while pending.num_rows >= size:
-                yield pending.slice(0, size)
-                pending, given = pending.slice(size), given + 1
+                yield row, pending.slice(0, size)
+                pending, given, row = pending.slice(size), given + 1, row + size
         for _ in range(tables - given):
-            yield pending
+            yield row, pending
+            row += pending.num_rows
             pending = pending.slice(pending.num_rows)
 
     return file.schema_arrow, read()

@@ -173,12 +173,12 @@ class ClickRecipe(Recipe[ClickConfig]):
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, world: World, tables: Iterator[pa.Table], rows: ClickRows, size: int
+        self, model: nn.Module, world: World, tables: Iterator[tuple[int, pa.Table]], rows: ClickRows, size: int
     ) -> Iterator[pa.Table]:
         model.eval()
         hots = [column.hots for column in self.schema.sparse]
-        for table in tables:
-            batch = rows.batch(table).padded(size, hots).to(world.device)
+        for first_row, table in tables:
+            batch = rows.batch(table, first_row).padded(size, hots).to(world.device)
             score_B = model(batch.dense_BN, batch.sparse).float().sigmoid()[: table.num_rows].cpu()
             yield with_scores(table, scored_schema(table.schema, ["score"]), [pa.array(score_B.numpy())])
 

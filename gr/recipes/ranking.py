@@ -211,12 +211,12 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, world: World, tables: Iterator[pa.Table], rows: CandidateRows, answers: Answers
+        self, model: nn.Module, world: World, tables: Iterator[tuple[int, pa.Table]], rows: CandidateRows, answers: Answers
     ) -> Iterator[pa.Table]:
         model.eval()
         tasks = self.config.task.tasks
-        for table in tables:
-            batch, known_B = rows.batch(table)
+        for first_row, table in tables:
+            batch, known_B = rows.batch(table, first_row)
             outputs_BC = model(batch.to(world.device)).float().cpu()
             columns = [
                 (output_B.sigmoid() if isinstance(task, ActionTask) else output_B).numpy()
