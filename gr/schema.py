@@ -157,9 +157,14 @@ class DataSchema(HistoryColumns, _SchemaFile):
     source: str = Field(description="Where the data came from.")
 
     @property
+    def cardinalities(self) -> dict[str, int]:
+        """Largest id + 1 of each column of ids that a model may read."""
+        return {self.item_feature: self.item_cardinality, **self.event_features, **self.contextual}
+
+    @property
     def input_vocabularies(self) -> dict[str, str]:
         """The digests of the vocabularies of what a model reads."""
-        read = {self.item_feature, *self.contextual, *self.event_features}
+        read = self.cardinalities
         return {name: digest for name, digest in self.vocabularies.items() if name in read}
 
     def summary(self) -> str:
@@ -224,9 +229,14 @@ class TabularSchema(_SchemaFile):
     source: str = Field(description="Where the data came from.")
 
     @property
+    def cardinalities(self) -> dict[str, int]:
+        """Largest id + 1 of each column of ids."""
+        return {column.name: column.cardinality for column in self.sparse}
+
+    @property
     def input_vocabularies(self) -> dict[str, str]:
         """The digests of the vocabularies of what a model reads."""
-        read = {column.name for column in self.sparse}
+        read = self.cardinalities
         return {name: digest for name, digest in self.vocabularies.items() if name in read}
 
     def summary(self) -> str:

@@ -1,7 +1,7 @@
 """The values that the ids of a column stand for: a log's own ids of users, items and categories. N ids."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from gr.data.parquet import decoding
 from gr.errors import DataError
 from gr.schema import DataSchema, TabularSchema, vocabulary_file
+
+NO_LIMIT = 2**63  # cardinality of a column that no model reads
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Vocabulary:
     def open(cls, folder: Path, schema: DataSchema | TabularSchema, column: str) -> "Vocabulary":
         """The vocabulary of a column, of a data folder or a checkpoint; where there is none, ids stand for themselves.
 
-        Raises DataError where the file is not the one that schema.json names, or has no ascending values.
+        Raises DataError where the file is not the one that schema.json names, or is no vocabulary.
         """
         if column not in schema.vocabularies:
             return cls(column)
@@ -36,11 +38,8 @@ class Vocabulary:
             content = path.read_bytes()
             check_digest(path, content, schema.vocabularies[column])
             table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
-        values_V = table.column("value").combine_chunks()
-        is_known_kind = pa.types.is_integer(values_V.type) or pa.types.is_string(values_V.type)
-        if not is_known_kind or values_V.null_count or not pc.all(pc.less(values_V[:-1], values_V[1:])).as_py():
-            raise DataError(f"{path}: values must be whole numbers or text that ascend; prepare the data again")
-        return cls(column, table.column("id").to_numpy(), values_V)
+        check_entries(path, table.schema, table.to_batches(), schema.cardinalities.get(column, NO_LIMIT))
+        return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
 
     def agrees(self, other: "Vocabulary") -> bool:
         """Whether ids stand for the same values."""
@@ -56,6 +55,8 @@ class Vocabulary:
         """The value of each id; null for one that stands for none."""
         if self.ids_V is None or self.values_V is None:
             return pa.array(ids_N, type=pa.int64())
+        if not len(self.ids_V):
+            return pa.nulls(len(ids_N), self.type)
         place_N = np.minimum(np.searchsorted(self.ids_V, ids_N), len(self.ids_V) - 1)
         return self.values_V.take(pa.array(place_N, mask=self.ids_V[place_N] != ids_N))
 
@@ -114,6 +115,31 @@ def check_digest(path: Path, content: bytes, digest: str) -> None:
     """Raises DataError where a vocabulary is not the one that schema.json names."""
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare the data again")
+
+
+def check_entries(path: Path, fields: pa.Schema, batches: Iterable[pa.RecordBatch], cardinality: int) -> None:
+    """Raises DataError unless the entries of a file have values and ids of which each is above the one before.
+
+    fields: of the columns value and id. cardinality: largest id + 1 at most.
+    """
+    kinds = [field.type for field in fields]
+    is_known = fields.names == ["value", "id"] and kinds[1] == pa.int64()
+    if not is_known or not (pa.types.is_integer(kinds[0]) or pa.types.is_string(kinds[0])):
+        raise DataError(f"{path}: is no vocabulary, which has a value, int64 or text, and an id, int64; prepare again")
+    last = fields.empty_table()
+    for batch in batches:
+        block = pa.concat_tables([last, pa.table(batch)]).combine_chunks()
+        ascend = all(
+            not column.null_count and pc.all(pc.less(column.slice(0, len(column) - 1), column.slice(1))).as_py()
+            for column in block.columns
+            if len(column)
+        )
+        if not ascend:
+            raise DataError(f"{path}: its values and its ids must ascend; prepare the data again")
+        last = block.slice(max(len(block) - 1, 0))
+        first, final = (block.column("id")[place].as_py() for place in (0, -1)) if len(block) else (1, 1)
+        if first < 1 or final >= cardinality:
+            raise DataError(f"{path}: has ids from {first} to {final}, schema.json allows 1 to {cardinality - 1}")
 
 
 def check_vocabularies(mine: Mapping[str, str], folder: Path, others: Mapping[str, str], path: Path) -> None:

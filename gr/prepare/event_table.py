@@ -122,7 +122,7 @@ def _given(options: EventOptions) -> Given | None:
     if options.vocabulary is None:
         return None
     schema = (TabularSchema if options.label else DataSchema).load(options.vocabulary)
-    return Given(options.vocabulary, schema.vocabularies)
+    return Given(options.vocabulary, schema)
 
 
 def _key_codes(
