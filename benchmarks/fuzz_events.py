@@ -45,7 +45,7 @@ def rows_of_a_log(count: int, text: bool) -> list[list[Any]]:
     """Of users, items, times, numbers, categories and labels; a number in eleven and a category in five is missing."""
     user = "u{}" if text else "{}"
     return [
-        [user.format(n * 7 % 5), 1 + n * n % 7, TIME + n * 37 % 500, n / 4, f"c{n % 3}" if n % 5 else None, n % 2]
+        [user.format(n * 7 % 5), 1 + n * 3 % 7, TIME + n * 37 % 500, n / 4, f"c{n % 3}" if n % 5 else None, n % 2]
         for n in range(count)
     ]
 

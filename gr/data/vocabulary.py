@@ -77,6 +77,8 @@ class Vocabulary:
         try:
             if pa.types.is_string(self.type) and not _is_text(values_N.type):
                 raise pa.ArrowInvalid("they are no text")
+            if pa.types.is_temporal(values_N.type) or pa.types.is_binary(values_N.type):  # a cast would make numbers
+                raise pa.ArrowInvalid("they are times or bytes")
             cast_N = values_N.cast(self.type)
         except pa.ArrowException as error:
             kind = "text" if pa.types.is_string(self.type) else "whole numbers"
@@ -130,9 +132,7 @@ def check_entries(path: Path, fields: pa.Schema, batches: Iterable[pa.RecordBatc
     for batch in batches:
         block = pa.concat_tables([last, pa.table(batch)]).combine_chunks()
         ascend = all(
-            not column.null_count and pc.all(pc.less(column.slice(0, len(column) - 1), column.slice(1))).as_py()
-            for column in block.columns
-            if len(column)
+            not each.null_count and pc.all(pc.less(each[:-1], each[1:]), min_count=0).as_py() for each in block.columns
         )
         if not ascend:
             raise DataError(f"{path}: its values and its ids must ascend; prepare the data again")

@@ -35,7 +35,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
     Raises DataError where the file has no such column, names one twice, or a k is below 1.
     """
     with decoding(_present(path), "cannot be read"):
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     if vocabulary.column not in table.column_names:
         raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
     ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
@@ -46,6 +46,8 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
     limits = None
     if "k" in table.column_names:
         with decoding(path, "column k is no list of whole numbers"):
+            if pa.types.is_temporal(table.column("k").type):  # of which a cast would make numbers
+                raise pa.ArrowInvalid("it has times")
             limits = table.column("k").cast(pa.int64()).fill_null(0).to_numpy()[known][order]
         if (limits < 1).any():
             raise DataError(f"{path}: column k has values below 1")
@@ -58,7 +60,7 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
     with decoding(_present(path), "cannot be read"):
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     rows = file.metadata.num_rows
     bounds = [rank * rows // world.size for rank in range(world.size + 1)]
     tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
