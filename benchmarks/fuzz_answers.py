@@ -132,7 +132,7 @@ def recommend_trial(random: np.random.Generator, folder: Path, place: Path) -> T
         return main(["recommend", str(place / "retrieval"), "--k=2", f"--{about}={file}", f"--out={out}"])
 
     def difference() -> str | None:
-        read = pq.read_table(file)
+        read = pq.ParquetFile(file).read()
         named = {as_text(value) for value in read.column(0 if about == "items" else "user_id").to_pylist()}
         limits = {}
         if about == "users" and "k" in read.column_names:
@@ -157,7 +157,7 @@ def predict_trial(random: np.random.Generator, folder: Path, place: Path) -> Tri
         return list(zip(map(str, zip(*columns, strict=True)), score, strict=True))
 
     def difference() -> str | None:
-        given, table = pq.read_table(file), pq.read_table(out)
+        given, table = (pq.ParquetFile(each).read() for each in (file, out))
         if not table.remove_column(table.num_columns - 1).equals(given):
             return "the columns are not those of the input"
         whole = dict(scores(pq.read_table(place / f"{name}.parquet")))

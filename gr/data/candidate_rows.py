@@ -10,6 +10,7 @@ from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.data.collate import Rows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.dataset import Dataset, Histories
+from gr.data.validate import LAST_SECOND
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.schema import USER_COLUMN
@@ -113,16 +114,17 @@ class CandidateRows:
         column = table.column(TIME)
         try:
             if pa.types.is_timestamp(column.type):
-                times = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
+                # Digits below a millisecond are cut off, while seconds must not overflow.
+                times = column.cast(pa.timestamp("ms"), safe=column.type.unit == "s").cast(pa.int64())
                 scale = 1000
             else:
                 times, scale = column.cast(pa.int64()), 1000 if self.data.schema.time_unit == "ms" else 1
         except pa.ArrowException as error:
             raise DataError(f"column {TIME}: of type {column.type}, wanted dates or whole numbers ({error})") from None
         times_B = np.where(times.is_valid(), times.fill_null(0).to_numpy() // scale, last_B)
-        if (early := times_B < last_B).any():
-            row = int(early.argmax())
-            raise DataError(
-                f"row {first_row + row}, column {TIME}: {times_B[row]} s is before the user's newest event, {last_B[row]} s"
-            )
+        if (wrong := (times_B < last_B) | (times_B >= LAST_SECOND)).any():
+            row = int(wrong.argmax())
+            early = f"is before the user's newest event, {last_B[row]} s"
+            fault = early if times_B[row] < last_B[row] else "is beyond the year 9999"
+            raise DataError(f"row {first_row + row}, column {TIME}: {times_B[row]} s {fault}")
         return times_B

@@ -34,8 +34,9 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
 
     Raises DataError where the file has no such column, names one twice, or a k is below 1.
     """
-    with decoding(_present(path), "cannot be read"):
-        table = pq.read_table(path, page_checksum_verification=True)
+    file = _opened(path)
+    with decoding(path, "cannot be read"):
+        table = file.read()
     if vocabulary.column not in table.column_names:
         raise DataError(f"{path}: has no column {vocabulary.column}; it has {', '.join(table.column_names)}")
     ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
@@ -59,8 +60,7 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
 
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
-    with decoding(_present(path), "cannot be read"):
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = _opened(path)
     rows = file.metadata.num_rows
     bounds = [rank * rows // world.size for rank in range(world.size + 1)]
     tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
@@ -129,10 +129,15 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
     return int(total)
 
 
-def _present(path: Path) -> Path:
+def _opened(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise DataError(f"{path}: no such file; name a Parquet file")
-    return path
+    with decoding(path, "cannot be read"):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names = file.schema_arrow.names
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: has more than one column {repeated[0]}; rename all but one")
+    return file
 
 
 def _whole(out: Path) -> Path:
