@@ -18,10 +18,31 @@ from benchmarks.mutations import damaged
 from gr.cli import main
 
 USERS, ITEMS = [f"u{n}" for n in range(5)], list(range(1, 8))
-SMALL = ["device=cpu", "trainer.steps=2", "trainer.global_batch_size=8", "trainer.log_every=1", "evaluation.every=2", "checkpoint.every=2"]
+SMALL = [
+    "device=cpu",
+    "trainer.steps=2",
+    "trainer.global_batch_size=8",
+    "trainer.log_every=1",
+    "evaluation.every=2",
+    "checkpoint.every=2",
+]
 MODELS = {
-    "retrieval": ("retrieval/smoke", "histories", ["model.dim=8", "task.negatives.count=4", "evaluation.baselines=[]", "data.train_holdout=2", "data.lanes=4"]),
-    "ranking": ("ranking/movielens-hstu", "histories", ["model.dim=8", "task.tasks=[{kind: bce, action: l}]", "evaluation.newest=1", "data.train_holdout=2", "data.lanes=4"]),
+    "retrieval": (
+        "retrieval/smoke",
+        "histories",
+        ["model.dim=8", "task.negatives.count=4", "evaluation.baselines=[]", "data.train_holdout=2", "data.lanes=4"],
+    ),
+    "ranking": (
+        "ranking/movielens-hstu",
+        "histories",
+        [
+            "model.dim=8",
+            "task.tasks=[{kind: bce, action: l}]",
+            "evaluation.newest=1",
+            "data.train_holdout=2",
+            "data.lanes=4",
+        ],
+    ),
     "click": ("dlrm/clicks", "rows", ["model.dim=8", "model.bottom=[8, 8]", "model.top=[8, 1]"]),
 }
 

@@ -34,7 +34,16 @@ PLAIN = ["--user=u", "--item=i", "--time=t", "--time-unit=s", "--value=x", "--fe
 WHOLE = re.compile(r"-?[0-9]{1,19}(\.[0-9]*)?")
 # Options beside those of the user and the item, of which a few are chosen.
 MORE = (
-    *("--time=t", "--time-unit=s", "--time-unit=ns", "--rating=x", "--value=x", "--value=t", "--action=l", "--action=f"),
+    *(
+        "--time=t",
+        "--time-unit=s",
+        "--time-unit=ns",
+        "--rating=x",
+        "--value=x",
+        "--value=t",
+        "--action=l",
+        "--action=f",
+    ),
     *("--feature=f", "--feature=i", "--label=l", "--label=x", "--min-user-events=2", "--min-item-events=3"),
     *("--since=2023-11-14", "--until=2023-11-14T22:14", "--since=x", "--keep-duplicates", "--on-bad-row=skip"),
     *("--test-from=2023-11-14T22:14", "--test-users=0.5", "--memory=0.1", "--value=none", "--feature=\n"),
@@ -179,7 +188,9 @@ def odd_vocabulary(random: np.random.Generator, table: pa.Table) -> tuple[pa.Tab
         "without values": lambda: table.drop("value"),
         "without ids": lambda: table.drop("id"),
         "values that are floats": lambda: table.set_column(0, "value", pa.array(np.arange(len(ids)) / 2)),
-        "values that are null": lambda: table.set_column(0, "value", pa.array([None, *values[1:]], table.schema.field(0).type)),
+        "values that are null": lambda: table.set_column(
+            0, "value", pa.array([None, *values[1:]], table.schema.field(0).type)
+        ),
         "values in another order": lambda: table.set_column(0, "value", pa.array(values[::-1])),
         "a value twice": lambda: table.set_column(0, "value", pa.array([values[1], *values[1:]])),
         "ids in another order": lambda: table.set_column(1, "id", pa.array(ids[::-1])),

@@ -163,8 +163,8 @@ class ResumableLoader(Generic[Batch]):
         cursor = state.get(source.cursor_name)
         if type(cursor) is not int:
             raise CheckpointError(
-                f"the checkpoint's {source.order_name} has {source.cursor_name}={cursor}, which is no place to continue "
-                "from; remove the checkpoint to use the one before"
+                f"the checkpoint's {source.order_name} has {source.cursor_name}={cursor}, no place to continue from; "
+                "remove the checkpoint to use the one before"
             )
         self._seek(cursor, CheckpointError)
         if self._ahead is not None:

@@ -37,7 +37,7 @@ class Vocabulary:
         with decoding(path):
             content = path.read_bytes()
             check_digest(path, content, schema.vocabularies[column])
-            table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
+            table = pq.ParquetFile(pa.BufferReader(content)).read(columns=["value", "id"])
         check_entries(path, table.schema, table.to_batches(), schema.cardinalities.get(column, NO_LIMIT))
         return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
 

@@ -56,7 +56,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
 
 
 def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[tuple[int, pa.Table]]]:
-    """The columns of a Parquet file, and this rank's rows in tables of `size` at most, each with its first row's number.
+    """The columns of a Parquet file, and this rank's rows in tables of `size` at most, each with the row it begins at.
 
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """

@@ -211,7 +211,12 @@ class RankingRecipe(HistoryRecipe[RankingConfig]):
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, world: World, tables: Iterator[tuple[int, pa.Table]], rows: CandidateRows, answers: Answers
+        self,
+        model: nn.Module,
+        world: World,
+        tables: Iterator[tuple[int, pa.Table]],
+        rows: CandidateRows,
+        answers: Answers,
     ) -> Iterator[pa.Table]:
         model.eval()
         tasks = self.config.task.tasks

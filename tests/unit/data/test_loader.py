@@ -117,7 +117,7 @@ def test_other_rows_are_refused(dataset: Dataset) -> None:
 def test_a_place_that_is_none_is_refused(dataset: Dataset, place: object) -> None:
     state = loader(dataset).state_dict()
     for wrong in (state | {"position": place}, {name: value for name, value in state.items() if name != "position"}):
-        with pytest.raises(CheckpointError, match=r"has position=.*, which is no place to continue from; remove the ch"):
+        with pytest.raises(CheckpointError, match=r"has position=.*, no place to continue from; remove the ch"):
             loader(dataset).load_state_dict(wrong)
 
 

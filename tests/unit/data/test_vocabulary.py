@@ -91,7 +91,10 @@ ODD: dict[str, tuple[pa.Table, str]] = {
     "a value twice": (pa.table({"value": ["a", "a"], "id": [1, 2]}), "its values and its ids must ascend"),
     "a value that is null": (pa.table({"value": ["a", None], "id": [1, 2]}), "its values and its ids must ascend"),
     "ids in another order": (pa.table({"value": ["a", "b"], "id": [2, 1]}), "its values and its ids must ascend"),
-    "an id that is 0": (pa.table({"value": ["a", "b"], "id": [0, 1]}), "has ids from 0 to 1, schema.json allows 1 to 3"),
+    "an id that is 0": (
+        pa.table({"value": ["a", "b"], "id": [0, 1]}),
+        "has ids from 0 to 1, schema.json allows 1 to 3",
+    ),
     "an id that is large": (pa.table({"value": ["a", "b"], "id": [1, 4]}), "has ids from 1 to 4, schema.json allows 1"),
     "no values": (pa.table({"id": [1, 2]}), "is no vocabulary"),
     "no ids": (pa.table({"value": ["a"]}), "is no vocabulary"),

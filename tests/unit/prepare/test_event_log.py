@@ -217,9 +217,11 @@ def test_a_name_of_two_lines_is_shown_in_one(tmp_path: Path, column: str, capsys
         log.to_parquet(tmp_path / "log.parquet")
         names = {each: name if each == column else each for each in "uit"}
         options = [f"--user={names['u']}", f"--item={names['i']}", f"--time={names['t']}", "--time-unit=s", "--force"]
-        code = main(["prepare", "events", "--source", str(tmp_path / "log.parquet"), *options, f"--out={tmp_path / 'o'}"])
+        code = main(
+            ["prepare", "events", "--source", str(tmp_path / "log.parquet"), *options, f"--out={tmp_path / 'o'}"]
+        )
         lines = capsys.readouterr().err.splitlines()
-        assert code == 0 or (code, len(lines)) == (2, 1) and "\\nerror: x" in lines[0], (kind, lines)
+        assert code == 0 or ((code, len(lines)) == (2, 1) and "\\nerror: x" in lines[0]), (kind, lines)
 
 
 def test_ties_keep_the_order_of_the_log(tmp_path: Path) -> None:
