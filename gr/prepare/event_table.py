@@ -86,9 +86,8 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
-    order = (
-        "min(log.rowid) AS place, count(*) AS copies" if options.joins_repeats else "log.rowid AS place, 1 AS copies"
-    )
+    joined, each = "min(log.rowid) AS place, count(*) AS copies", "log.rowid AS place, 1 AS copies"
+    order = joined if options.joins_repeats else each
     # A row for a click model stays where its user or item is not known: they have id 0.
     join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
