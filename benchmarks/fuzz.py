@@ -35,7 +35,7 @@ import numpy as np
 
 from gr.errors import GRError, TransientError
 
-MODULES = ("benchmarks.fuzz_raw", "benchmarks.fuzz_folders", "benchmarks.fuzz_runs")
+MODULES = tuple(f"benchmarks.fuzz_{name}" for name in ("raw", "folders", "events", "runs", "answers"))
 LIMIT, WAITING = 5.0, 60.0  # seconds of CPU, and of the clock, which also count what others do on this machine
 MEMORY = 8 << 30  # bytes of a process beyond what its start took
 EQUAL, ERROR, TRACEBACK, HANG, OTHER_DATA, UNCLEAR = KINDS = (

@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gr.errors import DataError
 from gr.files import is_transient
@@ -39,6 +39,10 @@ ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
 UNCOUNTED_EVENTS = 2  # newest events of each user, which are evaluated on, so that items.parquet does not count them
+# Ids and counts are int64 in every file and tensor.
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+NonNegativeInt = Annotated[Int64, Field(ge=0)]
+PositiveInt = Annotated[Int64, Field(ge=1)]
 
 
 def vocabulary_file(column: str) -> str:
@@ -157,7 +161,7 @@ class DataSchema(HistoryColumns, _SchemaFile):
     name: str = Field(description="Name of the data set, for reports.")
     item_feature: Literal["item_id"] = Field("item_id", description="Model feature of the items.")
     item_column: Literal["item_ids"] = Field("item_ids", description="Parquet column of the items.")
-    item_cardinality: Annotated[int, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
+    item_cardinality: Annotated[Int64, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
     timestamps: bool = Field(description="Whether the column timestamps exists.")
     ratings: bool = Field(description="Whether the column ratings exists.")
     order: str = Field(description="How events of a user are ordered, and the rule for ties.")
@@ -168,9 +172,14 @@ class DataSchema(HistoryColumns, _SchemaFile):
     source: str = Field(description="Where the data came from.")
 
     @property
+    def cardinalities(self) -> dict[str, int]:
+        """Largest id + 1 of each column of ids that a model may read."""
+        return {self.item_feature: self.item_cardinality, **self.event_features, **self.contextual}
+
+    @property
     def input_vocabularies(self) -> dict[str, str]:
         """The digests of the vocabularies of what a model reads."""
-        read = {self.item_feature, *self.contextual, *self.event_features}
+        read = self.cardinalities
         return {name: digest for name, digest in self.vocabularies.items() if name in read}
 
     def summary(self) -> str:
@@ -207,7 +216,7 @@ class SourceRows(BaseModel):
 
     name: str = Field(description="Name of the file.")
     rows: NonNegativeInt = Field(description="Rows written.")
-    minimum: int = Field(description="Least count of the file over all dense columns, missing counts as 0.")
+    minimum: Int64 = Field(description="Least count of the file over all dense columns, missing counts as 0.")
 
 
 class TabularSchema(_SchemaFile):
@@ -224,7 +233,7 @@ class TabularSchema(_SchemaFile):
     sparse: list[SparseColumn] = Field(description="Sparse columns, in the order of the model's features.")
     rows: PositiveInt = Field(description="Rows over all parts.")
     threshold: PositiveInt = Field(description="Occurrences from which a value is in the vocabulary.")
-    max_rows: Annotated[int, Field(ge=2)] | None = Field(
+    max_rows: Annotated[Int64, Field(ge=2)] | None = Field(
         None,
         description="Rows of a table at most: entry k of a vocabulary, from 1, has id 1 + (k - 1) % (max_rows - 1).",
     )
@@ -235,9 +244,14 @@ class TabularSchema(_SchemaFile):
     source: str = Field(description="Where the data came from.")
 
     @property
+    def cardinalities(self) -> dict[str, int]:
+        """Largest id + 1 of each column of ids."""
+        return {column.name: column.cardinality for column in self.sparse}
+
+    @property
     def input_vocabularies(self) -> dict[str, str]:
         """The digests of the vocabularies of what a model reads."""
-        read = {column.name for column in self.sparse}
+        read = self.cardinalities
         return {name: digest for name, digest in self.vocabularies.items() if name in read}
 
     def summary(self) -> str:

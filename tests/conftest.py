@@ -59,6 +59,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds the C++ operators on a machine that has none, so that no test is taken for the one that needs 15 CPU-s."""
+    operators = sys.modules.get("gr.ops.backend")
+    if operators is not None and not session.config.option.collectonly:
+        operators.backend_for(sys.modules["torch"].device("cpu"))
+
+
 def _has_gpu() -> bool:
     import torch  # only when there are GPU tests to decide on: most runs of single tests need no torch
 

@@ -11,7 +11,7 @@ from gr.data.collate import Rows
 from gr.data.collate_ranking import RankingCollate
 from gr.data.columns import PER_SECOND, ColumnType
 from gr.data.dataset import Dataset, Histories
-from gr.data.validate import checked_column, require_columns
+from gr.data.validate import LAST_SECOND, checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.schema import USER_COLUMN
@@ -110,6 +110,8 @@ class CandidateRows:
         unit = self.data.schema.time_unit
         times = checked_column(where, table, TIME, ColumnType("time", time_unit=unit), nulls=False)
         times_B = np.where(times.nulls, last_B, times.filled // PER_SECOND[unit])
+        if (late := times_B >= LAST_SECOND).any():
+            raise DataError(f"{where}: row {int(late.argmax())}, column {TIME}: is beyond the year 9999")
         if (early := times_B < last_B).any():
             row = int(early.argmax())
             raise DataError(

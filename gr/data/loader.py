@@ -151,7 +151,7 @@ class ResumableLoader(Generic[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the last batch handed out before the state was saved, on any world size the source allows.
 
-        Raises CheckpointError where the state is of another order.
+        Raises CheckpointError where the state is of another order, or has no cursor.
         """
         source = self.source
         for name, own in source.identity.items():
@@ -160,7 +160,13 @@ class ResumableLoader(Generic[Batch]):
                     f"the checkpoint's {source.order_name} has {name}={state.get(name)}, this run has {name}={own}; "
                     f"resume with the same {source.identity_keys}, or start a new run"
                 )
-        self._seek(int(state[source.cursor_name]), CheckpointError)
+        cursor = state.get(source.cursor_name)
+        if type(cursor) is not int:
+            raise CheckpointError(
+                f"the checkpoint's {source.order_name} has {source.cursor_name}={cursor}, no place to continue from; "
+                "remove the checkpoint to use the one before"
+            )
+        self._seek(cursor, CheckpointError)
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None

@@ -1,7 +1,7 @@
 """The values that the ids of a column stand for: a log's own ids of users, items and categories. N ids."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from gr.data.parquet import decoding
 from gr.errors import DataError
 from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
+NO_LIMIT = 2**63  # cardinality of a column that no model reads
+
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """ids_V: ascending, int64. values_V: int64 or text. Both None: an id stands for itself."""
+    """ids_V: ascending, int64. values_V: ascending, whole numbers or text. Both None: an id stands for itself."""
 
     column: str
     ids_V: np.ndarray | None = None
@@ -27,7 +29,7 @@ class Vocabulary:
     def open(cls, folder: Path, schema: DataSchema | TabularSchema, column: str) -> "Vocabulary":
         """The vocabulary of a column, of a data folder or a checkpoint; where there is none, ids stand for themselves.
 
-        Raises DataError where the file is not the one that schema.json names.
+        Raises DataError where the file is not the one that schema.json names, or is no vocabulary.
         """
         if column not in schema.vocabularies:
             return cls(column)
@@ -35,7 +37,8 @@ class Vocabulary:
         with decoding(path):
             content = path.read_bytes()
             check_digest(path, content, schema.vocabularies[column])
-            table = pq.read_table(pa.BufferReader(content), columns=["value", "id"])
+            table = pq.ParquetFile(pa.BufferReader(content)).read(columns=["value", "id"])
+        check_entries(path, table.schema, table.to_batches(), schema.cardinalities.get(column, NO_LIMIT))
         return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
 
     def agrees(self, other: "Vocabulary") -> bool:
@@ -52,6 +55,8 @@ class Vocabulary:
         """The value of each id; null for one that stands for none."""
         if self.ids_V is None or self.values_V is None:
             return pa.array(ids_N, type=pa.int64())
+        if not len(self.ids_V):
+            return pa.nulls(len(ids_N), self.type)
         place_N = np.minimum(np.searchsorted(self.ids_V, ids_N), len(self.ids_V) - 1)
         return self.values_V.take(pa.array(place_N, mask=self.ids_V[place_N] != ids_N))
 
@@ -72,6 +77,8 @@ class Vocabulary:
         try:
             if pa.types.is_string(self.type) and not _is_text(values_N.type):
                 raise pa.ArrowInvalid("not cast here, as 7 may be 7 or 007")
+            if pa.types.is_temporal(values_N.type) or pa.types.is_binary(values_N.type):  # a cast would make numbers
+                raise pa.ArrowInvalid("they are times or bytes")
             cast_N = values_N.cast(self.type)
         except pa.ArrowException as error:
             kind = "text" if pa.types.is_string(self.type) else "whole numbers"
@@ -81,17 +88,59 @@ class Vocabulary:
             ) from None
         if self.ids_V is None or self.values_V is None:
             return cast_N.fill_null(0).to_numpy(zero_copy_only=False), cast_N.is_valid().to_numpy(zero_copy_only=False)
-        place_N = pc.index_in(cast_N, value_set=self.values_V, skip_nulls=True)
-        known_N = place_N.is_valid().to_numpy(zero_copy_only=False)
+        known_N = cast_N.is_valid().to_numpy(zero_copy_only=False)
         ids_N = np.zeros(len(known_N), dtype=np.int64)
-        ids_N[known_N] = self.ids_V[place_N.drop_null().to_numpy(zero_copy_only=False)]
+        if not len(self.ids_V):
+            return ids_N, np.zeros_like(known_N)
+        filled_N = cast_N.fill_null("" if pa.types.is_string(self.type) else 0)
+        place_N = np.minimum(_count_below(self.values_V, filled_N), len(self.ids_V) - 1)
+        known_N &= pc.equal(self.values_V.take(pa.array(place_N)), filled_N).to_numpy(zero_copy_only=False)
+        ids_N[known_N] = self.ids_V[place_N[known_N]]
         return ids_N, known_N
+
+
+def _count_below(values_V: pa.Array, values_N: pa.Array) -> np.ndarray:
+    """How many of values_V, which ascend, are below each of values_N, int64.
+
+    It is a search, since an index of all values would take more time than a batch and more memory than the values.
+    """
+    if not pa.types.is_string(values_V.type):
+        return np.searchsorted(values_V.to_numpy(), values_N.to_numpy())
+    below_N = np.zeros(len(values_N), dtype=np.int64)
+    for bit in reversed(range(len(values_V).bit_length())):
+        more_N = below_N + (1 << bit)
+        less_N = pc.less(values_V.take(pa.array(np.minimum(more_N, len(values_V)) - 1)), values_N)
+        below_N = np.where(less_N.to_numpy(zero_copy_only=False) & (more_N <= len(values_V)), more_N, below_N)
+    return below_N
 
 
 def check_digest(path: Path, content: bytes, digest: str) -> None:
     """Raises DataError where a vocabulary is not the one that schema.json names."""
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare the data again")
+
+
+def check_entries(path: Path, fields: pa.Schema, batches: Iterable[pa.RecordBatch], cardinality: int) -> None:
+    """Raises DataError unless the entries of a file have values and ids of which each is above the one before.
+
+    fields: of the columns value and id. cardinality: largest id + 1 at most.
+    """
+    kinds = [field.type for field in fields]
+    is_known = fields.names == ["value", "id"] and kinds[1] == pa.int64()
+    if not is_known or not (pa.types.is_integer(kinds[0]) or pa.types.is_string(kinds[0])):
+        raise DataError(f"{path}: is no vocabulary, which has a value, int64 or text, and an id, int64; prepare again")
+    last = fields.empty_table()
+    for batch in batches:
+        block = pa.concat_tables([last, pa.table(batch)]).combine_chunks()
+        ascend = all(
+            not each.null_count and pc.all(pc.less(each[:-1], each[1:]), min_count=0).as_py() for each in block.columns
+        )
+        if not ascend:
+            raise DataError(f"{path}: its values and its ids must ascend; prepare the data again")
+        last = block.slice(max(len(block) - 1, 0))
+        first, final = (block.column("id")[place].as_py() for place in (0, -1)) if len(block) else (1, 1)
+        if first < 1 or final >= cardinality:
+            raise DataError(f"{path}: has ids from {first} to {final}, schema.json allows 1 to {cardinality - 1}")
 
 
 def check_vocabularies(mine: Mapping[str, str], folder: Path, others: Mapping[str, str], path: Path) -> None:

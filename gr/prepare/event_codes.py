@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,29 +10,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gr.data.parquet import decoding
+from gr.data.vocabulary import NO_LIMIT, check_entries
 from gr.errors import DataError
 from gr.prepare.event_log import WHOLE, Column, literal, one, quoted
-from gr.schema import vocabulary_file
+from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
 _EXACT_DOUBLE = 1 << 53  # up to here a float64 holds every whole number
 
 
 @dataclass(frozen=True)
 class Given:
-    """The vocabularies of a prepared folder, by the name of their column. digests: SHA-256 of their files."""
+    """The vocabularies of a prepared folder."""
 
     folder: Path
-    digests: Mapping[str, str]
+    schema: DataSchema | TabularSchema
 
     def file(self, name: str) -> Path:
-        """Raises DataError where there is no such vocabulary, or it is not the one that schema.json names."""
-        if name not in self.digests:
-            raise DataError(
-                f"{self.folder}: has no vocabulary of {name}; it has {', '.join(self.digests) or 'none at all'}"
-            )
+        """Raises DataError where there is no such vocabulary of a column, it is not the one that schema.json names, or
+        is none.
+        """
+        digests = self.schema.vocabularies
+        if name not in digests:
+            raise DataError(f"{self.folder}: has no vocabulary of {name}; it has {', '.join(digests) or 'none at all'}")
         path = self.folder / vocabulary_file(name)
-        if not path.is_file() or _digest(path) != self.digests[name]:
+        if not path.is_file() or _digest(path) != digests[name]:
             raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare that folder again")
+        with decoding(path), pq.ParquetFile(path) as file:
+            fields = pa.schema([field for field in file.schema_arrow if field.name in ("value", "id")])
+            batches = file.iter_batches(columns=["value", "id"])
+            check_entries(path, fields, batches, self.schema.cardinalities.get(name, NO_LIMIT))
         return path
 
 

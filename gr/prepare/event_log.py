@@ -21,6 +21,7 @@ import duckdb
 import pyarrow as pa
 
 from gr.data.columns import PER_SECOND
+from gr.data.validate import LAST_SECOND
 from gr.errors import DataError
 from gr.prepare.source import SourceFile, natural_order
 
@@ -171,6 +172,16 @@ def time_expression(
 
     Numbers need a unit, which the caller confirms; dates have one. Raises DataError where the values are no times.
     """
+    sql, own_unit, phrase = _time_expression(con, column, unit, title)
+    last = one(con, f"SELECT max({sql}) FROM log")
+    if last is not None and last >= LAST_SECOND * (1000 if own_unit == "ms" else 1):
+        raise DataError(f"{title}: has times beyond the year 9999; correct them, or name another --time-unit")
+    return sql, own_unit, phrase
+
+
+def _time_expression(
+    con: duckdb.DuckDBPyConnection, column: Column, unit: TimeUnit | None, title: str
+) -> tuple[str, Literal["s", "ms"], str]:
     if column.is_date:
         return _milliseconds("time" if "ZONE" in column.sql else "time::TIMESTAMP"), "ms", "dates, UTC"
     number = "time"

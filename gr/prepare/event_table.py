@@ -77,15 +77,16 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
-    order, copies = ("min(log.rowid)", "count(*)") if options.joins_repeats else ("log.rowid", "1")
+    first, copies = ("min(log.rowid)", "count(*)") if options.joins_repeats else ("log.rowid", "1")
     # A row for a click model stays where its user or item is not known: they have id 0.
     join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
-        f"CREATE TABLE events AS SELECT {selected}, {order} AS place, {copies} AS copies FROM log "
-        f"{join} codes_user u ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
+        f"CREATE TABLE events AS SELECT {selected}, {first} AS place, {copies} AS copies FROM log {join} codes_user u "
+        f"ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} "
+        f"WHERE {_between(options, chosen.get('time'), unit)}"
         f"{' GROUP BY ALL' if options.joins_repeats else ''}"
     )
-    _note_left_out(con, notes)
+    _note_left_out(con, options, notes)
     for name in ("copies", *_RAW):
         con.execute(f"ALTER TABLE events DROP COLUMN {name}")
     con.execute("DROP TABLE log")
@@ -128,7 +129,7 @@ def _given(options: EventOptions) -> Given | None:
     if options.vocabulary is None:
         return None
     schema = (TabularSchema if options.label else DataSchema).load(options.vocabulary)
-    return Given(options.vocabulary, schema.vocabularies)
+    return Given(options.vocabulary, schema)
 
 
 def _key_codes(
@@ -153,11 +154,11 @@ def _feature_codes(
     return codes
 
 
-def _note_left_out(con: duckdb.DuckDBPyConnection, notes: list[str]) -> None:
+def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
     taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
     if left_out := one(con, "SELECT count(*) FROM log") - taken:
         reasons = {"outside --since and --until": options.since or options.until}
-        reasons["of items that --vocabulary lacks"] = options.vocabulary
+        reasons["of items that --vocabulary lacks"] = options.vocabulary and str(options.vocabulary)
         notes.append(f"{left_out:,} events left out: {', or '.join(name for name, given in reasons.items() if given)}")
     if taken > kept:
         notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")

@@ -60,7 +60,7 @@ def prepare_events(source: Any, folder: Path, options: EventOptions) -> Prepared
         given = log.given
         for name, where in log.splits.items():
             schemas[name] = schema = write(log, folder / name, where, given)
-            given = Given(folder / name, schema.vocabularies)
+            given = Given(folder / name, schema)
     return Prepared(schemas, log.notes)
 
 

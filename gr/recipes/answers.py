@@ -38,8 +38,9 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
 
     Raises DataError where the file has no such column, names one twice, or a k is below 1.
     """
-    with decoding(_present(path), "cannot be read"):
-        table = pq.read_table(path)
+    file = _opened(path)
+    with decoding(path, "cannot be read"):
+        table = file.read()
     require_columns(path, table, [vocabulary.column])
     ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
     order = np.argsort(ids_N[known], kind="stable")
@@ -60,8 +61,7 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
 
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
-    with decoding(_present(path), "cannot be read"):
-        file = pq.ParquetFile(path)
+    file = _opened(path)
     rows = file.metadata.num_rows
     bounds = [rank * rows // world.size for rank in range(world.size + 1)]
     tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
@@ -128,13 +128,18 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
     return int(total)
 
 
-def _present(path: Path) -> Path:
+def _opened(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise DataError(f"{path}: no such file; name a Parquet file")
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
+    with path.open("rb") as start:
+        if start.read(len(_MAGIC)) != _MAGIC:
             raise DataError(f"{path}: is no Parquet file; write it as one, as to_parquet of pandas does")
-    return path
+    with decoding(path, "cannot be read"):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names = file.schema_arrow.names
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: has more than one column {repeated[0]}; rename all but one")
+    return file
 
 
 def _whole(out: Path) -> Path:

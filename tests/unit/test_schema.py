@@ -36,6 +36,11 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"format_version": 2}, "format_version"),
         ({"colour": "red"}, "colour"),
         ({"contextual": {"age": 0}}, "contextual.age"),
+        ({"contextual": {"age": 2**63}}, "contextual.age"),
+        ({"item_cardinality": 2**63}, "item_cardinality: Input should be less than 9223372036854775808"),
+        ({"event_features": {"age": 2**63}}, "event_features.age"),
+        ({"events": 2**63}, "events"),
+        ({"items": 10**30}, "items"),
     ],
 )
 def test_wrong_field_is_named(tmp_path: Path, change: dict, expected: str) -> None:
@@ -100,6 +105,8 @@ def test_tabular_round_trip(tmp_path: Path) -> None:
         ({"transform": {"name": "log", "version": 1}}, r"field transform\.name"),
         ({"transform": {"name": "log1p_clip", "version": 2}}, r"field transform\.version"),
         ({"sparse": [{"name": "c1", "cardinality": 10, "hots": 0}]}, r"field sparse\.0\.hots"),
+        ({"sparse": [{"name": "c1", "cardinality": 2**63}]}, r"field sparse\.0\.cardinality"),
+        ({"rows": 2**63}, "field rows"),
         ({"dense": ["c1"]}, "column c1 is named twice"),
         ({"kind": "rows"}, "describes a rows folder, this reads tabular folders"),
         ({"rows": 0}, "field rows"),

@@ -81,6 +81,7 @@ def test_memory_is_that_of_some_row_groups(folder: Path) -> None:
         ({"user_id": ["a"]}, "user_id: values of type string cannot be looked up"),
         ({"category": ["a"]}, "category: values of type string cannot be looked up"),
         ({"timestamp": [5]}, "row 0, column timestamp: 0 s is before the user's newest event"),
+        ({"timestamp": [253_402_300_800_000]}, "row 0, column timestamp: is beyond the year 9999"),
         ({"timestamp": [1.5]}, "row 0, column timestamp: is 1.5, not a whole number within int64"),
     ],
 )

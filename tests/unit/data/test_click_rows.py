@@ -73,3 +73,6 @@ def test_values_that_are_refused(folder: Path, name: str, values: list[Any] | No
     with pytest.raises(DataError) as error:
         click_rows(folder).batch(table)
     assert fault in str(error.value) and "\n" not in str(error.value)
+    if str(error.value).startswith("row 0"):
+        with pytest.raises(DataError, match=r"^row 100, column"):
+            click_rows(folder).batch(table, first_row=100)

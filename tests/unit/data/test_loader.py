@@ -113,6 +113,14 @@ def test_other_rows_are_refused(dataset: Dataset) -> None:
         loader(dataset).load_state_dict(state | {"row_groups": 7})
 
 
+@pytest.mark.parametrize("place", [None, "1", 1.0, True, [1]])
+def test_a_place_that_is_none_is_refused(dataset: Dataset, place: object) -> None:
+    state = loader(dataset).state_dict()
+    for wrong in (state | {"position": place}, {name: value for name, value in state.items() if name != "position"}):
+        with pytest.raises(CheckpointError, match=r"has position=.*, no place to continue from; remove the ch"):
+            loader(dataset).load_state_dict(wrong)
+
+
 def test_configuration_errors(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"data\.lanes=8 is not divisible by the world size 3"):
         loader(dataset, 0, 3)

@@ -1,16 +1,19 @@
 """Vocabularies: values to ids and back, and files that are not what schema.json says."""
 
+import hashlib
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gr.data.vocabulary import Vocabulary, check_vocabularies
 from gr.errors import DataError
 from gr.schema import DataSchema
-from tests.support.own_log import LOG, TIMED, prepared
+from tests.support.own_log import LOG, TIMED, prepared, refusal
 
 TEXT = Vocabulary("shop", np.array([2, 5, 9]), pa.array(["", "7", "é"]))
 NUMBERS = Vocabulary("shop", np.array([2, 5, 9]), pa.array([-3, 7, 1 << 62]))
@@ -43,6 +46,7 @@ def test_ids_that_stand_for_themselves() -> None:
 
 def test_none_at_all() -> None:
     assert NONE.ids(pa.array(["a", None])).tolist() == [0, 0] and NONE.ids(pa.array([], pa.string())).tolist() == []
+    assert NONE.values(np.array([1, 2])).to_pylist() == [None, None]
     assert TEXT.ids(pa.array([])).tolist() == [] and NUMBERS.ids(pa.array([None, None])).tolist() == [0, 0]
 
 
@@ -54,6 +58,8 @@ def test_none_at_all() -> None:
         (NUMBERS, ["a"], "shop: values of type string cannot be looked up, these are whole numbers"),
         (NUMBERS, [1.5], "these are whole numbers"),
         (ITSELF, [b"a"], "these are whole numbers"),
+        (NUMBERS, [b"7"], "they are times or bytes"),
+        (NUMBERS, [datetime(1970, 1, 1)], "they are times or bytes"),
         (ITSELF, [float("nan")], "these are whole numbers"),
     ],
 )
@@ -61,6 +67,56 @@ def test_values_of_another_kind(vocabulary: Vocabulary, values: list[Any], fault
     with pytest.raises(DataError) as error:
         vocabulary.ids(pa.array(values))
     assert fault in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 300])
+@pytest.mark.parametrize("text", [False, True])
+def test_every_value_of_a_vocabulary_is_found_and_no_other(size: int, text: bool) -> None:
+    random = np.random.default_rng(size)
+    numbers = np.sort(random.choice(10 * size, size, replace=False))
+    # In order of their UTF-8 bytes, which is that of their characters.
+    values = sorted({chr(97 + n * 37 % 4000) * (1 + n % 3) for n in numbers.tolist()}) if text else numbers.tolist()
+    ids = 3 + 2 * np.arange(len(values))
+    expected = dict(zip(values, ids.tolist(), strict=True))
+    asked = [*values, *([chr(97 + n) for n in range(200)] if text else range(-2, 10 * size + 2)), None]
+    random.shuffle(asked)
+    vocabulary = Vocabulary("x", ids, pa.array(values))
+    found, known = vocabulary.lookup(pa.array(asked))
+    assert found.tolist() == [expected.get(value, 0) for value in asked]
+    assert known.tolist() == [value in expected for value in asked]
+
+
+ODD: dict[str, tuple[pa.Table, str]] = {
+    "values in another order": (pa.table({"value": ["b", "a"], "id": [1, 2]}), "its values and its ids must ascend"),
+    "a value twice": (pa.table({"value": ["a", "a"], "id": [1, 2]}), "its values and its ids must ascend"),
+    "a value that is null": (pa.table({"value": ["a", None], "id": [1, 2]}), "its values and its ids must ascend"),
+    "ids in another order": (pa.table({"value": ["a", "b"], "id": [2, 1]}), "its values and its ids must ascend"),
+    "an id that is 0": (
+        pa.table({"value": ["a", "b"], "id": [0, 1]}),
+        "has ids from 0 to 1, schema.json allows 1 to 3",
+    ),
+    "an id that is large": (pa.table({"value": ["a", "b"], "id": [1, 4]}), "has ids from 1 to 4, schema.json allows 1"),
+    "no values": (pa.table({"id": [1, 2]}), "is no vocabulary"),
+    "no ids": (pa.table({"value": ["a"]}), "is no vocabulary"),
+    "two columns": (pa.table([["a"], ["a"], [1]], names=["value", "value", "id"]), "is no vocabulary"),
+    "floats": (pa.table({"value": [0.5], "id": [1]}), "is no vocabulary"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_files_that_are_none(tmp_path: Path, name: str) -> None:
+    """With the sum of that file in schema.json: reading and `gr prepare events --vocabulary` refuse it."""
+    folder = prepared(tmp_path / "o", LOG, **TIMED)
+    path = folder / "vocabulary" / "item_id.parquet"
+    table, fault = ODD[name]
+    pq.write_table(table, path)
+    schema = DataSchema.load(folder)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    schema.model_copy(update={"vocabularies": {**schema.vocabularies, "item_id": digest}}).save(folder)
+    with pytest.raises(DataError) as error:
+        Vocabulary.open(folder, DataSchema.load(folder), "item_id")
+    assert f"item_id.parquet: {fault}" in str(error.value) and "\n" not in str(error.value)
+    assert f"item_id.parquet: {fault}" in refusal(tmp_path, LOG, **TIMED, vocabulary=folder)
 
 
 def test_files_that_are_damaged(tmp_path: Path) -> None:

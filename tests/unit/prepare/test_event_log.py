@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gr.api import prepare_events
+from gr.cli import main
 from gr.errors import ConfigError, DataError
 from gr.prepare.event_log import find_files
 from tests.support.own_log import LOG, TIMED, decoded, prepared, refusal
@@ -186,6 +187,41 @@ def test_relative_times_and_fractions(tmp_path: Path, as_text: bool) -> None:
 )
 def test_values_that_are_no_times(tmp_path: Path, raw: list[Any], fault: str) -> None:
     assert fault in refusal(tmp_path, LOG.assign(t=raw), **TIMED)
+
+
+@pytest.mark.parametrize(
+    ("unit", "last"), [("s", 253_402_300_800), ("ms", 253_402_300_800_000), (None, datetime(9999, 12, 31))]
+)
+def test_times_that_training_would_refuse(tmp_path: Path, unit: str | None, last: Any) -> None:
+    """From the year 10000 on; the last day before it is a time."""
+    log = LOG[:2].assign(t=[0, last] if unit else pd.Series(np.array([0, 0], "datetime64[us]")))
+    if unit is None:
+        days = pa.array([0, 253_402_300_799], pa.timestamp("s")).cast(pa.timestamp("us"))
+        table = pa.Table.from_pandas(log).drop("t").append_column("t", days)
+        assert prepared(tmp_path / "o", table, user="u", item="i", time="t")
+        table = table.drop("t").append_column("t", pa.array([0, 253_402_300_800], pa.timestamp("s")))
+        said = refusal(tmp_path, table, user="u", item="i", time="t")
+    else:
+        said = refusal(tmp_path, log, user="u", item="i", time="t", time_unit=unit)
+    assert said == "column t: has times beyond the year 9999; correct them, or name another --time-unit"
+
+
+@pytest.mark.parametrize("column", ["u", "i", "t"])
+def test_a_name_of_two_lines_is_shown_in_one(tmp_path: Path, column: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the values of that column are refused, or there is no such column."""
+    name = f"{column}\nerror: x"
+    refused: dict[str, Any] = {"null": [None] * 5, "lists": [[1]] * 5, "floats": [0.5] * 5, "text": ["x"] * 5}
+    for kind, values in {**refused, "absent": None}.items():
+        log = LOG[["u", "i", "t"]]
+        log = log if values is None else log.assign(**{column: pd.Series(values)}).rename(columns={column: name})
+        log.to_parquet(tmp_path / "log.parquet")
+        names = {each: name if each == column else each for each in "uit"}
+        options = [f"--user={names['u']}", f"--item={names['i']}", f"--time={names['t']}", "--time-unit=s", "--force"]
+        code = main(
+            ["prepare", "events", "--source", str(tmp_path / "log.parquet"), *options, f"--out={tmp_path / 'o'}"]
+        )
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 0 or ((code, len(lines)) == (2, 1) and "\\nerror: x" in lines[0]), (kind, lines)
 
 
 def test_ties_keep_the_order_of_the_log(tmp_path: Path) -> None:
