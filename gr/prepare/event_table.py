@@ -157,8 +157,10 @@ def _feature_codes(
 def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
     taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
     if left_out := one(con, "SELECT count(*) FROM log") - taken:
-        reasons = {"outside --since and --until": options.since or options.until}
-        reasons["of items that --vocabulary lacks"] = options.vocabulary and str(options.vocabulary)
+        reasons = {
+            "outside --since and --until": options.since is not None or options.until is not None,
+            "of items that --vocabulary lacks": options.vocabulary is not None,
+        }
         notes.append(f"{left_out:,} events left out: {', or '.join(name for name, given in reasons.items() if given)}")
     if taken > kept:
         notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")
