@@ -1,5 +1,8 @@
 """Errors a user can cause. Each message says what was wrong, where, what is allowed and what to do."""
 
+import difflib
+from collections.abc import Collection
+
 
 def printable(text: str) -> str:
     """`text` on one line, with every control, separating or unassigned character written as its escape.
@@ -10,6 +13,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def nearest(name: str, known: Collection[str], label: str) -> str:
+    """The end of a message on an unknown name: the nearest known one, where one is near, and all of them."""
+    listing = f"{label}: {', '.join(known) or 'none'}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'? ({listing})" if near else listing
 
 
 class GRError(Exception):

@@ -49,6 +49,8 @@ class TabularDataConfig(Section):
 
 
 class ClickModelConfig(DLRMConfig):
+    """DLRM (arXiv 1906.00091) on the columns that it reads."""
+
     features: Features | None = Field(
         None, description="Dense and sparse columns that the model reads, in the order of schema.json; unset: all."
     )

@@ -1,6 +1,5 @@
 """The columns of the data that a model reads, and the tables of those of ids. No torch."""
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Literal
@@ -9,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gr.config.base import Section
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
-from gr.errors import ConfigError
+from gr.errors import ConfigError, nearest
 from gr.schema import DataSchema, TabularSchema
 
 ITEM_TABLE = "item_id"
@@ -31,8 +30,10 @@ class TableOptions(Section):
     table: str | None = Field(
         None, description="Column whose table this one reads, too: their ids must stand for the same values."
     )
-    dtype: TableDtype | None = None
-    optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] | None = None
+    dtype: TableDtype | None = Field(None, description="Of this table's rows in memory; unset: embeddings.dtype.")
+    optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] | None = Field(
+        None, description="Updates this table's rows; unset: embeddings.optimizer."
+    )
 
     @model_validator(mode="after")
     def _the_owner_decides(self):
@@ -116,6 +117,4 @@ def columns_by_table(rows: Mapping[str, int], options: Mapping[str, TableOptions
 def _check_columns(key: str, names: Iterable[str], known: Collection[str], whose: str) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? It has" if near else "it has"
-            raise ConfigError(f"{key}: {whose} has no feature {name}; {hint} {', '.join(known) or 'none'}")
+            raise ConfigError(f"{key}: {whose} has no feature {name}; {nearest(name, known, 'it has')}")

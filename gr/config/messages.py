@@ -1,6 +1,5 @@
 """Turns pydantic's findings into lines a user can act on: where it is written, which key, what is allowed."""
 
-import difflib
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from gr.config.base import Registry, Section
 from gr.config.yaml import Location, Node, describe
+from gr.errors import nearest
 
 FAULTS_SHOWN = 20
 _EXPECTED = {
@@ -179,8 +179,6 @@ def _types_at(model: type[BaseModel], location: Location) -> list[Any]:
 
 
 def _nearest(word: str, known: list[str], label: str) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if known in ([], [""]):
         return "none is registered: name the module that has it under plugins"
-    listing = f"{label}: {', '.join(known)}"
-    return f"did you mean '{near[0]}'? ({listing})" if near else listing
+    return nearest(word, known, label)

@@ -5,7 +5,6 @@ B examples of a batch on this rank.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from gr.config.histories import HistoryDataConfig
 from gr.data.collate import Counts, Rows, collate_evaluation, collate_train
 from gr.data.dataset import Dataset, Histories
-from gr.data.loader import BatchSource, Places, ResumableSource, checksums, rank_batch_size
+from gr.data.loader import BatchSource, Places, ResumableSource, checksums, dealt, rank_batch_size
 from gr.data.order import TrainingOrder, owned_lanes
 from gr.data.stochastic_length import Draws
 from gr.errors import ConfigError
@@ -132,10 +131,9 @@ class UserBatches(BatchSource[Histories, Any]):
         self._size = rank_batch_size("evaluation.global_batch_size", global_batch_size, world_size)
         self._dataset, self._config, self._collate, self._columns = dataset, config, collate, columns
         self._rows_N = np.arange(dataset.rows) if rows_N is None else rows_N
-        bounds = [r * len(self._rows_N) // world_size for r in range(world_size + 1)]
+        bounds, self.stop = dealt(len(self._rows_N), world_size, self._size)
         self._first_row, self._stop_row = bounds[rank], bounds[rank + 1]
         self._starts = np.concatenate([[0], np.cumsum(dataset.row_counts)])
-        self.stop = max(-(-(stop - start) // self._size) for start, stop in pairwise(bounds))
         self.read_threads = config.read_threads
         self._counts = Counts()
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -194,6 +194,15 @@ def checksums(row_counts: Sequence[int], schema: BaseModel) -> dict[str, int | N
     """The part of an identity that tells one data folder from another: CRC-32 of its row groups and of its schema."""
     layout = np.asarray(row_counts, dtype=np.int64).tobytes()
     return {"row_groups": zlib.crc32(layout), "schema": zlib.crc32(schema.model_dump_json().encode())}
+
+
+def dealt(rows: int, ranks: int, size: int) -> tuple[list[int], int]:
+    """Rows in file order, dealt to ranks: rank r has [bounds[r], bounds[r+1]); and the batches of the largest share.
+
+    size: rows of a rank's batch.
+    """
+    bounds = [rank * rows // ranks for rank in range(ranks + 1)]
+    return bounds, max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
 
 
 def rank_batch_size(key: str, global_batch_size: int, world_size: int) -> int:

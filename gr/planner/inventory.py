@@ -13,7 +13,7 @@ from gr.config.inventory import InventoryConfig, TableConfig
 from gr.config.load import RECIPES, load_section, top_level
 from gr.config.messages import describe_faults, shortened
 from gr.config.yaml import Node
-from gr.errors import ConfigError
+from gr.errors import ConfigError, nearest
 
 LISTS = (".json", ".parquet")
 
@@ -100,9 +100,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     known = TableConfig.model_fields
     for name in table.column_names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise ConfigError(f"{path}: unknown column '{name}'; {hint}(known: {', '.join(known)})")
+            raise ConfigError(f"{path}: unknown column '{name}'; {nearest(name, known, 'known')}")
     if absent := [name for name, field in known.items() if field.is_required() and name not in table.column_names]:
         raise ConfigError(f"{path}: no column {', '.join(absent)}; columns: {', '.join(table.column_names) or 'none'}")
     return [{name: _whole(value) for name, value in row.items()} for row in table.to_pylist()]

@@ -6,7 +6,6 @@ All ranks write, each its own part; the parts are joined in the order of ranks. 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.data.columns import ColumnType
+from gr.data.loader import dealt
 from gr.data.parquet import decoding
 from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
@@ -62,9 +62,7 @@ def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[
     Rank r has rows [r*N/R, (r+1)*N/R); all ranks get as many tables, the last ones perhaps empty.
     """
     file = _opened(path)
-    rows = file.metadata.num_rows
-    bounds = [rank * rows // world.size for rank in range(world.size + 1)]
-    tables = max(-(-(stop - start) // size) for start, stop in pairwise(bounds))
+    bounds, tables = dealt(file.metadata.num_rows, world.size, size)
 
     def read() -> Iterator[tuple[str, pa.Table]]:
         first, given = 0, 0

@@ -102,10 +102,10 @@ def test_an_unknown_feature_is_one_line() -> None:
     with pytest.raises(ConfigError) as caught:
         chosen_features(SCHEMA, ["age", "categry"])
     assert str(caught.value) == (
-        "model.features: tiny-histories (schema.json) has no feature categry; did you mean category? It has item_id, "
-        "category, country, age"
+        "model.features: tiny-histories (schema.json) has no feature categry; did you mean 'category'? "
+        "(it has: item_id, category, country, age)"
     )
-    with pytest.raises(ConfigError, match=r"rows .* has no feature zzz; it has i1, i2, i3, c1, c2, c3$"):
+    with pytest.raises(ConfigError, match=r"rows .* has no feature zzz; it has: i1, i2, i3, c1, c2, c3$"):
         chosen_columns(tabular_schema(COLUMNS, DENSE), ["zzz"])
     with pytest.raises(ConfigError, match=r"no dense column, DLRM needs one: name one of i1, i2, i3$"):
         chosen_columns(tabular_schema(COLUMNS, DENSE), ["c1"])
@@ -123,8 +123,8 @@ def test_columns_of_shared_tables() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"categori": {}}, "embeddings.tables: the model has no feature categori; did you mean category? It has"),
-        ({"b": {"table": "f"}}, "embeddings.tables.b.table: the model has no feature f; it has a, b, category"),
+        ({"categori": {}}, "embeddings.tables: the model has no feature categori; did you mean 'category'? (it has: "),
+        ({"b": {"table": "f"}}, "embeddings.tables.b.table: the model has no feature f; it has: a, b, category"),
         ({"a": {"table": "a"}}, "embeddings.tables.a.table=a: name a column that has a table of its own, or unset it"),
         ({"a": {"table": "b"}, "b": {"table": "a"}}, "table=b: name a column that has a table of its own"),
         ({"a": {"table": "category"}}, "category has 6 ids and a 5; columns that share a table have the same ids"),

@@ -201,7 +201,7 @@ def test_a_run_does_not_resume_with_other_features(tmp_path: Path, alone: World)
 
 def test_an_unknown_feature_stops_a_run_before_it_starts(tmp_path: Path, alone: World) -> None:
     data = write_twins(tmp_path / "data")
-    with pytest.raises(ConfigError, match="has no feature categry; did you mean category"):
+    with pytest.raises(ConfigError, match="has no feature categry; did you mean 'category'"):
         train(ranking(data, tmp_path / "run", model={"features": ["categry"]}), alone)
     with pytest.raises(ConfigError, match=r"embeddings.tables: the model has no feature favourite"):
         train(

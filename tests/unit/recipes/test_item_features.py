@@ -47,7 +47,7 @@ def test_features_are_read_of_the_corpus(data: Path) -> None:
         DataError, match=r"model.features: .*items.parquet has no column hour; it has item_id, count, group"
     ):
         read_item_features(data, schema)
-    with pytest.raises(ConfigError, match=r"has no feature country; it has item_id, group, hour$"):
+    with pytest.raises(ConfigError, match=r"has no feature country; it has: item_id, group, hour$"):
         chosen_item_features(schema, ["country"])
     low = schema.model_copy(update={"event_features": {"group": 3}})
     with pytest.raises(DataError, match=r"items.parquet: row 2, column group: is 3, allowed are 0 to 2"):
