@@ -182,8 +182,7 @@ class FolderWriter:
 
     def write(self, users: Users) -> None:
         """Append users, in row groups of ROWS_PER_GROUP."""
-        ids, counts = np.unique(users.item_ids[_fitted(users.offsets)], return_counts=True)
-        self._counts[ids] += counts
+        np.add.at(self._counts, users.item_ids[_fitted(users.offsets)], 1)
         offsets = pa.array(users.offsets.astype(np.int32))
         arrays = {"user_id": pa.array(users.user_ids.astype(np.int64))}
         for name in self._columns.event_columns:
