@@ -66,6 +66,7 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
             "memory_limit": f"{memory_gib * 1024:.0f}MiB",
             "temp_directory": folder,
             "force_compression": "uncompressed",
+            "preserve_insertion_order": True,  # a table that was made sorted is read in that order
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }

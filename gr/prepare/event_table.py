@@ -32,7 +32,9 @@ ITEM = "item_id"
 
 @dataclass(frozen=True)
 class Log:
-    """An encoded log: table `events` of user, item, time, place and further columns in DuckDB."""
+    """An encoded log: table `events` of user, item, time, place and further columns in DuckDB, sorted by user, time and
+    place (that in the log).
+    """
 
     con: duckdb.DuckDBPyConnection
     options: EventOptions
