@@ -96,14 +96,7 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)} "
         f"ORDER BY {options.order}"
     )
-    kept = one(con, "SELECT count(*) FROM events")
-    if kept < total:
-        notes.append(f"{total - kept:,} events left out: outside --since and --until, or of items that are not known")
-    if options.joins_repeats:
-        _join_repeats(con, bool(actions), notes)
-    for key in ("user", "item"):
-        if unknown := one(con, f"SELECT count(*) FROM events WHERE {key} = 0"):
-            notes.append(f"{unknown:,} events of {key}s that are not known have id 0")
+    _leave_out_repeats(con, options, total, notes)
     for name in raw:
         con.execute(f"ALTER TABLE events DROP COLUMN {name}")
     con.execute("DROP VIEW log; DROP VIEW IF EXISTS whole_log; DROP TABLE IF EXISTS log_rows")
@@ -152,6 +145,18 @@ def _feature_codes(
         file = None if given is None else given.file(name)
         codes[name] = make_codes(con, f"codes_feature_{place}", kind, f"column {name}", file)
     return codes
+
+
+def _leave_out_repeats(con: duckdb.DuckDBPyConnection, options: EventOptions, total: int, notes: list[str]) -> None:
+    """Repeats, where they are joined; notes what is left of `total` events, and what of it is not known."""
+    kept = one(con, "SELECT count(*) FROM events")
+    if kept < total:
+        notes.append(f"{total - kept:,} events left out: outside --since and --until, or of items that are not known")
+    if options.joins_repeats:
+        _join_repeats(con, bool(options.actions), notes)
+    for key in ("user", "item"):
+        if unknown := one(con, f"SELECT count(*) FROM events WHERE {key} = 0"):
+            notes.append(f"{unknown:,} events of {key}s that are not known have id 0")
 
 
 def _join_repeats(con: duckdb.DuckDBPyConnection, has_actions: bool, notes: list[str]) -> None:
