@@ -1,4 +1,4 @@
-"""An interaction log in a common format, as one DuckDB table whose types are checked.
+"""An interaction log in a common format, as one relation in DuckDB whose types are checked.
 
 Parquet, delimited text (.csv, .tsv, any other name; plain, .gz or .zst) with a header line, JSON lines, and any object
 that exports an Arrow stream (pandas, polars, pyarrow). DuckDB keeps to a limit of memory and spills to a folder.
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,6 +66,7 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
             "memory_limit": f"{memory_gib * 1024:.0f}MiB",
             "temp_directory": folder,
             "force_compression": "uncompressed",
+            "preserve_insertion_order": True,  # a table that was made sorted is read in that order
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }
@@ -89,32 +90,45 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
 def load_log(
     con: duckdb.DuckDBPyConnection, source: Any, columns: Mapping[str, str], table: str = "log"
 ) -> dict[str, Column]:
-    """Makes `table` of the named columns of a source, in the order of its rows (its rowid); returns their types.
+    """Makes the view `table` of the named columns of a source and the place of each row; returns the columns' types.
 
-    source: files, patterns of files, or an object with an Arrow stream. columns: name in the table -> name in the
-    source. Raises DataError where a file or column is not there.
+    source: files, patterns of files, or an object with an Arrow stream. columns: name in the view -> name in the
+    source. Parquet is scanned again by each query; all else is read once, into a table `table`_rows. Raises DataError
+    where a file or column is not there.
     """
+    rows, place, text = f"{table}_rows", "rowid", False
     if _is_table(source):
         arrow = _arrow(source)
         _require(columns.values(), arrow.column_names, "the table")
         # DuckDB does not tell U from u, so the columns get their names before it sees them.
         con.register("source_rows", pa.table([arrow.column(old) for old in columns.values()], names=list(columns)))
-        con.execute(f"CREATE TABLE {table} AS SELECT * FROM source_rows")
+        con.execute(f"CREATE TABLE {rows} AS SELECT * FROM source_rows")
         con.unregister("source_rows")
-        text = False
     else:
         files = find_files(source)
         scan, fields, text = _scan(con, files, list(columns.values()))
         _require(columns.values(), list(fields), str(files[0]))
         chosen = ", ".join(f"{fields[old]} AS {new}" for new, old in columns.items())
-        con.execute(f"CREATE TABLE {table} AS SELECT {chosen} FROM {scan}")
+        if _suffix(files[0]) == ".parquet":
+            rows, place = f"(SELECT {chosen}, {_place(con, files)} AS place FROM {scan})", "place"
+        else:
+            con.execute(f"CREATE TABLE {rows} AS SELECT {chosen} FROM {scan}")
         if _suffix(files[0]) in _JSON:
-            counts = row(con, f"SELECT count(*), {', '.join(f'count({new})' for new in columns)} FROM {table}")
+            counts = row(con, f"SELECT count(*), {', '.join(f'count({new})' for new in columns)} FROM {rows}")
             for count, name in zip(counts[1:], columns.values(), strict=True):
                 if counts[0] and not count:
                     raise DataError(f"{files[0]}: no row has a field {name}; name another column")
-    described = con.execute(f"DESCRIBE {table}").fetchall()
+    con.execute(f"CREATE VIEW {table} AS SELECT {', '.join(columns)}, {place} AS place FROM {rows}")
+    described = con.execute(f"DESCRIBE SELECT {', '.join(columns)} FROM {table}").fetchall()
     return {name: Column(kind, text and kind == "VARCHAR") for name, kind, *_ in described}
+
+
+def _place(con: duckdb.DuckDBPyConnection, files: list[Path]) -> str:
+    """SQL of the place of a row of Parquet files, counted through all of them."""
+    counted = con.execute(f"SELECT file_name, num_rows FROM parquet_file_metadata({_listed(files)})").fetchall()
+    rows = dict(counted)
+    firsts = list(accumulate((rows[str(file)] for file in files[:-1]), initial=0))
+    return f"{firsts}[file_index::BIGINT + 1] + file_row_number"
 
 
 def column_names(source: Any, known: str) -> list[str]:

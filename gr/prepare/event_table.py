@@ -28,13 +28,13 @@ from gr.prepare.event_options import EventOptions, check_names, moment, other_co
 from gr.schema import MAX_ACTIONS, USER_COLUMN, DataSchema, TabularSchema
 
 ITEM = "item_id"
-# Beside the ids while repeats are joined: two users, or items, that are not known are not the same one.
-_RAW = {"raw_user": "log.user", "raw_item": "log.item"}
 
 
 @dataclass(frozen=True)
 class Log:
-    """An encoded log: table `events` of user, item, time, place and further columns in DuckDB."""
+    """An encoded log: table `events` of user, item, time, place and further columns in DuckDB, sorted by user, time and
+    place (that in the log).
+    """
 
     con: duckdb.DuckDBPyConnection
     options: EventOptions
@@ -67,9 +67,12 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
     if not total:
         raise DataError(f"{_described(source)}: has no rows")
     notes = [f"{total:,} events read"]
-    _check_missing(con, columns, options.on_bad_row, notes)
+    total -= _leave_out_missing(con, columns, options.on_bad_row, notes)
     keys = {name: _key_codes(con, name, columns[name], types[name], options, given) for name in ("user", "item")}
+    # Two users, or items, that are not known are not the same one.
+    raw = {f"raw_{name}": f"log.{name}" for name in keys} if given is not None and options.label else {}
     chosen, unit = _expressions(con, types, options, notes)
+    chosen |= raw
     actions, chosen_actions = _actions(con, options)
     features, joins = _feature_codes(con, types, options, given), ""
     for place, codes in enumerate(features.values()):
@@ -77,19 +80,17 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
     selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
     users, items = keys["user"], keys["item"]
-    first, copies = ("min(log.rowid)", "count(*)") if options.joins_repeats else ("log.rowid", "1")
     # A row for a click model stays where its user or item is not known: they have id 0.
     join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
-        f"CREATE TABLE events AS SELECT {selected}, {first} AS place, {copies} AS copies FROM log {join} codes_user u "
-        f"ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} "
-        f"WHERE {_between(options, chosen.get('time'), unit)}"
-        f"{' GROUP BY ALL' if options.joins_repeats else ''}"
+        f"CREATE TABLE events AS SELECT {selected}, log.place FROM log {join} codes_user u ON log.user = u.raw "
+        f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)} "
+        f"ORDER BY {options.order}"
     )
-    _note_left_out(con, options, notes)
-    for name in ("copies", *_RAW):
+    _leave_out_repeats(con, options, total, notes)
+    for name in raw:
         con.execute(f"ALTER TABLE events DROP COLUMN {name}")
-    con.execute("DROP TABLE log")
+    con.execute("DROP VIEW log; DROP VIEW IF EXISTS whole_log; DROP TABLE IF EXISTS log_rows")
     return Log(
         con,
         options,
@@ -111,7 +112,7 @@ def _expressions(
     con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions, notes: list[str]
 ) -> tuple[dict[str, str], Literal["s", "ms"]]:
     """SQL of the columns of `events`, by name, but for actions and features; and the unit of its times."""
-    chosen, columns = {"user": "coalesce(u.id, 0)", "item": "coalesce(i.id, 0)"} | _RAW, options.columns()
+    chosen, columns = {"user": "coalesce(u.id, 0)", "item": "coalesce(i.id, 0)"}, options.columns()
     unit: Literal["s", "ms"] = "s"
     if options.time is not None:
         chosen["time"], unit, phrase = time_expression(con, types["time"], options.time_unit, f"column {options.time}")
@@ -154,36 +155,66 @@ def _feature_codes(
     return codes
 
 
-def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
-    taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
-    if left_out := one(con, "SELECT count(*) FROM log") - taken:
+def _leave_out_repeats(con: duckdb.DuckDBPyConnection, options: EventOptions, total: int, notes: list[str]) -> None:
+    """Repeats, where they are joined; notes what is left of `total` events, and what of it is not known."""
+    kept = one(con, "SELECT count(*) FROM events")
+    if kept < total:
         reasons = {
             "outside --since and --until": options.since is not None or options.until is not None,
             "of items that --vocabulary lacks": options.vocabulary is not None,
         }
-        notes.append(f"{left_out:,} events left out: {', or '.join(name for name, given in reasons.items() if given)}")
-    if taken > kept:
-        notes.append(f"{taken - kept:,} repeated events joined (the same user, item, time and values)")
+        why = ", or ".join(name for name, given in reasons.items() if given)
+        notes.append(f"{total - kept:,} events left out: {why}")
+    if options.joins_repeats:
+        _join_repeats(con, bool(options.actions), notes)
     for key in ("user", "item"):
         if unknown := one(con, f"SELECT count(*) FROM events WHERE {key} = 0"):
             notes.append(f"{unknown:,} events of {key}s that are not known have id 0")
 
 
-def _check_missing(con: duckdb.DuckDBPyConnection, columns: dict[str, str], on_bad_row: str, notes: list[str]) -> None:
+def _join_repeats(con: duckdb.DuckDBPyConnection, has_actions: bool, notes: list[str]) -> None:
+    """Leaves the first of the events that are the same in all columns but actions, with the actions of all of them.
+
+    Only events of the same user and time can be, and these stand side by side in `events`.
+    """
+    con.execute(
+        "CREATE TABLE tied AS SELECT * EXCLUDE (older_user, older_time, newer_user, newer_time) FROM (SELECT *, "
+        "lag(user) OVER () AS older_user, lag(time) OVER () AS older_time, "
+        "lead(user) OVER () AS newer_user, lead(time) OVER () AS newer_time FROM events) "
+        "WHERE (user = older_user AND time = older_time) OR (user = newer_user AND time = newer_time)"
+    )
+    but, merged = ("place, actions", ", bit_or(actions) AS actions") if has_actions else ("place", "")
+    con.execute(
+        f"CREATE TABLE first AS SELECT * EXCLUDE ({but}), min(place) AS place{merged}, count(*) AS copies FROM tied "
+        "GROUP BY ALL"
+    )
+    con.execute("DELETE FROM events WHERE place IN (SELECT place FROM tied ANTI JOIN first USING (place))")
+    if has_actions:
+        con.execute("UPDATE events SET actions = f.actions FROM first f WHERE events.place = f.place AND f.copies > 1")
+    if repeats := one(con, "SELECT (SELECT count(*) FROM tied) - (SELECT count(*) FROM first)"):
+        notes.append(f"{repeats:,} repeated events joined (the same user, item, time and values)")
+    con.execute("DROP TABLE tied; DROP TABLE first")
+
+
+def _leave_out_missing(
+    con: duckdb.DuckDBPyConnection, columns: dict[str, str], on_bad_row: str, notes: list[str]
+) -> int:
+    """How many events lack what every event has, which the view `log` is then without."""
     needed = [name for name in columns if name in ("user", "item", "time", "label")]
     missing = " OR ".join(f"{name} IS NULL" for name in needed)
-    count, first = row(con, f"SELECT count(*), min(rowid) FROM log WHERE {missing}")
+    count, first = row(con, f"SELECT count(*), min(place) FROM log WHERE {missing}")
     if not count:
-        return
+        return 0
     if on_bad_row == "fail":
-        values = row(con, f"SELECT {', '.join(needed)} FROM log WHERE rowid = {first}")
+        values = row(con, f"SELECT {', '.join(needed)} FROM log WHERE place = {first}")
         column = next(columns[name] for name, value in zip(needed, values, strict=True) if value is None)
         raise DataError(
             f"row {first} of the log, column {column}: is missing, as in {count:,} rows; correct them, or leave them "
             "out with --on-bad-row skip"
         )
-    con.execute(f"DELETE FROM log WHERE {missing}")
+    con.execute(f"ALTER VIEW log RENAME TO whole_log; CREATE VIEW log AS SELECT * FROM whole_log WHERE NOT ({missing})")
     notes.append(f"{count:,} events left out: {', '.join(columns[name] for name in needed)} missing")
+    return int(count)
 
 
 def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -194,7 +225,7 @@ def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tup
     distinct = [row[0] for row in con.execute("SELECT DISTINCT action_0::VARCHAR FROM log LIMIT 1000").fetchall()]
     if len(names) > 1 or one(con, _odd_flag("action_0")) is None:
         bits = [f"({_flag(con, f'action_{i}', n)} << {i})" for i, n in enumerate(names)]
-        return names, {"actions": f"bit_or({' | '.join(bits)})" if options.joins_repeats else " | ".join(bits)}
+        return names, {"actions": " | ".join(bits)}
     if None in distinct or len(distinct) > MAX_ACTIONS:
         fault = (
             "has missing values"
@@ -204,8 +235,7 @@ def _actions(con: duckdb.DuckDBPyConnection, options: EventOptions) -> tuple[tup
         raise DataError(f"column {names[0]}: {fault}; name columns that are 0 or 1, or a column of few actions")
     values = sorted(distinct)
     cases = " ".join(f"WHEN {literal(value)} THEN {1 << bit}" for bit, value in enumerate(values))
-    sql = f"CASE action_0::VARCHAR {cases} END"
-    return tuple(values), {"actions": f"bit_or({sql})" if options.joins_repeats else sql}
+    return tuple(values), {"actions": f"CASE action_0::VARCHAR {cases} END"}
 
 
 def _flag(con: duckdb.DuckDBPyConnection, name: str, title: str) -> str:

@@ -83,10 +83,12 @@ def _write_histories(log: Log, folder: Path, where: str, vocabularies: Given | N
     except ValidationError as error:
         raise DataError(f"columns of the folder: {error.errors()[0]['msg']}; rename the column") from None
     writer = FolderWriter(folder, columns, item_cardinality=int(ids_I.max()) + 1)
-    order = "user, time, place" if options.time else "user, place"
+    query = f"SELECT * EXCLUDE (place) FROM events WHERE {where}"
+    if len(log.splits) > 1:  # of a filter that is a join, DuckDB promises no order
+        query += f" ORDER BY {options.order}"
     total = one(con, f"SELECT count(*) FROM events WHERE {where}")
     with tqdm(total=total, unit="event", unit_scale=True, desc=folder.name, disable=None) as bar:
-        for table in _whole_users(con.sql(f"SELECT * EXCLUDE (place) FROM events WHERE {where} ORDER BY {order}")):
+        for table in _whole_users(con.sql(query)):
             bar.update(len(table["user"]))
             users = _users(log, table, ids_I)
             if len(users.user_ids):

@@ -5,7 +5,7 @@ B users, T events, packed user after user, oldest first.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,9 +114,14 @@ class PartWriter:
         groups_per_part: int | None = None,
         rows_per_part: int | None = None,
         first_part: int = 0,
+        plain: Collection[str] = (),
     ) -> None:
-        """A part ends after groups_per_part row groups or rows_per_part rows, where given."""
+        """A part ends after groups_per_part row groups or rows_per_part rows, where given.
+
+        plain: columns of values that hardly repeat, for which a dictionary would only be larger and slower to write.
+        """
         self._folder, self._group_rows, self._first_part = folder, group_rows, first_part
+        self._plain = plain
         self._groups_per_part, self._rows_per_part = groups_per_part, rows_per_part
         self._pending: pa.Table | None = None
         self._writer: pq.ParquetWriter | None = None
@@ -149,7 +154,14 @@ class PartWriter:
         group, self._pending = self._pending.slice(0, rows), self._pending.slice(rows)
         if self._writer is None:
             part = self._folder / part_name(self._first_part + self.parts)
-            self._writer = pq.ParquetWriter(part, group.schema, compression="zstd", write_page_checksum=True)
+            repeating = [
+                f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+                for field in group.schema
+                if field.name not in self._plain
+            ]
+            self._writer = pq.ParquetWriter(
+                part, group.schema, use_dictionary=repeating, compression="zstd", write_page_checksum=True
+            )
             self.parts += 1
         self._writer.write_table(group, row_group_size=rows)
         self.rows += rows
@@ -177,12 +189,13 @@ class FolderWriter:
         self._types = column_types(columns, item_cardinality)
         self._counts = np.zeros(item_cardinality, dtype=np.int64)
         self._events = 0
-        self._parts = PartWriter(folder, ROWS_PER_GROUP, groups_per_part=GROUPS_PER_PART)
+        self._parts = PartWriter(
+            folder, ROWS_PER_GROUP, groups_per_part=GROUPS_PER_PART, plain=("user_id", "timestamps")
+        )
 
     def write(self, users: Users) -> None:
         """Append users, in row groups of ROWS_PER_GROUP."""
-        ids, counts = np.unique(users.item_ids[_fitted(users.offsets)], return_counts=True)
-        self._counts[ids] += counts
+        np.add.at(self._counts, users.item_ids[_fitted(users.offsets)], 1)
         offsets = pa.array(users.offsets.astype(np.int32))
         arrays = {"user_id": pa.array(users.user_ids.astype(np.int64))}
         for name in self._columns.event_columns:

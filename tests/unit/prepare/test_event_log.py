@@ -224,12 +224,14 @@ def test_a_name_of_two_lines_is_shown_in_one(tmp_path: Path, column: str, capsys
         assert code == 0 or ((code, len(lines)) == (2, 1) and "\\nerror: x" in lines[0]), (kind, lines)
 
 
-def test_ties_keep_the_order_of_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_ties_keep_the_order_of_the_log(tmp_path: Path, form: str) -> None:
     """Also across files, of which part-2 comes before part-10."""
     log = pd.DataFrame({"u": "a", "i": range(100, 0, -1), "t": 1_700_000_000})
     for part, first in ((2, 0), (10, 40), (9, 20), (100, 60)):
-        log[first : first + (40 if part == 100 else 20)].to_csv(tmp_path / f"part-{part}.csv", index=False)
-    folder = prepared(tmp_path / "o", str(tmp_path / "part-*.csv"), **TIMED)
+        rows, file = log[first : first + (40 if part == 100 else 20)], tmp_path / f"part-{part}.{form}"
+        rows.to_csv(file, index=False) if form == "csv" else rows.to_parquet(file)
+    folder = prepared(tmp_path / "o", str(tmp_path / f"part-*.{form}"), **TIMED)
     assert decoded(folder)["a"]["item_ids"] == [*range(100, 0, -1)]
 
 

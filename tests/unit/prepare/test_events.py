@@ -97,6 +97,22 @@ def test_repeated_events(tmp_path: Path) -> None:
     assert DataSchema.load(kept).events == 8 and "repeated" not in notes(kept)
 
 
+@pytest.mark.parametrize("label", [None, "l"])
+def test_repeats_of_many_ties(tmp_path: Path, label: str | None) -> None:
+    """Repeats need not stand side by side, and the first of them stays in its place."""
+    random = np.random.default_rng(0)
+    log = pd.DataFrame({name: random.integers(0, size, 900) for name, size in (("u", 9), ("i", 7), ("t", 3), ("l", 2))})
+    folder = prepared(tmp_path / "o", log, **TIMED, **({"label": label} if label else {"rating": "l"}))
+    first = log.drop_duplicates()
+    if label:
+        expected = first.sort_values("t", kind="stable")
+        assert [[row[name] for name in "uil"] for row in rows(folder)] == expected[["u", "i", "l"]].values.tolist()
+    else:
+        assert {user: columns["item_ids"] for user, columns in decoded(folder).items()} == {
+            user: [*events.sort_values("t", kind="stable").i] for user, events in first.groupby("u")
+        }
+
+
 def test_without_times_nothing_is_a_repeat(tmp_path: Path) -> None:
     log = pd.DataFrame({"u": [1, 1, 1, 2, 2], "i": ["a", "b", "a", "a", "a"], "x": [0, 1, 0, 1, 1]})
     folder = prepared(tmp_path / "o", log, user="u", item="i", actions=("x",))
@@ -108,7 +124,9 @@ def test_missing_values(tmp_path: Path, column: str) -> None:
     log = LOG.copy().astype({"t": "Int64"})
     log.loc[[1, 3], column] = None
     log.to_csv(tmp_path / "log.csv", index=False)
-    for source in (log, tmp_path / "log.csv"):
+    for part in range(2):
+        (log[1:] if part else log[:1]).to_parquet(tmp_path / f"part-{part}.parquet")
+    for source in (log, tmp_path / "log.csv", str(tmp_path / "part-*.parquet")):
         fault = refusal(tmp_path, source, **TIMED)
         assert fault.startswith(f"row 1 of the log, column {column}: is missing, as in 2 rows"), fault
         folder = prepared(tmp_path / f"o{len(str(source))}", source, **TIMED, on_bad_row="skip")
