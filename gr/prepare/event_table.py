@@ -91,7 +91,8 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
     join = "LEFT JOIN" if options.label else "JOIN"
     con.execute(
         f"CREATE TABLE events AS SELECT {selected}, {order} AS place, {copies} AS copies FROM log "
-        f"{join} codes_user u ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)}"
+        f"{join} codes_user u ON log.user = u.raw {join} codes_item i ON log.item = i.raw{joins} "
+        f"WHERE {_between(options, chosen.get('time'), unit)}"
         f"{' GROUP BY ALL' if options.joins_repeats else ''}"
     )
     _note_left_out(con, options, notes)
@@ -148,7 +149,7 @@ def _feature_codes(
 def _note_left_out(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
     taken, kept = row(con, "SELECT coalesce(sum(copies), 0), count(*) FROM events")
     if left_out := one(con, "SELECT count(*) FROM log") - taken:
-        reasons = {"outside --since and --until": options.since or options.until}
+        reasons: dict[str, object] = {"outside --since and --until": options.since or options.until}
         reasons["of items that --vocabulary lacks"] = options.vocabulary
         notes.append(f"{left_out:,} events left out: {', or '.join(name for name, given in reasons.items() if given)}")
     if taken > kept:
