@@ -30,6 +30,7 @@ PER_SECOND: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_
 WHOLE = r"0|-?[1-9][0-9]{0,17}"  # whole numbers of which int64 holds every one
 _DELIMITERS = (",", "\t", ";", "|")
 _LONGEST_HEADER = 1 << 20
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
 _JSON = {".json", ".jsonl", ".ndjson"}
 _DISK_FULL = ("No space left on device", "max_temp_directory_size")
 _PLAUSIBLE = (631_152_000, 4_102_444_800)  # seconds of 1990-01-01 and of 2100-01-01
@@ -253,8 +254,8 @@ def _scan(con: duckdb.DuckDBPyConnection, files: list[Path], columns: list[str])
         described = con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
         return scan, {name: quoted(name) for name, *_ in described}, False
     for file in files:
-        if file.suffix == ".zst":
-            _require_whole(file)
+        if file.suffix in _CODECS:
+            _require_whole(file, _CODECS[file.suffix])
     if _suffix(files[0]) in _JSON:
         types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in columns)
         scan = f"read_json({_listed(files)}, format = 'newline_delimited', columns = {{{types}}})"
@@ -300,10 +301,10 @@ def _header(file: Path, delimiter: str) -> list[str]:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
 
 
-def _require_whole(file: Path) -> None:
-    """DuckDB takes a zstd file that was cut off for one that ends there."""
+def _require_whole(file: Path, codec: str) -> None:
+    """DuckDB takes a zstd file that was cut off for one that ends there, and does not look at the checksum of gzip."""
     try:
-        with pa.CompressedInputStream(pa.OSFile(str(file)), "zstd") as stream:
+        with pa.CompressedInputStream(pa.OSFile(str(file)), codec) as stream:
             while stream.read(_LONGEST_HEADER):
                 pass
     except (OSError, pa.ArrowException) as error:
