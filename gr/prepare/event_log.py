@@ -29,6 +29,7 @@ TimeUnit = Literal["s", "ms", "us", "ns"]
 WHOLE = r"0|-?[1-9][0-9]{0,17}"  # whole numbers of which int64 holds every one
 _DELIMITERS = (",", "\t", ";", "|")
 _LONGEST_HEADER = 1 << 20
+_COMPRESSED = (".gz", ".zst")
 _JSON = {".json", ".jsonl", ".ndjson"}
 _DISK_FULL = ("No space left on device", "max_temp_directory_size")
 _PLAUSIBLE = (631_152_000, 4_102_444_800)  # seconds of 1990-01-01 and of 2100-01-01
@@ -266,7 +267,7 @@ def _scan(con: duckdb.DuckDBPyConnection, files: list[Path], columns: list[str])
         described = con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
         return scan, {name: quoted(name) for name, *_ in described}, False
     for file in files:
-        if file.suffix == ".zst":
+        if file.suffix in _COMPRESSED:
             _require_whole(file)
     if _suffix(files[0]) in _JSON:
         types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in columns)
@@ -311,14 +312,14 @@ def _header(file: Path, delimiter: str) -> list[str]:
 
 
 def _require_whole(file: Path) -> None:
-    """DuckDB takes a zstd file that was cut off for one that ends there."""
+    """DuckDB takes a zstd file that was cut off for one that ends there, and does not look at the checksum of gzip."""
     with SourceFile(file).open() as stream:
         while stream.read(_LONGEST_HEADER):
             pass
 
 
 def _suffix(file: Path) -> str:
-    name = file.with_suffix("") if file.suffix in (".gz", ".zst") else file
+    name = file.with_suffix("") if file.suffix in _COMPRESSED else file
     return name.suffix.lower()
 
 

@@ -206,6 +206,16 @@ def test_times_that_training_would_refuse(tmp_path: Path, unit: str | None, last
     assert said == "column t: has times beyond the year 9999; correct them, or name another --time-unit"
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_gzip_file_with_another_checksum(tmp_path: Path, kind: str) -> None:
+    text = LOG.to_csv(index=False) if kind == "csv" else LOG.to_json(orient="records", lines=True)
+    path, whole = tmp_path / f"log.{kind}.gz", gzip.compress(text.encode())
+    path.write_bytes(whole + whole if kind == "jsonl" else whole)  # also of two members
+    assert prepared(tmp_path / "o", path, **TIMED)
+    path.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
+    assert "cannot be read, the file is damaged or cut off" in refusal(tmp_path, path, **TIMED)
+
+
 @pytest.mark.parametrize("column", ["u", "i", "t"])
 def test_a_name_of_two_lines_is_shown_in_one(tmp_path: Path, column: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the values of that column are refused, or there is no such column."""
@@ -288,7 +298,7 @@ def test_a_gz_that_is_cut_off_late(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).integers(0, 1 << 60, 120_000)
     cut = gzip.compress((HEADER + "".join(f"a,{number}\n" for number in numbers)).encode(), 1)[:-9]
     fault = refusal(tmp_path, written(tmp_path / "a.csv.gz", cut), user="u", item="i")
-    assert "Unexpected end of GZIP stream" in fault
+    assert "the file is damaged or cut off: Truncated" in fault
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
