@@ -213,7 +213,7 @@ def test_a_gzip_file_with_another_checksum(tmp_path: Path, kind: str) -> None:
     path.write_bytes(whole + whole if kind == "jsonl" else whole)  # also of two members
     assert prepared(tmp_path / "o", path, **TIMED)
     path.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
-    assert "cannot be read, the file is damaged or cut off" in refusal(tmp_path, path, **TIMED)
+    assert "cannot be read, it is damaged or cut off" in refusal(tmp_path, path, **TIMED)
 
 
 @pytest.mark.parametrize("column", ["u", "i", "t"])
@@ -298,7 +298,7 @@ def test_a_gz_that_is_cut_off_late(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).integers(0, 1 << 60, 120_000)
     cut = gzip.compress((HEADER + "".join(f"a,{number}\n" for number in numbers)).encode(), 1)[:-9]
     fault = refusal(tmp_path, written(tmp_path / "a.csv.gz", cut), user="u", item="i")
-    assert "the file is damaged or cut off: Truncated" in fault
+    assert "it is damaged or cut off: Truncated" in fault
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
