@@ -50,7 +50,7 @@ def writing(out: Path) -> Iterator[None]:
     except MemoryError as error:
         raise DataError(f"{out}: needs more memory than there is: {error}; ask for less") from error
     except OSError as error:
-        message = f"{out}: cannot be written: {error.strerror or error}"
+        message = f"{out}: cannot be written: {error.strerror or str(error).splitlines()[0]}"
         if is_transient(error):
             raise TransientError(message) from error
         raise DataError(f"{message}; make room, or choose another --out") from error
@@ -81,10 +81,6 @@ def _replacement(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(out)
-    except OSError as error:
-        if error.errno is None or is_transient(error):
-            raise
-        raise DataError(f"{error.filename or out}: {error.strerror}; choose another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -357,7 +357,7 @@ def test_a_full_disk(tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixt
     assert not list(small_disk.iterdir())
     synthetic = ["prepare", "synthetic", "--out", str(small_disk / "o")]
     assert main(synthetic) == 2, "the other commands as well"
-    assert "No space left on device; choose another --out" in capfd.readouterr().err.splitlines()[-1]
+    assert "No space left on device; make room, or choose another --out" in capfd.readouterr().err.splitlines()[-1]
     assert not list(small_disk.iterdir())
 
 
