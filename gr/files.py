@@ -1,6 +1,7 @@
-"""Atomic, durable replacement of files, and the rule which file system errors another try may cure."""
+"""Atomic, durable replacement of files, their digests, and the rule which file system errors another try may cure."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,12 @@ def is_transient(error: BaseException) -> bool:
     An OSError without a number comes from a library that rejects the content of a file, so it is not transient.
     """
     return isinstance(error, OSError) and error.errno is not None and error.errno not in _PERMANENT
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

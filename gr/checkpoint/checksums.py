@@ -3,11 +3,10 @@
 One list of them all, written when the checkpoint is complete, in the form of `sha256sum`: `sha256sum -c SHA256SUMS`.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from gr.files import write_text
+from gr.files import sha256_of, write_text
 
 SUMS = "SHA256SUMS"
 
@@ -17,7 +16,7 @@ def sums_of(folder: Path, rank: int, shared: Iterable[str]) -> str:
     names = sorted(path.name for path in folder.glob(f"__{rank}_*.distcp"))
     if rank == 0:
         names += shared
-    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+    return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names)
 
 
 def write_sums(folder: Path, lines: Iterable[str]) -> None:
@@ -42,7 +41,7 @@ def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> st
         if name not in sums:
             return f"{folder / name}: has no checksum"
         try:
-            if _digest(folder / name) != sums[name]:
+            if sha256_of(folder / name) != sums[name]:
                 return f"{folder / name}: is not what was written (checksum)"
         except (FileNotFoundError, IsADirectoryError) as error:
             return f"{folder / name}: cannot be read: {error.strerror}"
@@ -53,8 +52,3 @@ def _inside(name: str) -> str:
     """A name of the list, or its last part where it leads out of the checkpoint."""
     path = PurePosixPath(name.replace("\0", "?"))
     return path.name if path.is_absolute() or ".." in path.parts else str(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

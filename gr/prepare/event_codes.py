@@ -1,6 +1,5 @@
 """Ids for the values of a column: a vocabulary, made of the log or taken from a prepared folder."""
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from gr.data.parquet import decoding
 from gr.data.vocabulary import NO_LIMIT, check_entries
 from gr.errors import DataError
+from gr.files import sha256_of
 from gr.prepare.event_log import WHOLE, Column, literal, one, quoted
 from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
@@ -34,7 +34,7 @@ class Given:
         if name not in digests:
             raise DataError(f"{self.folder}: has no vocabulary of {name}; it has {', '.join(digests) or 'none at all'}")
         path = self.folder / vocabulary_file(name)
-        if not path.is_file() or _digest(path) != digests[name]:
+        if not path.is_file() or sha256_of(path) != digests[name]:
             raise DataError(f"{path}: is not the file that schema.json names (SHA-256); prepare that folder again")
         with decoding(path), pq.ParquetFile(path) as file:
             fields = pa.schema([field for field in file.schema_arrow if field.name in ("value", "id")])
@@ -96,12 +96,7 @@ def save_vocabulary(con: duckdb.DuckDBPyConnection, folder: Path, name: str, que
         with pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True) as writer:
             for batch in rows:
                 writer.write_batch(batch)
-    return _digest(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def by_code(con: duckdb.DuckDBPyConnection, query: str, size: int) -> np.ndarray:

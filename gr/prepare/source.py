@@ -1,6 +1,5 @@
 """Places of raw data: a folder, a zip archive, or a URL to a zip archive; files may be gzip, bzip2 or zstd."""
 
-import hashlib
 import lzma
 import re
 import struct
@@ -19,7 +18,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from gr.errors import DataError, TransientError
-from gr.files import is_transient
+from gr.files import is_transient, sha256_of
 from gr.logging import get_logger
 
 log = get_logger(__name__)
@@ -183,8 +182,8 @@ def _download(url: str, path: Path) -> None:
 
 
 def _check(path: Path, expected: str | None) -> None:
-    with reading(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with reading(path):
+        digest = sha256_of(path)
     if expected is None:
         log.warning("%s: sha256 %s, not checked; pass it as --sha256 to check it the next time", path, digest)
     elif digest != expected.lower():

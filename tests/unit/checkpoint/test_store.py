@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_read_just_now_is_no_damage(
     def stale(_: Path) -> str:
         raise OSError(number, "broken")
 
-    monkeypatch.setattr(checksums, "_digest", stale)
+    monkeypatch.setattr(checksums, "sha256_of", stale)
     with pytest.raises(OSError, match="broken"):
         verify(path, alone)
     number = errno.EACCES
