@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Run:
     """cpu_seconds: user and system time. peak_bytes: largest resident memory."""
 
     cpu_seconds: float
-    peak_bytes: int
+    peak_bytes: float
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -85,6 +85,22 @@ def measure(command: Sequence[str]) -> Run:
     return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
+def in_turns(commands: Mapping[str, Sequence[str]], rounds: int, folder: Path) -> dict[str, Run]:
+    """Medians of each command over rounds in which they take turns. folder: what one writes, removed before a round."""
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, command in commands.items():
+            runs[name].append(measure(command))
+    return {
+        name: Run(
+            statistics.median(run.cpu_seconds for run in measured),
+            statistics.median(run.peak_bytes for run in measured),
+        )
+        for name, measured in runs.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pandas", required=True, metavar="PYTHON", help="interpreter with pandas and pyarrow")
@@ -104,16 +120,11 @@ def main() -> None:
             "gr prepare criteo": [*prepare, "--source", str(source), "--out", str(ours)],
             "pandas": [options.pandas, "-c", _PANDAS, str(source), str(theirs)],
         }
-        runs: dict[str, list[Run]] = {name: [] for name in commands}
-        for _ in range(options.rounds):
-            shutil.rmtree(ours, ignore_errors=True)
-            for name, command in commands.items():
-                runs[name].append(measure(command))
+        medians = in_turns(commands, options.rounds, ours)
         _compare(ours, theirs)
-        for name, measured in runs.items():
-            seconds = statistics.median(run.cpu_seconds for run in measured)
-            peak = statistics.median(run.peak_bytes for run in measured)
-            print(f"{name:20s} {options.rows / seconds:10.0f} rows a CPU second  {peak / 1e6:8.0f} MB at peak")
+        for name, run in medians.items():
+            rate, peak = options.rows / run.cpu_seconds, run.peak_bytes / 1e6
+            print(f"{name:20s} {rate:10.0f} rows a CPU second  {peak:8.0f} MB at peak")
 
 
 def _compare(ours: Path, theirs: Path) -> None:

@@ -7,8 +7,6 @@ row a user; the histories are compared.
 """
 
 import argparse
-import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.compare import print_machine
-from benchmarks.prepare import Run, measure
+from benchmarks.prepare import in_turns
 
 _CHUNK = 1 << 20
 _PANDAS = """
@@ -68,16 +66,11 @@ def main() -> None:
             "gr prepare events": [*prepare, "--source", str(source), *columns, "--out", str(ours)],
             "pandas": [sys.executable, "-c", _PANDAS, str(source), str(theirs)],
         }
-        runs: dict[str, list[Run]] = {name: [] for name in commands}
-        for _ in range(options.rounds):
-            shutil.rmtree(ours, ignore_errors=True)
-            for name, command in commands.items():
-                runs[name].append(measure(command))
+        medians = in_turns(commands, options.rounds, ours)
         _compare(ours, theirs)
-        for name, measured in runs.items():
-            seconds = statistics.median(run.cpu_seconds for run in measured)
-            peak = statistics.median(run.peak_bytes for run in measured)
-            print(f"{name:20s} {options.events / seconds:12,.0f} events a CPU second  {peak / 2**20:8,.0f} MiB at peak")
+        for name, run in medians.items():
+            rate, peak = options.events / run.cpu_seconds, run.peak_bytes / 2**20
+            print(f"{name:20s} {rate:12,.0f} events a CPU second  {peak:8,.0f} MiB at peak")
 
 
 def _compare(ours: Path, theirs: Path) -> None:
