@@ -123,6 +123,7 @@ class SavedRetrieval(Saved):
     ) -> EvaluationBatch:
         lengths_B = np.array([len(history) for history in histories], dtype=np.int64)
         ids_T = self._ids([item for history in histories for item in history])
+        user_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
         columns = {"item_ids": ids_T}
         timed = self.config.model.tower.uses_time  # type: ignore[attr-defined]
         if timed and times is None:
@@ -131,14 +132,12 @@ class SavedRetrieval(Saved):
             columns["timestamps"] = _seconds([second for seconds in times for second in seconds])
             if [len(seconds) for seconds in times] != lengths_B.tolist():
                 raise DataError("times must have a list for each history, of the same length")
-            user_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
             if (back := (np.diff(columns["timestamps"]) < 0) & (np.diff(user_T) == 0)).any():
                 raise DataError(f"history {user_T[int(back.argmax())]}: times go back; pass events oldest first")
         known_T = ids_T > 0
         if missing := int((~known_T).sum()):
             log.warning("%d of %d events are of items that the model does not know: left out", missing, len(ids_T))
-        user_T = np.repeat(np.arange(len(lengths_B)), lengths_B)[known_T]
-        counts_B = np.bincount(user_T, minlength=len(lengths_B))
+        counts_B = np.bincount(user_T[known_T], minlength=len(lengths_B))
         offsets = np.concatenate([[0], np.cumsum(counts_B)]).astype(np.int64)
         group = Histories(offsets, {name: values[known_T] for name, values in columns.items()})
         rows = Rows([group], np.zeros_like(lengths_B), np.arange(len(lengths_B)), times is not None)

@@ -168,19 +168,26 @@ class ClickRecipe(Recipe[ClickConfig]):
         """Column score: the probability of the label. Columns of the file: those of the training data."""
         rows = ClickRows(self.schema, {column.name: self.vocabulary(column.name) for column in self.schema.sparse})
         size = rank_batch_size("evaluation.global_batch_size", self.config.evaluation.global_batch_size, world.size)
-        schema, tables = read_rows(file, world, size)
-        return Answers(scored_schema(schema, ["score"]), self._predicted(model, world, tables, rows, size))
+        columns, tables = read_rows(file, world, size)
+        schema = scored_schema(columns, ["score"])
+        return Answers(schema, self._predicted(model, world, tables, rows, size, schema))
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, world: World, tables: Iterator[tuple[str, pa.Table]], rows: ClickRows, size: int
+        self,
+        model: nn.Module,
+        world: World,
+        tables: Iterator[tuple[str, pa.Table]],
+        rows: ClickRows,
+        size: int,
+        schema: pa.Schema,
     ) -> Iterator[pa.Table]:
         model.eval()
         hots = [column.hots for column in self.schema.sparse]
         for where, table in tables:
             batch = rows.batch(table, where).padded(size, hots).to(world.device)
             score_B = model(batch.dense_BN, batch.sparse).float().sigmoid()[: table.num_rows].cpu()
-            yield with_scores(table, scored_schema(table.schema, ["score"]), [pa.array(score_B.numpy())])
+            yield with_scores(table, schema, [pa.array(score_B.numpy())])
 
     @classmethod
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
