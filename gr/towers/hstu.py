@@ -3,6 +3,8 @@
 T packed tokens, D model width, H heads, Q query/key width per head, V value width per head, N max length.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from gr.ops.norm_linear import norm_linear
 from gr.ops.norm_mul_dropout import norm_mul_dropout_linear
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
+from gr.towers.attend import Attend
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -31,11 +34,20 @@ class HSTU(nn.Module):
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
         sequence.require_events_only("HSTU")
-        buckets = self._time_buckets(sequence)
-        divisor = self._divisor(sequence)
+        attend: Attend
+        if self.config.attention == "softmax":
+            attend = partial(softmax_attention, offsets_B1=sequence.offsets_B1, max_length=sequence.max_length)
+        else:
+            attend = partial(
+                hstu_attention,
+                offsets_B1=sequence.offsets_B1,
+                max_length=sequence.max_length,
+                divisor=self._divisor(sequence),
+                time_buckets=self._time_buckets(sequence),
+            )
         x_TD = sequence.values_TD
         for layer in self.layers:
-            x_TD = layer(x_TD, sequence, divisor, buckets)
+            x_TD = layer(x_TD, attend)
         return sequence.with_values(x_TD)
 
     def _time_buckets(self, sequence: JaggedSequence) -> TimeBuckets | None:
@@ -84,26 +96,12 @@ class HSTULayer(nn.Module):
             if bias is not None:
                 nn.init.normal_(bias, std=INIT_STD)
 
-    def forward(
-        self, x_TD: Tensor, sequence: JaggedSequence, divisor: float | Tensor, buckets: TimeBuckets | None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
         H = self.config.heads
         u, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
         q_THQ, k_THQ, v_THV = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
-        if self.config.attention == "softmax":
-            a_THV = softmax_attention(q_THQ, k_THQ, v_THV, sequence.offsets_B1, max_length=sequence.max_length)
-        else:
-            a_THV = hstu_attention(
-                q_THQ,
-                k_THQ,
-                v_THV,
-                sequence.offsets_B1,
-                max_length=sequence.max_length,
-                divisor=divisor,
-                position_bias=self.position_bias,
-                time_bias=self.time_bias,
-                time_buckets=buckets,
-            )
+        biases = {"position_bias": self.position_bias, "time_bias": self.time_bias}
+        a_THV = attend(q_THQ, k_THQ, v_THV, **{name: bias for name, bias in biases.items() if bias is not None})
         dropped = self.config.dropout if self.training else 0.0
         if self.config.concat_ua:
             a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
