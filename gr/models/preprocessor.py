@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.batch import ITEM_FEATURE, RankingBatch
-from gr.config.ranking import InterleavedInput, RankingModelConfig, TimeEncoding
+from gr.config.ranking import InterleavedInput, RankingModelConfig
+from gr.ops.time_encoding import time_bucket
 from gr.sequence import JaggedSequence
-
-SECONDS = 60.0
-LOG_STEP = 0.301
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class SequencePreprocessor(nn.Module):
             seconds_T = seconds_T.masked_fill(from_oldest_T == 0, 0)
         else:
             seconds_T = times_T[start_T + history_T] - times_T
-        return place_TD + F.embedding(time_bucket(seconds_T, self.time), self.age)
+        return place_TD + F.embedding(time_bucket(seconds_T, self.time.scale, self.time.buckets), self.age)
 
     def _times(self, batch: RankingBatch, layout: TokenLayout, places_S: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The time of each token, and that of the token after it in its example (the last one has its own)."""
@@ -166,10 +164,3 @@ class SequencePreprocessor(nn.Module):
         next_S = torch.cat([times_S[1:], times_S[:0].new_zeros(min(1, len(times_S)))])
         last_B = (layout.offsets_B1[1:] - 1)[layout.offsets_B1.diff() > 0]
         return times_S, next_S.index_copy(0, last_B, times_S[last_B])
-
-
-def time_bucket(seconds_T: Tensor, config: TimeEncoding) -> Tensor:
-    """int64 in [0, buckets): of an age in minutes, its square root or its logarithm over 0.301, rounded down."""
-    minutes_T = seconds_T.clamp(min=0).double() / SECONDS
-    scaled_T = minutes_T.sqrt() if config.scale == "sqrt" else minutes_T.clamp(min=1).log() / LOG_STEP
-    return scaled_T.long().clamp(max=config.buckets - 1)

@@ -5,11 +5,18 @@ import torch
 from torch import Tensor
 
 from gr.ops.backend import force_backend
-from gr.ops.hstu_attention import AttentionMask, hstu_attention, hstu_attention_cached, time_bucket_ids
+from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention, hstu_attention_cached, time_bucket_ids
 
 H, Q, V, LONGEST, BUCKETS = 2, 16, 25, 400, 20
 CACHED = [0, 1, 63, 64, 65, 130, 200]
 ADDED = [1, 3, 70]
+
+
+def cache_of(k: Tensor, v: Tensor, at: int) -> CachedKeys:
+    """The first `at` rows; those after them have no tokens, and NaN where a read would show."""
+    k, v = k.clone(), v.clone()
+    k[at:], v[at:] = torch.nan, torch.nan
+    return CachedKeys(k, v, torch.tensor([at]))
 
 
 class Drawn:
@@ -37,14 +44,16 @@ class Drawn:
             biases["bucket_ids"] = self.bucket_ids(at, rows, candidates)
         return hstu_attention_cached(
             *(x[at:][rows] for x in (self.q, self.k, self.v)),
-            *(self.k[:at], self.v[:at]),
+            cache_of(self.k, self.v, at),
             **{"candidates": candidates, "divisor": 211.0, "alpha": 0.25, "mask": mask},
             **biases,
         )
 
     def bucket_ids(self, at: int, rows: slice, candidates: bool) -> Tensor:
         query = self.times[at:][rows]
-        apart = (query[:, None] - self.times[: at if candidates else None]).abs()
+        apart = (query[:, None] - self.times).abs()
+        if not candidates:
+            apart = torch.nn.functional.pad(apart, (0, len(query)))
         if candidates:
             apart = torch.cat([apart, torch.zeros(len(query), 1, dtype=torch.int64)], 1)
         edges = torch.tensor([0.301 * k for k in range(1, BUCKETS + 1)], dtype=torch.float64).exp().ceil().long()
@@ -94,24 +103,25 @@ def test_every_path_is_the_definition(candidates: bool) -> None:
 def test_a_bfloat16_cache_is_widened() -> None:
     drawn = Drawn(100)
     new = [x[70:] for x in (drawn.q, drawn.k, drawn.v)]
-    half = [x[:70].bfloat16() for x in (drawn.k, drawn.v)]
-    wide = [x.float() for x in half]
-    expected = hstu_attention_cached(*new, *wide, candidates=True, divisor=211.0)
-    assert torch.equal(hstu_attention_cached(*new, *half, candidates=True, divisor=211.0), expected)
+    half = cache_of(drawn.k.bfloat16(), drawn.v.bfloat16(), 70)
+    wide = CachedKeys(half.k_NHQ.float(), half.v_NHV.float(), half.length)
+    expected = hstu_attention_cached(*new, wide, candidates=True, divisor=211.0)
+    assert torch.equal(hstu_attention_cached(*new, half, candidates=True, divisor=211.0), expected)
 
 
 def test_refusals() -> None:
     drawn = Drawn(10)
-    good = [drawn.q[7:], drawn.k[7:], drawn.v[7:], drawn.k[:7], drawn.v[:7]]
-    for place, wrong, message in [
-        (1, drawn.k, "k as q"),
-        (3, drawn.k[:7, :1], "the cache has heads"),
-        (3, drawn.k[:7].double(), "float32 or bfloat16"),
-        (0, drawn.q[7:].double(), "all float32"),
+    new, cache = (drawn.q[7:], drawn.k[7:], drawn.v[7:]), cache_of(drawn.k, drawn.v, 7)
+    for operands, message in [
+        ((drawn.q[7:], drawn.k, drawn.v[7:], cache), "k as q"),
+        ((*new, cache._replace(k_NHQ=drawn.k[:, :1])), "the cache has heads"),
+        ((*new, cache._replace(k_NHQ=drawn.k.double())), "float32 or bfloat16"),
+        ((drawn.q[7:].double(), *new[1:], cache), "all float32"),
+        ((*new, cache._replace(length=torch.tensor(7))), r"int64 \[1\]"),
     ]:
-        operands = [wrong if i == place else x for i, x in enumerate(good)]
         with pytest.raises(ValueError, match=message):
             hstu_attention_cached(*operands, candidates=True, divisor=1.0)
+    good = (*new, cache)
     with pytest.raises(ValueError, match="num_targets_B"):
         hstu_attention_cached(*good, candidates=True, divisor=1.0, mask=AttentionMask(torch.tensor([3])))
     with pytest.raises(ValueError, match="given together"):

@@ -70,7 +70,7 @@ void forward_task(const Head<S, C>& head, Scratch& scratch, S* out, int64_t stri
   }
   for (int64_t r = 0; r < queries; ++r) {
     if (head.candidates)
-      add_own(d, dv, q + r * d.ld, head.k.row(r), head.v.row(r), head.alpha, head.bias.own(cached + r, cached),
+      add_own(d, dv, q + r * d.ld, head.k.row(r), head.v.row(r), head.alpha, head.bias.own(cached + r, head.bias.stride - 1),
               o + r * dv.ld);
     store(o + r * dv.ld, head.scale, dv, out + r * stride);
   }
@@ -81,11 +81,11 @@ template <typename S> Rows<S> rows_of(const at::Tensor& x, int64_t head) {
 }
 
 at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cached_k,
-                   const at::Tensor& cached_v, const std::optional<at::Tensor>& position,
+                   const at::Tensor& cached_v, const at::Tensor& length, const std::optional<at::Tensor>& position,
                    const std::optional<at::Tensor>& time, const std::optional<at::Tensor>& buckets, double scale,
                    double alpha, bool candidates, int64_t max_attn_len, int64_t contextual_len,
                    int64_t min_full_attn_seq_len) {
-  const int64_t cached = cached_k.size(0), queries = q.size(0), heads = q.size(1), total = cached + queries;
+  const int64_t cached = std::clamp<int64_t>(*length.const_data_ptr<int64_t>(), 0, cached_k.size(0)), queries = q.size(0), heads = q.size(1), total = cached + queries;
   const History mask{{candidates ? cached : total, contextual_len, max_attn_len > 0 ? max_attn_len : total,
                       min_full_attn_seq_len}};
   Bias bias{nullptr, nullptr, nullptr, 0, cached};
@@ -103,6 +103,7 @@ at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
       for (int64_t h = begin; h < end; ++h) {
         const auto own_k = rows_of<S>(k, h), own_v = rows_of<S>(v, h);
         Keys<S, C> keys{rows_of<C>(cached_k, h), own_k}, values{rows_of<C>(cached_v, h), own_v};
+        keys.cached.count = values.cached.count = cached;
         if (candidates) keys.added.count = values.added.count = 0;
         const Head<S, C> head{rows_of<S>(q, h),          own_k,      own_v, keys, values, Width<S>(q.size(2)),
                               Width<S>(v.size(2)),       candidates, static_cast<float>(scale),
@@ -127,8 +128,8 @@ at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 TORCH_LIBRARY_FRAGMENT(gr, m) {
   m.def(
-      "hstu_attention_cached(Tensor q, Tensor k, Tensor v, Tensor cached_k, Tensor cached_v, Tensor? position_bias, "
-      "Tensor? time_bias, Tensor? buckets, float scale, float alpha, bool candidates, int max_attn_len, "
+      "hstu_attention_cached(Tensor q, Tensor k, Tensor v, Tensor cached_k, Tensor cached_v, Tensor length, "
+      "Tensor? position_bias, Tensor? time_bias, Tensor? buckets, float scale, float alpha, bool candidates, int max_attn_len, "
       "int contextual_len, int min_full_attn_seq_len) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(gr, CPU, m) {
