@@ -63,15 +63,17 @@ class HSTU(nn.Module):
             num_buckets=self.config.time_buckets,
         )
 
+    def divisor(self, max_length: int) -> float:
+        """What attention is divided by, where all sequences have the same. max_length: tokens of the longest one."""
+        if self.config.divisor == "max_len":
+            return float(max_length)
+        return float(self.config.divisor_value or max_length + GENERATED_LENGTH + 1)
+
     def _divisor(self, sequence: JaggedSequence) -> float | Tensor:
-        match self.config.divisor:
-            case "constant":
-                return self.config.divisor_value or sequence.max_length + GENERATED_LENGTH + 1
-            case "max_len":
-                return float(sequence.max_length)
-            case "actual_len":
-                lengths = sequence.offsets_B1.diff()
-                return lengths.repeat_interleave(lengths, output_size=len(sequence.values_TD)).float()
+        if self.config.divisor != "actual_len":
+            return self.divisor(sequence.max_length)
+        lengths = sequence.offsets_B1.diff()
+        return lengths.repeat_interleave(lengths, output_size=len(sequence.values_TD)).float()
 
 
 class HSTULayer(nn.Module):
@@ -97,9 +99,7 @@ class HSTULayer(nn.Module):
                 nn.init.normal_(bias, std=INIT_STD)
 
     def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        H = self.config.heads
-        u, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
-        q_THQ, k_THQ, v_THV = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
+        u, q_THQ, k_THQ, v_THV = self.project(x_TD)
         biases = {"position_bias": self.position_bias, "time_bias": self.time_bias}
         a_THV = attend(q_THQ, k_THQ, v_THV, **{name: bias for name, bias in biases.items() if bias is not None})
         dropped = self.config.dropout if self.training else 0.0
@@ -108,3 +108,9 @@ class HSTULayer(nn.Module):
             return x_TD + self.output(dropout(torch.cat([u, a, u * a], dim=-1), dropped, self.training))
         weight, bias = self.output.weight.T, self.output.bias
         return x_TD + norm_mul_dropout_linear(u, a_THV.flatten(1), weight, bias_D=bias, eps=NORM_EPS, dropout=dropped)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u, [T, H V]; q and k, [T, H, Q]; v, [T, H, V]."""
+        u_TU, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
+        q_THQ, k_THQ, v_THV = (t.unflatten(-1, (self.config.heads, -1)) for t in (q, k, v))
+        return u_TU, q_THQ, k_THQ, v_THV

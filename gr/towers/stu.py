@@ -81,7 +81,7 @@ class STULayer(nn.Module):
         attended: list[Tensor] = []  # kept when the rest of the layer is computed again
 
         def layer(x_TD: Tensor) -> Tensor:
-            u_TU, q_THQ, k_THQ, v_THV = self._project(x_TD)
+            u_TU, q_THQ, k_THQ, v_THV = self.project(x_TD)
             a_THV = attend(q_THQ, k_THQ, v_THV, output=attended[0]) if attended else attend(q_THQ, k_THQ, v_THV)
             if not attended:
                 attended.append(a_THV.detach())
@@ -92,7 +92,7 @@ class STULayer(nn.Module):
             return checkpoint(layer, x_TD, use_reentrant=False, preserve_rng_state=random)
         return layer(x_TD)
 
-    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u before its SiLU, [T, H V]; q and k, [T, H, Q]; v, [T, H, V]."""
         norm = self.input_norm
         uvqk = norm_linear(

@@ -9,7 +9,7 @@ from torch import Tensor
 from gr.ops.backend import backend_for
 from gr.ops.checks import FLOAT_DTYPES
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
-from gr.ops.hstu_attention.cached import CachedKeys, hstu_attention_cached
+from gr.ops.hstu_attention.cached import CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
@@ -23,6 +23,7 @@ __all__ = [
     "TimeBuckets",
     "hstu_attention",
     "hstu_attention_cached",
+    "hstu_attention_start",
     "time_bucket_ids",
 ]
 

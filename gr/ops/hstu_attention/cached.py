@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.ops.backend import backend_for
+from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import native_dtype, native_operand
-from gr.ops.hstu_attention.reference import seen
+from gr.ops.hstu_attention.reference import hstu_attention_reference, seen
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -82,6 +83,42 @@ def hstu_attention_cached(
         mask=mask,
         biases=(position_bias, time_bias, bucket_ids),
     )
+
+
+def hstu_attention_start(
+    q_THQ: Tensor,
+    k_THQ: Tensor,
+    v_THV: Tensor,
+    length: Tensor,
+    *,
+    divisor: float,
+    alpha: float = 1.0,
+    mask: AttentionMask | None = None,
+    position_bias: Tensor | None = None,
+) -> Tensor:
+    """hstu_attention of one sequence, whose first `length` rows (int64 [1]) are tokens; the other rows have no result.
+
+    Raises ValueError if the mask does not fit.
+    """
+    mask = AttentionMask() if mask is None else mask
+    if mask.num_targets_B is not None:
+        raise ValueError("num_targets_B has no meaning for the start of a sequence, which has no candidates yet")
+    if backend_for(q_THQ.device) != "native":
+        call = AttentionCall(
+            torch.cat([torch.zeros_like(length), length]),
+            q_THQ.shape[0],
+            q_THQ.new_full((1,), 1.0 / divisor),
+            alpha,
+            mask,
+        )
+        rows = int(length)
+        out = hstu_attention_reference(Operands(q_THQ[:rows], k_THQ[:rows], v_THV[:rows], position_bias), call)
+        return torch.cat([out, torch.zeros_like(v_THV[rows:])])
+    q, k, v = (native_operand(x, native_dtype(q_THQ.dtype)) for x in (q_THQ, k_THQ, v_THV))
+    offsets, scale = torch.cat([torch.zeros_like(length), length]), torch.full((1,), 1.0 / divisor)
+    lengths = (mask.max_attn_len, mask.contextual_len, mask.min_full_attn_seq_len)
+    out = torch.ops.gr.hstu_attention(q, k, v, offsets, scale, position_bias, None, None, None, alpha, None, *lengths)
+    return out.to(q_THQ.dtype)
 
 
 def hstu_attention_cached_reference(
