@@ -118,7 +118,10 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
             checkpointing = callbacks.Checkpointing(store, config.checkpoint)
             training = Training(built.model, world, objective, loader, writer, checkpointing)
             chosen = [*_callbacks(built, training), *more, *_last_callbacks(training, config)]
-            for line in header(config, module, built.plan, world, steps=steps, epoch_steps=loader.steps(1)):
+            for line in [
+                *config.reasons(recipe.schema),
+                *header(config, module, built.plan, world, steps=steps, epoch_steps=loader.steps(1)),
+            ]:
                 log.info("%s", line)
             trainer = Trainer(module, loader, chosen, world, steps=steps)
             trainer.step, trainer.owing = step, progress.get("stopped", False)

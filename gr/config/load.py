@@ -21,10 +21,8 @@ from gr.config.run import RunConfig
 from gr.config.sizing import SIZED, retrieval_sizes
 from gr.config.yaml import SCALARS, Location, Node, Reader, describe
 from gr.errors import ConfigError
-from gr.logging import get_logger, log_once
 from gr.schema import DataSchema
 
-log = get_logger(__name__)
 Config = TypeVar("Config", bound=Section)
 
 # task.kind -> the configuration of an experiment and its gr.recipes.base.Recipe.
@@ -87,16 +85,8 @@ def _sizes(tree: Node, kind: str) -> list[str]:
         unset.remove("trainer.epochs")
     if not unset:
         return []
-    schema = DataSchema.load(path.value)
-    values = retrieval_sizes(schema)
-    log_once(log, f"sizes that follow from {path.value} ({schema.summary()}):")
-    for key in unset:
-        log_once(log, f"  {key}={values[key][0]}: {values[key][1]}")
-    return [
-        f"{key}={json.dumps(value) if isinstance(value, bool) else value}"
-        for key in unset
-        for value in [values[key][0]]
-    ]
+    values = retrieval_sizes(DataSchema.load(path.value))
+    return [f"{key}={json.dumps(values[key].value)}" for key in unset]
 
 
 def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> None:

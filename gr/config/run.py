@@ -225,6 +225,10 @@ class RunConfig(Section):
     def id_columns(self, schema: Any) -> Mapping[str, int]:
         """The columns of ids that the model reads, in its order, each with the rows of its table."""
 
+    def reasons(self, schema: Any) -> list[str]:
+        """A line for each value that follows from the data, with its reason."""
+        return []
+
     def columns_by_table(self, schema: Any) -> dict[str, tuple[str, ...]]:
         """The columns of ids that read each table, by its name. Raises ConfigError where embeddings.tables misfits."""
         return columns_by_table(self.id_columns(schema), self.embeddings.tables)
