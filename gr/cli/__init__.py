@@ -34,7 +34,7 @@ _COMMANDS = {
     "prepare": ("gr.cli.prepare:command", "Turn your own log, or a public data set, into a data folder."),
     "data": ("gr.cli.data:command", "Look at data folders: what is in one, and what is wrong with it."),
     "compare": ("gr.cli.compare:command", "Compare runs: configurations, metrics, a paired test, curves."),
-    "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN and Markov on the same split."),
+    "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN, Markov and EASE^R on the same split."),
     "smoke": ("gr.cli.smoke:command", "Train, evaluate and resume on generated data."),
     "config": ("gr.cli.config:command", "List, show, check, compare or explain configurations."),
     "doctor": ("gr.cli.doctor:command", "Check that the installed packages fit together."),

@@ -130,8 +130,10 @@ class RetrievalEvaluationConfig(UserEvaluationConfig):
         description="Items never recommended: those in the model's window, in the user's whole history, or none.",
     )
     select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
-    baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = Field(
-        ("popularity", "item_knn", "markov"), description="Scored on the same split and candidates in the final report."
+    baselines: tuple[Literal["popularity", "item_knn", "markov", "ease"], ...] = Field(
+        ("popularity", "item_knn", "markov", "ease"),
+        description="Scored on the same split and candidates in the final report, with settings chosen on the event "
+        "before.",
     )
 
 

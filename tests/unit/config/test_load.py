@@ -199,7 +199,7 @@ class TestFaults:
             ),
             (
                 "evaluation: {baselines: [popularity, knn]}",
-                "evaluation.baselines.1: 'knn' is not allowed; allowed: popularity, item_knn, markov",
+                "evaluation.baselines.1: 'knn' is not allowed; allowed: popularity, item_knn, markov, ease",
             ),
             (
                 "model: {tower: {kind: hstuu}}",
