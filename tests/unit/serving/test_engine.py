@@ -14,7 +14,6 @@ from gr.serving import Engine, RequestError
 from gr.serving.batch_queue import BatchTime, Overloaded
 from tests.support.toy_serving import ToyVersion
 
-
 PATIENT = EngineConfig(deadline_ms=10_000)  # for tests of something else, on machines that are busy
 
 
