@@ -27,7 +27,7 @@ class ServeConfig(EngineConfig):
         "127.0.0.1"
     )
     port: Annotated[Port, Field(description="0: any that is free")] = 8000
-    connections: Annotated[Count, Field(description="open at most; more are closed at once")] = 16384
+    connections: Annotated[Count, Field(description="open at most; more are closed at once")] = 10240
     header_bytes: Annotated[Count, Field(description="of the request line and headers together")] = 16384
     body_bytes: Annotated[Count, Field(description="of one request's body")] = 8 * 2**20
     bodies_bytes: Annotated[Count, Field(description="of all bodies that are being read or answered")] = 256 * 2**20

@@ -86,6 +86,11 @@ class Engine:
         """The version that new requests get."""
         return self._held.version
 
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return not self._closed
+
     def servable(self, verb: str) -> Servable:
         """Raises ServingError for a verb that this kind of model does not have."""
         try:
