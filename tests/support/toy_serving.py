@@ -2,13 +2,15 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gr.serving import RequestError, TensorSpec
+from gr.serving import Answer, Engine, RequestError, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class ToyServable:
     """y = x * number + number; `before` and `after` are the version's number from two tensors, read apart in time.
 
     A batch takes `fixed + row * rows` seconds at least; x of `fails` breaks the batch that it is in.
+    begun is set when a batch runs, which then waits until `go` is set, as it is at first.
     """
 
     inputs = (TensorSpec("x", "FP32", (-1,)),)
@@ -33,6 +36,8 @@ class ToyServable:
         self.weight, self.bias = torch.full((8,), number), torch.full((1,), number)
         self.fixed, self.row, self.fails = fixed, row, fails
         self.batches: list[int] = []
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.go.set()
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> ToyRows:
         if "x" not in columns:
@@ -48,6 +53,8 @@ class ToyServable:
         if self.fails is not None and (x == self.fails).any():
             raise ArithmeticError("the toy fails")
         before = self.weight.mean()
+        self.begun.set()
+        assert self.go.wait(30)
         if wait := self.fixed + self.row * len(x):
             time.sleep(wait)
         after = self.bias.mean()
@@ -62,6 +69,17 @@ class ToyVersion:
         self.servable = ToyServable(float(number), **servable)
         self.verbs = {verb: self.servable}
         self.closed = threading.Event()
+
+    @contextmanager
+    def busy(self, engine: Engine) -> Iterator[Future[Answer]]:
+        """While a first request runs, and so all others wait."""
+        self.servable.go.clear()
+        first = engine.submit("score", {"x": np.ones(1)})
+        assert self.servable.begun.wait(30)
+        try:
+            yield first
+        finally:
+            self.servable.go.set()
 
     def close(self) -> None:
         assert not self.closed.is_set()

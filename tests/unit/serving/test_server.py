@@ -145,14 +145,13 @@ def test_metrics(address):
 
 
 def test_overload_says_when_to_come_back():
-    with running(ToyVersion(1, fixed=0.3)) as (served, address):
-        served.engine.score({"x": [1.0]})
-        with socket.create_connection(address, 10) as first:
-            first.sendall(post(question(1)))
-            time.sleep(0.1)
-            status, headers, body = exchange(address, post(question(1, parameters={"timeout": 1000})))
-            assert (status, headers["retry-after"]) == (503, "1") and b"deadline" in body
-            assert answer_of(first)[0] == 200
+    version = ToyVersion(1)
+    with running(version) as (served, address), version.busy(served.engine) as first:
+        served.engine.submit("score", {"x": np.ones(1)})
+        served.engine._queues["score"].time.add(1, 2.5)
+        status, headers, body = exchange(address, post(question(1, parameters={"timeout": 1000})))
+        assert (status, headers["retry-after"]) == (503, "3") and b"deadline" in body
+    assert first.result().version == "step-1"
 
 
 def test_patience_ends():
