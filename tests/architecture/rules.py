@@ -30,6 +30,7 @@ CEILINGS = {
     "planner": 4.1,
     "cluster": 0.5,
     "training": 1.4,
+    "serving": 1.9,
     "recipes": 1.6,
     "cli": 1.9,
     "prepare": 4.9,
