@@ -1,8 +1,8 @@
 """The retrieval index beside a matrix product with topk and beside faiss: `python -m benchmarks.retrieval_index`.
 
-Item vectors lie around centres of very different sizes, as items of a catalogue do. In turns and on one thread; medians of
-CPU milliseconds a query, ratios within a round. The probes of the inverted file are chosen on other queries than those
-that its recall is then measured on.
+Item vectors lie around centres of very different sizes, as items of a catalogue do. In turns and on one thread; medians
+of CPU milliseconds a query, ratios within a round. The probes of the inverted file are chosen on other queries than
+those that its recall is then measured on.
 """
 
 import argparse

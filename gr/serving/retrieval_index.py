@@ -119,7 +119,8 @@ class ExactIndex:
     def _seen_places(self, seen: Seen | None) -> tuple[Tensor, Tensor]:
         """(place, query) of every seen item that the index has, by place."""
         if seen is None or not len(seen.ids_S):
-            return torch.zeros(2, 0, dtype=torch.int64).unbind()
+            nothing = torch.zeros(0, dtype=torch.int64)
+            return nothing, nothing
         query_S = torch.arange(len(seen.offsets_B1) - 1).repeat_interleave(seen.offsets_B1.diff())
         place_S = torch.searchsorted(self.ids_E, seen.ids_S).clamp_(max=len(self) - 1)
         known = self.ids_E[place_S] == seen.ids_S
