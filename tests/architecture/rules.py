@@ -27,12 +27,12 @@ CEILINGS = {
     "models": 1.1,
     "metrics": 1.0,
     "checkpoint": 0.8,
-    "planner": 4.1,
+    "planner": 4.5,
     "cluster": 0.5,
     "training": 1.4,
     "serving": 1.9,
     "recipes": 1.6,
-    "cli": 1.9,
+    "cli": 1.95,
     "prepare": 4.9,
 }
 WITHOUT_PREPARE = 26.0
