@@ -60,5 +60,9 @@ class TrainingError(GRError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class ServingError(GRError):
+    """A model cannot be exported or served: a package does not fit, or its accuracy is not what was asked for."""
+
+
 class InstallError(GRError):
     """The installed packages do not fit together."""

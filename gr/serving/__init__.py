@@ -1,0 +1,1 @@
+"""Serving: what a checkpoint becomes to answer requests."""
