@@ -90,8 +90,8 @@ class TaskReport(_Frozen):
     """What the gate measured of one task.
 
     mean, mean_square, largest: of the changes of outputs (logits, numbers, the log2 of places), without their signs.
-    calibration: mean prediction over mean label, of the reference and of the candidate; None where labels are not 0
-    and 1.
+    calibration: mean prediction over mean label, of the reference and of the candidate; None where labels are not of
+    both 0 and 1.
     """
 
     task: str
@@ -188,32 +188,30 @@ def binary_task(
     """The report of a task with labels 0 and 1. reference_N, candidate_N: logits. units_N: the unit of each row, any
     integers; None: each row is one.
 
-    Raises ServingError for logits that are not finite and for labels of one class, ValueError for other labels.
+    Labels of one class have no NE and no AUC: the change of the log loss stands alone. Raises ServingError for logits
+    that are not finite, ValueError for other labels.
     """
     labels, reference, candidate = (np.asarray(each, dtype=np.float64) for each in (labels_N, reference_N, candidate_N))
     _check_finite(task, reference, candidate)
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"task {task!r}: labels must be 0 or 1")
-    if labels.min(initial=1) == labels.max(initial=0):
-        raise ServingError(
-            f"the accuracy gate has {len(labels):,} rows of task {task}, all of one label: name data that has both"
-        )
     units = _Units(len(labels), units_N)
     loss, new_loss = log_loss(reference, labels), log_loss(candidate, labels)
-    p = _probability(reference)
+    p, base = _probability(reference), labels.mean()
     kl = np.maximum(p * (reference - candidate) + np.logaddexp(0, candidate) - np.logaddexp(0, reference), 0)
-    base = labels.mean()
+    divergence = units.measure("divergence", (0, kl.mean()), units.ratio(kl, loss), limits.divergence, limits)
+    change, changed = units.ratio(new_loss - loss, loss), np.abs(candidate - reference)
+    if base in (0, 1):
+        of_loss = units.measure("log_loss", (loss.mean(), new_loss.mean()), change, limits.ne, limits)
+        return _report(task, units, (of_loss, divergence), changed)
     entropy = -base * math.log(base) - (1 - base) * math.log1p(-base)
-    before, after = loss.mean() / entropy, new_loss.mean() / entropy
     (auc, auc_N), (new_auc, new_auc_N) = _auc(labels, reference), _auc(labels, candidate)
     measures = (
-        units.measure("ne", (before, after), units.ratio(new_loss - loss, loss), limits.ne, limits),
+        units.measure("ne", (loss.mean() / entropy, new_loss.mean() / entropy), change, limits.ne, limits),
         units.measure("auc", (auc, new_auc), (new_auc - auc, units.error(new_auc_N - auc_N)), limits.auc, limits),
-        units.measure("divergence", (0.0, kl.mean()), units.ratio(kl, loss), limits.divergence, limits),
+        divergence,
     )
-    changed = np.abs(candidate - reference)
-    calibration = (p.sum() / labels.sum(), _probability(candidate).sum() / labels.sum())
-    return _report(task, units, measures, changed, calibration)
+    return _report(task, units, measures, changed, (p.mean() / base, _probability(candidate).mean() / base))
 
 
 def value_task(
@@ -333,7 +331,8 @@ def _auc(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[float, np.ndarray]
 
 def _below(sorted_M: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """The share of sorted_M below each score; equal ones count half."""
-    return sum(np.searchsorted(sorted_M, scores, side) for side in ("left", "right")) / (2 * len(sorted_M))  # type: ignore[call-overload]
+    below, not_above = np.searchsorted(sorted_M, scores, "left"), np.searchsorted(sorted_M, scores, "right")
+    return (below + not_above) / (2 * len(sorted_M))
 
 
 def _probability(logits_N: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from gr.data.loader import checksums
 from gr.data.tabular import TabularDataset, check_rows_alike
 from gr.data.tabular_pass import TabularPass
 from gr.errors import ServingError
+from gr.models.retrieval import RetrievalModel
 from gr.models.saved import ALONE, Saved
 from gr.models.saved_click import SavedClick
 from gr.models.saved_ranking import SavedRanking
@@ -140,10 +141,12 @@ class RetrievalCalibration(Calibration):
     """Compares the place of each user's held-out item among the whole corpus."""
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        assert isinstance(model, RetrievalModel)
         return model.user_vectors(batch)
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> np.ndarray:
+        assert isinstance(model, RetrievalModel)
         corpus_C, _ = read_corpus(self.saved.folder, self.saved.schema)
         ranker = CorpusRanker(torch.tensor(corpus_C), model.item_vectors, model.similarity, ALONE)
         places = [ranker.ranks(model.queries(batch), batch)[batch.valid_B] for batch in self.batches]

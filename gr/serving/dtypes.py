@@ -86,7 +86,7 @@ def rounded(model: nn.Module, kinds: Mapping[str, RowKind]) -> Iterator[None]:
 
 def table_bytes(model: nn.Module, kinds: Mapping[str, RowKind]) -> int:
     """Bytes of all rows. kinds: of each table."""
-    return sum(bytes_of(*weight.shape, kinds[name]) for name, weight in table_weights(model).items())
+    return sum(bytes_of(len(weight), weight.shape[1], kinds[name]) for name, weight in table_weights(model).items())
 
 
 def measure(
@@ -113,7 +113,7 @@ def sensitivities(
                 Sensitivity(
                     table=table,
                     kind=kind,
-                    bytes=bytes_of(*weight.shape, kind),
+                    bytes=bytes_of(len(weight), weight.shape[1], kind),
                     sensitivity=report.sensitivity,
                     measure=first.name,
                     change=first.change,
@@ -130,7 +130,7 @@ def choose(calibration: Calibration, limits: Limits, kinds: Sequence[RowKind] = 
     model = calibration.saved.model
     reference = calibration.predict(model)
     measured = sensitivities(calibration, reference, limits, kinds)
-    fp32_bytes = {name: bytes_of(*weight.shape, "fp32") for name, weight in table_weights(model).items()}
+    fp32_bytes = {name: 4 * weight.numel() for name, weight in table_weights(model).items()}
     steps = steps_to_fewer_bytes(measured, fp32_bytes)
     reports: dict[int, GateReport] = {}
 
@@ -159,7 +159,8 @@ def choose(calibration: Calibration, limits: Limits, kinds: Sequence[RowKind] = 
 
 def taken(steps: Sequence[Step], tables: Mapping[str, int]) -> dict[str, RowKind]:
     """The kind of each table after these steps from fp32."""
-    return dict.fromkeys(tables, "fp32") | {step.table: step.kind for step in steps}
+    kinds: dict[str, RowKind] = dict.fromkeys(tables, "fp32")
+    return kinds | {step.table: step.kind for step in steps}
 
 
 def steps_to_fewer_bytes(measured: Sequence[Sensitivity], fp32_bytes: Mapping[str, int]) -> list[Step]:

@@ -181,7 +181,6 @@ def test_what_cannot_be_measured_is_one_line() -> None:
     for task, message in (
         (lambda: binary_task("click", labels_N, logits_N, bad_N, LIMITS), "3 of 200 outputs of the candidate"),
         (lambda: value_task("watched", labels_N, bad_N, logits_N, LIMITS), "3 of 200 outputs of the checkpoint"),
-        (lambda: binary_task("click", np.ones(200), logits_N, logits_N, LIMITS), "200 rows of task click, all of one"),
         (lambda: binary_task("click", labels_N[:0], logits_N[:0], logits_N[:0], LIMITS), "has no rows"),
         (lambda: retrieval_task(np.full(9, 50.0), np.full(9, 40.0), LIMITS), "divides by a loss or metric of 0"),
         (lambda: retrieval_task(np.empty(0), np.empty(0), LIMITS), "has no rows"),
@@ -190,6 +189,17 @@ def test_what_cannot_be_measured_is_one_line() -> None:
             task()
     with pytest.raises(ValueError, match="labels must be 0 or 1"):
         binary_task("click", np.full(200, 2), logits_N, logits_N, LIMITS)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_of_one_class_leave_the_loss(label: int) -> None:
+    _, logits_N, random = clicks(20_000, 10)
+    labels_N = np.full(len(logits_N), label)
+    for size, verdict in ((0.001, "pass"), (0.5, "fail")):
+        candidate_N = logits_N + random.normal(0, size, len(logits_N))
+        gate = report(binary_task("share", labels_N, logits_N, candidate_N, LIMITS))
+        assert gate.verdict == verdict and gate.tasks[0].calibration is None
+        assert [measure.name for measure in gate.tasks[0].measures] == ["log_loss", "divergence"]
 
 
 def test_a_report_is_json() -> None:
