@@ -74,6 +74,13 @@ class RankingModelConfig(Section):
         InterleavedInput(), description="The tokens that an event becomes."
     )
     time: TimeEncoding | None = Field(TimeEncoding(), description="Unset: no encoding of time.")
+    place: Literal["request", "absolute"] = Field(
+        "request",
+        description="With task.supervision=candidates. request: positions count back from the request, times are ages "
+        "at it, and context sees the whole history. absolute: positions count from the window's oldest event, times "
+        "are since the event before, and context is plain tokens, so later events change no token before them, and "
+        "serving can keep keys and values across requests. With task.supervision=all it is always absolute.",
+    )
     input_dropout: Probability = Field(0.2, description="Of the tower's input, as it is trained.")
     tower: Annotated[TowerConfig, TOWERS] = Field(STUConfig(), description="The layers that read the sequence.")
     head: Widths = Field((64,), description="Hidden widths of the MLP from the tower's output to the tasks.")

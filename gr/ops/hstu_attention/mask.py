@@ -48,7 +48,7 @@ class AttentionMask:
                 )
             if targets_B.device != offsets_B1.device:
                 raise ValueError(f"num_targets_B is on {targets_B.device}, offsets_B1 on {offsets_B1.device}")
-        if offsets_B1.device.type == "cpu":
+        if offsets_B1.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_lengths(offsets_B1.diff())
 
     def _check_lengths(self, lengths_B: Tensor) -> None:
