@@ -31,7 +31,7 @@ def softmax_attention(
 ) -> Tensor:
     """out_i = sum over the keys j that i sees, of the same sequence, of softmax_j(q_i . k_j / sqrt(Q)) v_j.
 
-    q_THQ [T, H, Q], k_TGQ [T, G, Q], v_TGV [T, G, V]: one float dtype. G divides H, and query head h reads key and value
+    q_THQ [T, H, Q], k_TGQ [T, G, Q], v_TGV [T, G, V]: one float dtype. G divides H: query head h reads key and value
     head h // (H / G) (grouped-query attention; multi-query with G = 1).
     offsets_B1: int64 [B + 1]; empty sequences are fine. max_length: no sequence is longer, in tokens.
     mask: the keys that a query sees, where these are not all j <= i; as hstu_attention takes it.
