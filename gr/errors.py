@@ -62,3 +62,7 @@ class TrainingError(GRError):
 
 class InstallError(GRError):
     """The installed packages do not fit together."""
+
+
+class ServingError(GRError):
+    """A model cannot be exported or served, or a request cannot be answered."""

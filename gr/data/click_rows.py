@@ -1,22 +1,40 @@
-"""Rows in a log's own values -> batches for a click model. B rows."""
+"""Rows in a log's own values -> what a click model reads, as numpy arrays. B rows, H ids of a row. No torch.
 
-from collections.abc import Mapping
+Training's folders, `gr predict`, gr.load and a served package all read a user's columns through this one definition.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gr.batch import TabularBatch
 from gr.data.columns import ColumnType, flattened, is_list
+from gr.data.tabular import TabularRows
 from gr.data.validate import checked_column, require_columns
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.schema import SparseColumn, TabularSchema
 
 
+class ColumnError(DataError):
+    """A column of a table is missing, or has a value that a model cannot read. column: its name."""
+
+    def __init__(self, column: str, message: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
+@contextmanager
+def _reading(column: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise ColumnError(column, str(error)) from None
+
+
 class ClickRows:
-    """Makes batches of tables that have the columns of a tabular folder.
+    """Reads tables that have the columns of a tabular folder.
 
     Dense columns are as in the folder's Parquet files; a sparse column has values where the schema has a vocabulary of
     it, ids elsewhere. A null, and a value that training did not see, is 0.
@@ -25,32 +43,35 @@ class ClickRows:
     def __init__(self, schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.schema, self.vocabularies = schema, vocabularies
 
-    def batch(self, table: pa.Table, where: str = "the input") -> TabularBatch:
-        """Labels are 0. where: of the table, for messages.
+    def read(self, table: pa.Table, where: str = "the input") -> tuple[TabularRows, dict[str, int]]:
+        """The rows, with labels 0, and how many values of a column training did not see, where there are any.
 
-        Raises DataError for a missing column, or a value that is no finite number or no id.
+        where: of the table, for messages. Raises ColumnError for a missing column, or a value that is no finite number
+        or no id.
         """
-        require_columns(where, table, [*self.schema.dense, *(column.name for column in self.schema.sparse)])
+        for name in [*self.schema.dense, *(column.name for column in self.schema.sparse)]:
+            with _reading(name):
+                require_columns(where, table, [name])
         dense_BN = np.empty((table.num_rows, len(self.schema.dense)), dtype=np.float32)
         for place, name in enumerate(self.schema.dense):
-            dense_BN[:, place] = checked_column(where, table, name, ColumnType("number"), nulls=False).filled
-        ids = [self._ids(where, column, table.column(column.name)) for column in self.schema.sparse]
-        return TabularBatch(
-            dense_BN=torch.from_numpy(dense_BN),
-            sparse=KeyedJaggedTensor(
-                keys=[column.name for column in self.schema.sparse],
-                values=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *ids])),
-                lengths=torch.from_numpy(np.repeat([column.hots for column in self.schema.sparse], table.num_rows)),
-                stride=table.num_rows,
-            ),
-            labels_B=torch.zeros(table.num_rows),
-            first_example=0,
-        )
+            with _reading(name):
+                dense_BN[:, place] = checked_column(where, table, name, ColumnType("number"), nulls=False).filled
+        ids_BH = np.empty((table.num_rows, sum(column.hots for column in self.schema.sparse)), dtype=np.int64)
+        unseen: dict[str, int] = {}
+        first = 0
+        for column in self.schema.sparse:
+            with _reading(column.name):
+                ids, count = self._ids(where, column, table.column(column.name))
+            ids_BH[:, first : first + column.hots] = ids.reshape(-1, column.hots)
+            first += column.hots
+            if count:
+                unseen[column.name] = count
+        return TabularRows(np.zeros(table.num_rows, dtype=np.float32), dense_BN, ids_BH), unseen
 
-    def _ids(self, where: str, column: SparseColumn, values_B: pa.ChunkedArray) -> np.ndarray:
-        """int64 [B * hots]."""
+    def _ids(self, where: str, column: SparseColumn, values_B: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+        """The ids of a column, int64 [B * hots], and the number of values that training did not see."""
         if column.hots == 1:
-            ids = self.vocabularies[column.name].ids(values_B)
+            values = values_B.combine_chunks()
         else:
             if not is_list(values_B.type):
                 raise DataError(
@@ -63,11 +84,12 @@ class ClickRows:
                     f"{where}: row {row}, column {column.name}: holds {offsets[row + 1] - offsets[row]} ids, wanted "
                     f"{column.hots}"
                 )
-            ids = self.vocabularies[column.name].ids(values)
+        ids, known = self.vocabularies[column.name].lookup(values)
+        ids = np.where(known, ids, 0)
         if (outside := (ids < 0) | (ids >= column.cardinality)).any():
             row = int(outside.argmax()) // column.hots
             raise DataError(
                 f"{where}: row {row}, column {column.name}: is id {ids[outside][0]}, allowed are 0 to "
                 f"{column.cardinality - 1}"
             )
-        return ids
+        return ids, len(known) - int(known.sum()) - values.null_count

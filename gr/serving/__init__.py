@@ -1,0 +1,4 @@
+"""Answers requests with a trained model: packages, their versions, the engine and its server.
+
+Importing it needs torch and fbgemm_gpu only; what makes a package from a checkpoint is in modules of its own.
+"""
