@@ -6,8 +6,6 @@ from typing import Literal
 from pydantic import Field
 
 from gr.config.base import Section
-from gr.config.load import load_section
-from gr.config.yaml import Node
 from gr.errors import ConfigError, nearest
 
 RowKind = Literal["fp32", "fp16", "int8", "int4", "int2"]
@@ -42,4 +40,8 @@ class ExportConfig(Section):
 
 def load_export_config(overrides: Sequence[str]) -> ExportConfig:
     """The configuration of a command line. Raises ConfigError with every fault."""
+    # Not needed by who reads the configuration of a package that is there.
+    from gr.config.load import load_section
+    from gr.config.yaml import Node
+
     return load_section(ExportConfig, "gr export", overrides, given=Node({}, "gr export"))

@@ -42,6 +42,7 @@ class ClickRows:
 
     def __init__(self, schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.schema, self.vocabularies = schema, vocabularies
+        self._limits_H = np.repeat([c.cardinality for c in schema.sparse], [c.hots for c in schema.sparse])
 
     def read(self, table: pa.Table, where: str = "the input") -> tuple[TabularRows, dict[str, int]]:
         """The rows, with labels 0, and how many values of a column training did not see, where there are any.
@@ -67,6 +68,34 @@ class ClickRows:
             if count:
                 unseen[column.name] = count
         return TabularRows(np.zeros(table.num_rows, dtype=np.float32), dense_BN, ids_BH), unseen
+
+    def read_plain(self, columns: Mapping[str, np.ndarray]) -> tuple[TabularRows, dict[str, int]] | None:
+        """What `read` gives for columns of plain numbers, [B] or [B, hots], without a fault; None for any others.
+
+        A small request spends most of its time in Arrow, so a server tries this first.
+        """
+        names = [column.name for column in self.schema.sparse]
+        if any(columns[name].dtype.kind not in "fiu" for name in self.schema.dense):
+            return None
+        if any(columns[name].dtype.kind != "i" or not self.vocabularies[name].has_numbers for name in names):
+            return None
+        rows = len(columns[names[0]])
+        dense_BN = np.empty((rows, len(self.schema.dense)), dtype=np.float32)
+        ids_BH = np.empty((rows, len(self._limits_H)), dtype=np.int64)
+        unseen: dict[str, int] = {}
+        with np.errstate(over="ignore"):
+            for place, name in enumerate(self.schema.dense):
+                dense_BN[:, place] = columns[name]
+        first = 0
+        for column in self.schema.sparse:
+            ids, count = self.vocabularies[column.name].ids_of_numbers(columns[column.name])
+            ids_BH[:, first : first + column.hots] = ids.reshape(rows, column.hots)
+            first += column.hots
+            if count:
+                unseen[column.name] = count
+        if not np.isfinite(dense_BN).all() or ((ids_BH < 0) | (ids_BH >= self._limits_H)).any():
+            return None
+        return TabularRows(np.zeros(rows, dtype=np.float32), dense_BN, ids_BH), unseen
 
     def _ids(self, where: str, column: SparseColumn, values_B: pa.ChunkedArray) -> tuple[np.ndarray, int]:
         """The ids of a column, int64 [B * hots], and the number of values that training did not see."""

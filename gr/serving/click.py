@@ -10,6 +10,7 @@ import torch
 
 from gr.config.export import UnknownPolicy
 from gr.data.click_rows import ClickRows, ColumnError
+from gr.data.tabular import TabularRows
 from gr.data.vocabulary import Vocabulary
 from gr.errors import nearest
 from gr.schema import TabularSchema
@@ -54,12 +55,9 @@ class ClickServable:
         for name in known:
             if name not in columns:
                 raise RequestError(name, "is missing; the model reads it")
-        count = len(columns[known[0]]) if np.ndim(columns[known[0]]) else -1
-        arrays = {name: self._array(name, np.asarray(columns[name]), count) for name in known}
-        try:
-            read, unseen = self._rows.read(pa.table(arrays), "the request")
-        except ColumnError as error:
-            raise RequestError(error.column, str(error)) from None
+        arrays = {name: np.asarray(columns[name]) for name in known}
+        self._check_shapes(arrays)
+        read, unseen = self._rows.read_plain(arrays) or self._read(arrays)
         self._unseen.add(unseen)
         if unseen and self._unknown == "reject":
             name, values = next(iter(unseen.items()))
@@ -79,22 +77,34 @@ class ClickServable:
         stops = np.cumsum([request.rows for request in own])[:-1]
         return [{"score": part} for part in np.split(scores_B, stops)]
 
-    def _array(self, name: str, values: np.ndarray, count: int) -> pa.Array:
-        """A column as Arrow has it. count: rows of the request."""
-        hots = self._hots.get(name, 1)
-        expected = (count,) if hots == 1 else (count, hots)
-        if values.shape != expected:
-            shape = "[rows]" if hots == 1 else f"[rows, {hots}]"
-            raise RequestError(
-                name, f"has shape {list(values.shape)}, wanted {shape} with the same rows in all columns"
-            )
+    def _check_shapes(self, arrays: Mapping[str, np.ndarray]) -> None:
+        first = next(iter(arrays.values()))
+        rows = len(first) if first.ndim else -1
+        for name, values in arrays.items():
+            hots = self._hots.get(name, 1)
+            if values.shape != ((rows,) if hots == 1 else (rows, hots)):
+                shape = "[rows]" if hots == 1 else f"[rows, {hots}]"
+                raise RequestError(
+                    name, f"has shape {list(values.shape)}, wanted {shape} with the same rows in all columns"
+                )
+
+    def _read(self, arrays: Mapping[str, np.ndarray]) -> tuple[TabularRows, dict[str, int]]:
+        """Columns of any kind. Raises RequestError."""
+        table = pa.table({name: _as_arrow(name, values) for name, values in arrays.items()})
         try:
-            array = pa.array(values.reshape(-1))
-            if pa.types.is_binary(array.type):
-                array = array.cast(pa.string())  # text of a protocol comes as bytes of UTF-8
-        except (pa.ArrowException, UnicodeError) as error:
-            raise RequestError(name, f"cannot be read ({'; '.join(map(str, error.args))})") from None
-        return array if hots == 1 else pa.FixedSizeListArray.from_arrays(array, hots)
+            return self._rows.read(table, "the request")
+        except ColumnError as error:
+            raise RequestError(error.column, str(error)) from None
+
+
+def _as_arrow(name: str, values: np.ndarray) -> pa.Array:
+    try:
+        array = pa.array(values.reshape(-1))
+        if pa.types.is_binary(array.type):
+            array = array.cast(pa.string())  # text of a protocol comes as bytes of UTF-8
+    except (pa.ArrowException, UnicodeError) as error:
+        raise RequestError(name, f"cannot be read ({'; '.join(map(str, error.args))})") from None
+    return array if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(array, values.shape[1])
 
 
 def score_record(schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) -> VerbRecord:

@@ -76,3 +76,33 @@ def test_values_that_are_refused(folder: Path, name: str, values: list[Any] | No
     with pytest.raises(DataError) as error:
         click_rows(folder).read(table)
     assert fault in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8])
+def test_plain_numbers_are_read_as_through_arrow(folder: Path, dtype: type) -> None:
+    """With and without a vocabulary of numbers; anything else is left to `read`."""
+    own = Vocabulary("c3", np.array([1, 2, 5]), pa.array([-7, 3, 9], pa.int64()))
+    rows = click_rows(folder, c3=own)
+    columns = {
+        **{name: np.array([0.5, -1e38, 3]) for name in ("i1", "i2", "i3")},
+        "c1": np.array([0, 40, 7], dtype=dtype),
+        "c2": np.array([[0, 1, 2], [63, 3, 3], [0, 0, 0]], dtype=dtype),
+        "c3": np.array([9, 4, -7], dtype=dtype),
+    }
+    table = pa.table({name: pa.array(values.tolist()) for name, values in columns.items()})
+    plain = rows.read_plain(columns)
+    assert plain is not None
+    (read, unseen), (expected, expected_unseen) = plain, rows.read(table)
+    assert np.array_equal(read.dense_BN, expected.dense_BN) and np.array_equal(read.ids_BH, expected.ids_BH)
+    assert unseen == expected_unseen == {"c3": 1} and read.ids_BH[:, -1].tolist() == [5, 0, 1]
+    for name, values in (
+        ("i1", np.array([np.nan, 0, 0])),
+        ("i1", np.array([1e39, 0, 0])),
+        ("i1", np.array([True, False, True])),
+        ("c1", np.array([41, 0, 0])),
+        ("c1", np.array([-1, 0, 0])),
+        ("c1", np.array([1.0, 0, 0])),
+        ("c1", np.array([2**64 - 1, 0, 0], dtype=np.uint64)),
+    ):
+        assert rows.read_plain({**columns, name: values}) is None, name
+    assert click_rows(folder, c3=Vocabulary("c3", np.array([1]), pa.array(["a"]))).read_plain(columns) is None
