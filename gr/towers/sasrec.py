@@ -19,7 +19,6 @@ class SASRec(nn.Module):
 
     def __init__(self, config: SASRecConfig, *, dim: int, max_length: int) -> None:
         super().__init__()
-        self.config = config
         self.layers = nn.ModuleList(SASRecLayer(config, dim) for _ in range(config.layers))
         self.last_norm = nn.LayerNorm(dim, eps=NORM_EPS)
 

@@ -12,17 +12,24 @@ W = Q + V, F features of an event, G and K features of the user (ids, numbers), 
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr.config.towers import HSTUConfig, STUConfig, TowerConfig
+from gr.config.ranking import ActionTask, InterleavedInput, RankingConfig
+from gr.config.towers import HSTUConfig, STUConfig
 from gr.errors import ServingError
 from gr.models.preprocessor import SequencePreprocessor
 from gr.models.sequence_ranking import Head, SequenceRanker
 from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention_cached, hstu_attention_start
+from gr.schema import DataSchema
+from gr.serving.cache_scope import cache_scope
+from gr.serving.ranking import RankingForm
 from gr.towers.attend import Attend
+from gr.towers.hstu import HSTU, HSTULayer
+from gr.towers.stu import STU, STULayer
 
 # features -> the module that looks their ids up: forward([ids of each feature]) -> [vectors of each feature]
 TablesOf = Callable[[Sequence[str]], nn.Module]
@@ -114,16 +121,18 @@ class ContextTokens(nn.Module):
 class _Layers(nn.Module):
     """The layers of a tower, and what their attention has in common."""
 
+    layers: nn.ModuleList
+    mask: AttentionMask
+    settings: dict[str, Any]
+
     def __init__(self, model: SequenceRanker, *, prefix: bool, whole: bool) -> None:
         """prefix: context sees the whole history. whole: False where nothing reads the last layer but keys, values."""
         super().__init__()
-        tower = model.tower
+        tower = _served(model.tower)
         self.layers = nn.ModuleList(tower.layers if whole else [*tower.layers[:-1], _without_output(tower.layers[-1])])
-        config: STUConfig | HSTUConfig = tower.config
-        self.heads, self.qk_dim = config.heads, config.qk_dim
-        contextual = model.tokens.contextual if prefix else 0
-        if isinstance(config, STUConfig):
-            self.mask = AttentionMask(None, config.max_attn_len, contextual, config.min_full_attn_seq_len)
+        self.qk_dim = tower.config.qk_dim
+        if isinstance(tower, STU):
+            self.mask = tower.mask(model.tokens.contextual if prefix else 0)
             self.settings = {"divisor": tower.divisor, "alpha": tower.alpha}
         else:
             self.mask, self.settings = AttentionMask(), {"divisor": tower.divisor(model.tokens.max_length)}
@@ -143,12 +152,26 @@ class _Layers(nn.Module):
                 return inner(q, *keep(k, v), **named)
 
             x_TD = layer(x_TD, seen)
-        _, _, k_THQ, v_THV = self.layers[-1].project(x_TD)
+        _, _, k_THQ, v_THV = cast(STULayer | HSTULayer, self.layers[-1]).project(x_TD)
         keep(k_THQ, v_THV)
         return torch.stack(kept, dim=1)
 
     def cached(self, kv_NLHW: Tensor, length_1: Tensor, place: int) -> CachedKeys:
         return CachedKeys(kv_NLHW[:, place, :, : self.qk_dim], kv_NLHW[:, place, :, self.qk_dim :], length_1)
+
+
+def _served(tower: nn.Module) -> STU | HSTU:
+    """The tower. Raises ServingError for one whose attention has no form against a cache."""
+    if isinstance(tower, STU):
+        return tower
+    if isinstance(tower, HSTU):
+        config = tower.config
+        if config.attention == "pointwise" and not config.time_bias and config.divisor != "actual_len":
+            return tower
+    raise ServingError(
+        f"a {type(tower).__name__} tower is not served as it is configured: attention against a cache is that of stu, "
+        "and of hstu with attention=pointwise, time_bias=false and a divisor other than actual_len"
+    )
 
 
 def _without_output(layer: nn.Module) -> nn.Module:
@@ -239,15 +262,6 @@ def ranking_passes(
     model: SequenceRanker, tables_of: TablesOf, *, cache_dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
     """prefill and score, and append where no token sees what comes after it. Raises ServingError for other towers."""
-    tower: TowerConfig = model.tower.config
-    if not isinstance(tower, STUConfig | HSTUConfig) or (
-        isinstance(tower, HSTUConfig)
-        and (tower.attention != "pointwise" or tower.time_bias or tower.divisor == "actual_len")
-    ):
-        raise ServingError(
-            f"a {tower.kind} tower is not served as it is configured: attention against a cache is that of stu, and of "
-            "hstu with attention=pointwise, time_bias=false and a divisor that is no sequence's own length"
-        )
     tokens = model.tokens
     prefix = model.uses_candidates and tokens.place == "request" and tokens.contextual > 0
     events = EventTokens(tokens, tables_of(model.event_features))
@@ -261,3 +275,32 @@ def ranking_passes(
     candidates = CandidateTokens(tokens, tables_of(model.event_features))
     passes["score"] = Score(candidates, whole, model.head)
     return {name: each.eval() for name, each in passes.items()}
+
+
+def ranking_form(
+    config: RankingConfig, schema: DataSchema, *, microbatch: int, cache_dtype: torch.dtype
+) -> RankingForm:
+    """What the passes of a model of this configuration are asked with."""
+    model, time = config.model, config.model.time
+    tower = model.tower
+    assert isinstance(tower, STUConfig | HSTUConfig), "ranking_passes refuses others"
+    return RankingForm(
+        items=schema.item_cardinality,
+        event_features=dict(schema.event_features),
+        contextual=dict(schema.contextual),
+        contextual_numeric=tuple(schema.contextual_numeric),
+        actions=tuple(schema.actions),
+        timestamps=schema.timestamps,
+        max_events=config.data.max_length - 1,  # a candidate is one of the model's events
+        scale=None if time is None else time.scale,
+        buckets=0 if time is None else time.buckets,
+        absolute=config.task.supervision == "all" or model.place == "absolute",
+        interleaved=isinstance(model.input, InterleavedInput),
+        tasks={task.name: isinstance(task, ActionTask) for task in config.task.tasks},
+        lifetime=cache_scope(config).lifetime,
+        layers=tower.layers,
+        heads=tower.heads,
+        width=tower.qk_dim + tower.v_dim,
+        cache_dtype="float32" if cache_dtype == torch.float32 else "bfloat16",
+        microbatch=microbatch,
+    )
