@@ -11,7 +11,7 @@ import pytest
 from gr.config.serving import ServeConfig
 from gr.errors import ServingError
 from gr.serving.server import listen
-from tests.support.served import answer_of, exchange, get, post, running
+from tests.support.toy_server import answer_of, exchange, get, post, running
 from tests.support.toy_serving import ToyVersion
 
 INFER = "/v2/models/toy/infer"
