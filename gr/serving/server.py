@@ -179,6 +179,7 @@ async def _model_ready(served: Served, request: Request, line: dict[str, Any]) -
 
 async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Response:
     verb = served.verb(request)
+    served.engine.require_room(verb)
     with _Body(served) as body:
         await body.read(request)
         line["bytes"] = len(body.data)
