@@ -12,6 +12,8 @@ from gr.errors import ServingError, TransientError
 from gr.serving.servable import Encoded
 
 _FORGET = 0.95  # weight of a batch against the one after it: the last twenty or so count
+_OUTLIER = 3.0  # times the estimate: more of one batch is the machine's doing, and counts as this much
+_MARGIN = 1.5  # times the estimate that a request has to have left, which may be off
 
 
 class Overloaded(ServingError, TransientError):
@@ -41,6 +43,8 @@ class BatchTime:
         self.fixed = self.row = 0.0
 
     def add(self, rows: int, seconds: float) -> None:
+        if self._weight > 5:
+            seconds = min(seconds, _OUTLIER * (self.fixed + self.row * rows))
         self._weight = _FORGET * self._weight + 1
         self._rows = _FORGET * self._rows + rows
         self._seconds = _FORGET * self._seconds + seconds
@@ -64,7 +68,7 @@ class BatchQueue:
 
     A request is refused when it arrives where the estimate says that its deadline would pass, so that its caller knows
     at once; one whose deadline did pass is dropped before it costs anything. A request that finds nothing before it is
-    always run: estimates learn from what runs only.
+    always run, and one a worker always waits: estimates learn from what runs only.
     """
 
     def __init__(self, batch_rows: int, queue_rows: int, workers: int) -> None:
@@ -83,21 +87,28 @@ class BatchQueue:
         """Raises Overloaded, and ServingError where the engine is closed."""
         rows = request.encoded.rows
         with self._changed:
-            if self._closed:
-                raise ServingError("the engine is closed")
-            if self._waiting or len(self._running) >= self._workers:
-                self._admit(rows, request.deadline)
+            self._admit(rows, request.deadline)
             self._waiting.append(request)
             self.rows += rows
             self._changed.notify()
 
+    def require_room(self, deadline: float) -> None:
+        """Raises what `put` would of a request that costs nothing itself, before anything is spent on it."""
+        with self._changed:
+            self._admit(0, deadline)
+
     def _admit(self, rows: int, deadline: float) -> None:
+        if self._closed:
+            raise ServingError("the engine is closed")
+        busy = len(self._running) >= self._workers
+        if not self._waiting and not busy:
+            return
         now = time.monotonic()
-        busy = max(0.0, min(self._running.values()) - now) if len(self._running) >= self._workers else 0.0
-        wait = busy + self.time.of(self.rows + rows, self._batch_rows) / self._workers
+        ends = max(0.0, min(self._running.values()) - now) if busy else 0.0
+        wait = ends + self.time.of(self.rows + rows, self._batch_rows) / self._workers
         if self.rows + rows > self._queue_rows:
             raise Overloaded(f"{self.rows:,} rows wait, at most {self._queue_rows:,}; try again later", wait)
-        if now + wait > deadline:
+        if now + _MARGIN * wait > deadline and len(self._waiting) >= self._workers:
             left = 1e3 * max(0.0, deadline - now)
             raise Overloaded(
                 f"{self.rows:,} rows wait, so an answer takes about {1e3 * wait:.0f} ms, and the deadline is in "
@@ -130,7 +141,7 @@ class BatchQueue:
             total, first = rows + request.encoded.rows, min(earliest, request.deadline)
             if request.deadline > now and batch:
                 full = total > self._batch_rows or request.version is not batch[0].version
-                if full or now + self.time.of(total, self._batch_rows) > first:
+                if full or now + _MARGIN * self.time.of(total, self._batch_rows) > first:
                     break
             self._waiting.popleft()
             self.rows -= request.encoded.rows

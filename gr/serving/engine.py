@@ -121,6 +121,14 @@ class Engine:
         """The best items for a history, of a retrieval model."""
         return self.ask("retrieve", columns)
 
+    def require_room(self, verb: str) -> None:
+        """Raises Overloaded where a request would be refused now, so that its body need not be read."""
+        try:
+            self._queues[verb].require_room(time.monotonic() + self.config.deadline_ms / 1e3)
+        except ServingError as error:
+            self.metrics.refused(verb, error)
+            raise
+
     def submit(
         self, verb: str, columns: Mapping[str, np.ndarray], *, deadline_ms: float | None = None
     ) -> "Future[Answer]":
@@ -129,6 +137,7 @@ class Engine:
         seconds = min(deadline_ms or self.config.deadline_ms, self.config.deadline_ms) / 1e3
         arrived, held = time.monotonic(), self._acquire()
         try:
+            self._queues[verb].require_room(arrived + seconds)
             encoded = held.version.verbs[verb].encode(columns)
             if encoded.rows > self.config.request_rows:
                 raise RequestError("rows", f"{encoded.rows:,} in one request, at most {self.config.request_rows:,}")

@@ -17,7 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gr.errors import ServingError, nearest
 from gr.serving.servable import RequestError, TensorSpec
 
-_NUMBERS = {"BOOL": np.bool_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64}
+DTYPES: dict[str, type] = {
+    **{"BOOL": np.bool_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64},
+    "BYTES": np.object_,
+}
+JSON_LENGTH = "Inference-Header-Content-Length"  # the header that says how many bytes of a body are JSON
 _INTEGER: set[type] = {int}
 _NUMBER: set[type] = {int, float}
 _JSON_TYPES: dict[str, set[type]] = {
@@ -158,7 +162,7 @@ def _from_json(tensor: _Input) -> np.ndarray:
         array[:] = values
     else:
         try:
-            array = np.array(values, np.float64 if tensor.datatype == "FP32" else _NUMBERS[tensor.datatype])
+            array = np.array(values, np.float64 if tensor.datatype == "FP32" else DTYPES[tensor.datatype])
         except OverflowError:
             raise RequestError(tensor.name, f"has a number that is no {tensor.datatype}") from None
     return _finite(tensor, array)
@@ -167,7 +171,7 @@ def _from_json(tensor: _Input) -> np.ndarray:
 def _from_binary(tensor: _Input, data: memoryview) -> np.ndarray:
     if tensor.datatype == "BYTES":
         return _finite(tensor, _texts(tensor, data))
-    dtype = np.dtype(_NUMBERS[tensor.datatype]).newbyteorder("<")
+    dtype = np.dtype(DTYPES[tensor.datatype]).newbyteorder("<")
     if len(data) % dtype.itemsize:
         raise RequestError(tensor.name, f"has {len(data):,} bytes, which is no multiple of {dtype.itemsize}")
     _check_count(tensor, len(data) // dtype.itemsize)
@@ -204,7 +208,7 @@ def _finite(tensor: _Input, array: np.ndarray) -> np.ndarray:
     """`array` in its type and shape; a number that is not finite there is a fault, and no model takes one."""
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):
-            array = array.astype(_NUMBERS[tensor.datatype], copy=False)
+            array = array.astype(DTYPES[tensor.datatype], copy=False)
         if not np.isfinite(array).all():
             at = int(np.flatnonzero(~np.isfinite(array))[0])
             raise RequestError(tensor.name, f"element {at} is no finite {tensor.datatype}")
@@ -240,8 +244,22 @@ def write_response(
     return b"".join([text, *binary]), len(text) if binary else None
 
 
+def write_request(columns: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
+    """The body of a request with binary tensors both ways, and the bytes of its JSON; as a client writes it."""
+    tensors, binary = [], []
+    for spec in specs:
+        if spec.name in columns:
+            array = columns[spec.name]
+            binary.append(_to_binary(array, spec))
+            size = {"binary_data_size": len(binary[-1])}
+            form = {"name": spec.name, "datatype": spec.datatype, "shape": list(array.shape), "parameters": size}
+            tensors.append(form)
+    text = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+    return b"".join([text, *binary]), len(text)
+
+
 def _to_binary(array: np.ndarray, spec: TensorSpec) -> bytes:
     if spec.datatype == "BYTES":
         texts = [str(each).encode() for each in array.ravel()]
         return b"".join(chain.from_iterable((len(text).to_bytes(4, "little"), text) for text in texts))
-    return np.ascontiguousarray(array, np.dtype(_NUMBERS[spec.datatype]).newbyteorder("<")).tobytes()
+    return np.ascontiguousarray(array, np.dtype(DTYPES[spec.datatype]).newbyteorder("<")).tobytes()

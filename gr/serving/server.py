@@ -31,11 +31,10 @@ from gr.serving.batch_queue import Overloaded
 from gr.serving.engine import Answer, Engine
 from gr.serving.http_connection import LimitedConfig
 from gr.serving.metrics_text import CONTENT_TYPE, metrics_text
-from gr.serving.open_inference import InferRequest, read_request, write_response
+from gr.serving.open_inference import JSON_LENGTH, InferRequest, read_request, write_response
 from gr.serving.servable import RequestError
 
 log = get_logger(__name__)
-JSON_LENGTH = "Inference-Header-Content-Length"
 REQUEST_ID = "X-Request-ID"
 _PLAIN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _OWN_FILES = 256  # of the process beside connections: libraries, packages, logs
@@ -180,6 +179,7 @@ async def _model_ready(served: Served, request: Request, line: dict[str, Any]) -
 
 async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Response:
     verb = served.verb(request)
+    served.engine.require_room(verb)
     with _Body(served) as body:
         await body.read(request)
         line["bytes"] = len(body.data)
@@ -277,5 +277,5 @@ def listen(limits: ServeConfig) -> socket.socket:
         return socket.create_server((limits.host, limits.port), family=family, backlog=min(limits.connections, 65535))
     except OSError as error:
         address = f"{limits.host}:{limits.port}"
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror  # of names: negative numbers
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ServingError(f"cannot listen on {address}: {reason}; choose another port or host") from None

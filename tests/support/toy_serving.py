@@ -63,6 +63,20 @@ class ToyServable:
         return [{"y": part.numpy(), **number} for part in y.split([request.rows for request in requests])]
 
 
+class WideVersion:
+    """As ToyVersion(1), with an input of every datatype, which it checks and leaves out of its answers."""
+
+    def __init__(self) -> None:
+        self.name, self.kind, self.servable = "step-1", "click", ToyServable(1.0)
+        shapes = {"INT64": (-1, 3), "INT32": (-1,), "FP64": (-1,), "BOOL": (-1,), "BYTES": (-1,)}
+        wide = [TensorSpec(datatype.lower(), datatype, shape) for datatype, shape in shapes.items()]
+        self.servable.inputs = (*ToyServable.inputs, *wide)
+        self.verbs = {"score": self.servable}
+
+    def close(self) -> None:
+        self.verbs = {}
+
+
 class ToyVersion:
     def __init__(self, number: int, kind: str = "click", verb: str = "score", **servable: float) -> None:
         self.name, self.kind = f"step-{number}", kind

@@ -11,7 +11,7 @@ import pytest
 from gr.config.serving import ServeConfig
 from gr.errors import ServingError
 from gr.serving.server import listen
-from tests.support.served import answer_of, exchange, get, post, running
+from tests.support.toy_server import answer_of, exchange, get, post, running
 from tests.support.toy_serving import ToyVersion
 
 INFER = "/v2/models/toy/infer"
@@ -150,7 +150,7 @@ def test_overload_says_when_to_come_back():
         served.engine.submit("score", {"x": np.ones(1)})
         served.engine._queues["score"].time.add(1, 2.5)
         status, headers, body = exchange(address, post(question(1, parameters={"timeout": 1000})))
-        assert (status, headers["retry-after"]) == (503, "4") and b"deadline" in body
+        assert (status, headers["retry-after"]) == (503, "3") and b"deadline" in body
     assert first.result().version == "step-1"
 
 

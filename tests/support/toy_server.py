@@ -11,14 +11,16 @@ import uvicorn
 from gr.config.serving import ServeConfig
 from gr.serving import Engine
 from gr.serving.http_connection import LimitedConfig
+from gr.serving.servable import ServedVersion
 from gr.serving.server import Served, application, listen
-from tests.support.toy_serving import ToyVersion
 
 Address = tuple[str, int]
 
 
 @contextmanager
-def running(version: ToyVersion, lines: list[str] | None = None, **limits: float) -> Iterator[tuple[Served, Address]]:
+def running(
+    version: ServedVersion, lines: list[str] | None = None, **limits: float
+) -> Iterator[tuple[Served, Address]]:
     """limits: of ServeConfig. lines: gets the access log."""
     config = ServeConfig(port=0, connections=200, deadline_ms=10_000, **limits)
     with Engine(version, config) as engine, listen(config) as listener:
