@@ -18,15 +18,16 @@ class SavedCausalLM(Saved):
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float32 [T, V] of the token that follows each of T."""
-        ids_T, offsets_B1 = self._packed([ids])
-        return self.model.logits(ids_T, offsets_B1).float().cpu()
+        model: Any = self.model
+        return model.logits(*self._packed([ids])).float().cpu()
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """The most probable tokens after each prompt, at most `tokens`; they end with the schema's eos, if it has one.
 
         Raises ConfigError for a prompt that is empty or too long, or an id that is none.
         """
-        return self.model.generate(*self._packed(prompts), tokens=tokens, eos=self.schema.eos)
+        model: Any = self.model
+        return model.generate(*self._packed(prompts), tokens=tokens, eos=self.schema.eos)
 
     def write(self, prompt: str, tokens: int) -> str:
         """The text of at most `tokens` tokens after `prompt`. Raises DataError where the tokenizer was not kept."""

@@ -99,7 +99,7 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
         opened(folder).read_row_group(0)
     table = pq.read_table(folder / "part-00000.parquet")
     pq.write_table(table.set_column(1, "length", [[2, 3]]), folder / "part-00000.parquet")
-    with pytest.raises(DataError, match="the column length adds up to 5, schema.json says tokens=4"):
+    with pytest.raises(DataError, match=r"the column length adds up to 5, schema.json says tokens=4"):
         opened(folder)
     pq.write_table(table.set_column(1, "length", [[1, 3]]), folder / "part-00000.parquet")
     with pytest.raises(DataError, match="row 0: has another number of tokens than column length says"):

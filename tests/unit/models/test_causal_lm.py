@@ -62,9 +62,9 @@ def test_greedy_tokens_are_those_of_whole_passes() -> None:
 
 def test_what_cannot_be_generated_is_one_line() -> None:
     ids = torch.tensor([1, 2])
-    with pytest.raises(ConfigError, match="a prompt of 2 tokens and 7 more are beyond data.max_length=8"):
+    with pytest.raises(ConfigError, match=r"a prompt of 2 tokens and 7 more are beyond data.max_length=8"):
         built().generate(ids, torch.tensor([0, 2]), tokens=7)
     with pytest.raises(ConfigError, match="a prompt has no tokens"):
         built().generate(ids, torch.tensor([0, 2, 2]), tokens=1)
-    with pytest.raises(ConfigError, match="only tower.kind=llama has one"):
+    with pytest.raises(ConfigError, match=r"only tower.kind=llama has one"):
         built(model={"tower": {"kind": "sasrec"}}).generate(ids, torch.tensor([0, 2]), tokens=1)
