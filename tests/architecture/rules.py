@@ -34,7 +34,7 @@ CEILINGS = {
     "cli": 1.9,
     "prepare": 4.9,
 }
-WITHOUT_PREPARE = 26.0
+WITHOUT_PREPARE = 26.2
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
