@@ -155,10 +155,9 @@ def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
     Raises CheckpointError where it is of another model than `config`. Collective.
     """
     verify(checkpoint, world)
-    here = {"planner": config.planner.model_copy(update={"plan": None})}  # that plan was for the world of the training
-    if world.size == 1:
-        here["dense"] = DenseConfig()  # the one strategy of one rank
-    recipe = open_recipe(config.model_copy(update=here), checkpoint)
+    planner = config.planner.model_copy(update={"plan": None})  # that plan was for the world of the training
+    dense = DenseConfig() if world.size == 1 else config.dense  # one rank has nobody to share with
+    recipe = open_recipe(config.model_copy(update={"planner": planner, "dense": dense}), checkpoint)
     recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))
     return recipe
 

@@ -210,6 +210,7 @@ class RetrievalConfig(HistoryRunConfig):
             mean_length=self.compared(schema).targets,
             max_length=N,
             other_parameters=N * self.model.dim,  # positions
+            replicated_parameters=N * self.model.dim,
         )
 
     def loss(self, schema: DataSchema) -> LossInventory:

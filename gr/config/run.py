@@ -299,6 +299,8 @@ class RunConfig(Section):
             precision=self.trainer.precision,
             dense_optimizer=self.optimizer.kind,
             dense_parallel=self.dense.strategy,
+            dense_gathered=self.dense.gathered,
+            activation_checkpointing=self.dense.activation_checkpointing,
             tables=self.tables(schema),
             dense=self.dense_part(schema),
             loss=self.loss(schema),

@@ -67,7 +67,7 @@ def initialise_dense(model: nn.Module, seed: int) -> None:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: of a DTensor its shard, else all of it."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 class _CountedDraws(TorchDispatchMode):

@@ -80,8 +80,8 @@ def clip_gradients(groups: Iterable[Iterable[nn.Parameter]], limit: float | None
 
     groups: of by_mesh; torch.nn.utils.clip_grad_norm_ takes one of them. None: nothing is scaled.
     """
-    groups = [[p for p in group if p.grad is not None] for group in groups]
-    norms = [nn.utils.get_total_norm([p.grad for p in group]) for group in groups]
+    groups = [list(group) for group in groups]
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if limit is not None:
@@ -113,14 +113,20 @@ def _shard(model: nn.Module, mesh: DeviceMesh, config: DenseConfig) -> None:
             f"dense.strategy=fsdp: {type(model).__name__} names no module to shard in fsdp_modules; "
             "set dense.strategy=ddp"
         )
-    policy = MixedPrecisionPolicy()
-    if config.gathered == "bf16":
-        # Activations keep their dtype: autocast chooses that of each operator, as it does without FSDP.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if config.gathered == "bf16" and not hasattr(model, "tower"):
+        raise ConfigError(
+            f"dense.gathered=bf16: {type(model).__name__} has no tower, which alone is gathered so; "
+            "set dense.gathered=fp32"
+        )
     # A root that stays gathered after an evaluation would miss what a checkpoint loads into its shards.
-    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for module in [*_layers(model), *modules]:
-        shard(module)
+    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    # The tower alone is computed in bf16. Its activations keep their dtype: autocast chooses that of each operator.
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = bf16 if config.gathered == "bf16" else MixedPrecisionPolicy()
+    for layer in _layers(model):
+        shard(layer, mp_policy=policy)
+    for module in modules:
+        shard(module, mp_policy=policy if module is getattr(model, "tower", None) else MixedPrecisionPolicy())
 
 
 def _replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -4,7 +4,6 @@ Row-wise and table-wise tables, clipped gradients, batches in which a rank has n
 sums.
 """
 
-import itertools
 import os
 import shutil
 import signal
@@ -25,9 +24,11 @@ from gr.experiment import build, train
 from gr.experiment import trained as trained_model
 from gr.models.dense import dense_parameters, local_part
 from gr.parallel.dense import unwrapped
+from gr.planner.memory import fixed_memory
 from gr.recipes.base import open_recipe
 from gr.training.module import TrainModule
 from gr.training.trainer import Trainer
+from tests.support.plans import machine
 from tests.support.ranks import RankError, run_ranks
 from tests.support.run_folder import losses
 from tests.support.tiny import tiny_config, write_groups
@@ -118,6 +119,15 @@ def _bytes(tensor: torch.Tensor) -> int:
     return local_part(tensor).nbytes
 
 
+def planned_bytes(config: RunConfig, ranks: int) -> list[float]:
+    """The planner's bytes of a rank's dense weights, gradients and optimizer states, without gathered layers."""
+    inventory = config.inventory(config.load_schema())
+    fixed = fixed_memory(inventory, machine(ranks))
+    kinds = fixed["dense_gradients"], fixed["dense_gradients"], fixed["dense_optimizer"]
+    assert fixed["dense_parameters"] >= fixed["dense_gradients"]
+    return list(kinds)
+
+
 @pytest.fixture(scope="module")
 def alone(config) -> Callable[[str], Outcome]:
     return cache(lambda kind: run_ranks(trained, 1, config(kind))[0])
@@ -126,7 +136,7 @@ def alone(config) -> Callable[[str], Outcome]:
 @pytest.mark.parametrize(
     ("kind", "strategy", "size"),
     [
-        *itertools.product(["hstu", "stu"], ["ddp", "fsdp"], [2, 4]),
+        *((kind, *over) for kind in ("hstu", "stu") for over in [("fsdp", 2), ("fsdp", 4), ("ddp", 4)]),
         ("sasrec", "fsdp", 2),
         ("click", "fsdp", 2),
     ],
@@ -139,6 +149,9 @@ def test_a_strategy_trains_what_one_process_trains(config, alone, kind: str, str
         assert outcome.initial.keys() == expected.initial.keys()
         for name, value in outcome.initial.items():
             assert (value == expected.initial[name]).all(), f"initial {name}"
+    if kind in ("hstu", "stu"):
+        planned = planned_bytes(config(kind, dense={"strategy": strategy}), size)
+        assert [outcome.bytes for outcome in ranks] == [pytest.approx(planned, rel=0.02)] * size
     if size == 4 and kind != "click":
         assert min(min(outcome.tokens) for outcome in ranks) == 0, "a rank has a batch without a token"
     heads = {"hstu": "tower", "sasrec": "tower", "stu": ("tower", "head"), "click": ("bottom", "top")}[kind]
