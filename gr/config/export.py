@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from gr.config.base import Section
 from gr.errors import ConfigError, nearest
@@ -27,6 +27,14 @@ class ExportConfig(Section):
         "zero",
         description="A value that training did not see: zero takes the row of unknown values, reject refuses the "
         "request. Both are counted.",
+    )
+    cache: DenseDtype = Field(
+        "fp32", description="Of a ranking model's cached keys and values; bf16 holds twice as many users."
+    )
+    cache_mib: NonNegativeInt = Field(
+        1024,
+        description="MiB for keys and values that a server keeps of users between requests, where the model's form "
+        "allows; the least recently used leave first.",
     )
     keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
 
