@@ -25,7 +25,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> "Iterator[World]":
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a small click model, of which click_package is a package."""
-    from tests.support.served import train_click, write_data
+    from tests.support.served_click import train_click, write_data
 
     folder = tmp_path_factory.mktemp("click")
     return train_click(write_data(folder / "data"), folder / "run")

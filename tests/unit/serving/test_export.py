@@ -12,7 +12,7 @@ from gr.errors import ConfigError
 from gr.serving.passes.click import build
 from gr.serving.servable import RequestError
 from gr.serving.version import Version
-from tests.support.served import as_rows, click_columns
+from tests.support.served_click import as_rows, click_columns
 
 pytestmark = pytest.mark.slow
 
