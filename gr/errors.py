@@ -61,12 +61,8 @@ class TrainingError(GRError):
 
 
 class ServingError(GRError):
-    """A model cannot be exported or served, or a package is not what it says."""
+    """A model cannot be exported or served, a package is not what it says, or a request cannot be answered."""
 
 
 class InstallError(GRError):
     """The installed packages do not fit together."""
-
-
-class ServingError(GRError):
-    """A model cannot be exported or served, or a request cannot be answered."""

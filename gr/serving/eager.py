@@ -8,7 +8,9 @@ import pyarrow as pa
 
 from gr.errors import ServingError
 from gr.models.saved import load
+from gr.models.saved_click import SavedClick
 from gr.serving.servable import Encoded, Servable, TensorSpec
+from gr.serving.version import Unseen
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class EagerClick:
     def __init__(self, checkpoint: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         """inputs, outputs: of the package's verb. Raises ServingError for a checkpoint of another kind of model."""
         self.inputs, self.outputs = inputs, outputs
-        self._saved = load(checkpoint)
-        if self._saved.config.kind != self.kind:
-            raise ServingError(f"{checkpoint}: is a {self._saved.config.kind} model; eager is for click models")
+        saved = load(checkpoint)
+        if not isinstance(saved, SavedClick):
+            raise ServingError(f"{checkpoint}: is a {saved.config.kind} model; eager is for click models")
+        self._saved = saved
         self.name = self._saved.folder.name
+        self.count_unknown = Unseen()
         self.verbs: Mapping[str, Servable] = {"score": self}
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> _Rows:
