@@ -1,7 +1,8 @@
-"""What a kind of model hands to `gr export`: a builder, function(saved, config) -> Built, in gr/serving/passes/KIND.py.
+"""What a kind of model hands to `gr export`: a builder, in gr/serving/passes/KIND.py.
 
-A builder makes modules without data-dependent shapes over the model's own dense part and packed tables, and says what
-the verbs of the kind need when a package is opened. gr/serving/KIND.py has these verbs, and neither knows the other.
+A builder is a function(saved, kinds, dense) -> Built. kinds: the type of each table's rows, by name. dense: the type of
+all other weights, fp32 or bf16. It makes modules without data-dependent shapes over the model's own dense part and
+packed tables, and says what the verbs of the kind need when a package is opened: gr/serving/KIND.py has them.
 """
 
 from collections.abc import Mapping
@@ -31,13 +32,15 @@ class Pass:
 
 @dataclass(frozen=True)
 class Built:
-    """passes: by name. verbs: what each is asked with and answers with. tables: shape and row type of each, by name.
+    """passes: by name. served: answers as the passes do and is called as the trained model is; the gate compares both.
+    verbs: what each is asked with and answers with. tables: shape and row type of each, by name.
 
     form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
     files of the version, path -> content, for the verbs to read.
     """
 
     passes: Mapping[str, Pass]
+    served: nn.Module
     verbs: Mapping[str, VerbRecord]
     tables: Mapping[str, tuple[int, int, RowKind]]
     form: Mapping[str, Any]

@@ -17,9 +17,11 @@ from gr.config.export import load_export_config
 from gr.errors import ServingError, TransientError
 from gr.serving.package import CODE, WEIGHTS, read_current
 from gr.serving.version import Version
-from tests.support.served import as_rows, click_columns, train_click
+from tests.support.served_click import as_rows, click_columns, train_click
 
 pytestmark = pytest.mark.slow
+# The values with which click_package was exported.
+SAME = ("tables.dtype=int8", "tables.own.c2=fp16", "gate.rows=0")
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +62,16 @@ def test_new_weights_are_served_without_compiling(package: Path, served_run: Pat
 
 def test_export_takes_the_code_of_the_same_form(package: Path, other_run: Path) -> None:
     """And the types of the rows decide on the form."""
-    config = load_export_config(["tables.own.c2=fp16", "unknown=reject"])
+    config = load_export_config([*SAME, "unknown=reject"])
     exported = exporting.export(other_run, package, config)
     assert not exported.compiled and Version.open(package).manifest.export.unknown == "reject"
     with pytest.raises(AssertionError, match="compiles"):
-        exporting.export(other_run, package, load_export_config(["tables.dtype=int4"]))
+        exporting.export(other_run, package, load_export_config(["tables.dtype=int4", "gate.rows=0"]))
 
 
 def test_earlier_versions_are_kept_up_to_a_number(package: Path, served_run: Path, other_run: Path) -> None:
     for run, keep in ((other_run, 1), (served_run, 1), (other_run, 0)):
-        exporting.export(run, package, load_export_config(["tables.own.c2=fp16", f"keep={keep}"]))
+        exporting.export(run, package, load_export_config([*SAME, f"keep={keep}"]))
         folders = [path.name for path in (package / WEIGHTS).iterdir()]
         assert len(folders) == 1 + keep and read_current(package).weights in folders
     assert len(list((package / CODE).iterdir())) == 1
@@ -95,8 +97,7 @@ def test_one_writer_at_a_time(package: Path, other_run: Path) -> None:
 def test_the_commands(package: Path, other_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["publish", str(other_run), "--to", str(package)]) == 0
     assert re.search(r"package: serves step-00000012-[0-9a-f]{8}\n$", capsys.readouterr().out)
-    same = ["tables.dtype=int8", "tables.own.c2=fp16"]
-    assert main(["export", "--checkpoint", str(other_run), "--out", str(package), *same]) == 0
+    assert main(["export", "--checkpoint", str(other_run), "--out", str(package), *SAME]) == 0
     assert "the form is the same" in capsys.readouterr().out
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
