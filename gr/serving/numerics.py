@@ -1,16 +1,22 @@
 """Where two forms of a model differ: the outputs of every layer, side by side, in the order of the computation."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedTensor
 
+from gr.embeddings import table_weights
 from gr.errors import ServingError
+from gr.models.saved import load
+from gr.serving.calibration import calibration
+from gr.serving.dtypes import rounded
+from gr.serving.quantize import RowKind
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -63,6 +69,26 @@ class _Sums:
             snr = 10 * math.log10(self.square / self.error)
         signal = math.sqrt(self.square / max(self.values, 1))
         return LayerDifference(layer, self.kind, self.values, signal, self.largest, snr)
+
+
+def rounded_layers(
+    checkpoint: str | Path,
+    kinds: Mapping[str, RowKind] | RowKind,
+    *,
+    rows: int,
+    data: str | Path | None = None,
+    plugins: Collection[str] = (),
+) -> list[LayerDifference]:
+    """The differences that rows of other kinds make in the layers of a saved model, over calibration rows.
+
+    checkpoint, plugins: as in gr.load. kinds: of each table that is rounded, or of all. rows, data: as in calibration.
+    """
+    saved, other = load(checkpoint, plugins=plugins), load(checkpoint, plugins=plugins)
+    if isinstance(kinds, str):
+        kinds = dict.fromkeys(table_weights(other.model), kinds)
+    own = calibration(saved, data, rows)
+    with rounded(other.model, kinds):
+        return compare_layers(saved.model, other.model, own.batches, own.forward)
 
 
 @torch.no_grad()

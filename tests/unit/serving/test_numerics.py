@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gr
+from gr.cli import main
 from gr.config import RunConfig
 from gr.errors import ServingError
 from gr.serving.accuracy_gate import Limits
@@ -99,3 +100,18 @@ def test_pictures(click_run: RunConfig, tmp_path: Path) -> None:
     draw_sensitivities(choose(rows, Limits(ne=0.01)), tmp_path / "tables.svg")
     assert (tmp_path / "layers.png").stat().st_size > 5_000
     assert all(name in (tmp_path / "tables.svg").read_text() for name in ("<svg", "c2"))
+
+
+@pytest.mark.slow
+def test_the_command(click_run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["numerics", "--checkpoint", click_run.run_dir, "--rows", "64"]
+    assert main([*arguments, "--dtype", "int8", "--picture", str(tmp_path / "layers.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert "the first layer that differs: tables.embedding_bags.c1" in shown and (tmp_path / "layers.svg").exists()
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
+    assert rows["bottom.0"][-1] == "equal" and 20 < float(rows["model"][-1]) < 80
+    assert main([*arguments, "--dtype", "int3"]) == 2
+    assert main([*arguments, "--dtype", "int8", "--picture", str(tmp_path / "layers.txt")]) == 2
+    assert main([*arguments, "--dtype", "int8", "--data", str(tmp_path / "none")]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors and errors.count("error: ") == 3
