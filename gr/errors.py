@@ -61,7 +61,7 @@ class TrainingError(GRError):
 
 
 class ServingError(GRError):
-    """A model cannot be exported or served: a package does not fit, or its accuracy is not what was asked for."""
+    """A model cannot be exported or served, a package is not what it says, or a request cannot be answered."""
 
 
 class InstallError(GRError):

@@ -1,4 +1,4 @@
-"""`gr numerics`: where the rows of tables in fewer bits change a model, layer by layer."""
+"""`gr numerics`: where fewer bits change a model, layer by layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,35 +7,37 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gr.cli.out import cell, check_picture, say, show
+from gr.errors import ConfigError
 
 if TYPE_CHECKING:
     from gr.serving.numerics import LayerDifference
 
 
 @click.command(
-    help="Compare the layers of a saved model with those of the same model whose tables have rows of fewer bits, on "
-    "rows that it was not trained on: signal-to-noise ratio, largest error, and the first layer that differs."
+    help="Compare the layers of a saved model with those of the same model in the types that PACKAGE was exported "
+    "with, or with rows of --dtype in all tables, on rows that it was not trained on: signal-to-noise ratio, largest "
+    "error, and the first layer that differs."
 )
+@click.argument("package", required=False, type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or a checkpoint of one.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
-@click.option(
-    "--dtype",
-    "kind",
-    required=True,
-    type=click.Choice(["fp16", "int8", "int4", "int2"]),
-    help="Of the rows of every table.",
-)
+@click.option("--dtype", "kind", type=click.Choice(["fp16", "int8", "int4", "int2"]), help="Instead of a package.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the rows, in place of what was held out.")
 @click.option("--rows", type=click.IntRange(min=1), default=1000, show_default=True, help="How many, at least.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the ratios as this .png, .pdf or .svg.")
-def command(checkpoint: str, kind: Any, picture: Path | None, **options: Any) -> None:
+def command(package: Path | None, checkpoint: str, kind: Any, picture: Path | None, **options: Any) -> None:
+    if (package is None) == (kind is None):
+        raise ConfigError("gr numerics takes PACKAGE or --dtype, and not both")
     if picture is not None:
         check_picture(picture)
     from gr import logging
-    from gr.serving.numerics import rounded_layers
+    from gr.serving.numerics import package_layers, rounded_layers
 
     logging.configure()
-    layers = rounded_layers(checkpoint, kind, **options)
+    if package is not None:
+        layers = package_layers(package, checkpoint, **options)
+    else:
+        layers = rounded_layers(checkpoint, kind, **options)
     _print(layers)
     if picture is not None:
         from gr.serving.pictures import draw_layers

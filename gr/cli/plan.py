@@ -1,6 +1,7 @@
 """`gr plan`: does a model fit, how fast is a step, on how many ranks. Allocates nothing and needs no GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -9,18 +10,18 @@ from rich.table import Column, Table
 
 from gr.api import planning_problem
 from gr.cli.out import cell, say, show
+from gr.cli.plan_serving import DOES_NOT_FIT, plan_serving
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
 
-DOES_NOT_FIT = 3
 MOVES_SHOWN = 20
 
 
 @click.command(
     help="Plan where the tables of CONFIG go, on ranks of a named machine, and predict memory and step time.\n\n"
     "CONFIG is an experiment, an inventory (configs/scale) or a list of tables (.json, .parquet). "
-    "Exit code 0: it fits, 3: it does not."
+    "With --serve the ranks are cards that serve the model. Exit code 0: it fits, 3: it does not."
 )
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
@@ -28,6 +29,8 @@ MOVES_SHOWN = 20
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan, for `gr train --plan`.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with pictures.")
 @click.option("--smallest", is_flag=True, help="Find the least number of ranks that fits, and what limits it.")
+@click.option("--serve", metavar="DTYPE", help="Plan for serving: tables of fp32, fp16, int8, int4 or int2.")
+@click.option("--examples", type=click.IntRange(1, 2**20), help="Examples of a batch that is served; 64 unless set.")
 @click.option(
     "--diff", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json", help="What changes from plan A to B."
 )
@@ -39,9 +42,10 @@ def command(
     html_path: Path | None,
     smallest: bool,
     diff: tuple[Path, Path] | None,
+    **serving: Any,
 ) -> int:
     if diff is not None:
-        if config or topology or json_path or html_path or smallest:
+        if config or topology or json_path or html_path or smallest or any(serving.values()):
             raise ConfigError("--diff takes two plan files and nothing else: gr plan --diff a.json b.json")
         _diff(*diff)
         return 0
@@ -52,6 +56,10 @@ def command(
     if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():
         raise ConfigError(f"--json and --html are both {json_path}: name two files")
     problem = planning_problem(config, overrides, topology)
+    if any(serving.values()):
+        if json_path or html_path:
+            raise ConfigError("--serve prints its plan: leave out --json and --html")
+        return plan_serving(*problem[:2], **serving, smallest=smallest)
     if smallest:
         return _smallest(*problem)
     for path in (json_path, html_path):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gr.batch import TabularBatch
 from gr.config.click import ClickConfig, ClickLoss
 from gr.data.click_rows import ClickRows
+from gr.data.collate_tabular import tabular_batch
 from gr.data.loader import ResumableLoader, rank_batch_size
 from gr.data.tabular import TabularDataset, check_rows_alike
 from gr.data.tabular_pass import TabularPass
@@ -174,7 +175,8 @@ class ClickRecipe(Recipe[ClickConfig]):
         model.eval()
         hots = [column.hots for column in self.schema.sparse]
         for where, table in tables:
-            batch = rows.batch(table, where).padded(size, hots).to(world.device)
+            read, _ = rows.read(table, where)
+            batch = tabular_batch(read, self.schema).padded(size, hots).to(world.device)
             score_B = model(batch.dense_BN, batch.sparse).float().sigmoid()[: table.num_rows].cpu()
             yield with_scores(table, schema, [pa.array(score_B.numpy())])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gr.batch import EvaluationBatch
 from gr.dist import World
 from gr.errors import DataError, TrainingError
+from gr.ops.top_k import best
 from gr.tasks.similarity import Similarity
 
 LOOKUP_CHUNK = 1 << 16
@@ -76,10 +77,10 @@ class CorpusRanker:
         ids_QK = torch.zeros_like(scores_QK, dtype=torch.int64)
         finite = True
         for first, score in self._score_blocks(queries, self._seen_places(batch)):
-            of_block = _best(score, self.ids[first : first + score.shape[1]].expand_as(score), min(k, score.shape[1]))
+            of_block = best(score, self.ids[first : first + score.shape[1]].expand_as(score), min(k, score.shape[1]))
             finite = finite and not bool(of_block[0].isnan().any())  # a NaN comes before all numbers
             if first or score.shape[1] < k:
-                of_block = _best(torch.cat([scores_QK, of_block[0]], 1), torch.cat([ids_QK, of_block[1]], 1), k)
+                of_block = best(torch.cat([scores_QK, of_block[0]], 1), torch.cat([ids_QK, of_block[1]], 1), k)
             scores_QK, ids_QK = of_block
         if self.world.any(not finite):
             raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
@@ -87,7 +88,7 @@ class CorpusRanker:
         # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
         parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
         scores_BC, ids_BC = (part.transpose(0, 1).flatten(1) for part in parts)
-        scores_BK, ids_BK = _best(scores_BC, ids_BC, k)
+        scores_BK, ids_BK = best(scores_BC, ids_BC, k)
         return ids_BK.masked_fill(scores_BK == -torch.inf, 0), scores_BK
 
     def _gather_parts(self, rows_QK: Tensor) -> Tensor:
@@ -135,32 +136,3 @@ class CorpusRanker:
     def _sum(self, values: Tensor) -> None:
         if self.world.size > 1:
             dist.all_reduce(values)
-
-
-def _best(scores_QC: Tensor, ids_QC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row, best first; of equal scores the smaller ids, wherever they stand."""
-    values, place = scores_QC.topk(min(k + 1, scores_QC.shape[1]), dim=1)
-    scores_QK, ids_QK = values[:, :k], ids_QC.gather(1, place[:, :k])
-    if not bool((values[:, 1:] == values[:, :-1]).any()):
-        return scores_QK, ids_QK
-    if values.shape[1] > k:
-        # Only where the next one is as good does an id decide who is in.
-        tied_Q = values[:, k - 1] == values[:, k]
-        if bool(tied_Q.any()):
-            scores_QK, ids_QK = scores_QK.clone(), ids_QK.clone()
-            scores_QK[tied_Q], ids_QK[tied_Q] = _best_of_ties(scores_QC[tied_Q], ids_QC[tied_Q], k)
-    by_id = ids_QK.argsort(dim=1, stable=True)
-    ids_QK, scores_QK = ids_QK.gather(1, by_id), scores_QK.gather(1, by_id)
-    by_score = scores_QK.argsort(dim=1, descending=True, stable=True)
-    return scores_QK.gather(1, by_score), ids_QK.gather(1, by_score)
-
-
-def _best_of_ties(scores_QC: Tensor, ids_QC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row in the order of ids; of those equal to the last of them the smaller ids."""
-    by_id = ids_QC.argsort(dim=1, stable=True)
-    scores_QC, ids_QC = scores_QC.gather(1, by_id), ids_QC.gather(1, by_id)
-    threshold_Q1 = scores_QC.topk(k, dim=1).values[:, -1:]
-    better_QC, equal_QC = scores_QC > threshold_Q1, scores_QC == threshold_Q1
-    room_Q1 = k - better_QC.sum(1, keepdim=True)
-    chosen = (better_QC | (equal_QC & (equal_QC.cumsum(1) <= room_Q1))).nonzero()[:, 1].view(len(scores_QC), k)
-    return scores_QC.gather(1, chosen), ids_QC.gather(1, chosen)

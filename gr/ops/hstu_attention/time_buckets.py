@@ -39,7 +39,7 @@ class TimeBuckets:
 
         The id of query i and key j <= i of sequence b is element pair_offsets_B1[b] + i (i + 1) / 2 + j.
         """
-        edges = torch.tensor(_edges(self.num_buckets), dtype=torch.int64, device=self.timestamps_T.device)
+        edges = torch.tensor(bucket_edges(self.num_buckets), dtype=torch.int64, device=self.timestamps_T.device)
         if backend_for(self.timestamps_T.device) != "native":
             return _bucket_ids(self.timestamps_T, self.query_timestamps_T, self.offsets_B1, edges)
         times = (self.timestamps_T.contiguous(), self.query_timestamps_T.contiguous())
@@ -59,7 +59,7 @@ class TimeBuckets:
                 torch._assert_async((times.max() < _LARGEST_INT32).all(), "timestamps of a batch span 68 years or more")
             elif int(times.max()) >= _LARGEST_INT32:
                 raise ValueError(f"timestamps of a batch span {int(times.max())} seconds, 68 years or more")
-        edges = [0, *(min(edge, _LARGEST_INT32) for edge in _edges(self.num_buckets)), _LARGEST_INT32]
+        edges = [0, *(min(edge, _LARGEST_INT32) for edge in bucket_edges(self.num_buckets)), _LARGEST_INT32]
         query_times_T, key_times_T = times.int().unbind()
         return query_times_T, key_times_T, torch.tensor(edges, dtype=torch.int32, device=times.device)
 
@@ -87,7 +87,7 @@ def time_bucket_ids(
 
 
 @functools.cache
-def _edges(num_buckets: int) -> tuple[int, ...]:
+def bucket_edges(num_buckets: int) -> tuple[int, ...]:
     """The smallest difference in seconds of each bucket from 1 on. Edges past the int64 range are never reached."""
     return tuple(min(math.ceil(math.exp(BUCKET_WIDTH * k)), _LARGEST_INT64) for k in range(1, num_buckets + 1))
 

@@ -237,3 +237,28 @@ def test_planning_imports_no_torch(kind: str, config: str, inventory: str, tmp_p
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_cards_that_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CRITEO, "--topology", "t4x6", "--serve", "int8"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "int8 tables on 6 cards of t4" in shown and "tables 27.0 GB" in shown and "a batch of 64 takes about" in shown
+    )
+    assert main(["plan", CRITEO, "--topology", "t4", "--serve", "int8", "--smallest"]) == 0
+    assert "smallest: 3 cards of t4" in capsys.readouterr().out
+    assert main(["plan", CRITEO, "--topology", "t4x2", "--serve", "fp16"]) == 3
+    assert "24.303 GB more than 2 cards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--serve", "int16"], "--serve int16: no dtype of served tables; did you mean 'int"),
+        (["--examples", "8"], "--examples is of a model that is served: add --serve int8"),
+        (["--serve", "int8", "--json", "plan.json"], "--serve prints its plan: leave out --json and --html"),
+    ],
+)
+def test_wrong_calls_of_serve(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CRITEO, "--topology", "t4x6", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -13,7 +13,7 @@ from gr.errors import PlanError
 from gr.planner.topology import Topology, hardware_names, hardware_of_gpu, parse_topology, to_yaml, with_ranks
 
 WRITTEN = yaml.safe_load(resources.files("gr.planner").joinpath("hardware.yaml").read_text())
-NAMES = ("a100-40g", "a100-80g", "h100", "h200", "b200", "gb200", "mi300x", "cpu")
+NAMES = ("a100-40g", "a100-80g", "h100", "h200", "b200", "gb200", "mi300x", "t4", "cpu")
 SCALED = {
     "hbm_bandwidth",
     "host_bandwidth",

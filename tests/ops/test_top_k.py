@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr.tasks.corpus_rank import _best
+from gr.ops.top_k import best
 
 SCORES = st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, 2.0])
 
@@ -19,7 +19,7 @@ SCORES = st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, 2.0])
 )
 def test_best_first_and_of_equal_scores_the_smaller_id(rows: list[list[float]], k: int, ids: list[int]) -> None:
     scores_QC = torch.tensor(rows)
-    scores_QK, ids_QK = _best(scores_QC, torch.tensor(ids).expand(len(rows), -1), k)
+    scores_QK, ids_QK = best(scores_QC, torch.tensor(ids).expand(len(rows), -1), k)
     for row, got_scores, got_ids in zip(rows, scores_QK.tolist(), ids_QK.tolist(), strict=True):
         expected = sorted(zip(row, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
         assert list(zip(got_scores, got_ids, strict=True)) == expected
@@ -27,5 +27,5 @@ def test_best_first_and_of_equal_scores_the_smaller_id(rows: list[list[float]], 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_an_empty_batch(k: int) -> None:
-    scores_QK, ids_QK = _best(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), k)
+    scores_QK, ids_QK = best(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), k)
     assert scores_QK.shape == ids_QK.shape == (0, k)

@@ -1,0 +1,144 @@
+"""The forward pass of a retrieval model for a package: one history in, the vector that items are compared with out.
+
+One history a call, so that no shape depends on a value, and attention as plain matrix products; the last layer computes
+its newest token only. T tokens, F features of an item, D width, H heads, Q and V widths per head, R rows of the output.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr.errors import ServingError
+from gr.models.retrieval import RetrievalModel
+from gr.ops.hstu_attention.time_buckets import bucket_edges
+from gr.towers.hstu import GENERATED_LENGTH, HSTU, HSTULayer
+from gr.towers.hstu import NORM_EPS as HSTU_EPS
+from gr.towers.sasrec import SASRec, SASRecLayer
+
+
+class QueryPass(nn.Module):
+    """A retrieval model's `user_vectors` for one history of at least one token, in fp32."""
+
+    def __init__(self, model: RetrievalModel, tables: nn.Module, features: int) -> None:
+        """tables: (ids, offsets), int32, to vectors [ids, D]; ids are feature after feature. features: F, item_id too.
+
+        Raises ServingError for a tower without such a pass.
+        """
+        super().__init__()
+        self.tables, self.features, self.scale = tables, features, math.sqrt(model.dim)
+        self.position = nn.Parameter(model.position.detach().clone(), requires_grad=False)
+        self.similarity = model.similarity
+        kind = type(model.tower)
+        if kind not in _TOWERS:
+            known = ", ".join(sorted(tower.__name__ for tower in _TOWERS))
+            raise ServingError(f"retrieval with the tower {kind.__name__} cannot be exported; towers that can: {known}")
+        self.tower = _TOWERS[kind](copy.deepcopy(model.tower).float().eval(), model.max_length)
+
+    def forward(self, ids_FT: Tensor, times_T: Tensor) -> Tensor:
+        """float32 [D]: its dot product with an item's vector is the score.
+
+        ids_FT: int32, of the items, oldest first, and of their features; within their tables, which is not checked.
+        times_T: int64 seconds of the events; a tower that reads no time ignores them.
+        """
+        T = ids_FT.shape[1]
+        ids = ids_FT.reshape(-1)
+        vectors = self.tables(ids, torch.arange(self.features * T + 1, dtype=torch.int32))
+        x_TD = vectors.view(self.features, T, -1).sum(0) * self.scale + F.embedding(torch.arange(T), self.position)
+        newest_1D = self.tower(x_TD, times_T)
+        return (self.similarity.queries(newest_1D) * self.similarity.scale)[0]
+
+
+class _HSTUQuery(nn.Module):
+    """gr.towers.hstu on one history; the newest token's output, [1, D]."""
+
+    edges: Tensor
+
+    def __init__(self, tower: HSTU, max_length: int) -> None:
+        super().__init__()
+        self.config, self.layers, self.max_length = tower.config, tower.layers, max_length
+        self.register_buffer("edges", torch.tensor(bucket_edges(self.config.time_buckets), dtype=torch.int64))
+
+    def forward(self, x_TD: Tensor, times_T: Tensor) -> Tensor:
+        T = x_TD.shape[0]
+        place_T = torch.arange(T)
+        hidden_TT = place_T[None, :] > place_T[:, None]
+        distance_TT = self.max_length - 1 + place_T[None, :] - place_T[:, None]
+        # An event predicts its successor at the successor's time, and the newest one at its own.
+        asked_T = times_T[(place_T + 1).clamp(max=T - 1)]
+        buckets_TT = torch.bucketize((asked_T[:, None] - times_T[None, :]).abs(), self.edges, right=True)
+        for index, layer in enumerate(self.layers):
+            rows = _rows(index, len(self.layers))
+            assert isinstance(layer, HSTULayer)
+            x_TD = self._layer(layer, x_TD, rows, distance_TT[rows], buckets_TT[rows], hidden_TT[rows])
+        return x_TD
+
+    def _layer(
+        self, layer: HSTULayer, x_TD: Tensor, rows: slice, distance_RT: Tensor, buckets_RT: Tensor, hidden_RT: Tensor
+    ) -> Tensor:
+        """The outputs of the tokens in `rows`, [R, D]."""
+        config = self.config
+        z = F.silu(F.layer_norm(x_TD, (x_TD.shape[1],), eps=HSTU_EPS) @ layer.uvqk)
+        u, v, q, k = z.split(layer.splits, dim=-1)
+        q_HRQ, k_HTQ, v_HTV = (t.unflatten(-1, (config.heads, -1)).transpose(0, 1) for t in (q[rows], k, v))
+        scores_HRT = q_HRQ @ k_HTQ.transpose(1, 2)
+        if config.attention == "softmax":
+            weights_HRT = (scores_HRT * config.qk_dim**-0.5).masked_fill(hidden_RT, -torch.inf).softmax(-1)
+        else:
+            if layer.position_bias is not None:
+                scores_HRT = scores_HRT + layer.position_bias[distance_RT]
+            if layer.time_bias is not None:
+                scores_HRT = scores_HRT + layer.time_bias[buckets_RT]
+            weights_HRT = (F.silu(scores_HRT) / self._divisor(x_TD.shape[0])).masked_fill(hidden_RT, 0.0)
+        a = (weights_HRT @ v_HTV).transpose(0, 1).flatten(1)
+        normed, u = F.layer_norm(a, (a.shape[1],), eps=HSTU_EPS), u[rows]
+        gated = torch.cat([u, normed, u * normed], dim=-1) if config.concat_ua else u * normed
+        return x_TD[rows] + layer.output(gated)
+
+    def _divisor(self, T: int) -> float:
+        match self.config.divisor:
+            case "constant":
+                return self.config.divisor_value or self.max_length + GENERATED_LENGTH + 1
+            case "max_len":
+                return self.max_length
+            case "actual_len":
+                return T
+
+
+class _SASRecQuery(nn.Module):
+    """gr.towers.sasrec on one history; the newest token's output, [1, D]."""
+
+    def __init__(self, tower: SASRec, max_length: int) -> None:
+        super().__init__()
+        self.layers, self.last_norm = tower.layers, tower.last_norm
+
+    def forward(self, x_TD: Tensor, times_T: Tensor) -> Tensor:
+        T = x_TD.shape[0]
+        place_T = torch.arange(T)
+        hidden_TT = place_T[None, :] > place_T[:, None]
+        for index, layer in enumerate(self.layers):
+            rows = _rows(index, len(self.layers))
+            assert isinstance(layer, SASRecLayer)
+            x_TD = self._layer(layer, x_TD, rows, hidden_TT[rows])
+        return self.last_norm(x_TD)
+
+    def _layer(self, layer: SASRecLayer, x_TD: Tensor, rows: slice, hidden_RT: Tensor) -> Tensor:
+        """The outputs of the tokens in `rows`, [R, D]."""
+        normed_RD = layer.attention_norm(x_TD[rows])
+        q, (k, v) = layer.query(normed_RD), layer.key_value(x_TD).chunk(2, dim=-1)
+        q_HRQ, k_HTQ, v_HTQ = (t.unflatten(-1, (layer.heads, -1)).transpose(0, 1) for t in (q, k, v))
+        scores_HRT = q_HRQ @ k_HTQ.transpose(1, 2) * q_HRQ.shape[-1] ** -0.5
+        a_HRQ = scores_HRT.masked_fill(hidden_RT, -torch.inf).softmax(-1) @ v_HTQ
+        y_RD = layer.ffn_norm(normed_RD + layer.attention_output(a_HRQ.transpose(0, 1).flatten(1)))
+        return y_RD + layer.ffn_out(F.relu(layer.ffn_in(y_RD)))
+
+
+def _rows(index: int, layers: int) -> slice:
+    """The tokens whose output of a layer is read: of the last layer, the newest."""
+    return slice(-1, None) if index == layers - 1 else slice(None)
+
+
+_TOWERS: dict[type[nn.Module], Callable[..., nn.Module]] = {HSTU: _HSTUQuery, SASRec: _SASRecQuery}

@@ -1,0 +1,62 @@
+"""The joint between kinds of models and the engine: what a version of a package can be asked, and how."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gr.errors import ServingError
+
+
+class RequestError(ServingError):
+    """A request is wrong in one field; the server answers 400. field: its name, as the request writes it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a request or of an answer. datatype: of the Open Inference Protocol; shape: -1 for any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class Encoded(Protocol):
+    """A request that was checked and whose ids are those of the model. Each servable has its own."""
+
+    @property
+    def rows(self) -> int:
+        """The size of the request, in what a batch is limited by: examples or candidates."""
+        ...
+
+
+class Servable(Protocol):
+    """One verb of a version: `score` of a click model, `rank` of a ranking model, `retrieve` of a retrieval model."""
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+
+    def encode(self, columns: Mapping[str, np.ndarray]) -> Encoded:
+        """The request, checked, with the user's own ids mapped to the model's. Raises RequestError."""
+        ...
+
+    def run(self, requests: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
+        """One answer a request, by the names of `outputs`; they go through the model as one batch where they can."""
+        ...
+
+
+class ServedVersion(Protocol):
+    """What the engine serves: weights behind compiled passes. It never changes. name: what answers say they are of."""
+
+    name: str
+    kind: str
+    verbs: Mapping[str, Servable]
+
+    def close(self) -> None:
+        """Gives the weights back. The engine calls it when the last request of the version is answered."""
+        ...
