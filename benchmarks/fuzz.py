@@ -16,6 +16,7 @@ import argparse
 import importlib
 import io
 import multiprocessing
+import os
 import resource
 import shutil
 import signal
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,9 @@ EQUAL, ERROR, TRACEBACK, HANG, OTHER_DATA, UNCLEAR = KINDS = (
     "UNCLEAR ERROR",
 )
 GOOD = (EQUAL, ERROR)
+# Not "fork": the child of a process with threads waits forever for what they held, OpenMP's above all.
+PROCESSES: ForkContext | ForkServerContext = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([*MODULES, "gr.experiment", "gr.models.saved"])
 
 
 @dataclass(frozen=True)
@@ -149,10 +154,10 @@ def _judged(trial: Trial, shown: io.StringIO) -> tuple[str, str]:
 def outcomes(name: str, seed: int, numbers: Sequence[int], place: Path) -> Iterator[Outcome]:
     """The outcomes of inputs in order, from a process that is replaced when it dies or does not answer."""
     place.mkdir(exist_ok=True)
-    context, waiting = multiprocessing.get_context("fork"), list(numbers)
+    waiting = list(numbers)
     while waiting:
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_serve, args=(sender, name, seed, list(waiting), place))
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        child = PROCESSES.Process(target=_serve, args=(sender, name, seed, list(waiting), place))
         child.start()
         sender.close()
         while waiting:
@@ -171,11 +176,13 @@ def outcomes(name: str, seed: int, numbers: Sequence[int], place: Path) -> Itera
                 raise SystemExit(f"{name} {waiting[0]}: the target makes no input: {outcome!r}")
             yield outcome
             waiting.pop(0)
+        child.join(0 if waiting else 10)  # after its last input it ends by itself, unless it hangs
         child.kill()
         child.join()
 
 
 def _serve(sender: Connection, name: str, seed: int, numbers: Sequence[int], place: Path) -> None:
+    load_targets()
     used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, resource.RLIM_INFINITY))
     for number in numbers:
@@ -195,6 +202,7 @@ def main() -> int:
     parser.add_argument("--input", type=int, help="Only this input, with what became of it.")
     options = parser.parse_args()
     load_targets()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # each process imports this module again
     names = options.only or list(TARGETS)
     each = -(-options.inputs // len(names))
     numbers = range(each) if options.input is None else [options.input]

@@ -66,3 +66,7 @@ class ServingError(GRError):
 
 class InstallError(GRError):
     """The installed packages do not fit together."""
+
+
+class ServingError(GRError):
+    """A model cannot be exported or served, or a request cannot be answered."""

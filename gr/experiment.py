@@ -19,7 +19,7 @@ from gr import watchdog
 from gr.checkpoint import CheckpointStore, ModelState, load_state, resolve, resume_from, verify
 from gr.checkpoint.layout import CHECKPOINTS, CONFIG
 from gr.config import RunConfig, differences, dump_config, load_config
-from gr.config.run import CALLBACKS
+from gr.config.run import CALLBACKS, DenseConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables
 from gr.errors import CheckpointError, ConfigError
@@ -29,7 +29,7 @@ from gr.metrics.trackers import check_installed, open_trackers
 from gr.metrics.writers import MetricsWriter
 from gr.models.dense import initialise_dense
 from gr.ops.backend import force_backend
-from gr.parallel.dense import dense_parameters, materialise, parallelise_dense, unwrapped
+from gr.parallel.dense import dense_parameters, parallelise_dense, unwrapped
 from gr.parallel.load_balance import LoadBalancer
 from gr.parallel.mesh import build_mesh
 from gr.parallel.tables import shard_tables
@@ -70,9 +70,7 @@ def build(recipe: Recipe, world: World) -> Built:
         plan, sharding = make_plan(model, config.inventory(recipe.schema), config, world)
         watchdog.enter("sharding")
         model = shard_tables(model, sharding, config.embeddings, world.device)
-    else:
-        model = materialise(model, world.device)
-    model = parallelise_dense(model, build_mesh(world))
+    model = parallelise_dense(model, build_mesh(world), config.dense, world.device)
     initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
     initialise_dense(unwrapped(model), config.seed)
     return Built(recipe, world, model, plan)
@@ -118,7 +116,10 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
             checkpointing = callbacks.Checkpointing(store, config.checkpoint)
             training = Training(built.model, world, objective, loader, writer, checkpointing)
             chosen = [*_callbacks(built, training), *more, *_last_callbacks(training, config)]
-            for line in header(config, module, built.plan, world, steps=steps, epoch_steps=loader.steps(1)):
+            for line in [
+                *config.reasons(recipe.schema),
+                *header(config, module, built.plan, world, steps=steps, epoch_steps=loader.steps(1)),
+            ]:
                 log.info("%s", line)
             trainer = Trainer(module, loader, chosen, world, steps=steps)
             trainer.step, trainer.owing = step, progress.get("stopped", False)
@@ -155,7 +156,8 @@ def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
     """
     verify(checkpoint, world)
     planner = config.planner.model_copy(update={"plan": None})  # that plan was for the world of the training
-    recipe = open_recipe(config.model_copy(update={"planner": planner}), checkpoint)
+    dense = DenseConfig() if world.size == 1 else config.dense  # one rank has nobody to share with
+    recipe = open_recipe(config.model_copy(update={"planner": planner, "dense": dense}), checkpoint)
     recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))
     return recipe
 
@@ -221,7 +223,8 @@ def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: Wo
     saved = _saved_config(chosen, config)
     recipe.check_saved(saved, str(chosen))
     progress = load_state(chosen, state, world)
-    loader.load_state_dict(progress["data"])
+    if progress["data"]:  # empty in a checkpoint of weights that came from elsewhere
+        loader.load_state_dict(progress["data"])
     log.info("resumed from %s", chosen)
     for name, (before, now) in differences(saved, config).items():
         log.info("  %s: %s there, %s now", name, before, now)

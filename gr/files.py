@@ -33,6 +33,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk: they survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at `path` atomically: a reader sees the old text or the new, also after a power failure."""
     draft = path.with_name(f".{path.name}")

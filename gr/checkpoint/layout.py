@@ -12,7 +12,6 @@ A folder gets its final name by one rename, after every rank has written.
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from gr.config.load import PROGRESS
 from gr.errors import CheckpointError
-from gr.files import is_transient, write_json
+from gr.files import is_transient, sync, write_json
 from gr.logging import get_logger, log_once
 
 log = get_logger(__name__)
@@ -87,9 +86,9 @@ class CheckpointFolder:
         final = self.final(step)
         if final.exists():
             shutil.rmtree(final)
-        _sync_folder(self.partial(step))
+        sync(self.partial(step))
         self.partial(step).rename(final)
-        _sync_folder(self.path)
+        sync(self.path)
 
     def prune(self, keep_last: int) -> None:
         """Removes all but the newest `keep_last` and the best. Raises OSError; what is left is no checkpoint then."""
@@ -112,15 +111,6 @@ class CheckpointFolder:
             shutil.rmtree(path, ignore_errors=True)
             if any(path.glob("*.distcp")):  # it would be taken for a part of the step when that is saved again
                 shutil.rmtree(path)
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes names in a folder survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def resolve(path: str | Path) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 from gr.checkpoint.checksums import sums_of, write_sums
 from gr.checkpoint.layout import CONFIG, FORMAT, PROGRESS, SHARED, CheckpointFolder, read_progress
@@ -236,6 +237,8 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     progress = read_progress(path)
     saved = read_metadata(path)
     expected = _tensors(state)
+    if progress["step"] == 0 and not any(name.startswith("dense_optimizer.") for name in saved.state_dict_metadata):
+        expected.pop("dense_optimizer", None)  # weights that came from elsewhere: the optimizer starts afresh
     resharded = _rowwise_of_other_blocks(saved, state)
     faults = _misfits(saved, expected, skip=resharded)
     if world.any(bool(faults)):
@@ -278,7 +281,10 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
 def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
     """Whether every element of this rank's parts is finite."""
     for value in (tensor for group in tensors.values() for tensor in group.values()):
-        parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+        if isinstance(value, ShardedTensor):
+            parts = [shard.tensor for shard in value.local_shards()]
+        else:
+            parts = [value.to_local() if isinstance(value, DTensor) else value]
         if not all(bool(part.isfinite().all()) for part in parts):
             return False
     return True

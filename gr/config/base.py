@@ -40,6 +40,12 @@ def _checked_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_checked_path)]  # of a file or folder
 
 
+def import_target(target: str) -> Any:
+    """The object "module:name", imported now."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 class Section(BaseModel):
     """A frozen and closed part of a configuration: an unknown key is an error.
 
@@ -127,7 +133,7 @@ class Registry:
         """The object that a registered kind configures, imported now. Raises ConfigError where it cannot be found."""
         module, _, name = self._targets[kind].partition(":")
         try:
-            return getattr(importlib.import_module(module), name)
+            return import_target(self._targets[kind])
         except AttributeError:
             raise ConfigError(f"{self.what} '{kind}': module {module} has no {name}") from None
 

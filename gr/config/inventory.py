@@ -141,9 +141,17 @@ class TowerDense(Section):
     mean_length: Length = Field(description="Tokens of a mean example.")
     max_length: Count = Field(description="N: tokens of the longest example.")
     other_parameters: CountOrNone = Field(0, description="Beside the tower: positions, heads and the like.")
+    replicated_parameters: CountOrNone = Field(
+        0, description="Of other_parameters, those that every rank has under fsdp too: all but the heads'."
+    )
 
     @model_validator(mode="after")
     def _fits(self):
+        if self.replicated_parameters > self.other_parameters:
+            raise ValueError(
+                f"replicated_parameters={self.replicated_parameters} are among other_parameters, which are "
+                f"{self.other_parameters}"
+            )
         if self.mean_length > self.max_length:
             raise ValueError(f"mean_length={self.mean_length:g} is above max_length={self.max_length}")
         self.tower.check_width(self.dim)
@@ -212,7 +220,11 @@ class InventoryConfig(Section):
     dense_optimizer: Annotated[str, AfterValidator(_registered(DENSE_OPTIMIZERS))] = Field(
         "adamw", description="A kind of optimizer."
     )
-    dense_parallel: Literal["ddp", "fsdp"] = "ddp"
+    dense_parallel: Literal["ddp", "fsdp"] = Field("ddp", description="dense.strategy of an experiment.")
+    dense_gathered: Precision = Field("fp32", description="dense.gathered of an experiment.")
+    activation_checkpointing: Literal["none", "layer"] = Field(
+        "none", description="dense.activation_checkpointing of an experiment."
+    )
     tables: tuple[TableConfig, ...]
     dense: Annotated[TowerDense | DLRMDense | GivenDense, Field(discriminator="kind")] = GivenDense()
     loss: LossInventory = LossInventory()

@@ -74,6 +74,13 @@ class RankingModelConfig(Section):
         InterleavedInput(), description="The tokens that an event becomes."
     )
     time: TimeEncoding | None = Field(TimeEncoding(), description="Unset: no encoding of time.")
+    place: Literal["request", "absolute"] = Field(
+        "request",
+        description="With task.supervision=candidates. request: positions count back from the request, times are ages "
+        "at it, and context sees the whole history. absolute: positions count from the window's oldest event, times "
+        "are since the event before, and context is plain tokens, so later events change no token before them, and "
+        "serving can keep keys and values across requests. With task.supervision=all it is always absolute.",
+    )
     input_dropout: Probability = Field(0.2, description="Of the tower's input, as it is trained.")
     tower: Annotated[TowerConfig, TOWERS] = Field(STUConfig(), description="The layers that read the sequence.")
     head: Widths = Field((64,), description="Hidden widths of the MLP from the tower's output to the tasks.")
@@ -224,17 +231,18 @@ class RankingConfig(HistoryRunConfig):
         contextual = len(schema.contextual) + len(schema.contextual_numeric)
         interleaved = isinstance(model.input, InterleavedInput)
         tokens = contextual + N * (2 if interleaved else 1)
-        # Positions, buckets of time, actions with their offset, `no action`, slopes and offsets of numbers, a norm.
+        # Positions, buckets of time, actions with their offset, `no action`, slopes and offsets of numbers.
         vectors = N + 1 + contextual + (model.time.buckets if model.time else 0) + len(schema.actions) + 1
-        vectors += (not interleaved) + 2 * len(schema.contextual_numeric) + 2
+        vectors += (not interleaved) + 2 * len(schema.contextual_numeric)
         widths = [model.dim, *model.head, len(self.task.tasks)]
-        head = sum((into + 1) * out for into, out in pairwise(widths))
+        head = 2 * model.dim + sum((into + 1) * out for into, out in pairwise(widths))  # a norm, linear maps
         return TowerDense(
             tower=model.tower,
             dim=model.dim,
             mean_length=float(tokens),
             max_length=tokens,
             other_parameters=vectors * model.dim + head,
+            replicated_parameters=vectors * model.dim,
         )
 
     def loss(self, schema: DataSchema) -> LossInventory:

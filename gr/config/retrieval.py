@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from gr.config.dlrm import stored_dim
 from gr.config.features import ITEM_TABLE, Features, chosen_item_features
 from gr.config.histories import HistoryRunConfig, UserEvaluationConfig
 from gr.config.inventory import LossInventory, TableConfig, TowerDense
+from gr.config.sizing import retrieval_sizes
 from gr.config.towers import TOWERS, HSTUConfig, TowerConfig
 from gr.schema import DataSchema
 
@@ -129,8 +130,10 @@ class RetrievalEvaluationConfig(UserEvaluationConfig):
         description="Items never recommended: those in the model's window, in the user's whole history, or none.",
     )
     select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
-    baselines: tuple[Literal["popularity", "item_knn", "markov"], ...] = Field(
-        ("popularity", "item_knn", "markov"), description="Scored on the same split and candidates in the final report."
+    baselines: tuple[Literal["popularity", "item_knn", "markov", "ease"], ...] = Field(
+        ("popularity", "item_knn", "markov", "ease"),
+        description="Scored on the same split and candidates in the final report, with settings chosen on the event "
+        "before.",
     )
 
 
@@ -142,7 +145,7 @@ class RetrievalConfig(HistoryRunConfig):
 
     sizes: Literal["data", "written"] = Field(
         "written",
-        description="data: keys that are unset take values that follow from schema.json, which the log names.",
+        description="data: keys that are unset take values that follow from schema.json, which the log explains.",
     )
     model: RetrievalModelConfig = Field(RetrievalModelConfig(), description="The embeddings' width and the tower.")
     task: RetrievalTaskConfig = Field(RetrievalTaskConfig(), description="The loss: similarity and negatives.")
@@ -163,6 +166,19 @@ class RetrievalConfig(HistoryRunConfig):
 
     def load_schema(self, folder: Path | None = None) -> DataSchema:
         return chosen_item_features(super().load_schema(folder), self.model.features)
+
+    def reasons(self, schema: DataSchema) -> list[str]:
+        if self.sizes != "data":
+            return []
+        sizes = retrieval_sizes(schema).items()
+        return [f"{key}={size.value}: {size.reason}" for key, size in sizes if self._value(key) == size.value]
+
+    def _value(self, key: str) -> Any:
+        """The value at a dotted key, sections as mappings; None where this tower has no such key."""
+        value: Any = self.model_dump()
+        for part in key.split("."):
+            value = value.get(part)
+        return value
 
     def id_columns(self, schema: DataSchema) -> dict[str, int]:
         """The item, then its features."""
@@ -194,6 +210,7 @@ class RetrievalConfig(HistoryRunConfig):
             mean_length=self.compared(schema).targets,
             max_length=N,
             other_parameters=N * self.model.dim,  # positions
+            replicated_parameters=N * self.model.dim,
         )
 
     def loss(self, schema: DataSchema) -> LossInventory:

@@ -75,6 +75,38 @@ class PlannerConfig(Section):
     )
 
 
+class DenseConfig(Section):
+    """How the dense part lies on the ranks. Tables are the planner's: no strategy of the dense part touches them."""
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="ddp: every rank has a copy. fsdp: each rank has its share of the weights, gradients and optimizer "
+        "states of the tower and the heads, and gathers one layer at a time (FSDP2). Both train the same model.",
+    )
+    gathered: Precision = Field(
+        "fp32",
+        description="What a layer is gathered in under fsdp. bf16 halves those bytes; weights stay fp32 where they are "
+        "updated, and gradients are summed in fp32. Needs trainer.precision=bf16.",
+    )
+    activation_checkpointing: Literal["none", "layer"] = Field(
+        "none", description="layer: the backward pass computes each layer of the tower again instead of keeping it."
+    )
+
+    @model_validator(mode="after")
+    def _only_fsdp_gathers(self):
+        if self.gathered == "bf16" and self.strategy != "fsdp":
+            raise ValueError(f"gathered=bf16, but strategy={self.strategy} gathers no layer: set strategy=fsdp")
+        return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ConfigError where the dense part cannot lie on `ranks` ranks."""
+        if self.strategy == "fsdp" and ranks == 1:
+            raise ConfigError(
+                "dense.strategy=fsdp, but this run has 1 rank, which shares with no other: start 2 or more "
+                "(torchrun --nproc-per-node 2), or set dense.strategy=ddp"
+            )
+
+
 class ProfilerConfig(Section):
     start: NonNegativeInt = Field(10, description="First step recorded.")
     steps: PositiveInt = Field(5, description="Steps recorded.")
@@ -200,9 +232,18 @@ class RunConfig(Section):
         DenseAdamW(), description="Updates the dense parameters."
     )
     planner: PlannerConfig = Field(PlannerConfig(), description="How tables are sharded over the ranks.")
+    dense: DenseConfig = Field(DenseConfig(), description="How the dense part lies on the ranks.")
     trainer: TrainerConfig = Field(description="The steps: how many, how large, with what precision and kernels.")
     callbacks: tuple[Annotated[CallbackConfig, CALLBACKS], ...] = Field((), description="Callbacks of plugins.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When checkpoints are saved and which stay.")
+
+    @model_validator(mode="after")
+    def _gathered_as_it_is_computed(self):
+        if self.dense.gathered == "bf16" and self.trainer.precision != "bf16":
+            raise ValueError(
+                "dense.gathered=bf16, but trainer.precision=fp32 computes in fp32: set trainer.precision=bf16"
+            )
+        return self
 
     @property
     def kind(self) -> str:
@@ -221,9 +262,17 @@ class RunConfig(Section):
         Raises DataError, and ConfigError for a column that is not there.
         """
 
+    def planning_schema(self) -> Any:
+        """The schema from which sizes are counted to plan; as load_schema, where they depend on the data."""
+        return self.load_schema()
+
     @abstractmethod
     def id_columns(self, schema: Any) -> Mapping[str, int]:
         """The columns of ids that the model reads, in its order, each with the rows of its table."""
+
+    def reasons(self, schema: Any) -> list[str]:
+        """A line for each value that follows from the data, with its reason."""
+        return []
 
     def columns_by_table(self, schema: Any) -> dict[str, tuple[str, ...]]:
         """The columns of ids that read each table, by its name. Raises ConfigError where embeddings.tables misfits."""
@@ -249,6 +298,9 @@ class RunConfig(Section):
             global_batch_size=self.trainer.global_batch_size,
             precision=self.trainer.precision,
             dense_optimizer=self.optimizer.kind,
+            dense_parallel=self.dense.strategy,
+            dense_gathered=self.dense.gathered,
+            activation_checkpointing=self.dense.activation_checkpointing,
             tables=self.tables(schema),
             dense=self.dense_part(schema),
             loss=self.loss(schema),
@@ -267,7 +319,8 @@ class RunConfig(Section):
         return {"trainer.global_batch_size": self.trainer.global_batch_size}
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises ConfigError where a batch cannot be dealt evenly to `ranks` ranks."""
+        """Raises ConfigError where a batch or the dense part cannot be dealt to `ranks` ranks."""
+        self.dense.check_ranks(ranks)
         for name, value in self.batch_sizes().items():
             if value % ranks:
                 raise ConfigError(

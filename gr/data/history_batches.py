@@ -177,16 +177,16 @@ def evaluation_batches(
     dataset: Dataset,
     config: HistoryDataConfig,
     *,
-    target_from_end: Literal[0, 1, 2],
+    target_from_end: int,
     global_batch_size: int,
     filter_seen: Literal["window", "all", "none"],
     rank: int = 0,
     world_size: int = 1,
     rows_N: np.ndarray | None = None,
 ) -> UserBatches:
-    """Batches with the one held-out item of each user: the newest (target_from_end 1: test) or the one before it (2:
-    validation), or none (0). Rows that only fill up a batch are not valid. rows_N: of the users to read; None: all.
-    Raises ConfigError as UserBatches does.
+    """Batches with the one held-out item of each user: the newest (target_from_end 1: test), the one before it (2:
+    validation) and so on, or none (0). Rows that only fill up a batch are not valid. rows_N: of the users to read;
+    None: all. Raises ConfigError as UserBatches does.
     """
     collate = partial(
         collate_evaluation,

@@ -12,6 +12,7 @@ import numpy as np
 from gr.data.columns import Column, ColumnType, read_column
 from gr.data.parquet import Parts
 from gr.data.validate import Fault, event_fault, row_fault, value_faults
+from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.schema import SparseColumn, TabularSchema
 
@@ -139,3 +140,14 @@ def _ids(column: Column, sparse: SparseColumn) -> np.ndarray:
 def _types(schema: TabularSchema) -> dict[str, ColumnType]:
     types = dict.fromkeys(schema.labels, ColumnType("label")) | dict.fromkeys(schema.dense, ColumnType("number"))
     return types | {column.name: ColumnType("id", column.hots > 1) for column in schema.sparse}
+
+
+def check_rows_alike(schema: TabularSchema, folder: Path, other: TabularSchema, path: Path) -> None:
+    """Raises DataError where a model of rows of `schema` cannot read those of `other`, which lie in `path`."""
+    check_vocabularies(schema.input_vocabularies, folder, other.input_vocabularies, path)
+    for name in ("labels", "dense", "transform", "sparse"):
+        if getattr(schema, name) != getattr(other, name):
+            raise DataError(
+                f"{folder} and {path} differ in {name} (schema.json): prepare both with "
+                "the same columns, transform and vocabulary (as `gr prepare criteo --vocabulary` does)"
+            )

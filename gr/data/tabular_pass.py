@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import TabularBatch
 from gr.data.collate import Counts
+from gr.data.collate_tabular import tabular_batch
 from gr.data.loader import Places, ResumableSource, checksums, rank_batch_size
 from gr.data.order import TrainingOrder
 from gr.data.tabular import TabularDataset, TabularRows
@@ -97,25 +96,13 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         size = len(row_B)
         labels_B = np.empty(size, dtype=np.float32)
         dense_BN = np.empty((size, len(schema.dense)), dtype=np.float32)
-        hots = [column.hots for column in schema.sparse]
-        ids_BH = np.empty((size, sum(hots)), dtype=np.int64)
+        ids_BH = np.empty((size, sum(column.hots for column in schema.sparse)), dtype=np.int64)
         for index, group in enumerate(groups):
             chosen, rows = group_B == index, row_B[group_B == index]
             labels_B[chosen], dense_BN[chosen] = group.labels_B[rows], group.dense_BN[rows]
             ids_BH[chosen] = group.ids_BH[rows]
-        values = [ids.reshape(-1) for ids in np.split(ids_BH, np.cumsum(hots)[:-1], axis=1)]
-        batch = TabularBatch(
-            dense_BN=torch.from_numpy(dense_BN),
-            sparse=KeyedJaggedTensor(
-                keys=[column.name for column in schema.sparse],
-                values=torch.from_numpy(np.concatenate(values)),
-                lengths=torch.from_numpy(np.repeat(np.asarray(hots, dtype=np.int64), size)),
-                stride=size,
-            ),
-            labels_B=torch.from_numpy(labels_B),
-            first_example=cursor * self._size,
-        )
-        return batch, Counts()
+        rows = TabularRows(labels_B, dense_BN, ids_BH)
+        return tabular_batch(rows, schema, cursor * self._size), Counts()
 
     def counters(self, counts: Counts) -> dict[str, int]:
         """Rows of an epoch that no rank gives: those after the last whole batch."""

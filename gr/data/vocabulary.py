@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,29 @@ class Vocabulary:
         """The id of each value, int64; 0 for a null and for one that is not in the vocabulary."""
         ids_N, known_N = self.lookup(values_N)
         return np.where(known_N, ids_N, 0)
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether ids stand for whole numbers, or for themselves."""
+        return pa.types.is_integer(self.type)
+
+    @cached_property
+    def _numbers_V(self) -> np.ndarray:
+        assert self.values_V is not None
+        return self.values_V.to_numpy()
+
+    def ids_of_numbers(self, numbers: np.ndarray) -> tuple[np.ndarray, int]:
+        """What `lookup` gives for whole numbers of any shape, where has_numbers: ids, and how many have none.
+
+        The id of these is 0.
+        """
+        if self.ids_V is None:
+            return numbers, 0
+        if not len(self.ids_V):
+            return np.zeros_like(numbers), numbers.size
+        place = np.minimum(np.searchsorted(self._numbers_V, numbers), len(self.ids_V) - 1)
+        known = self._numbers_V[place] == numbers
+        return np.where(known, self.ids_V[place], 0), numbers.size - int(np.count_nonzero(known))
 
     def lookup(self, values_N: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         """The id of each value, int64, and whether it has one. (Where ids stand for themselves, 0 may be an id.)

@@ -26,6 +26,8 @@ class DLRM(nn.Module):
     The tables' start is gr.embeddings.initialise_tables', `uniform_rows` being the published one.
     """
 
+    fsdp_modules = ("bottom", "interaction", "top")
+
     def __init__(
         self,
         config: DLRMConfig,

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.batch import ITEM_FEATURE, RankingBatch
-from gr.config.ranking import InterleavedInput, RankingModelConfig, TimeEncoding
+from gr.config.ranking import InterleavedInput, RankingModelConfig
+from gr.ops.time_encoding import time_bucket
 from gr.sequence import JaggedSequence
-
-SECONDS = 60.0
-LOG_STEP = 0.301
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,13 @@ def interleave(length_B: Tensor, candidates_B: Tensor, contextual: int, interlea
 
 
 class SequencePreprocessor(nn.Module):
-    """Vectors of a batch's features -> the tower's input.
+    """Vectors of a batch's features -> the tower's input, in one of two forms.
 
-    With candidates, positions count back from the request, and times are ages at it, the first candidate's time.
-    Otherwise every event is predicted, and what is added to a token must not tell what comes after it: positions
-    count from the window's oldest event, and times are since the event before.
+    absolute: what is added to a token does not tell what comes after it. Positions count from the window's oldest
+    event, times are since the event before, and context is plain tokens. Candidates share the position after the
+    history, and the time from its newest event to the request, which is the first candidate's time.
+    request: positions count back from the request, times are ages at it, and context is a prefix that sees ahead.
+    Where every event is predicted (no candidates) the form is absolute.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class SequencePreprocessor(nn.Module):
         D = config.dim
         self.dim, self.max_events, self.contextual = D, max_events, contextual + numeric
         self.interleaved, self.time = isinstance(config.input, InterleavedInput), config.time
+        self.place = config.place
         self.max_length = self.contextual + max_events * (2 if self.interleaved else 1)
         self.actions = nn.Parameter(torch.empty(actions, D))
         self.acted = nn.Parameter(torch.empty(D))  # of every known set of actions, the empty one too
@@ -109,7 +110,6 @@ class SequencePreprocessor(nn.Module):
         places_S = torch.cat([layout.context_CB.flatten(), layout.item_T, layout.action_A])
         values_SD = torch.zeros_like(vectors_SD).index_copy(0, places_S, vectors_SD)
         times_S, next_S = self._times(batch, layout, places_S)
-        # A prefix that sees ahead would tell an event what comes after it, so with all predicted it is plain tokens.
         sequence = JaggedSequence(
             values_SD,
             layout.offsets_B1,
@@ -117,7 +117,7 @@ class SequencePreprocessor(nn.Module):
             times_S,
             next_S,
             candidates_B,
-            0 if candidates_B is None else self.contextual,
+            0 if self._absolute(candidates_B) else self.contextual,
         )
         return sequence, layout
 
@@ -130,24 +130,28 @@ class SequencePreprocessor(nn.Module):
             for x_B, slope_D, offset_D in zip(numeric_BK.unbind(1), slope_KD, offset_KD, strict=True)
         ]
 
+    def _absolute(self, candidates_B: Tensor | None) -> bool:
+        return candidates_B is None or self.place == "absolute"
+
     def _place(self, batch: RankingBatch, layout: TokenLayout, candidates_B: Tensor | None) -> Tensor:
         """Vectors of position and time of each event, [T, D]."""
-        if candidates_B is None:
-            position_T = layout.place_T
-        else:
-            position_T = (layout.history_B[layout.example_T] - layout.place_T).clamp(min=0)
+        absolute = self._absolute(candidates_B)
+        history_T = layout.history_B[layout.example_T]
+        from_oldest_T = torch.minimum(layout.place_T, history_T)
+        position_T = from_oldest_T if absolute else history_T - from_oldest_T
         place_TD = F.embedding(position_T, self.position)
         if self.age is None or self.time is None:
             return place_TD
-        assert batch.timestamps_T is not None, "checked against the schema"
-        first_T = layout.place_T == 0
-        if candidates_B is None:
-            seconds_T = batch.timestamps_T.diff(prepend=batch.timestamps_T[:1]).masked_fill(first_T, 0)
+        times_T = batch.timestamps_T
+        assert times_T is not None, "checked against the schema"
+        start_T = torch.arange(len(times_T), device=times_T.device) - layout.place_T
+        if absolute:
+            moment_T = start_T + from_oldest_T  # of a candidate: the first candidate
+            seconds_T = times_T[moment_T] - times_T[(moment_T - 1).clamp(min=0)]
+            seconds_T = seconds_T.masked_fill(from_oldest_T == 0, 0)
         else:
-            length_B = layout.history_B + candidates_B
-            first_candidate_B = length_B.cumsum(0) - candidates_B
-            seconds_T = batch.timestamps_T[first_candidate_B[layout.example_T]] - batch.timestamps_T
-        return place_TD + F.embedding(time_bucket(seconds_T, self.time), self.age)
+            seconds_T = times_T[start_T + history_T] - times_T
+        return place_TD + F.embedding(time_bucket(seconds_T, self.time.scale, self.time.buckets), self.age)
 
     def _times(self, batch: RankingBatch, layout: TokenLayout, places_S: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The time of each token, and that of the token after it in its example (the last one has its own)."""
@@ -160,10 +164,3 @@ class SequencePreprocessor(nn.Module):
         next_S = torch.cat([times_S[1:], times_S[:0].new_zeros(min(1, len(times_S)))])
         last_B = (layout.offsets_B1[1:] - 1)[layout.offsets_B1.diff() > 0]
         return times_S, next_S.index_copy(0, last_B, times_S[last_B])
-
-
-def time_bucket(seconds_T: Tensor, config: TimeEncoding) -> Tensor:
-    """int64 in [0, buckets): of an age in minutes, its square root or its logarithm over 0.301, rounded down."""
-    minutes_T = seconds_T.clamp(min=0).double() / SECONDS
-    scaled_T = minutes_T.sqrt() if config.scale == "sqrt" else minutes_T.clamp(min=1).log() / LOG_STEP
-    return scaled_T.long().clamp(max=config.buckets - 1)

@@ -24,6 +24,8 @@ from gr.towers import build_tower
 class RetrievalModel(nn.Module):
     """p(next item | history), trained at every position (arXiv 2402.17152, §2.2). Build it on meta."""
 
+    fsdp_modules = ("tower",)
+
     def __init__(self, config: RetrievalConfig, schema: DataSchema) -> None:
         super().__init__()
         self.dim, self.max_length = config.model.dim, config.data.max_length

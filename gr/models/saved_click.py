@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from gr.data.click_rows import ClickRows
+from gr.data.collate_tabular import tabular_batch
 from gr.models.saved import Saved, as_table
 
 
@@ -19,11 +20,13 @@ class SavedClick(Saved):
 
         Raises DataError for a missing column, or a value that is no finite number.
         """
-        batch = self._rows.batch(as_table(rows))
+        read, _ = self.rows.read(as_table(rows))
+        batch = tabular_batch(read, self.schema)
         count = len(batch.labels_B)
         batch = batch.padded(max(count, 1), [column.hots for column in self.schema.sparse]).to(self.device)
         return self.model(batch.dense_BN, batch.sparse).float().sigmoid()[:count].cpu().numpy()
 
     @cached_property
-    def _rows(self) -> ClickRows:
+    def rows(self) -> ClickRows:
+        """Reads the columns of the training data."""
         return ClickRows(self.schema, self.vocabularies)

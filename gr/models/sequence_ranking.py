@@ -25,6 +25,8 @@ from gr.towers import build_tower
 class SequenceRanker(nn.Module):
     """p(action | history, item) for the newest events of each example. Build it on meta."""
 
+    fsdp_modules = ("tower", "head")
+
     def __init__(self, config: RankingConfig, schema: DataSchema) -> None:
         super().__init__()
         model = config.model

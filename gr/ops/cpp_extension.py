@@ -21,6 +21,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.logging import get_logger
+from gr.ops import fakes
 
 _logger = get_logger(__name__)
 _SOURCE_ROOT = Path(__file__).parent
@@ -55,6 +56,7 @@ def load() -> None:
         if library.stat().st_mode & _WRITABLE_BY_OTHERS:
             raise InstallError(f"{library} can be written by other users, so it is not loaded. Remove it.")
         torch.ops.load_library(str(library))
+        fakes.register()
     except OSError as error:
         raise InstallError(f"the C++ operators cannot be stored or loaded: {error}") from error
     _check_runs()

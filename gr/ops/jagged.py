@@ -9,13 +9,14 @@ from torch import Tensor
 def check_offsets(offsets_B1: Tensor, tokens: int, max_length: int) -> None:
     """Raises ValueError unless offsets_B1 cuts `tokens` tokens into sequences of at most `max_length`.
 
-    The values are read on CPU only: reading them from a device would stop its queue at every call.
+    The values are read on CPU only: reading them from a device would stop its queue at every call. They are not read
+    while torch traces the caller, when there are none.
     """
     if offsets_B1.dtype != torch.int64 or offsets_B1.dim() != 1 or offsets_B1.numel() == 0:
         raise ValueError(
             f"offsets_B1 must be int64 of shape [B + 1], not {offsets_B1.dtype} of {list(offsets_B1.shape)}"
         )
-    if offsets_B1.device.type != "cpu":
+    if offsets_B1.device.type != "cpu" or torch.compiler.is_compiling():
         return
     first, last = int(offsets_B1[0]), int(offsets_B1[-1])
     if first != 0 or last != tokens:
@@ -57,6 +58,11 @@ def padded_to_jagged(padded: Tensor, offsets_B1: Tensor, tokens: int) -> Tensor:
         raise ValueError(f"offsets_B1 has {offsets_B1.numel()} entries; padded has B = {padded.shape[0]}, so B + 1 fit")
     check_offsets(offsets_B1, tokens, padded.shape[1])
     return _Pick.apply(padded.flatten(0, 1), padded_rows(offsets_B1, tokens, padded.shape[1]))
+
+
+def permuted(values: Tensor, order_T: Tensor) -> Tensor:
+    """values[order_T] for a permutation of the tokens, whose gradient is a permutation too and no sum."""
+    return _Pick.apply(values, order_T)
 
 
 class _Spread(torch.autograd.Function):

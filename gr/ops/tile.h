@@ -71,6 +71,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const S* a, int64_t lda, const S*
 template <typename S> struct Rows {
   const S* data;
   int64_t stride, count;
+  const S* row(int64_t r) const { return data + r * stride; }
   // Copies rows [first, first + kTile) to out [kTile, width.ld]; rows past the end and padding columns become zero.
   void load(int64_t first, const Width<S>& width, S* out) const {
     const int64_t have = std::min(kTile, count - first);

@@ -18,6 +18,7 @@ from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
+from gr.parallel.dense import PlainDataParallel
 
 
 def sequence_sharder(config: EmbeddingsConfig) -> EmbeddingCollectionSharder:
@@ -45,11 +46,10 @@ def pooled_sharder(config: EmbeddingsConfig) -> PooledSharder:
 def shard_tables(
     model: nn.Module, plan: ShardingPlan, config: EmbeddingsConfig, device: torch.device
 ) -> DistributedModelParallel:
-    """Shards the tables by `plan` and materialises the rest on `device`.
+    """Shards the tables by `plan`, with storage on `device`; the dense part stays as it is, see parallelise_dense.
 
-    Table weights are left as TorchRec's random start (see initialise_tables), dense parameters as initialise_dense
-    finds them. Raises PlanError, on every rank, for a sharding type that is not valid for its table, and on CPU for a
-    fused shard without rows.
+    Table weights are left as TorchRec's random start (see initialise_tables). Raises PlanError, on every rank, for a
+    sharding type that is not valid for its table, and on CPU for a fused shard without rows.
     """
     _refuse_invalid_types(model, plan)
     if device.type == "cpu":
@@ -65,6 +65,8 @@ def shard_tables(
         plan=plan,
         sharders=[sequence_sharder(config), pooled_sharder(config)],
         init_data_parallel=False,
+        init_parameters=False,
+        data_parallel_wrapper=PlainDataParallel(),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gr.config.inventory import InventoryConfig, TableConfig
 from gr.planner.enumerate import hottest_part
-from gr.planner.estimate_dense import DenseWork, dense_work
+from gr.planner.estimate_dense import BYTES, DenseWork, dense_work
 from gr.planner.estimate_tables import (
     ELEMENT_BYTES,
     TABLE_MEMORY,
@@ -234,8 +234,11 @@ def _add_dense(
     speed = topology.flops_bf16 if inventory.precision == "bf16" else topology.flops_fp32
     speed *= inventory.dense_efficiency
     backward = work.backward_flops / speed
-    # DDP reduces gradients; FSDP gathers weights in both passes and scatters gradients, half as much again.
-    volume = work.parameters * PARAMETER_BYTES * (1.5 if inventory.dense_parallel == "fsdp" else 1.0)
+    volume = float(work.parameters * PARAMETER_BYTES)
+    if inventory.dense_parallel == "fsdp":
+        # An all-reduce is a scatter of gradients and a gather; FSDP scatters once, and gathers weights in both passes.
+        sharded = work.parameters - work.replicated_parameters
+        volume += sharded * (BYTES[inventory.dense_gathered] - PARAMETER_BYTES / 2)
     reduced, intra, inter = CollectiveCosts(topology).all_reduce(np.array(volume))
     seconds["dense_forward"] += work.forward_flops / speed
     seconds["dense_backward"] += backward

@@ -21,7 +21,10 @@ SCORE_BYTES = 4  # losses are computed in fp32
 
 @dataclass(frozen=True)
 class DenseWork:
-    """The work of one rank in one step. logits_bytes: scores of the loss and their gradient."""
+    """The work of one rank in one step. logits_bytes: scores of the loss and their gradient.
+
+    replicated_parameters: of `parameters`, those that every rank has, also under FSDP.
+    """
 
     parameters: int
     forward_flops: float
@@ -29,11 +32,15 @@ class DenseWork:
     activation_bytes: float  # kept for backward
     tokens: float  # 0 where the dense part reads no sequence
     logits_bytes: float
+    replicated_parameters: int = 0
 
 
 @dataclass(frozen=True)
 class _PerExample:
-    """The work of one example, FLOPs of the forward pass. score_flops: of the loss."""
+    """The work of one example, FLOPs of the forward pass. score_flops: of the loss.
+
+    again_flops: of what the backward pass computes again.
+    """
 
     parameters: int
     matmul_flops: float
@@ -41,19 +48,23 @@ class _PerExample:
     activation_bytes: float
     tokens: float
     score_flops: float = 0.0
+    again_flops: float = 0.0
+    replicated_parameters: int = 0
 
 
 def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
     """The work of `rank_batch_size` examples on one rank."""
     one = _per_example(inventory)
     matmul = one.matmul_flops + one.score_flops
+    backward = BACKWARD_OF_MATMUL * matmul + BACKWARD_OF_ATTENTION * one.attention_flops + one.again_flops
     return DenseWork(
         parameters=one.parameters,
         forward_flops=rank_batch_size * (matmul + one.attention_flops),
-        backward_flops=rank_batch_size * (BACKWARD_OF_MATMUL * matmul + BACKWARD_OF_ATTENTION * one.attention_flops),
+        backward_flops=rank_batch_size * backward,
         activation_bytes=rank_batch_size * one.activation_bytes,
         tokens=rank_batch_size * one.tokens,
         logits_bytes=_logits_bytes(inventory.loss, rank_batch_size, one.tokens),
+        replicated_parameters=one.replicated_parameters,
     )
 
 
@@ -71,11 +82,18 @@ def _per_example(inventory: InventoryConfig) -> _PerExample:
         case TowerDense():
             n = dense.mean_length
             cost = dense.tower.cost(dense.dim, dense.max_length, element)
+            attention, kept, again = _causal_scores(n) * cost.score_flops, cost.kept_bytes, 0.0
+            if inventory.activation_checkpointing == "layer":
+                # The fp32 input of every layer, and all that one layer keeps while its gradients are computed.
+                kept = min(kept, dense.tower.layers * BYTES["fp32"] * dense.dim + kept / dense.tower.layers)
+                again = n * cost.token_flops + attention
             return _PerExample(
                 parameters=cost.parameters + dense.other_parameters,
+                replicated_parameters=dense.replicated_parameters,
                 matmul_flops=n * cost.token_flops,
-                attention_flops=_causal_scores(n) * cost.score_flops,
-                activation_bytes=n * cost.kept_bytes,
+                attention_flops=attention,
+                activation_bytes=n * kept,
+                again_flops=again,
                 tokens=n,
                 score_flops=2 * dense.dim * inventory.loss.scores_per_example,
             )

@@ -6,7 +6,7 @@ import numpy as np
 
 from gr.config.inventory import InventoryConfig, TowerDense
 from gr.config.optim import DENSE_OPTIMIZERS, DenseOptimizerConfig
-from gr.planner.estimate_dense import dense_work
+from gr.planner.estimate_dense import BYTES, dense_work
 from gr.planner.estimate_tables import ID_BYTES, OUTPUT_BYTES
 from gr.planner.topology import Topology
 
@@ -20,14 +20,14 @@ def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, fl
     batch = inventory.batch_on(topology.ranks)
     work = dense_work(inventory, batch)
     optimizer = cast(type[DenseOptimizerConfig], DENSE_OPTIMIZERS.config(inventory.dense_optimizer))
-    weights = float(work.parameters * PARAMETER_BYTES)
-    states = weights * optimizer.states_a_parameter()
-    gathered = 0.0
+    weights, gathered = float(work.parameters * PARAMETER_BYTES), 0.0
     if inventory.dense_parallel == "fsdp":
-        # Shards of everything, and two layers gathered at a time: one in use, one on its way.
+        # Two layers are gathered at a time: one in use, one on its way.
         layers = inventory.dense.tower.layers if isinstance(inventory.dense, TowerDense) else 1
-        gathered = weights * min(1.0, 2 / layers)
-        weights, states = weights / topology.ranks, states / topology.ranks
+        sharded = work.parameters - work.replicated_parameters
+        gathered = sharded * BYTES[inventory.dense_gathered] * min(1.0, 2 / layers)
+        weights = float(PARAMETER_BYTES * (sharded / topology.ranks + work.replicated_parameters))
+    states = weights * optimizer.states_a_parameter()
     tables = inventory.tables
     read = np.array([table.ids_per_example * batch + table.ids_per_step for table in tables])
     pooled = np.array([table.kind == "pooled" for table in tables])

@@ -1,40 +1,80 @@
-"""Baselines that need no training loop: popularity, item-kNN and a Markov chain. What a model must beat.
+"""Baselines that need no training loop: popularity, item-kNN, a Markov chain and EASE^R. What a model must beat.
 
 B users, E item ids (rows of the item table), T packed history tokens. Same split, window, candidates and seen items
-as a model's evaluation (evaluation_batches in gr/data/history_batches.py).
+as a model's evaluation (evaluation_batches in gr/data/history_batches.py). Each is at its best: its settings are those
+with the highest NDCG@10 on the events before the targets, as a model's are chosen on validation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from gr.batch import EvaluationBatch
 from gr.config.histories import HistoryDataConfig
 from gr.data.dataset import Dataset
-from gr.data.history_batches import evaluation_batches
+from gr.data.history_batches import UserBatches, evaluation_batches
 from gr.errors import DataError
+from gr.logging import get_logger
+from gr.metrics.retrieval import retrieval_metrics
 
-KNN_LAST, KNN_DECAY, KNN_SHRINK = 10, 0.8, 10.0
-MARKOV_LAST, MARKOV_DECAY = 5, 0.8
-MARKOV_SKIPS = (1.0, 1.0, 1.0)  # weight of the item 1, 2 and 3 events later
+log = get_logger(__name__)
+# (newest items, decay of their weight); the first is what the search starts from.
+WINDOWS = ((10, 0.8), (1, 1.0), *product((2, 3, 5, 10, 20, 50), (0.6, 0.7, 0.8, 0.9, 1.0)))
+TUNING_USERS = 1024  # at most so many, evenly over the file: the settings lie further apart than their noise
+EASE_ITEMS = 1 << 14  # the inverse of a matrix of 16,384 items takes 1 GB and some 4 TFLOP
 _SCORES_PER_CHUNK = 1 << 22
 BadRows = Literal["fail", "skip"]
+Matrix: TypeAlias = sp.csr_array | np.ndarray
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Packed items of each row group of training data, without each user's newest `holdout`, and the lengths left."""
+
+    train: Dataset
+    holdout: int
+    on_bad_row: BadRows = "fail"
+
+    @property
+    def items(self) -> int:
+        return self.train.schema.item_cardinality
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for index in range(len(self.train.row_groups)):
+            group = self.train.read_row_group(index, ["item_ids"], self.on_bad_row)
+            from_end = np.repeat(group.offsets[1:], group.lengths_B) - np.arange(group.offsets[-1])
+            items_T = group.columns["item_ids"][from_end > self.holdout]
+            yield items_T, np.maximum(group.lengths_B - self.holdout, 0)
+
+    @cached_property
+    def shared_EE(self) -> sp.csr_array:
+        """How many users have both items; a repeated item counts once."""
+        shared = sp.csr_array((self.items, self.items))
+        for items_T, length_B in self:
+            user_T = np.repeat(np.arange(len(length_B)), length_B)
+            block = sp.csr_array((np.ones(len(items_T)), (user_T, items_T)), shape=(len(length_B), self.items))
+            block.data[:] = 1.0
+            shared = shared + block.T @ block
+        return shared
 
 
 @dataclass(frozen=True)
 class Scorer:
     """Scores of all items: sum over a user's newest `last` items of decay**age * matrix[item], plus prior.
 
-    matrix: [E, E] sparse or None. prior: [E] or None.
+    matrix: [E, E] or None. prior: [E] or None.
     """
 
     last: int = 0
     decay: float = 1.0
-    matrix: sp.csr_array | None = None
+    matrix: Matrix | None = None
     prior: np.ndarray | None = None
 
     def scores_BE(self, items_T: np.ndarray, length_B: np.ndarray, items: int) -> np.ndarray:
@@ -47,106 +87,163 @@ class Scorer:
             recent_T = age_T < self.last
             weights = self.decay ** age_T[recent_T].astype(np.float64)
             recent = sp.csr_array((weights, (user_T[recent_T], items_T[recent_T])), shape=(len(length_B), items))
-            out += (recent @ self.matrix).toarray()
+            scores = recent @ self.matrix
+            out += scores.toarray() if sp.issparse(scores) else scores
         return out if self.prior is None else out + self.prior
 
 
-def fit_popularity(train: Dataset, holdout: int, on_bad_row: BadRows = "fail") -> Scorer:
-    """Score = events of the item in training."""
-    counts = np.zeros(train.schema.item_cardinality)
-    for items_T, _ in _usable(train, holdout, on_bad_row):
-        counts += np.bincount(items_T, minlength=len(counts))
-    return Scorer(prior=counts)
+def popularity(histories: Histories) -> np.ndarray:
+    """Events of each item, [E]."""
+    return sum((np.bincount(items_T, minlength=histories.items) for items_T, _ in histories), np.zeros(histories.items))
 
 
-def fit_item_knn(train: Dataset, holdout: int, on_bad_row: BadRows = "fail") -> Scorer:
-    """Cosine of the users two items share, shrunk: n_ij / (sqrt(n_i n_j) + 10); newest 10 items, decay 0.8."""
-    items = train.schema.item_cardinality
-    blocks = []
-    for items_T, length_B in _usable(train, holdout, on_bad_row):
-        user_T = np.repeat(np.arange(len(length_B)), length_B)
-        block = sp.csr_array((np.ones(len(items_T)), (user_T, items_T)), shape=(len(length_B), items))
-        block.data[:] = 1.0  # a repeated item counts once
-        blocks.append(block)
-    users_UE = sp.vstack(blocks, format="csr")
-    shared = (users_UE.T @ users_UE).tocoo()
-    count = np.asarray(users_UE.sum(axis=0)).ravel()
-    value = shared.data / (np.sqrt(count[shared.row] * count[shared.col]) + KNN_SHRINK)
+def item_knn(histories: Histories, shrink: float) -> Matrix:
+    """Cosine of the users two items share, shrunk: n_ij / (sqrt(n_i n_j) + shrink), 0 on the diagonal."""
+    shared = histories.shared_EE.tocoo()
+    count = shared.diagonal()
+    value = shared.data / (np.sqrt(count[shared.row] * count[shared.col]) + shrink)
     value[shared.row == shared.col] = 0.0
-    matrix = sp.csr_array((value, (shared.row, shared.col)), shape=(items, items))
-    return Scorer(KNN_LAST, KNN_DECAY, matrix)
+    return sp.csr_array((value, (shared.row, shared.col)), shape=shared.shape)
 
 
-def fit_markov(train: Dataset, holdout: int, on_bad_row: BadRows = "fail") -> Scorer:
-    """Share of an item's successors one to three events later that each item is; newest 5 items, decay 0.8.
-
-    The published description leaves the weights open. 427 settings were tried against its MovieLens-1M test figures
-    (HR@10 from .220 to .267 among them); this one gives HR@10 .2631 and NDCG@10 .1526 where .2627 and .1532 are
-    published, and on MovieLens-100K .1941 and .1076 where .1951 and .1032 are. It is chosen for agreement on the test
-    split, not tuned on validation, nor the best of those tried.
-    """
-    items = train.schema.item_cardinality
-    counts = sp.csr_array((items, items))
-    for items_T, length_B in _usable(train, holdout, on_bad_row):
+def markov(histories: Histories, reach: float) -> Matrix:
+    """Of an item's successors up to `reach` events later, the share that each item is."""
+    counts = sp.csr_array((histories.items, histories.items))
+    for items_T, length_B in histories:
         user_T = np.repeat(np.arange(len(length_B)), length_B)
-        for skip, weight in enumerate(MARKOV_SKIPS, start=1):
+        for skip in range(1, int(reach) + 1):
             same = user_T[skip:] == user_T[:-skip]
             pairs = (items_T[:-skip][same], items_T[skip:][same])
-            counts = counts + sp.csr_array((np.full(len(pairs[0]), weight), pairs), shape=(items, items))
+            counts = counts + sp.csr_array((np.ones(len(pairs[0])), pairs), shape=counts.shape)
     totals = np.asarray(counts.sum(axis=1)).ravel()
-    return Scorer(MARKOV_LAST, MARKOV_DECAY, sp.csr_array(sp.diags_array(1.0 / np.maximum(totals, 1.0)) @ counts))
+    return sp.csr_array(sp.diags_array(1.0 / np.maximum(totals, 1.0)) @ counts)
 
 
-BASELINES: dict[str, Callable[[Dataset, int, BadRows], Scorer]] = {
-    "popularity": fit_popularity,
-    "item_knn": fit_item_knn,
-    "markov": fit_markov,
+def ease(histories: Histories, l2: float) -> Matrix:
+    """EASE^R (Steck, arXiv 1905.03375, Eq. 8): the linear model of items on items that ridge regression gives.
+
+    With P = (X^T X + l2 I)^-1 of the users' items X, the weight of i for j is -P_ij / P_jj, 0 on the diagonal.
+    """
+    gram_EE = torch.from_numpy(histories.shared_EE.toarray().astype(np.float32))
+    gram_EE.diagonal().add_(l2)
+    inverse_EE = torch.cholesky_inverse(torch.linalg.cholesky(gram_EE))
+    weights_EE = inverse_EE / -inverse_EE.diagonal()
+    weights_EE.fill_diagonal_(0.0)
+    return weights_EE.numpy()
+
+
+class Baseline(NamedTuple):
+    """fit: from histories and a value of `parameter` to the matrix of a Scorer. values: those tried, in order."""
+
+    fit: Callable[[Histories, float], Matrix]
+    parameter: str
+    values: tuple[float, ...]
+
+
+# Popularity has no settings.
+TUNED: Mapping[str, Baseline] = {
+    "item_knn": Baseline(item_knn, "shrink", (10, 0, 100)),
+    "markov": Baseline(markov, "reach", (3, 1, 2, 5)),
+    "ease": Baseline(ease, "l2", (300, 30, 100, 1000)),
 }
+BASELINES = ("popularity", *TUNED)
+
+
+class Scored(NamedTuple):
+    """rank_B: the place of each user's target, float64; 1 is best, ties get their mean. setting: what was chosen."""
+
+    rank_B: np.ndarray
+    setting: str
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The users whose targets are ranked. target_from_end: 1 is the newest event."""
+
+    data: Dataset
+    target_from_end: int
+    filter_seen: Literal["window", "all", "none"]
+    max_length: int
+    on_bad_row: BadRows = "fail"
+
+    def batches(self, rows_N: np.ndarray | None = None) -> UserBatches:
+        items = self.data.schema.item_cardinality
+        return evaluation_batches(
+            self.data,
+            HistoryDataConfig(path=str(self.data.path), max_length=self.max_length, on_bad_row=self.on_bad_row),
+            target_from_end=self.target_from_end,
+            global_batch_size=min(max(_SCORES_PER_CHUNK // items, 1), 1024),
+            filter_seen=self.filter_seen,
+            rows_N=rows_N,
+        )
 
 
 def evaluate_baselines(
-    train: Dataset,
-    evaluation: Dataset,
-    *,
-    names: Sequence[str],
-    train_holdout: int,
-    target_from_end: Literal[1, 2],
-    filter_seen: Literal["window", "all", "none"],
-    max_length: int,
-    on_bad_row: BadRows = "fail",
-) -> dict[str, np.ndarray]:
-    """Rank of each user's target among all candidates that the user has not seen, for each named baseline.
+    train: Dataset, targets: Targets, *, names: Sequence[str], train_holdout: int
+) -> dict[str, Scored]:
+    """The rank of each user's target among all candidates that the user has not seen, for each named baseline.
 
-    Returns float64 [users with an event before the target], in file order, 1 is best; ties get their mean rank.
-    train_holdout: newest events of each user of `train` that are not fitted on. Memory: for item_knn and markov the
-    non-zero item pairs. Raises DataError for an unknown name, item tables of different size, or no user to evaluate.
+    Users are those with an event before the target, in file order. train_holdout: newest events of each user of `train`
+    that are not fitted on. Settings are chosen by the event before the targets, fitted without it. EASE^R is left out,
+    with a line in the log, of more than EASE_ITEMS items. Memory: for item_knn and markov the non-zero item pairs, for
+    ease all pairs. Raises DataError for an unknown name, item tables of different size, or no user to evaluate.
     """
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
         raise DataError(f"no baseline is called {unknown[0]!r}; there are {', '.join(BASELINES)}")
-    items = train.schema.item_cardinality
-    if evaluation.schema.item_cardinality != items:
+    items, data = train.schema.item_cardinality, targets.data
+    if data.schema.item_cardinality != items:
         raise DataError(
-            f"{train.path} has item_cardinality {items}, {evaluation.path} has {evaluation.schema.item_cardinality}; "
+            f"{train.path} has item_cardinality {items}, {data.path} has {data.schema.item_cardinality}; "
             "train and evaluation must number their items alike"
         )
     candidate_E = np.zeros(items, dtype=bool)
     candidate_E[train.corpus()[0]] = True
-    scorers = {name: BASELINES[name](train, train_holdout, on_bad_row) for name in names}
-    config = HistoryDataConfig(path=str(evaluation.path), max_length=max_length, on_bad_row=on_bad_row)
-    ranks: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for batch in evaluation_batches(
-        evaluation,
-        config,
-        target_from_end=target_from_end,
-        global_batch_size=min(max(_SCORES_PER_CHUNK // items, 1), 1024),
-        filter_seen=filter_seen,
-    ):
-        for name, scorer in scorers.items():
-            ranks[name].append(_ranks(batch, scorer, candidate_E))
-    if any(not sum(map(len, parts)) for parts in ranks.values()):
-        raise no_targets(evaluation.path)
-    return {name: np.concatenate(parts) for name, parts in ranks.items()}
+    histories = Histories(train, train_holdout, targets.on_bad_row)
+    # Of other users than those trained on, all of training comes before the targets.
+    earlier = replace(targets, target_from_end=targets.target_from_end + 1)
+    before = replace(
+        histories, holdout=max(train_holdout, earlier.target_from_end) if train.path == data.path else train_holdout
+    )
+    scorers: dict[str, tuple[Scorer, str]] = {}
+    for name in names:
+        if name == "popularity":
+            scorers[name] = Scorer(prior=popularity(histories)), ""
+        elif name == "ease" and items > EASE_ITEMS:
+            log.info("%s: EASE^R is left out: its matrix of %s items is too large", train.path, f"{items:,}")
+        else:
+            baseline = TUNED[name]
+            value, window = _choose(baseline, before, earlier, candidate_E)
+            setting = f"{baseline.parameter} {value:g}, newest {window[0]}, decay {window[1]:g}"
+            scorers[name] = Scorer(*window, baseline.fit(histories, value)), setting
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
+    for batch in targets.batches():
+        for name, (scorer, _) in scorers.items():
+            parts[name].append(_ranks(batch, scorer, candidate_E))
+    if any(not sum(map(len, each)) for each in parts.values()):
+        raise no_targets(data.path)
+    return {name: Scored(np.concatenate(parts[name]), setting) for name, (_, setting) in scorers.items()}
+
+
+def _choose(
+    baseline: Baseline, before: Histories, earlier: Targets, candidate_E: np.ndarray
+) -> tuple[float, tuple[int, float]]:
+    """The value of the parameter and the window of the highest NDCG@10: first the window, then the value."""
+    users = earlier.data.rows
+    rows_N = np.unique(np.linspace(0, users - 1, min(users, TUNING_USERS)).astype(np.int64))
+    batches = list(earlier.batches(rows_N))
+
+    def ndcg(matrix: Matrix, window: tuple[int, float]) -> float:
+        scorer = Scorer(*window, matrix)
+        ranks = np.concatenate([np.empty(0), *(_ranks(batch, scorer, candidate_E) for batch in batches)])
+        return retrieval_metrics(ranks)["ndcg@10"] if len(ranks) else 0.0  # of too short histories: the first settings
+
+    value, matrix = baseline.values[0], baseline.fit(before, baseline.values[0])
+    best, window = max(((ndcg(matrix, each), each) for each in WINDOWS), key=lambda pair: pair[0])
+    for other in baseline.values[1:]:
+        if (score := ndcg(baseline.fit(before, other), window)) > best:
+            best, value = score, other
+    return value, window
 
 
 def no_targets(path: Path) -> DataError:
@@ -167,11 +264,3 @@ def _ranks(batch: EvaluationBatch, scorer: Scorer, candidate_E: np.ndarray) -> n
     scores_BE[row_B, batch.target_ids_B.numpy()] = -np.inf  # the target does not compete with itself
     ranks = 1.0 + (scores_BE > target_B1).sum(axis=1) + (scores_BE == target_B1).sum(axis=1) / 2.0
     return ranks[batch.valid_B.numpy()]
-
-
-def _usable(train: Dataset, holdout: int, on_bad_row: BadRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Packed items of each row group, without each user's newest `holdout`, and the lengths that are left."""
-    for index in range(len(train.row_groups)):
-        group = train.read_row_group(index, ["item_ids"], on_bad_row)
-        from_end = np.repeat(group.offsets[1:], group.lengths_B) - np.arange(group.offsets[-1])
-        yield group.columns["item_ids"][from_end > holdout], np.maximum(group.lengths_B - holdout, 0)

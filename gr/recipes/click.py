@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gr.batch import TabularBatch
 from gr.config.click import ClickConfig, ClickLoss
 from gr.data.click_rows import ClickRows
+from gr.data.collate_tabular import tabular_batch
 from gr.data.loader import ResumableLoader, rank_batch_size
-from gr.data.tabular import TabularDataset
+from gr.data.tabular import TabularDataset, check_rows_alike
 from gr.data.tabular_pass import TabularPass
-from gr.data.vocabulary import check_vocabularies
 from gr.dist import World
-from gr.errors import ConfigError, DataError
+from gr.errors import ConfigError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import OneClassError, RankingMetrics
 from gr.planner.estimate_dense import dense_work
@@ -78,18 +78,8 @@ class ClickRecipe(Recipe[ClickConfig]):
 
     def check_data(self) -> None:
         self.check_shared_tables()
-        if self.evaluation_data is None:
-            return
-        evaluated = self.evaluation_data
-        check_vocabularies(
-            self.schema.input_vocabularies, self.folder, evaluated.schema.input_vocabularies, evaluated.path
-        )
-        for name in ("labels", "dense", "transform", "sparse"):
-            if getattr(self.schema, name) != getattr(self.evaluation_data.schema, name):
-                raise DataError(
-                    f"{self.folder} and {self.evaluation_data.path} differ in {name} (schema.json): prepare both with "
-                    "the same columns, transform and vocabulary (as `gr prepare criteo --vocabulary` does)"
-                )
+        if (evaluated := self.evaluation_data) is not None:
+            check_rows_alike(self.schema, self.folder, evaluated.schema, evaluated.path)
 
     def objective(self, world: World) -> ClickObjective:
         return ClickObjective(self.config.task.loss)
@@ -185,7 +175,8 @@ class ClickRecipe(Recipe[ClickConfig]):
         model.eval()
         hots = [column.hots for column in self.schema.sparse]
         for where, table in tables:
-            batch = rows.batch(table, where).padded(size, hots).to(world.device)
+            read, _ = rows.read(table, where)
+            batch = tabular_batch(read, self.schema).padded(size, hots).to(world.device)
             score_B = model(batch.dense_BN, batch.sparse).float().sigmoid()[: table.num_rows].cpu()
             yield with_scores(table, schema, [pa.array(score_B.numpy())])
 

@@ -29,7 +29,7 @@ from gr.models.retrieval import RetrievalModel
 from gr.parallel.dense import unwrapped
 from gr.recipes.answers import read_listed
 from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Training
-from gr.recipes.baselines import evaluate_baselines, no_targets
+from gr.recipes.baselines import Targets, evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
 from gr.recipes.recommendations import Recommendations
 from gr.schema import ITEMS_FILE, USER_COLUMN
@@ -243,17 +243,19 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         if not Path(config.data.path).exists():
             log.warning("%s is not there: baselines, which are fitted on it, are left out", config.data.path)
             return {}
-        ranks = evaluate_baselines(
-            self.train_data,
+        targets = Targets(
             self.evaluation_data,
-            names=config.evaluation.baselines,
-            train_holdout=config.data.train_holdout,
-            target_from_end=TARGET_FROM_END[split],
-            filter_seen=config.evaluation.filter_seen,
-            max_length=config.data.max_length,
-            on_bad_row=config.data.on_bad_row,
+            TARGET_FROM_END[split],
+            config.evaluation.filter_seen,
+            config.data.max_length,
+            config.data.on_bad_row,
         )
-        return {"baselines": {name: retrieval_metrics(values) for name, values in ranks.items()}}
+        names, holdout = config.evaluation.baselines, config.data.train_holdout
+        scored = evaluate_baselines(self.train_data, targets, names=names, train_holdout=holdout)
+        return {
+            "baselines": {name: retrieval_metrics(each.rank_B) for name, each in scored.items()},
+            "baseline_settings": {name: each.setting for name, each in scored.items() if each.setting},
+        }
 
     @classmethod
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable]:

@@ -3,6 +3,8 @@
 T packed tokens, D model width, H heads, Q query/key width per head, V value width per head, N max length.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from gr.ops.norm_linear import norm_linear
 from gr.ops.norm_mul_dropout import norm_mul_dropout_linear
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
+from gr.towers.attend import Attend
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -31,11 +34,20 @@ class HSTU(nn.Module):
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
         sequence.require_events_only("HSTU")
-        buckets = self._time_buckets(sequence)
-        divisor = self._divisor(sequence)
+        attend: Attend
+        if self.config.attention == "softmax":
+            attend = partial(softmax_attention, offsets_B1=sequence.offsets_B1, max_length=sequence.max_length)
+        else:
+            attend = partial(
+                hstu_attention,
+                offsets_B1=sequence.offsets_B1,
+                max_length=sequence.max_length,
+                divisor=self._divisor(sequence),
+                time_buckets=self._time_buckets(sequence),
+            )
         x_TD = sequence.values_TD
         for layer in self.layers:
-            x_TD = layer(x_TD, sequence, divisor, buckets)
+            x_TD = layer(x_TD, attend)
         return sequence.with_values(x_TD)
 
     def _time_buckets(self, sequence: JaggedSequence) -> TimeBuckets | None:
@@ -51,15 +63,17 @@ class HSTU(nn.Module):
             num_buckets=self.config.time_buckets,
         )
 
+    def divisor(self, max_length: int) -> float:
+        """What attention is divided by, where all sequences have the same. max_length: tokens of the longest one."""
+        if self.config.divisor == "max_len":
+            return float(max_length)
+        return float(self.config.divisor_value or max_length + GENERATED_LENGTH + 1)
+
     def _divisor(self, sequence: JaggedSequence) -> float | Tensor:
-        match self.config.divisor:
-            case "constant":
-                return self.config.divisor_value or sequence.max_length + GENERATED_LENGTH + 1
-            case "max_len":
-                return float(sequence.max_length)
-            case "actual_len":
-                lengths = sequence.offsets_B1.diff()
-                return lengths.repeat_interleave(lengths, output_size=len(sequence.values_TD)).float()
+        if self.config.divisor != "actual_len":
+            return self.divisor(sequence.max_length)
+        lengths = sequence.offsets_B1.diff()
+        return lengths.repeat_interleave(lengths, output_size=len(sequence.values_TD)).float()
 
 
 class HSTULayer(nn.Module):
@@ -84,29 +98,19 @@ class HSTULayer(nn.Module):
             if bias is not None:
                 nn.init.normal_(bias, std=INIT_STD)
 
-    def forward(
-        self, x_TD: Tensor, sequence: JaggedSequence, divisor: float | Tensor, buckets: TimeBuckets | None
-    ) -> Tensor:
-        H = self.config.heads
-        u, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
-        q_THQ, k_THQ, v_THV = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
-        if self.config.attention == "softmax":
-            a_THV = softmax_attention(q_THQ, k_THQ, v_THV, sequence.offsets_B1, max_length=sequence.max_length)
-        else:
-            a_THV = hstu_attention(
-                q_THQ,
-                k_THQ,
-                v_THV,
-                sequence.offsets_B1,
-                max_length=sequence.max_length,
-                divisor=divisor,
-                position_bias=self.position_bias,
-                time_bias=self.time_bias,
-                time_buckets=buckets,
-            )
+    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
+        u, q_THQ, k_THQ, v_THV = self.project(x_TD)
+        biases = {"position_bias": self.position_bias, "time_bias": self.time_bias}
+        a_THV = attend(q_THQ, k_THQ, v_THV, **{name: bias for name, bias in biases.items() if bias is not None})
         dropped = self.config.dropout if self.training else 0.0
         if self.config.concat_ua:
             a = F.layer_norm(a_THV.flatten(1), (u.shape[-1],), eps=NORM_EPS)
             return x_TD + self.output(dropout(torch.cat([u, a, u * a], dim=-1), dropped, self.training))
         weight, bias = self.output.weight.T, self.output.bias
         return x_TD + norm_mul_dropout_linear(u, a_THV.flatten(1), weight, bias_D=bias, eps=NORM_EPS, dropout=dropped)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u, [T, H V]; q and k, [T, H, Q]; v, [T, H, V]."""
+        u_TU, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
+        q_THQ, k_THQ, v_THV = (t.unflatten(-1, (self.config.heads, -1)) for t in (q, k, v))
+        return u_TU, q_THQ, k_THQ, v_THV

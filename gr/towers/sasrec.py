@@ -14,13 +14,21 @@ from gr.sequence import JaggedSequence
 NORM_EPS = 1e-8
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm in the dtype of its input, also where its weights are gathered in bf16 (dense.gathered)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_D, bias_D = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight_D, bias_D, self.eps)
+
+
 class SASRec(nn.Module):
     """A stack of causal self-attention and point-wise feed-forward blocks, with a norm at the end."""
 
     def __init__(self, config: SASRecConfig, *, dim: int, max_length: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(SASRecLayer(config, dim) for _ in range(config.layers))
-        self.last_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.last_norm = Norm(dim, eps=NORM_EPS)
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
         sequence.require_events_only("SASRec")
@@ -36,11 +44,11 @@ class SASRecLayer(nn.Module):
     def __init__(self, config: SASRecConfig, dim: int) -> None:
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
-        self.attention_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attention_norm = Norm(dim, eps=NORM_EPS)
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.attention_output = nn.Linear(dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.ffn_norm = Norm(dim, eps=NORM_EPS)
         self.ffn_in = nn.Linear(dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, dim)
         self.reset_parameters()

@@ -5,6 +5,7 @@ Source: modules/stu.py of meta-recsys/generative-recommenders; arXiv 2402.17152,
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from gr.ops.hstu_attention import AttentionMask, hstu_attention
 from gr.ops.norm_linear import norm_linear
 from gr.ops.norm_mul_dropout import norm_mul_dropout_linear
 from gr.sequence import JaggedSequence
+from gr.towers.attend import Attend
 
 NORM_EPS = 1e-6
 
@@ -30,31 +32,40 @@ class STU(nn.Module):
     def __init__(self, config: STUConfig, *, dim: int, max_length: int) -> None:
         super().__init__()
         self.config = config
-        self.divisor = float(config.divisor or max_length)
-        self.layers = nn.ModuleList(STULayer(config, dim, self.divisor) for _ in range(config.layers))
+        self.divisor, self.alpha = float(config.divisor or max_length), 1 / math.sqrt(config.qk_dim)
+        self.layers = nn.ModuleList(STULayer(config, dim) for _ in range(config.layers))
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
-        mask = AttentionMask(
-            num_targets_B=sequence.num_targets_B,
-            max_attn_len=self.config.max_attn_len,
-            contextual_len=sequence.contextual_len,
-            min_full_attn_seq_len=self.config.min_full_attn_seq_len,
+        attend = partial(
+            hstu_attention,
+            offsets_B1=sequence.offsets_B1,
+            max_length=sequence.max_length,
+            divisor=self.divisor,
+            alpha=self.alpha,
+            mask=self.mask(sequence.contextual_len, sequence.num_targets_B),
         )
         x_TD = sequence.values_TD
         for layer in self.layers:
-            x_TD = layer(x_TD, sequence, mask)
+            x_TD = layer(x_TD, attend)
         return sequence.with_values(x_TD)
+
+    def mask(self, contextual_len: int, num_targets_B: Tensor | None = None) -> AttentionMask:
+        return AttentionMask(
+            num_targets_B=num_targets_B,
+            max_attn_len=self.config.max_attn_len,
+            contextual_len=contextual_len,
+            min_full_attn_seq_len=self.config.min_full_attn_seq_len,
+        )
 
 
 class STULayer(nn.Module):
     """x + W_o dropout([u, a, u * norm(a)]), a = attention(q, k, v), with (u, v, q, k) = W norm(x) + b, u <- silu(u)."""
 
-    def __init__(self, config: STUConfig, dim: int, divisor: float) -> None:
+    def __init__(self, config: STUConfig, dim: int) -> None:
         super().__init__()
-        self.config, self.divisor = config, divisor
+        self.config = config
         H, Q, V = config.heads, config.qk_dim, config.v_dim
         self.splits = [H * V, H * V, H * Q, H * Q]
-        self.alpha = 1 / math.sqrt(Q)
         self.input_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.uvqk = nn.Linear(dim, sum(self.splits))
         self.output_norm = nn.GroupNorm(H, H, eps=NORM_EPS) if config.group_norm else nn.LayerNorm(H * V, eps=NORM_EPS)
@@ -66,27 +77,23 @@ class STULayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(self.uvqk.bias)
 
-    def forward(self, x_TD: Tensor, sequence: JaggedSequence, mask: AttentionMask) -> Tensor:
+    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
         attended: list[Tensor] = []  # kept when the rest of the layer is computed again
 
-        def attend(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-            u_TU, a_THV = self._attend(x_TD, sequence, mask, attended[0] if attended else None)
+        def layer(x_TD: Tensor) -> Tensor:
+            u_TU, q_THQ, k_THQ, v_THV = self.project(x_TD)
+            a_THV = attend(q_THQ, k_THQ, v_THV, output=attended[0]) if attended else attend(q_THQ, k_THQ, v_THV)
             if not attended:
                 attended.append(a_THV.detach())
-            return u_TU, a_THV
-
-        def layer(x_TD: Tensor) -> Tensor:
-            return self._gate(x_TD, *attend(x_TD))
+            return self._gate(x_TD, u_TU, a_THV)
 
         if self.config.recompute == "layer" and torch.is_grad_enabled():
             random = self.training and self.config.dropout > 0
             return checkpoint(layer, x_TD, use_reentrant=False, preserve_rng_state=random)
         return layer(x_TD)
 
-    def _attend(
-        self, x_TD: Tensor, sequence: JaggedSequence, mask: AttentionMask, known_THV: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """u before its SiLU, [T, H V], and the attention, [T, H, V]."""
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u before its SiLU, [T, H V]; q and k, [T, H, Q]; v, [T, H, V]."""
         norm = self.input_norm
         uvqk = norm_linear(
             x_TD,
@@ -98,18 +105,7 @@ class STULayer(nn.Module):
         )
         u_TU, v, q, k = uvqk.split(self.splits, dim=-1)
         q_THQ, k_THQ, v_THV = (t.unflatten(-1, (self.config.heads, -1)) for t in (q, k, v))
-        a_THV = hstu_attention(
-            q_THQ,
-            k_THQ,
-            v_THV,
-            sequence.offsets_B1,
-            max_length=sequence.max_length,
-            divisor=self.divisor,
-            alpha=self.alpha,
-            mask=mask,
-            output=known_THV,
-        )
-        return u_TU, a_THV
+        return u_TU, q_THQ, k_THQ, v_THV
 
     def _gate(self, x_TD: Tensor, u_TU: Tensor, a_THV: Tensor) -> Tensor:
         # Of a group norm each head has one weight, which all its columns share.

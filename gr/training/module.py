@@ -12,7 +12,7 @@ from gr.config.optim import DENSE_OPTIMIZERS, DenseOptimizerConfig
 from gr.config.run import RunConfig
 from gr.dist import World
 from gr.embeddings import PipelinedLookup, TableOptimizer
-from gr.parallel.dense import dense_parameters, unwrapped
+from gr.parallel.dense import by_mesh, clip_gradients, dense_parameters, unwrapped
 from gr.training.phases import Phases
 from gr.training.schedule import rate_factor
 
@@ -114,6 +114,7 @@ class TrainModule:
         self.gradient_norm: Tensor | None = None  # of the dense part, before clipping, at the last step that logs it
         self.tables = getattr(unwrapped(model), "tables", None)
         self.dense = dense_parameters(model)
+        self.dense_groups = by_mesh(self.dense.values())
         self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings)
 
@@ -162,11 +163,8 @@ class TrainModule:
     def _clip(self, step: int) -> None:
         """Clips the dense gradients, and notes their norm where `step`, counted from 1, is one that is logged."""
         limit = self.config.optimizer.clip_grad_norm
-        if limit is not None:
-            self.gradient_norm = nn.utils.clip_grad_norm_(self.dense.values(), limit)
-        elif step % self.config.trainer.log_every == 0 or step == self.steps:
-            gradients = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
-            self.gradient_norm = nn.utils.get_total_norm(gradients)
+        if limit is not None or step % self.config.trainer.log_every == 0 or step == self.steps:
+            self.gradient_norm = clip_gradients(self.dense_groups, limit)
 
     @property
     def learning_rate(self) -> float:
@@ -174,8 +172,9 @@ class TrainModule:
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` configures."""
-    return DENSE_OPTIMIZERS.target(config)(parameters, lr=config.lr, **config.arguments())
+    """The optimizer that `config` configures; its fused kernels take the parameters of each mesh by themselves."""
+    groups = [{"params": group} for group in by_mesh(parameters)]
+    return DENSE_OPTIMIZERS.target(config)(groups, lr=config.lr, **config.arguments())
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -17,25 +17,25 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.3,
+    "config": 3.8,
     "data": 3.0,
-    "ops": 4.6,
-    "embeddings": 1.4,
-    "parallel": 0.7,
+    "ops": 5.6,
+    "embeddings": 1.6,
+    "parallel": 0.9,
     "towers": 1.0,
     "tasks": 0.6,
-    "models": 1.1,
+    "models": 1.5,
     "metrics": 1.0,
     "checkpoint": 0.8,
-    "planner": 4.5,
+    "planner": 4.6,
     "cluster": 0.5,
     "training": 1.4,
-    "serving": 1.9,
-    "recipes": 1.6,
-    "cli": 1.95,
+    "serving": 4.5,
+    "recipes": 2.2,
+    "cli": 2.4,
     "prepare": 4.9,
 }
-WITHOUT_PREPARE = 26.0
+WITHOUT_PREPARE = 34.0
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

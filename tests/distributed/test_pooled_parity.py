@@ -21,7 +21,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from gr.checkpoint import CheckpointFolder, CheckpointStore, ModelState, load_state
 from gr.config.inventory import AnyShardingType, TableConfig
 from gr.config.optim import DenseAdamW
-from gr.config.run import EmbeddingsConfig
+from gr.config.run import DenseConfig, EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer, initialise_tables, pooled_lookup
 from gr.embeddings.init import key_of, uniform
@@ -148,7 +148,7 @@ class Job:
             model = Clicks(config)
         self.world = world
         sharded = shard_tables(model, to_sharding_plan(plan, model, CPU), config, CPU)
-        self.model = parallelise_dense(sharded, build_mesh(world))
+        self.model = parallelise_dense(sharded, build_mesh(world), DenseConfig(), CPU)
         initialise_tables(self.model, seed=SEED, embeddings=config)
         over = get_unwrapped_module(self.model).over
         over.reset_parameters()

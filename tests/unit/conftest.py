@@ -1,6 +1,7 @@
 """What several unit tests need."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,3 +20,23 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> "Iterator[World]":
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with world("cpu") as here:
         yield here
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small click model, of which click_package is a package."""
+    from tests.support.served_click import train_click, write_data
+
+    folder = tmp_path_factory.mktemp("click")
+    return train_click(write_data(folder / "data"), folder / "run")
+
+
+@pytest.fixture(scope="session")
+def click_package(served_run: Path) -> Path:
+    """The package of that model with int8 tables, of which c2's are fp16. Tests copy it before they change it."""
+    from gr.config.export import load_export_config
+    from gr.serving.export import export
+
+    out = served_run.parent / "package"
+    export(served_run, out, load_export_config(["tables.dtype=int8", "tables.own.c2=fp16"]))
+    return out

@@ -1,5 +1,6 @@
 """A dozen damaged inputs for each target of benchmarks.fuzz; the report of many more is in docs/benchmarks."""
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_outcomes(code: int, shown: str, kind: str, tmp_path: Path, monkeypatch:
 def test_faults_of_a_process_are_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [lambda: os._exit(3), lambda: 1 // 0, lambda: time.sleep(60), lambda: 0]
     monkeypatch.setattr(fuzz, "WAITING", 0.2)
+    monkeypatch.setattr(fuzz, "PROCESSES", multiprocessing.get_context("fork"))  # whose children have this target
     monkeypatch.setitem(
         fuzz.TARGETS, "x", lambda random, folder: fuzz.Trial("", runs[int(folder.name)], lambda: "other")
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from gr.ops.backend import backend_for
 from gr.ops.checks import FLOAT_DTYPES
 from gr.ops.hstu_attention.blocked import hstu_attention_blocked
+from gr.ops.hstu_attention.cached import CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import hstu_attention_native
@@ -16,7 +17,15 @@ from gr.ops.hstu_attention.reference import hstu_attention_reference
 from gr.ops.hstu_attention.time_buckets import TimeBuckets, time_bucket_ids
 from gr.ops.jagged import check_offsets
 
-__all__ = ["AttentionMask", "TimeBuckets", "hstu_attention", "time_bucket_ids"]
+__all__ = [
+    "AttentionMask",
+    "CachedKeys",
+    "TimeBuckets",
+    "hstu_attention",
+    "hstu_attention_cached",
+    "hstu_attention_start",
+    "time_bucket_ids",
+]
 
 
 def hstu_attention(

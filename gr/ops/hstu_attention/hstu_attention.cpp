@@ -4,7 +4,7 @@
 // One task per (sequence, head), longest first. A task owns its rows of every output and its private sums for the two
 // bias tables, which are added up in task order afterwards: results do not depend on the number of threads.
 // Tiles that are hidden entirely are skipped, and only the inputs are kept for the backward pass.
-#include "scores.h"
+#include "forward.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -36,37 +36,32 @@ template <typename S, typename M> struct Head {
 
 template <typename S, typename M>
 void forward_task(const Head<S, M>& head, Scratch& scratch, S* out, int64_t stride) {
+  using Mask = std::conditional_t<M::kCausal, M, History>;
   const Width<S>&d = head.dq, &dv = head.dv;
+  const Mask mask = keys_of_history(head.mask);
+  const int64_t keys = history_of(head.mask, head.count), key_count = (keys + kTile - 1) / kTile;
   scratch.reset();
-  S* rows = scratch.take<S>(kTile * std::max(d.ld, dv.ld));
-  S* k_packed = scratch.take<S>(head.tiles * kTile * d.ld);
-  S* v_packed = scratch.take<S>(head.tiles * kTile * dv.ld);
-  S* weights = scratch.take<S>(kTile * kTile);
-  float *s = scratch.take<float>(kTile * kTile), *o = scratch.take<float>(kTile * dv.ld);
-  float* scale = scratch.take<float>(kTile);
-  for (int64_t j = 0; j < head.tiles; ++j) {
-    head.k.load(j * kTile, d, rows);
-    pack_transposed(rows, d, k_packed + j * kTile * d.ld);
-    head.v.load(j * kTile, dv, rows);
-    pack(rows, kTile, dv.ld, dv.ld, v_packed + j * kTile * dv.ld);
-  }
+  const TileBuffers<S> buffers(d, dv, scratch);
+  S* k_packed = scratch.take<S>(key_count * kTile * d.ld);
+  S* v_packed = scratch.take<S>(key_count * kTile * dv.ld);
+  S* q = scratch.take<S>(kTile * d.ld);
+  float* o = scratch.take<float>(kTile * dv.ld);
+  for (int64_t j = 0; j < key_count; ++j)
+    buffers.pack_keys(head.k, head.v, j, k_packed + j * kTile * d.ld, v_packed + j * kTile * dv.ld);
   for (int64_t i = 0; i < head.tiles; ++i) {
-    const Tile<M> last(head.mask, i, i, head.count);
-    const KeyTiles keys = key_tiles(head.mask, i, head.count);
-    head.q.load(i * kTile, d, rows);
-    for (int64_t j = keys.start(); j < keys.stop(); j = keys.next(j)) {
-      const Tile<M> tile(head.mask, i, j, head.count);
-      multiply<S>(tile.m, tile.n, d.used, rows, d.ld, k_packed + j * kTile * d.ld, kTile, s, kTile, false);
-      if (head.alpha != 1.f) scale_scores(tile, head.alpha, s);
-      add_bias(tile, head.bias, s);
-      activate(tile, s);
-      multiply<S>(tile.m, dv.used, tile.n, left(tile, s, weights), kTile, v_packed + j * kTile * dv.ld, dv.ld, o, dv.ld,
-                  j > keys.start());
-    }
-    head.row_scales(last, scale);
-    for (int64_t r = 0; r < last.rows; ++r) {
-      for (int64_t c = 0; c < dv.real; ++c) o[r * dv.ld + c] *= scale[r];
-      cast(o + r * dv.ld, out + (i * kTile + r) * stride, dv.real);
+    const int64_t row = i * kTile, stop = std::min(head.count, row + kTile);
+    const KeyTiles tiles = key_tiles(mask, row, stop, i);
+    head.q.load(row, d, q);
+    if (tiles.begin >= tiles.end) std::fill(o, o + kTile * dv.ld, 0.f);
+    for (int64_t j = tiles.begin; j < tiles.end; ++j)
+      buffers.attend(Tile<Mask>(mask, row, stop, j, keys), q, k_packed + j * kTile * d.ld, v_packed + j * kTile * dv.ld,
+                     head.alpha, head.bias, j > tiles.begin, o);
+    for (int64_t r = 0; r < stop - row; ++r) {
+      const int64_t token = row + r;
+      if (token >= keys)
+        add_own(d, dv, q + r * d.ld, head.k.row(token), head.v.row(token), head.alpha, head.bias.own(token, token),
+                o + r * dv.ld);
+      store(o + r * dv.ld, head.scale[token * head.scale_step], dv, out + token * stride);
     }
   }
 }

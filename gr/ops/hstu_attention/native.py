@@ -32,7 +32,7 @@ def hstu_attention_native(operands: Operands, call: AttentionCall) -> Tensor:
     return _Native.apply(*operands, index_tensors, call)
 
 
-def _operand(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
+def native_operand(x_THD: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows and heads may be strided, as in views of one UVQK buffer; the elements of a head must be neighbours."""
     x_THD = x_THD.to(dtype)
     return x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
@@ -64,14 +64,14 @@ class _Native(torch.autograd.Function):
         ctx.call = call
         if output is not None:
             return output.view_as(output)
-        operands = [_operand(x, native_dtype(q.dtype)) for x in (q, k, v)]
+        operands = [native_operand(x, native_dtype(q.dtype)) for x in (q, k, v)]
         return _run(torch.ops.gr.hstu_attention, operands, (position, time, *index_tensors), call).to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        operands = [_operand(x, native_dtype(q.dtype)) for x in (grad, q, k, v)]
+        operands = [native_operand(x, native_dtype(q.dtype)) for x in (grad, q, k, v)]
         *dvalues, dposition, dtime = _run(torch.ops.gr.hstu_attention_backward, operands, saved, ctx.call)
         dtables = (None if x is None else dx.to(x.dtype) for x, dx in zip(saved[:2], (dposition, dtime), strict=True))
         return *(dx.to(q.dtype) for dx in dvalues), *dtables, None, None, None

@@ -7,7 +7,7 @@ namespace gr {
 
 // The keys that query i sees: [first(i), end(i)), and itself. place(i): its position in the position bias.
 struct Causal {
-  static constexpr bool kCausal = true;
+  static constexpr bool kCausal = true, kOwn = false;
   int64_t place(int64_t i) const { return i; }
 };
 
@@ -15,7 +15,7 @@ struct Causal {
 // The first `contextual` tokens see the whole history. window: how far back a query looks; the prefix counts as one.
 // The last `full` tokens of the history, and all candidates, look all the way back.
 struct Masked {
-  static constexpr bool kCausal = false;
+  static constexpr bool kCausal = false, kOwn = true;
   int64_t history, contextual, window, full;
   int64_t place(int64_t i) const { return std::min(i, history); }
   int64_t first(int64_t i) const {
@@ -24,6 +24,11 @@ struct Masked {
     return all ? 0 : at - window;
   }
   int64_t end(int64_t i) const { return i < contextual ? history : std::min(i + 1, history); }
+};
+
+// Masked, where the keys are those of the history alone: what a candidate sees of itself is added elsewhere.
+struct History : Masked {
+  static constexpr bool kOwn = false;
 };
 
 // The columns of a tile that a row sees: [begin, end), and `own` if it lies outside of them, else -1.
@@ -35,13 +40,15 @@ struct Seen {
 };
 
 // Rows [row, row + rows) and columns [col, col + cols) of the scores; m and n are rows and cols rounded up to kEdge.
+// Rows are numbered as tokens: of queries against a cache, the first one is the number of cached tokens.
 // Passed by value: the compiler then keeps the bounds of the loops in registers (10 % in bfloat16).
 template <typename M> struct Tile {
   M mask;
   int64_t row, col, rows, cols, m, n;
-  Tile(const M& seen_by, int64_t i, int64_t j, int64_t count)
-      : mask(seen_by), row(i * kTile), col(j * kTile), rows(std::min(kTile, count - row)),
-        cols(std::min(kTile, count - col)), m(round_up(rows, kEdge)), n(round_up(cols, kEdge)) {}
+  Tile(const M& seen_by, int64_t first, int64_t stop, int64_t j, int64_t keys)
+      : mask(seen_by), row(first), col(j * kTile), rows(std::min(kTile, stop - row)), cols(std::min(kTile, keys - col)),
+        m(round_up(rows, kEdge)), n(round_up(cols, kEdge)) {}
+  Tile(const M& seen_by, int64_t i, int64_t j, int64_t count) : Tile(seen_by, i * kTile, count, j, count) {}
   Seen seen(int64_t r) const {
     const int64_t i = row + r, own = i - col;
     if constexpr (M::kCausal) {
@@ -49,7 +56,7 @@ template <typename M> struct Tile {
     } else {
       const int64_t begin = std::clamp<int64_t>(mask.first(i) - col, 0, n);
       const int64_t end = std::clamp(mask.end(i) - col, begin, n);
-      return {begin, end, i >= mask.history && own >= 0 && own < n ? own : -1};
+      return {begin, end, M::kOwn && i >= mask.history && own >= 0 && own < n ? own : -1};
     }
   }
 };
@@ -62,24 +69,35 @@ struct KeyTiles {
   int64_t stop() const { return std::max(end, own + 1); }
 };
 
-template <typename M> KeyTiles key_tiles(const M& mask, int64_t i, int64_t count) {
+// The tiles of keys, itself left out, that some token of [row, stop) sees: [begin, end).
+template <typename M> KeyTiles key_tiles(const M& mask, int64_t row, int64_t stop, int64_t own) {
   if constexpr (M::kCausal) {
-    return {0, i + 1, i};
+    return {0, (stop + kTile - 1) / kTile, own};
   } else {
-    int64_t first = count, end = 0;
-    for (int64_t row = i * kTile; row < std::min(count, (i + 1) * kTile); ++row) {
+    int64_t first = stop, end = 0;
+    for (; row < stop; ++row) {
       first = std::min(first, mask.first(row));
       end = std::max(end, mask.end(row));
     }
-    return {first / kTile, (end + kTile - 1) / kTile, i};
+    return {first / kTile, (end + kTile - 1) / kTile, own};
   }
 }
+template <typename M> KeyTiles key_tiles(const M& mask, int64_t i, int64_t count) {
+  return key_tiles(mask, i * kTile, std::min(count, (i + 1) * kTile), i);
+}
 
-// The biases of the scores of one sequence. Row i of `buckets` starts at i (i + 1) / 2 and has i + 1 entries.
+// The biases of the scores of one sequence. Token i's row of `buckets` starts at i (i + 1) / 2 and has i + 1 entries;
+// or, against a cache, all rows have `stride` entries and that of token `first` comes first.
 struct Bias {
   const float* position;  // the entry of distance 0, or null
   const float* time;      // table, or null
   const uint8_t* buckets;
+  int64_t stride = 0, first = 0;
+  const uint8_t* row(int64_t i) const { return buckets + (stride ? (i - first) * stride : i * (i + 1) / 2); }
+  // The bias of candidate i's score with itself, whose bucket is in `column` of its row.
+  float own(int64_t i, int64_t column) const {
+    return (position ? *position : 0.f) + (time ? time[row(i)[column]] : 0.f);
+  }
 };
 
 // The private gradient sums of one task. position: the entry of distance 0 of a table of this sequence's length.
@@ -106,7 +124,7 @@ template <typename M> void add_bias(const Tile<M> tile, const Bias& bias, float*
       if (seen.own >= 0) row[seen.own] += *bias.position;
     }
     if (bias.time) {
-      const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
+      const uint8_t* __restrict bucket = bias.row(i) + tile.col;
       for (int64_t c = seen.begin; c < seen.end; ++c) row[c] += bias.time[bucket[c]];
       if (seen.own >= 0) row[seen.own] += bias.time[bucket[seen.own]];
     }
@@ -125,7 +143,7 @@ void add_bias_gradient(const Tile<M> tile, const Bias& bias, const float* __rest
       if (seen.own >= 0) *grad.position += row[seen.own];
     }
     if (grad.time) {
-      const uint8_t* __restrict bucket = bias.buckets + i * (i + 1) / 2 + tile.col;
+      const uint8_t* __restrict bucket = bias.row(i) + tile.col;
       int64_t c = seen.begin;
       for (; c + kLanes <= seen.end; c += kLanes)
         for (int64_t lane = 0; lane < kLanes; ++lane)

@@ -1,4 +1,4 @@
-"""Rows for a click model: the batches that the folder itself gives, in the log's own values."""
+"""Rows for a click model in the log's own values: the arrays and batches that the folder itself gives."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gr.data.click_rows import ClickRows
+from gr.data.collate_tabular import tabular_batch
 from gr.data.tabular import TabularDataset
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
@@ -30,12 +31,13 @@ def click_rows(folder: Path, **vocabularies: Vocabulary) -> ClickRows:
 def test_rows_of_the_folder_itself(folder: Path) -> None:
     """Also with more than one id a row."""
     table = pq.read_table(folder / "part-00000.parquet")
-    batch = click_rows(folder).batch(table)
+    read, unseen = click_rows(folder).read(table)
     rows = TabularDataset.open(folder).read_row_group(0)
-    assert torch.equal(batch.dense_BN, torch.from_numpy(rows.dense_BN))
+    assert np.array_equal(read.dense_BN, rows.dense_BN) and np.array_equal(read.ids_BH, rows.ids_BH) and not unseen
+    batch = tabular_batch(read, TabularSchema.load(folder))
     ids = [batch.sparse[name].values().view(len(table), -1) for name in ("c1", "c2", "c3")]
     assert torch.equal(torch.cat(ids, 1), torch.from_numpy(rows.ids_BH).long())
-    assert len(click_rows(folder).batch(table[:0]).labels_B) == 0
+    assert len(click_rows(folder).read(table[:0])[0].labels_B) == 0
 
 
 def test_missing_and_unseen_values_are_0(folder: Path) -> None:
@@ -43,9 +45,10 @@ def test_missing_and_unseen_values_are_0(folder: Path) -> None:
     own = Vocabulary("c1", np.array([1, 2]), pa.array(["a", "b"]))
     table = table.drop("c1").append_column("c1", pa.array(["b", None, "new"]))
     table = table.drop("i1").append_column("i1", pa.array([None, 2, 3]))
-    batch = click_rows(folder, c1=own).batch(table)
-    assert batch.sparse["c1"].values().tolist() == [2, 0, 0]
-    assert batch.dense_BN[:, 0].tolist() == [0.0, 2.0, 3.0]
+    read, unseen = click_rows(folder, c1=own).read(table)
+    assert read.ids_BH[:, 0].tolist() == [2, 0, 0]
+    assert read.dense_BN[:, 0].tolist() == [0.0, 2.0, 3.0]
+    assert unseen == {"c1": 1}, "a null is missing, not unseen"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,35 @@ def test_values_that_are_refused(folder: Path, name: str, values: list[Any] | No
             name, pa.array(values if name != "c2" or values != [None] else pa.array([None], pa.list_(pa.int32())))
         )
     with pytest.raises(DataError) as error:
-        click_rows(folder).batch(table)
+        click_rows(folder).read(table)
     assert fault in str(error.value) and "\n" not in str(error.value)
-    if str(error.value).startswith("row 0"):
-        with pytest.raises(DataError, match=r"^row 100, column"):
-            click_rows(folder).batch(table, first_row=100)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8])
+def test_plain_numbers_are_read_as_through_arrow(folder: Path, dtype: type) -> None:
+    """With and without a vocabulary of numbers; anything else is left to `read`."""
+    own = Vocabulary("c3", np.array([1, 2, 5]), pa.array([-7, 3, 9], pa.int64()))
+    rows = click_rows(folder, c3=own)
+    columns = {
+        **{name: np.array([0.5, -1e38, 3]) for name in ("i1", "i2", "i3")},
+        "c1": np.array([0, 40, 7], dtype=dtype),
+        "c2": np.array([[0, 1, 2], [63, 3, 3], [0, 0, 0]], dtype=dtype),
+        "c3": np.array([9, 4, -7], dtype=dtype),
+    }
+    table = pa.table({name: pa.array(values.tolist()) for name, values in columns.items()})
+    plain = rows.read_plain(columns)
+    assert plain is not None
+    (read, unseen), (expected, expected_unseen) = plain, rows.read(table)
+    assert np.array_equal(read.dense_BN, expected.dense_BN) and np.array_equal(read.ids_BH, expected.ids_BH)
+    assert unseen == expected_unseen == {"c3": 1} and read.ids_BH[:, -1].tolist() == [5, 0, 1]
+    for name, values in (
+        ("i1", np.array([np.nan, 0, 0])),
+        ("i1", np.array([1e39, 0, 0])),
+        ("i1", np.array([True, False, True])),
+        ("c1", np.array([41, 0, 0])),
+        ("c1", np.array([-1, 0, 0])),
+        ("c1", np.array([1.0, 0, 0])),
+        ("c1", np.array([2**64 - 1, 0, 0], dtype=np.uint64)),
+    ):
+        assert rows.read_plain({**columns, name: values}) is None, name
+    assert click_rows(folder, c3=Vocabulary("c3", np.array([1]), pa.array(["a"]))).read_plain(columns) is None

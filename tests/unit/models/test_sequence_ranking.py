@@ -12,8 +12,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import ITEM_FEATURE, RankingBatch
-from gr.config.ranking import TimeEncoding
-from gr.models.preprocessor import interleave, time_bucket
+from gr.models.preprocessor import interleave
 from gr.models.sequence_ranking import SequenceRanker
 from tests.support.tiny_histories import ITEMS, SCHEMA, tiny_ranking_config
 
@@ -235,10 +234,3 @@ def test_targets() -> None:
     labels, users = batch.targets()
     assert torch.equal(labels, batch.labels_TC[[1, 2, 6]])
     assert users.tolist() == [0, 0, 2]
-
-
-def test_time_buckets() -> None:
-    minutes = torch.tensor([-60, 0, 59, 60, 240, 60 * 99, 60 * 10**6])
-    assert time_bucket(minutes, TimeEncoding(buckets=10)).tolist() == [0, 0, 0, 1, 2, 9, 9]
-    log = TimeEncoding(scale="log", buckets=64)
-    assert time_bucket(torch.tensor([0, 60, 81 * 60, 60 * 10**12]), log).tolist() == [0, 0, 14, 63]

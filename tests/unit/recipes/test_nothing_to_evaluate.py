@@ -10,7 +10,7 @@ import pytest
 from gr.dist import World
 from gr.errors import DataError
 from gr.recipes.base import open_recipe
-from gr.recipes.baselines import evaluate_baselines
+from gr.recipes.baselines import Targets, evaluate_baselines
 from tests.support.tiny import tiny_config, write_tiny
 from tests.support.tiny_histories import tiny_ranking_config, write_histories
 
@@ -49,15 +49,8 @@ def test_baselines(tmp_path: Path) -> None:
 
     data, other = write_tiny(tmp_path / "data"), cut(write_tiny(tmp_path / "other"), 1)
     with pytest.raises(DataError, match="other: no user has an event before the held-out one"):
-        evaluate_baselines(
-            Dataset.open(data),
-            Dataset.open(other),
-            names=["popularity"],
-            train_holdout=0,
-            target_from_end=1,
-            filter_seen="all",
-            max_length=8,
-        )
+        targets = Targets(Dataset.open(other), 1, "all", max_length=8)
+        evaluate_baselines(Dataset.open(data), targets, names=["popularity"], train_holdout=0)
 
 
 def test_ranking(tmp_path: Path, alone: World) -> None:

@@ -1,0 +1,47 @@
+"""The configuration of `gr export`: which numbers a package keeps of a checkpoint. No torch."""
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from gr.config.base import Section
+from gr.errors import ConfigError, nearest
+
+RowKind = Literal["fp32", "fp16", "int8", "int4", "int2"]
+DenseDtype = Literal["fp32", "bf16"]
+UnknownPolicy = Literal["zero", "reject"]
+
+
+class ExportTables(Section):
+    dtype: RowKind = Field("int8", description="Of the rows of every table; int8 to int2 have an fp16 scale and bias.")
+    own: dict[str, RowKind] = Field({}, description="By table: another type than dtype.")
+
+
+class ExportConfig(Section):
+    """What `gr export` writes; each value may be given on its command line, as tables.dtype=int8."""
+
+    tables: ExportTables = Field(ExportTables(), description="The rows of the embedding tables.")
+    dense: DenseDtype = Field("fp32", description="Of the weights outside the tables, and of what they compute.")
+    unknown: UnknownPolicy = Field(
+        "zero",
+        description="A value that training did not see: zero takes the row of unknown values, reject refuses the "
+        "request. Both are counted.",
+    )
+    keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
+
+    def kinds(self, tables: Collection[str]) -> dict[str, RowKind]:
+        """The type of the rows of each table. Raises ConfigError where tables.own names another table."""
+        for name in self.tables.own:
+            if name not in tables:
+                raise ConfigError(f"tables.own: the model has no table {name}; {nearest(name, tables, 'it has')}")
+        return {name: self.tables.own.get(name, self.tables.dtype) for name in tables}
+
+
+def load_export_config(overrides: Sequence[str]) -> ExportConfig:
+    """The configuration of a command line. Raises ConfigError with every fault."""
+    # Not needed by who reads the configuration of a package that is there.
+    from gr.config.load import load_section
+    from gr.config.yaml import Node
+
+    return load_section(ExportConfig, "gr export", overrides, given=Node({}, "gr export"))

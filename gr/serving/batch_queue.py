@@ -1,0 +1,159 @@
+"""The requests that wait for one verb, and how long they will wait: admission, deadlines and batches."""
+
+import math
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from gr.errors import ServingError, TransientError
+from gr.serving.servable import Encoded
+
+_FORGET = 0.95  # weight of a batch against the one after it: the last twenty or so count
+_OUTLIER = 3.0  # times the estimate: more of one batch is the machine's doing, and counts as this much
+_MARGIN = 1.5  # times the estimate that a request has to have left, which may be off
+
+
+class Overloaded(ServingError, TransientError):
+    """A request cannot be answered inside its deadline. retry_after: seconds until the queue has room, about."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(slots=True)
+class Request:
+    """encoded: of `version`, which is whatever the caller holds. arrived, deadline: of time.monotonic()."""
+
+    version: Any
+    encoded: Encoded
+    deadline: float
+    future: Future
+    arrived: float = field(default_factory=time.monotonic)
+
+
+class BatchTime:
+    """Seconds of a batch, as `fixed + row * rows`: least squares over the recent batches, older ones weighing less."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = self._rows_squared = self._product = 0.0
+        self.fixed = self.row = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        if self._weight > 5:
+            seconds = min(seconds, _OUTLIER * (self.fixed + self.row * rows))
+        self._weight = _FORGET * self._weight + 1
+        self._rows = _FORGET * self._rows + rows
+        self._seconds = _FORGET * self._seconds + seconds
+        self._rows_squared = _FORGET * self._rows_squared + rows * rows
+        self._product = _FORGET * self._product + rows * seconds
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        variance = self._rows_squared / self._weight - mean_rows**2
+        covariance = self._product / self._weight - mean_rows * mean_seconds
+        # Batches of one size say nothing about a row; half of the time is then as good a guess as any.
+        slope = covariance / variance if variance > 0.01 * mean_rows**2 else mean_seconds / mean_rows / 2
+        self.row = min(max(slope, 0.0), mean_seconds / mean_rows)
+        self.fixed = mean_seconds - self.row * mean_rows
+
+    def of(self, rows: float, batch_rows: int) -> float:
+        """Seconds of `rows` in batches of `batch_rows` at most."""
+        return math.ceil(rows / batch_rows) * self.fixed + rows * self.row
+
+
+class BatchQueue:
+    """Requests of one verb, oldest first. A batch is what waits, up to `batch_rows`, of one version.
+
+    A request is refused when it arrives where the estimate says that its deadline would pass, so that its caller knows
+    at once; one whose deadline did pass is dropped before it costs anything. A request that finds nothing before it is
+    always run, and one a worker always waits: estimates learn from what runs only.
+    """
+
+    def __init__(self, batch_rows: int, queue_rows: int, workers: int) -> None:
+        self._batch_rows, self._queue_rows, self._workers = batch_rows, queue_rows, workers
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._running: dict[int, float] = {}  # thread -> when its batch should end
+        self.time = BatchTime()
+        self.rows = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, request: Request) -> None:
+        """Raises Overloaded, and ServingError where the engine is closed."""
+        rows = request.encoded.rows
+        with self._changed:
+            self._admit(rows, request.deadline)
+            self._waiting.append(request)
+            self.rows += rows
+            self._changed.notify()
+
+    def require_room(self, deadline: float) -> None:
+        """Raises what `put` would of a request that costs nothing itself, before anything is spent on it."""
+        with self._changed:
+            self._admit(0, deadline)
+
+    def _admit(self, rows: int, deadline: float) -> None:
+        if self._closed:
+            raise ServingError("the engine is closed")
+        busy = len(self._running) >= self._workers
+        if not self._waiting and not busy:
+            return
+        now = time.monotonic()
+        ends = max(0.0, min(self._running.values()) - now) if busy else 0.0
+        wait = ends + self.time.of(self.rows + rows, self._batch_rows) / self._workers
+        if self.rows + rows > self._queue_rows:
+            raise Overloaded(f"{self.rows:,} rows wait, at most {self._queue_rows:,}; try again later", wait)
+        if now + _MARGIN * wait > deadline and len(self._waiting) >= self._workers:
+            left = 1e3 * max(0.0, deadline - now)
+            raise Overloaded(
+                f"{self.rows:,} rows wait, so an answer takes about {1e3 * wait:.0f} ms, and the deadline is in "
+                f"{left:.0f} ms; try again later",
+                wait,
+            )
+
+    def take(self) -> tuple[list[Request], list[Request]]:
+        """The next batch, and the requests that are too late or cancelled; waits until there is one of either.
+
+        Both are empty when the queue is closed and nothing waits any more.
+        """
+        with self._changed:
+            self._running.pop(threading.get_ident(), None)
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            batch, late = self._next()
+            if batch:
+                rows = sum(request.encoded.rows for request in batch)
+                self._running[threading.get_ident()] = time.monotonic() + self.time.of(rows, self._batch_rows)
+            return batch, late
+
+    def _next(self) -> tuple[list[Request], list[Request]]:
+        """A batch ends where one request more would make one of it late."""
+        now, rows, earliest = time.monotonic(), 0, math.inf
+        batch: list[Request] = []
+        late: list[Request] = []
+        while self._waiting:
+            request = self._waiting[0]
+            total, first = rows + request.encoded.rows, min(earliest, request.deadline)
+            if request.deadline > now and batch:
+                full = total > self._batch_rows or request.version is not batch[0].version
+                if full or now + _MARGIN * self.time.of(total, self._batch_rows) > first:
+                    break
+            self._waiting.popleft()
+            self.rows -= request.encoded.rows
+            if request.future.set_running_or_notify_cancel() and request.deadline > now:
+                batch.append(request)
+                rows, earliest = total, first
+            else:
+                late.append(request)
+        return batch, late
+
+    def close(self) -> None:
+        """Nothing is admitted any more; what waits is still answered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

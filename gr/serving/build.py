@@ -1,0 +1,44 @@
+"""What a kind of model hands to `gr export`: a builder, function(saved, config) -> Built, in gr/serving/passes/KIND.py.
+
+A builder makes modules without data-dependent shapes over the model's own dense part and packed tables, and says what
+the verbs of the kind need when a package is opened. gr/serving/KIND.py has these verbs, and neither knows the other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gr.serving.package import VerbRecord
+from gr.serving.quantize import RowKind
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, which is compiled.
+
+    module: in evaluation mode, tensors in and one tensor or a tuple of them out; what it reads are parameters and
+    persistent buffers, by which other weights take their place without compiling. golden: the inputs with which it is
+    traced, and compared with the model whenever the package is opened. dynamic: for each input, the dims that have any
+    size >= 1, with a name; dims of one name are equal.
+    """
+
+    module: nn.Module
+    golden: tuple[Tensor, ...]
+    dynamic: tuple[Mapping[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """passes: by name. verbs: what each is asked with and answers with. tables: shape and row type of each, by name.
+
+    form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
+    files of the version, path -> content, for the verbs to read.
+    """
+
+    passes: Mapping[str, Pass]
+    verbs: Mapping[str, VerbRecord]
+    tables: Mapping[str, tuple[int, int, RowKind]]
+    form: Mapping[str, Any]
+    artifacts: Mapping[str, bytes]

@@ -1,0 +1,242 @@
+"""The engine: requests answered in batches by worker threads, by a version that can be swapped under load."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gr.config.serving import EngineConfig
+from gr.errors import ServingError, nearest
+from gr.logging import get_logger
+from gr.serving.batch_queue import BatchQueue, Overloaded, Request
+from gr.serving.metrics import EngineMetrics
+from gr.serving.servable import RequestError, Servable, ServedVersion
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """version: the name of the one version that encoded the request and computed all of `outputs`."""
+
+    version: str
+    outputs: dict[str, np.ndarray]
+    queue_seconds: float
+    run_seconds: float
+
+
+class _Held:
+    """A version and the number of its requests that are not yet answered. It is closed when retired and at none."""
+
+    def __init__(self, version: ServedVersion) -> None:
+        self.version = version
+        self._lock = threading.Lock()
+        self._requests, self._retired = 0, False
+
+    def acquire(self) -> bool:
+        """False where the version is retired, and so another one is served."""
+        with self._lock:
+            self._requests += not self._retired
+            return not self._retired
+
+    def release(self) -> None:
+        with self._lock:
+            self._requests -= 1
+            last = self._retired and not self._requests
+        if last:
+            self.version.close()
+
+    def retire(self) -> None:
+        with self._lock:
+            self._retired, last = True, not self._requests
+        if last:
+            self.version.close()
+
+
+class Engine:
+    """Answers requests of one version; another version takes its place with `swap`, and no answer is of both.
+
+    `ask` blocks; `submit` returns a future. Both raise RequestError where the request is wrong, Overloaded where it
+    cannot be answered inside its deadline. It is safe to call from any thread; close it, or use it in a `with`.
+    """
+
+    def __init__(self, version: ServedVersion, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.metrics = EngineMetrics(version.verbs)
+        self._held = _Held(version)
+        self._swapping = threading.Lock()
+        self._closed = False
+        limits = (self.config.batch_rows, self.config.queue_rows, self.config.workers)
+        self._queues = {verb: BatchQueue(*limits) for verb in version.verbs}
+        self._threads = [
+            threading.Thread(target=self._work, args=(verb,), name=f"{verb}-{number}", daemon=True)
+            for verb in self._queues
+            for number in range(self.config.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def version(self) -> ServedVersion:
+        """The version that new requests get."""
+        return self._held.version
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return not self._closed
+
+    def servable(self, verb: str) -> Servable:
+        """Raises ServingError for a verb that this kind of model does not have."""
+        try:
+            return self.version.verbs[verb]
+        except KeyError:
+            raise ServingError(
+                f"a {self.version.kind} model has no {verb}: {nearest(verb, self._queues, 'verbs')}"
+            ) from None
+
+    def waiting(self) -> dict[str, int]:
+        """Rows that wait, by verb."""
+        return {verb: queue.rows for verb, queue in self._queues.items()}
+
+    def ask(self, verb: str, columns: Mapping[str, Any], *, deadline_ms: float | None = None) -> dict[str, np.ndarray]:
+        """One answer, by the names of the verb's outputs. columns: arrays, or what numpy makes arrays of."""
+        arrays = {name: np.asarray(column) for name, column in columns.items()}
+        return self.submit(verb, arrays, deadline_ms=deadline_ms).result().outputs
+
+    def score(self, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The probabilities of rows, of a click model. columns: by name, each [B]."""
+        return self.ask("score", columns)
+
+    def rank(self, **columns: Any) -> dict[str, np.ndarray]:
+        """The scores of candidates for a user, of a ranking model."""
+        return self.ask("rank", columns)
+
+    def retrieve(self, **columns: Any) -> dict[str, np.ndarray]:
+        """The best items for a history, of a retrieval model."""
+        return self.ask("retrieve", columns)
+
+    def require_room(self, verb: str) -> None:
+        """Raises Overloaded where a request would be refused now, so that its body need not be read."""
+        try:
+            self._queues[verb].require_room(time.monotonic() + self.config.deadline_ms / 1e3)
+        except ServingError as error:
+            self.metrics.refused(verb, error)
+            raise
+
+    def submit(
+        self, verb: str, columns: Mapping[str, np.ndarray], *, deadline_ms: float | None = None
+    ) -> "Future[Answer]":
+        """The answer to come. deadline_ms: from now; that of the configuration is the longest."""
+        self.servable(verb)
+        seconds = min(deadline_ms or self.config.deadline_ms, self.config.deadline_ms) / 1e3
+        arrived, held = time.monotonic(), self._acquire()
+        try:
+            self._queues[verb].require_room(arrived + seconds)
+            encoded = held.version.verbs[verb].encode(columns)
+            if encoded.rows > self.config.request_rows:
+                raise RequestError("rows", f"{encoded.rows:,} in one request, at most {self.config.request_rows:,}")
+            request = Request(held, encoded, arrived + seconds, Future(), arrived)
+            self._queues[verb].put(request)
+        except BaseException as error:
+            held.release()
+            self.metrics.refused(verb, error)
+            raise
+        return request.future
+
+    def _acquire(self) -> _Held:
+        while not (held := self._held).acquire():  # a swap came between the two
+            if self._closed:
+                raise ServingError("the engine is closed")
+        return held
+
+    def swap(self, version: ServedVersion) -> float:
+        """Serves `version` from now on, and returns the seconds for which a new request could have had neither.
+
+        Requests that were accepted before are answered by the version that encoded them, which is closed after the
+        last. Raises ServingError, and closes `version`, where it is of another kind of model.
+        """
+        old = self.version
+        if (version.kind, set(version.verbs)) != (old.kind, set(old.verbs)):
+            version.close()
+            raise ServingError(
+                f"version {version.name} is of a {version.kind} model with {', '.join(sorted(version.verbs))}; "
+                f"served is a {old.kind} model with {', '.join(sorted(old.verbs))}: serve it by another engine"
+            )
+        held = _Held(version)
+        with self._swapping:
+            if self._closed:
+                version.close()
+                raise ServingError("the engine is closed")
+            started = time.perf_counter()
+            retired, self._held = self._held, held
+            seconds = time.perf_counter() - started
+            retired.retire()
+        self.metrics.swapped()
+        log.info("version %s is served, in place of %s", version.name, old.name)
+        return seconds
+
+    def _work(self, verb: str) -> None:
+        torch.set_num_threads(self.config.torch_threads)  # of this thread: more threads on small batches cost, not gain
+        queue = self._queues[verb]
+        while any(taken := queue.take()):
+            batch, late = taken
+            for request in late:
+                waited = 1e3 * (time.monotonic() - request.arrived)
+                self._finish(verb, request, Overloaded(f"not answered in its {waited:.0f} ms; try again later", 0.0))
+            if batch:
+                self._answer(verb, queue, batch)
+
+    def _answer(self, verb: str, queue: BatchQueue, batch: Sequence[Request]) -> None:
+        held, rows = batch[0].version, sum(request.encoded.rows for request in batch)
+        started = time.monotonic()
+        try:
+            outputs = held.version.verbs[verb].run([request.encoded for request in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                log.exception("%s of version %s failed on %d rows", verb, held.version.name, rows)
+                self._finish(verb, batch[0], error)
+                return
+            for request in batch:  # so that the one at fault fails alone
+                self._answer(verb, queue, [request])
+            return
+        ended = time.monotonic()
+        queue.time.add(rows, ended - started)
+        self.metrics.batch(verb, len(batch), rows, ended - started)
+        for request, columns in zip(batch, outputs, strict=True):
+            self._finish(verb, request, Answer(held.version.name, columns, started - request.arrived, ended - started))
+
+    def _finish(self, verb: str, request: Request, result: Answer | Exception) -> None:
+        seconds = time.monotonic() - request.arrived
+        request.version.release()
+        if request.future.cancelled():
+            self.metrics.cancelled(verb)
+        elif isinstance(result, Answer):
+            self.metrics.answered(verb, seconds, None)
+            request.future.set_result(result)
+        else:
+            self.metrics.answered(verb, seconds, result)
+            request.future.set_exception(result)
+
+    def close(self) -> None:
+        """Answers what waits, then gives the version back. Requests after it are refused."""
+        with self._swapping:
+            if self._closed:
+                return
+            self._closed = True
+        for queue in self._queues.values():
+            queue.close()
+        for thread in self._threads:
+            thread.join()
+        self._held.retire()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

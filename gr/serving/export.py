@@ -1,0 +1,252 @@
+"""`gr export`: a checkpoint -> a package. Torch compiles here and nowhere else; `gr publish` only writes weights."""
+
+import inspect
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
+from gr.checkpoint.checksums import find_damage, write_sums
+from gr.checkpoint.layout import read_progress
+from gr.config.base import import_target
+from gr.config.export import ExportConfig
+from gr.errors import InstallError, ServingError
+from gr.files import sha256_of
+from gr.models.saved import Saved, load
+from gr.serving.build import Built, Pass
+from gr.serving.machine import cpu, versions
+from gr.serving.package import (
+    CODE,
+    GOLDEN,
+    MANIFEST,
+    TENSORS,
+    WEIGHTS,
+    Manifest,
+    PassRecord,
+    Stored,
+    TableRecord,
+    dumped,
+    read_current,
+    read_manifest,
+    verify,
+)
+from gr.serving.package_writer import PackageWriter, digests, writing
+from gr.serving.quantize import bytes_of
+from gr.serving.version import Version, golden_name
+from gr.serving.weights import write_tensors
+
+# kind of a model -> its builder: function(saved, config) -> Built
+BUILDERS = {"click": "gr.serving.passes.click:build"}
+_LARGEST_BATCH = 1 << 24  # rows of a call; far above any, and offsets of ids stay within int32
+_TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}  # of a pass from its golden rows
+_COMPILER_OPTIONS = {
+    # Weights stay outside the code. Without the second, Inductor writes constants of up to 8 numbers into it, such as
+    # the bias of a logit, and other weights would not change them.
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    # A worker is one thread; several requests run in several.
+    "cpp.threads": 1,
+    # To precompile torch's headers takes longer than the one file that would read them.
+    "aot_inductor.precompile_headers": False,
+    "cpp_cache_precompile_headers": False,
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. stored: the version. compiled: whether the code is new."""
+
+    stored: Stored
+    manifest: Manifest
+    compiled: bool
+
+
+def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plugins: Collection[str] = ()) -> Exported:
+    """Writes a checkpoint as a package, or as a further version of the package at `out`, and makes it the served one.
+
+    checkpoint, plugins: as in gr.load. Code of the same form that is there already is not compiled again. Raises
+    ServingError where the compiled passes do not answer as the model does, InstallError without a C++ compiler.
+    """
+    with writing(Path(out)) as package:
+        saved = load(checkpoint, plugins=plugins)
+        built = _build(saved, config)
+        form = _form(saved, built, config)
+        code = sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
+        folder = package.path / CODE / code
+        compiled = bool(find_damage(folder, [f"{name}.pt2" for name in built.passes], 0, 1))
+        if compiled:
+            draft = package.draft(CODE)
+            for name, each in built.passes.items():
+                _compile(each, draft / f"{name}.pt2")
+            write_sums(draft, [f"{digest}  {name}\n" for name, digest in digests(draft).items()])
+            package.commit(CODE, code)
+        stored, manifest = _write_version(package, saved, built, config, form, code)
+        package.serve(stored, config.keep)
+    return Exported(stored, manifest, compiled)
+
+
+def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] = ()) -> Exported:
+    """Writes the weights of a checkpoint as a version of a package and makes it the served one, without compiling.
+
+    The types of the rows and all else are as the package was exported. Raises ServingError where the checkpoint is of
+    another form than the package's code.
+    """
+    to = Path(to)
+    read_current(to)  # that there is a package
+    with writing(to) as package:
+        current = read_current(to)
+        served = read_manifest(to, current)
+        verify(to, current, served)
+        saved = load(checkpoint, plugins=plugins)
+        built = _build(saved, served.export)
+        form = _form(saved, built, served.export)
+        if difference := _first_difference(served.form, form):
+            raise ServingError(
+                f"{saved.folder} is of another form than {to}: {difference}; gr export --checkpoint {checkpoint} "
+                f"--out {to} compiles it"
+            )
+        stored, manifest = _write_version(package, saved, built, served.export, form, current.code)
+        package.serve(stored, served.export.keep)
+    return Exported(stored, manifest, compiled=False)
+
+
+def _build(saved: Saved, config: ExportConfig) -> Built:
+    kind = saved.config.kind
+    if kind not in BUILDERS:
+        raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
+    return import_target(BUILDERS[kind])(saved, config)
+
+
+def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
+    """What compiled code depends on, as JSON has it: two checkpoints of the same form can take the same code."""
+    modules = {type(module).__module__ for each in built.passes.values() for module in each.module.modules()}
+    sources = {name: inspect.getsourcefile(sys.modules[name]) for name in sorted(modules) if name.startswith("gr.")}
+    own = cpu()
+    form = {
+        "kind": saved.config.kind,
+        **built.form,
+        "tables": built.tables,
+        "dense": config.dense,
+        "source": {name: sha256_of(Path(path)) for name, path in sources.items() if path},
+        "compiler options": _COMPILER_OPTIONS,
+        "versions": versions(),
+        "cpu": [own.machine, *own.features],
+    }
+    return json.loads(json.dumps(form))
+
+
+def _first_difference(old: Any, new: Any, place: str = "") -> str:
+    """The first value that differs, by its place; empty where there is none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        differing = (name for name in [*old, *new] if old.get(name) != new.get(name))
+        name = next(differing, None)
+        return "" if name is None else _first_difference(old.get(name), new.get(name), f"{place} {name}".strip())
+    return "" if old == new else f"{place} is {json.dumps(new)[:80]}, the package has {json.dumps(old)[:80]}"
+
+
+def _compile(each: Pass, path: Path) -> None:
+    """Writes a pass as an AOTInductor package without weights."""
+    dims: dict[str, Any] = {}
+    shapes = tuple(
+        {dim: dims.setdefault(name, torch.export.Dim(name, min=1, max=_LARGEST_BATCH)) for dim, name in named.items()}
+        for named in each.dynamic
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on its own internals
+        program = torch.export.export(each.module, each.golden, dynamic_shapes=shapes)
+        lifted = program.constants.keys() - dict(each.module.named_buffers()).keys()
+        assert not lifted, f"{lifted} are no buffers of the pass, so another checkpoint could not give them"
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=_COMPILER_OPTIONS
+            )
+        except (InvalidCxxCompiler, CppCompileError, InductorError) as error:
+            cause = error.inner_exception if isinstance(error, InductorError) else error
+            if not isinstance(cause, InvalidCxxCompiler | CppCompileError):
+                raise
+            raise InstallError(
+                f"the pass cannot be compiled ({str(cause).splitlines()[0]}): install g++, then export again"
+            ) from error
+
+
+def _write_version(
+    package: PackageWriter, saved: Saved, built: Built, config: ExportConfig, form: dict[str, Any], code: str
+) -> tuple[Stored, Manifest]:
+    """Writes a version, and opens it as a server does."""
+    draft = package.draft(WEIGHTS)
+    passes, tensors = _tensors(built)
+    write_tensors(draft / TENSORS, tensors)
+    golden = _golden(built)
+    write_tensors(draft / GOLDEN, golden)
+    for name, content in built.artifacts.items():
+        (draft / name).parent.mkdir(exist_ok=True)
+        (draft / name).write_bytes(content)
+    manifest = Manifest(
+        kind=saved.config.kind,
+        step=read_progress(saved.folder)["step"],
+        export=config,
+        form=form,
+        passes=passes,
+        verbs=dict(built.verbs),
+        tables={
+            name: TableRecord(rows=rows, dim=dim, dtype=dtype, bytes=bytes_of(rows, dim, dtype))
+            for name, (rows, dim, dtype) in built.tables.items()
+        },
+        dense=config.dense,
+        tolerance=_TOLERANCES[config.dense],
+        gate=None,
+        versions=versions(),
+        cpu=cpu(),
+        code_files=digests(package.path / CODE / code),
+        files=digests(draft),
+    )
+    (draft / MANIFEST).write_text(dumped(manifest))
+    digest = sha256_of(draft / MANIFEST)
+    stored = Stored(code=code, weights=f"step-{manifest.step:08d}-{digest[:8]}", manifest=digest)
+    folder = package.commit(WEIGHTS, stored.weights)
+    try:
+        Version.open_stored(package.path, stored).close()
+    except ServingError:
+        shutil.rmtree(folder)
+        raise
+    return stored, manifest
+
+
+def _tensors(built: Built) -> tuple[dict[str, PassRecord], dict[str, Tensor]]:
+    """What each pass reads, and all tensors to be written. A tensor that several passes share is written once."""
+    records, tensors = {}, {}
+    names: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    for pass_name, each in built.passes.items():
+        own = {}
+        for name, tensor in each.module.state_dict().items():
+            key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.dtype)
+            own[name] = names.setdefault(key, f"{pass_name}.{name}")
+            tensors[own[name]] = tensor
+        outputs = _outputs(each)
+        records[pass_name] = PassRecord(inputs=len(each.golden), outputs=len(outputs), tensors=own)
+    return records, tensors
+
+
+@torch.no_grad()
+def _outputs(each: Pass) -> tuple[Tensor, ...]:
+    output = each.module(*each.golden)
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def _golden(built: Built) -> dict[str, Tensor]:
+    """The inputs and outputs of every pass as the model itself, not compiled, gives them."""
+    return {
+        golden_name(name, part, place): tensor
+        for name, each in built.passes.items()
+        for part, tensors in (("inputs", each.golden), ("outputs", _outputs(each)))
+        for place, tensor in enumerate(tensors)
+    }

@@ -1,0 +1,112 @@
+"""The forward pass of a click model for a package: packed tables, and DLRM's dense part as it was trained.
+
+B rows, N dense columns, F features of ids, H ids of a row over all features, D width.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gr.config.click import ClickConfig
+from gr.config.export import ExportConfig
+from gr.embeddings import table_weights
+from gr.models.dlrm import DLRM
+from gr.models.saved_click import SavedClick
+from gr.schema import SCHEMA_FILE, TabularSchema, vocabulary_file
+from gr.serving.build import Built, Pass
+from gr.serving.click import score_record
+from gr.serving.tables import PackedTables
+
+GOLDEN_ROWS = 32
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ClickPass(nn.Module):
+    """Logits of rows whose features have a fixed number of ids each, so that no shape depends on a value."""
+
+    bottom: nn.Module | None
+    interaction: nn.Module
+    top: nn.Module
+    hots_F1: Tensor
+    starts_F1: Tensor
+
+    def __init__(
+        self, model: DLRM, tables: PackedTables, columns: Sequence[tuple[str, int]], dtype: torch.dtype
+    ) -> None:
+        """columns: the sparse columns with their ids a row, in the order of the input. dtype: of the dense part."""
+        super().__init__()
+        self.tables, self.dtype = tables, dtype
+        dense = (model.bottom, model.interaction, model.top)
+        self.bottom, self.interaction, self.top = (part and copy.deepcopy(part).to(dtype) for part in dense)  # type: ignore[assignment]
+        self.row_weights, self.dim, self.features = model.config.row_weights, model.config.dim, list(model.features)
+        self.hots = dict(columns)
+        names = [name for name, _ in columns]
+        self.order = [names.index(name) for name in tables.features]
+        hots_F = [self.hots[name] for name in tables.features]
+        starts_F = [sum(hots_F[:feature]) for feature in range(len(hots_F) + 1)]
+        self.register_buffer("hots_F1", torch.tensor([*hots_F, 0], dtype=torch.int32))
+        self.register_buffer("starts_F1", torch.tensor(starts_F, dtype=torch.int32))
+
+    def forward(self, dense_BN: Tensor, ids_BH: Tensor) -> Tensor:
+        """Logits, float32 [B]. dense_BN: float32. ids_BH: int32, the columns side by side; ids are not checked."""
+        B = ids_BH.shape[0]
+        columns = ids_BH.split(list(self.hots.values()), dim=1)
+        ids = torch.cat([columns[place].reshape(-1) for place in self.order])
+        row_B = torch.arange(B, dtype=torch.int32)
+        offsets_F1B = self.starts_F1[:, None] * B + self.hots_F1[:, None] * row_B[None]
+        # Where the bags of the feature after the last would begin is where the last bag ends.
+        offsets = torch.cat([offsets_F1B[:-1].reshape(-1), offsets_F1B[-1, :1]])
+        looked_up = self.tables(ids, offsets)
+        by_name = self._row_weighted(looked_up, B) if self.row_weights else self._pooled(looked_up)
+        vectors = [by_name[name].to(self.dtype) for name in self.features]
+        if self.bottom is not None:
+            vectors.insert(0, self.bottom(dense_BN.to(self.dtype)))
+        return self.top(self.interaction(torch.stack(vectors, dim=1))).squeeze(1).float()
+
+    def _pooled(self, looked_up: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.tables.features, looked_up.split(self.tables.widths, dim=1), strict=True))
+
+    def _row_weighted(self, looked_up: Tensor, B: int) -> dict[str, Tensor]:
+        """As gr.embeddings.row_weighted_vectors, of bags of equal lengths."""
+        hots = [self.hots[name] for name in self.tables.features]
+        weighted = looked_up[:, : self.dim] * (1 + looked_up[:, self.dim : self.dim + 1])
+        bags = weighted.split([B * count for count in hots])
+        return {
+            name: bag.view(B, count, self.dim).sum(1)
+            for name, bag, count in zip(self.tables.features, bags, hots, strict=True)
+        }
+
+
+def build(saved: SavedClick, config: ExportConfig) -> Built:
+    """The one pass of a click model, `score`. Raises ConfigError for a table that the model does not have."""
+    model, schema, run = saved.model, saved.schema, saved.config
+    assert isinstance(model, DLRM) and isinstance(run, ClickConfig)
+    weights = {name: weight.detach() for name, weight in table_weights(model).items()}
+    kinds = config.kinds(list(weights))
+    tables = PackedTables(weights, kinds, model.columns, pooled=not model.config.row_weights)
+    columns = [(column.name, column.hots) for column in schema.sparse]
+    module = ClickPass(model, tables, columns, _TORCH_DTYPES[config.dense]).eval()
+    vocabularies = [vocabulary_file(name) for name in schema.input_vocabularies]
+    return Built(
+        passes={"score": Pass(module, _golden_rows(schema), ({0: "rows"}, {0: "rows"}))},
+        verbs={"score": score_record(schema, saved.vocabularies)},
+        tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
+        form={"model": run.model.model_dump(mode="json"), "dense columns": list(schema.dense), "ids": columns},
+        artifacts={
+            SCHEMA_FILE: schema.model_dump_json(indent=2).encode(),
+            **{name: (saved.folder / name).read_bytes() for name in vocabularies},
+        },
+    )
+
+
+def _golden_rows(schema: TabularSchema) -> tuple[Tensor, Tensor]:
+    """Dense numbers and ids at random, over all rows of the tables."""
+    generator = torch.Generator().manual_seed(0)
+    dense_BN = torch.randn(GOLDEN_ROWS, len(schema.dense), generator=generator)
+    ids = [
+        torch.randint(column.cardinality, (GOLDEN_ROWS, column.hots), generator=generator, dtype=torch.int32)
+        for column in schema.sparse
+    ]
+    return dense_BN, torch.cat(ids, dim=1)

@@ -1,0 +1,86 @@
+"""Embedding tables in packed rows on fbgemm's n-bit operator, for torch.export. B examples, F features, D width.
+
+One buffer holds the rows of all tables; a row of int8, int4 or int2 begins with its fp16 scale and bias. The operator
+compares ids with the padded number of rows, so of a table of 100 rows it serves 100 to 103 in silence: whoever calls
+checks ids against the table, as the servables' `encode` does.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import fbgemm_gpu  # noqa: F401  registers the operators
+import torch
+from torch import Tensor, nn
+
+from gr.serving.quantize import RowKind, pack
+
+
+class PackedTables(nn.Module):
+    """Looks ids up in packed rows: pooled by sum, or one vector an id. CPU."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        kinds: Mapping[str, RowKind],
+        features: Mapping[str, Sequence[str]],
+        *,
+        pooled: bool,
+    ) -> None:
+        """weights: float [E, D] by table. kinds: of its rows. features: that read each table, in the order of the ids.
+
+        Without pooling all tables have the same width. Raises ServingError, as gr.serving.quantize.pack does.
+        """
+        super().__init__()
+        # Imported here: reading a package needs the operator only, and not the classes that lay tables out.
+        from fbgemm_gpu.split_embedding_configs import SparseType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+
+        names = list(weights)
+        layout = IntNBitTableBatchedEmbeddingBagsCodegen(
+            [
+                (name, *weight.shape, SparseType(kinds[name]), EmbeddingLocation.HOST)
+                for name, weight in weights.items()
+            ],
+            feature_table_map=[table for table, name in enumerate(names) for _ in features[name]],
+            pooling_mode=PoolingMode.SUM if pooled else PoolingMode.NONE,
+            output_dtype=SparseType.FP32,
+            device="cpu",
+        )
+        layout.initialize_weights()
+        layout.assign_embedding_weights([pack(weight, kinds[name]) for name, weight in weights.items()])
+        self.register_buffer("rows", layout.weights_host)
+        for name in ("weights_placements", "weights_offsets", "weights_tys", "D_offsets"):
+            self.register_buffer(name, getattr(layout, name).clone())
+        self.register_buffer("no_rows", torch.empty(0, dtype=torch.uint8))
+        self.features = [feature for name in names for feature in features[name]]
+        self.widths = [weights[name].shape[1] for name in names for _ in features[name]]
+        self._sizes = (
+            *(layout.total_D, layout.max_int2_D, layout.max_int4_D),
+            *(layout.max_int8_D, layout.max_float16_D, layout.max_float32_D),
+        )
+        self._pooling, self._output_dtype = int(layout.pooling_mode.value), layout.output_dtype
+        self._row_alignment = layout.row_alignment
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Pooled: float32 [B, sum of the features' D]. Else float32 [ids, D].
+
+        ids: int32, feature after feature. offsets: int32 [F * B + 1], where each bag of ids begins. An id that is not
+        in its table is not noticed.
+        """
+        return torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
+            self.rows,
+            self.no_rows,
+            self.weights_placements,
+            self.weights_offsets,
+            self.weights_tys,
+            self.D_offsets,
+            *self._sizes,
+            ids,
+            offsets,
+            self._pooling,
+            None,
+            self._output_dtype,
+            None,
+            None,
+            self._row_alignment,
+        )

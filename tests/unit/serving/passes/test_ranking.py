@@ -1,0 +1,161 @@
+"""The passes of a ranking model against its own forward pass."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gr.batch import ITEM_FEATURE, RankingBatch
+from gr.errors import ServingError
+from gr.models.sequence_ranking import SequenceRanker
+from gr.ops.time_encoding import time_bucket
+from gr.serving.passes.ranking import FloatTables, ranking_passes
+from tests.support.tiny_histories import SCHEMA, tiny_ranking_config
+from tests.unit.models.test_sequence_ranking import batch_of
+
+STU = {"kind": "stu", "layers": 3, "heads": 2, "qk_dim": 4, "v_dim": 6, "dropout": 0.0}
+HSTU = {"kind": "hstu", "layers": 2, "heads": 2, "qk_dim": 4, "v_dim": 4, "dropout": 0.0}
+FORMS: dict[str, dict[str, Any]] = {
+    "additive, absolute": {"input": {"kind": "additive"}, "place": "absolute", "tower": STU},
+    "interleaved, absolute, window": {"place": "absolute", "tower": {**STU, "max_attn_len": 5}},
+    "group norm": {"place": "absolute", "tower": {**STU, "group_norm": True, "divisor": 7.0}},
+    "request": {"place": "request", "tower": STU},
+    "request, full attention": {"tower": {**STU, "max_attn_len": 3, "min_full_attn_seq_len": 2}},
+    "all": {"all": True, "tower": STU},
+    "all, hstu": {"all": True, "tower": HSTU},
+    "all, hstu, max_len": {"all": True, "tower": {**HSTU, "divisor": "max_len", "concat_ua": True}},
+}
+
+
+def model_of(form: dict[str, Any]) -> SequenceRanker:
+    changes = dict(form)
+    supervision = "all" if changes.pop("all", False) else "candidates"
+    base = tiny_ranking_config()
+    config = tiny_ranking_config(
+        model={**base.model.model_dump(), **changes}, task={**base.task.model_dump(), "supervision": supervision}
+    )
+    with torch.device("meta"):
+        model = SequenceRanker(config, SCHEMA)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+class OneUser:
+    """The inputs of the passes for the one example of a batch, whose newest events are candidates of one request."""
+
+    def __init__(self, model: SequenceRanker, batch: RankingBatch) -> None:
+        self.model, tokens = model, model.tokens
+        events, candidates = len(batch.actions_T), batch.scored
+        self.history = events - candidates
+        assert batch.timestamps_T is not None and tokens.time is not None
+        times = batch.timestamps_T[: self.history + 1]
+        absolute = not model.uses_candidates or tokens.place == "absolute"
+        seconds = times.diff(prepend=times[:1]) if absolute else times[-1] - times
+        places = torch.arange(self.history + 1)
+        buckets = time_bucket(seconds, tokens.time.scale, tokens.time.buckets)
+        places = places if absolute else self.history - places
+        ids = torch.stack([batch.features[name].values() for name in (ITEM_FEATURE, "category")])
+        self.events = (ids[:, : self.history], batch.actions_T[: self.history], places[:-1], buckets[:-1])
+        self.candidates = (ids[:, self.history :], places[-1:], buckets[-1:])
+        self.context = (batch.features["country"].values(), batch.numeric_BK[0])
+        self.per_event = 2 if tokens.interleaved else 1
+        self.first = tokens.contextual
+
+    def tokens(self, events: int) -> Tensor:
+        return torch.tensor([self.first + events * self.per_event])
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        ids, *others = self.events
+        return ids[:, start:stop], *(each[start:stop] for each in others)
+
+
+def example(model: SequenceRanker, history: int, candidates: int) -> tuple[OneUser, RankingBatch]:
+    batch = batch_of([history + candidates], [candidates])
+    assert batch.timestamps_T is not None
+    batch.timestamps_T[history:] = batch.timestamps_T[history]  # one request
+    return OneUser(model, batch), batch
+
+
+def full(model: SequenceRanker, batch: RankingBatch) -> Tensor:
+    """Each candidate by itself, as the newest event of its history: with supervision of all, nothing hides the rest."""
+    history, rows = len(batch.actions_T) - batch.scored, []
+    if model.uses_candidates:
+        return model(batch)
+    for candidate in range(batch.scored):
+        kept = [*range(history), history + candidate]
+        alone = batch_of([len(kept)], [1])
+        ids = batch.features.values()
+        total = len(batch.actions_T)
+        alone.features.values()[:] = torch.cat([ids[kept], ids[total : 2 * total][kept], ids[2 * total :]])
+        alone.actions_T[:], alone.numeric_BK[:] = batch.actions_T[kept], batch.numeric_BK
+        assert alone.timestamps_T is not None and batch.timestamps_T is not None
+        alone.timestamps_T[:] = batch.timestamps_T[kept]
+        rows.append(model(alone))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_equal_the_full_forward_pass(form: str) -> None:
+    model = model_of(FORMS[form])
+    passes = ranking_passes(model, lambda features: FloatTables(model, features))
+    user, batch = example(model, 9, 5)
+    kv = passes["prefill"](*user.events, user.tokens(9), *user.context)
+    scored = passes["score"](kv, user.tokens(9), *user.candidates)
+    torch.testing.assert_close(scored, full(model, batch), rtol=1e-5, atol=5e-6)
+    # Events that only fill the call up, and room in the cache, change nothing.
+    ids, *others = user.events
+    padded = (torch.nn.functional.pad(ids, (0, 7), value=1), *(torch.nn.functional.pad(x, (0, 7)) for x in others))
+    wide = passes["prefill"](*padded, user.tokens(9), *user.context)
+    assert torch.equal(wide[: len(kv)], kv)
+    wide[len(kv) :] = torch.nan
+    assert torch.equal(passes["score"](wide, user.tokens(9), *user.candidates), scored)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("request")])
+@torch.no_grad()
+def test_append_has_the_bits_of_prefill(form: str) -> None:
+    model = model_of(FORMS[form])
+    passes = ranking_passes(model, lambda features: FloatTables(model, features))
+    user, _ = example(model, 11, 5)
+    whole = passes["prefill"](*user.events, user.tokens(11), *user.context)
+    kv = passes["prefill"](*user.part(0, 5), user.tokens(5), *user.context)
+    added = passes["append"](kv, user.tokens(5), *user.part(5, 11))
+    assert torch.equal(torch.cat([kv, added]), whole)
+
+
+@torch.no_grad()
+def test_a_split_of_the_candidates_has_the_same_bits() -> None:
+    model = model_of(FORMS["additive, absolute"])
+    passes = ranking_passes(model, lambda features: FloatTables(model, features))
+    user, _ = example(model, 9, 32)
+    kv = passes["prefill"](*user.events, user.tokens(9), *user.context)
+    ids, *when = user.candidates
+    parts = [passes["score"](kv, user.tokens(9), part, *when) for part in ids.split(16, dim=1)]
+    assert torch.equal(torch.cat(parts), passes["score"](kv, user.tokens(9), ids, *when))
+
+
+@torch.no_grad()
+def test_a_bfloat16_cache_is_close() -> None:
+    model = model_of(FORMS["additive, absolute"])
+    user, batch = example(model, 11, 5)
+    passes = ranking_passes(model, lambda features: FloatTables(model, features), cache_dtype=torch.bfloat16)
+    kv = passes["prefill"](*user.part(0, 5), user.tokens(5), *user.context)
+    kv = torch.cat([kv, passes["append"](kv, user.tokens(5), *user.part(5, 11))])
+    assert kv.dtype == torch.bfloat16
+    assert torch.equal(kv, passes["prefill"](*user.events, user.tokens(11), *user.context))
+    scored = passes["score"](kv, user.tokens(11), *user.candidates)
+    torch.testing.assert_close(scored, model(batch), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "tower", [{**HSTU, "time_bias": True}, {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 8, "dropout": 0.0}]
+)
+def test_other_towers_are_refused(tower: dict[str, Any]) -> None:
+    model = model_of({"all": True, "tower": tower})
+    with pytest.raises(ServingError, match="is not served as it is configured"):
+        ranking_passes(model, lambda features: FloatTables(model, features))
