@@ -60,10 +60,6 @@ class TrainingError(GRError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
-class ServingError(GRError):
-    """A model cannot be exported or served, or a package is not what it says."""
-
-
 class InstallError(GRError):
     """The installed packages do not fit together."""
 

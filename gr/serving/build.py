@@ -4,8 +4,9 @@ A builder makes modules without data-dependent shapes over the model's own dense
 the verbs of the kind need when a package is opened. gr/serving/KIND.py has these verbs, and neither knows the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ class Built:
     """passes: by name. verbs: what each is asked with and answers with. tables: shape and row type of each, by name.
 
     form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
-    files of the version, path -> content, for the verbs to read.
+    files of the version for the verbs to read, path -> content, or what writes it; written in this order.
     """
 
     passes: Mapping[str, Pass]
     verbs: Mapping[str, VerbRecord]
     tables: Mapping[str, tuple[int, int, RowKind]]
     form: Mapping[str, Any]
-    artifacts: Mapping[str, bytes]
+    artifacts: Mapping[str, bytes | Callable[[Path], None]]

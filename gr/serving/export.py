@@ -45,7 +45,7 @@ from gr.serving.version import Version, golden_name
 from gr.serving.weights import write_tensors
 
 # kind of a model -> its builder: function(saved, config) -> Built
-BUILDERS = {"click": "gr.serving.passes.click:build"}
+BUILDERS = {"click": "gr.serving.passes.click:build", "retrieval": "gr.serving.build_retrieval:build"}
 _LARGEST_BATCH = 1 << 24  # rows of a call; far above any, and offsets of ids stay within int32
 _TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}  # of a pass from its golden rows
 _COMPILER_OPTIONS = {
@@ -189,7 +189,10 @@ def _write_version(
     write_tensors(draft / GOLDEN, golden)
     for name, content in built.artifacts.items():
         (draft / name).parent.mkdir(exist_ok=True)
-        (draft / name).write_bytes(content)
+        if isinstance(content, bytes):
+            (draft / name).write_bytes(content)
+        else:
+            content(draft / name)
     manifest = Manifest(
         kind=saved.config.kind,
         step=read_progress(saved.folder)["step"],
