@@ -2,7 +2,7 @@
 
 For each run: all tables in fp16, int8, int4 and int2 rows, with the changes of NE (or of HR@10 and NDCG@10), of AUC and
 of the logits, and the gate's verdict; each table's sensitivity; and the dtypes that `auto` chooses, with the bytes.
---data: the rows to measure on, in place of those that the run names. --pictures: a folder for the tables' sensitivities.
+--data: the rows to measure on, in place of those that the run names. --pictures: a folder for each table's sensitivity.
 """
 
 import argparse

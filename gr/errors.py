@@ -60,9 +60,9 @@ class TrainingError(GRError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class ServingError(GRError):
+    """A model cannot be exported or served, a package is not what it says, or a request cannot be answered."""
+
+
 class InstallError(GRError):
     """The installed packages do not fit together."""
-
-
-class ServingError(GRError):
-    """A model cannot be exported or served, or a request cannot be answered."""

@@ -102,7 +102,6 @@ def build(exact: ExactIndex, queries_BD: Tensor, *, recall: float, k: int) -> tu
     lists = library.IndexIVFScalarQuantizer(
         quantizer, exact.dim, count, library.ScalarQuantizer.QT_8bit, library.METRIC_INNER_PRODUCT
     )
-    lists.cp.spherical = True  # centres of equal length: by products, a long one would draw most items into its list
     draw = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(exact), generator=draw)[: TRAINING_ROWS_A_LIST * count].sort().values
     lists.train(exact.vectors(sample).numpy())

@@ -178,7 +178,8 @@ class _Card:
         """The vectors of the card's features. said: its reply. Raises ServingError where it could not look up."""
         if said != _READY:
             raise ServingError(f"card {self.place} cannot look up: {said.removeprefix(_FAILED).decode()}")
-        answers, place = {}, 0
+        answers: dict[str, Tensor] = {}
+        place = 0
         for group, B in zip(self.groups, self._sizes, strict=True):
             widths = list(group.widths.values())
             block_BC = self._vectors[place : place + B * sum(widths)].view(B, sum(widths)).float()

@@ -167,7 +167,7 @@ def _compile(each: Pass, path: Path) -> None:
         assert not lifted, f"{lifted} are no buffers of the pass, so another checkpoint could not give them"
         try:
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=_COMPILER_OPTIONS
+                program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS)
             )
         except (InvalidCxxCompiler, CppCompileError, InductorError) as error:
             cause = error.inner_exception if isinstance(error, InductorError) else error

@@ -14,7 +14,7 @@ from gr.ops.backend import backend_for
 from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.mask import AttentionMask
 from gr.ops.hstu_attention.native import native_dtype, native_operand
-from gr.ops.hstu_attention.reference import hstu_attention_reference, seen
+from gr.ops.hstu_attention.reference import hstu_attention_reference
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -148,7 +148,7 @@ def hstu_attention_cached_reference(
         if candidates:  # each has one column for itself, whichever candidate it is
             ids_MK = torch.cat([ids_MK[:, :N], ids_MK[:, -1:].expand(-1, M)], dim=1)
         scores_HMK = scores_HMK + time_bias[ids_MK[:, : N + M]]
-    hidden_MK = ~seen(mask, N + M, history)[N:].to(device)
+    hidden_MK = ~mask.seen(N + M, torch.tensor(history))[N:].to(device)
     weights_HMK = (F.silu(scores_HMK) / divisor).masked_fill(hidden_MK, 0.0)
     return torch.einsum("hij,jhd->ihd", weights_HMK, v)
 

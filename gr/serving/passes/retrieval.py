@@ -78,6 +78,7 @@ class _HSTUQuery(nn.Module):
             buckets_TT = torch.bucketize((asked_T[:, None] - times_T[None, :]).abs(), self.edges, right=True)
         for index, layer in enumerate(self.layers):
             rows = _rows(index, len(self.layers))
+            assert isinstance(layer, HSTULayer)
             x_TD = self._layer(layer, x_TD, rows, distance_TT[rows], buckets_TT[rows], hidden_TT[rows])
         return x_TD
 
@@ -126,6 +127,7 @@ class _SASRecQuery(nn.Module):
         hidden_TT = place_T[None, :] > place_T[:, None]
         for index, layer in enumerate(self.layers):
             rows = _rows(index, len(self.layers))
+            assert isinstance(layer, SASRecLayer)
             x_TD = self._layer(layer, x_TD, rows, hidden_TT[rows])
         return self.last_norm(x_TD)
 
