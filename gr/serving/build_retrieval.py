@@ -6,6 +6,7 @@ F features of an item, T events, E items, D width, B queries.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def _index(
     """What says how items are searched, and the inverted file where one is asked for. corpus: ids and counts, [E]."""
     if config.index.kind == "exact":
         return {FORM: StoredRetrieval(form=form, probes=None).model_dump_json(indent=2).encode()}
-    features = query.tables.features
+    features = cast(PackedTables, query.tables).features
     probes: list[int] = []
 
     @torch.no_grad()

@@ -75,6 +75,8 @@ class RetrieveServable:
         self.form, self._items, self._index, self._query = form, items, index, query
         self._features_FE = [torch.from_numpy(ids_E).int() for ids_E in item_features]
         self._count_unknown = count_unknown
+        self.inputs: Sequence[TensorSpec]
+        self.outputs: Sequence[TensorSpec]
         self.inputs, self.outputs = tensors(items, form)
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> RetrieveRequest:
