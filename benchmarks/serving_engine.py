@@ -14,7 +14,7 @@ import numpy as np
 
 from gr.config.serving import EngineConfig
 from gr.serving import Engine
-from gr.serving.load_test import EngineTarget, Run, largest_rate, overload
+from gr.serving.load_test import EngineTarget, largest_rate, overload
 from tests.support.toy_serving import ToyVersion
 
 
@@ -61,21 +61,12 @@ def too_much(fixed: float, row: float, rows: int, deadline: float, seconds: floa
     with Engine(ToyVersion(1, fixed=fixed, row=row), config) as engine:
         target = EngineTarget(engine, "score", [request])
         best = largest_rate(
-            target, deadline, seconds, start=3 / deadline, show=lambda run: print("  ", describe(run, deadline))
+            target, deadline, seconds, start=3 / deadline, show=lambda run: print("  ", run.describe(deadline))
         )
-        print("largest:", describe(best, deadline))
+        print("largest:", best.describe(deadline))
         over = overload(target, best.offered, seconds)
-        print("3 times:", describe(over, deadline))
+        print("3 times:", over.describe(deadline))
         print(f"goodput kept: {over.goodput(deadline) / best.goodput(deadline):.1%}")
-
-
-def describe(run: Run, deadline: float) -> str:
-    p50, p99 = (1e3 * run.percentile(percent) for percent in (50, 99))
-    late = int((run.latencies > deadline).sum()) - run.refused - run.failed
-    return (
-        f"{run.offered:,.0f} requests/s: p50 {p50:.1f} ms, p99 {p99:.1f} ms, goodput {run.goodput(deadline):,.0f}/s, "
-        f"{run.refused:,} refused, {late} late, {run.failed} failed"
-    )
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ class BatchTime:
         self.fixed = self.row = 0.0
 
     def add(self, rows: int, seconds: float) -> None:
+        rows = max(rows, 1)  # a request may be empty, such as a history without events that are known
         if self._weight > 5:
             seconds = min(seconds, _OUTLIER * (self.fixed + self.row * rows))
         self._weight = _FORGET * self._weight + 1

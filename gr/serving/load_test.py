@@ -53,6 +53,15 @@ class Run:
         """Requests answered within `deadline` seconds, a second."""
         return float((self.latencies <= deadline).sum() / self.seconds)
 
+    def describe(self, deadline: float) -> str:
+        """One line. deadline: seconds."""
+        p50, p99 = (1e3 * self.percentile(percent) for percent in (50, 99))
+        late = int((self.latencies > deadline).sum()) - self.refused - self.failed
+        return (
+            f"{self.offered:,.0f} requests/s: p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
+            f"in time {self.goodput(deadline):,.0f}/s, refused {self.refused:,}, late {late:,}, failed {self.failed:,}"
+        )
+
 
 class Target(Protocol):
     """What load is put on."""
