@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.served import as_rows, click_columns, train_click
 
 import gr
 import gr.serving.export as exporting
@@ -17,7 +18,6 @@ from gr.config.export import load_export_config
 from gr.errors import ServingError, TransientError
 from gr.serving.package import CODE, WEIGHTS, read_current
 from gr.serving.version import Version
-from tests.support.served import as_rows, click_columns, train_click
 
 pytestmark = pytest.mark.slow
 
