@@ -32,6 +32,14 @@ class GateConfig(Section):
     )
 
 
+class ExportIndex(Section):
+    """How a retrieval model's items are searched."""
+
+    kind: Literal["exact", "approximate"] = Field("exact", description="approximate: an inverted file (extra faiss).")
+    recall: float = Field(0.97, gt=0, le=1, description="Of the exact k best, that an approximate index must find.")
+    k: int = Field(100, ge=1, description="Items a query at which the recall is measured.")
+
+
 class ExportConfig(Section):
     """What `gr export` writes; each value may be given on its command line, as tables.dtype=int8."""
 
@@ -43,6 +51,7 @@ class ExportConfig(Section):
         description="A value that training did not see: zero takes the row of unknown values, reject refuses the "
         "request. Both are counted.",
     )
+    index: ExportIndex = Field(ExportIndex(), description="The index of a retrieval model's items.")
     keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
 
     @model_validator(mode="after")
