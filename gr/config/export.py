@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from gr.config.base import CountOrNone, PathText, PositiveFloat, Section
 from gr.errors import ConfigError, nearest
@@ -52,6 +52,14 @@ class ExportConfig(Section):
         "request. Both are counted.",
     )
     index: ExportIndex = Field(ExportIndex(), description="The index of a retrieval model's items.")
+    cache: DenseDtype = Field(
+        "fp32", description="Of a ranking model's cached keys and values; bf16 holds twice as many users."
+    )
+    cache_mib: NonNegativeInt = Field(
+        1024,
+        description="MiB for keys and values that a server keeps of users between requests, where the model's form "
+        "allows; the least recently used leave first.",
+    )
     keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
 
     @model_validator(mode="after")

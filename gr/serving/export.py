@@ -49,7 +49,11 @@ from gr.serving.version import Version, golden_name
 from gr.serving.weights import write_tensors
 
 # kind of a model -> its builder, as gr/serving/build.py says: function(saved, kinds, config) -> Built
-BUILDERS = {"click": "gr.serving.passes.click:build", "retrieval": "gr.serving.build_retrieval:build"}
+BUILDERS = {
+    "click": "gr.serving.passes.click:build",
+    "ranking": "gr.serving.passes.ranking_build:build",
+    "retrieval": "gr.serving.build_retrieval:build",
+}
 _LARGEST_BATCH = 1 << 24  # rows of a call; far above any, and offsets of ids stay within int32
 _TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}  # of a pass from its golden rows
 _COMPILER_OPTIONS = {
