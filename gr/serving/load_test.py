@@ -213,7 +213,7 @@ def offline(engine: Engine, verb: str, requests: Sequence[Columns], count: int) 
 def read_requests(file: Path, inputs: Sequence[TensorSpec], rows: int) -> list[Columns]:
     """Requests from a Parquet file that has the columns of a verb, in the user's own values.
 
-    A request is one row where a column has lists of any length, such as a history, and else `rows` rows. Raises
+    A request is one row where a column of one dim has lists, such as a history, and else `rows` rows. Raises
     DataError for a file that cannot be read, lacks a column or has nulls, which a request cannot say.
     """
     try:
@@ -226,7 +226,7 @@ def read_requests(file: Path, inputs: Sequence[TensorSpec], rows: int) -> list[C
     table = table.select(names).combine_chunks()
     if nulls := [name for name in names if table.column(name).null_count]:
         raise DataError(f"{file}: column {nulls[0]} has nulls, which a request cannot say; name a file without")
-    one = any(pa.types.is_list(kind) or pa.types.is_large_list(kind) for kind in table.schema.types)
+    one = any(_is_list(table.column(spec.name).type) and len(spec.shape) == 1 for spec in inputs)
     size = 1 if one else rows
     if table.num_rows < size:
         raise DataError(f"{file}: has {table.num_rows} rows, and a request is {size}")
@@ -236,13 +236,13 @@ def read_requests(file: Path, inputs: Sequence[TensorSpec], rows: int) -> list[C
     ]
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _array(column: pa.ChunkedArray, spec: TensorSpec) -> np.ndarray:
+    """A column as a request has it; lists are rows of a tensor with several dims, or all of one with one."""
     values = column.combine_chunks()
-    shape = [len(values)]
-    if pa.types.is_fixed_size_list(values.type):
-        shape.append(values.type.list_size)
+    if _is_list(values.type):
         values = values.flatten()
-    elif isinstance(values, pa.ListArray | pa.LargeListArray):
-        values = values.flatten()
-        shape = [len(values)]
-    return values.to_numpy(zero_copy_only=False).astype(DTYPES[spec.datatype]).reshape(shape)
+    return values.to_numpy(zero_copy_only=False).astype(DTYPES[spec.datatype]).reshape(-1, *spec.shape[1:])
