@@ -73,8 +73,7 @@ class Engine:
         self._held = _Held(version)
         self._swapping = threading.Lock()
         self._closed = False
-        limits = (self.config.batch_rows, self.config.queue_rows, self.config.workers)
-        self._queues = {verb: BatchQueue(*limits) for verb in version.verbs}
+        self._queues = {verb: BatchQueue(self.config) for verb in version.verbs}
         self._threads = [
             threading.Thread(target=self._work, args=(verb,), name=f"{verb}-{number}", daemon=True)
             for verb in self._queues
