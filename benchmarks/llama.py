@@ -61,6 +61,8 @@ def _padded(lengths: tuple[int, ...], device: str, dim: int, heads: int, kv_head
             max_position_embeddings=_LONGEST,
             attn_implementation="sdpa",
             use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     ).to(device)
     model.embed_tokens.requires_grad_(False)

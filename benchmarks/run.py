@@ -1,6 +1,7 @@
 """Measures gr and its alternatives in turns, in one run, and reports it.
 
-    python -m benchmarks.run hstu_attention|layer|llama|loss|train_step|all [--device cpu|cuda] [--data DIR] [--peer DIR]
+    python -m benchmarks.run hstu_attention|layer|llama|loss|train_step|all [--device cpu|cuda] [--data DIR]
+        [--peer DIR]
 
 --data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
 measured beside the rest. A benchmark whose correctness tests fail is not measured. On CPU everything is one thread and
