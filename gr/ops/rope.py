@@ -62,4 +62,5 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_THQ: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad_THQ, *ctx.saved_tensors, -1).to(ctx.dtype), None, None
+        cos_T1P, sin_T1P = ctx.saved_tensors
+        return _turned(grad_THQ, cos_T1P, sin_T1P, -1).to(ctx.dtype), None, None
