@@ -187,7 +187,7 @@ def planning_problem(
         raise ConfigError("topology is missing: cpux2 plans for two ranks on a CPU, h100x8 for eight H100s")
     machine = parse_topology(topology)
     experiment.check_ranks(machine.ranks)
-    inventory = experiment.inventory(experiment.load_schema())
+    inventory = experiment.inventory(experiment.planning_schema())
     divides = gcd(*experiment.batch_sizes().values())
     return constrained(inventory, experiment.planner, machine.device), machine, divides
 

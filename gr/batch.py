@@ -229,3 +229,16 @@ class TabularBatch(Movable):
             labels_B=F.pad(self.labels_B, (0, added)),
             first_example=self.first_example,
         )
+
+
+@dataclass(frozen=True)
+class TokenBatch(Movable):
+    """Pieces of documents, each token with the one that follows it. T tokens, B pieces.
+
+    ids_T, target_ids_T: int64. scored_T: bool, False where the target is of a prompt. offsets_B1: int64, the pieces.
+    """
+
+    ids_T: Tensor
+    target_ids_T: Tensor
+    scored_T: Tensor
+    offsets_B1: Tensor

@@ -220,7 +220,8 @@ def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: Wo
     saved = _saved_config(chosen, config)
     recipe.check_saved(saved, str(chosen))
     progress = load_state(chosen, state, world)
-    loader.load_state_dict(progress["data"])
+    if progress["data"]:  # empty in a checkpoint of weights that came from elsewhere
+        loader.load_state_dict(progress["data"])
     log.info("resumed from %s", chosen)
     for name, (before, now) in differences(saved, config).items():
         log.info("  %s: %s there, %s now", name, before, now)

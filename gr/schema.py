@@ -35,6 +35,7 @@ from gr.files import is_transient
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
+TOKENIZER_FILE = "tokenizer.json"
 ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
@@ -263,6 +264,33 @@ class TabularSchema(_SchemaFile):
     def _columns_differ(self) -> Self:
         _require_distinct([*self.labels, *self.dense, *(column.name for column in self.sparse)], "column")
         return self
+
+
+class TextSchema(_SchemaFile):
+    """The description of a text folder: documents of token ids."""
+
+    _kind: ClassVar[str] = "text"
+
+    format_version: Literal[1] = Field(description="Layout of the folder; this is the only one so far.")
+    kind: Literal["text"] = Field(description="Tells this schema from that of user histories.")
+    name: str = Field(description="Name of the data set, for reports.")
+    vocabulary: PositiveInt = Field(description="Largest token id + 1.")
+    documents: NonNegativeInt = Field(description="Rows over all parts.")
+    tokens: NonNegativeInt = Field(description="Token ids over all parts.")
+    prompts: bool = Field(False, description="Whether the column prompt_length exists.")
+    bos: Int64 | None = Field(None, description="The id that begins a document.")
+    eos: Int64 | None = Field(None, description="The id that ends a document.")
+    tokenizer: str | None = Field(None, description="SHA-256 of tokenizer.json, which made the tokens.")
+    source: str = Field(description="Where the data came from.")
+
+    @property
+    def input_vocabularies(self) -> dict[str, str]:
+        """None: ids of tokens stand for what tokenizer.json says."""
+        return {}
+
+    def summary(self) -> str:
+        """The sizes, in one line."""
+        return f"{self.documents:,} documents, {self.tokens:,} tokens of {self.vocabulary:,} ids"
 
 
 def _require_distinct(names: list[str], noun: str) -> None:

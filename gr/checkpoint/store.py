@@ -237,6 +237,8 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     progress = read_progress(path)
     saved = read_metadata(path)
     expected = _tensors(state)
+    if progress["step"] == 0 and not any(name.startswith("dense_optimizer.") for name in saved.state_dict_metadata):
+        expected.pop("dense_optimizer", None)  # weights that came from elsewhere: the optimizer starts afresh
     resharded = _rowwise_of_other_blocks(saved, state)
     faults = _misfits(saved, expected, skip=resharded)
     if world.any(bool(faults)):

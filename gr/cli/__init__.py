@@ -29,6 +29,8 @@ _COMMANDS = {
     "predict": ("gr.cli.predict:command", "Write a model's predictions beside the rows of a file."),
     "embed": ("gr.cli.embed:command", "Write the vectors of items and users, from a checkpoint."),
     "export-weights": ("gr.cli.export_weights:command", "Write the weights of a checkpoint as safetensors."),
+    "import-hf": ("gr.cli.import_hf:command", "Read a Llama of Hugging Face as a checkpoint."),
+    "export-hf": ("gr.cli.export_hf:command", "Write a Llama for Hugging Face, from a checkpoint."),
     "plan": ("gr.cli.plan:command", "Plan where tables go; predict memory and step time."),
     "calibrate": ("gr.cli.calibrate:command", "Measure this machine and write a topology file for `gr plan`."),
     "prepare": ("gr.cli.prepare:command", "Turn your own log, or a public data set, into a data folder."),

@@ -149,6 +149,19 @@ _SYNTHETIC_HELP = "Dirichlet process over item categories (arXiv 2402.17152), wi
 _TIME_HELP = "Next item depends on the gap before it, with oracles with and without time."
 _STREAMING_HELP = "Rated histories whose tastes drift with time, after the streaming data of DLRM-v3."
 
+_TEXT_HELP = """Documents of text, as ids of a tokenizer.\n
+Needs .txt (a document a line), or .jsonl or .parquet with the field text; where they have a field prompt too, it goes
+before the text and is not predicted. tokenizer.json is kept in --out."""
+_TEXT = [
+    _option(
+        "--source", "Files (.txt, .jsonl, .parquet).", type=click.Path(path_type=Path), required=True, multiple=True
+    ),
+    _folder("--tokenizer", "tokenizer.json of Hugging Face's tokenizers.", required=True),
+    _option("--bos", "Token that begins each document, like <s>. Default: none."),
+    _option("--eos", "Token that ends each document, like </s>. Default: none."),
+    *_OUT,
+]
+
 _ROWS = {
     "movielens-100k": _Row(_FILES_100K, _MOVIELENS, _histories, _RAW, {"name": "movielens-100k"}),
     "movielens-1m": _Row(_FILES_1M, _MOVIELENS, _histories, _RAW, {"name": "movielens-1m"}),
@@ -173,6 +186,7 @@ _ROWS = {
         [_TABULAR, *_OUT],
         sizes="synthetic_trace:TraceOptions",
     ),
+    "text": _Row(_TEXT_HELP, "text:prepare_text", lambda schema: [schema.summary()], _TEXT),
     "multi-hot": _Row(_MULTI_HOT_HELP, "multi_hot:prepare_multi_hot", _multi_hot, [_ONE_ID, *_OUT, _HOTS]),
 }
 

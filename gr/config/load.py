@@ -13,12 +13,14 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 
 from gr.config.base import Registry, Section
+from gr.config.causal_lm import CausalLMConfig
 from gr.config.click import ClickConfig
 from gr.config.messages import default_kinds, describe_faults, shortened
 from gr.config.ranking import RankingConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.config.run import RunConfig
 from gr.config.sizing import SIZED, retrieval_sizes
+from gr.config.towers import TOWERS
 from gr.config.yaml import SCALARS, Location, Node, Reader, describe
 from gr.errors import ConfigError
 from gr.logging import get_logger, log_once
@@ -32,8 +34,11 @@ RECIPES = Registry("task")
 RECIPES.add(RetrievalConfig, "gr.recipes.retrieval:RetrievalRecipe", kind="retrieval")
 RECIPES.add(RankingConfig, "gr.recipes.ranking:RankingRecipe", kind="ranking")
 RECIPES.add(ClickConfig, "gr.recipes.click:ClickRecipe", kind="click")
+RECIPES.add(CausalLMConfig, "gr.recipes.causal_lm:CausalLMRecipe", kind="causal_lm")
 PROGRESS = "progress.json"  # what lies beside the configuration of a checkpoint, and of nothing else
 DEFAULT_RECIPE = "retrieval"
+DEFAULT_TOWER = "hstu"
+IN_TOWER = "model.tower."
 RENAMED_RECIPES = {"generative_ranking": "ranking"}
 
 
@@ -81,7 +86,9 @@ def _sizes(tree: Node, kind: str) -> list[str]:
     if kind != "retrieval" or sizes is None or sizes.value != "data" or path is None or not isinstance(path.value, str):
         return []
     tower = tree.find(("model", "tower", "kind"))
-    keys = [key for key in SIZED if key != "model.tower.time_bias" or tower is None or tower.value == "hstu"]
+    tower_kind = DEFAULT_TOWER if tower is None else tower.value
+    fields = TOWERS.config(tower_kind).model_fields if tower_kind in TOWERS else {}
+    keys = [key for key in SIZED if not key.startswith(IN_TOWER) or key.removeprefix(IN_TOWER) in fields]
     unset = [key for key in keys if tree.find(tuple(key.split("."))) is None]
     if tree.find(("trainer", "steps")) is not None and "trainer.epochs" in unset:
         unset.remove("trainer.epochs")

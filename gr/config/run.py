@@ -262,6 +262,10 @@ class RunConfig(Section):
         Raises DataError, and ConfigError for a column that is not there.
         """
 
+    def planning_schema(self) -> Any:
+        """The schema from which sizes are counted to plan; as load_schema, where they depend on the data."""
+        return self.load_schema()
+
     @abstractmethod
     def id_columns(self, schema: Any) -> Mapping[str, int]:
         """The columns of ids that the model reads, in its order, each with the rows of its table."""

@@ -5,7 +5,7 @@ D model width, H heads, Q query and key width per head, V value width per head, 
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -201,8 +201,86 @@ class STUConfig(TowerConfig):
         )
 
 
+# Layers, heads, key and value heads, feed-forward width, of arXiv 2307.09288 (Table 1) and the published checkpoints.
+LLAMA_SIZES: dict[str, dict[str, int]] = {
+    "7b": {"dim": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "ffn_dim": 11008},
+    "13b": {"dim": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "ffn_dim": 13824},
+    "34b": {"dim": 8192, "layers": 48, "heads": 64, "kv_heads": 8, "ffn_dim": 22016},
+    "70b": {"dim": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn_dim": 28672},
+}
+
+
+class LlamaConfig(TowerConfig):
+    """The Transformer of Llama 2 (arXiv 2307.09288, section 2.2): RMSNorm, rotary positions, SwiGLU, shared keys."""
+
+    masks_candidates: ClassVar[bool] = True
+
+    kind: Literal["llama"] = "llama"
+    size: Literal["7b", "13b", "34b", "70b"] | None = Field(
+        None, description="Sets layers, heads, kv_heads and ffn_dim to those of a published model; model.dim must fit."
+    )
+    layers: Layers = 2
+    heads: Heads = 2
+    kv_heads: Count | None = Field(
+        None, description="Heads of keys and values, each shared by heads / kv_heads heads of queries; unset: heads."
+    )
+    ffn_dim: Count = Field(128, description="Hidden width of the gated feed-forward part.")
+    rope_theta: PositiveFloat = Field(10000.0, description="Base of the frequencies of rotary positions.")
+    norm_eps: PositiveFloat = Field(1e-5, description="Added to the mean square in RMSNorm.")
+    dropout: Probability = Field(
+        0.0, description="Of what attention and the feed-forward part add to a token; the published models have none."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_by_size(cls, given: Any) -> Any:
+        sizes = LLAMA_SIZES.get(given.get("size") or "") if isinstance(given, dict) else None
+        if sizes is None:
+            return given
+        filled = {key: value for key, value in sizes.items() if key != "dim"}
+        if differing := [key for key in filled if key in given and given[key] != filled[key]]:
+            key = differing[0]
+            raise ValueError(f"size={given['size']} has {key}={filled[key]}, not {given[key]}: unset one of the two")
+        return {**given, **filled}
+
+    @model_validator(mode="after")
+    def _keys_are_shared_evenly(self):
+        if self.heads % self.key_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        return self
+
+    @property
+    def key_heads(self) -> int:
+        """G: heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    def check_width(self, dim: int) -> None:
+        if self.size is not None and dim != LLAMA_SIZES[self.size]["dim"]:
+            raise ValueError(f"dim={dim} is not that of tower.size={self.size}, {LLAMA_SIZES[self.size]['dim']}")
+        if dim % (2 * self.heads):
+            raise ValueError(
+                f"dim={dim} is not divisible by twice tower.heads={self.heads}: rotary positions take pairs"
+            )
+
+    def cost(self, dim: int, max_length: int, element_bytes: int) -> TowerCost:
+        """W_q and W_o [D, D], W_k and W_v [D, G Q], three matrices [D, F]; two norms a layer and one at the end."""
+        D, F = dim, self.ffn_dim
+        GQ = D // self.heads * self.key_heads
+        matrices = 2 * D * D + 2 * D * GQ + 3 * D * F
+        # The inputs of two norms and their outputs, q and k turned, v, attention's output, what enters and leaves SiLU,
+        # what it is multiplied with, and the product; the masks of two dropouts, a byte an element on CUDA.
+        activations = element_bytes * (4 * D + 2 * D + 2 * GQ + 4 * F) + 2 * D * (self.dropout > 0)
+        return TowerCost(
+            parameters=self.layers * (matrices + 2 * D) + D,
+            token_flops=self.layers * 2 * matrices,
+            score_flops=self.layers * 4 * D,
+            kept_bytes=self.layers * activations,
+        )
+
+
 # kind -> its config and the module that it configures: `Module(config, dim=, max_length=)`.
 TOWERS = Registry("tower")
 TOWERS.add(HSTUConfig, "gr.towers.hstu:HSTU")
 TOWERS.add(SASRecConfig, "gr.towers.sasrec:SASRec")
 TOWERS.add(STUConfig, "gr.towers.stu:STU")
+TOWERS.add(LlamaConfig, "gr.towers.llama:Llama")

@@ -59,6 +59,11 @@ def padded_to_jagged(padded: Tensor, offsets_B1: Tensor, tokens: int) -> Tensor:
     return _Pick.apply(padded.flatten(0, 1), padded_rows(offsets_B1, tokens, padded.shape[1]))
 
 
+def permuted(values: Tensor, order_T: Tensor) -> Tensor:
+    """values[order_T] for a permutation of the tokens, whose gradient is a permutation too and no sum."""
+    return _Pick.apply(values, order_T)
+
+
 class _Spread(torch.autograd.Function):
     """out[rows[t]] = values[t], zero elsewhere. Rows are distinct, so the gradient is a plain pick and no sum."""
 

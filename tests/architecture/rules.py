@@ -17,24 +17,24 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.3,
-    "data": 3.0,
+    "config": 3.4,
+    "data": 3.1,
     "ops": 4.6,
     "embeddings": 1.4,
     "parallel": 0.7,
     "towers": 1.0,
     "tasks": 0.6,
-    "models": 1.1,
+    "models": 1.5,
     "metrics": 1.0,
     "checkpoint": 0.8,
     "planner": 4.1,
     "cluster": 0.5,
     "training": 1.4,
-    "recipes": 1.6,
-    "cli": 1.9,
-    "prepare": 4.9,
+    "recipes": 1.8,
+    "cli": 2.0,
+    "prepare": 5.0,
 }
-WITHOUT_PREPARE = 26.2
+WITHOUT_PREPARE = 27.7
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

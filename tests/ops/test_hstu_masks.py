@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from gr.ops.backend import Backend, force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import native as native_path
-from gr.ops.hstu_attention.reference import seen
 from tests.ops.test_hstu_attention import MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
 from tests.support.tolerances import assert_near
 
@@ -75,7 +74,7 @@ def test_definition_is_the_rules() -> None:
             continue
         mask = mask_of(None, window, prefix, full)
         expected = [[sees(i, j, length, mask, targets) for j in range(length)] for i in range(length)]
-        assert seen(mask, length, length - targets).tolist() == expected, (length, targets, mask)
+        assert mask.seen(length, torch.tensor(length - targets)).tolist() == expected, (length, targets, mask)
 
 
 @pytest.mark.parametrize("prefix", [0, 1], ids=["", "prefix"])

@@ -5,36 +5,80 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr.ops.hstu_attention import AttentionMask
 from gr.ops.softmax_attention import softmax_attention
 from tests.support.tolerances import assert_near
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], mask: AttentionMask | None = None) -> Tensor:
+    """Sequence by sequence, every query head with its own copy of the keys and values that it shares."""
     outputs = []
-    for a, b, c in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+    for index, parts in enumerate(zip(*(x.split(lengths) for x in (q, k, v)), strict=True)):
+        a, b, c = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in parts)
         n = a.shape[0]
         scores = torch.einsum("ihd,jhd->hij", a, b) / q.shape[2] ** 0.5
-        scores = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))
+        targets_B = None if mask is None else mask.num_targets_B
+        history = torch.tensor(n if targets_B is None else n - int(targets_B[index]))
+        scores = scores.masked_fill(~(mask or AttentionMask()).seen(n, history), float("-inf"))
         outputs.append(torch.einsum("hij,jhd->ihd", F.softmax(scores, dim=-1), c))
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("widths", [(1, 50, 50), (2, 25, 16)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_matches_definition(dtype: torch.dtype, widths: tuple[int, int, int]) -> None:
-    lengths = [65, 0, 1, 2, 64, 0]
-    offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-    heads, width, value_width = widths
-    rounded = [torch.randn(132, heads, w).to(dtype).double() for w in (width, width, value_width, value_width)]
-    *references, grad = [x.requires_grad_() for x in rounded]
+LENGTHS = [65, 0, 1, 2, 64, 0]
+
+
+def check_against_definition(
+    dtype: torch.dtype, widths: tuple[int, int, int, int], mask: AttentionMask | None = None
+) -> None:
+    offsets = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0))
+    H, G, Q, V = widths
+    shapes = [(132, H, Q), (132, G, Q), (132, G, V), (132, H, V)]
+    *references, grad = [torch.randn(shape).to(dtype).double().requires_grad_() for shape in shapes]
     q, k, v = references
-    expected = definition(q, k, v, lengths)
+    expected = definition(q, k, v, LENGTHS, mask)
     values = [x.detach().to(dtype).requires_grad_() for x in references]
     q, k, v = values
-    out = softmax_attention(q, k, v, offsets, max_length=100)
+    out = softmax_attention(q, k, v, offsets, max_length=100, mask=mask)
     actual = [out, *torch.autograd.grad(out, values, grad.to(dtype))]
     for value, reference in zip(actual, [expected, *torch.autograd.grad(expected, references, grad)], strict=True):
         assert_near(value, reference, dtype, "softmax attention")
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 50, 50), (2, 2, 25, 16), (4, 2, 16, 16), (6, 1, 8, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_matches_definition(dtype: torch.dtype, widths: tuple[int, int, int, int]) -> None:
+    """H query heads, G key and value heads, their widths Q and V."""
+    check_against_definition(dtype, widths)
+
+
+@pytest.mark.parametrize("targets", [None, [60, 0, 0, 1, 5, 0]], ids=["no candidates", "candidates"])
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("window", [0, 7])
+def test_masks_are_those_of_hstu_attention(targets: list[int] | None, prefix: int, window: int) -> None:
+    num_targets = None if targets is None else torch.tensor(targets)
+    check_against_definition(torch.float32, (4, 2, 16, 16), AttentionMask(num_targets, window, prefix))
+
+
+def test_a_sequence_does_not_depend_on_its_batch_mates() -> None:
+    """Sequences of like lengths are padded together on CPU; the others of the batch change nothing of one."""
+    q, k, v = (torch.randn(40, 2, 8) for _ in range(3))
+    alone = softmax_attention(q[:9], k[:9], v[:9], torch.tensor([0, 9]), max_length=40)
+    beside = softmax_attention(q, k, v, torch.tensor([0, 9, 9, 13, 40]), max_length=40)
+    torch.testing.assert_close(beside[:9], alone, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((5, 4, 8), (5, 3, 8), (5, 3, 8)), "k_TGQ has 3 heads, which do not divide the 4 of q_THQ"),
+        (((5, 4, 8), (5, 2, 6), (5, 2, 8)), "must be"),
+        (((5, 4, 8), (5, 2, 8), (5, 4, 8)), "v_TGV must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    q, k, v = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        softmax_attention(q, k, v, torch.tensor([0, 5]), max_length=5)
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])

@@ -31,6 +31,29 @@ class AttentionMask:
         """True if the mask is the causal rule alone."""
         return self.num_targets_B is None and not self.max_attn_len and not self.contextual_len
 
+    def seen(self, length: int, history: Tensor) -> Tensor:
+        """bool [..., n, n]: whether query i sees key j, for n = length tokens, of which those from `history` on are
+        candidates, or padding, which no other token sees. history: int64 [...], on any device.
+
+        Tokens are renumbered as in the public production code: the prefix is one place, the candidates are another.
+        """
+        place_n = torch.arange(length, device=history.device)
+        end_1 = history[..., None]
+        if self.contextual_len:
+            place_n = (place_n - self.contextual_len + 1).clamp(min=0)
+            end_1 = end_1 - self.contextual_len + 1
+        place_n = place_n.clamp(max=end_1)
+        i_n1, j_1n, end_11 = place_n[..., :, None], place_n[..., None, :], end_1[..., None]
+        seen_nn = (i_n1 > j_1n) | torch.eye(length, dtype=torch.bool, device=history.device)
+        if self.max_attn_len:
+            near_nn = i_n1 - j_1n <= self.max_attn_len
+            if self.min_full_attn_seq_len:
+                near_nn = near_nn | (i_n1 >= end_11 - self.min_full_attn_seq_len)
+            seen_nn = seen_nn & near_nn
+        if self.contextual_len:
+            seen_nn = seen_nn | ((i_n1 == 0) & (j_1n < end_11))
+        return seen_nn
+
     def check(self, offsets_B1: Tensor) -> None:
         """Raises ValueError unless the mask fits the sequences. Values of tensors are read on CPU only."""
         for name in ("max_attn_len", "contextual_len", "min_full_attn_seq_len"):

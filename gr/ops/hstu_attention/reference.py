@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.ops.hstu_attention.call import AttentionCall, Operands
-from gr.ops.hstu_attention.mask import AttentionMask
 
 
 def hstu_attention_reference(operands: Operands, call: AttentionCall) -> Tensor:
@@ -31,30 +30,7 @@ def hstu_attention_reference(operands: Operands, call: AttentionCall) -> Tensor:
             buckets_nn = call.time_buckets.ids_P[pair_nn.where(j_1n <= i_n1, 0)].long()
             scores_Hnn = scores_Hnn + time_bias[buckets_nn]
         scale_n1 = (call.scale_T if call.scale_T.numel() == 1 else call.scale_T[start:end]).to(q_THQ.dtype)[:, None]
-        hidden_nn = ~seen(call.mask, n, history).to(q_THQ.device)
+        hidden_nn = ~call.mask.seen(n, torch.tensor(history, device=q_THQ.device))
         weights_Hnn = (F.silu(scores_Hnn) * scale_n1).masked_fill(hidden_nn, 0.0)
         outputs.append(torch.einsum("hij,jhd->ihd", weights_Hnn, v_THV[start:end]))
     return torch.cat(outputs)
-
-
-def seen(mask: AttentionMask, length: int, history: int) -> Tensor:
-    """bool [n, n]: whether query i sees key j, for n = length tokens, the candidates among them from `history` on.
-
-    Tokens are renumbered as in the public production code: the prefix is one place, the candidates are another.
-    """
-    place_n = torch.arange(length)
-    end = history
-    if mask.contextual_len:
-        place_n = (place_n - mask.contextual_len + 1).clamp(min=0)
-        end = history - mask.contextual_len + 1
-    place_n = place_n.clamp(max=end)
-    i_n1, j_1n = place_n[:, None], place_n[None, :]
-    seen_nn = (i_n1 > j_1n) | torch.eye(length, dtype=torch.bool)
-    if mask.max_attn_len:
-        near_nn = i_n1 - j_1n <= mask.max_attn_len
-        if mask.min_full_attn_seq_len:
-            near_nn = near_nn | (i_n1 >= end - mask.min_full_attn_seq_len)
-        seen_nn = seen_nn & near_nn
-    if mask.contextual_len:
-        seen_nn = seen_nn | ((i_n1 == 0) & (j_1n < end))
-    return seen_nn

@@ -106,7 +106,7 @@ def test_command(capsys):
     assert all(f"\n{name} " in f"\n{out}" for name in ("run_dir", "trainer", "data", "model", "task"))
     assert main(["config", "explain", "model.tower"]) == 0
     out = capsys.readouterr().out
-    assert out.count("ffn_dim") == 1 and "kind stu" in out and "hstu: HSTU, research form" in out
+    assert out.count("rope_theta") == 1 and "kind stu" in out and "hstu: HSTU, research form" in out
     assert main(["config", "explain", "trainer.precison"]) == 2
 
 

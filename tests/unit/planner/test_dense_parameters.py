@@ -129,6 +129,7 @@ RANKERS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(TOWERS))
 @many
 @given(st.data(), RANKERS)
