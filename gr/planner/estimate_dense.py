@@ -16,6 +16,7 @@ BYTES = {"fp32": 4, "bf16": 2}
 BACKWARD_OF_MATMUL = 2.0
 BACKWARD_OF_ATTENTION = 2.5
 Length = TypeVar("Length", float, np.ndarray)
+WIDE_INPUTS = 4  # of a layer of Llama: those of attention and of the feed-forward, before and after their norms
 SCORE_BYTES = 4  # losses are computed in fp32
 
 
@@ -23,7 +24,8 @@ SCORE_BYTES = 4  # losses are computed in fp32
 class DenseWork:
     """The work of one rank in one step. logits_bytes: scores of the loss and their gradient.
 
-    replicated_parameters: of `parameters`, those that every rank has, also under FSDP.
+    replicated_parameters: of `parameters`, those that every rank has, also under FSDP. matrix_parameters: those that
+    tensor parallelism splits.
     """
 
     parameters: int
@@ -33,6 +35,7 @@ class DenseWork:
     tokens: float  # 0 where the dense part reads no sequence
     logits_bytes: float
     replicated_parameters: int = 0
+    matrix_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _PerExample:
     score_flops: float = 0.0
     again_flops: float = 0.0
     replicated_parameters: int = 0
+    matrix_parameters: int = 0
 
 
 def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
@@ -65,6 +69,7 @@ def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
         tokens=rank_batch_size * one.tokens,
         logits_bytes=_logits_bytes(inventory.loss, rank_batch_size, one.tokens),
         replicated_parameters=one.replicated_parameters,
+        matrix_parameters=one.matrix_parameters,
     )
 
 
@@ -87,9 +92,12 @@ def _per_example(inventory: InventoryConfig) -> _PerExample:
                 # The fp32 input of every layer, and all that one layer keeps while its gradients are computed.
                 kept = min(kept, dense.tower.layers * BYTES["fp32"] * dense.dim + kept / dense.tower.layers)
                 again = n * cost.token_flops + attention
+            # Of the other ranks' tokens, what is D wide; the parts of what is split make one whole.
+            kept += (inventory.tensor_parallel - 1) * dense.tower.layers * WIDE_INPUTS * element * dense.dim
             return _PerExample(
                 parameters=cost.parameters + dense.other_parameters,
                 replicated_parameters=dense.replicated_parameters,
+                matrix_parameters=round(cost.token_flops / 2),
                 matmul_flops=n * cost.token_flops,
                 attention_flops=attention,
                 activation_bytes=n * kept,

@@ -20,13 +20,14 @@ def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, fl
     batch = inventory.batch_on(topology.ranks)
     work = dense_work(inventory, batch)
     optimizer = cast(type[DenseOptimizerConfig], DENSE_OPTIMIZERS.config(inventory.dense_optimizer))
-    weights, gathered = float(work.parameters * PARAMETER_BYTES), 0.0
+    replicated, matrices, gathered = work.replicated_parameters, work.matrix_parameters, 0.0
+    sharded = work.parameters - replicated - matrices * (1 - 1 / inventory.tensor_parallel)
     if inventory.dense_parallel == "fsdp":
         # Two layers are gathered at a time: one in use, one on its way.
         layers = inventory.dense.tower.layers if isinstance(inventory.dense, TowerDense) else 1
-        sharded = work.parameters - work.replicated_parameters
         gathered = sharded * BYTES[inventory.dense_gathered] * min(1.0, 2 / layers)
-        weights = float(PARAMETER_BYTES * (sharded / topology.ranks + work.replicated_parameters))
+        sharded *= inventory.tensor_parallel / topology.ranks
+    weights = float(PARAMETER_BYTES * (sharded + replicated))
     states = weights * optimizer.states_a_parameter()
     tables = inventory.tables
     read = np.array([table.ids_per_example * batch + table.ids_per_step for table in tables])
