@@ -28,7 +28,7 @@ from torchrec.distributed.types import ShardingEnv
 from gr.config.run import DenseConfig
 from gr.errors import ConfigError
 from gr.models import dense
-from gr.parallel.mesh import DATA_AXIS, TENSOR_AXIS
+from gr.parallel.mesh import DATA_AXIS, TENSOR_AXIS, all_ranks
 from gr.parallel.tensor import split_tower
 
 
@@ -46,7 +46,7 @@ def parallelise_dense(model: nn.Module, mesh: DeviceMesh, config: DenseConfig, d
     if config.tensor_parallel > 1:
         split_tower(getattr(inner, "tower", None), mesh[TENSOR_AXIS])
     if config.strategy == "fsdp":
-        _shard(inner, mesh[DATA_AXIS], config)
+        _shard(inner, mesh, config)
     for _, module in reversed(dense.dense_modules(inner)):
         module.to_empty(device=device, recurse=False)
     if isinstance(model, DistributedModelParallel):
@@ -133,14 +133,18 @@ def _shard(model: nn.Module, mesh: DeviceMesh, config: DenseConfig) -> None:
             "set dense.gathered=fp32"
         )
     # A root that stays gathered after an evaluation would miss what a checkpoint loads into its shards.
-    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    shard = partial(fully_shard, reshard_after_forward=True)
     # The tower alone is computed in bf16. Its activations keep their dtype: autocast chooses that of each operator.
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = bf16 if config.gathered == "bf16" else MixedPrecisionPolicy()
+    tower = getattr(model, "tower", None)
     for layer in _layers(model):
-        shard(layer, mp_policy=policy)
+        shard(layer, mesh=mesh[DATA_AXIS], mp_policy=policy)
     for module in modules:
-        shard(module, mp_policy=policy if module is getattr(model, "tower", None) else MixedPrecisionPolicy())
+        if module is tower:
+            shard(module, mesh=mesh[DATA_AXIS], mp_policy=policy)
+        else:  # of other tokens on every rank, those of a tensor group too
+            shard(module, mesh=all_ranks(mesh.device_type))
 
 
 def _replicate(model: nn.Module) -> nn.Module:

@@ -17,8 +17,13 @@ def build_mesh(world: World, tensor_parallel: int = 1) -> DeviceMesh:
 
     One axis alone has no group of its own: its collectives are the default group's.
     """
-    assert dist.group.WORLD is not None, "gr.dist.world makes the process group"
     if tensor_parallel > 1:
         shape = (world.size // tensor_parallel, tensor_parallel)
         return init_device_mesh(world.device.type, shape, mesh_dim_names=(DATA_AXIS, TENSOR_AXIS))
-    return DeviceMesh.from_group(dist.group.WORLD, world.device.type, mesh_dim_names=(DATA_AXIS,))
+    return all_ranks(world.device.type)
+
+
+def all_ranks(device: str) -> DeviceMesh:
+    """The ranks of the default process group along one axis, each with examples of its own."""
+    assert dist.group.WORLD is not None, "gr.dist.world makes the process group"
+    return DeviceMesh.from_group(dist.group.WORLD, device, mesh_dim_names=(DATA_AXIS,))

@@ -24,8 +24,8 @@ SCORE_BYTES = 4  # losses are computed in fp32
 class DenseWork:
     """The work of one rank in one step. logits_bytes: scores of the loss and their gradient.
 
-    replicated_parameters: of `parameters`, those that every rank has, also under FSDP. matrix_parameters: those that
-    tensor parallelism splits.
+    tower_parameters: of `parameters`; matrix_parameters: of those, the ones that tensor parallelism splits.
+    replicated_parameters: those that every rank has, also under FSDP. The rest are the heads'.
     """
 
     parameters: int
@@ -34,8 +34,9 @@ class DenseWork:
     activation_bytes: float  # kept for backward
     tokens: float  # 0 where the dense part reads no sequence
     logits_bytes: float
-    replicated_parameters: int = 0
+    tower_parameters: int = 0
     matrix_parameters: int = 0
+    replicated_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class _PerExample:
     tokens: float
     score_flops: float = 0.0
     again_flops: float = 0.0
-    replicated_parameters: int = 0
+    tower_parameters: int = 0
     matrix_parameters: int = 0
+    replicated_parameters: int = 0
 
 
 def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
@@ -68,8 +70,9 @@ def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
         activation_bytes=rank_batch_size * one.activation_bytes,
         tokens=rank_batch_size * one.tokens,
         logits_bytes=_logits_bytes(inventory.loss, rank_batch_size, one.tokens),
-        replicated_parameters=one.replicated_parameters,
+        tower_parameters=one.tower_parameters,
         matrix_parameters=one.matrix_parameters,
+        replicated_parameters=one.replicated_parameters,
     )
 
 
@@ -96,8 +99,9 @@ def _per_example(inventory: InventoryConfig) -> _PerExample:
             kept += (inventory.tensor_parallel - 1) * dense.tower.layers * WIDE_INPUTS * element * dense.dim
             return _PerExample(
                 parameters=cost.parameters + dense.other_parameters,
-                replicated_parameters=dense.replicated_parameters,
+                tower_parameters=cost.parameters,
                 matrix_parameters=round(cost.token_flops / 2),
+                replicated_parameters=dense.replicated_parameters,
                 matmul_flops=n * cost.token_flops,
                 attention_flops=attention,
                 activation_bytes=n * kept,

@@ -49,6 +49,9 @@ def test_any_number_of_ranks_trains_the_same_model(tmp_path: Path) -> None:
         trainer={"steps": STEPS, "global_batch_size": 8},
         evaluation={"path": str(folder)},
     )
+    # Two heads of keys, which two ranks can share.
+    tower = config.model.tower.model_copy(update={"kv_heads": 2})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"tower": tower})})
     ((losses, weights, evaluated),) = run_ranks(train, 1, config)
     assert len(set(losses)) == STEPS
     for size, dense in ((2, DenseConfig()), (4, DenseConfig(strategy="fsdp", tensor_parallel=2))):
