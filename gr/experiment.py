@@ -70,7 +70,7 @@ def build(recipe: Recipe, world: World) -> Built:
         plan, sharding = make_plan(model, config.inventory(recipe.schema), config, world)
         watchdog.enter("sharding")
         model = shard_tables(model, sharding, config.embeddings, world.device)
-    model = parallelise_dense(model, build_mesh(world), config.dense, world.device)
+    model = parallelise_dense(model, build_mesh(world, config.dense.tensor_parallel), config.dense, world.device)
     initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
     initialise_dense(unwrapped(model), config.seed)
     return Built(recipe, world, model, plan)

@@ -221,6 +221,9 @@ class InventoryConfig(Section):
         "adamw", description="A kind of optimizer."
     )
     dense_parallel: Literal["ddp", "fsdp"] = Field("ddp", description="dense.strategy of an experiment.")
+    tensor_parallel: Count = Field(
+        1, description="dense.tensor_parallel of an experiment; of its time only what each rank computes is counted."
+    )
     dense_gathered: Precision = Field("fp32", description="dense.gathered of an experiment.")
     activation_checkpointing: Literal["none", "layer"] = Field(
         "none", description="dense.activation_checkpointing of an experiment."

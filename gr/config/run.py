@@ -83,6 +83,11 @@ class DenseConfig(Section):
         description="ddp: every rank has a copy. fsdp: each rank has its share of the weights, gradients and optimizer "
         "states of the tower and the heads, and gathers one layer at a time (FSDP2). Both train the same model.",
     )
+    tensor_parallel: PositiveInt = Field(
+        1,
+        description="Neighbouring ranks that hold each matrix of a Llama tower together, and compute on the tokens of "
+        "all of them. Tables stay sharded over all ranks. Beyond one such group it takes strategy=fsdp.",
+    )
     gathered: Precision = Field(
         "fp32",
         description="What a layer is gathered in under fsdp. bf16 halves those bytes; weights stay fp32 where they are "
@@ -104,6 +109,16 @@ class DenseConfig(Section):
             raise ConfigError(
                 "dense.strategy=fsdp, but this run has 1 rank, which shares with no other: start 2 or more "
                 "(torchrun --nproc-per-node 2), or set dense.strategy=ddp"
+            )
+        if ranks % self.tensor_parallel:
+            raise ConfigError(
+                f"dense.tensor_parallel={self.tensor_parallel} does not divide the {ranks} ranks of this run: use a "
+                f"multiple of {self.tensor_parallel} ranks, or set it to a divisor of {ranks}"
+            )
+        if self.strategy == "ddp" and self.tensor_parallel not in (1, ranks):
+            raise ConfigError(
+                f"dense.tensor_parallel={self.tensor_parallel} on {ranks} ranks makes "
+                f"{ranks // self.tensor_parallel} groups: set dense.strategy=fsdp, which shares the tower among them"
             )
 
 
@@ -299,6 +314,7 @@ class RunConfig(Section):
             precision=self.trainer.precision,
             dense_optimizer=self.optimizer.kind,
             dense_parallel=self.dense.strategy,
+            tensor_parallel=self.dense.tensor_parallel,
             dense_gathered=self.dense.gathered,
             activation_checkpointing=self.dense.activation_checkpointing,
             tables=self.tables(schema),
