@@ -81,7 +81,7 @@ def test_half_precision_tables_learn_what_full_ones_do(make_table: Callable, kin
     steps = {}
     for dtype in ("fp32", "fp16"):
         model = make_table(kind=kind, lr=0.05, dtype=dtype, sharding=sharding)
-        optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse(kind, lr=0.05)))
+        optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse(kind, lr=0.05)), seed=1)
         (shard,), (states,) = optimizer.shards, optimizer.states
         before = shard.weight.float().clone()
         for _ in range(3):
@@ -100,7 +100,7 @@ def test_half_precision_tables_learn_what_full_ones_do(make_table: Callable, kin
 def test_learning_rate_is_what_was_set_last(make_table: Callable, kind: str) -> None:
     """Fused and dense kernels alike: no step at rate 0."""
     model = make_table(kind=kind, lr=0.5)
-    optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse(kind, lr=0.5)))
+    optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse(kind, lr=0.5)), seed=1)
     before = optimizer.shards[0].weight.clone()
     optimizer.scale_learning_rates(0.0)
     one_step(model, optimizer, [1, 2])
@@ -113,7 +113,7 @@ def test_learning_rate_is_what_was_set_last(make_table: Callable, kind: str) -> 
 def test_gradients_do_not_pile_up(make_table: Callable) -> None:
     """The second step of plain SGD is as long as the first."""
     model = make_table(kind="sgd", lr=1.0, sharding="data_parallel")
-    optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse("sgd", lr=1.0)))
+    optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse("sgd", lr=1.0)), seed=1)
     weight = optimizer.shards[0].weight
     places = [weight.clone()]
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_set_steps_goes_on_with_the_bias_correction(make_table: Callable) -> Non
     moved = {}
     for steps in (0, 10_000):
         model = make_table(kind="adam", lr=0.01, betas=(0.0, 0.98))
-        optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse("adam", lr=0.01, betas=(0.0, 0.98))))
+        optimizer = TableOptimizer(model, EmbeddingsConfig(optimizer=parse("adam", lr=0.01, betas=(0.0, 0.98))), seed=1)
         optimizer.set_steps(steps)
         before = optimizer.shards[0].weight.clone()
         one_step(model, optimizer, [3])
