@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.row_update --rows 10000 100000 1000000 10000000 --ids 100000
 
-A step is the lookup of --ids ids, drawn from --distinct random rows, its backward and the update; the
-dense update (a gradient as large as the table, and every row moved) is measured on a million rows at most, and goes over
-them as often as a larger table has them: its memory traffic is the same, and memory bounds it.
+A step is the lookup of --ids ids, drawn from --distinct random rows, its backward and the update. The dense update (a
+gradient as large as the table, and every row moved) is measured on a million rows at most, and goes over them as often
+as a larger table has them: its memory traffic is the same, and memory bounds it.
 """
 
 import argparse
@@ -78,7 +78,9 @@ def main() -> None:
     options = parser.parse_args()
     random = torch.Generator().manual_seed(0)
     gradient_TD = torch.randn(options.ids, options.dim, generator=random)
-    print(f"{describe('cpu')}. CPU ms a step: {options.ids:,} ids of {options.distinct:,} rows, {options.dim} columns\n")
+    print(
+        f"{describe('cpu')}. CPU ms a step: {options.ids:,} ids of {options.distinct:,} rows, {options.dim} columns\n"
+    )
     print(f"| optimizer | {' | '.join(f'{rows:,} rows' for rows in options.rows)} | last / first |")
     print("|---" * (len(options.rows) + 2) + "|")
     variants = [*((kind, torch.float32) for kind in TABLE_OPTIMIZERS), ("rowwise_adamw", torch.float16)]

@@ -18,7 +18,9 @@ RULES: list[tuple[RowRule, dict, dict]] = [
     (reference.adam, ADAM, {"exp_avg": 2, "exp_avg_sq": 2}),
     (reference.rowwise_adamw, {**ADAM, "weight_decay": 0.1}, {"exp_avg": 2, "exp_avg_sq": 1}),
 ]
-each_rule = pytest.mark.parametrize(("rule", "numbers", "shapes"), RULES, ids=lambda value: getattr(value, "__name__", ""))
+each_rule = pytest.mark.parametrize(
+    ("rule", "numbers", "shapes"), RULES, ids=lambda value: getattr(value, "__name__", "")
+)
 
 
 def trained(
@@ -169,7 +171,7 @@ def test_what_is_refused() -> None:
     weight, ids = torch.zeros(4, 3), torch.tensor([1, 2])
     with pytest.raises(ValueError, match=r"gradient_TD must be \[2, 3\]"):
         row_update(reference.sgd, weight, {}, ids, torch.zeros(3, 3), lr=1.0, steps=1)
-    with pytest.raises(ValueError, match="gradient_TD must be torch.float32"):
+    with pytest.raises(ValueError, match=r"gradient_TD must be torch\.float32"):
         row_update(reference.sgd, weight, {}, ids, torch.zeros(2, 3).double(), lr=1.0, steps=1)
     with force_backend("native"), pytest.raises(IndexError, match=r"\[0, 4\).*found 4"):
         row_update(reference.sgd, weight, {}, torch.tensor([0, 4]), torch.zeros(2, 3), lr=1.0, steps=1)
