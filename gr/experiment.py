@@ -164,7 +164,7 @@ def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
 
 def load_weights(built: Built, checkpoint: Path) -> int:
     """Fills the built model with the weights of a checkpoint and returns its step. Collective."""
-    tables = TableOptimizer(built.model, built.recipe.config.embeddings)
+    tables = TableOptimizer(built.model, built.recipe.config.embeddings, built.recipe.config.seed)
     state = ModelState(dense_parameters(built.model), None, tables)
     return int(load_state(checkpoint, state, built.world)["step"])
 
