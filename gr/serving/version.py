@@ -27,7 +27,11 @@ from gr.serving.servable import Servable
 from gr.serving.weights import map_tensors
 
 # kind of a model -> what opens its verbs: function(folder, manifest, passes, counts) -> {verb: Servable}
-SERVABLES = {"click": "gr.serving.click:open_verbs", "ranking": "gr.serving.ranking:open_verbs"}
+SERVABLES = {
+    "click": "gr.serving.click:open_verbs",
+    "ranking": "gr.serving.ranking:open_verbs",
+    "retrieval": "gr.serving.retrieval_package:open_verbs",
+}
 
 
 class CompiledPass:

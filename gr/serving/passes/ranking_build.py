@@ -56,7 +56,7 @@ class PackedFeatures(nn.Module):
         return [vectors_FnD[place] for place in self.places]
 
 
-def build(saved: Saved, config: ExportConfig) -> Built:
+def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
     """prefill, score, and append where a cache may outlive a request.
 
     Raises ServingError for a tower that has no attention against a cache, and where the dense part is not fp32.
@@ -66,7 +66,7 @@ def build(saved: Saved, config: ExportConfig) -> Built:
     if config.dense != "fp32":
         raise ServingError(f"dense={config.dense}: the dense part of a ranking model is served in fp32; leave it unset")
     weights = {name: weight.detach() for name, weight in table_weights(model).items()}
-    kinds, columns = config.kinds(list(weights)), own.columns_by_table(schema)
+    columns = own.columns_by_table(schema)
     looked_up: dict[tuple[str, ...], nn.Module] = {}  # passes share what they read
 
     def tables_of(features: Sequence[str]) -> nn.Module:
@@ -85,6 +85,7 @@ def build(saved: Saved, config: ExportConfig) -> Built:
     ]
     return Built(
         passes=_with_golden_rows(passes, form),
+        served=None,
         verbs={"rank": VerbRecord(inputs=form.inputs(types), outputs=form.outputs())},
         tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
         form={

@@ -9,9 +9,11 @@ import torch
 
 import gr
 from gr.config import RunConfig
-from gr.config.export import ExportConfig
+from gr.config.export import ExportConfig, RowKind
+from gr.embeddings import table_weights
 from gr.errors import ServingError
 from gr.models.saved_ranking import SavedRanking
+from gr.serving.build import Built
 from gr.serving.kv_cache import KVCache
 from gr.serving.passes.ranking_build import build
 from gr.serving.ranking import FORM_FILE, RankingForm, RankServable
@@ -27,15 +29,20 @@ def saved(absolute_ranking_run: RunConfig) -> SavedRanking:
     return loaded
 
 
-def served(saved: SavedRanking, config: ExportConfig) -> RankServable:
-    built = build(saved, config)
+def built_of(saved: SavedRanking, kind: RowKind = "fp32", **values: str) -> Built:
+    kinds = dict.fromkeys(table_weights(saved.model), kind)
+    return build(saved, kinds, ExportConfig.model_validate(values))
+
+
+def served(saved: SavedRanking) -> RankServable:
+    built = built_of(saved)
     form = RankingForm.model_validate_json(built.artifacts[FORM_FILE])
     passes = {name: lambda *inputs, each=each: [each.module(*inputs)] for name, each in built.passes.items()}
     return RankServable(form, passes, saved.vocabularies, version="v1", cache=KVCache(1 << 20))
 
 
 def test_answers_are_those_of_the_checkpoint(saved: SavedRanking) -> None:
-    ranks = served(saved, ExportConfig.model_validate({"tables": {"dtype": "fp32"}}))
+    ranks = served(saved)
     data = Path(saved.config.data.path)  # type: ignore[attr-defined]
     histories = histories_by_user(data)
     for user in list(histories)[:12]:
@@ -56,7 +63,7 @@ def test_answers_are_those_of_the_checkpoint(saved: SavedRanking) -> None:
 
 
 def test_what_the_package_says(saved: SavedRanking) -> None:
-    built = build(saved, ExportConfig.model_validate({"cache": "bf16"}))
+    built = built_of(saved, cache="bf16")
     assert list(built.passes) == ["prefill", "append", "score"]
     for name, each in built.passes.items():  # compiled code has one name for a tensor
         assert len(list(each.module.parameters())) == len(list(each.module.named_parameters(remove_duplicate=False))), (
@@ -67,12 +74,12 @@ def test_what_the_package_says(saved: SavedRanking) -> None:
     assert built.passes["score"].golden[0].dtype == torch.bfloat16
     assert {spec.name for spec in built.verbs["rank"].outputs} == {"score_like", "score_share", "score_watched"}
     with pytest.raises(ServingError, match="served in fp32"):
-        build(saved, ExportConfig.model_validate({"dense": "bf16"}))
+        built_of(saved, dense="bf16")
 
 
 @pytest.mark.slow
 def test_every_pass_is_taken_by_torch_export(saved: SavedRanking) -> None:
-    built = build(saved, ExportConfig.model_validate({"tables": {"dtype": "int8"}}))
+    built = built_of(saved, "int8")
     for each in built.passes.values():
         dims: dict[str, torch.export.Dim] = {}
         shapes = tuple(
