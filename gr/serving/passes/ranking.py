@@ -106,8 +106,9 @@ class ContextTokens(nn.Module):
 
     def __init__(self, tokens: SequencePreprocessor, tables: nn.Module | None) -> None:
         super().__init__()
-        self.tables, self.numeric, self.position = tables, tokens.numeric, tokens.position
-        self.first = tokens.max_events + 1
+        self.tables, self.numeric = tables, tokens.numeric
+        # A copy: a tensor that one pass reads by two names has one of them in its compiled code.
+        self.position = nn.Parameter(tokens.position.detach()[tokens.max_events + 1 :].clone(), requires_grad=False)
 
     def forward(self, ids_G: Tensor, numbers_K: Tensor) -> Tensor:
         parts = []
@@ -115,7 +116,7 @@ class ContextTokens(nn.Module):
             parts += self.tables(ids_G[:, None].unbind(0))
         if self.numeric is not None:
             parts.append(numbers_K[:, None] * self.numeric[0] + self.numeric[1])
-        return torch.cat(parts) + self.position[self.first :]
+        return torch.cat(parts) + self.position
 
 
 class _Layers(nn.Module):

@@ -65,6 +65,10 @@ def test_answers_are_those_of_the_checkpoint(saved: SavedRanking) -> None:
 def test_what_the_package_says(saved: SavedRanking) -> None:
     built = built_of(saved, cache="bf16")
     assert list(built.passes) == ["prefill", "append", "score"]
+    for name, each in built.passes.items():  # compiled code has one name for a tensor
+        assert len(list(each.module.parameters())) == len(list(each.module.named_parameters(remove_duplicate=False))), (
+            name
+        )
     form = RankingForm.model_validate_json(built.artifacts[FORM_FILE])
     assert (form.lifetime, form.cache_dtype, form.max_events) == ("user", "bfloat16", 15)
     assert built.passes["score"].golden[0].dtype == torch.bfloat16
