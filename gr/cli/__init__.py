@@ -35,6 +35,7 @@ _COMMANDS = {
     "publish": ("gr.cli.publish:command", "Write new weights into a package that is served."),
     "serve": ("gr.cli.serve:command", "Answer requests with a package over HTTP."),
     "bench": ("gr.cli.bench:command", "Find how many requests a second a package answers in time."),
+    "numerics": ("gr.cli.numerics:command", "Show what fewer bits change, layer by layer."),
     "plan": ("gr.cli.plan:command", "Plan where tables go; predict memory and step time."),
     "calibrate": ("gr.cli.calibrate:command", "Measure this machine and write a topology file for `gr plan`."),
     "prepare": ("gr.cli.prepare:command", "Turn your own log, or a public data set, into a data folder."),

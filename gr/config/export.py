@@ -1,11 +1,11 @@
 """The configuration of `gr export`: which numbers a package keeps of a checkpoint. No torch."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, model_validator
 
-from gr.config.base import Section
+from gr.config.base import CountOrNone, PathText, PositiveFloat, Section
 from gr.errors import ConfigError, nearest
 
 RowKind = Literal["fp32", "fp16", "int8", "int4", "int2"]
@@ -14,27 +14,73 @@ UnknownPolicy = Literal["zero", "reject"]
 
 
 class ExportTables(Section):
-    dtype: RowKind = Field("int8", description="Of the rows of every table; int8 to int2 have an fp16 scale and bias.")
+    dtype: RowKind | Literal["auto"] = Field(
+        "auto",
+        description="Of the rows of every table; int8 to int2 have an fp16 scale and bias. auto: table by table, the "
+        "fewest bytes with which the accuracy gate passes.",
+    )
     own: dict[str, RowKind] = Field({}, description="By table: another type than dtype.")
+
+
+class GateConfig(Section):
+    """What a package may differ in from its checkpoint, measured on rows that were not trained on."""
+
+    data: PathText | None = Field(None, description="Folder of these rows; unset: evaluation.path of the checkpoint.")
+    rows: CountOrNone = Field(200_000, description="Rows that are measured, at most; 0: nothing is measured.")
+    max_ne_increase: PositiveFloat = Field(
+        0.0005, description="Relative change of NE that is allowed, up or down; other bounds follow from it."
+    )
+
+
+class ExportIndex(Section):
+    """How a retrieval model's items are searched."""
+
+    kind: Literal["exact", "approximate"] = Field("exact", description="approximate: an inverted file (extra faiss).")
+    recall: float = Field(0.97, gt=0, le=1, description="Of the exact k best, that an approximate index must find.")
+    k: int = Field(100, ge=1, description="Items a query at which the recall is measured.")
 
 
 class ExportConfig(Section):
     """What `gr export` writes; each value may be given on its command line, as tables.dtype=int8."""
 
     tables: ExportTables = Field(ExportTables(), description="The rows of the embedding tables.")
+    gate: GateConfig = Field(GateConfig(), description="The accuracy that is asked for.")
     dense: DenseDtype = Field("fp32", description="Of the weights outside the tables, and of what they compute.")
     unknown: UnknownPolicy = Field(
         "zero",
         description="A value that training did not see: zero takes the row of unknown values, reject refuses the "
         "request. Both are counted.",
     )
+    index: ExportIndex = Field(ExportIndex(), description="The index of a retrieval model's items.")
+    cache: DenseDtype = Field(
+        "fp32", description="Of a ranking model's cached keys and values; bf16 holds twice as many users."
+    )
+    cache_mib: NonNegativeInt = Field(
+        1024,
+        description="MiB for keys and values that a server keeps of users between requests, where the model's form "
+        "allows; the least recently used leave first.",
+    )
     keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
 
-    def kinds(self, tables: Collection[str]) -> dict[str, RowKind]:
-        """The type of the rows of each table. Raises ConfigError where tables.own names another table."""
+    @model_validator(mode="after")
+    def _auto_needs_rows(self):
+        if self.tables.dtype == "auto" and not self.gate.rows:
+            raise ValueError(
+                "tables.dtype=auto is chosen by the accuracy gate, and gate.rows=0 turns it off: name a type"
+            )
+        return self
+
+    def kinds(self, tables: Collection[str], chosen: Mapping[str, RowKind] | None = None) -> dict[str, RowKind]:
+        """The type of the rows of each table. chosen: where tables.dtype is auto.
+
+        Raises ConfigError where tables.own names another table.
+        """
         for name in self.tables.own:
             if name not in tables:
                 raise ConfigError(f"tables.own: the model has no table {name}; {nearest(name, tables, 'it has')}")
+        if self.tables.dtype == "auto":
+            assert chosen is not None, "the gate has chosen"
+            return {**chosen, **self.tables.own}
         return {name: self.tables.own.get(name, self.tables.dtype) for name in tables}
 
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from gr.config.base import Count, PositiveFloat, Section
-from gr.config.load import load_section
-from gr.config.yaml import Node
 
 
 class EngineConfig(Section):
@@ -41,4 +39,8 @@ class ServeConfig(EngineConfig):
 
 def load_serve_config(overrides: Sequence[str]) -> ServeConfig:
     """The configuration of a command line. Raises ConfigError with every fault."""
+    # Not needed by who takes the limits as they are.
+    from gr.config.load import load_section
+    from gr.config.yaml import Node
+
     return load_section(ServeConfig, "gr serve", overrides, given=Node({}, "gr serve"))

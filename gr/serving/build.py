@@ -1,11 +1,13 @@
-"""What a kind of model hands to `gr export`: a builder, function(saved, config) -> Built, in gr/serving/passes/KIND.py.
+"""What a kind of model hands to `gr export`: a builder, in gr/serving/passes/KIND.py.
 
-A builder makes modules without data-dependent shapes over the model's own dense part and packed tables, and says what
-the verbs of the kind need when a package is opened. gr/serving/KIND.py has these verbs, and neither knows the other.
+A builder is a function(saved, kinds, config) -> Built. kinds: the type of each table's rows, by name. It makes modules
+without data-dependent shapes over the model's own dense part and packed tables, and says what the verbs of the kind
+need when a package is opened: gr/serving/KIND.py has them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,14 +33,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Built:
-    """passes: by name. verbs: what each is asked with and answers with. tables: shape and row type of each, by name.
+    """passes: by name. served: answers as the passes do and is called as the trained model is; the gate compares both.
+    None: it is the model itself over rows of those types. verbs: what each is asked with and answers with. tables:
+    shape and row type of each, by name.
 
     form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
-    files of the version, path -> content, for the verbs to read.
+    files of the version for the verbs to read, path -> content, or what writes it; written in this order.
     """
 
     passes: Mapping[str, Pass]
+    served: nn.Module | None
     verbs: Mapping[str, VerbRecord]
     tables: Mapping[str, tuple[int, int, RowKind]]
     form: Mapping[str, Any]
-    artifacts: Mapping[str, bytes]
+    artifacts: Mapping[str, bytes | Callable[[Path], None]]

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +19,14 @@ from gr.checkpoint.checksums import find_damage, write_sums
 from gr.checkpoint.layout import read_progress
 from gr.config.base import import_target
 from gr.config.export import ExportConfig
+from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
 from gr.files import sha256_of
 from gr.models.saved import Saved, load
+from gr.serving.accuracy_gate import GateReport, Limits
 from gr.serving.build import Built, Pass
+from gr.serving.calibration import Calibration, calibration
+from gr.serving.dtypes import DtypeChoice, choose, rounded
 from gr.serving.machine import cpu, versions
 from gr.serving.package import (
     CODE,
@@ -40,12 +44,16 @@ from gr.serving.package import (
     verify,
 )
 from gr.serving.package_writer import PackageWriter, digests, writing
-from gr.serving.quantize import bytes_of
+from gr.serving.quantize import RowKind, bytes_of
 from gr.serving.version import Version, golden_name
 from gr.serving.weights import write_tensors
 
-# kind of a model -> its builder: function(saved, config) -> Built
-BUILDERS = {"click": "gr.serving.passes.click:build"}
+# kind of a model -> its builder, as gr/serving/build.py says: function(saved, kinds, config) -> Built
+BUILDERS = {
+    "click": "gr.serving.passes.click:build",
+    "ranking": "gr.serving.passes.ranking_build:build",
+    "retrieval": "gr.serving.build_retrieval:build",
+}
 _LARGEST_BATCH = 1 << 24  # rows of a call; far above any, and offsets of ids stay within int32
 _TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}  # of a pass from its golden rows
 _COMPILER_OPTIONS = {
@@ -63,11 +71,12 @@ _COMPILER_OPTIONS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. stored: the version. compiled: whether the code is new."""
+    """What was written. stored: the version. compiled: whether the code is new. choice: of auto."""
 
     stored: Stored
     manifest: Manifest
     compiled: bool
+    choice: DtypeChoice | None = None
 
 
 def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plugins: Collection[str] = ()) -> Exported:
@@ -78,7 +87,14 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
     """
     with writing(Path(out)) as package:
         saved = load(checkpoint, plugins=plugins)
-        built = _build(saved, config)
+        rows = _gate_rows(saved, config)
+        choice = None
+        if config.tables.dtype == "auto":
+            assert rows is not None, "auto has rows"
+            choice = choose(rows, _limits(config))
+        kinds = config.kinds(list(table_weights(saved.model)), choice.tables if choice else None)
+        built = _build(saved, kinds, config)
+        gate = _gate(saved, built, rows, config)
         form = _form(saved, built, config)
         code = sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
         folder = package.path / CODE / code
@@ -89,9 +105,9 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
                 _compile(each, draft / f"{name}.pt2")
             write_sums(draft, [f"{digest}  {name}\n" for name, digest in digests(draft).items()])
             package.commit(CODE, code)
-        stored, manifest = _write_version(package, saved, built, config, form, code)
+        stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate))
         package.serve(stored, config.keep)
-    return Exported(stored, manifest, compiled)
+    return Exported(stored, manifest, compiled, choice)
 
 
 def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] = ()) -> Exported:
@@ -107,23 +123,49 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
         served = read_manifest(to, current)
         verify(to, current, served)
         saved = load(checkpoint, plugins=plugins)
-        built = _build(saved, served.export)
-        form = _form(saved, built, served.export)
+        config = served.export
+        built = _build(saved, {name: table.dtype for name, table in served.tables.items()}, config)
+        form = _form(saved, built, config)
         if difference := _first_difference(served.form, form):
             raise ServingError(
                 f"{saved.folder} is of another form than {to}: {difference}; gr export --checkpoint {checkpoint} "
                 f"--out {to} compiles it"
             )
-        stored, manifest = _write_version(package, saved, built, served.export, form, current.code)
-        package.serve(stored, served.export.keep)
+        gate = _gate(saved, built, _gate_rows(saved, config), config)
+        stored, manifest = _write_version(package, saved, built, _Decided(config, form, current.code, gate))
+        package.serve(stored, config.keep)
     return Exported(stored, manifest, compiled=False)
 
 
-def _build(saved: Saved, config: ExportConfig) -> Built:
+def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
     kind = saved.config.kind
     if kind not in BUILDERS:
         raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
-    return import_target(BUILDERS[kind])(saved, config)
+    return import_target(BUILDERS[kind])(saved, kinds, config)
+
+
+def _limits(config: ExportConfig) -> Limits:
+    return Limits(ne=config.gate.max_ne_increase)
+
+
+def _gate_rows(saved: Saved, config: ExportConfig) -> Calibration | None:
+    """The rows on which the accuracy is measured; None where it is not."""
+    return calibration(saved, config.gate.data, config.gate.rows) if config.gate.rows else None
+
+
+def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportConfig) -> GateReport | None:
+    """The report on what is served, which passes. Raises ServingError where it does not."""
+    if rows is None:
+        return None
+    reference = rows.predict(saved.model)
+    if built.served is None:
+        with rounded(saved.model, {name: kind for name, (_, _, kind) in built.tables.items()}):
+            candidate = rows.predict(saved.model)
+    else:
+        candidate = rows.predict(built.served)
+    report = rows.gate(reference, candidate, _limits(config))
+    report.require()
+    return report
 
 
 def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
@@ -167,7 +209,7 @@ def _compile(each: Pass, path: Path) -> None:
         assert not lifted, f"{lifted} are no buffers of the pass, so another checkpoint could not give them"
         try:
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=_COMPILER_OPTIONS
+                program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS)
             )
         except (InvalidCxxCompiler, CppCompileError, InductorError) as error:
             cause = error.inner_exception if isinstance(error, InductorError) else error
@@ -178,9 +220,17 @@ def _compile(each: Pass, path: Path) -> None:
             ) from error
 
 
-def _write_version(
-    package: PackageWriter, saved: Saved, built: Built, config: ExportConfig, form: dict[str, Any], code: str
-) -> tuple[Stored, Manifest]:
+@dataclass(frozen=True)
+class _Decided:
+    """What of a manifest was decided before anything is written."""
+
+    config: ExportConfig
+    form: dict[str, Any]
+    code: str
+    gate: GateReport | None
+
+
+def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: _Decided) -> tuple[Stored, Manifest]:
     """Writes a version, and opens it as a server does."""
     draft = package.draft(WEIGHTS)
     passes, tensors = _tensors(built)
@@ -189,29 +239,32 @@ def _write_version(
     write_tensors(draft / GOLDEN, golden)
     for name, content in built.artifacts.items():
         (draft / name).parent.mkdir(exist_ok=True)
-        (draft / name).write_bytes(content)
+        if isinstance(content, bytes):
+            (draft / name).write_bytes(content)
+        else:
+            content(draft / name)
     manifest = Manifest(
         kind=saved.config.kind,
         step=read_progress(saved.folder)["step"],
-        export=config,
-        form=form,
+        export=decided.config,
+        form=decided.form,
         passes=passes,
         verbs=dict(built.verbs),
         tables={
             name: TableRecord(rows=rows, dim=dim, dtype=dtype, bytes=bytes_of(rows, dim, dtype))
             for name, (rows, dim, dtype) in built.tables.items()
         },
-        dense=config.dense,
-        tolerance=_TOLERANCES[config.dense],
-        gate=None,
+        dense=decided.config.dense,
+        tolerance=_TOLERANCES[decided.config.dense],
+        gate=decided.gate.model_dump(mode="json") if decided.gate else None,
         versions=versions(),
         cpu=cpu(),
-        code_files=digests(package.path / CODE / code),
+        code_files=digests(package.path / CODE / decided.code),
         files=digests(draft),
     )
     (draft / MANIFEST).write_text(dumped(manifest))
     digest = sha256_of(draft / MANIFEST)
-    stored = Stored(code=code, weights=f"step-{manifest.step:08d}-{digest[:8]}", manifest=digest)
+    stored = Stored(code=decided.code, weights=f"step-{manifest.step:08d}-{digest[:8]}", manifest=digest)
     folder = package.commit(WEIGHTS, stored.weights)
     try:
         Version.open_stored(package.path, stored).close()

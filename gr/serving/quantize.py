@@ -3,15 +3,15 @@
 The layout is that of fbgemm's n-bit lookup (IntNBitTableBatchedEmbeddingBagsCodegen). E rows, D columns.
 """
 
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 import fbgemm_gpu  # noqa: F401  registers the operators
 import torch
 from torch import Tensor
 
+from gr.config.export import RowKind
 from gr.errors import ServingError
 
-RowKind = Literal["fp32", "fp16", "int8", "int4", "int2"]
 ROW_KINDS: Final[tuple[RowKind, ...]] = get_args(RowKind)  # from the most bytes to the fewest
 _BITS: Final = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2}
 _FLOATS: Final = {"fp32": torch.float32, "fp16": torch.float16}

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 from gr.dist import world
 from gr.experiment import train
 from gr.schema import TabularSchema, vocabulary_file
-from tests.support.tiny_tabular import tiny_click_config, write_tiny_tabular
+from tests.support.tiny_tabular import DENSE, tiny_click_config, write_tiny_tabular
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path, dense: tuple[str, ...] = DENSE) -> Path:
     """tiny_tabular's folder, where c1's ids stand for text and c3's for numbers; c2 has no vocabulary."""
-    write_tiny_tabular(folder)
+    write_tiny_tabular(folder, dense=dense)
     (folder / "vocabulary").mkdir()
     digests = {}
     for name, values in (

@@ -38,5 +38,5 @@ def click_package(served_run: Path) -> Path:
     from gr.serving.export import export
 
     out = served_run.parent / "package"
-    export(served_run, out, load_export_config(["tables.dtype=int8", "tables.own.c2=fp16"]))
+    export(served_run, out, load_export_config(["tables.dtype=int8", "tables.own.c2=fp16", "gate.rows=0"]))
     return out

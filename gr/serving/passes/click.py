@@ -4,10 +4,11 @@ B rows, N dense columns, F features of ids, H ids of a row over all features, D 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
 
 from gr.config.click import ClickConfig
 from gr.config.export import ExportConfig
@@ -17,6 +18,7 @@ from gr.models.saved_click import SavedClick
 from gr.schema import SCHEMA_FILE, TabularSchema, vocabulary_file
 from gr.serving.build import Built, Pass
 from gr.serving.click import score_record
+from gr.serving.quantize import RowKind
 from gr.serving.tables import PackedTables
 
 GOLDEN_ROWS = 32
@@ -79,18 +81,32 @@ class ClickPass(nn.Module):
         }
 
 
-def build(saved: SavedClick, config: ExportConfig) -> Built:
-    """The one pass of a click model, `score`. Raises ConfigError for a table that the model does not have."""
+class Served(nn.Module):
+    """A pass that is called as DLRM is."""
+
+    def __init__(self, click_pass: ClickPass, columns: Sequence[tuple[str, int]]) -> None:
+        super().__init__()
+        self.click_pass, self.columns = click_pass, columns
+
+    def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+        """Logits, float32 [B]. sparse: the columns in their order, as tabular_batch makes it."""
+        parts = sparse.values().split([len(dense_BN) * hots for _, hots in self.columns])
+        ids_BH = torch.cat([part.view(-1, hots) for part, (_, hots) in zip(parts, self.columns, strict=True)], dim=1)
+        return self.click_pass(dense_BN, ids_BH.int())
+
+
+def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
+    """The one pass of a click model, `score`."""
     model, schema, run = saved.model, saved.schema, saved.config
     assert isinstance(model, DLRM) and isinstance(run, ClickConfig)
     weights = {name: weight.detach() for name, weight in table_weights(model).items()}
-    kinds = config.kinds(list(weights))
     tables = PackedTables(weights, kinds, model.columns, pooled=not model.config.row_weights)
     columns = [(column.name, column.hots) for column in schema.sparse]
     module = ClickPass(model, tables, columns, _TORCH_DTYPES[config.dense]).eval()
     vocabularies = [vocabulary_file(name) for name in schema.input_vocabularies]
     return Built(
         passes={"score": Pass(module, _golden_rows(schema), ({0: "rows"}, {0: "rows"}))},
+        served=Served(module, columns),
         verbs={"score": score_record(schema, saved.vocabularies)},
         tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
         form={"model": run.model.model_dump(mode="json"), "dense columns": list(schema.dense), "ids": columns},

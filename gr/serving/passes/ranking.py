@@ -282,7 +282,7 @@ def ranking_form(
 ) -> RankingForm:
     """What the passes of a model of this configuration are asked with."""
     model, time = config.model, config.model.time
-    tower = model.tower
+    tower, scope = model.tower, cache_scope(config)
     assert isinstance(tower, STUConfig | HSTUConfig), "ranking_passes refuses others"
     return RankingForm(
         items=schema.item_cardinality,
@@ -297,7 +297,8 @@ def ranking_form(
         absolute=config.task.supervision == "all" or model.place == "absolute",
         interleaved=isinstance(model.input, InterleavedInput),
         tasks={task.name: isinstance(task, ActionTask) for task in config.task.tasks},
-        lifetime=cache_scope(config).lifetime,
+        lifetime=scope.lifetime,
+        reason=scope.reason,
         layers=tower.layers,
         heads=tower.heads,
         width=tower.qk_dim + tower.v_dim,

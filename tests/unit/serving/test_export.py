@@ -1,18 +1,28 @@
 """A click model from checkpoint to answers: what a package answers is what the model answers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import gr
-from gr.config.export import load_export_config
-from gr.errors import ConfigError
+import gr.serving.export as exporting
+from gr.config.click import ClickConfig
+from gr.config.export import ExportConfig, RowKind, load_export_config
+from gr.data.collate_tabular import tabular_batch
+from gr.embeddings import table_weights
+from gr.errors import GRError, InstallError, ServingError
+from gr.models import build_model
+from gr.models.dense import initialise_dense
+from gr.models.saved_click import SavedClick
+from gr.serving.export import export
 from gr.serving.passes.click import build
 from gr.serving.servable import RequestError
 from gr.serving.version import Version
-from tests.support.served_click import as_rows, click_columns
+from tests.support.served_click import as_rows, click_columns, write_data
+from tests.support.tiny_tabular import DENSE, tiny_click_config
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +35,8 @@ def version(click_package: Path) -> Version:
 def test_compiled_equals_eager_bit_for_bit(served_run: Path, version: Version) -> None:
     """At every batch from 1 to 4,096: the same packed tables in plain torch."""
     saved = gr.load(served_run)
-    module = build(saved, version.manifest.export).passes["score"].module
+    kinds = {name: table.dtype for name, table in version.manifest.tables.items()}
+    module = build(saved, kinds, ExportConfig()).passes["score"].module
     score = version.verbs["score"]
     for rows in (1, 2, 3, 7, 8, 64, 513, 4096):
         request = score.encode(click_columns(rows, seed=rows))
@@ -85,6 +96,73 @@ def test_requests_that_are_refused(version: Version, name: str, values: np.ndarr
     assert error.value.field == name and "\n" not in str(error.value)
 
 
-def test_tables_that_are_not_there(served_run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tables\.own: the model has no table c9; "):
-        build(gr.load(served_run), load_export_config(["tables.own.c9=int4"]))
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        (["tables.own.c9=int4", "tables.dtype=int8", "gate.rows=0"], r"tables\.own: the model has no table c9; "),
+        (["gate.rows=0"], "tables.dtype=auto is chosen by the accuracy gate, and gate.rows=0 turns it off"),
+        (["tables.dtype=int8"], "was trained without evaluation.path, so the accuracy gate has no rows"),
+        (["tables.dtype=int3"], "tables.dtype"),
+    ],
+)
+def test_exports_that_are_refused(served_run: Path, tmp_path: Path, values: list[str], fault: str) -> None:
+    with pytest.raises(GRError, match=fault):
+        export(served_run, tmp_path / "package", load_export_config(values))
+
+
+def test_the_gate_measures_what_is_served(served_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2-bit tables fail, with the reason; auto takes types that pass; bfloat16 counts too. Nothing is compiled."""
+
+    def passed(*_: object) -> None:
+        raise InstallError("passed the gate")
+
+    monkeypatch.setattr(exporting, "_compile", passed)
+    data = ["gate.max_ne_increase=0.02", f"gate.data={served_run.parent / 'data'}"]
+    out = tmp_path / "package"
+    with pytest.raises(ServingError, match=r"the accuracy gate (fails|has too few rows)"):
+        export(served_run, out, load_export_config([*data, "tables.dtype=int2", "gate.max_ne_increase=1e-6"]))
+    for values in (["tables.dtype=int8"], ["tables.dtype=auto"], ["tables.dtype=fp16", "dense=bf16"]):
+        with pytest.raises(InstallError, match="passed the gate"):
+            export(served_run, out, load_export_config([*data, *values]))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"interaction": {"kind": "cat"}},
+        {"interaction": {"kind": "dcn", "layers": 2, "rank": 4}},
+        {"interaction": {"kind": "projection", "branch1": [16], "branch2": [16]}},
+        {"interaction": {"kind": "dot", "self_interaction": True}},
+        {"row_weights": True},
+        {"bottom": None},
+    ],
+)
+def test_every_form_of_click_model_is_traced(tmp_path: Path, model: dict[str, Any]) -> None:
+    """In full precision its pass equals the model, and torch.export takes it at any batch."""
+    dense = () if model.get("bottom", "") is None else DENSE
+    data = write_data(tmp_path / "data", dense)
+    config = tiny_click_config(data, tmp_path / "run", model=model)
+    saved = saved_with_random_weights(config)
+    kinds: dict[str, RowKind] = {name: "fp32" for name in table_weights(saved.model)}
+    built = build(saved, kinds, ExportConfig())
+    columns = {name: values for name, values in click_columns(9).items() if name in dense or name.startswith("c")}
+    read, _ = saved.rows.read(as_rows(columns))
+    batch = tabular_batch(read, saved.schema)
+    with torch.no_grad():
+        expected = saved.model(batch.dense_BN, batch.sparse)
+        assert torch.allclose(built.served(batch.dense_BN, batch.sparse), expected, atol=1e-6)
+        one = built.passes["score"]
+        rows = torch.export.Dim("rows", min=1, max=1 << 20)
+        traced = torch.export.export(one.module, one.golden, dynamic_shapes=({0: rows}, {0: rows})).module()
+        for size in (1, 9):
+            inputs = batch.dense_BN[:size], torch.from_numpy(read.ids_BH[:size]).int()
+            assert torch.allclose(traced(*inputs), expected[:size], atol=1e-6)
+
+
+def saved_with_random_weights(config: ClickConfig) -> SavedClick:
+    schema = config.load_schema()
+    model = build_model(config, schema).to_empty(device="cpu")
+    initialise_dense(model, 0)
+    for weight in table_weights(model).values():
+        torch.nn.init.normal_(weight)
+    return SavedClick(model.eval(), schema, config, Path(config.data.path))
