@@ -29,12 +29,14 @@ from gr.config.dlrm import (
 )
 from gr.config.inventory import TableConfig
 from gr.config.optim import SGD
-from gr.config.run import EmbeddingsConfig
+from gr.config.run import DenseConfig, EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableShard, local_shards
 from gr.errors import ConfigError
 from gr.models.convert.facebook_dlrm import from_facebook
 from gr.models.dlrm import DLRM
+from gr.parallel.dense import dense_parameters, parallelise_dense
+from gr.parallel.mesh import build_mesh
 from gr.parallel.tables import shard_tables
 from gr.tasks.losses import click_loss
 from tests.support.dlrm_reference import Bags, ReferenceDLRM, Shape, random_bags, tables_for
@@ -332,7 +334,8 @@ def test_sharded_it_makes_the_same_steps(alone: World) -> None:
     sharder = EmbeddingBagCollectionSharder()
     plan = ShardingPlan({"tables": construct_module_sharding_plan(unsharded.tables, ways, sharder, 1, 1, "cpu")})
     sharded = shard_tables(unsharded, plan, embeddings, alone.device)
-    dense = {name: parameter for name, parameter in sharded.named_parameters() if ".tables." not in f".{name}"}
+    sharded = parallelise_dense(sharded, build_mesh(alone), DenseConfig(), alone.device)
+    dense = dense_parameters(sharded)
     with torch.no_grad():
         for name, parameter in dense.items():
             parameter.copy_(weights[name])
