@@ -87,11 +87,13 @@ def main() -> None:
         if arguments.package:
             shutil.copytree(arguments.package, package)
         else:
-            export(arguments.runs[0], package, load_export_config([]))
+            export(arguments.runs[0], package, load_export_config(["tables.dtype=int8", "gate.rows=0"]))
         works = [partial(publish, run, package) for run in arguments.runs]
         print(f"publish: {arguments.kills} kills, whole each time: {dict(killed(package, works, arguments.kills))}")
         if arguments.export:
-            configs = [load_export_config([f"tables.dtype={kind}", "keep=0"]) for kind in ("fp16", "int4")]
+            configs = [
+                load_export_config([f"tables.dtype={kind}", "gate.rows=0", "keep=0"]) for kind in ("fp16", "int4")
+            ]
             works = [partial(export, arguments.runs[0], package, config) for config in configs]
             print(
                 f"export: {arguments.export} kills, whole each time: {dict(killed(package, works, arguments.export))}"
