@@ -70,7 +70,7 @@ def build(recipe: Recipe, world: World) -> Built:
         plan, sharding = make_plan(model, config.inventory(recipe.schema), config, world)
         watchdog.enter("sharding")
         model = shard_tables(model, sharding, config.embeddings, world.device)
-    model = parallelise_dense(model, build_mesh(world), config.dense, world.device)
+    model = parallelise_dense(model, build_mesh(world, config.dense.tensor_parallel), config.dense, world.device)
     initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
     initialise_dense(unwrapped(model), config.seed)
     return Built(recipe, world, model, plan)
@@ -164,7 +164,7 @@ def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
 
 def load_weights(built: Built, checkpoint: Path) -> int:
     """Fills the built model with the weights of a checkpoint and returns its step. Collective."""
-    tables = TableOptimizer(built.model, built.recipe.config.embeddings)
+    tables = TableOptimizer(built.model, built.recipe.config.embeddings, built.recipe.config.seed)
     state = ModelState(dense_parameters(built.model), None, tables)
     return int(load_state(checkpoint, state, built.world)["step"])
 

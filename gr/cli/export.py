@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 @click.command(
     help="Write CHECKPOINT as a package to serve it from: compiled passes, packed tables, vocabularies, golden rows. "
     "Where OUT is a package already, it gets a further version.\n\nValues: tables.dtype=auto|fp32|fp16|int8|int4|int2, "
-    "tables.own.TABLE=..., gate.data=FOLDER, gate.rows=N, dense=fp32|bf16, unknown=zero|reject, keep=N."
+    "tables.own.TABLE=..., gate.data=FOLDER, gate.rows=N, dense=fp32|bf16, unknown=zero|reject, keep=N; of retrieval "
+    "models index.kind=exact|approximate, index.recall=0.97."
 )
 @click.option(
     "--max-ne-increase",

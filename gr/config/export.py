@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from gr.config.base import CountOrNone, PathText, PositiveFloat, Section
 from gr.errors import ConfigError, nearest
@@ -32,6 +32,14 @@ class GateConfig(Section):
     )
 
 
+class ExportIndex(Section):
+    """How a retrieval model's items are searched."""
+
+    kind: Literal["exact", "approximate"] = Field("exact", description="approximate: an inverted file (extra faiss).")
+    recall: float = Field(0.97, gt=0, le=1, description="Of the exact k best, that an approximate index must find.")
+    k: int = Field(100, ge=1, description="Items a query at which the recall is measured.")
+
+
 class ExportConfig(Section):
     """What `gr export` writes; each value may be given on its command line, as tables.dtype=int8."""
 
@@ -42,6 +50,15 @@ class ExportConfig(Section):
         "zero",
         description="A value that training did not see: zero takes the row of unknown values, reject refuses the "
         "request. Both are counted.",
+    )
+    index: ExportIndex = Field(ExportIndex(), description="The index of a retrieval model's items.")
+    cache: DenseDtype = Field(
+        "fp32", description="Of a ranking model's cached keys and values; bf16 holds twice as many users."
+    )
+    cache_mib: NonNegativeInt = Field(
+        1024,
+        description="MiB for keys and values that a server keeps of users between requests, where the model's form "
+        "allows; the least recently used leave first.",
     )
     keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
 

@@ -13,6 +13,7 @@ from gr.schema import DataSchema, TabularSchema
 
 ITEM_TABLE = "item_id"
 TableDtype = Literal["fp32", "fp16"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -31,6 +32,7 @@ class TableOptions(Section):
         None, description="Column whose table this one reads, too: their ids must stand for the same values."
     )
     dtype: TableDtype | None = Field(None, description="Of this table's rows in memory; unset: embeddings.dtype.")
+    rounding: Rounding | None = Field(None, description="Of updates to fp16 rows; unset: embeddings.rounding.")
     optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] | None = Field(
         None, description="Updates this table's rows; unset: embeddings.optimizer."
     )

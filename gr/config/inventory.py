@@ -7,13 +7,14 @@ experiment.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal, get_args, overload
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args, overload
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from gr.config.base import LARGEST, Count, CountOrNone, Precision, Registry, Section
 from gr.config.dlrm import ROW_MULTIPLE, DLRMConfig
-from gr.config.optim import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS
+from gr.config.features import Rounding
+from gr.config.optim import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.towers import TOWERS, TowerConfig
 from gr.config.yaml import describe
 from gr.errors import ConfigError
@@ -30,6 +31,8 @@ AnyShardingType = Literal[
 SHARDING_TYPES: tuple[AnyShardingType, ...] = get_args(AnyShardingType)
 SEQUENCE_TYPES: tuple[AnyShardingType, ...] = ("data_parallel", "table_wise", "column_wise", "row_wise")
 Kernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
+# dtypes of tables, and how their updates are rounded, that fbgemm's fused kernels have on CPU.
+_FUSED_ON_CPU = {("fp32", "stochastic"), ("fp32", "nearest"), ("fp16", "nearest")}
 UNIFORM_MISSES = 0.8  # of a cache of the hottest fifth: no other ids miss it more often
 # Limits far above any model, as LARGEST is.
 WIDEST = 2**20  # columns of a table
@@ -72,6 +75,7 @@ class TableConfig(Section):
     rows: Count = Field(description="E: rows.")
     dim: Annotated[int, Field(gt=0, le=WIDEST, multiple_of=ROW_MULTIPLE)] = Field(description="Columns stored.")
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    rounding: Rounding = Field("stochastic", description="Of updates to rows that are not fp32.")
     kind: Literal["pooled", "sequence"] = Field("pooled", description="EmbeddingBagCollection or EmbeddingCollection.")
     pooling: Literal["sum", "mean"] = Field("sum", description="Of pooled tables.")
     features: Count = Field(1, description="Features that read the table.")
@@ -113,6 +117,11 @@ class TableConfig(Section):
     def valid_sharding_types(self) -> tuple[AnyShardingType, ...]:
         """The sharding types that exist for the table and compute the right numbers: see sharding_types_of."""
         return sharding_types_of(self.kind, self.pooling)
+
+    def is_fused_on_cpu(self) -> bool:
+        """Whether fbgemm updates the table in backward on CPU, too, where it rounds fp16 to nearest and has no bf16."""
+        optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(self.optimizer))
+        return optimizer.fused_on_cpu and (self.dtype, self.rounding) in _FUSED_ON_CPU
 
     def why_invalid(self, sharding_type: str) -> str:
         """Why `sharding_type` is not among valid_sharding_types()."""
@@ -221,6 +230,9 @@ class InventoryConfig(Section):
         "adamw", description="A kind of optimizer."
     )
     dense_parallel: Literal["ddp", "fsdp"] = Field("ddp", description="dense.strategy of an experiment.")
+    tensor_parallel: Count = Field(
+        1, description="dense.tensor_parallel of an experiment; of its time only what each rank computes is counted."
+    )
     dense_gathered: Precision = Field("fp32", description="dense.gathered of an experiment.")
     activation_checkpointing: Literal["none", "layer"] = Field(
         "none", description="dense.activation_checkpointing of an experiment."

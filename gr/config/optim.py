@@ -25,8 +25,8 @@ class TableOptimizerConfig(Section):
     """An optimizer of the tables.
 
     states: fbgemm's names of the tensors it keeps, each one number an element of the table or one a row.
-    fused_type: fbgemm's EmbOptimType. fused_on_cpu: whether fbgemm fuses it into backward there too. idle_rows_stay:
-    whether a step with a gradient of zero leaves a row alone, so that a dense update equals the fused one.
+    fused_type: fbgemm's EmbOptimType. fused_on_cpu: whether fbgemm fuses it into backward there too. Every kernel
+    updates the rows that a step looks up and no others.
     """
 
     kind: str
@@ -34,7 +34,6 @@ class TableOptimizerConfig(Section):
     states: ClassVar[dict[str, StateShape]] = {}
     fused_type: ClassVar[str]
     fused_on_cpu: ClassVar[bool] = False
-    idle_rows_stay: ClassVar[bool] = True
 
     def fused_arguments(self) -> dict[str, Any]:
         """The arguments of fbgemm's update in backward, beside the learning rate."""
@@ -50,14 +49,13 @@ class _Adam(TableOptimizerConfig):
     lr: TableRate = 1e-3
     betas: Betas = (0.9, 0.98)
     eps: Epsilon = 1e-8
-    idle_rows_stay: ClassVar[bool] = False
 
     def fused_arguments(self) -> dict[str, Any]:
         return {"eps": self.eps, "beta1": self.betas[0], "beta2": self.betas[1]}
 
 
 class Adam(_Adam):
-    """Adam (arXiv 1412.6980); a row without gradient moves too, by its moments."""
+    """Adam (arXiv 1412.6980) of the rows that a step looks up; the others stay, moments included."""
 
     kind: Literal["adam"] = "adam"
     states: ClassVar[dict[str, StateShape]] = {"exp_avg": "element", "exp_avg_sq": "element"}
@@ -70,6 +68,20 @@ class PartialRowWiseAdam(_Adam):
     kind: Literal["partial_rowwise_adam"] = "partial_rowwise_adam"
     states: ClassVar[dict[str, StateShape]] = {"exp_avg": "element", "exp_avg_sq": "row"}
     fused_type: ClassVar[str] = "PARTIAL_ROWWISE_ADAM"
+
+
+class RowWiseAdamW(_Adam):
+    """partial_rowwise_adam with decoupled weight decay of the rows that a step looks up."""
+
+    kind: Literal["rowwise_adamw"] = "rowwise_adamw"
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Of a looked-up row, times the learning rate, decoupled from the gradient (arXiv 1711.05101)."
+    )
+    states: ClassVar[dict[str, StateShape]] = {"exp_avg": "element", "exp_avg_sq": "row"}
+    fused_type: ClassVar[str] = "PARTIAL_ROWWISE_ADAM"
+
+    def fused_arguments(self) -> dict[str, Any]:
+        return super().fused_arguments() | {"weight_decay": self.weight_decay}
 
 
 class _Adagrad(TableOptimizerConfig):
@@ -106,13 +118,14 @@ class SGD(TableOptimizerConfig):
     fused_on_cpu: ClassVar[bool] = True
 
 
-# kind -> its config and its update of the rows that no fused kernel updates.
+# kind -> its config and the rule by which it updates the rows that no fused kernel does.
 TABLE_OPTIMIZERS = Registry("table optimizer")
-TABLE_OPTIMIZERS.add(Adam, "gr.embeddings.optimizers:adam_update")
-TABLE_OPTIMIZERS.add(PartialRowWiseAdam, "gr.embeddings.optimizers:partial_rowwise_adam_update")
-TABLE_OPTIMIZERS.add(RowWiseAdagrad, "gr.embeddings.optimizers:rowwise_adagrad_update")
-TABLE_OPTIMIZERS.add(Adagrad, "gr.embeddings.optimizers:adagrad_update")
-TABLE_OPTIMIZERS.add(SGD, "gr.embeddings.optimizers:sgd_update")
+TABLE_OPTIMIZERS.add(Adam, "gr.ops.row_update.reference:adam")
+TABLE_OPTIMIZERS.add(PartialRowWiseAdam, "gr.ops.row_update.reference:rowwise_adamw")
+TABLE_OPTIMIZERS.add(RowWiseAdamW, "gr.ops.row_update.reference:rowwise_adamw")
+TABLE_OPTIMIZERS.add(RowWiseAdagrad, "gr.ops.row_update.reference:rowwise_adagrad")
+TABLE_OPTIMIZERS.add(Adagrad, "gr.ops.row_update.reference:adagrad")
+TABLE_OPTIMIZERS.add(SGD, "gr.ops.row_update.reference:sgd")
 
 
 class ScheduleConfig(Section):

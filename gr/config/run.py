@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gr.config.base import PathText, PositiveFloat, Precision, Registry, Section
-from gr.config.features import TableDtype, TableOptions, columns_by_table
+from gr.config.features import Rounding, TableDtype, TableOptions, columns_by_table
 from gr.config.inventory import (
     AnyShardingType,
     DLRMDense,
@@ -37,6 +37,11 @@ TableInit = Literal["truncated_normal", "uniform_rows"]
 
 class EmbeddingsConfig(Section):
     dtype: TableDtype = Field("fp32", description="Of the tables' rows in memory.")
+    rounding: Rounding = Field(
+        "stochastic",
+        description="Of updates to fp16 rows: up or down by odds that make the mean exact, drawn from (seed, table, "
+        "step, row, column). nearest loses every update below half a step of fp16.",
+    )
     init: TableInit = Field(
         "truncated_normal",
         description="Keyed on (seed, table, row). uniform_rows is DLRM's: within 1/sqrt(rows) of zero.",
@@ -53,6 +58,11 @@ class EmbeddingsConfig(Section):
 
     def optimizer_of(self, table: str) -> TableOptimizerConfig:
         return self.of(table).optimizer or self.optimizer
+
+    def rounding_of(self, table: str) -> Rounding | None:
+        """None for a table in fp32, which is not rounded."""
+        own = self.of(table)
+        return None if (own.dtype or self.dtype) == "fp32" else own.rounding or self.rounding
 
 
 class PlannerConfig(Section):
@@ -83,6 +93,11 @@ class DenseConfig(Section):
         description="ddp: every rank has a copy. fsdp: each rank has its share of the weights, gradients and optimizer "
         "states of the tower and the heads, and gathers one layer at a time (FSDP2). Both train the same model.",
     )
+    tensor_parallel: PositiveInt = Field(
+        1,
+        description="Neighbouring ranks that hold each matrix of a Llama tower together, and compute on the tokens of "
+        "all of them. Tables stay sharded over all ranks. Beyond one such group it takes strategy=fsdp.",
+    )
     gathered: Precision = Field(
         "fp32",
         description="What a layer is gathered in under fsdp. bf16 halves those bytes; weights stay fp32 where they are "
@@ -104,6 +119,16 @@ class DenseConfig(Section):
             raise ConfigError(
                 "dense.strategy=fsdp, but this run has 1 rank, which shares with no other: start 2 or more "
                 "(torchrun --nproc-per-node 2), or set dense.strategy=ddp"
+            )
+        if ranks % self.tensor_parallel:
+            raise ConfigError(
+                f"dense.tensor_parallel={self.tensor_parallel} does not divide the {ranks} ranks of this run: use a "
+                f"multiple of {self.tensor_parallel} ranks, or set it to a divisor of {ranks}"
+            )
+        if self.strategy == "ddp" and self.tensor_parallel not in (1, ranks):
+            raise ConfigError(
+                f"dense.tensor_parallel={self.tensor_parallel} on {ranks} ranks makes "
+                f"{ranks // self.tensor_parallel} groups: set dense.strategy=fsdp, which shares the tower among them"
             )
 
 
@@ -299,6 +324,7 @@ class RunConfig(Section):
             precision=self.trainer.precision,
             dense_optimizer=self.optimizer.kind,
             dense_parallel=self.dense.strategy,
+            tensor_parallel=self.dense.tensor_parallel,
             dense_gathered=self.dense.gathered,
             activation_checkpointing=self.dense.activation_checkpointing,
             tables=self.tables(schema),
@@ -308,11 +334,11 @@ class RunConfig(Section):
 
     @within_limits()
     def table(self, name: str, rows: int, **fields: Any) -> TableConfig:
-        """A table with its dtype and optimizer. fields: as in TableConfig."""
-        dtype = self.embeddings.of(name).dtype or self.embeddings.dtype
-        return TableConfig(
-            name=name, rows=rows, dtype=dtype, optimizer=self.embeddings.optimizer_of(name).kind, **fields
-        )
+        """A table with its dtype, rounding and optimizer. fields: as in TableConfig."""
+        own = self.embeddings.of(name)
+        dtype, rounding = own.dtype or self.embeddings.dtype, own.rounding or self.embeddings.rounding
+        optimizer = self.embeddings.optimizer_of(name).kind
+        return TableConfig(name=name, rows=rows, dtype=dtype, rounding=rounding, optimizer=optimizer, **fields)
 
     def batch_sizes(self) -> Mapping[str, int]:
         """The numbers that are dealt evenly to the ranks, by the names of their keys."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings.local_shards import TableShard, local_shards
+from gr.ops.splitmix64 import shift_right, splitmix64
 
 # Two standard deviations, as torch.nn.init.trunc_normal_ users in the field cut it.
 CUT = 2.0
@@ -49,7 +50,7 @@ def uniform(counters: Tensor, key: int, bound: float) -> Tensor:
 
 def open_unit(counters: Tensor, key: int) -> Tensor:
     """float64, uniform in (0, 1), one value for each int64 counter: a hash of it."""
-    return (_shift(_mix(counters + key), 11).double() + 0.5) * 2.0**-53
+    return (shift_right(splitmix64(counters + key), 11).double() + 0.5) * 2.0**-53
 
 
 def _fill(shard: TableShard, draw: Callable[[Tensor], Tensor], dim: int) -> None:
@@ -67,16 +68,3 @@ def key_of(seed: int, name: str) -> int:
     """A key for the draws of one named tensor, such as a table."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in int64 with wrap-around."""
-    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
-    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return x ^ _shift(x, 31)

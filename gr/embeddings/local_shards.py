@@ -16,6 +16,8 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
+from gr.embeddings.row_gradients import LocalRows, ReplicatedRows
+
 # TorchRec's kernel classes share an interface but no public base.
 FusedKernel: TypeAlias = BatchedFusedEmbedding | BatchedFusedEmbeddingBag
 PooledKernel: TypeAlias = BatchedFusedEmbeddingBag | BatchedDenseEmbeddingBag
@@ -30,7 +32,8 @@ class TableShard:
     row_offset, column_offset: where the rectangle starts in the table. column_widths: of the blocks that the table's
     columns are cut into, and column_block which of them this is. replicated: every rank holds the same one.
     states: the fused optimizer's states by name, views [r, c], or [r] for row-wise ones; empty for a dense kernel.
-    kernel: the TorchRec kernel that holds it. index: which of the kernel's shards it is.
+    kernel: the TorchRec kernel that holds it. index: which of the kernel's shards it is. gradients: of a dense kernel,
+    for TableOptimizer; None where the kernel updates the shard in backward.
     """
 
     table: str
@@ -44,30 +47,23 @@ class TableShard:
     states: dict[str, Tensor]
     kernel: Kernel
     index: int
+    gradients: LocalRows | ReplicatedRows | None
 
     @property
     def is_fused(self) -> bool:
         """True where the kernel updates the shard in backward; elsewhere its gradient is left for TableOptimizer."""
-        return isinstance(self.kernel, FusedKernel)
+        return self.gradients is None
 
     @property
     def is_pooled(self) -> bool:
         """True for a table of an EmbeddingBagCollection."""
         return isinstance(self.kernel, PooledKernel)
 
-    def gradient(self) -> Tensor | None:
-        """Gradient [r, c] of a dense kernel's shard, or None where backward has left none."""
-        dense = self.kernel.emb_module
-        if dense.weights.grad is None:
-            return None
-        start = dense.weights_physical_offsets[self.index]
-        return dense.weights.grad[start : start + self.weight.numel()].view_as(self.weight)
-
 
 def local_shards(model: nn.Module) -> Iterator[TableShard]:
     """Every table shard of this rank, in the order of the modules."""
     for kernel in _kernels(model):
-        states = _fused_states(kernel)
+        states, gradients = _fused_states(kernel), _gradients(kernel)
         weights: list[Tensor] = kernel.split_embedding_weights()
         tables = kernel.config.embedding_tables
         for index, (table, weight, state) in enumerate(zip(tables, weights, states, strict=True)):
@@ -85,6 +81,7 @@ def local_shards(model: nn.Module) -> Iterator[TableShard]:
                 states=state,
                 kernel=kernel,
                 index=index,
+                gradients=gradients,
             )
 
 
@@ -94,6 +91,18 @@ def _kernels(model: nn.Module) -> Iterator[Kernel]:
             # TorchRec keeps the lookups in a list, out of sight of modules().
             for lookup in collection._lookups:
                 yield from (m for m in lookup.modules() if isinstance(m, Kernel))
+
+
+def take_rows(model: nn.Module) -> None:
+    """Has the dense kernels of a model that was just sharded look up rows as gr.embeddings.row_gradients says."""
+    for kernel in _kernels(model):
+        if not isinstance(kernel, FusedKernel):
+            replicated = kernel.config.embedding_tables[0].local_metadata is None
+            kernel.row_gradients = (ReplicatedRows if replicated else LocalRows)(kernel.emb_module)
+
+
+def _gradients(kernel: Kernel) -> LocalRows | ReplicatedRows | None:
+    return None if isinstance(kernel, FusedKernel) else kernel.row_gradients
 
 
 def _column_blocks(table: ShardedEmbeddingTable) -> dict[int, int]:

@@ -1,45 +1,44 @@
 """The optimizers of the embedding tables: fused into backward where fbgemm can, stepped here where it cannot.
 
-On CPU fbgemm has no fused Adam, and data-parallel tables never are fused: their kernels leave a dense gradient, which
-`TableOptimizer.step` applies with the same formulas. The one difference: it updates every row at every step, where a
-fused Adam leaves the rows alone that were not looked up.
+On CPU fbgemm has no fused Adam, and data-parallel tables never are fused: their kernels leave gradients of the rows
+that were looked up, which `TableOptimizer.step` applies by the same rule: it updates these rows and no others.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
-from gr.config.optim import (
-    SGD,
-    TABLE_OPTIMIZERS,
-    Adagrad,
-    Adam,
-    PartialRowWiseAdam,
-    RowWiseAdagrad,
-    TableOptimizerConfig,
-)
+from gr.config.features import Rounding
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
+from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
+from gr.ops.row_update import StochasticRounding, row_update
 
 
-def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
-    """The parameters that TorchRec hands to fbgemm for the update in backward."""
+def fused_params(config: TableOptimizerConfig, rounding: Rounding | None = None) -> dict[str, Any]:
+    """The parameters that TorchRec hands to fbgemm for the update in backward. rounding: of a half table.
+
+    fbgemm rounds stochastically on CUDA only, by draws that are not those of gr.ops.row_update; on CPU it is given no
+    table that asks for it (TableConfig.is_fused_on_cpu).
+    """
     optimizer = EmbOptimType[config.fused_type]
-    return {"optimizer": optimizer, "learning_rate": config.lr, **config.fused_arguments()}
+    draws = {} if rounding is None else {"stochastic_rounding": rounding == "stochastic"}
+    return {"optimizer": optimizer, "learning_rate": config.lr, **config.fused_arguments(), **draws}
 
 
 class TableOptimizer:
     """Steps the tables of a sharded model, each by its optimizer, and owns their state for checkpoints.
 
-    configs[i]: the optimizer of shards[i]. states[i] holds the state tensors of shards[i] by fbgemm's names: sum
-    (Adagrad), exp_avg and exp_avg_sq (Adam).
+    seed: of the draws of stochastic rounding. configs[i]: the optimizer of shards[i]. states[i] holds the state
+    tensors of shards[i] by fbgemm's names: sum (Adagrad), exp_avg and exp_avg_sq (Adam).
     """
 
-    def __init__(self, model: nn.Module, embeddings: EmbeddingsConfig) -> None:
+    def __init__(self, model: nn.Module, embeddings: EmbeddingsConfig, seed: int) -> None:
+        self.embeddings, self.seed = embeddings, seed
         self.factor = 1.0
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
@@ -72,18 +71,26 @@ class TableOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Applies and clears the gradients that dense kernels were left with."""
+        """Applies and clears the gradients that dense kernels were left with. Collective."""
         self.steps += 1
+        kernels = {id(shard.kernel): shard.gradients for shard in self.shards}
+        # The shards of one kernel share its gradients.
+        dense = [gradients for gradients in kernels.values() if gradients is not None]
+        for gradients in dense:
+            gradients.agree()
         for shard, config, states in zip(self.shards, self.configs, self.states, strict=True):
-            if not shard.is_fused and (gradient := shard.gradient()) is not None:
-                # In float32: eps and the squares of small gradients are zero in float16.
-                weight, update = shard.weight.float(), TABLE_OPTIMIZERS.target(config)
-                update(config, weight, gradient.float(), states, lr=config.lr * self.factor, steps=self.steps)
-                shard.weight.copy_(weight)
-        # Only now: the shards of one kernel share one gradient tensor.
-        for shard in self.shards:
-            if not shard.is_fused:
-                shard.kernel.emb_module.weights.grad = None
+            if shard.gradients is not None and (rows := shard.gradients.take(shard.index)) is not None:
+                rule, numbers = TABLE_OPTIMIZERS.target(config), config.fused_arguments()
+                lr, rounding = config.lr * self.factor, self._rounding(shard)
+                row_update(rule, shard.weight, states, *rows, rounding, lr=lr, steps=self.steps, **numbers)
+        for gradients in dense:
+            gradients.clear()
+
+    def _rounding(self, shard: TableShard) -> StochasticRounding | None:
+        if self.embeddings.rounding_of(shard.table) != "stochastic":
+            return None
+        key = key_of(self.seed, f"rounding/{shard.table}")
+        return StochasticRounding(key, self.steps, shard.row_offset, shard.column_offset, shard.shape[1])
 
 
 def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Tensor]:
@@ -92,47 +99,3 @@ def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Ten
         name: torch.zeros(weight.shape if shape == "element" else weight.shape[:1], device=weight.device)
         for name, shape in config.states.items()
     }
-
-
-# The updates of fbgemm's fused optimizers, in place on whole shards: weight and gradient float32 [r, c]; states as in
-# _dense_states; steps: taken so far, with this one.
-
-
-def sgd_update(
-    config: SGD, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
-) -> None:
-    weight.sub_(gradient, alpha=lr)
-
-
-def adam_update(
-    config: Adam, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
-) -> None:
-    beta1, beta2 = config.betas
-    mean = states["exp_avg"].lerp_(gradient, 1 - beta1)
-    square = states["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = (square / (1 - beta2**steps)).sqrt_().add_(config.eps)
-    weight.addcdiv_(mean, root, value=-lr / (1 - beta1**steps))
-
-
-def partial_rowwise_adam_update(
-    config: PartialRowWiseAdam, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
-) -> None:
-    beta1, beta2 = config.betas
-    mean = states["exp_avg"].lerp_(gradient, 1 - beta1)
-    square = states["exp_avg_sq"].lerp_(gradient.square().mean(1), 1 - beta2).unsqueeze(1)
-    root = (square / (1 - beta2**steps)).sqrt_().add_(config.eps)
-    weight.addcdiv_(mean, root, value=-lr / (1 - beta1**steps))
-
-
-def rowwise_adagrad_update(
-    config: RowWiseAdagrad, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
-) -> None:
-    total = states["sum"].add_(gradient.square().mean(1)).unsqueeze(1)
-    weight.addcdiv_(gradient, total.sqrt().add_(config.eps), value=-lr)
-
-
-def adagrad_update(
-    config: Adagrad, weight: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, lr: float, steps: int
-) -> None:
-    total = states["sum"].addcmul_(gradient, gradient)
-    weight.addcdiv_(gradient, total.sqrt().add_(config.eps), value=-lr)

@@ -20,8 +20,20 @@ from gr.towers.llama import Llama
 INIT_STD = 0.02
 
 
+class VocabularyHead(nn.Linear):
+    """[T, D] -> logits [T, V]; with targets, the loss of each token [T], in nats."""
+
+    def forward(self, hidden_TD: Tensor, targets_T: Tensor | None = None) -> Tensor:
+        if targets_T is None:
+            return super().forward(hidden_TD)
+        # The logits exist for a chunk of tokens at a time, in float32.
+        return linear_cross_entropy(hidden_TD, self.weight.float(), targets_T, scale=1.0, chunk=LOSS_CHUNK)
+
+
 class CausalLM(nn.Module):
     """p(next token | those before it in its document), trained at every token. Build it on meta."""
+
+    fsdp_modules = ("tower", "embed_tokens", "lm_head")
 
     def __init__(self, config: CausalLMConfig, schema: Any) -> None:
         """schema: unused, since the configuration has every size."""
@@ -30,7 +42,7 @@ class CausalLM(nn.Module):
         dim, vocabulary = config.model.dim, config.model.vocabulary
         self.embed_tokens = nn.Embedding(vocabulary, dim)
         self.tower = build_tower(config.model.tower, dim=dim, max_length=self.max_length)
-        self.lm_head = nn.Linear(dim, vocabulary, bias=False)
+        self.lm_head = VocabularyHead(dim, vocabulary, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -41,8 +53,7 @@ class CausalLM(nn.Module):
         """Sum of -log p(next token) over the scored tokens, a scalar in nats."""
         hidden_TD = self.hidden(batch.ids_T, batch.offsets_B1)[batch.scored_T].float()
         targets = batch.target_ids_T[batch.scored_T]
-        # The logits exist for a chunk of tokens at a time, in float32.
-        return linear_cross_entropy(hidden_TD, self.lm_head.weight.float(), targets, scale=1.0, chunk=LOSS_CHUNK).sum()
+        return self.lm_head(hidden_TD, targets).sum()
 
     def hidden(self, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """The tower's output, [T, D]."""

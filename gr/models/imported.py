@@ -41,7 +41,7 @@ def import_llama(folder: Path, run_dir: Path, *, interleaved: bool = False) -> t
     schema = hf_llama.text_schema(fields, folder, None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest())
     model = build_model(config, schema).to_empty(device="cpu")
     read = hf_llama.load_weights(folder, model, tied=bool(fields.get("tie_word_embeddings")), interleaved=interleaved)
-    state = ModelState(dense_parameters(model), None, TableOptimizer(model, config.embeddings))
+    state = ModelState(dense_parameters(model), None, TableOptimizer(model, config.embeddings, config.seed))
     artifacts = {SCHEMA_FILE: (schema.model_dump_json(indent=2) + "\n").encode()}
     if tokenizer is not None:
         artifacts[TOKENIZER_FILE] = tokenizer

@@ -62,6 +62,11 @@ def load() -> None:
     _check_runs()
 
 
+def fingerprint() -> str:
+    """Of the operators as they are built on this machine; raises InstallError without a compiler."""
+    return _fingerprint(_find_compiler())
+
+
 def _find_compiler() -> str:
     for name in _COMPILERS:
         path = shutil.which(name)

@@ -1,6 +1,6 @@
 """The dense part of a model over ranks, applied beside the model in this order:
 
-    activation checkpointing -> FSDP2 of the tower and the heads -> storage -> DDP of what is left
+    activation checkpointing -> tensor parallelism -> FSDP2 of the tower and the heads -> storage -> DDP of what is left
 
 FSDP2 is given the modules that a model names, never the model: a table's shards differ from rank to rank, and a
 `fully_shard` over them ends the process. What is left (position vectors and the like) is small, and the same on every
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torchrec.distributed.model_parallel import (
@@ -28,11 +28,14 @@ from torchrec.distributed.types import ShardingEnv
 from gr.config.run import DenseConfig
 from gr.errors import ConfigError
 from gr.models import dense
-from gr.parallel.mesh import DATA_AXIS
+from gr.parallel.mesh import DATA_AXIS, TENSOR_AXIS, all_ranks
+from gr.parallel.tensor import split_tower
 
 
 def parallelise_dense(model: nn.Module, mesh: DeviceMesh, config: DenseConfig, device: torch.device) -> nn.Module:
-    """`model` with its dense part over the data axis, and with storage on `device`; gradients are averaged over ranks.
+    """`model` with its dense part over the ranks, and with storage on `device`; gradients are averaged over ranks.
+
+    mesh: build_mesh's for config.tensor_parallel.
 
     model: a DistributedModelParallel, or a model without tables; its dense part is on meta. Values are
     initialise_dense's. Raises ConfigError where `config` asks for layers of a model that names none.
@@ -40,14 +43,16 @@ def parallelise_dense(model: nn.Module, mesh: DeviceMesh, config: DenseConfig, d
     inner = unwrapped(model)
     if config.activation_checkpointing == "layer":
         _compute_layers_again(inner)
+    if config.tensor_parallel > 1:
+        split_tower(getattr(inner, "tower", None), mesh[TENSOR_AXIS])
     if config.strategy == "fsdp":
-        _shard(inner, mesh[DATA_AXIS], config)
+        _shard(inner, mesh, config)
     for _, module in reversed(dense.dense_modules(inner)):
         module.to_empty(device=device, recurse=False)
     if isinstance(model, DistributedModelParallel):
         model.init_data_parallel()
         return model
-    return _replicate(model, mesh)
+    return _replicate(model)
 
 
 class PlainDataParallel(DataParallelWrapper):
@@ -82,12 +87,21 @@ def clip_gradients(groups: Iterable[Iterable[nn.Parameter]], limit: float | None
     """
     groups = [list(group) for group in groups]
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [_reduced(norm) if isinstance(norm, DTensor) else norm for norm in norms]
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if limit is not None:
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, limit, total)
     return total
+
+
+def _reduced(norm: DTensor) -> torch.Tensor:
+    """The value of a norm whose parts are on the ranks, reduced along one axis of the mesh after another."""
+    placements = list(norm.placements)
+    for axis in range(len(placements)):
+        placements[axis] = Replicate()
+        norm = norm.redistribute(placements=placements)
+    return norm.to_local()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -119,17 +133,21 @@ def _shard(model: nn.Module, mesh: DeviceMesh, config: DenseConfig) -> None:
             "set dense.gathered=fp32"
         )
     # A root that stays gathered after an evaluation would miss what a checkpoint loads into its shards.
-    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    shard = partial(fully_shard, reshard_after_forward=True)
     # The tower alone is computed in bf16. Its activations keep their dtype: autocast chooses that of each operator.
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = bf16 if config.gathered == "bf16" else MixedPrecisionPolicy()
+    tower = getattr(model, "tower", None)
     for layer in _layers(model):
-        shard(layer, mp_policy=policy)
+        shard(layer, mesh=mesh[DATA_AXIS], mp_policy=policy)
     for module in modules:
-        shard(module, mp_policy=policy if module is getattr(model, "tower", None) else MixedPrecisionPolicy())
+        if module is tower:
+            shard(module, mesh=mesh[DATA_AXIS], mp_policy=policy)
+        else:  # of other tokens on every rank, those of a tensor group too
+            shard(module, mesh=all_ranks(mesh.device_type))
 
 
-def _replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def _replicate(model: nn.Module) -> nn.Module:
     """DDP over the plain parameters of a model without tables; the model as it is where it has none."""
     sharded = _distributed(model)
     if len(sharded) == sum(1 for _ in model.parameters()):
@@ -137,7 +155,6 @@ def _replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     return DistributedDataParallel(
         model,
-        process_group=mesh.get_group(DATA_AXIS),
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
     )

@@ -16,6 +16,7 @@ from gr import compat
 from gr.config.inventory import SHARDING_TYPES, sharding_types_of
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
+from gr.embeddings.local_shards import take_rows
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
 from gr.parallel.dense import PlainDataParallel
@@ -54,11 +55,12 @@ def shard_tables(
     _refuse_invalid_types(model, plan)
     if device.type == "cpu":
         _refuse_shards_without_rows(model, plan)
-    compat.apply()
+    compat.quiet_known_warnings()
+    shared = fused_params(config.optimizer)
     for table, weight in table_weights(model).items():
-        if (own := config.of(table).optimizer) is not None:
-            weight._optimizer_kwargs = [fused_params(own)]  # type: ignore[attr-defined]  # where TorchRec looks for it
-    return DistributedModelParallel(
+        if (own := fused_params(config.optimizer_of(table), config.rounding_of(table))) != shared:
+            weight._optimizer_kwargs = [own]  # type: ignore[attr-defined]  # where TorchRec looks for it
+    sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),
         device=device,
@@ -68,6 +70,8 @@ def shard_tables(
         init_parameters=False,
         data_parallel_wrapper=PlainDataParallel(),
     )
+    take_rows(sharded)
+    return sharded
 
 
 def _sharded(model: nn.Module, plan: ShardingPlan) -> Iterator[tuple[str, BaseEmbeddingConfig, ParameterSharding]]:

@@ -13,8 +13,8 @@ BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
 def constrained(inventory: InventoryConfig, planner: PlannerConfig, device: str) -> InventoryConfig:
     """`inventory` limited to what planner.sharding, planner.tables and the device (cpu or cuda) allow.
 
-    auto allows the sharding types that train the same model: column shards keep row statistics of their own, and
-    data-parallel replicas take Adam steps on rows that were not looked up. Raises ConfigError.
+    auto allows the sharding types that train the same model: column shards keep row statistics of their own. Raises
+    ConfigError.
     """
     names = [table.name for table in inventory.tables]
     if unknown := sorted(set(planner.tables) - set(names)):
@@ -53,7 +53,7 @@ def _allowed(table: TableConfig, chosen: str, device: str) -> TableConfig:
     if chosen == "auto":
         types = [name for name in ("table_wise", "row_wise", "table_row_wise") if name in valid]
         types += [] if optimizer.states_a("row") else ["column_wise"]
-        types += ["data_parallel"] if optimizer.idle_rows_stay else []
-    unfused = device == "cpu" and not optimizer.fused_on_cpu
+        types += ["data_parallel"]
+    unfused = device == "cpu" and not table.is_fused_on_cpu()
     kernels = ("dense",) if unfused else table.kernels
     return table.model_copy(update={"sharding_types": tuple(types), "kernels": kernels})

@@ -16,6 +16,7 @@ BYTES = {"fp32": 4, "bf16": 2}
 BACKWARD_OF_MATMUL = 2.0
 BACKWARD_OF_ATTENTION = 2.5
 Length = TypeVar("Length", float, np.ndarray)
+WIDE_INPUTS = 4  # of a layer of Llama: those of attention and of the feed-forward, before and after their norms
 SCORE_BYTES = 4  # losses are computed in fp32
 
 
@@ -23,7 +24,8 @@ SCORE_BYTES = 4  # losses are computed in fp32
 class DenseWork:
     """The work of one rank in one step. logits_bytes: scores of the loss and their gradient.
 
-    replicated_parameters: of `parameters`, those that every rank has, also under FSDP.
+    tower_parameters: of `parameters`; matrix_parameters: of those, the ones that tensor parallelism splits.
+    replicated_parameters: those that every rank has, also under FSDP. The rest are the heads'.
     """
 
     parameters: int
@@ -32,6 +34,8 @@ class DenseWork:
     activation_bytes: float  # kept for backward
     tokens: float  # 0 where the dense part reads no sequence
     logits_bytes: float
+    tower_parameters: int = 0
+    matrix_parameters: int = 0
     replicated_parameters: int = 0
 
 
@@ -49,6 +53,8 @@ class _PerExample:
     tokens: float
     score_flops: float = 0.0
     again_flops: float = 0.0
+    tower_parameters: int = 0
+    matrix_parameters: int = 0
     replicated_parameters: int = 0
 
 
@@ -64,6 +70,8 @@ def dense_work(inventory: InventoryConfig, rank_batch_size: int) -> DenseWork:
         activation_bytes=rank_batch_size * one.activation_bytes,
         tokens=rank_batch_size * one.tokens,
         logits_bytes=_logits_bytes(inventory.loss, rank_batch_size, one.tokens),
+        tower_parameters=one.tower_parameters,
+        matrix_parameters=one.matrix_parameters,
         replicated_parameters=one.replicated_parameters,
     )
 
@@ -87,8 +95,12 @@ def _per_example(inventory: InventoryConfig) -> _PerExample:
                 # The fp32 input of every layer, and all that one layer keeps while its gradients are computed.
                 kept = min(kept, dense.tower.layers * BYTES["fp32"] * dense.dim + kept / dense.tower.layers)
                 again = n * cost.token_flops + attention
+            # Of the other ranks' tokens, what is D wide; the parts of what is split make one whole.
+            kept += (inventory.tensor_parallel - 1) * dense.tower.layers * WIDE_INPUTS * element * dense.dim
             return _PerExample(
                 parameters=cost.parameters + dense.other_parameters,
+                tower_parameters=cost.parameters,
+                matrix_parameters=round(cost.token_flops / 2),
                 replicated_parameters=dense.replicated_parameters,
                 matmul_flops=n * cost.token_flops,
                 attention_flops=attention,

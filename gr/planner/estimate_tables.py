@@ -286,7 +286,8 @@ def shard_memory(
     return ShardMemory(
         tables={"fused_uvm": zero, "fused_uvm_caching": cached}.get(kernel, weights),
         table_optimizer=row_states if offloaded else row_states + column_states,
-        table_gradients=rows * columns * OUTPUT_BYTES if kernel == "dense" else zero,
+        # The dense kernel keeps the gradient of every id until the step's update.
+        table_gradients=v.ids * id_share * columns * OUTPUT_BYTES if kernel == "dense" else zero,
         inputs=2 * (v.ids * id_share) * ID_BYTES + v.lengths * LENGTH_BYTES,
         embeddings=2 * vectors * columns * OUTPUT_BYTES,
         host=weights + column_states if offloaded else zero,
@@ -345,14 +346,15 @@ def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:
     reads = (t.own_distinct + repeats) * t.dim * t.element_bytes
     seconds, intra, inter = CollectiveCosts(topology).all_reduce(gradients)
     zero = 0 * memory.tables
-    written = memory.tables + memory.table_optimizer
+    written = (memory.tables + memory.table_optimizer) * np.minimum(t.distinct / t.rows, 1)
     return ShardCosts(
         **vars(memory),
         input_all_to_all=zero,
         lookup=(t.own_ids * ID_BYTES + reads + vectors) / near,
         output_all_to_all=zero,
         gradient_all_to_all=zero,
-        # The gradient is zeroed, scattered into and read; weights and states are read and written, every row.
+        # The gradient is zeroed, scattered into and averaged, every row; weights and states are read and written of
+        # the rows that any rank looked up.
         update=(t.own_ids * SORT_BYTES + vectors + 3 * gradients + 2 * written) / near,
         table_all_reduce=seconds,
         intra_bytes=intra,

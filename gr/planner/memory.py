@@ -20,13 +20,15 @@ def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, fl
     batch = inventory.batch_on(topology.ranks)
     work = dense_work(inventory, batch)
     optimizer = cast(type[DenseOptimizerConfig], DENSE_OPTIMIZERS.config(inventory.dense_optimizer))
-    weights, gathered = float(work.parameters * PARAMETER_BYTES), 0.0
+    tensor, gathered = inventory.tensor_parallel, 0.0
+    tower = work.tower_parameters - work.matrix_parameters * (1 - 1 / tensor)
+    heads: float = work.parameters - work.tower_parameters - work.replicated_parameters
     if inventory.dense_parallel == "fsdp":
         # Two layers are gathered at a time: one in use, one on its way.
         layers = inventory.dense.tower.layers if isinstance(inventory.dense, TowerDense) else 1
-        sharded = work.parameters - work.replicated_parameters
-        gathered = sharded * BYTES[inventory.dense_gathered] * min(1.0, 2 / layers)
-        weights = float(PARAMETER_BYTES * (sharded / topology.ranks + work.replicated_parameters))
+        gathered = tower * BYTES[inventory.dense_gathered] * min(1.0, 2 / layers) + heads * PARAMETER_BYTES
+        tower, heads = tower * tensor / topology.ranks, heads / topology.ranks
+    weights = PARAMETER_BYTES * (tower + heads + work.replicated_parameters)
     states = weights * optimizer.states_a_parameter()
     tables = inventory.tables
     read = np.array([table.ids_per_example * batch + table.ids_per_step for table in tables])

@@ -1,7 +1,7 @@
 """A plan as TorchRec's ShardingPlan, which DistributedModelParallel applies."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from torchrec.distributed.types import (
 )
 
 from gr.config.inventory import TableConfig
-from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.errors import PlanError
 from gr.planner.placement import Placement, Plan, column_blocks, shards
 
@@ -124,13 +123,12 @@ def _parameter_sharding(
 
 
 def _check_kernel(table: TableConfig, placement: Placement, device: torch.device) -> None:
-    optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
-    fused_on_cpu = placement.kernel == "fused" and optimizer.fused_on_cpu
+    fused_on_cpu = placement.kernel == "fused" and table.is_fused_on_cpu()
     # TorchRec would run the host-memory kernels as fused and say nothing, and fail on Adam in an assertion.
     if device.type == "cpu" and not fused_on_cpu and placement.kernel != "dense":
         raise PlanError(
-            f"table {table.name}: no kernel {placement.kernel} with {table.optimizer} on cpu; make a plan for a cpu "
-            "topology, or set kernels=[dense]"
+            f"table {table.name}: no kernel {placement.kernel} with {table.optimizer}, {table.dtype} and "
+            f"rounding={table.rounding} on cpu; make a plan for a cpu topology, or set kernels=[dense]"
         )
 
 

@@ -28,7 +28,7 @@ log = get_logger(__name__)
 # (newest items, decay of their weight); the first is what the search starts from.
 WINDOWS = ((10, 0.8), (1, 1.0), *product((2, 3, 5, 10, 20, 50), (0.6, 0.7, 0.8, 0.9, 1.0)))
 TUNING_USERS = 1024  # at most so many, evenly over the file: the settings lie further apart than their noise
-EASE_ITEMS = 1 << 14  # the inverse of a matrix of 16,384 items takes 1 GB and some 4 TFLOP
+EASE_ITEMS = 1 << 13  # an inverse of more items takes more than half a TFLOP, of which a choice takes four
 _SCORES_PER_CHUNK = 1 << 22
 BadRows = Literal["fail", "skip"]
 Matrix: TypeAlias = sp.csr_array | np.ndarray
@@ -144,7 +144,7 @@ class Baseline(NamedTuple):
 TUNED: Mapping[str, Baseline] = {
     "item_knn": Baseline(item_knn, "shrink", (10, 0, 100)),
     "markov": Baseline(markov, "reach", (3, 1, 2, 5)),
-    "ease": Baseline(ease, "l2", (300, 30, 100, 1000)),
+    "ease": Baseline(ease, "l2", (300, 100, 1000)),
 }
 BASELINES = ("popularity", *TUNED)
 

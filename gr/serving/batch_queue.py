@@ -8,12 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from gr.config.serving import EngineConfig
 from gr.errors import ServingError, TransientError
 from gr.serving.servable import Encoded
 
 _FORGET = 0.95  # weight of a batch against the one after it: the last twenty or so count
 _OUTLIER = 3.0  # times the estimate: more of one batch is the machine's doing, and counts as this much
-_MARGIN = 1.5  # times the estimate that a request has to have left, which may be off
+_MARGIN = 1.25  # times the estimate that a request has to have left, which may be off
 
 
 class Overloaded(ServingError, TransientError):
@@ -43,6 +44,7 @@ class BatchTime:
         self.fixed = self.row = 0.0
 
     def add(self, rows: int, seconds: float) -> None:
+        rows = max(rows, 1)  # a request may be empty, such as a history without events that are known
         if self._weight > 5:
             seconds = min(seconds, _OUTLIER * (self.fixed + self.row * rows))
         self._weight = _FORGET * self._weight + 1
@@ -58,21 +60,28 @@ class BatchTime:
         self.row = min(max(slope, 0.0), mean_seconds / mean_rows)
         self.fixed = mean_seconds - self.row * mean_rows
 
-    def of(self, rows: float, batch_rows: int) -> float:
+    def of(self, rows: float, batch_rows: float) -> float:
         """Seconds of `rows` in batches of `batch_rows` at most."""
-        return math.ceil(rows / batch_rows) * self.fixed + rows * self.row
+        return math.ceil(rows / max(batch_rows, 1)) * self.fixed + rows * self.row
+
+    def rows_within(self, seconds: float) -> float:
+        """Rows of a batch that takes `seconds`, or a quarter more than a batch without rows where that is longer."""
+        return max(seconds - self.fixed, self.fixed / 4) / self.row if self.row else math.inf
 
 
 class BatchQueue:
-    """Requests of one verb, oldest first. A batch is what waits, up to `batch_rows`, of one version.
+    """Requests of one verb, oldest first. A batch is what waits, of one version, up to `batch_rows`.
 
-    A request is refused when it arrives where the estimate says that its deadline would pass, so that its caller knows
-    at once; one whose deadline did pass is dropped before it costs anything. A request that finds nothing before it is
-    always run, and one a worker always waits: estimates learn from what runs only.
+    It is smaller where it would take more than half of the deadline: what comes while a batch runs waits for all of it,
+    and has to be answered by the next. A request is refused when it arrives where the estimate says that its deadline
+    would pass, so that its caller knows at once; one that is late all the same is dropped, and does not make batches
+    small. A request that finds nothing before it is always run, and one a worker always waits: estimates learn from
+    what runs only.
     """
 
-    def __init__(self, batch_rows: int, queue_rows: int, workers: int) -> None:
-        self._batch_rows, self._queue_rows, self._workers = batch_rows, queue_rows, workers
+    def __init__(self, config: EngineConfig) -> None:
+        self._batch_rows, self._queue_rows, self._workers = config.batch_rows, config.queue_rows, config.workers
+        self._longest = config.deadline_ms / 1e3 / 2 / _MARGIN  # seconds of a batch
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -105,7 +114,7 @@ class BatchQueue:
             return
         now = time.monotonic()
         ends = max(0.0, min(self._running.values()) - now) if busy else 0.0
-        wait = ends + self.time.of(self.rows + rows, self._batch_rows) / self._workers
+        wait = ends + self.time.of(self.rows + rows, self._most_rows()) / self._workers
         if self.rows + rows > self._queue_rows:
             raise Overloaded(f"{self.rows:,} rows wait, at most {self._queue_rows:,}; try again later", wait)
         if now + _MARGIN * wait > deadline and len(self._waiting) >= self._workers:
@@ -115,6 +124,9 @@ class BatchQueue:
                 f"{left:.0f} ms; try again later",
                 wait,
             )
+
+    def _most_rows(self) -> float:
+        return max(1.0, min(self._batch_rows, self.time.rows_within(self._longest)))
 
     def take(self) -> tuple[list[Request], list[Request]]:
         """The next batch, and the requests that are too late or cancelled; waits until there is one of either.
@@ -128,28 +140,32 @@ class BatchQueue:
             batch, late = self._next()
             if batch:
                 rows = sum(request.encoded.rows for request in batch)
-                self._running[threading.get_ident()] = time.monotonic() + self.time.of(rows, self._batch_rows)
+                self._running[threading.get_ident()] = time.monotonic() + self.time.of(rows, rows)
             return batch, late
 
     def _next(self) -> tuple[list[Request], list[Request]]:
-        """A batch ends where one request more would make one of it late."""
-        now, rows, earliest = time.monotonic(), 0, math.inf
+        now, most, rows = time.monotonic(), self._most_rows(), 0
         batch: list[Request] = []
         late: list[Request] = []
         while self._waiting:
             request = self._waiting[0]
-            total, first = rows + request.encoded.rows, min(earliest, request.deadline)
-            if request.deadline > now and batch:
-                full = total > self._batch_rows or request.version is not batch[0].version
-                if full or now + _MARGIN * self.time.of(total, self._batch_rows) > first:
-                    break
+            total = rows + request.encoded.rows
+            if batch and (total > most or request.version is not batch[0].version):
+                break
             self._waiting.popleft()
             self.rows -= request.encoded.rows
             if request.future.set_running_or_notify_cancel() and request.deadline > now:
                 batch.append(request)
-                rows, earliest = total, first
+                rows = total
             else:
                 late.append(request)
+        while len(batch) > 1:
+            first = min(batch, key=lambda request: request.deadline)
+            if now + self.time.of(rows, rows) <= first.deadline:
+                break
+            batch.remove(first)
+            late.append(first)
+            rows -= first.encoded.rows
         return batch, late
 
     def close(self) -> None:

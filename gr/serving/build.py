@@ -1,12 +1,13 @@
 """What a kind of model hands to `gr export`: a builder, in gr/serving/passes/KIND.py.
 
-A builder is a function(saved, kinds, dense) -> Built. kinds: the type of each table's rows, by name. dense: the type of
-all other weights, fp32 or bf16. It makes modules without data-dependent shapes over the model's own dense part and
-packed tables, and says what the verbs of the kind need when a package is opened: gr/serving/KIND.py has them.
+A builder is a function(saved, kinds, config) -> Built. kinds: the type of each table's rows, by name. It makes modules
+without data-dependent shapes over the model's own dense part and packed tables, and says what the verbs of the kind
+need when a package is opened: gr/serving/KIND.py has them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,15 +34,16 @@ class Pass:
 @dataclass(frozen=True)
 class Built:
     """passes: by name. served: answers as the passes do and is called as the trained model is; the gate compares both.
-    verbs: what each is asked with and answers with. tables: shape and row type of each, by name.
+    None: it is the model itself over rows of those types. verbs: what each is asked with and answers with. tables:
+    shape and row type of each, by name.
 
     form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
-    files of the version, path -> content, for the verbs to read.
+    files of the version for the verbs to read, path -> content, or what writes it; written in this order.
     """
 
     passes: Mapping[str, Pass]
-    served: nn.Module
+    served: nn.Module | None
     verbs: Mapping[str, VerbRecord]
     tables: Mapping[str, tuple[int, int, RowKind]]
     form: Mapping[str, Any]
-    artifacts: Mapping[str, bytes]
+    artifacts: Mapping[str, bytes | Callable[[Path], None]]

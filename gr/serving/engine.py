@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from gr.logging import get_logger
 from gr.serving.batch_queue import BatchQueue, Overloaded, Request
 from gr.serving.metrics import EngineMetrics
 from gr.serving.servable import RequestError, Servable, ServedVersion
+from gr.serving.version import Version
 
 log = get_logger(__name__)
 
@@ -71,8 +73,7 @@ class Engine:
         self._held = _Held(version)
         self._swapping = threading.Lock()
         self._closed = False
-        limits = (self.config.batch_rows, self.config.queue_rows, self.config.workers)
-        self._queues = {verb: BatchQueue(*limits) for verb in version.verbs}
+        self._queues = {verb: BatchQueue(self.config) for verb in version.verbs}
         self._threads = [
             threading.Thread(target=self._work, args=(verb,), name=f"{verb}-{number}", daemon=True)
             for verb in self._queues
@@ -80,6 +81,12 @@ class Engine:
         ]
         for thread in self._threads:
             thread.start()
+
+    @classmethod
+    def open(cls, package: str | Path, config: EngineConfig | None = None) -> "Engine":
+        """An engine of the version that a package serves. Raises ServingError, as Version.open does."""
+        config = config or EngineConfig()
+        return cls(Version.open(package, runners=config.workers), config)
 
     @property
     def version(self) -> ServedVersion:
@@ -100,13 +107,23 @@ class Engine:
                 f"a {self.version.kind} model has no {verb}: {nearest(verb, self._queues, 'verbs')}"
             ) from None
 
+    @property
+    def verbs(self) -> list[str]:
+        """What can be asked; the same for every version."""
+        return list(self._queues)
+
     def waiting(self) -> dict[str, int]:
         """Rows that wait, by verb."""
         return {verb: queue.rows for verb, queue in self._queues.items()}
 
     def ask(self, verb: str, columns: Mapping[str, Any], *, deadline_ms: float | None = None) -> dict[str, np.ndarray]:
-        """One answer, by the names of the verb's outputs. columns: arrays, or what numpy makes arrays of."""
-        arrays = {name: np.asarray(column) for name, column in columns.items()}
+        """One answer, by the names of the verb's outputs.
+
+        columns: arrays, what numpy makes arrays of, or mappings where the verb takes them, such as a history.
+        """
+        arrays: dict[str, Any] = {
+            name: value if isinstance(value, Mapping) else np.asarray(value) for name, value in columns.items()
+        }
         return self.submit(verb, arrays, deadline_ms=deadline_ms).result().outputs
 
     def score(self, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -114,11 +131,11 @@ class Engine:
         return self.ask("score", columns)
 
     def rank(self, **columns: Any) -> dict[str, np.ndarray]:
-        """The scores of candidates for a user, of a ranking model."""
+        """The scores of candidates, of a ranking model: user=, history=, candidates=, and what its `inputs` name."""
         return self.ask("rank", columns)
 
     def retrieve(self, **columns: Any) -> dict[str, np.ndarray]:
-        """The best items for a history, of a retrieval model."""
+        """The best items for a history, of a retrieval model: history=, k=."""
         return self.ask("retrieve", columns)
 
     def require_room(self, verb: str) -> None:
@@ -162,12 +179,13 @@ class Engine:
         last. Raises ServingError, and closes `version`, where it is of another kind of model.
         """
         old = self.version
-        if (version.kind, set(version.verbs)) != (old.kind, set(old.verbs)):
-            version.close()
-            raise ServingError(
+        if (version.kind, set(version.verbs)) != (old.kind, set(self.verbs)):
+            message = (
                 f"version {version.name} is of a {version.kind} model with {', '.join(sorted(version.verbs))}; "
-                f"served is a {old.kind} model with {', '.join(sorted(old.verbs))}: serve it by another engine"
+                f"served is a {old.kind} model with {', '.join(sorted(self.verbs))}: serve it by another engine"
             )
+            version.close()
+            raise ServingError(message)
         held = _Held(version)
         with self._swapping:
             if self._closed:

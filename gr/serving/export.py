@@ -26,7 +26,7 @@ from gr.models.saved import Saved, load
 from gr.serving.accuracy_gate import GateReport, Limits
 from gr.serving.build import Built, Pass
 from gr.serving.calibration import Calibration, calibration
-from gr.serving.dtypes import DtypeChoice, choose
+from gr.serving.dtypes import DtypeChoice, choose, rounded
 from gr.serving.machine import cpu, versions
 from gr.serving.package import (
     CODE,
@@ -48,8 +48,12 @@ from gr.serving.quantize import RowKind, bytes_of
 from gr.serving.version import Version, golden_name
 from gr.serving.weights import write_tensors
 
-# kind of a model -> its builder, as gr/serving/build.py says: function(saved, kinds, dense) -> Built
-BUILDERS = {"click": "gr.serving.passes.click:build"}
+# kind of a model -> its builder, as gr/serving/build.py says: function(saved, kinds, config) -> Built
+BUILDERS = {
+    "click": "gr.serving.passes.click:build",
+    "ranking": "gr.serving.passes.ranking_build:build",
+    "retrieval": "gr.serving.build_retrieval:build",
+}
 _LARGEST_BATCH = 1 << 24  # rows of a call; far above any, and offsets of ids stay within int32
 _TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}  # of a pass from its golden rows
 _COMPILER_OPTIONS = {
@@ -137,7 +141,7 @@ def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> 
     kind = saved.config.kind
     if kind not in BUILDERS:
         raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
-    return import_target(BUILDERS[kind])(saved, kinds, config.dense)
+    return import_target(BUILDERS[kind])(saved, kinds, config)
 
 
 def _limits(config: ExportConfig) -> Limits:
@@ -153,7 +157,13 @@ def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportCo
     """The report on what is served, which passes. Raises ServingError where it does not."""
     if rows is None:
         return None
-    report = rows.gate(rows.predict(saved.model), rows.predict(built.served), _limits(config))
+    reference = rows.predict(saved.model)
+    if built.served is None:
+        with rounded(saved.model, {name: kind for name, (_, _, kind) in built.tables.items()}):
+            candidate = rows.predict(saved.model)
+    else:
+        candidate = rows.predict(built.served)
+    report = rows.gate(reference, candidate, _limits(config))
     report.require()
     return report
 
@@ -229,7 +239,10 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
     write_tensors(draft / GOLDEN, golden)
     for name, content in built.artifacts.items():
         (draft / name).parent.mkdir(exist_ok=True)
-        (draft / name).write_bytes(content)
+        if isinstance(content, bytes):
+            (draft / name).write_bytes(content)
+        else:
+            content(draft / name)
     manifest = Manifest(
         kind=saved.config.kind,
         step=read_progress(saved.folder)["step"],

@@ -40,6 +40,10 @@ class _Collector:
         yield CounterMetricFamily("gr_swaps", "Versions that took the place of another.", value=metrics.swaps)
         failures = "Versions that could not be opened, so that the one before is still served."
         yield CounterMetricFamily("gr_swap_failures", failures, value=metrics.swap_failures)
+        unknown = CounterMetricFamily("gr_unknown_values", "Values that training did not see.", labels=["input"])
+        for column, count in sorted(version.count_unknown.by_column().items()):
+            unknown.add_metric([column], count)
+        yield unknown
         requests = CounterMetricFamily("gr_requests", "Requests, by what became of them.", labels=["verb", "outcome"])
         waiting = GaugeMetricFamily("gr_waiting_rows", "Rows that wait for a batch.", labels=["verb"])
         for verb, counts in metrics.verbs.items():

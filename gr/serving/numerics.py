@@ -1,16 +1,26 @@
 """Where two forms of a model differ: the outputs of every layer, side by side, in the order of the computation."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedTensor
 
+from gr.checkpoint import resolve
+from gr.checkpoint.layout import CONFIG
+from gr.config import load_config
+from gr.config.export import DenseDtype, RowKind
+from gr.embeddings import table_weights
 from gr.errors import ServingError
+from gr.models.saved import load
+from gr.serving.calibration import calibration
+from gr.serving.dtypes import rounded
+from gr.serving.package import read_current, read_manifest
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -63,6 +73,52 @@ class _Sums:
             snr = 10 * math.log10(self.square / self.error)
         signal = math.sqrt(self.square / max(self.values, 1))
         return LayerDifference(layer, self.kind, self.values, signal, self.largest, snr)
+
+
+def rounded_layers(
+    checkpoint: str | Path,
+    kinds: Mapping[str, RowKind] | RowKind,
+    *,
+    rows: int,
+    dense: DenseDtype = "fp32",
+    data: str | Path | None = None,
+    plugins: Collection[str] = (),
+) -> list[LayerDifference]:
+    """The differences that fewer bits make in the layers of a saved model, over calibration rows.
+
+    checkpoint, plugins: as in gr.load. kinds: of the rows of each table that is rounded, or of all. dense: what the
+    layers other than the tables compute in. rows, data: as in calibration.
+    """
+    saved, other = load(checkpoint, plugins=plugins), load(checkpoint, plugins=plugins)
+    if isinstance(kinds, str):
+        kinds = dict.fromkeys(table_weights(other.model), kinds)
+    own = calibration(saved, data, rows)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast(saved.device.type, torch.bfloat16, enabled=model is other.model and dense == "bf16"):
+            return own.forward(model, batch)
+
+    with rounded(other.model, kinds):
+        return compare_layers(saved.model, other.model, own.batches, forward)
+
+
+def package_layers(
+    package: Path, checkpoint: str | Path, *, rows: int, data: Path | None = None, plugins: Collection[str] = ()
+) -> list[LayerDifference]:
+    """The differences of rounded_layers for the types that a package was exported with.
+
+    The package's compiled passes are not asked: golden rows compare them with the model at every opening. Raises
+    ServingError where the package is of another kind of model or has other tables than the checkpoint.
+    """
+    manifest = read_manifest(package, read_current(package))
+    path = resolve(checkpoint)
+    kind = load_config(path / CONFIG, plugins=plugins).kind
+    if manifest.kind != kind:
+        raise ServingError(
+            f"{package} serves a {manifest.kind} model, {path} is a {kind} model: name its own checkpoint"
+        )
+    kinds = {name: table.dtype for name, table in manifest.tables.items()}
+    return rounded_layers(path, kinds, rows=rows, dense=manifest.dense, data=data, plugins=plugins)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,9 +19,13 @@ from torch import Tensor
 from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError, nearest
 from gr.ops.time_encoding import time_bucket
+from gr.schema import DataSchema
 from gr.serving.kv_cache import Entry, KVCache, no_entry
-from gr.serving.servable import Encoded, RequestError, TensorSpec
+from gr.serving.package import Manifest
+from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec
+from gr.serving.version import Unseen
 
+FORM_FILE = "ranking.json"
 ITEM, USER, TIME = "item_id", "user", "timestamp"
 HISTORY, CANDIDATES, CONTEXT = "history", "candidates", "context"
 # Of events and of candidates that a pass is given: a matrix product then sums a row in one order, however many there
@@ -32,10 +37,10 @@ Run = Callable[..., Sequence[Tensor]]
 class RankingForm(BaseModel):
     """What the passes of a ranking model are asked with; a file of the package.
 
-    event_features: of ids, beside the item, with their cardinality; contextual likewise. max_events: of a history that
-    the model sees, the newest. scale, buckets: of its encoding of time, None for none. absolute: positions count from
-    the oldest event. tasks: name -> whether its output is a logit. lifetime: of cached keys and values. layers, heads,
-    width: their shape. microbatch: candidates of one call.
+    items: cardinality of the item; event_features, contextual: of the other ids, by name. max_events: of a history that
+    the model sees, the newest. scale, buckets: of its encoding of time; None: it has none. absolute: positions count
+    from the oldest event. tasks: name -> whether its output is a logit. lifetime: of cached keys and values; reason:
+    what makes it so. layers, heads, width: their shape. microbatch: candidates of one call.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +58,7 @@ class RankingForm(BaseModel):
     interleaved: bool
     tasks: dict[str, bool]
     lifetime: Literal["request", "user"]
+    reason: str
     layers: int
     heads: int
     width: int
@@ -112,6 +118,16 @@ class RankRequest:
         return hashed.digest()
 
 
+def open_verbs(folder: Path, manifest: Manifest, passes: Mapping[str, Run], unseen: Unseen) -> dict[str, Servable]:
+    """The verbs of a ranking model. folder: of the version, which has its form, schema.json and the vocabularies."""
+    form = RankingForm.model_validate_json((folder / FORM_FILE).read_bytes())
+    schema = DataSchema.load(folder)
+    names = [ITEM, *form.event_features, *form.contextual]
+    vocabularies = {name: Vocabulary.open(folder, schema, name) for name in names}
+    cache = KVCache(manifest.export.cache_mib << 20)
+    return {"rank": RankServable(form, passes, vocabularies, version=folder.name, cache=cache, count_unseen=unseen.add)}
+
+
 class RankServable:
     """The verb `rank`. passes: prefill, score, and append where a cache lives longer than a request."""
 
@@ -130,8 +146,10 @@ class RankServable:
         self.form, self._passes, self._vocabularies, self._version = form, passes, vocabularies, version
         self._cache = cache if form.lifetime == "user" else None
         self._count_unseen = count_unseen
-        self.inputs = form.inputs({name: vocabulary.type for name, vocabulary in vocabularies.items()})
-        self.outputs = form.outputs()
+        self.inputs: Sequence[TensorSpec] = form.inputs(
+            {name: vocabulary.type for name, vocabulary in vocabularies.items()}
+        )
+        self.outputs: Sequence[TensorSpec] = form.outputs()
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> RankRequest:
         """columns: the fields of `inputs`, or `history` and `context` as mappings and `candidates` as items.

@@ -69,10 +69,14 @@ class RetrieveServable:
         query: Callable[[Tensor, Tensor], Sequence[Tensor]],
         count_unknown: Callable[[Mapping[str, int]], None],
     ) -> None:
-        """item_features: the ids of each feature by item. query: QueryPass, compiled or not, in a sequence of one."""
+        """item_features: the ids of each feature by item, in the order in which the pass reads them after the item's
+        own. query: QueryPass, compiled or not, in a sequence of one.
+        """
         self.form, self._items, self._index, self._query = form, items, index, query
         self._features_FE = [torch.from_numpy(ids_E).int() for ids_E in item_features]
         self._count_unknown = count_unknown
+        self.inputs: Sequence[TensorSpec]
+        self.outputs: Sequence[TensorSpec]
         self.inputs, self.outputs = tensors(items, form)
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> RetrieveRequest:

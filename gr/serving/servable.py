@@ -50,12 +50,25 @@ class Servable(Protocol):
         ...
 
 
+class UnknownCounts(Protocol):
+    """What requests had that training did not see."""
+
+    def by_column(self) -> Mapping[str, int]:
+        """Values so far, by input."""
+        ...
+
+
 class ServedVersion(Protocol):
     """What the engine serves: weights behind compiled passes. It never changes. name: what answers say they are of."""
 
     name: str
     kind: str
     verbs: Mapping[str, Servable]
+
+    @property
+    def count_unknown(self) -> UnknownCounts:
+        """Counters of this version alone."""
+        ...
 
     def close(self) -> None:
         """Gives the weights back. The engine calls it when the last request of the version is answered."""

@@ -58,7 +58,7 @@ class Served:
     @property
     def models(self) -> dict[str, str]:
         """Model -> verb."""
-        verbs = list(self.engine.version.verbs)
+        verbs = self.engine.verbs
         return {self.name: verbs[0]} if len(verbs) == 1 else {f"{self.name}.{verb}": verb for verb in verbs}
 
     def verb(self, request: Request) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gr.config.base import import_target
 from gr.errors import ServingError
+from gr.ops import cpp_extension
 from gr.serving.machine import require_this_machine
 from gr.serving.package import (
     CODE,
@@ -26,7 +27,11 @@ from gr.serving.servable import Servable
 from gr.serving.weights import map_tensors
 
 # kind of a model -> what opens its verbs: function(folder, manifest, passes, counts) -> {verb: Servable}
-SERVABLES = {"click": "gr.serving.click:open_verbs"}
+SERVABLES = {
+    "click": "gr.serving.click:open_verbs",
+    "ranking": "gr.serving.ranking:open_verbs",
+    "retrieval": "gr.serving.retrieval_package:open_verbs",
+}
 
 
 class CompiledPass:
@@ -104,6 +109,10 @@ class Version:
         verify(folder, stored, manifest)
         if manifest.kind not in SERVABLES:
             raise ServingError(f"{own}: is a model of kind {manifest.kind}; this release serves {', '.join(SERVABLES)}")
+        if operators := manifest.form.get("operators"):
+            if operators != cpp_extension.fingerprint():
+                raise ServingError(f"{own}: calls other C++ operators than this release of gr has here; export again")
+            cpp_extension.load()
         tensors = map_tensors(own / TENSORS)
         passes = {}
         for name, record in manifest.passes.items():

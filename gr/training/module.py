@@ -116,7 +116,7 @@ class TrainModule:
         self.dense = dense_parameters(model)
         self.dense_groups = by_mesh(self.dense.values())
         self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
-        self.table_optimizer = TableOptimizer(model, config.embeddings)
+        self.table_optimizer = TableOptimizer(model, config.embeddings, config.seed)
 
     def prepare(self, batch, step: int) -> Prepared:
         """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead."""

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.tensor import DTensor
 
 from gr.config.causal_lm import CausalLMConfig
+from gr.config.run import DenseConfig
 from gr.dist import World
 from gr.experiment import build
 from gr.recipes.base import open_recipe
@@ -30,7 +32,8 @@ def train(world: World, config: CausalLMConfig) -> tuple[list[float], dict[str, 
             module.backward(loss, step)
     evaluated = recipe.evaluate(module.model, world, "test").metrics["loss"]
     assert evaluated is not None
-    return losses, {name: p.detach().numpy().copy() for name, p in module.dense.items()}, evaluated
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.dense.items()}
+    return losses, {name: p.detach().numpy().copy() for name, p in whole.items()}, evaluated
 
 
 @pytest.mark.slow
@@ -46,10 +49,14 @@ def test_any_number_of_ranks_trains_the_same_model(tmp_path: Path) -> None:
         trainer={"steps": STEPS, "global_batch_size": 8},
         evaluation={"path": str(folder)},
     )
+    # Two heads of keys, which two ranks can share.
+    tower = config.model.tower.model_copy(update={"kv_heads": 2})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"tower": tower})})
     ((losses, weights, evaluated),) = run_ranks(train, 1, config)
     assert len(set(losses)) == STEPS
-    for size in (2, 4):
-        for own_losses, own_weights, own_evaluated in run_ranks(train, size, config):
+    for size, dense in ((2, DenseConfig()), (4, DenseConfig(strategy="fsdp", tensor_parallel=2))):
+        laid_out = config.model_copy(update={"dense": dense})
+        for own_losses, own_weights, own_evaluated in run_ranks(train, size, laid_out):
             np.testing.assert_allclose(own_losses, losses, rtol=0, atol=LOSS)
             assert abs(own_evaluated - evaluated) <= WEIGHT
             for name, weight in weights.items():

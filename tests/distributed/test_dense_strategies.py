@@ -43,6 +43,7 @@ COMMON: dict = {
     "planner": {"sharding": "table_wise", "tables": {"item_id": "row_wise"}},
     "trainer": {"global_batch_size": 4},
 }
+LLAMA = {"kind": "llama", "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 24}
 SASREC = {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
 
 
@@ -74,10 +75,12 @@ def config(tmp_path_factory) -> Callable[..., RunConfig]:
     def configured(kind: str, **sections) -> RunConfig:
         sections = {**COMMON, **sections}
         match kind:
-            case "hstu" | "sasrec":
+            case "hstu" | "sasrec" | "llama":
                 sections["data"] = {"train_holdout": 8}  # so that some users have nothing to train on
                 if kind == "sasrec":
                     sections["model"] = {"tower": SASREC}
+                elif kind == "llama":
+                    sections["model"] = {"tower": LLAMA}
                 return tiny_config(data(folder, "hstu"), folder / "run", **sections)
             case "stu":
                 return tiny_ranking_config(data(folder, "stu"), folder / "run", **sections)
@@ -133,30 +136,38 @@ def alone(config) -> Callable[[str], Outcome]:
     return cache(lambda kind: run_ranks(trained, 1, config(kind))[0])
 
 
+FSDP, FSDP_TENSOR = {"strategy": "fsdp"}, {"strategy": "fsdp", "tensor_parallel": 2}
+DDP, TENSOR = {"strategy": "ddp"}, {"tensor_parallel": 2}
+
+
 @pytest.mark.parametrize(
-    ("kind", "strategy", "size"),
+    ("kind", "dense", "size"),
     [
-        *((kind, *over) for kind in ("hstu", "stu") for over in [("fsdp", 2), ("fsdp", 4), ("ddp", 4)]),
-        ("sasrec", "fsdp", 2),
-        ("click", "fsdp", 2),
+        *(("hstu", *over) for over in [(DDP, 4), (FSDP, 2), (FSDP, 4)]),
+        *(("llama", *over) for over in [(TENSOR, 2), (FSDP_TENSOR, 4)]),
+        ("stu", FSDP, 4),
+        ("sasrec", FSDP, 2),
+        ("click", FSDP, 2),
     ],
+    ids=str,
 )
-def test_a_strategy_trains_what_one_process_trains(config, alone, kind: str, strategy: str, size: int) -> None:
-    ranks, expected = run_ranks(trained, size, config(kind, dense={"strategy": strategy})), alone(kind)
+def test_a_strategy_trains_what_one_process_trains(config, alone, kind: str, dense: dict, size: int) -> None:
+    ranks, expected = run_ranks(trained, size, config(kind, dense=dense)), alone(kind)
     for outcome in ranks:
         assert outcome.losses == pytest.approx(expected.losses, abs=LOSS)
         assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
         assert outcome.initial.keys() == expected.initial.keys()
         for name, value in outcome.initial.items():
             assert (value == expected.initial[name]).all(), f"initial {name}"
-    if kind in ("hstu", "stu"):
-        planned = planned_bytes(config(kind, dense={"strategy": strategy}), size)
+    if kind != "click":  # so small that a share cannot be even
+        planned = planned_bytes(config(kind, dense=dense), size)
         assert [outcome.bytes for outcome in ranks] == [pytest.approx(planned, rel=0.02)] * size
     if size == 4 and kind != "click":
         assert min(min(outcome.tokens) for outcome in ranks) == 0, "a rank has a batch without a token"
-    heads = {"hstu": "tower", "sasrec": "tower", "stu": ("tower", "head"), "click": ("bottom", "top")}[kind]
-    shown = [name for name in expected.initial if name.startswith(heads)] if strategy == "fsdp" else []
-    assert ranks[0].sharded == shown
+    named = {"stu": ("tower", "head"), "click": ("bottom", "top")}.get(kind, ("tower",))
+    in_fsdp = [name for name in expected.initial if name.startswith(named)] if "strategy" in dense else []
+    if dense in (DDP, FSDP):
+        assert ranks[0].sharded == (in_fsdp if dense == FSDP else [])
 
 
 def run(world: World, config: RunConfig) -> dict | None:
@@ -169,12 +180,11 @@ def killed(world: World, config: RunConfig, step: int) -> None:
     train(config, world)
 
 
-def saving(config: Callable[..., RunConfig], kind: str, run_dir: Path, strategy: str, **optimizer) -> RunConfig:
+def saving(config: Callable[..., RunConfig], kind: str, run_dir: Path, dense: dict) -> RunConfig:
     """HALF steps, a checkpoint, and HALF steps more."""
     return config(
         kind,
-        dense={"strategy": strategy},
-        optimizer={**COMMON["optimizer"], **optimizer},
+        dense=dense,
         trainer={"global_batch_size": 4, "steps": 2 * STEPS, "writers": []},
         checkpoint={"every": STEPS, "keep_last": 9},
     ).model_copy(update={"run_dir": str(run_dir)})
@@ -188,34 +198,34 @@ def half_done(full: Path, run_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved_by_fsdp(config, tmp_path_factory) -> dict[str, Path]:
-    """Runs of four ranks under FSDP."""
-    folders = {kind: tmp_path_factory.mktemp("runs") / kind for kind in ("hstu", "stu")}
+def saved_on_four(config, tmp_path_factory) -> dict[str, Path]:
+    """Runs of four ranks: STU under FSDP, Llama under FSDP and tensor parallelism."""
+    folders = {kind: tmp_path_factory.mktemp("runs") / kind for kind in ("stu", "llama")}
     for kind, folder in folders.items():
-        run_ranks(run, 4, saving(config, kind, folder, "fsdp"))
+        run_ranks(run, 4, saving(config, kind, folder, FSDP_TENSOR if kind == "llama" else FSDP))
     return folders
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "strategy", "size"), [("hstu", "ddp", 1), ("hstu", "ddp", 2), ("hstu", "fsdp", 2), ("stu", "ddp", 2)]
+    ("kind", "dense", "size"),
+    [("stu", DDP, 2), ("llama", DDP, 1), ("llama", TENSOR, 2), ("llama", FSDP, 2)],
+    ids=str,
 )
-def test_what_fsdp_saved_goes_on_under_any_strategy(config, tmp_path, saved_by_fsdp, kind, strategy, size) -> None:
-    part = half_done(saved_by_fsdp[kind], tmp_path / "part")
-    run_ranks(run, size, saving(config, kind, part, strategy))
-    before, after = dict(losses(saved_by_fsdp[kind])), dict(losses(part))
+def test_what_four_ranks_saved_goes_on_in_any_layout(config, tmp_path, saved_on_four, kind, dense, size) -> None:
+    part = half_done(saved_on_four[kind], tmp_path / "part")
+    run_ranks(run, size, saving(config, kind, part, dense))
+    before, after = dict(losses(saved_on_four[kind])), dict(losses(part))
     assert sorted(after) == list(range(STEPS + 1, 2 * STEPS + 1))
     assert after == pytest.approx({step: before[step] for step in after}, abs=LOSS)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_does_not_know_the_strategy(config, tmp_path, saved_by_fsdp) -> None:
-    """gr.load and DDP read the same weights from it, which are what FSDP had."""
-    config_of_two = saving(config, "hstu", tmp_path, "fsdp")
-    checkpoint = CheckpointFolder(saved_by_fsdp["hstu"] / "checkpoints").final(2 * STEPS)
-    in_ranks = run_ranks(loaded, 2, config_of_two, checkpoint)[0]
-    alone = gr.load(checkpoint).model
-    for name, parameter in dense_parameters(alone).items():
+def test_a_checkpoint_does_not_know_the_strategy(config, tmp_path, saved_on_four) -> None:
+    """gr.load reads the weights from it that two ranks have under FSDP."""
+    checkpoint = CheckpointFolder(saved_on_four["llama"] / "checkpoints").final(2 * STEPS)
+    in_ranks = run_ranks(loaded, 2, saving(config, "llama", tmp_path, FSDP), checkpoint)[0]
+    for name, parameter in dense_parameters(gr.load(checkpoint).model).items():
         assert (in_ranks[name] == parameter.detach().numpy()).all(), name
 
 
@@ -228,9 +238,9 @@ def loaded(world: World, config: RunConfig, checkpoint: Path) -> dict:
 @pytest.mark.slow
 def test_killed_under_fsdp_it_resumes_bitwise(config, tmp_path) -> None:
     full, part = tmp_path / "full", tmp_path / "part"
-    whole = run_ranks(run, 2, saving(config, "stu", full, "fsdp"))[0]
+    whole = run_ranks(run, 2, saving(config, "hstu", full, FSDP))[0]
     with pytest.raises(RankError):
-        run_ranks(killed, 2, saving(config, "stu", part, "fsdp"), STEPS + 2)
+        run_ranks(killed, 2, saving(config, "hstu", part, FSDP), STEPS + 2)
     assert CheckpointFolder(part / "checkpoints").steps() == [STEPS]
-    again = run_ranks(run, 2, saving(config, "stu", part, "fsdp"))[0]
+    again = run_ranks(run, 2, saving(config, "hstu", part, FSDP))[0]
     assert losses(part) == losses(full) and again["model"] == whole["model"]

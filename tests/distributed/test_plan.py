@@ -33,6 +33,7 @@ from gr.config.retrieval import RetrievalConfig
 from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer
+from gr.embeddings.local_shards import take_rows
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
 from gr.experiment import build
@@ -93,7 +94,7 @@ def plan_of(types: Sequence[AnyShardingType], **table: object) -> Plan:
         ranks, column_width = RANKS_OF[sharding_type]
         if sharding_type == "column_wise" and tables[-1].kind == "pooled":
             column_width = 12  # and a block of 4
-        fused = sharding_type != "data_parallel" and OPTIMIZERS[tables[-1].optimizer].fused_on_cpu
+        fused = sharding_type != "data_parallel" and tables[-1].is_fused_on_cpu()
         kernel: Kernel = "fused" if fused else "dense"
         placements.append(Placement(f"t{index}", sharding_type, kernel, ranks, column_width))
     return hand_made(tables, placements, machine(RANKS, RANKS_PER_HOST))
@@ -197,7 +198,7 @@ def distributed(
     model: nn.Module, plan: Plan, sharder: ModuleSharder, weights: Weights | None = None
 ) -> DistributedModelParallel:
     os.environ["LOCAL_WORLD_SIZE"] = str(RANKS_PER_HOST)
-    compat.apply()
+    compat.quiet_known_warnings()
     dmp = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
@@ -205,6 +206,7 @@ def distributed(
         plan=to_sharding_plan(plan, model, CPU),
         sharders=[sharder],
     )
+    take_rows(dmp)
     if weights is not None:
         with torch.no_grad():
             for _, mine, given in parts(dmp, weights):
@@ -261,7 +263,7 @@ def measured(
     if kind is Bags:
         held = list(bag_shards(dmp))
     else:
-        tables = TableOptimizer(dmp, config)
+        tables = TableOptimizer(dmp, config, seed=1)
         tables.step()
         held = [(s.table, s.weight, states) for s, states in zip(tables.shards, tables.states, strict=True)]
     weights, states = dict.fromkeys((t.name for t in plan.inventory.tables), 0), {}
@@ -313,7 +315,8 @@ def predicted(plan: Plan, rank: int) -> tuple[dict[str, int], dict[str, int]]:
 def test_shards_take_the_bytes_that_are_predicted(kind: type[nn.Module], optimizer: str, dtype: str) -> None:
     """States of dense kernels (data_parallel; on CPU also Adam) are TableOptimizer's, which knows sequence tables."""
     types: Sequence[AnyShardingType] = SEQUENCE_TYPES if kind is Sequences else tuple(RANKS_OF)[1:]
-    plan = plan_of(types, kind="pooled" if kind is Bags else "sequence", optimizer=optimizer, dtype=dtype)
+    pooling = "pooled" if kind is Bags else "sequence"
+    plan = plan_of(types, kind=pooling, optimizer=optimizer, dtype=dtype, rounding="nearest")
     for rank, (weights, states, storages) in enumerate(run_ranks(measured, RANKS, kind, plan, optimizer)):
         assert (weights, states) == predicted(plan, rank)
         assert storages == sum(weights.values()) + sum(states.values()), "allocated and in no shard"
@@ -349,7 +352,7 @@ def held(world: World, config: RetrievalConfig) -> tuple[list[int], list[float]]
     """Bytes of this rank's table weights and optimizer states: measured, and as estimate() predicts them."""
     built = build(open_recipe(config), world)
     assert built.plan is not None
-    tables = TableOptimizer(built.model, config.embeddings)
+    tables = TableOptimizer(built.model, config.embeddings, config.seed)
     states = sum(state.nbytes for own in tables.states for state in own.values())
     memory_MR = estimate(built.plan).memory_MR
     predicted = [float(memory_MR[MEMORY.index(kind), world.rank]) for kind in ("tables", "table_optimizer")]

@@ -30,7 +30,7 @@ from gr.parallel.mesh import build_mesh
 from gr.parallel.tables import shard_tables
 from gr.planner.placement import Placement, Plan, column_blocks
 from gr.planner.sharding_plan import to_sharding_plan
-from tests.distributed.test_parity import OPTIMIZERS, RowWise
+from tests.distributed.test_parity import OPTIMIZERS, LookedUpRows, optimizer_settings, unsharded_optimizer
 from tests.support.plans import hand_made, machine
 from tests.support.pooled import PooledTable, build_bags, compute_kernel
 from tests.support.ranks import run_ranks
@@ -64,8 +64,8 @@ class Outcome:
 
 
 def config_for(optimizer: str) -> EmbeddingsConfig:
-    settings = {"kind": optimizer, "lr": OPTIMIZERS[optimizer]}
-    return EmbeddingsConfig.model_validate({"init": "uniform_rows", "optimizer": settings})
+    settings = {"init": "uniform_rows", "optimizer": optimizer_settings(optimizer)}
+    return EmbeddingsConfig.model_validate(settings)
 
 
 def plan_of(sharding: Sharding, optimizer: str, ranks: int) -> Plan:
@@ -154,7 +154,7 @@ class Job:
         over.reset_parameters()
         self.dense = dict(over.named_parameters())
         self.dense_optimizer = torch.optim.AdamW(self.dense.values(), lr=0.01, weight_decay=0.0)
-        self.tables = TableOptimizer(self.model, config)
+        self.tables = TableOptimizer(self.model, config, SEED)
 
     @property
     def state(self) -> ModelState:
@@ -207,9 +207,13 @@ class Plain:
             self.blocks[table.name] = [nn.Parameter(block) for block in blocks]
         self.over = Over()
         self.over.reset_parameters()
+        self.of_tables = {
+            name: [unsharded_optimizer(optimizer, block, column_shards=1) for block in blocks]
+            for name, blocks in self.blocks.items()
+        }
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(self.over.parameters(), lr=0.01, weight_decay=0.0),
-            *(table_optimizer(optimizer, block) for blocks in self.blocks.values() for block in blocks),
+            *(optimizer for optimizers in self.of_tables.values() for optimizer in optimizers),
         ]
 
     def train(self, steps: range) -> Outcome:
@@ -221,6 +225,10 @@ class Plain:
             loss = self.over([*(part for parts in pooled for part in parts), dense], labels) / B
             loss.backward()
             losses.append(float(loss.detach()))
+            for table in TABLES:
+                for optimizer in self.of_tables[table.name]:
+                    if isinstance(optimizer, LookedUpRows):
+                        optimizer.looked_up[torch.cat([features[name].values() for name in table.features])] = True
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -233,19 +241,6 @@ class Plain:
         return [
             F.embedding_bag(bag.values(), weights[table.name], bag.offsets()[:-1], mode=table.pooling) for bag in bags
         ]
-
-
-def table_optimizer(kind: str, weight: nn.Parameter) -> torch.optim.Optimizer:
-    lr = OPTIMIZERS[kind]
-    match kind:
-        case "sgd":
-            return torch.optim.SGD([weight], lr=lr)
-        case "adagrad":
-            return torch.optim.Adagrad([weight], lr=lr, eps=1e-8)
-        case "adam":
-            return torch.optim.Adam([weight], lr=lr, betas=(0.9, 0.98))
-        case _:
-            return RowWise(weight, lr, kind, column_shards=1)
 
 
 @cache
@@ -351,7 +346,7 @@ def test_joined_blocks_of_columns_have_the_statistics_of_the_whole(tmp_path: Pat
     """Also where one block is wider than the other: column-wise on 4 ranks, then row-wise on 2."""
     run_ranks(saved_with_each, 4, tmp_path, "column_wise")
     ranks = run_ranks(resumed_with_each, 2, tmp_path, "row_wise")
-    for optimizer in ("rowwise_adagrad", "partial_rowwise_adam"):
+    for optimizer in ("rowwise_adagrad", "rowwise_adamw"):
         cut = RowWiseBlocks(optimizer, widths_of(plan_of("column_wise", optimizer, 4)))
         cut.train(range(HALF))
         expected = cut.joined(optimizer).train(range(HALF, STEPS))

@@ -134,7 +134,7 @@ def test_any_plan_loads_into_any_other(data, tmp_path, saved_on_two, saved, load
     assert all(abs(loss - before[step]) < LOSS for step, loss in losses(part).items())
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "partial_rowwise_adam"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "rowwise_adamw"])
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [("row_wise", "column_wise"), ("column_wise", "row_wise"), ("column_wise", "table_wise")],

@@ -38,15 +38,22 @@ class Holder(nn.Module):
 
 @pytest.fixture
 def make_table(alone: World) -> Callable[..., nn.Module]:
-    """make_table(dim=..., sharding=..., dtype=..., **optimizer): the sharded and filled model."""
+    """make_table(dim=..., sharding=..., dtype=..., rounding=..., **optimizer): the sharded and filled model."""
 
-    def make(*, dim: int = 8, sharding: str = "row_wise", dtype: str = "fp32", **optimizer: object) -> nn.Module:
+    def make(
+        *,
+        dim: int = 8,
+        sharding: str = "row_wise",
+        dtype: str = "fp32",
+        rounding: str = "stochastic",
+        **optimizer: object,
+    ) -> nn.Module:
         config = tiny_config(
             Path("unused"),
             Path("unused"),
             model={"dim": dim},
             planner={"sharding": sharding, "allow_state_per_shard": True},
-            embeddings={"dtype": dtype, "optimizer": optimizer or {"kind": "sgd"}},
+            embeddings={"dtype": dtype, "rounding": rounding, "optimizer": optimizer or {"kind": "sgd"}},
         )
         with torch.device("meta"):
             model = Holder(config)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gr.serving import Answer, Engine, RequestError, TensorSpec
+from gr.serving.version import Unseen
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class WideVersion:
     """As ToyVersion(1), with an input of every datatype, which it checks and leaves out of its answers."""
 
     def __init__(self) -> None:
-        self.name, self.kind, self.servable = "step-1", "click", ToyServable(1.0)
+        self.name, self.kind, self.servable, self.count_unknown = "step-1", "click", ToyServable(1.0), Unseen()
         shapes = {"INT64": (-1, 3), "INT32": (-1,), "FP64": (-1,), "BOOL": (-1,), "BYTES": (-1,)}
         wide = [TensorSpec(datatype.lower(), datatype, shape) for datatype, shape in shapes.items()]
         self.servable.inputs = (*ToyServable.inputs, *wide)
@@ -82,6 +83,7 @@ class ToyVersion:
         self.name, self.kind = f"step-{number}", kind
         self.servable = ToyServable(float(number), **servable)
         self.verbs = {verb: self.servable}
+        self.count_unknown = Unseen()
         self.closed = threading.Event()
 
     @contextmanager

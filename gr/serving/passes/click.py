@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from gr.config.click import ClickConfig
-from gr.config.export import DenseDtype
+from gr.config.export import ExportConfig
 from gr.embeddings import table_weights
 from gr.models.dlrm import DLRM
 from gr.models.saved_click import SavedClick
@@ -95,14 +95,14 @@ class Served(nn.Module):
         return self.click_pass(dense_BN, ids_BH.int())
 
 
-def build(saved: SavedClick, kinds: Mapping[str, RowKind], dense: DenseDtype) -> Built:
+def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
     """The one pass of a click model, `score`."""
     model, schema, run = saved.model, saved.schema, saved.config
     assert isinstance(model, DLRM) and isinstance(run, ClickConfig)
     weights = {name: weight.detach() for name, weight in table_weights(model).items()}
     tables = PackedTables(weights, kinds, model.columns, pooled=not model.config.row_weights)
     columns = [(column.name, column.hots) for column in schema.sparse]
-    module = ClickPass(model, tables, columns, _TORCH_DTYPES[dense]).eval()
+    module = ClickPass(model, tables, columns, _TORCH_DTYPES[config.dense]).eval()
     vocabularies = [vocabulary_file(name) for name in schema.input_vocabularies]
     return Built(
         passes={"score": Pass(module, _golden_rows(schema), ({0: "rows"}, {0: "rows"}))},

@@ -106,8 +106,9 @@ class ContextTokens(nn.Module):
 
     def __init__(self, tokens: SequencePreprocessor, tables: nn.Module | None) -> None:
         super().__init__()
-        self.tables, self.numeric, self.position = tables, tokens.numeric, tokens.position
-        self.first = tokens.max_events + 1
+        self.tables, self.numeric = tables, tokens.numeric
+        # A copy: a tensor that one pass reads by two names has one of them in its compiled code.
+        self.position = nn.Parameter(tokens.position.detach()[tokens.max_events + 1 :].clone(), requires_grad=False)
 
     def forward(self, ids_G: Tensor, numbers_K: Tensor) -> Tensor:
         parts = []
@@ -115,7 +116,7 @@ class ContextTokens(nn.Module):
             parts += self.tables(ids_G[:, None].unbind(0))
         if self.numeric is not None:
             parts.append(numbers_K[:, None] * self.numeric[0] + self.numeric[1])
-        return torch.cat(parts) + self.position[self.first :]
+        return torch.cat(parts) + self.position
 
 
 class _Layers(nn.Module):
@@ -282,7 +283,7 @@ def ranking_form(
 ) -> RankingForm:
     """What the passes of a model of this configuration are asked with."""
     model, time = config.model, config.model.time
-    tower = model.tower
+    tower, scope = model.tower, cache_scope(config)
     assert isinstance(tower, STUConfig | HSTUConfig), "ranking_passes refuses others"
     return RankingForm(
         items=schema.item_cardinality,
@@ -297,7 +298,8 @@ def ranking_form(
         absolute=config.task.supervision == "all" or model.place == "absolute",
         interleaved=isinstance(model.input, InterleavedInput),
         tasks={task.name: isinstance(task, ActionTask) for task in config.task.tasks},
-        lifetime=cache_scope(config).lifetime,
+        lifetime=scope.lifetime,
+        reason=scope.reason,
         layers=tower.layers,
         heads=tower.heads,
         width=tower.qk_dim + tower.v_dim,

@@ -24,12 +24,13 @@ class QueryPass(nn.Module):
     """A retrieval model's `user_vectors` for one history of at least one token, in fp32."""
 
     def __init__(self, model: RetrievalModel, tables: nn.Module, features: int) -> None:
-        """tables: (ids, offsets), int32, to vectors [ids, D]; ids are feature after feature. features: F, item_id too.
+        """tables: (ids, offsets), int32, to vectors [ids, D or wider]; ids are feature after feature. features: F,
+        item_id too.
 
         Raises ServingError for a tower without such a pass.
         """
         super().__init__()
-        self.tables, self.features, self.scale = tables, features, math.sqrt(model.dim)
+        self.tables, self.features, self.dim, self.scale = tables, features, model.dim, math.sqrt(model.dim)
         self.position = nn.Parameter(model.position.detach().clone(), requires_grad=False)
         self.similarity = model.similarity
         kind = type(model.tower)
@@ -47,7 +48,9 @@ class QueryPass(nn.Module):
         T = ids_FT.shape[1]
         ids = ids_FT.reshape(-1)
         vectors = self.tables(ids, torch.arange(self.features * T + 1, dtype=torch.int32))
-        x_TD = vectors.view(self.features, T, -1).sum(0) * self.scale + F.embedding(torch.arange(T), self.position)
+        x_TD = vectors[:, : self.dim].view(self.features, T, self.dim).sum(0) * self.scale + F.embedding(
+            torch.arange(T), self.position
+        )
         newest_1D = self.tower(x_TD, times_T)
         return (self.similarity.queries(newest_1D) * self.similarity.scale)[0]
 
@@ -60,16 +63,19 @@ class _HSTUQuery(nn.Module):
     def __init__(self, tower: HSTU, max_length: int) -> None:
         super().__init__()
         self.config, self.layers, self.max_length = tower.config, tower.layers, max_length
-        self.register_buffer("edges", torch.tensor(bucket_edges(self.config.time_buckets), dtype=torch.int64))
+        if self.config.time_bias:
+            self.register_buffer("edges", torch.tensor(bucket_edges(self.config.time_buckets), dtype=torch.int64))
 
     def forward(self, x_TD: Tensor, times_T: Tensor) -> Tensor:
         T = x_TD.shape[0]
         place_T = torch.arange(T)
         hidden_TT = place_T[None, :] > place_T[:, None]
         distance_TT = self.max_length - 1 + place_T[None, :] - place_T[:, None]
-        # An event predicts its successor at the successor's time, and the newest one at its own.
-        asked_T = times_T[(place_T + 1).clamp(max=T - 1)]
-        buckets_TT = torch.bucketize((asked_T[:, None] - times_T[None, :]).abs(), self.edges, right=True)
+        buckets_TT = distance_TT  # not read without time_bias
+        if self.config.time_bias:
+            # An event predicts its successor at the successor's time, and the newest one at its own.
+            asked_T = times_T[(place_T + 1).clamp(max=T - 1)]
+            buckets_TT = torch.bucketize((asked_T[:, None] - times_T[None, :]).abs(), self.edges, right=True)
         for index, layer in enumerate(self.layers):
             rows = _rows(index, len(self.layers))
             assert isinstance(layer, HSTULayer)

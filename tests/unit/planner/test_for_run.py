@@ -91,8 +91,8 @@ def test_the_type_that_was_asked_for(sharding: str, optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "allowed"),
     [
-        ("adam", ("table_wise", "row_wise", "column_wise")),
-        ("partial_rowwise_adam", ("table_wise", "row_wise")),
+        ("adam", ("table_wise", "row_wise", "column_wise", "data_parallel")),
+        ("rowwise_adamw", ("table_wise", "row_wise", "data_parallel")),
         ("rowwise_adagrad", ("table_wise", "row_wise", "data_parallel")),
         ("adagrad", ("table_wise", "row_wise", "column_wise", "data_parallel")),
         ("sgd", ("table_wise", "row_wise", "column_wise", "data_parallel")),
@@ -127,7 +127,7 @@ def test_column_shards_of_an_optimizer_with_one_number_a_row_are_asked_for_twice
 
 def test_on_cuda_every_optimizer_is_fused() -> None:
     """A plan for GPUs can be made on a machine without one."""
-    for planner in ({}, {"sharding": "row_wise"}):
+    for planner in ({"sharding": "table_wise"}, {"sharding": "row_wise"}):
         plan, got = planned(configured(topology="h100", **planner), world_of(2, CUDA))
         assert got.compute_kernel == "fused"
         assert str(got.sharding_spec.shards[-1].placement).endswith(f"cuda:{got.ranks[-1]}")

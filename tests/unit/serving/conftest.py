@@ -39,6 +39,16 @@ def ranking_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
+def absolute_ranking_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Of a form whose keys and values may be kept from one request to the next."""
+    folder, base = tmp_path_factory.mktemp("absolute"), tiny_ranking_config()
+    write_histories(folder / "data", users=64, longest=15)
+    model = {**base.model.model_dump(), "input": {"kind": "additive"}, "place": "absolute"}
+    task = {**base.task.model_dump(), "supervision": "candidates"}
+    return _trained(tiny_ranking_config(folder / "data", folder / "run", model=model, task=task, trainer={"steps": 2}))
+
+
+@pytest.fixture(scope="session")
 def retrieval_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("retrieval")
     write_tiny(folder / "data", users=160)

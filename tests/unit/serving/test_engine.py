@@ -11,7 +11,7 @@ import torch
 from gr.config.serving import EngineConfig
 from gr.errors import ServingError
 from gr.serving import Engine, RequestError
-from gr.serving.batch_queue import BatchTime, Overloaded
+from gr.serving.batch_queue import Overloaded
 from tests.support.toy_serving import ToyVersion
 
 PATIENT = EngineConfig(deadline_ms=10_000)  # for tests of something else, on machines that are busy
@@ -200,18 +200,3 @@ def test_workers_pin_their_threads():
     with Engine(version, PATIENT) as engine:
         engine.score({"x": [1.0]})
     assert counts == [1] and torch.get_num_threads() == before
-
-
-def test_batch_time_finds_fixed_and_row_costs():
-    times = BatchTime()
-    for rows in (1, 64, 8, 128, 16):
-        times.add(rows, 0.002 + 0.0001 * rows)
-    assert times.fixed == pytest.approx(0.002) and times.row == pytest.approx(0.0001)
-    assert times.of(256, 128) == pytest.approx(2 * 0.002 + 0.0256)
-
-
-def test_batch_time_of_one_size():
-    times = BatchTime()
-    for _ in range(3):
-        times.add(10, 0.01)
-    assert times.of(10, 128) == pytest.approx(0.01)

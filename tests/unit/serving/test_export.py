@@ -10,7 +10,7 @@ import torch
 import gr
 import gr.serving.export as exporting
 from gr.config.click import ClickConfig
-from gr.config.export import RowKind, load_export_config
+from gr.config.export import ExportConfig, RowKind, load_export_config
 from gr.data.collate_tabular import tabular_batch
 from gr.embeddings import table_weights
 from gr.errors import GRError, InstallError, ServingError
@@ -36,7 +36,7 @@ def test_compiled_equals_eager_bit_for_bit(served_run: Path, version: Version) -
     """At every batch from 1 to 4,096: the same packed tables in plain torch."""
     saved = gr.load(served_run)
     kinds = {name: table.dtype for name, table in version.manifest.tables.items()}
-    module = build(saved, kinds, "fp32").passes["score"].module
+    module = build(saved, kinds, ExportConfig()).passes["score"].module
     score = version.verbs["score"]
     for rows in (1, 2, 3, 7, 8, 64, 513, 4096):
         request = score.encode(click_columns(rows, seed=rows))
@@ -144,7 +144,7 @@ def test_every_form_of_click_model_is_traced(tmp_path: Path, model: dict[str, An
     config = tiny_click_config(data, tmp_path / "run", model=model)
     saved = saved_with_random_weights(config)
     kinds: dict[str, RowKind] = {name: "fp32" for name in table_weights(saved.model)}
-    built = build(saved, kinds, "fp32")
+    built = build(saved, kinds, ExportConfig())
     columns = {name: values for name, values in click_columns(9).items() if name in dense or name.startswith("c")}
     read, _ = saved.rows.read(as_rows(columns))
     batch = tabular_batch(read, saved.schema)

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import fuzz_server
+from benchmarks.hostile_requests import MUTATIONS
 from tests.support.toy_server import running
 from tests.support.toy_serving import WideVersion
 
@@ -17,7 +18,7 @@ def test_hostile_requests_are_refused_by_name(server):
     served, address = server
     inputs = fuzz_server.metadata(address, "toy")
     assert {tensor["datatype"] for tensor in inputs} == {"FP32", "FP64", "INT64", "INT32", "BOOL", "BYTES"}
-    seeds = range(2 * len(fuzz_server.MUTATIONS))
+    seeds = range(2 * len(MUTATIONS))
     outcomes = [fuzz_server.attempt(address, "/v2/models/toy/infer", inputs, seed) for seed in seeds]
     assert [outcome for outcome in outcomes if outcome.fault] == []
     assert len({outcome.status for outcome in outcomes}) >= 4

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import gr
+from gr.cli import main
 from gr.config import RunConfig
 from gr.errors import ServingError
 from gr.serving.accuracy_gate import Limits
 from gr.serving.calibration import calibration
 from gr.serving.dtypes import choose, rounded
-from gr.serving.numerics import compare_layers, first_that_differs
+from gr.serving.numerics import compare_layers, first_that_differs, package_layers, rounded_layers
+from gr.serving.package import read_current, read_manifest
 
 
 class Twice(nn.Module):
@@ -99,3 +101,36 @@ def test_pictures(click_run: RunConfig, tmp_path: Path) -> None:
     draw_sensitivities(choose(rows, Limits(ne=0.01)), tmp_path / "tables.svg")
     assert (tmp_path / "layers.png").stat().st_size > 5_000
     assert all(name in (tmp_path / "tables.svg").read_text() for name in ("<svg", "c2"))
+
+
+@pytest.mark.slow
+def test_the_command(click_run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["numerics", "--checkpoint", click_run.run_dir, "--rows", "64"]
+    assert main([*arguments, "--dtype", "int8", "--picture", str(tmp_path / "layers.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert "the first layer that differs: tables.embedding_bags.c1" in shown and (tmp_path / "layers.svg").exists()
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
+    assert rows["bottom.0"][-1] == "equal" and 20 < float(rows["model"][-1]) < 80
+    assert main([*arguments, "--dtype", "int3"]) == 2
+    assert main([*arguments, "--dtype", "int8", "--picture", str(tmp_path / "layers.txt")]) == 2
+    assert main([*arguments, "--dtype", "int8", "--data", str(tmp_path / "none")]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors and errors.count("error: ") == 3
+
+
+@pytest.mark.slow
+def test_the_types_of_a_package(
+    served_run: Path, click_package: Path, ranking_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = read_manifest(click_package, read_current(click_package)).tables
+    data = served_run.parent / "data"
+    layers = package_layers(click_package, served_run, rows=64, data=data)
+    by_hand = rounded_layers(served_run, {name: table.dtype for name, table in tables.items()}, rows=64, data=data)
+    assert layers == by_hand and first_that_differs(layers) is not None
+    in_bf16 = {layer.layer: layer for layer in rounded_layers(served_run, {}, rows=64, dense="bf16", data=data)}
+    assert not in_bf16["tables"].differs and 30 < in_bf16["model"].snr < 70
+    named = ["numerics", str(click_package), "--checkpoint"]
+    assert main([*named, ranking_run.run_dir]) == 2
+    assert "serves a click model" in capsys.readouterr().err
+    assert main([*named, str(served_run), "--dtype", "int8"]) == 2
+    assert "PACKAGE or --dtype, and not both" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""`gr bench`: how many requests a second a package answers in time, in process and over HTTP."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from gr.cli.out import dump, say
+from gr.cli.serve import require_serve
+from gr.config.serving import EngineConfig
+from gr.errors import ConfigError, ServingError
+
+if TYPE_CHECKING:
+    from gr.serving.load_test import Run, Target
+    from gr.serving.servable import ServedVersion
+
+_ADDRESS = re.compile(r"http://([\d.]+):(\d+)/v2")
+_MODEL = "bench"
+_PATIENCE_MS = 1e7  # of the scenario offline, where every request waits for the others
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured. p99_ms: the bound, and the deadline of requests. seconds: of each run."""
+
+    package: Path
+    file: Path
+    rows: int
+    scenario: str
+    p99_ms: float
+    seconds: float
+    http: bool
+
+
+@click.command(
+    help="Find the most requests a second that PACKAGE answers with a p99 within --p99-ms, and what it answers in time "
+    "of three times as many (server); or what it answers of all at once (offline). Requests arrive as a Poisson "
+    "process, and come from --input, whose columns are the model's inputs, in your own values."
+)
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--input", "file", required=True, type=click.Path(path_type=Path), help="Parquet file of rows.")
+@click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="Rows of a request.")
+@click.option("--scenario", default="server", show_default=True, type=click.Choice(["server", "offline"]))
+@click.option("--p99-ms", default=60.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of a run.")
+@click.option("--http", is_flag=True, help="Ask a server in a process of its own, not the engine in this one.")
+@click.option(
+    "--against",
+    type=click.Choice(["one-by-one", "eager"]),
+    help="Measure this too: each request alone, by the package or by the model of --checkpoint in torchrec.",
+)
+@click.option("--checkpoint", help="The checkpoint of the package, for --against eager.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(against: str | None, checkpoint: str | None, as_json: bool, **options: Any) -> None:
+    bench = Bench(**options)
+    if (against == "eager") != (checkpoint is not None):
+        raise ConfigError("--against eager and --checkpoint go together")
+    if bench.http:
+        require_serve("gr bench --http")
+        if against == "eager" or bench.scenario == "offline":
+            raise ConfigError("--http measures packages, in the scenario server")
+    results = {"package": _measure(bench, None, as_json)}
+    if against is not None:
+        results[against] = _measure(bench, against, as_json, checkpoint)
+        first, second = (each["requests_per_second"] for each in results.values())
+        if not as_json:
+            say(f"package over {against}: {first / second:.1f}x")
+    if as_json:
+        dump(json.dumps(results))
+
+
+def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | None = None) -> dict[str, float]:
+    """Figures of the package, or of what it is compared with."""
+    from gr.serving.engine import Engine
+    from gr.serving.load_test import EngineTarget, HttpTarget, offline, read_requests
+    from gr.serving.version import Version
+
+    version: ServedVersion = Version.open(bench.package)
+    verb, servable = next(iter(version.verbs.items()))
+    requests = read_requests(bench.file, servable.inputs, bench.rows)
+    if checkpoint is not None:
+        from gr.serving.eager import EagerClick
+
+        version = EagerClick(checkpoint, servable.inputs, servable.outputs)
+    batch_rows = EngineConfig().batch_rows if against is None else 1
+    name = against or "package"
+    if bench.http:
+        version.close()
+        with _server(bench, batch_rows) as address:
+            return _within(bench, name, HttpTarget(address, _MODEL, requests, servable.inputs), quiet)
+    most = EngineConfig().queue_rows if bench.scenario == "server" else len(requests) * bench.rows
+    deadline_ms = bench.p99_ms if bench.scenario == "server" else _PATIENCE_MS
+    with Engine(version, EngineConfig(batch_rows=batch_rows, deadline_ms=deadline_ms, queue_rows=most)) as engine:
+        if bench.scenario == "server":
+            return _within(bench, name, EngineTarget(engine, verb, requests), quiet)
+        rate = offline(engine, verb, requests, len(requests))
+    if not quiet:
+        say(f"{name}: {rate:,.0f} requests/s of {bench.rows} rows, all at once")
+    return {"requests_per_second": rate}
+
+
+def _within(bench: Bench, name: str, target: "Target", quiet: bool) -> dict[str, float]:
+    """The largest rate within the bound, and three times that rate."""
+    from gr.serving.load_test import largest_rate, overload
+
+    bound = bench.p99_ms / 1e3
+    show: Callable[[Run], None] | None = None if quiet else lambda run: say(f"  {run.describe(bound)}")
+    best = largest_rate(target, bound, bench.seconds, show=show)
+    over = overload(target, best.offered, bench.seconds)
+    if not quiet:
+        say(f"{name}: {best.describe(bound)}", f"{name}, 3 times that: {over.describe(bound)}")
+    return {
+        "requests_per_second": best.offered,
+        "p50_ms": 1e3 * best.percentile(50),
+        "p99_ms": 1e3 * best.percentile(99),
+        "goodput_per_second": best.goodput(bound),
+        "goodput_per_second_at_3_times": over.goodput(bound),
+    }
+
+
+@contextmanager
+def _server(bench: Bench, batch_rows: int) -> Iterator[tuple[str, int]]:
+    """The address of a server in a process of its own. Raises ServingError where it does not start."""
+    limits = [f"deadline_ms={bench.p99_ms}", f"batch_rows={batch_rows}"]
+    options = ["--port=0", "--no-access-log", f"--name={_MODEL}"]
+    arguments = [sys.executable, "-m", "gr", "serve", str(bench.package), *limits, *options]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(arguments, stderr=log) as process:
+        try:
+            while not (address := _ADDRESS.search(_content(log))):
+                if process.poll() is not None:
+                    raise ServingError(f"gr serve did not start: {_content(log).strip()}")
+                time.sleep(0.05)
+            yield address[1], int(address[2])
+        finally:
+            process.terminate()
+
+
+def _content(file: IO[str]) -> str:
+    """The content, without moving the place at which the other process writes."""
+    return os.pread(file.fileno(), 1 << 16, 0).decode(errors="replace")

@@ -1,0 +1,131 @@
+"""A ranking model for a package: its passes over packed tables, with golden rows. See gr/serving/build.py.
+
+E events, M candidates, F features.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gr.config.export import ExportConfig, RowKind
+from gr.config.ranking import RankingConfig
+from gr.embeddings import table_weights
+from gr.errors import ServingError
+from gr.models.saved import Saved
+from gr.models.sequence_ranking import SequenceRanker
+from gr.ops import cpp_extension
+from gr.schema import SCHEMA_FILE, DataSchema, vocabulary_file
+from gr.serving.build import Built, Pass
+from gr.serving.package import VerbRecord
+from gr.serving.passes.ranking import ranking_form, ranking_passes
+from gr.serving.ranking import FORM_FILE, ROWS, RankingForm
+from gr.serving.tables import PackedTables
+
+MICROBATCH = 256
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_EVENT = ({1: "events"}, {0: "events"}, {0: "events"}, {0: "events"})  # dynamic dims of an event's inputs
+
+
+class PackedFeatures(nn.Module):
+    """One vector an id, of features that have equally many ids."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        kinds: Mapping[str, RowKind],
+        columns: Mapping[str, Sequence[str]],
+        features: Sequence[str],
+        dim: int,
+    ) -> None:
+        """columns: the features of each table. features: those that are looked up, in this order. dim: D."""
+        super().__init__()
+        read = {table: [name for name in names if name in features] for table, names in columns.items()}
+        read = {table: names for table, names in read.items() if names}
+        self.packed = PackedTables({table: weights[table] for table in read}, kinds, read, pooled=False)
+        self.order = [features.index(name) for name in self.packed.features]
+        self.places = [self.packed.features.index(name) for name in features]
+        self.dim = dim
+
+    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """ids: int32 [n] of each feature, within its table, which is not checked. Returns float32 [n, D] of each."""
+        n = ids[0].shape[0]
+        offsets = torch.arange(len(self.order) * n + 1, dtype=torch.int32)
+        vectors = self.packed(torch.cat([ids[place] for place in self.order]), offsets)
+        vectors_FnD = vectors.view(len(self.order), n, -1)[..., : self.dim]
+        return [vectors_FnD[place] for place in self.places]
+
+
+def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
+    """prefill, score, and append where a cache may outlive a request.
+
+    Raises ServingError for a tower that has no attention against a cache, and where the dense part is not fp32.
+    """
+    own, model, schema = saved.config, saved.model, saved.schema
+    assert isinstance(own, RankingConfig) and isinstance(model, SequenceRanker) and isinstance(schema, DataSchema)
+    if config.dense != "fp32":
+        raise ServingError(f"dense={config.dense}: the dense part of a ranking model is served in fp32; leave it unset")
+    weights = {name: weight.detach() for name, weight in table_weights(model).items()}
+    columns = own.columns_by_table(schema)
+    looked_up: dict[tuple[str, ...], nn.Module] = {}  # passes share what they read
+
+    def tables_of(features: Sequence[str]) -> nn.Module:
+        key = tuple(features)
+        if key not in looked_up:
+            looked_up[key] = PackedFeatures(weights, kinds, columns, features, model.dim)
+        return looked_up[key]
+
+    form = ranking_form(own, schema, microbatch=MICROBATCH, cache_dtype=_DTYPES[config.cache])
+    passes = ranking_passes(model, tables_of, cache_dtype=_DTYPES[config.cache])
+    if form.lifetime == "request":
+        passes.pop("append", None)
+    types = {name: vocabulary.type for name, vocabulary in saved.vocabularies.items()}
+    names = [
+        name for name in (vocabulary_file(column) for column in saved.vocabularies) if (saved.folder / name).exists()
+    ]
+    return Built(
+        passes=_with_golden_rows(passes, form),
+        served=None,
+        verbs={"rank": VerbRecord(inputs=form.inputs(types), outputs=form.outputs())},
+        tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
+        form={
+            "model": own.model.model_dump(mode="json"),
+            "ranking": form.model_dump(mode="json"),
+            "operators": cpp_extension.fingerprint(),
+        },
+        artifacts={
+            SCHEMA_FILE: schema.model_dump_json(indent=2).encode(),
+            FORM_FILE: form.model_dump_json(indent=2).encode(),
+            **{name: (saved.folder / name).read_bytes() for name in names},
+        },
+    )
+
+
+def _with_golden_rows(passes: Mapping[str, nn.Module], form: RankingForm) -> dict[str, Pass]:
+    """Events and candidates at random, over all rows of the tables."""
+    random = torch.Generator().manual_seed(0)
+
+    def below(size: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(size, (count,), generator=random, dtype=dtype)
+
+    cardinalities = [form.items, *form.event_features.values()]
+    ids_FE, ids_FM = (torch.stack([below(size, ROWS, torch.int32) for size in cardinalities]) for _ in range(2))
+    events = (
+        ids_FE,
+        below(1 << len(form.actions), ROWS),
+        torch.arange(ROWS) % (form.max_events + 1),
+        below(max(1, form.buckets), ROWS),
+    )
+    length = torch.tensor([form.tokens(ROWS)])
+    ids_G = torch.cat([below(size, 1, torch.int32) for size in form.contextual.values()] or [below(1, 1, torch.int32)])
+    numbers_K = torch.randn(max(1, len(form.contextual_numeric)), generator=random)
+    first = (*events, length, ids_G, numbers_K)
+    with torch.no_grad():
+        kv_NLHW = passes["prefill"](*first)
+    cached: tuple[Mapping[int, str], ...] = ({0: "rows"}, {})
+    inputs = {
+        "prefill": (first, (*_EVENT, {}, {}, {})),
+        "append": ((kv_NLHW, length, *events), (*cached, *_EVENT)),
+        "score": ((kv_NLHW, length, ids_FM, events[2][:1], events[3][:1]), (*cached, {1: "candidates"}, {}, {})),
+    }
+    return {name: Pass(module, *inputs[name]) for name, module in passes.items()}

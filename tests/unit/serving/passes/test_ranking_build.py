@@ -1,0 +1,92 @@
+"""A ranking checkpoint as a package has it: answers in the log's own ids are those of gr.load(...).score."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import gr
+from gr.config import RunConfig
+from gr.config.export import ExportConfig, RowKind
+from gr.embeddings import table_weights
+from gr.errors import ServingError
+from gr.models.saved_ranking import SavedRanking
+from gr.serving.build import Built
+from gr.serving.kv_cache import KVCache
+from gr.serving.passes.ranking_build import build
+from gr.serving.ranking import FORM_FILE, RankingForm, RankServable
+from tests.support.history_folder import histories_by_user
+
+ITEMS, CATEGORIES = [1, 2, 39], [1, 2, 42]
+
+
+@pytest.fixture(scope="module")
+def saved(absolute_ranking_run: RunConfig) -> SavedRanking:
+    loaded = gr.load(absolute_ranking_run.run_dir)
+    assert isinstance(loaded, SavedRanking)
+    return loaded
+
+
+def built_of(saved: SavedRanking, kind: RowKind = "fp32", **values: str) -> Built:
+    kinds = dict.fromkeys(table_weights(saved.model), kind)
+    return build(saved, kinds, ExportConfig.model_validate(values))
+
+
+def served(saved: SavedRanking) -> RankServable:
+    built = built_of(saved)
+    form = RankingForm.model_validate_json(built.artifacts[FORM_FILE])
+    passes = {name: lambda *inputs, each=each: [each.module(*inputs)] for name, each in built.passes.items()}
+    return RankServable(form, passes, saved.vocabularies, version="v1", cache=KVCache(1 << 20))
+
+
+def test_answers_are_those_of_the_checkpoint(saved: SavedRanking) -> None:
+    ranks = served(saved)
+    data = Path(saved.config.data.path)  # type: ignore[attr-defined]
+    histories = histories_by_user(data)
+    for user in list(histories)[:12]:
+        row = histories[user]
+        history = {
+            "item_id": np.array(row["item_ids"], dtype=np.int64),
+            "category": np.array(row["category"], dtype=np.int64),
+        }
+        history |= {name: [bits >> bit & 1 for bits in row["actions"]] for bit, name in enumerate(("like", "share"))}
+        history["timestamp"] = np.array(row["timestamps"], dtype=np.int64)
+        context = {"country": [row["country"]], "age": [row["age"]]}
+        candidates = {"item_id": ITEMS, "category": CATEGORIES}
+        (answer,) = ranks.run([ranks.encode({"history": history, "context": context, "candidates": candidates})])
+        asked = pa.table({"user_id": [user] * 3, "item_id": ITEMS, "category": CATEGORIES})
+        expected = saved.score(asked, data)
+        for name, values in expected.items():
+            np.testing.assert_allclose(answer[f"score_{name}"], values, atol=5e-6)
+
+
+def test_what_the_package_says(saved: SavedRanking) -> None:
+    built = built_of(saved, cache="bf16")
+    assert list(built.passes) == ["prefill", "append", "score"]
+    for name, each in built.passes.items():  # compiled code has one name for a tensor
+        assert len(list(each.module.parameters())) == len(list(each.module.named_parameters(remove_duplicate=False))), (
+            name
+        )
+    form = RankingForm.model_validate_json(built.artifacts[FORM_FILE])
+    assert (form.lifetime, form.cache_dtype, form.max_events) == ("user", "bfloat16", 15)
+    assert built.passes["score"].golden[0].dtype == torch.bfloat16
+    assert {spec.name for spec in built.verbs["rank"].outputs} == {"score_like", "score_share", "score_watched"}
+    with pytest.raises(ServingError, match="served in fp32"):
+        built_of(saved, dense="bf16")
+
+
+@pytest.mark.slow
+def test_every_pass_is_taken_by_torch_export(saved: SavedRanking) -> None:
+    built = built_of(saved, "int8")
+    for each in built.passes.values():
+        dims: dict[str, torch.export.Dim] = {}
+        shapes = tuple(
+            {dim: dims.setdefault(name, torch.export.Dim(name, min=1, max=1 << 24)) for dim, name in named.items()}
+            for named in each.dynamic
+        )
+        with torch.no_grad():
+            program = torch.export.export(each.module, each.golden, dynamic_shapes=shapes)
+            assert torch.equal(program.module()(*each.golden), each.module(*each.golden))
+        assert program.state_dict.keys() | program.constants.keys() == each.module.state_dict().keys()

@@ -1,0 +1,109 @@
+"""A retrieval model from checkpoint to answers: what a package answers is what the model answers."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import gr
+from gr.config.export import load_export_config
+from gr.errors import ConfigError
+from gr.models.saved_retrieval import SavedRetrieval
+from gr.serving import build_retrieval
+from gr.serving.approximate_index import ApproximateIndex
+from gr.serving.build_retrieval import build
+from gr.serving.export import export, publish
+from gr.serving.version import Version
+from tests.support.own_log import prepared, random_log
+from tests.support.tiny import tiny_config
+
+pytestmark = pytest.mark.slow
+HISTORIES = [["item 03", "item 07"], ["item 11"], ["item 05"] * 3 + ["item 09", "item 21"] * 8]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that reads time and a feature of items, in a log's own ids."""
+    folder = tmp_path_factory.mktemp("retrieval")
+    makers = pd.DataFrame({"item": [f"item {i:02}" for i in range(43)], "maker": [f"maker {i % 5}" for i in range(43)]})
+    columns = {"user": "user", "item": "item", "time": "when", "time_unit": "s"}
+    data = prepared(folder / "data", random_log(), **columns, item_features=makers)
+    tower = {"kind": "hstu", "layers": 2, "heads": 2, "qk_dim": 4, "v_dim": 4, "time_bias": True}
+    model = {"dim": 10, "tower": tower, "features": ["maker"]}
+    config = tiny_config(data, folder / "run", trainer={"steps": 2}, model=model)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        patch.setenv("LOCAL_WORLD_SIZE", "1")
+        gr.train(config)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def package(run: Path) -> Path:
+    out = run.parent / "package"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_retrieval, "SHARD_ROWS", 20)
+        export(run, out, load_export_config(["tables.dtype=fp32", "gate.rows=0"]))
+    return out
+
+
+def loaded(run: Path) -> SavedRetrieval:
+    saved = gr.load(run)
+    assert isinstance(saved, SavedRetrieval)
+    return saved
+
+
+def asked(history: list[str], k: int) -> dict[str, np.ndarray]:
+    times = 1_700_000_000 + 600 * np.arange(len(history))
+    return {"history": np.array(history, dtype=object), "times": times, "k": np.array([k])}
+
+
+def test_answers_are_those_of_the_checkpoint(run: Path, package: Path) -> None:
+    version, saved = Version.open(package), loaded(run)
+    verb = version.verbs["retrieve"]
+    answers = verb.run([verb.encode(asked(history, 6)) for history in HISTORIES])
+    times = [asked(history, 6)["times"].tolist() for history in HISTORIES]
+    for answer, expected in zip(answers, saved.recommend(HISTORIES, 6, times=times), strict=True):
+        assert answer["items"].tolist() == [each.item for each in expected]
+        assert np.allclose(answer["scores"], [each.score for each in expected], atol=1e-4)
+    assert sorted(path.name for path in package.glob("weights/*/items/*")) == [
+        "retrieval.json",
+        *(f"vectors-{place:05d}.safetensors" for place in range(3)),
+    ]
+    vectors = verb._index.vectors(torch.arange(43))
+    assert torch.equal(vectors, saved.embed_items().vectors_KD)
+    verb.encode(asked(["item 03", "new"], 3))
+    assert version.count_unknown.by_column() == {"history": 1}
+
+
+def test_the_same_form_needs_no_compiling(run: Path, package: Path) -> None:
+    assert not publish(run, package).compiled
+    assert len(list((package / "code").glob("[!.]*"))) == 1
+
+
+def test_an_inverted_file_and_its_recall(run: Path, package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("faiss")
+    config = load_export_config(
+        ["tables.dtype=fp32", "gate.rows=0", "index.kind=approximate", "index.recall=0.9", "index.k=5"]
+    )
+    logging.getLogger("gr").addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, "gr.serving.build_retrieval"):
+        exported = export(run, package, config)
+    logging.getLogger("gr").removeHandler(caplog.handler)
+    assert not exported.compiled
+    assert any("recall" in line and "at 5 on 512 histories" in line for line in caplog.messages)
+    verb = Version.open(package).verbs["retrieve"]
+    assert isinstance(verb._index, ApproximateIndex)
+    (answer,) = verb.run([verb.encode(asked(HISTORIES[0], 5))])
+    times = [asked(HISTORIES[0], 5)["times"].tolist()]
+    (expected,) = loaded(run).recommend(HISTORIES[:1], 5, times=times)
+    assert len({each.item for each in expected} & set(answer["items"].tolist())) >= 4
+
+
+def test_dense_is_fp32(run: Path) -> None:
+    with pytest.raises(ConfigError, match="dense=bf16: the query pass of a retrieval model is fp32"):
+        build(loaded(run), {}, load_export_config(["dense=bf16"]))
