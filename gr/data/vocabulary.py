@@ -1,4 +1,7 @@
-"""The values that the ids of a column stand for: a log's own ids of users, items and categories. N ids."""
+"""The values that the ids of a column stand for: a log's own ids of users, items and categories. N ids.
+
+pyarrow.compute takes longer to import than the rest of Arrow; where ids stand for themselves, serving needs none of it.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -8,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gr.data.parquet import decoding
@@ -116,6 +118,8 @@ class Vocabulary:
         ids_N = np.zeros(len(known_N), dtype=np.int64)
         if not len(self.ids_V):
             return ids_N, np.zeros_like(known_N)
+        import pyarrow.compute as pc
+
         filled_N = cast_N.fill_null("" if pa.types.is_string(self.type) else 0)
         place_N = np.minimum(_count_below(self.values_V, filled_N), len(self.ids_V) - 1)
         known_N &= pc.equal(self.values_V.take(pa.array(place_N)), filled_N).to_numpy(zero_copy_only=False)
@@ -128,6 +132,8 @@ def _count_below(values_V: pa.Array, values_N: pa.Array) -> np.ndarray:
 
     It is a search, since an index of all values would take more time than a batch and more memory than the values.
     """
+    import pyarrow.compute as pc
+
     if not pa.types.is_string(values_V.type):
         return np.searchsorted(values_V.to_numpy(), values_N.to_numpy())
     below_N = np.zeros(len(values_N), dtype=np.int64)
@@ -149,6 +155,8 @@ def check_entries(path: Path, fields: pa.Schema, batches: Iterable[pa.RecordBatc
 
     fields: of the columns value and id. cardinality: largest id + 1 at most.
     """
+    import pyarrow.compute as pc
+
     kinds = [field.type for field in fields]
     is_known = fields.names == ["value", "id"] and kinds[1] == pa.int64()
     if not is_known or not (pa.types.is_integer(kinds[0]) or pa.types.is_string(kinds[0])):
