@@ -1,6 +1,7 @@
 """Measures gr and its alternatives in turns, in one run, and reports it.
 
-    python -m benchmarks.run hstu_attention|layer|loss|train_step|all [--device cpu|cuda] [--data DIR] [--peer DIR]
+    python -m benchmarks.run hstu_attention|layer|llama|loss|train_step|all [--device cpu|cuda] [--data DIR]
+        [--peer DIR]
 
 --data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
 measured beside the rest. A benchmark whose correctness tests fail is not measured. On CPU everything is one thread and
@@ -17,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import attention, layer, loss, train_step
+from benchmarks import attention, layer, llama, loss, train_step
 from benchmarks.case import Case, Options
 from benchmarks.compare import Timing, Variant, compare
 from benchmarks.machine import Peaks, describe, peak_kib, peaks, reset_peak
@@ -27,6 +28,7 @@ from benchmarks.results import Row, append_csv, table
 BENCHMARKS: dict[str, ModuleType] = {
     "hstu_attention": attention,
     "layer": layer,
+    "llama": llama,
     "loss": loss,
     "train_step": train_step,
 }

@@ -59,9 +59,14 @@ def padded_to_jagged(padded: Tensor, offsets_B1: Tensor, tokens: int) -> Tensor:
     return _Pick.apply(padded.flatten(0, 1), padded_rows(offsets_B1, tokens, padded.shape[1]))
 
 
-def permuted(values: Tensor, order_T: Tensor) -> Tensor:
-    """values[order_T] for a permutation of the tokens, whose gradient is a permutation too and no sum."""
-    return _Pick.apply(values, order_T)
+def spread(values: Tensor, rows_T: Tensor, size: int) -> Tensor:
+    """[size, ...] with values[t] in row rows_T[t], and zeros elsewhere. Rows are distinct. Differentiable."""
+    return _Spread.apply(values, rows_T, size)
+
+
+def pick(values: Tensor, rows_T: Tensor) -> Tensor:
+    """values[rows_T] for distinct rows, whose gradient is therefore no sum. Differentiable."""
+    return _Pick.apply(values, rows_T)
 
 
 class _Spread(torch.autograd.Function):

@@ -5,6 +5,8 @@ second half the imaginary ones, as Hugging Face has it. Meta's checkpoints inter
 (gr.models.convert.hf_llama), not a second form of the operator.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,18 +26,41 @@ def places(offsets_B1: Tensor, tokens: int, num_targets_B: Tensor | None = None)
 
 
 def rope_tables(place_T: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each token's angles, [T, 1, Q] in `dtype`, computed in float32 or better; Q = width, even.
+    """cos and sin of each token's angles, [T, 1, Q / 2] in `dtype`, computed in float32 or better; Q = width, even.
 
     place_T: int64 [T]. theta: the base of the frequencies, theta^(-2i/Q). Computed at each step and never a buffer:
     what a model built on meta would have to fill.
     """
     exact = torch.promote_types(dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, width, 2, device=place_T.device).to(exact) / width)
-    angle = (place_T[:, None].to(exact) * frequency).repeat(1, 2)[:, None]
+    angle = (place_T[:, None].to(exact) * frequency)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x_THQ: Tensor, cos_T1Q: Tensor, sin_T1Q: Tensor) -> Tensor:
-    """Each pair of columns (c, c + Q/2) of a head turned by its token's angle, in the dtype of x."""
+def rotate(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """Each pair of columns (c, c + Q/2) of a head turned by its token's angle; P = Q/2. Gradient: x."""
+    return _Rotate.apply(x_THQ, cos_T1P, sin_T1P)
+
+
+def _turned(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, sign: int) -> Tensor:
     real, imaginary = x_THQ.chunk(2, dim=-1)
-    return x_THQ * cos_T1Q + torch.cat([-imaginary, real], dim=-1) * sin_T1Q
+    turned = x_THQ.new_empty(x_THQ.shape, dtype=torch.promote_types(x_THQ.dtype, cos_T1P.dtype))
+    turned_real, turned_imaginary = turned.chunk(2, dim=-1)
+    torch.mul(real, cos_T1P, out=turned_real).addcmul_(imaginary, sin_T1P, value=-sign)
+    torch.mul(imaginary, cos_T1P, out=turned_imaginary).addcmul_(real, sin_T1P, value=sign)
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the tables alone: the gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1P, sin_T1P)
+        ctx.dtype = x_THQ.dtype
+        return _turned(x_THQ, cos_T1P, sin_T1P, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THQ: Tensor) -> tuple[Tensor, None, None]:
+        cos_T1P, sin_T1P = ctx.saved_tensors
+        return _turned(grad_THQ, cos_T1P, sin_T1P, -1).to(ctx.dtype), None, None

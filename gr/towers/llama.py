@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gr.config.towers import LlamaConfig
 from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import AttentionMask
+from gr.ops.rms_norm import rms_norm
 from gr.ops.rope import places, rope_tables, rotate
 from gr.ops.softmax_attention import softmax_attention
 from gr.sequence import JaggedSequence
@@ -49,7 +50,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.width = config, dim // config.heads
         self.layers = nn.ModuleList(LlamaLayer(config, dim) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.norm = RMSNorm(dim, eps=config.norm_eps)
 
     def forward(self, sequence: JaggedSequence) -> JaggedSequence:
         return self._read(sequence, [_packed_attention(sequence)] * len(self.layers))
@@ -117,15 +118,23 @@ def _packed_attention(sequence: JaggedSequence) -> Attend:
     return partial(softmax_attention, offsets_B1=sequence.offsets_B1, max_length=sequence.max_length, mask=mask)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, computed in few passes on CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
 class LlamaLayer(nn.Module):
     """y = x + attention(norm(x)); y + feed-forward(norm(y))."""
 
     def __init__(self, config: LlamaConfig, dim: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.input_layernorm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(dim, eps=config.norm_eps)
         self.self_attn = LlamaAttention(config, dim)
-        self.post_attention_layernorm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(dim, eps=config.norm_eps)
         self.mlp = SwiGLU(dim, config.ffn_dim)
         self.reset_parameters()
 

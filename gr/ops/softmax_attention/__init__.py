@@ -3,15 +3,13 @@
 T packed tokens, B sequences, H query heads, G key and value heads, Q and V widths per head, N padded length.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gr.ops.dropout import dropout as dropout_op
 from gr.ops.hstu_attention.mask import AttentionMask
-from gr.ops.jagged import check_offsets, jagged_to_padded, padded_to_jagged, permuted
+from gr.ops.jagged import check_offsets, jagged_to_padded, padded_to_jagged, pick, spread
 
 __all__ = ["softmax_attention"]
 
@@ -72,48 +70,60 @@ def _check(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> None:
 def _by_length(
     values: tuple[Tensor, Tensor, Tensor], offsets_B1: Tensor, mask: AttentionMask | None, dropout: float
 ) -> Tensor:
-    """_padded for each set of sequences of similar lengths, so that short ones are not padded to the longest."""
+    """_attend for each set of sequences of similar lengths, so that short ones are not padded to the longest."""
     lengths_B, order_B = offsets_B1.diff().sort(stable=True)
     _, counts = torch.unique_consecutive(-(-lengths_B // LENGTH_STEP), return_counts=True)
-    starts_B = offsets_B1[order_B]
-    sorted_B1 = F.pad(lengths_B.cumsum(0), (1, 0))
+    ends = counts.cumsum(0)
+    longest = lengths_B[ends - 1]  # of each set, to which its sequences are padded
+    # Row of each sequence's first token in the padded sets, which lie one behind another; then of each token.
+    padded_B = longest.repeat_interleave(counts)
+    first_B = padded_B.cumsum(0) - padded_B
     tokens = values[0].shape[0]
-    order_T = torch.arange(tokens) + (starts_B - sorted_B1[:-1]).repeat_interleave(lengths_B, output_size=tokens)
-    ends = counts.cumsum(0).tolist()
-    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-    sizes = [int(sorted_B1[stop] - sorted_B1[start]) for start, stop in bounds]
-    sorted_values = (permuted(x, order_T).split(sizes) for x in values)
-    targets_B = None if mask is None or mask.num_targets_B is None else mask.num_targets_B[order_B]
+    shift_B = torch.empty_like(first_B)
+    shift_B[order_B] = first_B - offsets_B1[order_B]
+    rows_T = torch.arange(tokens) + shift_B.repeat_interleave(offsets_B1.diff(), output_size=tokens)
+    sizes = (longest * counts).tolist()
+    sets = zip(*(spread(x, rows_T, sum(sizes)).split(sizes) for x in values), strict=True)
     outputs = []
-    for (start, stop), own in zip(bounds, zip(*sorted_values, strict=True), strict=True):
-        of_group = mask
-        if mask is not None and targets_B is not None:
-            of_group = replace(mask, num_targets_B=targets_B[start:stop])
-        longest = int(lengths_B[stop - 1])
-        if longest:
-            offsets = sorted_B1[start : stop + 1] - sorted_B1[start]
-            outputs.append(_padded(own, offsets, longest, of_group, dropout))
-    return permuted(torch.cat(outputs), order_T.argsort())
+    for own, stop, count, length in zip(sets, ends.tolist(), counts.tolist(), longest.tolist(), strict=True):
+        if length:
+            sequences_B = order_B[stop - count : stop]
+            padded = tuple(x.unflatten(0, (count, length)) for x in own)
+            outputs.append(_attend(padded, _seen(mask, offsets_B1, sequences_B, length), dropout).flatten(0, 1))
+    return pick(outputs[0] if len(outputs) == 1 else torch.cat(outputs), rows_T)
 
 
 def _padded(
-    values: tuple[Tensor, ...], offsets_B1: Tensor, longest: int, mask: AttentionMask | None, dropout: float
+    values: tuple[Tensor, Tensor, Tensor], offsets_B1: Tensor, longest: int, mask: AttentionMask | None, dropout: float
 ) -> Tensor:
-    """The attention of sequences of at most `longest` tokens, each padded to that length."""
-    q, k, v = (jagged_to_padded(x, offsets_B1, longest).transpose(1, 2) for x in values)
-    seen_B1NN = None
-    if mask is not None:
-        history_B = offsets_B1.diff()
-        if mask.num_targets_B is not None:
-            history_B = history_B - mask.num_targets_B
-        seen_B1NN = mask.seen(longest, history_B)[:, None]
+    """_attend for all sequences, padded to `longest` tokens."""
+    padded = tuple(jagged_to_padded(x, offsets_B1, longest) for x in values)
+    return padded_to_jagged(
+        _attend(padded, _seen(mask, offsets_B1, None, longest), dropout), offsets_B1, len(values[0])
+    )
+
+
+def _seen(mask: AttentionMask | None, offsets_B1: Tensor, chosen: Tensor | None, longest: int) -> Tensor | None:
+    """bool [B, 1, N, N] of the chosen sequences, None for the causal rule. chosen: int64 [B]; None: all."""
+    if mask is None:
+        return None
+    history_B = offsets_B1.diff()
+    if mask.num_targets_B is not None:
+        history_B = history_B - mask.num_targets_B
+    return mask.seen(longest, history_B if chosen is None else history_B[chosen])[:, None]
+
+
+def _attend(padded: tuple[Tensor, ...], seen_B1NN: Tensor | None, dropout: float) -> Tensor:
+    """[B, N, H, V], of q [B, N, H, Q], k and v [B, N, G, Q or V]."""
+    q, k, v = (x.transpose(1, 2) for x in padded)
     # Without a mask, padding follows the end of a sequence, so the causal rule hides it from every query before it.
     if dropout:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = dropout_op(_weights(q, k, seen_B1NN), dropout, training=True) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_B1NN, is_causal=mask is None, enable_gqa=True)
-    return padded_to_jagged(out.transpose(1, 2), offsets_B1, values[0].shape[0])
+        causal = seen_B1NN is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_B1NN, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def _weights(q_BHNQ: Tensor, k_BHNQ: Tensor, seen_B1NN: Tensor | None) -> Tensor:

@@ -28,14 +28,16 @@ def tower(kv_heads: int = 2, dim: int = 16, **changes: object) -> Llama:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 4, 4), (64, 8, 4), (96, 6, 1)])
-@pytest.mark.parametrize(("std", "tolerance"), [(0.02, 5e-7), (0.1, 3e-6)], ids=["published", "large"])
+@pytest.mark.parametrize(
+    ("std", "tolerance", "of_gradients"), [(0.02, 5e-7, 1e-6), (0.1, 5e-6, 3e-6)], ids=["published", "large"]
+)
 def test_logits_and_gradients_are_hugging_faces(
-    dim: int, heads: int, kv_heads: int, std: float, tolerance: float
+    dim: int, heads: int, kv_heads: int, std: float, tolerance: float, of_gradients: float
 ) -> None:
     """Packed sequences, one of them empty, against left-padded ones with a mask.
 
-    std: of the weights. With the published 0.02 logits are below 1 and attention is nearly flat; with 0.1 logits are
-    up to 3.5, and the order of sums shows more.
+    std: of the weights. With the published 0.02 logits are below 1 and attention is nearly flat. With 0.1 logits are up
+    to 3.5, and the order of sums shows more: both are then as far from float64 as from each other.
     """
     hf = hf_llama(dim=dim, heads=heads, kv_heads=kv_heads, initializer_range=std)
     config = LlamaConfig(layers=2, heads=heads, kv_heads=kv_heads, ffn_dim=3 * dim // 2)
@@ -58,7 +60,7 @@ def test_logits_and_gradients_are_hugging_faces(
     ours = torch.autograd.grad((logits_TV * weights_TV).sum(), list(own.parameters()))
     reference = torch.autograd.grad((theirs_TV * weights_TV).sum(), [hf.model.get_parameter(name) for name in names])
     for name, gradient, expected in zip(names, ours, reference, strict=True):
-        assert float((gradient - expected).abs().max() / expected.abs().max()) <= 1e-6, name
+        assert float((gradient - expected).abs().max() / expected.abs().max()) <= of_gradients, name
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
