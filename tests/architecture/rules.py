@@ -34,7 +34,7 @@ CEILINGS = {
     "cli": 2.0,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 27.4
+WITHOUT_PREPARE = 27.8
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
