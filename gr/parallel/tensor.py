@@ -43,9 +43,8 @@ def split_tower(tower: nn.Module | None, mesh: DeviceMesh) -> None:
     by_columns = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"
     by_rows = "self_attn.o_proj", "mlp.down_proj"
     for layer in tower.layers:
-        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in by_columns} | {
-            name: RowwiseParallel() for name in by_rows
-        }
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in by_columns}
+        plan |= {name: RowwiseParallel() for name in by_rows}
         parallelize_module(layer, mesh, plan)
     tower.forward = partial(_forward_joined, tower.forward, mesh.get_group())  # type: ignore[method-assign]
 

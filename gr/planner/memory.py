@@ -22,7 +22,7 @@ def fixed_memory(inventory: InventoryConfig, topology: Topology) -> dict[str, fl
     optimizer = cast(type[DenseOptimizerConfig], DENSE_OPTIMIZERS.config(inventory.dense_optimizer))
     tensor, gathered = inventory.tensor_parallel, 0.0
     tower = work.tower_parameters - work.matrix_parameters * (1 - 1 / tensor)
-    heads: float = work.parameters - work.tower_parameters - work.replicated_parameters
+    heads = float(work.parameters - work.tower_parameters - work.replicated_parameters)
     if inventory.dense_parallel == "fsdp":
         # Two layers are gathered at a time: one in use, one on its way.
         layers = inventory.dense.tower.layers if isinstance(inventory.dense, TowerDense) else 1

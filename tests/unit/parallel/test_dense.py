@@ -2,18 +2,22 @@
 
 import copy
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
 from gr.config.run import DenseConfig
+from gr.config.towers import HSTUConfig, LlamaConfig, TowerConfig
 from gr.dist import World
 from gr.errors import ConfigError
 from gr.experiment import build
 from gr.parallel.dense import by_mesh, clip_gradients, parallelise_dense
 from gr.parallel.mesh import build_mesh
+from gr.parallel.tensor import split_tower
 from gr.recipes.base import open_recipe
+from gr.towers import build_tower
 from gr.training.module import TrainModule
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -25,6 +29,34 @@ def test_one_rank_shares_with_no_other() -> None:
     config.check_ranks(2)
     with pytest.raises(ConfigError, match=r"^dense.strategy=fsdp, but this run has 1 rank, .* dense.strategy=ddp$"):
         config.check_ranks(1)
+
+
+@pytest.mark.parametrize(
+    ("dense", "ranks", "fault"),
+    [
+        ({"tensor_parallel": 2}, 3, "does not divide the 3 ranks of this run"),
+        ({"tensor_parallel": 2}, 4, "on 4 ranks makes 2 groups: set dense.strategy=fsdp"),
+    ],
+)
+def test_groups_that_the_ranks_do_not_make_are_refused(dense: dict, ranks: int, fault: str) -> None:
+    DenseConfig(**dense).check_ranks(2)
+    with pytest.raises(ConfigError, match=fault):
+        DenseConfig(**dense).check_ranks(ranks)
+
+
+@pytest.mark.parametrize(
+    ("tower", "fault"),
+    [
+        (
+            LlamaConfig(heads=4, kv_heads=2),
+            r"tensor_parallel=4 does not divide tower.kv_heads=2: .* heads=4, kv",
+        ),
+        (HSTUConfig(), "only tower.kind=llama can be split"),
+    ],
+)
+def test_a_tower_that_cannot_be_split_is_refused(tower: TowerConfig, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        split_tower(build_tower(tower, dim=16, max_length=8), Mock(size=lambda: 4))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gr.config.inventory import GivenDense, InventoryConfig, LossInventory, TableConfig, TowerDense
-from gr.config.towers import STUConfig
+from gr.config.towers import LlamaConfig, STUConfig
 from gr.planner.estimate import MEMORY
 from gr.planner.estimate_dense import dense_work
 from gr.planner.memory import fixed_memory
@@ -53,6 +53,31 @@ def test_fsdp_has_its_shards_and_two_layers_gathered():
     assert fixed["dense_parameters"] == whole / 8 + 2 * whole / 4
     assert fixed["dense_gradients"] == whole / 8
     assert fixed["dense_optimizer"] == 2 * whole / 8
+
+
+def test_fsdp_shares_all_but_what_is_replicated_and_tensor_ranks_share_matrices():
+    """What ranks have when they run is compared in tests/distributed/test_dense_strategies.py."""
+    dense = TowerDense(
+        tower=LlamaConfig(layers=4),
+        dim=16,
+        mean_length=8,
+        max_length=8,
+        other_parameters=1000,
+        replicated_parameters=600,
+    )
+    matrices, tower = 4 * (4 * 16 * 16 + 3 * 16 * 128), 4 * (4 * 16 * 16 + 3 * 16 * 128 + 32) + 16
+    inventory = job(dense=dense, dense_parallel="fsdp", tensor_parallel=2, dense_gathered="bf16")
+    fixed, split = fixed_memory(inventory, machine(8)), tower - matrices / 2
+    assert fixed["dense_gradients"] == 4 * (split / 4 + 400 / 8 + 600)
+    assert fixed["dense_parameters"] == fixed["dense_gradients"] + 2 * split / 2 + 4 * 400
+    alone = fixed_memory(job(dense=dense, tensor_parallel=2), machine(2))
+    assert alone["dense_optimizer"] == 2 * 4 * (split + 1000)
+
+
+def test_layers_that_are_computed_again_are_not_kept():
+    kept, again = (dense_work(job(dense=STU, activation_checkpointing=each), 10) for each in ("none", "layer"))
+    assert again.activation_bytes < kept.activation_bytes
+    assert again.backward_flops == kept.backward_flops + kept.forward_flops
 
 
 def test_activations_and_logits_are_those_of_the_dense_part():
