@@ -92,8 +92,8 @@ def writing(path: Path) -> Iterator[PackageWriter]:
             raise ServingError(f"{path}: is no package, it has {strange[0]}; name a folder that is empty or a package")
     elif path.exists() or path.is_symlink():
         raise ServingError(f"{path}: is no folder; name another --out")
-    elif not path.parent.is_dir():
-        raise ServingError(f"{path}: there is no folder {path.parent}; make it first")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     for folder in (path, path / CODE, path / WEIGHTS):
         if not folder.exists():
             folder.mkdir()

@@ -1,7 +1,8 @@
-"""The commands of docs/guide.md, data.md, launch.md and recommend.md, run in order as written."""
+"""The commands of docs/guide.md, data.md, launch.md, recommend.md and serving.md, run in order as written."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,12 +23,18 @@ def programs_of(page: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("guide.md", 9), ("data.md", 7), ("launch.md", 5), ("recommend.md", 12)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("guide.md", 9), ("data.md", 7), ("launch.md", 5), ("recommend.md", 12), ("serving.md", 10)]
+)
 def test_every_command_of_the_page_runs(tmp_path, page, least):
     if page == "launch.md":
         pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     if page == "data.md":
         pytest.importorskip("pandas", reason="needs pandas: the extra dev")
+    if page == "serving.md":
+        pytest.importorskip("uvicorn", reason="needs uvicorn: the extra serve")
+        if shutil.which("curl") is None:
+            pytest.skip("needs curl")
     assert len(commands(page)) >= least
     for name, text in programs_of(page).items():
         (tmp_path / name).write_text(text)
@@ -46,7 +53,11 @@ def test_every_command_of_the_page_runs(tmp_path, page, least):
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    for command in commands(page):
-        result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        assert "Traceback" not in result.stderr
+    try:
+        for command in commands(page):
+            result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+            assert "Traceback" not in result.stderr
+    finally:
+        if (server := tmp_path / "serve.pid").exists():
+            subprocess.run(["kill", server.read_text().strip()], capture_output=True)  # unless the page did

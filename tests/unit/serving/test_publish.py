@@ -103,7 +103,6 @@ def test_the_commands(package: Path, other_run: Path, capsys: pytest.CaptureFixt
     (tmp_path / "full" / "thesis.txt").touch()
     for wrong, fault in (
         (["export", str(other_run), "--out", str(tmp_path / "full")], "is no package, it has thesis.txt"),
-        (["export", str(other_run), "--out", str(tmp_path / "no" / "where")], "there is no folder"),
         (["export", str(other_run), "--out", str(package), "tables.dtype=int3"], "tables.dtype"),
         (["publish", str(other_run), "--to", str(tmp_path)], "is no package, since it has no current.json"),
         (["publish", str(other_run), "--to", str(package), "tables.dtype=int8"], "values are those of `gr export`"),
