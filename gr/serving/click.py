@@ -39,7 +39,7 @@ class ClickServable:
     ) -> None:
         self.inputs: Sequence[TensorSpec] = record.inputs
         self.outputs: Sequence[TensorSpec] = record.outputs
-        self._rows, self._pass, self._unknown, self._unseen = rows, run, unknown, unseen
+        self._rows, self.compiled_pass, self._unknown, self._unseen = rows, run, unknown, unseen
         self._hots = {column.name: column.hots for column in rows.schema.sparse}
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> ClickRequest:
@@ -70,7 +70,7 @@ class ClickServable:
         assert len(own) == len(requests), "requests are encoded by the verb that runs them"
         dense_BN, ids_BH = (np.concatenate(parts) for parts in zip(*((r.dense_BN, r.ids_BH) for r in own), strict=True))
         if len(ids_BH):
-            (logits_B,) = self._pass(torch.from_numpy(dense_BN), torch.from_numpy(ids_BH))
+            (logits_B,) = self.compiled_pass(torch.from_numpy(dense_BN), torch.from_numpy(ids_BH))
             scores_B = logits_B.sigmoid().numpy()
         else:
             scores_B = np.empty(0, dtype=np.float32)
