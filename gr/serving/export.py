@@ -85,8 +85,8 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
     checkpoint, plugins: as in gr.load. Code of the same form that is there already is not compiled again. Raises
     ServingError where the compiled passes do not answer as the model does, InstallError without a C++ compiler.
     """
+    saved = load(checkpoint, plugins=plugins)
     with writing(Path(out)) as package:
-        saved = load(checkpoint, plugins=plugins)
         rows = _gate_rows(saved, config)
         choice = None
         if config.tables.dtype == "auto":
