@@ -142,7 +142,7 @@ def requests(batch: RankingBatch, saved: Saved) -> Iterator[RankRequest]:
         history, candidates = rows[: length - scored], rows[length - scored :, : len(features)]
         numbers = batch.numeric_BK[example].numpy() if batch.numeric_BK.shape[1] else np.zeros(1, dtype=np.float32)
         yield RankRequest(
-            int(batch.user_B[example]),
+            str(int(batch.user_B[example])),
             history,
             np.array(context, dtype=np.int32),
             numbers,
@@ -216,10 +216,10 @@ def agreement(checkpoint: Path, data: Path, users: int | None) -> None:
         ):  # fmt: skip
             metrics[name].update(outputs_PC, labels_PC, user_P)
     _print(metrics, largest, split, appended, asked)
-    print(f"cache: {dict(ranks[torch.float32]._cache.counts) if ranks[torch.float32]._cache else 'none'}")
+    print(f"cache: {dict(ranks[torch.float32].cache.counts) if ranks[torch.float32].cache else 'none'}")
 
 
-def _outputs(ranks: RankServable, request: RankRequest, user: int | str | None) -> np.ndarray:
+def _outputs(ranks: RankServable, request: RankRequest, user: str | None) -> np.ndarray:
     (answer,) = ranks.run([RankRequest(**{**vars(request), "user": user})])
     return np.stack(list(answer.values()), axis=1)
 

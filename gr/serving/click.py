@@ -15,7 +15,7 @@ from gr.data.vocabulary import Vocabulary
 from gr.errors import nearest
 from gr.schema import TabularSchema
 from gr.serving.package import Manifest, VerbRecord
-from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec
+from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
 from gr.serving.version import CompiledPass, Unseen
 
 
@@ -72,6 +72,7 @@ class ClickServable:
         if len(ids_BH):
             (logits_B,) = self._pass(torch.from_numpy(dense_BN), torch.from_numpy(ids_BH))
             scores_B = logits_B.sigmoid().numpy()
+            require_finite(scores_B)
         else:
             scores_B = np.empty(0, dtype=np.float32)
         stops = np.cumsum([request.rows for request in own])[:-1]

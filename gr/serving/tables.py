@@ -68,7 +68,7 @@ class PackedTables(nn.Module):
         """
         return torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             self.rows,
-            # Rows in unified memory: none. As a buffer, those of two modules would be one constant of the compiled code.
+            # Rows in unified memory: none. As buffers, those of two modules would be one constant of the compiled code.
             self.rows[:0],
             self.weights_placements,
             self.weights_offsets,
