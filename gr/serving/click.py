@@ -15,6 +15,7 @@ from gr.data.vocabulary import Vocabulary
 from gr.errors import nearest
 from gr.schema import TabularSchema
 from gr.serving.package import Manifest, VerbRecord
+from gr.serving.request_ids import warm_up
 from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
 from gr.serving.version import CompiledPass, Unseen
 
@@ -129,6 +130,7 @@ def open_verbs(
     schema = TabularSchema.load(folder)
     vocabularies = {name: Vocabulary.open(folder, schema, name) for name in _names(schema)}
     rows = ClickRows(schema, vocabularies)
+    warm_up(vocabularies.values())
     return {"score": ClickServable(rows, manifest.verbs["score"], passes["score"], manifest.export.unknown, unseen)}
 
 

@@ -23,7 +23,7 @@ from gr.ops.time_encoding import time_bucket
 from gr.schema import DataSchema
 from gr.serving.kv_cache import Entry, KVCache, no_entry
 from gr.serving.package import Manifest
-from gr.serving.request_ids import ids_of
+from gr.serving.request_ids import ids_of, warm_up
 from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
 from gr.serving.version import Unseen
 
@@ -126,6 +126,7 @@ def open_verbs(folder: Path, manifest: Manifest, passes: Mapping[str, Run], unse
     schema = DataSchema.load(folder)
     names = [ITEM, *form.event_features, *form.contextual]
     vocabularies = {name: Vocabulary.open(folder, schema, name) for name in names}
+    warm_up(vocabularies.values())
     rank = RankServable(
         form,
         passes,
@@ -224,7 +225,7 @@ class RankServable:
         outputs = []
         for start in range(0, request.rows, self.form.microbatch):
             ids_FM = request.candidates_FM[:, start : start + self.form.microbatch]
-            ids = torch.from_numpy(np.ascontiguousarray(_filled(ids_FM, axis=1)))
+            ids = torch.from_numpy(_filled(ids_FM, axis=1))
             (scored_MC,) = self._passes["score"](*cached, ids, positions_E1[-1:], buckets_E1[-1:])
             outputs.append(scored_MC[: ids_FM.shape[1]])
         if self.cache is not None and request.user is not None:
@@ -361,5 +362,9 @@ def _same_length(group: str, parts: Mapping[str, np.ndarray]) -> int:
 
 def _filled(rows: np.ndarray, axis: int) -> np.ndarray:
     """With zeros up to a multiple of ROWS along an axis, one multiple at least."""
-    missing = -rows.shape[axis] % ROWS if rows.shape[axis] else ROWS
-    return np.pad(rows, [(0, missing if dim == axis else 0) for dim in range(rows.ndim)])
+    size = rows.shape[axis]
+    shape = list(rows.shape)
+    shape[axis] = max(1, -(-size // ROWS)) * ROWS
+    filled = np.zeros(shape, rows.dtype)
+    filled[tuple(slice(each) for each in rows.shape)] = rows
+    return filled

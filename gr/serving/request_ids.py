@@ -1,5 +1,7 @@
 """Values of a request -> ids of the model."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 
@@ -29,6 +31,10 @@ def ids_of(field: str, values: np.ndarray, vocabulary: Vocabulary, size: int) ->
     return np.where((ids > 0) & (ids < size), ids, 0)  # where ids stand for themselves, any number has come through
 
 
-def warm_up() -> None:
-    """Imports what Arrow imports with its first array, pandas: a second, for which no request should wait."""
-    pa.array(np.empty(0))
+def warm_up(vocabularies: Iterable[Vocabulary]) -> None:
+    """Where a request's values go through Arrow, imports what Arrow imports with its first array: pandas.
+
+    That takes a second, for which no request should wait.
+    """
+    if not all(vocabulary.has_numbers for vocabulary in vocabularies):
+        pa.array(np.empty(0))

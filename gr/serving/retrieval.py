@@ -131,7 +131,8 @@ class RetrieveServable:
         return self._query(ids_FT, torch.from_numpy(request.times_T))
 
     def _answer(self, ids_K: np.ndarray, scores_K: np.ndarray) -> dict[str, np.ndarray]:
-        items = self._items.values(ids_K).to_numpy(zero_copy_only=False)
+        own = self._items
+        items = ids_K if own.ids_V is None else own.values(ids_K).to_numpy(zero_copy_only=False)
         return {ITEMS: items, SCORES: scores_K}
 
     def _times(self, columns: Mapping[str, np.ndarray], T: int) -> np.ndarray:

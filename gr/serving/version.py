@@ -23,7 +23,6 @@ from gr.serving.package import (
     read_manifest,
     verify,
 )
-from gr.serving.request_ids import warm_up
 from gr.serving.servable import Servable
 from gr.serving.weights import map_tensors
 
@@ -122,7 +121,6 @@ class Version:
             own_tensors = {fqn: tensors[stored_name] for fqn, stored_name in record.tensors.items()}
             passes[name] = CompiledPass(folder / CODE / stored.code / f"{name}.pt2", own_tensors, runners)
         _compare_golden(own / GOLDEN, manifest, passes)
-        warm_up()
         unseen = Unseen()
         verbs = import_target(SERVABLES[manifest.kind])(own, manifest, passes, unseen)
         return cls(stored.weights, manifest, verbs, unseen)
