@@ -2,10 +2,11 @@
 
     python -m benchmarks.mfalcon [--lengths 1024 4096]                     CPU seconds of one thread, in turns
     python -m benchmarks.mfalcon --checkpoint RUN --data DIR [--users N]   answers over a ranking model's test users
+    python -m benchmarks.mfalcon --checkpoint RUN --data DIR --package P   compiled passes beside the same in torch
 
 The tower of the first is a STU of width 256 with 3 layers of 4 heads of 64. The second ranks the newest events of each
 user of DIR by `rank` and by the model's own forward pass, then again in two parts, and with the second half of the
-history appended to a cache of the first.
+history appended to a cache of the first. The third asks with 100 events and 64 candidates of each of a few users.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +39,15 @@ from gr.ops.hstu_attention import CachedKeys, hstu_attention_cached, hstu_attent
 from gr.sequence import JaggedSequence
 from gr.serving.kv_cache import KVCache
 from gr.serving.passes.ranking import FloatTables, ranking_form, ranking_passes
+from gr.serving.passes.ranking_build import build
 from gr.serving.ranking import RankRequest, RankServable
+from gr.serving.version import Version
 from gr.towers.stu import STU
 
 D, H, LAYERS = 256, 4, 3
 Q = D // H
 MICROBATCH = 256
+EVENTS, CANDIDATES, USERS, CALLS = 100, 64, 10, 20  # of `compiled`
 
 
 class Served:
@@ -82,15 +88,16 @@ class Served:
         return x_MD
 
 
-def seconds(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, in turns."""
+def seconds(variants: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, float]:
+    """Median CPU seconds of a call of each, in turns of so many calls."""
     spent: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, run in variants.items():
             start = time.process_time()
-            run()
+            for _ in range(calls):
+                run()
             if turn:  # the first warms up
-                spent[name].append(time.process_time() - start)
+                spent[name].append((time.process_time() - start) / calls)
     return {name: statistics.median(each) for name, each in spent.items()}
 
 
@@ -142,7 +149,7 @@ def requests(batch: RankingBatch, saved: Saved) -> Iterator[RankRequest]:
         history, candidates = rows[: length - scored], rows[length - scored :, : len(features)]
         numbers = batch.numeric_BK[example].numpy() if batch.numeric_BK.shape[1] else np.zeros(1, dtype=np.float32)
         yield RankRequest(
-            int(batch.user_B[example]),
+            str(int(batch.user_B[example])),
             history,
             np.array(context, dtype=np.int32),
             numbers,
@@ -162,6 +169,71 @@ def part(request: RankRequest, candidates: slice) -> RankRequest:
     return RankRequest(**{**vars(request), **own})
 
 
+def newest_events(saved: Saved, data: Path) -> UserBatches:
+    """Batches of users with their newest events to be scored."""
+    config: Any = saved.config
+    collate = RankingCollate(saved.schema, config.data, config.task)
+    return UserBatches(
+        Dataset.open(data),
+        config.data,
+        partial(collate.newest, newest=config.evaluation.newest, before=0),
+        columns=collate.columns,
+        global_batch_size=256,
+        rank=0,
+        world_size=1,
+    )
+
+
+@torch.inference_mode()
+def compiled(checkpoint: Path, data: Path, package: Path, rounds: int) -> None:
+    """CPU time of a package's passes and answers, beside those of the modules that they were compiled from."""
+    saved, version = gr.load(checkpoint), Version.open(package)
+    rank = version.verbs["rank"]
+    assert isinstance(rank, RankServable)
+    kinds = {name: table.dtype for name, table in version.manifest.tables.items()}
+    modules = {name: each.module for name, each in build(saved, kinds, version.manifest.export).passes.items()}
+    passes = {name: lambda *inputs, each=each: [each(*inputs)] for name, each in modules.items()}
+    eager = RankServable(rank.form, passes, saved.vocabularies, version="", cache=KVCache(1 << 30))
+    taken: dict[str, list[float]] = {}
+    random, differences = np.random.default_rng(0), []
+    asked = (request for batch in newest_events(saved, data) for request in requests(batch, saved))
+    for request in islice((each for each in asked if len(each.events_EC) >= EVENTS), USERS):
+        ids_FM = random.integers(1, rank.form.items, (request.candidates_FM.shape[0], CANDIDATES)).astype(np.int32)
+        own = {"events_EC": request.events_EC[-EVENTS:], "candidates_FM": ids_FM, "known_M": np.ones(CANDIDATES, bool)}
+        request = RankRequest(**{**vars(request), **own})
+        variants: dict[str, Callable[[], object]] = {}
+        for kind, each in (("compiled", rank), ("torch", eager)):
+            variants |= {f"{kind} {name}": run for name, run in parts(each, request)}
+            cold = RankRequest(**{**vars(request), "user": None})
+            variants |= {f"{kind} cold request": partial(each.run, [cold])}
+            variants |= {f"{kind} warm request": partial(each.run, [request])}
+        answers = [_outputs(each, request, user=None) for each in (rank, eager)]
+        differences.append(float(np.abs(answers[0] - answers[1]).max()))
+        for name, spent in seconds(variants, rounds, calls=CALLS).items():
+            taken.setdefault(name, []).append(spent)
+    print(
+        f"\n{len(differences)} users, {EVENTS} events, {CANDIDATES} candidates; scores differ by {max(differences):.1e}"
+    )
+    print("\n| | torch, ms | compiled, ms | ratio |\n|---|---|---|---|")
+    for name in ("prefill", "append", "score", "cold request", "warm request"):
+        slow, fast = (1e3 * statistics.median(taken[f"{kind} {name}"]) for kind in ("torch", "compiled"))
+        print(f"| {name} | {slow:.3f} | {fast:.3f} | {slow / fast:.1f}x |")
+
+
+def parts(ranks: RankServable, request: RankRequest) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The passes with the inputs that a request has: of all events, of the newest alone, of the candidates."""
+    positions, buckets = ranks._places(request)
+    length, context = torch.tensor([ranks.form.tokens(EVENTS)]), (request.ids_G, request.numbers_K)
+    events, newest = (ranks._events(request, first, positions[:-1], buckets[:-1]) for first in (0, EVENTS - 1))
+    first = (*events, length, *map(torch.from_numpy, context))
+    (kv_NLHW,) = ranks._passes["prefill"](*first)
+    ids_FM = torch.from_numpy(request.candidates_FM)
+    yield "prefill", partial(ranks._passes["prefill"], *first)
+    before = torch.tensor([ranks.form.tokens(EVENTS - 1)])
+    yield "append", partial(ranks._passes["append"], kv_NLHW, before, *newest)
+    yield "score", partial(ranks._passes["score"], kv_NLHW, length, ids_FM, positions[-1:], buckets[-1:])
+
+
 @torch.inference_mode()
 def agreement(checkpoint: Path, data: Path, users: int | None) -> None:
     saved = gr.load(checkpoint)
@@ -179,22 +251,12 @@ def agreement(checkpoint: Path, data: Path, users: int | None) -> None:
         vocabularies = {name: Vocabulary(name) for name in saved.vocabularies}
         ranks[dtype] = RankServable(form, run, vocabularies, version="", cache=KVCache(1 << 30))
     print(f"{checkpoint}: cached for {form.lifetime}")
-    collate = RankingCollate(saved.schema, config.data, config.task)
-    batches = UserBatches(
-        Dataset.open(data),
-        config.data,
-        partial(collate.newest, newest=config.evaluation.newest, before=0),
-        columns=collate.columns,
-        global_batch_size=256,
-        rank=0,
-        world_size=1,
-    )
     metrics = {
         name: MultiTaskMetrics(config.task.tasks, ALONE, lambda task: RankingMetrics(task, ALONE, grouped=True))
         for name in ("full", "rank", "rank, bfloat16")
     }
     largest, split, appended, asked = 0.0, 0, 0, 0
-    for batch in batches:
+    for batch in newest_events(saved, data):
         full_PC, labels_PC, user_P = model(batch), *batch.targets()
         answers: dict[torch.dtype, list[np.ndarray]] = {dtype: [] for dtype in ranks}
         for request in requests(batch, saved):
@@ -216,10 +278,10 @@ def agreement(checkpoint: Path, data: Path, users: int | None) -> None:
         ):  # fmt: skip
             metrics[name].update(outputs_PC, labels_PC, user_P)
     _print(metrics, largest, split, appended, asked)
-    print(f"cache: {dict(ranks[torch.float32]._cache.counts) if ranks[torch.float32]._cache else 'none'}")
+    print(f"cache: {dict(ranks[torch.float32].cache.counts) if ranks[torch.float32].cache else 'none'}")
 
 
-def _outputs(ranks: RankServable, request: RankRequest, user: int | str | None) -> np.ndarray:
+def _outputs(ranks: RankServable, request: RankRequest, user: str | None) -> np.ndarray:
     (answer,) = ranks.run([RankRequest(**{**vars(request), "user": user})])
     return np.stack(list(answer.values()), axis=1)
 
@@ -238,6 +300,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--package", type=Path, help="of gr export, of the checkpoint")
     parser.add_argument("--users", type=int, help="the first so many; all unless given")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -246,6 +309,8 @@ def main() -> None:
         speed(arguments.lengths, arguments.rounds)
     elif arguments.data is None:
         parser.error("--checkpoint needs --data")
+    elif arguments.package is not None:
+        compiled(arguments.checkpoint, arguments.data, arguments.package, arguments.rounds)
     else:
         agreement(arguments.checkpoint, arguments.data, arguments.users)
 

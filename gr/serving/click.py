@@ -15,7 +15,8 @@ from gr.data.vocabulary import Vocabulary
 from gr.errors import nearest
 from gr.schema import TabularSchema
 from gr.serving.package import Manifest, VerbRecord
-from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec
+from gr.serving.request_ids import warm_up
+from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
 from gr.serving.version import CompiledPass, Unseen
 
 
@@ -72,6 +73,7 @@ class ClickServable:
         if len(ids_BH):
             (logits_B,) = self.compiled_pass(torch.from_numpy(dense_BN), torch.from_numpy(ids_BH))
             scores_B = logits_B.sigmoid().numpy()
+            require_finite(scores_B)
         else:
             scores_B = np.empty(0, dtype=np.float32)
         stops = np.cumsum([request.rows for request in own])[:-1]
@@ -128,6 +130,7 @@ def open_verbs(
     schema = TabularSchema.load(folder)
     vocabularies = {name: Vocabulary.open(folder, schema, name) for name in _names(schema)}
     rows = ClickRows(schema, vocabularies)
+    warm_up(vocabularies.values())
     return {"score": ClickServable(rows, manifest.verbs["score"], passes["score"], manifest.export.unknown, unseen)}
 
 

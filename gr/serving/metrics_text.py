@@ -7,7 +7,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from gr.serving.engine import Engine
+from gr.serving.kv_cache import KVCache
 from gr.serving.metrics import Histogram
+from gr.serving.ranking import RankServable
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _HISTOGRAMS = {
@@ -44,6 +46,9 @@ class _Collector:
         for column, count in sorted(version.count_unknown.by_column().items()):
             unknown.add_metric([column], count)
         yield unknown
+        for servable in version.verbs.values():
+            if isinstance(servable, RankServable) and servable.cache is not None:
+                yield from _of_cache(servable.cache)
         requests = CounterMetricFamily("gr_requests", "Requests, by what became of them.", labels=["verb", "outcome"])
         waiting = GaugeMetricFamily("gr_waiting_rows", "Rows that wait for a batch.", labels=["verb"])
         for verb, counts in metrics.verbs.items():
@@ -64,3 +69,15 @@ class _Collector:
             answers.add_metric([str(status)], count)
         yield answers
         yield GaugeMetricFamily("gr_http_body_bytes", "Bodies that are being read or answered.", value=self._bodies)
+
+
+def _of_cache(cache: KVCache) -> Iterator[Metric]:
+    """Of this version's cache: a version that is swapped in begins with none of another's keys and values."""
+    outcomes = CounterMetricFamily(
+        "gr_kv_cache", "Requests by what was cached, and entries that left.", labels=["outcome"]
+    )
+    for outcome, count in sorted(cache.counts.items()):
+        outcomes.add_metric([outcome], count)
+    yield outcomes
+    yield GaugeMetricFamily("gr_kv_cache_users", "Users with cached keys and values.", value=len(cache))
+    yield GaugeMetricFamily("gr_kv_cache_bytes", "Of cached keys and values.", value=cache.bytes)

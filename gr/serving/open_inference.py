@@ -223,7 +223,7 @@ def write_response(
 ) -> tuple[bytes, int | None]:
     """The body and, where it has binary tensors, the bytes of its JSON. head: what comes before `outputs`.
 
-    Raises ServingError for an output that JSON cannot say: one that is not finite.
+    A number that there is none of is NaN in binary tensors and null in JSON. Raises ServingError for an infinite one.
     """
     tensors, binary = [], []
     for spec in specs:
@@ -235,7 +235,9 @@ def write_response(
             binary.append(_to_binary(array, spec))
             tensor["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
-            tensor["data"] = array.ravel().tolist()
+            values = array.ravel().tolist()
+            has_nan = array.dtype.kind == "f" and np.isnan(array).any()
+            tensor["data"] = [None if math.isnan(each) else each for each in values] if has_nan else values
         tensors.append(tensor)
     try:
         text = json.dumps({**head, "outputs": tensors}, allow_nan=False, separators=(",", ":")).encode()

@@ -16,13 +16,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from gr.config.export import UnknownPolicy
 from gr.data.vocabulary import Vocabulary
-from gr.errors import DataError, nearest
+from gr.errors import nearest
 from gr.ops.time_encoding import time_bucket
 from gr.schema import DataSchema
 from gr.serving.kv_cache import Entry, KVCache, no_entry
 from gr.serving.package import Manifest
-from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec
+from gr.serving.request_ids import ids_of, warm_up
+from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
 from gr.serving.version import Unseen
 
 FORM_FILE = "ranking.json"
@@ -80,7 +82,7 @@ class RankingForm(BaseModel):
 
         features = [ITEM, *self.event_features]
         return (
-            TensorSpec(USER, "INT64", (1,)),
+            TensorSpec(USER, "BYTES", (1,)),
             *(ids(f"{HISTORY}.{name}", name, -1) for name in features),
             *(TensorSpec(f"{HISTORY}.{name}", "BOOL", (-1,)) for name in self.actions),
             *([TensorSpec(f"{HISTORY}.{TIME}", "INT64", (-1,)), TensorSpec(TIME, "INT64", (1,))] * self.timestamps),
@@ -98,7 +100,7 @@ class RankRequest:
     """events_EC: int64, a row an event: the ids of its features, its actions, its second. candidates_FM: int32.
     known_M: bool, whether the model knows the item. time: the second of the request. user: None for no cache."""
 
-    user: int | str | None
+    user: str | None
     events_EC: np.ndarray
     ids_G: np.ndarray
     numbers_K: np.ndarray
@@ -124,8 +126,17 @@ def open_verbs(folder: Path, manifest: Manifest, passes: Mapping[str, Run], unse
     schema = DataSchema.load(folder)
     names = [ITEM, *form.event_features, *form.contextual]
     vocabularies = {name: Vocabulary.open(folder, schema, name) for name in names}
-    cache = KVCache(manifest.export.cache_mib << 20)
-    return {"rank": RankServable(form, passes, vocabularies, version=folder.name, cache=cache, count_unseen=unseen.add)}
+    warm_up(vocabularies.values())
+    rank = RankServable(
+        form,
+        passes,
+        vocabularies,
+        version=folder.name,
+        cache=KVCache(manifest.export.cache_mib << 20),
+        unknown=manifest.export.unknown,
+        count_unseen=unseen.add,
+    )
+    return {"rank": rank}
 
 
 class RankServable:
@@ -139,13 +150,14 @@ class RankServable:
         *,
         version: str,
         cache: KVCache | None = None,
+        unknown: UnknownPolicy = "zero",
         count_unseen: Callable[[Mapping[str, int]], None] = lambda counts: None,
     ) -> None:
-        """cache: of users, if any; it is used where the form allows. count_unseen: takes, by field, the number of
-        values that training did not see."""
+        """cache: of users, if any; it is used where the form allows. unknown: what becomes of values that training did
+        not see. count_unseen: takes, by field, their number."""
         self.form, self._passes, self._vocabularies, self._version = form, passes, vocabularies, version
-        self._cache = cache if form.lifetime == "user" else None
-        self._count_unseen = count_unseen
+        self.cache = cache if form.lifetime == "user" else None
+        self._unknown, self._count_unseen = unknown, count_unseen
         self.inputs: Sequence[TensorSpec] = form.inputs(
             {name: vocabulary.type for name, vocabulary in vocabularies.items()}
         )
@@ -156,7 +168,8 @@ class RankServable:
 
         `user` names the cache's entry, and may be left out, as may `timestamp`, the second of the request, which is
         else that of the newest event. Events are oldest first; of a longer history the newest are seen. Raises
-        RequestError for a field that is missing, unknown, of another length or type, or times that go back.
+        RequestError for a field that is missing, unknown, of another length or type, or times that go back; and, where
+        the package says so, a value that training did not see.
         """
         given = _flat(columns)
         known = [spec.name for spec in self.inputs]
@@ -169,7 +182,11 @@ class RankServable:
         candidates = {
             name: self._ids(given, f"{CANDIDATES}.{name}", name, size, unseen) for name, size in features.items()
         }
+        own = [self._ids(given, f"{CONTEXT}.{name}", name, size, unseen) for name, size in self.form.contextual.items()]
         self._count_unseen(unseen)
+        if unseen and self._unknown == "reject":
+            field, values = next(iter(unseen.items()))
+            raise RequestError(field, f"{values} of its values were not seen in training, which this package refuses")
         E = _same_length(HISTORY, history)
         _same_length(CANDIDATES, candidates)
         actions_E = np.zeros(E, dtype=np.int64)
@@ -177,7 +194,9 @@ class RankServable:
             actions_E |= (_numbers(given, f"{HISTORY}.{name}", "b", E) != 0).astype(np.int64) << bit
         times_E, time = self._times(given, E)
         events_EC = np.stack([*history.values(), actions_E, times_E], axis=1)[max(0, E - self.form.max_events) :]
-        own = [self._ids(given, f"{CONTEXT}.{name}", name, size, {}) for name, size in self.form.contextual.items()]
+        for name, ids in zip(self.form.contextual, own, strict=True):
+            if len(ids) != 1:
+                raise RequestError(f"{CONTEXT}.{name}", f"has {len(ids)} values, it must have 1")
         numeric = [_numbers(given, f"{CONTEXT}.{name}", "f", 1) for name in self.form.contextual_numeric]
         user = given.get(USER)
         return RankRequest(
@@ -206,23 +225,24 @@ class RankServable:
         outputs = []
         for start in range(0, request.rows, self.form.microbatch):
             ids_FM = request.candidates_FM[:, start : start + self.form.microbatch]
-            ids = torch.from_numpy(np.ascontiguousarray(_filled(ids_FM, axis=1)))
+            ids = torch.from_numpy(_filled(ids_FM, axis=1))
             (scored_MC,) = self._passes["score"](*cached, ids, positions_E1[-1:], buckets_E1[-1:])
             outputs.append(scored_MC[: ids_FM.shape[1]])
-        if self._cache is not None and request.user is not None:
-            self._cache.put(request.user, entry)
+        if self.cache is not None and request.user is not None:
+            self.cache.put(request.user, entry)
         outputs_MC = torch.cat(outputs)
         answer = {}
         for column, (name, is_logit) in enumerate(self.form.tasks.items()):
             values_M = outputs_MC[:, column].sigmoid() if is_logit else outputs_MC[:, column]
+            require_finite(values_M.numpy()[request.known_M])
             answer[f"score_{name}"] = np.where(request.known_M, values_M.numpy(), np.float32(np.nan))
         return answer
 
     def _keys_and_values(self, request: RankRequest, positions_E: Tensor, buckets_E: Tensor) -> Entry:
         """Those of the whole history: from the cache, extended by its newest events, or computed anew."""
         E, entry = len(request.events_EC), None
-        if self._cache is not None and request.user is not None:
-            entry = self._cache.take(request.user, self._version, E, request.digest)
+        if self.cache is not None and request.user is not None:
+            entry = self.cache.take(request.user, self._version, E, request.digest)
         if entry is None:
             if E == 0 and not self.form.context_tokens:
                 empty = no_entry(self.form.layers, self.form.heads, self.form.width, self._cache_dtype)
@@ -268,20 +288,13 @@ class RankServable:
         self, given: Mapping[str, np.ndarray], field: str, column: str, size: int, unseen: dict[str, int]
     ) -> np.ndarray:
         """int64, 0 for a value that the model does not know; these are counted in `unseen`."""
-        values = np.asarray(_required(given, field))
-        if values.ndim > 1:
-            raise RequestError(field, f"has shape {list(values.shape)}, it must have one dimension")
-        try:
-            array = pa.array(values.reshape(-1))
-            if pa.types.is_binary(array.type):
-                array = array.cast(pa.string())
-            ids = self._vocabularies[column].ids(array)
-        except (pa.ArrowException, UnicodeError) as error:
-            raise RequestError(field, f"cannot be read ({'; '.join(map(str, error.args))})") from None
-        except DataError as error:
-            raise RequestError(field, str(error)) from None
-        ids = np.where((ids > 0) & (ids < size), ids, 0)
-        if count := int((ids == 0).sum()):
+        values = np.atleast_1d(_required(given, field))
+        vocabulary = self._vocabularies[column]
+        ids = ids_of(field, values, vocabulary, size)
+        unknown = ids == 0
+        if column != ITEM and vocabulary.ids_V is None:
+            unknown &= values != 0  # where ids stand for themselves, a feature may be 0
+        if count := int(unknown.sum()):
             unseen[field] = count
         return ids
 
@@ -332,11 +345,11 @@ def _numbers(given: Mapping[str, np.ndarray], field: str, kind: Literal["b", "i"
     return values
 
 
-def _one(field: str, value: np.ndarray) -> int | str:
+def _one(field: str, value: np.ndarray) -> str:
     values = np.asarray(value).reshape(-1)
     if len(values) != 1:
         raise RequestError(field, f"has {len(values)} values, it must have 1")
-    return values[0].item() if values.dtype.kind in "iuU" else str(values[0])
+    return values[0].decode(errors="replace") if isinstance(values[0], bytes) else str(values[0])
 
 
 def _same_length(group: str, parts: Mapping[str, np.ndarray]) -> int:
@@ -349,5 +362,9 @@ def _same_length(group: str, parts: Mapping[str, np.ndarray]) -> int:
 
 def _filled(rows: np.ndarray, axis: int) -> np.ndarray:
     """With zeros up to a multiple of ROWS along an axis, one multiple at least."""
-    missing = -rows.shape[axis] % ROWS if rows.shape[axis] else ROWS
-    return np.pad(rows, [(0, missing if dim == axis else 0) for dim in range(rows.ndim)])
+    size = rows.shape[axis]
+    shape = list(rows.shape)
+    shape[axis] = max(1, -(-size // ROWS)) * ROWS
+    filled = np.zeros(shape, rows.dtype)
+    filled[tuple(slice(each) for each in rows.shape)] = rows
+    return filled

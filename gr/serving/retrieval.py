@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gr.data.vocabulary import Vocabulary
-from gr.errors import DataError, nearest
+from gr.errors import nearest
+from gr.serving.request_ids import ids_of
 from gr.serving.retrieval_index import Seen
 from gr.serving.servable import Encoded, RequestError, TensorSpec
 
@@ -91,7 +92,7 @@ class RetrieveServable:
         for name in known:
             if name not in columns and name != K:
                 raise RequestError(name, "is missing")
-        ids_T = self._ids(np.asarray(columns[HISTORY]))
+        ids_T = ids_of(HISTORY, np.asarray(columns[HISTORY]), self._items, self.form.item_cardinality)
         known_T = ids_T > 0
         if unknown := int((~known_T).sum()):
             self._count_unknown({HISTORY: unknown})
@@ -130,24 +131,9 @@ class RetrieveServable:
         return self._query(ids_FT, torch.from_numpy(request.times_T))
 
     def _answer(self, ids_K: np.ndarray, scores_K: np.ndarray) -> dict[str, np.ndarray]:
-        items = self._items.values(ids_K).to_numpy(zero_copy_only=False)
+        own = self._items
+        items = ids_K if own.ids_V is None else own.values(ids_K).to_numpy(zero_copy_only=False)
         return {ITEMS: items, SCORES: scores_K}
-
-    def _ids(self, history_T: np.ndarray) -> np.ndarray:
-        """int64 [T]; 0 for an item that the model does not know."""
-        if history_T.ndim != 1:
-            raise RequestError(HISTORY, f"has shape {list(history_T.shape)}, wanted [events]")
-        if not len(history_T):
-            return np.empty(0, np.int64)
-        try:
-            array = pa.array(history_T)
-            if pa.types.is_binary(array.type):
-                array = array.cast(pa.string())  # text of a protocol comes as bytes of UTF-8
-            ids_T = self._items.ids(array)
-        except (pa.ArrowException, DataError, UnicodeError) as error:
-            raise RequestError(HISTORY, f"cannot be read ({'; '.join(map(str, error.args))})") from None
-        # Where ids stand for themselves, any number has come through.
-        return np.where((ids_T > 0) & (ids_T < self.form.item_cardinality), ids_T, 0)
 
     def _times(self, columns: Mapping[str, np.ndarray], T: int) -> np.ndarray:
         if not self.form.timed:

@@ -14,6 +14,7 @@ from gr.errors import ServingError
 from gr.schema import DataSchema
 from gr.serving.approximate_index import load
 from gr.serving.package import Manifest
+from gr.serving.request_ids import warm_up
 from gr.serving.retrieval import Index, RetrievalForm, RetrieveServable
 from gr.serving.retrieval_index import ExactIndex
 from gr.serving.servable import Servable
@@ -63,6 +64,7 @@ def open_verbs(
     by_item = read_item_features(folder, schema)
     features = [name for name in manifest.form["features"] if name != schema.item_feature]
     items = Vocabulary.open(folder, schema, schema.item_feature)
+    warm_up([items])
     query = passes["query"]
     verb = RetrieveServable(stored.form, items, [by_item[name] for name in features], index, query, unseen.add)
     return {"retrieve": verb}

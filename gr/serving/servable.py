@@ -17,9 +17,18 @@ class RequestError(ServingError):
         self.field = field
 
 
+def require_finite(values: np.ndarray) -> None:
+    """Raises ServingError where a number that the model gave is not finite."""
+    if not np.isfinite(values).all():
+        raise ServingError("the model's answer is not finite")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a request or of an answer. datatype: of the Open Inference Protocol; shape: -1 for any size."""
+    """A tensor of a request or of an answer. datatype: of the Open Inference Protocol; shape: -1 for any size.
+
+    NaN in an answer is a value that there is none of.
+    """
 
     name: str
     datatype: str

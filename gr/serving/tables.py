@@ -51,7 +51,6 @@ class PackedTables(nn.Module):
         self.register_buffer("rows", layout.weights_host)
         for name in ("weights_placements", "weights_offsets", "weights_tys", "D_offsets"):
             self.register_buffer(name, getattr(layout, name).clone())
-        self.register_buffer("no_rows", torch.empty(0, dtype=torch.uint8))
         self.features = [feature for name in names for feature in features[name]]
         self.widths = [weights[name].shape[1] for name in names for _ in features[name]]
         self._sizes = (
@@ -69,7 +68,8 @@ class PackedTables(nn.Module):
         """
         return torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             self.rows,
-            self.no_rows,
+            # Rows in unified memory: none. As buffers, those of two modules would be one constant of the compiled code.
+            self.rows[:0],
             self.weights_placements,
             self.weights_offsets,
             self.weights_tys,

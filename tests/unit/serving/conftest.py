@@ -45,7 +45,8 @@ def absolute_ranking_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     write_histories(folder / "data", users=64, longest=15)
     model = {**base.model.model_dump(), "input": {"kind": "additive"}, "place": "absolute"}
     task = {**base.task.model_dump(), "supervision": "candidates"}
-    return _trained(tiny_ranking_config(folder / "data", folder / "run", model=model, task=task, trainer={"steps": 2}))
+    sections = {"model": model, "task": task, "trainer": {"steps": 2}, "checkpoint": {"every": 1}}
+    return _trained(tiny_ranking_config(folder / "data", folder / "run", **sections))
 
 
 @pytest.fixture(scope="session")

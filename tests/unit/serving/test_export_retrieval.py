@@ -1,5 +1,6 @@
 """A retrieval model from checkpoint to answers: what a package answers is what the model answers."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gr.serving.export import export, publish
 from gr.serving.version import Version
 from tests.support.own_log import prepared, random_log
 from tests.support.tiny import tiny_config
+from tests.support.toy_server import exchange, get, post, running
 
 pytestmark = pytest.mark.slow
 HISTORIES = [["item 03", "item 07"], ["item 11"], ["item 05"] * 3 + ["item 09", "item 21"] * 8]
@@ -78,6 +80,32 @@ def test_answers_are_those_of_the_checkpoint(run: Path, package: Path) -> None:
     assert torch.equal(vectors, saved.embed_items().vectors_KD)
     verb.encode(asked(["item 03", "new"], 3))
     assert version.count_unknown.by_column() == {"history": 1}
+
+
+def test_in_python_and_over_http(package: Path) -> None:
+    version, (history, *_) = Version.open(package), HISTORIES
+    verb = version.verbs["retrieve"]
+    (expected,) = verb.run([verb.encode(asked(history, 6))])
+    fields = asked(history, 6)
+    fields["history"] = np.array([*history, "new"])  # one more item, which the model does not know
+    fields["times"] = np.append(fields["times"], fields["times"][-1])
+    datatypes = {"history": "BYTES", "times": "INT64", "k": "INT64"}
+    inputs = [
+        {"name": name, "datatype": datatypes[name], "shape": list(values.shape), "data": values.tolist()}
+        for name, values in fields.items()
+    ]
+    with running(version) as (served, address):
+        answer = served.engine.retrieve(history=history, times=fields["times"][:-1].tolist(), k=6)
+        assert answer["items"].tolist() == expected["items"].tolist()
+        empty = served.engine.retrieve(history=[], times=[], k=6)
+        assert not len(empty["items"]) and not len(empty["scores"])
+        status, _, body = exchange(address, post(json.dumps({"inputs": inputs}).encode()))
+        assert status == 200, body
+        outputs = {each["name"]: each for each in json.loads(body)["outputs"]}
+        _, _, text = exchange(address, get("/metrics"))
+    assert outputs["items"]["data"] == expected["items"].tolist()
+    assert np.array_equal(np.array(outputs["scores"]["data"], np.float32), expected["scores"])
+    assert 'gr_unknown_values_total{input="history"} 1.0' in text.decode()
 
 
 def test_the_same_form_needs_no_compiling(run: Path, package: Path) -> None:

@@ -155,5 +155,8 @@ def test_answers():
     assert body[length:] == outputs["y"].tobytes() + bytes_of(outputs["t"])
     sizes = [each["parameters"]["binary_data_size"] for each in json.loads(body[:length])["outputs"]]
     assert sizes == [8, 11]
+    none = {"y": np.array([0.5, np.nan], np.float32)}
+    text, _ = write_response({}, none, OUTPUTS, {"y": False})
+    assert json.loads(text)["outputs"][0]["data"] == [0.5, None]
     with pytest.raises(ServingError, match="not finite"):
-        write_response({}, {"y": np.array([np.nan], np.float32)}, OUTPUTS, {"y": False})
+        write_response({}, {"y": np.array([np.inf], np.float32)}, OUTPUTS, {"y": False})

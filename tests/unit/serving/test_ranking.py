@@ -10,6 +10,7 @@ import torch
 
 from gr.batch import RankingBatch
 from gr.data.vocabulary import Vocabulary
+from gr.errors import ServingError
 from gr.models.sequence_ranking import SequenceRanker, predictions
 from gr.serving.kv_cache import KVCache
 from gr.serving.passes.ranking import FloatTables, ranking_form, ranking_passes
@@ -139,6 +140,30 @@ def test_unknown_items_are_counted_and_have_no_score() -> None:
     assert counted["candidates.item_id"] == 1
 
 
+def test_unknown_values_may_be_refused_and_a_feature_may_be_0() -> None:
+    counted: dict[str, int] = {}
+    _, ranks = servable("additive, absolute", count_unseen=counted.update, unknown="reject")
+    fields = request_of(example(6, 3))
+    fields["candidates"] = {"item_id": [5, 6], "category": [0, 1]}
+    ranks.encode(fields)
+    for group, name in (("context", "country"), ("candidates", "item_id")):
+        wrong = {**fields, group: {**fields[group], name: np.array([99] * len(fields[group][name]))}}
+        with pytest.raises(RequestError, match=f"{name}: . of its values were not seen in training"):
+            ranks.encode(wrong)
+    assert counted == {"context.country": 1, "candidates.item_id": 2}
+
+
+def test_users_are_text_or_numbers_and_answers_are_finite() -> None:
+    model, ranks = servable("additive, absolute", KVCache(1 << 20))
+    fields = request_of(example(6, 3))
+    for user in (7, np.int64(7), "7", [b"7"], np.array(["7"], dtype=object)):
+        assert ranks.encode({**fields, "user": user}).user == "7"
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(torch.nan)
+    with pytest.raises(ServingError, match="not finite"):
+        ranks.run([ranks.encode(fields)])
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -149,6 +174,7 @@ def test_unknown_items_are_counted_and_have_no_score() -> None:
         ("history.timestamp", [6, 5, 4, 3, 2, 1], "event 1 is before the event before it"),
         ("timestamp", [0], "is before the newest event"),
         ("context.age", [np.nan], "no finite number"),
+        ("context.country", [1, 2], "has 2 values, it must have 1"),
         ("candidates.item_id", ["film"] * 3, "item_id"),
         ("candidates.item_id", [[1, 2, 3]], "one dimension"),
         ("user", [1, 2], "has 2 values, it must have 1"),
@@ -183,4 +209,6 @@ def test_a_missing_field_is_named_and_text_is_looked_up() -> None:
         ids = fields[group]["item_id"]
         fields[group]["item_id"] = np.array([f"film {item:02}".encode() for item in ids], dtype=object)
     encoded = text.encode(fields)
+    empty = {name: [] for name in fields["history"]}
+    assert not len(text.encode({**fields, "history": empty}).events_EC)
     assert encoded.known_M.all() and next(s for s in text.inputs if s.name == "history.item_id").datatype == "BYTES"
