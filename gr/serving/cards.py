@@ -9,6 +9,7 @@ K cards, F features, B bags of a feature (examples, or users), D width, C column
 
 import multiprocessing
 import os
+import signal
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ class Cards:
         Raises ServingError where a card does not start.
         """
         context = multiprocessing.get_context("forkserver")  # a process with threads, as a server is, must not fork
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "gr.serving.card_tables"])
         self._lock = threading.Lock()
         self._ended: ServingError | None = None
         cores = sorted(os.sched_getaffinity(0))
@@ -213,6 +214,7 @@ def _serve(
     connection: Connection, groups: Sequence[CardGroup], shared: tuple[Tensor, Tensor, Tensor], core: int
 ) -> None:
     """A card's process, until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which all processes get; the parent decides
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     try:
