@@ -96,6 +96,11 @@ class TablesOnCards:
                 "export again"
             )
 
+    @property
+    def running(self) -> bool:
+        """Whether no card has ended."""
+        return self._cards.running
+
     def close(self) -> None:
         """Ends the processes."""
         self._cards.close()

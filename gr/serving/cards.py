@@ -80,6 +80,11 @@ class Cards:
         for card in self._cards:
             card.stop()
 
+    @property
+    def running(self) -> bool:
+        """Whether no card has ended."""
+        return self._ended is None and not wait([card.process.sentinel for card in self._cards], timeout=0)
+
     def lookup(self, bags: Mapping[str, Bags]) -> dict[str, Tensor]:
         """The pooled vectors of every feature, float32 [B, D], after their transfer in fp16.
 
@@ -129,16 +134,24 @@ class _Card:
         self._sizes: list[int] = []
         self.connection, theirs = context.Pipe()
         shared = self._ids, self._offsets, self._vectors
-        self._process = context.Process(
+        self.process = context.Process(
             target=_serve, args=(theirs, groups, shared, cores[place % len(cores)]), name=f"card-{place}", daemon=True
         )
-        self._process.start()
+        self.process.start()
         theirs.close()
 
     def started(self) -> None:
         if not self.connection.poll(_START_SECONDS):
             raise ServingError(f"card {self.place} has not opened its tables within {_START_SECONDS} seconds")
-        if (said := self.received()) != _READY:
+        try:
+            said = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            self.process.join(5)
+            raise ServingError(
+                f"card {self.place} has ended while it started (exit code {self.process.exitcode}), its own lines say "
+                'why; in a script, open the package below if __name__ == "__main__":'
+            ) from None
+        if said != _READY:
             raise ServingError(f"card {self.place} cannot open its tables: {said.removeprefix(_FAILED).decode()}")
 
     def check(self, bags: Mapping[str, Bags]) -> None:
@@ -190,10 +203,10 @@ class _Card:
 
     def stop(self) -> None:
         self.connection.close()  # the end of the pipe ends the process
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
     def received(self) -> bytes:
         """The card's next message. Raises ServingError where it has ended."""
@@ -203,9 +216,9 @@ class _Card:
             raise self._ended() from None
 
     def _ended(self) -> ServingError:
-        self._process.join(5)
+        self.process.join(5)
         return ServingError(
-            f"card {self.place} has ended (exit code {self._process.exitcode}), and its tables with it; open the "
+            f"card {self.place} has ended (exit code {self.process.exitcode}), and its tables with it; open the "
             "package again"
         )
 

@@ -96,7 +96,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return not self._closed
+        return not self._closed and self.version.ready
 
     def servable(self, verb: str) -> Servable:
         """Raises ServingError for a verb that this kind of model does not have."""

@@ -143,6 +143,11 @@ class Version:
             cards.close()
             raise
 
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered: no card has ended."""
+        return self._cards is None or self._cards.running
+
     def close(self) -> None:
         """Gives the weights, the code and the cards back, when no call is running."""
         self.verbs = {}

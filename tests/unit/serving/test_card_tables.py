@@ -159,10 +159,12 @@ def test_a_dead_card_is_one_line(package: Path, caplog: pytest.LogCaptureFixture
     with Engine.open(package) as engine:
         assert len(engine.score(request(5))["score"]) == 5
         victim = next(child for child in multiprocessing.active_children() if child.name == "card-1")
+        assert engine.ready
         os.kill(victim.pid or 0, signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(ServingError, match=r"^card 1 has ended \(exit code -9\).*open the package again$"):
                 engine.score(request(5))
+        assert not engine.ready
     assert caplog.records and not any(record.exc_info for record in caplog.records)
 
 
