@@ -11,12 +11,14 @@ from gr.cli.out import check_picture, say
 if TYPE_CHECKING:
     from gr.serving.export import Exported
 
+TABLES_SHOWN = 4
+
 
 @click.command(
     help="Write CHECKPOINT as a package to serve it from: compiled passes, packed tables, vocabularies, golden rows. "
     "Where OUT is a package already, it gets a further version.\n\nValues: tables.dtype=auto|fp32|fp16|int8|int4|int2, "
-    "tables.own.TABLE=..., gate.data=FOLDER, gate.rows=N, dense=fp32|bf16, unknown=zero|reject, keep=N; of retrieval "
-    "models index.kind=exact|approximate, index.recall=0.97."
+    "tables.own.TABLE=..., gate.data=FOLDER, gate.rows=N, dense=fp32|bf16, unknown=zero|reject, keep=N; of click "
+    "models cards=K, card_bytes=N; of retrieval models index.kind=exact|approximate, index.recall=0.97."
 )
 @click.option(
     "--max-ne-increase",
@@ -65,6 +67,8 @@ def command(
 
 def report(out: Path, exported: "Exported") -> None:
     """Prints what a package serves now."""
+    from gr.serving.card_tables import BATCH
+
     tables = exported.manifest.tables
     size, full = (
         sum(table.bytes for table in tables.values()),
@@ -72,6 +76,15 @@ def report(out: Path, exported: "Exported") -> None:
     )
     kinds = sorted({table.dtype for table in tables.values()})
     say(f"tables: {', '.join(kinds)}, {size:,} of {full:,} bytes ({size / full:.2f})")
+    if (cards := exported.manifest.cards) is not None:
+        for place, card in enumerate(cards.cards):
+            names = ", ".join(card.tables[:TABLES_SHOWN])
+            more = f" and {len(card.tables) - TABLES_SHOWN} more" if len(card.tables) > TABLES_SHOWN else ""
+            say(f"card {place}: {card.bytes:,} bytes, lookups of {BATCH:,} rows {card.cost:,.0f} us: {names}{more}")
+        say(
+            f"balance: the fullest card has {cards.bytes_over_bound:.3f} times, and the dearest takes "
+            f"{cards.cost_over_bound:.3f} times, the least that any partition could"
+        )
     gate = exported.manifest.gate
     if gate is None:
         say("accuracy: not measured (gate.rows=0)")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from gr.config.base import CountOrNone, PathText, PositiveFloat, Section
+from gr.config.base import Count, CountOrNone, PathText, PositiveFloat, Section
 from gr.errors import ConfigError, nearest
 
 RowKind = Literal["fp32", "fp16", "int8", "int4", "int2"]
@@ -60,6 +60,14 @@ class ExportConfig(Section):
         description="MiB for keys and values that a server keeps of users between requests, where the model's form "
         "allows; the least recently used leave first.",
     )
+    cards: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Of a click model: processes that share its tables, each with a core of its own; 0: the tables are "
+        "in the process that answers.",
+    )
+    card_bytes: Count | None = Field(None, description="Of tables that a card has room for; unset: no bound.")
     keep: int = Field(2, ge=0, le=100, description="Earlier versions that are kept beside the one that is served.")
 
     @model_validator(mode="after")
@@ -68,6 +76,12 @@ class ExportConfig(Section):
             raise ValueError(
                 "tables.dtype=auto is chosen by the accuracy gate, and gate.rows=0 turns it off: name a type"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bytes_are_of_cards(self):
+        if self.card_bytes is not None and not self.cards:
+            raise ValueError("card_bytes is the room of a card, and cards=0 means none: set cards, or leave it out")
         return self
 
     def kinds(self, tables: Collection[str], chosen: Mapping[str, RowKind] | None = None) -> dict[str, RowKind]:

@@ -5,7 +5,7 @@ without data-dependent shapes over the model's own dense part and packed tables,
 need when a package is opened: gr/serving/KIND.py has them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,32 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class CardTables:
+    """Tables that lie on cards, outside the passes.
+
+    weights: float [E, D] by table. columns: the features that read each. ids: the sparse columns of a row with their
+    number of ids, side by side. features: the order in which the pass takes vectors, of dim columns each. row_weights:
+    after these a row has its own weight in the sum. golden: ids and their vectors, as the pass takes them.
+    """
+
+    weights: Mapping[str, Tensor]
+    columns: Mapping[str, Sequence[str]]
+    ids: Sequence[tuple[str, int]]
+    features: Sequence[str]
+    dim: int
+    row_weights: bool
+    golden: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
 class Built:
     """passes: by name. served: answers as the passes do and is called as the trained model is; the gate compares both.
     None: it is the model itself over rows of those types. verbs: what each is asked with and answers with. tables:
     shape and row type of each, by name.
 
     form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
-    files of the version for the verbs to read, path -> content, or what writes it; written in this order.
+    files of the version for the verbs to read, path -> content, or what writes it; written in this order. cards: the
+    tables that no pass has, where the configuration asks for cards.
     """
 
     passes: Mapping[str, Pass]
@@ -47,3 +66,4 @@ class Built:
     tables: Mapping[str, tuple[int, int, RowKind]]
     form: Mapping[str, Any]
     artifacts: Mapping[str, bytes | Callable[[Path], None]]
+    cards: CardTables | None = None

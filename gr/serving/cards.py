@@ -9,6 +9,7 @@ K cards, F features, B bags of a feature (examples, or users), D width, C column
 
 import multiprocessing
 import os
+import signal
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ class Cards:
         Raises ServingError where a card does not start.
         """
         context = multiprocessing.get_context("forkserver")  # a process with threads, as a server is, must not fork
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "gr.serving.card_tables"])
         self._lock = threading.Lock()
         self._ended: ServingError | None = None
         cores = sorted(os.sched_getaffinity(0))
@@ -78,6 +79,11 @@ class Cards:
         """Ends the processes."""
         for card in self._cards:
             card.stop()
+
+    @property
+    def running(self) -> bool:
+        """Whether no card has ended."""
+        return self._ended is None and not wait([card.process.sentinel for card in self._cards], timeout=0)
 
     def lookup(self, bags: Mapping[str, Bags]) -> dict[str, Tensor]:
         """The pooled vectors of every feature, float32 [B, D], after their transfer in fp16.
@@ -128,16 +134,24 @@ class _Card:
         self._sizes: list[int] = []
         self.connection, theirs = context.Pipe()
         shared = self._ids, self._offsets, self._vectors
-        self._process = context.Process(
+        self.process = context.Process(
             target=_serve, args=(theirs, groups, shared, cores[place % len(cores)]), name=f"card-{place}", daemon=True
         )
-        self._process.start()
+        self.process.start()
         theirs.close()
 
     def started(self) -> None:
         if not self.connection.poll(_START_SECONDS):
             raise ServingError(f"card {self.place} has not opened its tables within {_START_SECONDS} seconds")
-        if (said := self.received()) != _READY:
+        try:
+            said = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            self.process.join(5)
+            raise ServingError(
+                f"card {self.place} has ended while it started (exit code {self.process.exitcode}), its own lines say "
+                'why; in a script, open the package below if __name__ == "__main__":'
+            ) from None
+        if said != _READY:
             raise ServingError(f"card {self.place} cannot open its tables: {said.removeprefix(_FAILED).decode()}")
 
     def check(self, bags: Mapping[str, Bags]) -> None:
@@ -189,10 +203,10 @@ class _Card:
 
     def stop(self) -> None:
         self.connection.close()  # the end of the pipe ends the process
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
     def received(self) -> bytes:
         """The card's next message. Raises ServingError where it has ended."""
@@ -202,9 +216,9 @@ class _Card:
             raise self._ended() from None
 
     def _ended(self) -> ServingError:
-        self._process.join(5)
+        self.process.join(5)
         return ServingError(
-            f"card {self.place} has ended (exit code {self._process.exitcode}), and its tables with it; open the "
+            f"card {self.place} has ended (exit code {self.process.exitcode}), and its tables with it; open the "
             "package again"
         )
 
@@ -213,6 +227,7 @@ def _serve(
     connection: Connection, groups: Sequence[CardGroup], shared: tuple[Tensor, Tensor, Tensor], core: int
 ) -> None:
     """A card's process, until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which all processes get; the parent decides
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     try:

@@ -1,6 +1,6 @@
 """`score`: the probability of the label for rows that have the columns of a click model's training data. B rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from gr.schema import TabularSchema
 from gr.serving.package import Manifest, VerbRecord
 from gr.serving.request_ids import warm_up
 from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
-from gr.serving.version import CompiledPass, Unseen
+from gr.serving.version import Unseen
+
+Run = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]  # a pass: dense_BN, ids_BH -> logits_B
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,7 @@ class ClickRequest:
 class ClickServable:
     """The verb `score`. inputs: one tensor a column of the training data, of equal lengths."""
 
-    def __init__(
-        self, rows: ClickRows, record: VerbRecord, run: CompiledPass, unknown: UnknownPolicy, unseen: Unseen
-    ) -> None:
+    def __init__(self, rows: ClickRows, record: VerbRecord, run: Run, unknown: UnknownPolicy, unseen: Unseen) -> None:
         self.inputs: Sequence[TensorSpec] = record.inputs
         self.outputs: Sequence[TensorSpec] = record.outputs
         self._rows, self.compiled_pass, self._unknown, self._unseen = rows, run, unknown, unseen
@@ -123,9 +123,7 @@ def score_record(schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) 
     return VerbRecord(inputs=(*dense, *sparse), outputs=(TensorSpec("score", "FP32", (-1,)),))
 
 
-def open_verbs(
-    folder: Path, manifest: Manifest, passes: Mapping[str, CompiledPass], unseen: Unseen
-) -> dict[str, Servable]:
+def open_verbs(folder: Path, manifest: Manifest, passes: Mapping[str, Run], unseen: Unseen) -> dict[str, Servable]:
     """The verbs of a click model. folder: of the version, which has schema.json and the vocabularies."""
     schema = TabularSchema.load(folder)
     vocabularies = {name: Vocabulary.open(folder, schema, name) for name in _names(schema)}

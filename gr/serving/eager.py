@@ -25,7 +25,7 @@ class _Rows:
 class EagerClick:
     """The verb `score` of a checkpoint: each request alone through gr.load's model."""
 
-    kind = "click"
+    kind, ready = "click", True
 
     def __init__(self, checkpoint: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         """inputs, outputs: of the package's verb. Raises ServingError for a checkpoint of another kind of model."""

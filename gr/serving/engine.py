@@ -96,7 +96,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return not self._closed
+        return not self._closed and self.version.ready
 
     def servable(self, verb: str) -> Servable:
         """Raises ServingError for a verb that this kind of model does not have."""
@@ -217,7 +217,11 @@ class Engine:
             outputs = held.version.verbs[verb].run([request.encoded for request in batch])
         except Exception as error:
             if len(batch) == 1:
-                log.exception("%s of version %s failed on %d rows", verb, held.version.name, rows)
+                failed = "%s of version %s failed on %d rows", verb, held.version.name, rows
+                if isinstance(error, ServingError):  # a card has ended: the line says it all
+                    log.error(f"{failed[0]}: %s", *failed[1:], error)
+                else:
+                    log.exception(*failed)
                 self._finish(verb, batch[0], error)
                 return
             for request in batch:  # so that the one at fault fails alone

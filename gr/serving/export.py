@@ -26,6 +26,7 @@ from gr.models.saved import Saved, load
 from gr.serving.accuracy_gate import GateReport, Limits
 from gr.serving.build import Built, Pass
 from gr.serving.calibration import Calibration, calibration
+from gr.serving.card_tables import IDS, VECTORS
 from gr.serving.dtypes import DtypeChoice, choose, rounded
 from gr.serving.machine import cpu, versions
 from gr.serving.package import (
@@ -44,6 +45,7 @@ from gr.serving.package import (
     verify,
 )
 from gr.serving.package_writer import PackageWriter, digests, writing
+from gr.serving.place_tables import Placement, place, write_cards
 from gr.serving.quantize import RowKind, bytes_of
 from gr.serving.version import Version, golden_name
 from gr.serving.weights import write_tensors
@@ -94,6 +96,7 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
             choice = choose(rows, _limits(config))
         kinds = config.kinds(list(table_weights(saved.model)), choice.tables if choice else None)
         built = _build(saved, kinds, config)
+        placement = place(built.cards, kinds, config) if built.cards else None
         gate = _gate(saved, built, rows, config)
         form = _form(saved, built, config)
         code = sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
@@ -105,7 +108,7 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
                 _compile(each, draft / f"{name}.pt2")
             write_sums(draft, [f"{digest}  {name}\n" for name, digest in digests(draft).items()])
             package.commit(CODE, code)
-        stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate))
+        stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate, placement))
         package.serve(stored, config.keep)
     return Exported(stored, manifest, compiled, choice)
 
@@ -124,7 +127,8 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
         verify(to, current, served)
         saved = load(checkpoint, plugins=plugins)
         config = served.export
-        built = _build(saved, {name: table.dtype for name, table in served.tables.items()}, config)
+        kinds = {name: table.dtype for name, table in served.tables.items()}
+        built = _build(saved, kinds, config)
         form = _form(saved, built, config)
         if difference := _first_difference(served.form, form):
             raise ServingError(
@@ -132,7 +136,10 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
                 f"--out {to} compiles it"
             )
         gate = _gate(saved, built, _gate_rows(saved, config), config)
-        stored, manifest = _write_version(package, saved, built, _Decided(config, form, current.code, gate))
+        # As they were measured for such tables, so that the same weights make the same version again.
+        costs = served.cards.costs if served.cards else None
+        placement = place(built.cards, kinds, config, costs) if built.cards else None
+        stored, manifest = _write_version(package, saved, built, _Decided(config, form, current.code, gate, placement))
         package.serve(stored, config.keep)
     return Exported(stored, manifest, compiled=False)
 
@@ -141,6 +148,10 @@ def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> 
     kind = saved.config.kind
     if kind not in BUILDERS:
         raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
+    if config.cards and kind != "click":
+        raise ServingError(
+            f"cards={config.cards}: a {kind} model has no tables on cards, a click model has; leave it out"
+        )
     return import_target(BUILDERS[kind])(saved, kinds, config)
 
 
@@ -228,6 +239,7 @@ class _Decided:
     form: dict[str, Any]
     code: str
     gate: GateReport | None
+    placement: Placement | None
 
 
 def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: _Decided) -> tuple[Stored, Manifest]:
@@ -235,7 +247,12 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
     draft = package.draft(WEIGHTS)
     passes, tensors = _tensors(built)
     write_tensors(draft / TENSORS, tensors)
-    golden = _golden(built)
+    golden, cards = _golden(built), None
+    if built.cards is not None:
+        golden |= zip((IDS, VECTORS), built.cards.golden, strict=True)
+        kinds = {name: kind for name, (_, _, kind) in built.tables.items()}
+        assert decided.placement is not None, "tables for cards were placed"
+        cards = write_cards(draft, built.cards, kinds, decided.placement)
     write_tensors(draft / GOLDEN, golden)
     for name, content in built.artifacts.items():
         (draft / name).parent.mkdir(exist_ok=True)
@@ -254,6 +271,7 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
             name: TableRecord(rows=rows, dim=dim, dtype=dtype, bytes=bytes_of(rows, dim, dtype))
             for name, (rows, dim, dtype) in built.tables.items()
         },
+        cards=cards,
         dense=decided.config.dense,
         tolerance=_TOLERANCES[decided.config.dense],
         gate=decided.gate.model_dump(mode="json") if decided.gate else None,

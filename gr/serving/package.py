@@ -4,7 +4,8 @@
     code/HASH/PASS.pt2             compiled passes, the same for all weights of one form; HASH is that of the form
     code/HASH/SHA256SUMS           of the passes, in the form of sha256sum
     weights/STEP-DIGEST/           one version: manifest.json, tensors.safetensors (mapped), golden.safetensors,
-                                   schema.json, vocabulary/ and what else of the checkpoint the kind needs
+                                   tables-CARD.safetensors where the tables are on cards, schema.json,
+                                   vocabulary/ and what else of the checkpoint the kind needs
     weights/.draft/, code/.draft/  being written: never looked at, gone at the next export
 
 A folder gets its final name by one rename when all in it is on disk, and is not written again. So whenever a writer is
@@ -81,6 +82,60 @@ class TableRecord(_Record):
     bytes: int
 
 
+class TablesLayout(_Record):
+    """How packed tables lie in one buffer, as fbgemm's n-bit operator is told.
+
+    features, widths: in the order of the ids, and of the columns that come back. sizes: the sum of the widths, and the
+    widest table of 2, 4 and 8 bits, fp16 and fp32. pooling, output_dtype, row_alignment: the operator's own numbers.
+    """
+
+    features: tuple[str, ...]
+    widths: tuple[int, ...]
+    sizes: tuple[int, int, int, int, int, int]
+    pooling: int
+    output_dtype: int
+    row_alignment: int
+
+
+class CardRecord(_Record):
+    """What one card holds. file: its rows. bytes: of its tables. cost: of their lookups, the sum of those measured."""
+
+    file: Name
+    tables: tuple[str, ...]
+    bytes: int
+    cost: float
+    layout: TablesLayout
+
+
+class CardsRecord(_Record):
+    """Tables over cards.
+
+    columns: the sparse columns of a row with their ids, side by side. features: the order in which the pass takes
+    vectors, of dim columns each. row_weights: after these a row has its own weight in the sum. costs: microseconds of a
+    batch of lookups by table, as they were measured. *_bound: what the fullest and the dearest card of no partition is
+    below.
+    """
+
+    cards: tuple[CardRecord, ...]
+    columns: tuple[tuple[str, int], ...]
+    features: tuple[str, ...]
+    dim: int
+    row_weights: bool
+    costs: dict[str, float]
+    bytes_bound: float
+    cost_bound: float
+
+    @property
+    def bytes_over_bound(self) -> float:
+        """Of the fullest card; 1.0 is the best that any partition can do."""
+        return max(card.bytes for card in self.cards) / self.bytes_bound
+
+    @property
+    def cost_over_bound(self) -> float:
+        """Of the dearest card; 1.0 is the best that any partition can do."""
+        return max(card.cost for card in self.cards) / self.cost_bound
+
+
 class CPU(_Record):
     """machine: x86_64 or another. features: those of its instruction set, which compiled code may use."""
 
@@ -93,8 +148,8 @@ class Manifest(_Record):
 
     form: what the compiled code depends on; another checkpoint of the same form takes the same code. tolerance: how far
     the passes may be from the golden rows, relative to 1 + the golden value. gate: the report on the accuracy; None
-    where none was made. code_files, files: SHA-256 of every file of the code's folder and of the version's own, by its
-    path there; of all but this one.
+    where none was made. cards: None where the tables are among the tensors of a pass. code_files, files: SHA-256 of
+    every file of the code's folder and of the version's own, by its path there; of all but this one.
     """
 
     format: Literal[1] = 1
@@ -105,6 +160,7 @@ class Manifest(_Record):
     passes: dict[Name, PassRecord]
     verbs: dict[Name, VerbRecord]
     tables: dict[str, TableRecord]
+    cards: CardsRecord | None = None
     dense: DenseDtype
     tolerance: Annotated[float, Field(gt=0)]
     gate: dict[str, Any] | None
@@ -158,7 +214,8 @@ def verify(folder: Path, stored: Stored, manifest: Manifest) -> None:
     for place in ("", CODE, WEIGHTS, f"{CODE}/{stored.code}", f"{WEIGHTS}/{stored.weights}"):
         require_private(folder / place)
     listed = {*manifest.code_files, *manifest.files}
-    for needed in (*(f"{name}.pt2" for name in manifest.passes), TENSORS, GOLDEN):
+    cards = manifest.cards.cards if manifest.cards else ()
+    for needed in (*(f"{name}.pt2" for name in manifest.passes), TENSORS, GOLDEN, *(card.file for card in cards)):
         if needed not in listed:
             raise ServingError(f"{folder / WEIGHTS / stored.weights}: no SHA-256 of {needed} is known; export again")
     for name, digest in manifest.paths(stored):

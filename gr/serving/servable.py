@@ -79,6 +79,11 @@ class ServedVersion(Protocol):
         """Counters of this version alone."""
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can answer; once it cannot, it never can again."""
+        ...
+
     def close(self) -> None:
         """Gives the weights back. The engine calls it when the last request of the version is answered."""
         ...

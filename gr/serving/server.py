@@ -174,7 +174,8 @@ async def _model(served: Served, request: Request, line: dict[str, Any]) -> Resp
 
 async def _model_ready(served: Served, request: Request, line: dict[str, Any]) -> Response:
     served.verb(request)
-    return JSONResponse({"name": request.path_params["model"], "ready": True})
+    ready = served.engine.ready
+    return JSONResponse({"name": request.path_params["model"], "ready": ready}, 200 if ready else 503)
 
 
 async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Response:

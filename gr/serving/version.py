@@ -11,6 +11,7 @@ from torch import Tensor
 from gr.config.base import import_target
 from gr.errors import ServingError
 from gr.ops import cpp_extension
+from gr.serving.card_tables import PassOnCards, TablesOnCards
 from gr.serving.machine import require_this_machine
 from gr.serving.package import (
     CODE,
@@ -79,7 +80,14 @@ class Version:
     name: of its folder, the step with a part of the manifest's digest. verbs: what can be asked, by name.
     """
 
-    def __init__(self, name: str, manifest: Manifest, verbs: Mapping[str, Servable], unseen: Unseen) -> None:
+    def __init__(
+        self,
+        name: str,
+        manifest: Manifest,
+        verbs: Mapping[str, Servable],
+        unseen: Unseen,
+        cards: TablesOnCards | None = None,
+    ) -> None:
         self.name, self.manifest, self.kind, self.verbs, self.count_unknown = (
             name,
             manifest,
@@ -87,6 +95,7 @@ class Version:
             verbs,
             unseen,
         )
+        self._cards = cards
 
     @classmethod
     def open(cls, folder: str | Path, *, runners: int = 1) -> "Version":
@@ -94,7 +103,7 @@ class Version:
 
         Every file is compared with its SHA-256 in the manifest, and every pass with the golden rows. Raises
         ServingError, naming what is wrong: a file that changed, code for another machine, other answers, a folder that
-        others can write.
+        others can write, a card that does not start. Close a version with cards, which are processes.
         """
         folder = Path(folder)
         current = read_current(folder)
@@ -122,12 +131,28 @@ class Version:
             passes[name] = CompiledPass(folder / CODE / stored.code / f"{name}.pt2", own_tensors, runners)
         _compare_golden(own / GOLDEN, manifest, passes)
         unseen = Unseen()
-        verbs = import_target(SERVABLES[manifest.kind])(own, manifest, passes, unseen)
-        return cls(stored.weights, manifest, verbs, unseen)
+        open_verbs = import_target(SERVABLES[manifest.kind])
+        if manifest.cards is None:
+            return cls(stored.weights, manifest, open_verbs(own, manifest, passes, unseen), unseen)
+        cards = TablesOnCards(own, manifest.cards)
+        try:
+            cards.compare_golden(own)
+            over = {name: PassOnCards(cards, each) for name, each in passes.items()}
+            return cls(stored.weights, manifest, open_verbs(own, manifest, over, unseen), unseen, cards)
+        except BaseException:
+            cards.close()
+            raise
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered: no card has ended."""
+        return self._cards is None or self._cards.running
 
     def close(self) -> None:
-        """Gives the weights and the code back, when no call is running."""
+        """Gives the weights, the code and the cards back, when no call is running."""
         self.verbs = {}
+        if self._cards is not None:
+            self._cards.close()
 
 
 def golden_name(pass_name: str, part: str, place: int) -> str:

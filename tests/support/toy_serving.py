@@ -67,6 +67,8 @@ class ToyServable:
 class WideVersion:
     """As ToyVersion(1), with an input of every datatype, which it checks and leaves out of its answers."""
 
+    ready = True
+
     def __init__(self) -> None:
         self.name, self.kind, self.servable, self.count_unknown = "step-1", "click", ToyServable(1.0), Unseen()
         shapes = {"INT64": (-1, 3), "INT32": (-1,), "FP64": (-1,), "BOOL": (-1,), "BYTES": (-1,)}
@@ -79,6 +81,8 @@ class WideVersion:
 
 
 class ToyVersion:
+    ready = True
+
     def __init__(self, number: int, kind: str = "click", verb: str = "score", **servable: float) -> None:
         self.name, self.kind = f"step-{number}", kind
         self.servable = ToyServable(float(number), **servable)

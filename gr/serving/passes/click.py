@@ -16,7 +16,7 @@ from gr.embeddings import table_weights
 from gr.models.dlrm import DLRM
 from gr.models.saved_click import SavedClick
 from gr.schema import SCHEMA_FILE, TabularSchema, vocabulary_file
-from gr.serving.build import Built, Pass
+from gr.serving.build import Built, CardTables, Pass
 from gr.serving.click import score_record
 from gr.serving.quantize import RowKind
 from gr.serving.tables import PackedTables
@@ -25,23 +25,38 @@ GOLDEN_ROWS = 32
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ClickPass(nn.Module):
-    """Logits of rows whose features have a fixed number of ids each, so that no shape depends on a value."""
+class DensePass(nn.Module):
+    """Logits of rows from the pooled vectors of their ids, wherever the tables are."""
 
     bottom: nn.Module | None
     interaction: nn.Module
     top: nn.Module
+
+    def __init__(self, model: DLRM, dtype: torch.dtype) -> None:
+        """dtype: of its weights, and of what they compute."""
+        super().__init__()
+        self.dtype = dtype
+        dense = (model.bottom, model.interaction, model.top)
+        self.bottom, self.interaction, self.top = (part and copy.deepcopy(part).to(dtype) for part in dense)  # type: ignore[assignment]
+
+    def forward(self, dense_BN: Tensor, vectors_BFD: Tensor) -> Tensor:
+        """Logits, float32 [B]. vectors_BFD: float32, in the order of the model's features."""
+        vectors = [vector_BD.to(self.dtype) for vector_BD in vectors_BFD.unbind(1)]
+        if self.bottom is not None:
+            vectors.insert(0, self.bottom(dense_BN.to(self.dtype)))
+        return self.top(self.interaction(torch.stack(vectors, dim=1))).squeeze(1).float()
+
+
+class ClickPass(nn.Module):
+    """Logits of rows whose features have a fixed number of ids each, so that no shape depends on a value."""
+
     hots_F1: Tensor
     starts_F1: Tensor
 
-    def __init__(
-        self, model: DLRM, tables: PackedTables, columns: Sequence[tuple[str, int]], dtype: torch.dtype
-    ) -> None:
-        """columns: the sparse columns with their ids a row, in the order of the input. dtype: of the dense part."""
+    def __init__(self, model: DLRM, tables: PackedTables, columns: Sequence[tuple[str, int]], dense: DensePass) -> None:
+        """columns: the sparse columns with their ids a row, in the order of the input."""
         super().__init__()
-        self.tables, self.dtype = tables, dtype
-        dense = (model.bottom, model.interaction, model.top)
-        self.bottom, self.interaction, self.top = (part and copy.deepcopy(part).to(dtype) for part in dense)  # type: ignore[assignment]
+        self.tables, self.dense = tables, dense
         self.row_weights, self.dim, self.features = model.config.row_weights, model.config.dim, list(model.features)
         self.hots = dict(columns)
         names = [name for name, _ in columns]
@@ -53,6 +68,10 @@ class ClickPass(nn.Module):
 
     def forward(self, dense_BN: Tensor, ids_BH: Tensor) -> Tensor:
         """Logits, float32 [B]. dense_BN: float32. ids_BH: int32, the columns side by side; ids are not checked."""
+        return self.dense(dense_BN, self.look_up(ids_BH))
+
+    def look_up(self, ids_BH: Tensor) -> Tensor:
+        """The pooled vectors of the model's features, float32 [B, F, D]."""
         B = ids_BH.shape[0]
         columns = ids_BH.split(list(self.hots.values()), dim=1)
         ids = torch.cat([columns[place].reshape(-1) for place in self.order])
@@ -62,10 +81,7 @@ class ClickPass(nn.Module):
         offsets = torch.cat([offsets_F1B[:-1].reshape(-1), offsets_F1B[-1, :1]])
         looked_up = self.tables(ids, offsets)
         by_name = self._row_weighted(looked_up, B) if self.row_weights else self._pooled(looked_up)
-        vectors = [by_name[name].to(self.dtype) for name in self.features]
-        if self.bottom is not None:
-            vectors.insert(0, self.bottom(dense_BN.to(self.dtype)))
-        return self.top(self.interaction(torch.stack(vectors, dim=1))).squeeze(1).float()
+        return torch.stack([by_name[name] for name in self.features], dim=1)
 
     def _pooled(self, looked_up: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.tables.features, looked_up.split(self.tables.widths, dim=1), strict=True))
@@ -79,6 +95,14 @@ class ClickPass(nn.Module):
             name: bag.view(B, count, self.dim).sum(1)
             for name, bag, count in zip(self.tables.features, bags, hots, strict=True)
         }
+
+
+class PassOfCards(ClickPass):
+    """As a pass whose tables are on cards answers, with the tables here: vectors come from cards in fp16."""
+
+    def look_up(self, ids_BH: Tensor) -> Tensor:
+        """float32 [B, F, D], with the values of fp16."""
+        return super().look_up(ids_BH).half().float()
 
 
 class Served(nn.Module):
@@ -96,24 +120,46 @@ class Served(nn.Module):
 
 
 def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
-    """The one pass of a click model, `score`."""
+    """The one pass of a click model, `score`: with its tables inside, or for tables on cards."""
     model, schema, run = saved.model, saved.schema, saved.config
     assert isinstance(model, DLRM) and isinstance(run, ClickConfig)
     weights = {name: weight.detach() for name, weight in table_weights(model).items()}
     tables = PackedTables(weights, kinds, model.columns, pooled=not model.config.row_weights)
     columns = [(column.name, column.hots) for column in schema.sparse]
-    module = ClickPass(model, tables, columns, _TORCH_DTYPES[config.dense]).eval()
+    dense = DensePass(model, _TORCH_DTYPES[config.dense]).eval()
+    whole = (PassOfCards if config.cards else ClickPass)(model, tables, columns, dense).eval()
+    golden, cards = _golden_rows(schema), None
+    dense_BN, ids_BH = golden
+    if config.cards:
+        with torch.no_grad():
+            vectors_BFD = whole.look_up(ids_BH)
+        golden = dense_BN, vectors_BFD
+        cards = CardTables(
+            weights=weights,
+            columns=model.columns,
+            ids=columns,
+            features=model.features,
+            dim=model.config.dim,
+            row_weights=model.config.row_weights,
+            golden=(ids_BH, vectors_BFD),
+        )
     vocabularies = [vocabulary_file(name) for name in schema.input_vocabularies]
     return Built(
-        passes={"score": Pass(module, _golden_rows(schema), ({0: "rows"}, {0: "rows"}))},
-        served=Served(module, columns),
+        passes={"score": Pass(dense if config.cards else whole, golden, ({0: "rows"}, {0: "rows"}))},
+        served=Served(whole, columns),
         verbs={"score": score_record(schema, saved.vocabularies)},
         tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
-        form={"model": run.model.model_dump(mode="json"), "dense columns": list(schema.dense), "ids": columns},
+        form={
+            "model": run.model.model_dump(mode="json"),
+            "dense columns": list(schema.dense),
+            "ids": columns,
+            "tables are on cards": bool(config.cards),
+        },
         artifacts={
             SCHEMA_FILE: schema.model_dump_json(indent=2).encode(),
             **{name: (saved.folder / name).read_bytes() for name in vocabularies},
         },
+        cards=cards,
     )
 
 

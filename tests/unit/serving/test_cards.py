@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from gr.errors import ServingError
 from gr.planner.partition import ServedTable, partition
 from gr.serving.cards import Bags, CardGroup, Cards
-from tests.support.cards import ROWS, fail, open_tables
+from tests.support.cards import ROWS, end, fail, open_tables
 
 WIDTHS = {"user_a": 8, "user_b": 4, "c": 16, "d": 4, "e": 12, "f": 8, "g": 4}
 USER = ("user_a", "user_b")
@@ -97,7 +98,10 @@ def test_an_id_outside_its_table_is_said_and_the_card_goes_on(cards: Cards) -> N
 
 @pytest.mark.slow
 def test_a_card_that_ends_is_named(cards: Cards) -> None:
-    os.kill(cards._cards[1]._process.pid, signal.SIGKILL)
+    assert cards.running
+    os.kill(cards._cards[1].process.pid, signal.SIGKILL)
+    while cards.running:  # until the system says so
+        time.sleep(0.01)
     with pytest.raises(
         ServingError, match=r"card 1 has ended \(exit code -9\), and its tables with it; open the package"
     ):
@@ -108,3 +112,10 @@ def test_a_card_that_ends_is_named(cards: Cards) -> None:
 def test_a_card_that_cannot_open_its_tables() -> None:
     with pytest.raises(ServingError, match="card 0 cannot open its tables: OSError: no such file"):
         Cards([[CardGroup({"c": 4}, fail)]], bags=8, ids=100)
+
+
+@pytest.mark.slow
+def test_a_card_that_ends_while_it_starts() -> None:
+    """As it does where the script that opens a package is imported by its cards, and opens it again."""
+    with pytest.raises(ServingError, match=r"card 0 has ended while it started \(exit code 3\).* if __name__ == "):
+        Cards([[CardGroup({"c": 4}, end)]], bags=8, ids=100)

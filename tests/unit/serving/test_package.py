@@ -122,11 +122,11 @@ def unknown_tensor(fields: dict[str, Any]) -> None:
 
 
 def one_tensor_less(fields: dict[str, Any]) -> None:
-    del fields["passes"]["score"]["tensors"]["top.2.bias"]
+    del fields["passes"]["score"]["tensors"]["dense.top.2.bias"]
 
 
 def one_tensor_more(fields: dict[str, Any]) -> None:
-    fields["passes"]["score"]["tensors"]["inlined"] = "score.top.2.bias"
+    fields["passes"]["score"]["tensors"]["inlined"] = "score.dense.top.2.bias"
 
 
 def many_outputs(fields: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def many_outputs(fields: dict[str, Any]) -> None:
         (not_listed, "no SHA-256 of score.pt2 is known"),
         (of_another_type, r"manifest.json: is not what gr wrote \(passes"),
         (unknown_tensor, "has no tensor nothing"),
-        (one_tensor_less, "reads top.2.bias, which the package does not have"),
+        (one_tensor_less, "reads dense.top.2.bias, which the package does not have"),
         (one_tensor_more, "inlined is compiled into the code"),
         (many_outputs, "has no score/outputs/1"),
     ],
@@ -189,7 +189,7 @@ def test_weights_of_another_model_do_not_match_the_golden_rows(package: Path) ->
     current = read_current(package)
     path = package / WEIGHTS / current.weights / TENSORS
     tensors = {name: tensor.clone() for name, tensor in map_tensors(path).items()}
-    tensors["score.top.2.bias"] += 0.01
+    tensors["score.dense.top.2.bias"] += 0.01
     path.unlink()
     write_tensors(path, tensors)
     digest = sha256_of(path)
