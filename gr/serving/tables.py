@@ -21,6 +21,8 @@ _PLACES = ("weights_placements", "weights_offsets", "weights_tys", "D_offsets")
 class StoredTables(nn.Module):
     """Looks ids up in rows that are packed already: pooled by sum, or one vector an id. CPU."""
 
+    rows: Tensor
+
     def __init__(self, layout: TablesLayout, tensors: Mapping[str, Tensor]) -> None:
         """tensors: what another one's state_dict() has."""
         super().__init__()
