@@ -17,6 +17,8 @@ from gr.serving.quantize import RowKind, pack
 class PackedTables(nn.Module):
     """Looks ids up in packed rows: pooled by sum, or one vector an id. CPU."""
 
+    rows: Tensor
+
     def __init__(
         self,
         weights: Mapping[str, Tensor],
