@@ -169,8 +169,8 @@ def part(request: RankRequest, candidates: slice) -> RankRequest:
     return RankRequest(**{**vars(request), **own})
 
 
-def newest_events(saved: Saved, data: Path) -> UserBatches:
-    """Batches of users with their newest events to be scored."""
+def newest_events(saved: Saved, data: Path, users: int = 256) -> UserBatches:
+    """Batches of so many users with their newest events to be scored."""
     config: Any = saved.config
     collate = RankingCollate(saved.schema, config.data, config.task)
     return UserBatches(
@@ -178,7 +178,7 @@ def newest_events(saved: Saved, data: Path) -> UserBatches:
         config.data,
         partial(collate.newest, newest=config.evaluation.newest, before=0),
         columns=collate.columns,
-        global_batch_size=256,
+        global_batch_size=users,
         rank=0,
         world_size=1,
     )
@@ -186,7 +186,10 @@ def newest_events(saved: Saved, data: Path) -> UserBatches:
 
 @torch.inference_mode()
 def compiled(checkpoint: Path, data: Path, package: Path, rounds: int) -> None:
-    """CPU time of a package's passes and answers, beside those of the modules that they were compiled from."""
+    """CPU time of a package's passes and answers, beside those of the modules that they were compiled from.
+
+    In the last row, of a user's whole history and newest events, beside the checkpoint's own forward pass.
+    """
     saved, version = gr.load(checkpoint), Version.open(package)
     rank = version.verbs["rank"]
     assert isinstance(rank, RankServable)
@@ -196,12 +199,15 @@ def compiled(checkpoint: Path, data: Path, package: Path, rounds: int) -> None:
     eager = RankServable(rank.form, passes, saved.vocabularies, version="", cache=KVCache(1 << 30))
     taken: dict[str, list[float]] = {}
     random, differences = np.random.default_rng(0), []
-    asked = (request for batch in newest_events(saved, data) for request in requests(batch, saved))
-    for request in islice((each for each in asked if len(each.events_EC) >= EVENTS), USERS):
-        ids_FM = random.integers(1, rank.form.items, (request.candidates_FM.shape[0], CANDIDATES)).astype(np.int32)
-        own = {"events_EC": request.events_EC[-EVENTS:], "candidates_FM": ids_FM, "known_M": np.ones(CANDIDATES, bool)}
-        request = RankRequest(**{**vars(request), **own})
-        variants: dict[str, Callable[[], object]] = {}
+    asked = ((batch, each) for batch in newest_events(saved, data, 1) for each in requests(batch, saved))
+    for batch, whole in islice((each for each in asked if len(each[1].events_EC) >= EVENTS), USERS):
+        ids_FM = random.integers(1, rank.form.items, (whole.candidates_FM.shape[0], CANDIDATES)).astype(np.int32)
+        own = {"events_EC": whole.events_EC[-EVENTS:], "candidates_FM": ids_FM, "known_M": np.ones(CANDIDATES, bool)}
+        request = RankRequest(**{**vars(whole), **own})
+        variants: dict[str, Callable[[], object]] = {
+            "torch the user's newest events": partial(saved.model, batch),
+            "compiled the user's newest events": partial(rank.run, [RankRequest(**{**vars(whole), "user": None})]),
+        }
         for kind, each in (("compiled", rank), ("torch", eager)):
             variants |= {f"{kind} {name}": run for name, run in parts(each, request)}
             cold = RankRequest(**{**vars(request), "user": None})
@@ -215,7 +221,7 @@ def compiled(checkpoint: Path, data: Path, package: Path, rounds: int) -> None:
         f"\n{len(differences)} users, {EVENTS} events, {CANDIDATES} candidates; scores differ by {max(differences):.1e}"
     )
     print("\n| | torch, ms | compiled, ms | ratio |\n|---|---|---|---|")
-    for name in ("prefill", "append", "score", "cold request", "warm request"):
+    for name in ("prefill", "append", "score", "cold request", "warm request", "the user's newest events"):
         slow, fast = (1e3 * statistics.median(taken[f"{kind} {name}"]) for kind in ("torch", "compiled"))
         print(f"| {name} | {slow:.3f} | {fast:.3f} | {slow / fast:.1f}x |")
 
