@@ -1,5 +1,7 @@
 """`gr plan --serve`: which card holds which tables of a model that is served, and what a batch takes."""
 
+from pathlib import Path
+
 from rich.table import Column, Table
 
 from gr.cli.out import cell, say, show
@@ -37,6 +39,17 @@ def plan_serving(
     if smallest:
         say(f"smallest: {cards} card{'s' * (cards > 1)} of {topology.name}")
     return 0
+
+
+def plan_package(folder: Path) -> None:
+    """Prints what the cards of a package hold. Raises ServingError where the folder is no package."""
+    from gr.cli.export import say_tables
+    from gr.serving.package import read_current, read_manifest
+
+    manifest = read_manifest(folder, read_current(folder))
+    say_tables(manifest)
+    if manifest.cards is None:
+        say("cards: none, the tables are in the process that answers; gr export ... cards=K shares them")
 
 
 def _table(estimated: ServingEstimate, title: str) -> Table:
