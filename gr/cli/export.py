@@ -10,9 +10,6 @@ from gr.cli.out import check_picture, say
 
 if TYPE_CHECKING:
     from gr.serving.export import Exported
-    from gr.serving.package import Manifest
-
-TABLES_SHOWN = 4
 
 
 @click.command(
@@ -68,6 +65,8 @@ def command(
 
 def report(out: Path, exported: "Exported") -> None:
     """Prints what a package serves now."""
+    from gr.cli.plan_serving import say_tables
+
     say_tables(exported.manifest)
     gate = exported.manifest.gate
     if gate is None:
@@ -77,26 +76,3 @@ def report(out: Path, exported: "Exported") -> None:
             changes = (f"{each['name']} {each['change']:+.2g} +- {each['error']:.1g}" for each in task["measures"])
             say(f"accuracy: {gate['verdict']}, {task['task']} of {task['rows']:,} rows: {', '.join(changes)}")
     say(f"{out}: serves {exported.stored.weights}")
-
-
-def say_tables(manifest: "Manifest") -> None:
-    """Prints the bytes of a version's tables, and what each card has of them."""
-    from gr.serving.card_tables import BATCH
-
-    tables, cards = manifest.tables, manifest.cards
-    size, full = (
-        sum(table.bytes for table in tables.values()),
-        sum(4 * table.rows * table.dim for table in tables.values()),
-    )
-    kinds = sorted({table.dtype for table in tables.values()})
-    say(f"tables: {', '.join(kinds)}, {size:,} of {full:,} bytes ({size / full:.2f})")
-    if cards is None:
-        return
-    for place, card in enumerate(cards.cards):
-        names = ", ".join(card.tables[:TABLES_SHOWN])
-        more = f" and {len(card.tables) - TABLES_SHOWN} more" if len(card.tables) > TABLES_SHOWN else ""
-        say(f"card {place}: {card.bytes:,} bytes, lookups of {BATCH:,} rows {card.cost:,.0f} us: {names}{more}")
-    say(
-        f"balance: the fullest card has {cards.bytes_over_bound:.3f} times, and the dearest takes "
-        f"{cards.cost_over_bound:.3f} times, the least that any partition could"
-    )
