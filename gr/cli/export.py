@@ -11,8 +11,6 @@ from gr.cli.out import check_picture, say
 if TYPE_CHECKING:
     from gr.serving.export import Exported
 
-TABLES_SHOWN = 4
-
 
 @click.command(
     help="Write CHECKPOINT as a package to serve it from: compiled passes, packed tables, vocabularies, golden rows. "
@@ -67,24 +65,9 @@ def command(
 
 def report(out: Path, exported: "Exported") -> None:
     """Prints what a package serves now."""
-    from gr.serving.card_tables import BATCH
+    from gr.cli.plan_serving import say_tables
 
-    tables = exported.manifest.tables
-    size, full = (
-        sum(table.bytes for table in tables.values()),
-        sum(4 * table.rows * table.dim for table in tables.values()),
-    )
-    kinds = sorted({table.dtype for table in tables.values()})
-    say(f"tables: {', '.join(kinds)}, {size:,} of {full:,} bytes ({size / full:.2f})")
-    if (cards := exported.manifest.cards) is not None:
-        for place, card in enumerate(cards.cards):
-            names = ", ".join(card.tables[:TABLES_SHOWN])
-            more = f" and {len(card.tables) - TABLES_SHOWN} more" if len(card.tables) > TABLES_SHOWN else ""
-            say(f"card {place}: {card.bytes:,} bytes, lookups of {BATCH:,} rows {card.cost:,.0f} us: {names}{more}")
-        say(
-            f"balance: the fullest card has {cards.bytes_over_bound:.3f} times, and the dearest takes "
-            f"{cards.cost_over_bound:.3f} times, the least that any partition could"
-        )
+    say_tables(exported.manifest)
     gate = exported.manifest.gate
     if gate is None:
         say("accuracy: not measured (gate.rows=0)")

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from gr.api import planning_problem
 from gr.cli.out import cell, say, show
-from gr.cli.plan_serving import DOES_NOT_FIT, plan_serving
+from gr.cli.plan_serving import DOES_NOT_FIT, plan_package, plan_serving
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
@@ -21,7 +21,8 @@ MOVES_SHOWN = 20
 @click.command(
     help="Plan where the tables of CONFIG go, on ranks of a named machine, and predict memory and step time.\n\n"
     "CONFIG is an experiment, an inventory (configs/scale) or a list of tables (.json, .parquet). "
-    "With --serve the ranks are cards that serve the model. Exit code 0: it fits, 3: it does not."
+    "With --serve the ranks are cards that serve the model. Exit code 0: it fits, 3: it does not.\n\n"
+    "Where CONFIG is the folder of a package, prints what each of its cards holds."
 )
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
@@ -51,6 +52,11 @@ def command(
         return 0
     if config is None:
         raise ConfigError("CONFIG is missing: name an experiment, an inventory or a list of tables, or use --diff")
+    if Path(config).is_dir():
+        if overrides or topology or json_path or html_path or smallest or any(serving.values()):
+            raise ConfigError(f"{config} is a folder, as a package is, whose cards are what they are: gr plan {config}")
+        plan_package(Path(config))
+        return 0
     if smallest and (json_path or html_path):
         raise ConfigError("--smallest writes no file: leave out --json and --html, then plan for the ranks it finds")
     if json_path is not None and html_path is not None and json_path.resolve() == html_path.resolve():

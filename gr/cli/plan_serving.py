@@ -1,5 +1,9 @@
 """`gr plan --serve`: which card holds which tables of a model that is served, and what a batch takes."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from rich.table import Column, Table
 
 from gr.cli.out import cell, say, show
@@ -8,6 +12,9 @@ from gr.errors import ConfigError, ServingError, nearest
 from gr.planner.estimate_serving import SERVED_DTYPES, ServingEstimate, estimate_serving, smallest_serving
 from gr.planner.report.units import duration, size
 from gr.planner.topology import Topology
+
+if TYPE_CHECKING:
+    from gr.serving.package import Manifest
 
 DOES_NOT_FIT = 3
 EXAMPLES = 64
@@ -39,15 +46,43 @@ def plan_serving(
     return 0
 
 
+def plan_package(folder: Path) -> None:
+    """Prints what the cards of a package hold. Raises ServingError where the folder is no package."""
+    from gr.serving.package import read_current, read_manifest
+
+    say_tables(read_manifest(folder, read_current(folder)))
+
+
+def say_tables(manifest: "Manifest") -> None:
+    """Prints the bytes of a version's tables, and what each card has of them."""
+    from gr.serving.card_tables import BATCH
+
+    tables, cards = manifest.tables.values(), manifest.cards
+    stored, full = sum(table.bytes for table in tables), sum(4 * table.rows * table.dim for table in tables)
+    kinds = ", ".join(sorted({table.dtype for table in tables}))
+    say(f"tables: {kinds}, {stored:,} of {full:,} bytes ({stored / full:.2f})")
+    if cards is None:
+        return
+    for place, card in enumerate(cards.cards):
+        names = _first(card.tables)
+        say(f"card {place}: {card.bytes:,} bytes, lookups of {BATCH:,} rows {card.cost:,.0f} us: {names}")
+    say(
+        f"balance: the fullest card has {cards.bytes_over_bound:.3f} times, and the dearest takes "
+        f"{cards.cost_over_bound:.3f} times, the least that any partition could"
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" * (len(names) > NAMES_SHOWN))
+
+
 def _table(estimated: ServingEstimate, title: str) -> Table:
     right = [Column(head, justify="right") for head in ("card", "tables of GB", "lookups", "sends")]
     table = Table(*right, "tables", title=cell(title))
     done = estimated.partition
     rows = zip(done.tables_K, done.bytes_K, estimated.lookup_seconds_K, estimated.sent_bytes_K, strict=True)
     for card, (tables, stored, seconds, sent) in enumerate(rows):
-        names = [part.shown for part in sorted(tables, key=lambda part: -part.bytes)]
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        listed = cell(", ".join(names[:NAMES_SHOWN]) + more)
+        listed = cell(_first([part.shown for part in sorted(tables, key=lambda part: -part.bytes)]))
         table.add_row(str(card), f"{stored / 1e9:,.3f}", duration(seconds), size(sent), listed)
     return table
 

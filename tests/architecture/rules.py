@@ -32,7 +32,7 @@ CEILINGS = {
     "training": 1.4,
     "serving": 7.0,
     "recipes": 2.2,
-    "cli": 2.4,
+    "cli": 2.5,
     "prepare": 5.0,
 }
 WITHOUT_PREPARE = 38.0

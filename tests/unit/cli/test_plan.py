@@ -262,3 +262,11 @@ def test_cards_that_serve(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_calls_of_serve(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", CRITEO, "--topology", "t4x6", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "is no package, since it has no current.json" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path), "--serve", "int8"]) == 2
+    assert "is a folder, as a package is, whose cards are what they are" in capsys.readouterr().err

@@ -142,6 +142,8 @@ def test_new_weights_and_what_the_commands_say(
             "card 2",
         ]
         assert "balance: the fullest card has 1." in said
+        assert main(["plan", str(package)]) == 0
+        assert capsys.readouterr().out in said, "the plan of a package is what its export said of tables"
         second = Version.open(package)
         try:
             assert np.abs(scores(second, 64) - before).max() > 1e-2
