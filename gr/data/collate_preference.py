@@ -1,7 +1,7 @@
 """Collation for the preference stage: each position's next item, and items that the user liked less soon after it.
 
-B examples, T packed tokens, W events of a window, S items drawn, K rejected and drawn ones, C of the corpus. A place is the index of an event in the history of
-its example.
+B examples, T packed tokens, W events of a window, S items drawn, K rejected and drawn ones, C of the corpus. A place is
+the index of an event in the history of its example.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ class PreferenceCollate:
     def __init__(
         self, schema: DataSchema, data: HistoryDataConfig, task: PreferenceTaskConfig, corpus_C: np.ndarray
     ) -> None:
-        """corpus_C: int64, the items that are drawn. Raises ConfigError where the data does not have what task.levels reads."""
+        """corpus_C: int64, the items that are drawn. Raises ConfigError where the data lacks what task.levels reads."""
         self.schema, self.data, self.task, self.corpus_C = schema, data, task, corpus_C
         self.level_column = task.levels.column(schema)
         self.columns = [*["timestamps"] * schema.timestamps, self.level_column]

@@ -17,7 +17,7 @@ from torchrec import JaggedTensor
 from gr.batch import PreferenceBatch
 from gr.config.preference import PreferenceConfig
 from gr.embeddings import sequence_vectors, with_candidates
-from gr.models.retrieval import RetrievalModel
+from gr.models.retrieval import RetrievalModel, Weights
 from gr.ops.sampled_logits import sampled_logits
 from gr.schema import DataSchema
 from gr.tasks import Pairs, preference_loss
@@ -68,14 +68,16 @@ class PreferenceModel(RetrievalModel):
         scores_P1K, reference_P1K = self.scores(batch, pairs, looked_up)
         return preference_loss(scores_P1K, reference_P1K, pairs.gap_PK, self.loss).sum()
 
-    def scores(self, batch: PreferenceBatch, pairs: Pairs, looked_up: Mapping[str, JaggedTensor] | None = None) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, batch: PreferenceBatch, pairs: Pairs, looked_up: Mapping[str, JaggedTensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """float [P, 1 + K] twice: of the model and of the reference."""
         if looked_up is None:
             looked_up = self.tables(with_candidates(batch.features, pairs.ids_N, self.item_features))
         history_TD, items_ND = (rows.detach() for rows in sequence_vectors(looked_up, self.dim, self.features))
         items_ND = self.similarity.items(items_ND.float())
 
-        def scores_by(weights: nn.Module) -> Tensor:
+        def scores_by(weights: Weights) -> Tensor:
             queries_PD = self._run_tower(history_TD, batch, weights)[pairs.place_P].float()
             return sampled_logits(self.similarity.queries(queries_PD), items_ND, pairs.item_P1K) * self.similarity.scale
 

@@ -77,7 +77,7 @@ class RetrievalModel(nn.Module):
         """
         nothing = batch.target_ids_B.new_empty(0)
         history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim, self.item_features)
-        outputs_TD = self._run_tower(history_TD, batch, weights or self)
+        outputs_TD = self._run_tower(history_TD, batch, self if weights is None else weights)
         lengths_B = batch.features.lengths()
         last_B = lengths_B.cumsum(0) - 1
         outputs = outputs_TD.new_zeros(len(lengths_B), self.dim)
@@ -93,7 +93,7 @@ class RetrievalModel(nn.Module):
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
         return lookup(self.tables, one_empty_example, ids_K, self.dim, self.item_features)[1]
 
-    def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch, weights: nn.Module) -> Tensor:
+    def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch, weights: Weights) -> Tensor:
         offsets_B1 = batch.features.offsets().long()
         lengths_B = offsets_B1.diff()
         tokens = len(history_TD)

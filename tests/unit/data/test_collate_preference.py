@@ -95,7 +95,7 @@ def test_held_out_pairs_are_the_two_newest_events(data):
 
 def test_data_without_what_levels_read_is_refused(data, tmp_path):
     plain = Dataset.open(write_tiny(tmp_path / "plain"))
-    with pytest.raises(ConfigError, match="task.levels.kind=ratings, but tiny has no ratings"):
+    with pytest.raises(ConfigError, match=r"task\.levels\.kind=ratings, but tiny has no ratings"):
         collate_of(plain)
     with pytest.raises(ConfigError, match="rated has no action buy; it has finish, like"):
         ActionLevels(order=("buy",)).column(data.schema)
