@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gr.config.base import Count, CountOrNone, PositiveFloat, Section
 from gr.config.inventory import LossInventory, TowerDense
@@ -18,6 +18,11 @@ class LevelsConfig(Section):
     """The level of an event's feedback, a whole number from 0; the higher, the better it was liked."""
 
     kind: str
+
+    @property
+    @abstractmethod
+    def highest(self) -> int:
+        """The highest level."""
 
     @abstractmethod
     def column(self, schema: DataSchema) -> str:
@@ -36,6 +41,10 @@ class RatingLevels(LevelsConfig):
             raise ValueError(f"thresholds={list(self.thresholds)} do not ascend")
         return self
 
+    @property
+    def highest(self) -> int:
+        return len(self.thresholds)
+
     def column(self, schema: DataSchema) -> str:
         if not schema.ratings:
             raise ConfigError(
@@ -50,6 +59,10 @@ class ActionLevels(LevelsConfig):
 
     kind: Literal["actions"] = "actions"
     order: tuple[str, ...] = Field(min_length=1, description="Actions of the data, the weakest first: click, purchase.")
+
+    @property
+    def highest(self) -> int:
+        return len(self.order)
 
     def column(self, schema: DataSchema) -> str:
         for action in self.order:
@@ -81,7 +94,7 @@ class SDPOLoss(Section):
     """DPO against several rejected items at once by a softmax over them (arXiv 2406.09215, Eq. 11)."""
 
     kind: Literal["sdpo"] = "sdpo"
-    beta: PositiveFloat = Field(0.1, description="The larger, the nearer the model stays to the reference.")
+    beta: PositiveFloat = Field(1.0, description="The larger, the nearer the model stays to the reference.")
 
 
 class PreferenceTaskConfig(SimilarityConfig):
@@ -100,6 +113,7 @@ class PreferenceTaskConfig(SimilarityConfig):
     window: Annotated[int, Field(ge=2)] = Field(
         10, description="W: the chosen event and those after it, among which rejected ones are."
     )
+    chosen: NonNegativeInt = Field(3, description="Level from which an event is chosen.")
     rejected: Count = Field(3, description="Rejected items of a chosen one at most, those of the nearest events.")
     drawn: CountOrNone = Field(
         32,
@@ -108,7 +122,13 @@ class PreferenceTaskConfig(SimilarityConfig):
     )
 
     @model_validator(mode="after")
-    def _window_has_room(self):
+    def _fits(self):
+        for name in ("liked", "chosen"):
+            if getattr(self, name) > self.levels.highest:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}, but the highest of task.levels is {self.levels.highest}: set "
+                    f"{name} up to that"
+                )
         if self.rejected >= self.window:
             raise ValueError(
                 f"rejected={self.rejected}, but a window of {self.window} events has {self.window - 1} after the "

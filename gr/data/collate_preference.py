@@ -27,8 +27,9 @@ class PreferenceCollate:
         self.columns = [*["timestamps"] * schema.timestamps, self.level_column]
 
     def __call__(self, rows: Rows, draws: Draws, first_example: int) -> tuple[PreferenceBatch, Counts]:
-        """The positions of collate_train. The next item of each is compared with the nearest events of the window that
-        begins with it whose level is lower; the events that are held out are in no window.
+        """The positions of collate_train. The next item of each, where its level is task.chosen or more, is compared
+        with the nearest events of the window that begins with it whose level is lower; the events that are held out are
+        in no window.
         """
         batch, counts, next_T, last_B = collate_positions(rows, draws, first_example, self.data)
         length_B = batch.features.lengths().numpy()
@@ -39,7 +40,8 @@ class PreferenceCollate:
         places = np.minimum(place_TW, last_T1).ravel()
         levels_TW = self.levels(rows.at(self.level_column, length_B * W, places)).reshape(-1, W)
         items_TW = rows.at("item_ids", length_B * W, places).reshape(-1, W)
-        is_rejected_TW = is_inside_TW & (levels_TW < levels_TW[:, :1]) & (items_TW != items_TW[:, :1])
+        is_lower_TW = (levels_TW < levels_TW[:, :1]) & (levels_TW[:, :1] >= self.task.chosen)
+        is_rejected_TW = is_inside_TW & is_lower_TW & (items_TW != items_TW[:, :1])
         nearest = np.argsort(~is_rejected_TW, axis=1, kind="stable")[:, : self.task.rejected]
         is_rejected = np.take_along_axis(is_rejected_TW, nearest, 1)
         gaps = (levels_TW[:, :1] - np.take_along_axis(levels_TW, nearest, 1)) * is_rejected

@@ -87,8 +87,8 @@ class PreferenceRecipe(RetrievalRecipe):
         self.check_targets()
         if not self._some_user_has_a_pair():
             raise DataError(
-                f"{self.train_data.path}: no event is followed by one of a lower level (task.levels), so there is no "
-                "pair to train on: choose other levels"
+                f"{self.train_data.path}: no event of level task.chosen={self.config.task.chosen} or more is followed by "
+                "one of a lower level, so there is no pair to train on: choose other task.levels"
             )
         epochs = HistoryEpochs(
             self.train_data,
@@ -109,7 +109,8 @@ class PreferenceRecipe(RetrievalRecipe):
             group = data.read_row_group(index, [collate.level_column], self.config.data.on_bad_row)
             user_T = np.repeat(np.arange(len(group.lengths_B)), group.lengths_B)
             levels_T = collate.levels(group.columns[collate.level_column])
-            if ((np.diff(levels_T) < 0) & (np.diff(user_T) == 0)).any():
+            falls_T = (np.diff(levels_T) < 0) & (np.diff(user_T) == 0) & (levels_T[:-1] >= self.config.task.chosen)
+            if falls_T.any():
                 return True
         return False
 

@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_config, write_tiny
 from tests.support.tiny_preference import write_rated
 
 WINDOW, REJECTED, DRAWN, HOLDOUT = 6, 2, 3, 2
-TASK = {"kind": "preference", "window": WINDOW, "rejected": REJECTED, "drawn": DRAWN}
+TASK = {"kind": "preference", "window": WINDOW, "rejected": REJECTED, "drawn": DRAWN, "chosen": 1}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,11 @@ def collate_of(data: Dataset, **task) -> tuple[PreferenceCollate, Rows, Draws]:
     return collate, Rows([group], np.zeros_like(users), users, True), Draws(3, users)
 
 
-@pytest.mark.parametrize("levels", [{}, {"levels": {"kind": "actions", "order": ("finish", "like")}}])
-def test_pairs_are_those_of_a_loop_over_events(data, levels):
-    collate, rows, draws = collate_of(data, **levels)
+@pytest.mark.parametrize(
+    "task", [{}, {"chosen": 3}, {"levels": {"kind": "actions", "order": ("finish", "like")}, "liked": 2}]
+)
+def test_pairs_are_those_of_a_loop_over_events(data, task):
+    collate, rows, draws = collate_of(data, **task)
     batch, _ = collate(rows, draws, 0)
     group, token = rows.groups[0], 0
     corpus = set(data.corpus()[0].tolist())
@@ -43,11 +45,12 @@ def test_pairs_are_those_of_a_loop_over_events(data, levels):
         items = group.columns["item_ids"][start:stop]
         stars = group.columns[collate.level_column][start:stop].tolist()
         level = [(a >= 2) * 1 + (a >= 3) + (a >= 4) + (a >= 5) for a in stars]
-        if levels:
+        if "levels" in task:
             level = [2 if bits & 2 else bits & 1 for bits in stars]
         for chosen in range(max(1, len(items) - 9), len(items)):
             after = range(chosen + 1, min(chosen + WINDOW, len(items)))
             lower = [j for j in after if level[j] < level[chosen] and items[j] != items[chosen]][:REJECTED]
+            lower = lower if level[chosen] >= task.get("chosen", 1) else []
             gaps = batch.gap_TK[token].tolist()
             assert gaps[:REJECTED] == [level[chosen] - level[j] for j in lower] + [0] * (REJECTED - len(lower))
             expected = [int(items[j]) for j in lower] + [0] * (REJECTED - len(lower))
