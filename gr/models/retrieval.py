@@ -84,9 +84,9 @@ class RetrievalModel(nn.Module):
         outputs[lengths_B > 0] = outputs_TD[last_B[lengths_B > 0]]
         return outputs.float()
 
-    def user_vectors(self, batch: EvaluationBatch) -> Tensor:
+    def user_vectors(self, batch: EvaluationBatch, weights: Weights | None = None) -> Tensor:
         """Float [B, D]: the dot product with an item's vector, as the similarity has it, is the score of the item."""
-        return self.similarity.queries(self.queries(batch)) * self.similarity.scale
+        return self.similarity.queries(self.queries(batch, weights)) * self.similarity.scale
 
     def item_vectors(self, ids_K: Tensor) -> Tensor:
         """Float [K, D] of the items and their features, from whichever ranks hold their rows."""

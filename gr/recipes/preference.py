@@ -25,7 +25,7 @@ from gr.models.preference import PreferenceModel
 from gr.parallel.dense import unwrapped
 from gr.recipes.base import Evaluation, ReportTable, Split
 from gr.recipes.retrieval import TARGET_FROM_END, RetrievalRecipe, corpus_ranks
-from gr.tasks import Pairs
+from gr.tasks import CorpusRanker, Pairs, kl_divergence
 from gr.training.module import Inputs
 
 LIKED = ("hr@10", "ndcg@10", "mrr")
@@ -87,8 +87,8 @@ class PreferenceRecipe(RetrievalRecipe):
         self.check_targets()
         if not self._some_user_has_a_pair():
             raise DataError(
-                f"{self.train_data.path}: no event of level task.chosen={self.config.task.chosen} or more is followed by "
-                "one of a lower level, so there is no pair to train on: choose other task.levels"
+                f"{self.train_data.path}: no event of level task.chosen={self.config.task.chosen} or more is followed "
+                "by one of a lower level, so there is no pair to train on: choose other task.levels"
             )
         epochs = HistoryEpochs(
             self.train_data,
@@ -142,6 +142,7 @@ class PreferenceRecipe(RetrievalRecipe):
             "liked_users": int(is_liked.sum()),
             "reference": reference,
             "change_and_standard_error": change,
+            "kl_to_reference": self._kl_to_reference(inner, world, split),
         }
         if not self.config.evaluates_training_users or self.config.data.train_holdout >= 2:
             details["held_out_pairs"] = self._held_out_pairs(inner, world)
@@ -162,6 +163,22 @@ class PreferenceRecipe(RetrievalRecipe):
             target_P = group.offsets[1:][group.lengths_B > from_end] - from_end
             levels.append(collate.levels(group.columns[collate.level_column][target_P]))
         return np.concatenate(levels)
+
+    @torch.no_grad()
+    def _kl_to_reference(self, model: PreferenceModel, world: World, split: Split) -> float:
+        """The mean over users of KL(model || reference) of the softmax of the scores over the corpus, in nats."""
+        ranker = CorpusRanker(torch.tensor(self.corpus[0]), model.item_vectors, model.similarity, world)
+        total = users = 0.0
+        for batch in self.user_batches(world, target_from_end=TARGET_FROM_END[split]):
+            moved = batch.to(world.device)
+            both = (model.user_vectors(moved), model.user_vectors(moved, model.reference))
+            own_QD, reference_QD = (
+                torch.cat(world.all_gather_variable(queries_BD.flatten())).view(-1, model.dim) for queries_BD in both
+            )
+            is_valid_Q = torch.cat(world.all_gather_variable(moved.valid_B.long())).bool()
+            divergence_Q = kl_divergence(own_QD, reference_QD, ranker.items, world)
+            total, users = total + float(divergence_Q[is_valid_Q].double().sum()), users + float(is_valid_Q.sum())
+        return total / users
 
     @torch.no_grad()
     def _held_out_pairs(self, model: PreferenceModel, world: World) -> dict[str, float | None]:

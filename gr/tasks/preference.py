@@ -3,7 +3,7 @@
 The score of an item is similarity.scale x <query, item>: log p(item | history) but for its normaliser. The normaliser
 is one number for a history, so it cancels in every difference of scores, and no softmax over the corpus is computed.
 
-P positions with a pair, K rejected items of each, slot 0 of 1 + K is the chosen item; T tokens.
+P positions with a pair, K rejected items of each, slot 0 of 1 + K is the chosen item; T tokens, Q queries, C items.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gr.batch import Movable, PreferenceBatch
 from gr.config.preference import DPOLoss, RewardLoss, SDPOLoss
+from gr.dist import World
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,21 @@ def sdpo_loss(gains_P1K: Tensor, is_rejected_PK: Tensor, beta: float) -> Tensor:
     """
     worse_PK = beta * (gains_P1K[:, 1:] - gains_P1K[:, :1])
     return -F.logsigmoid(-worse_PK.masked_fill(~is_rejected_PK, -torch.inf).logsumexp(1))
+
+
+def kl_divergence(own_QD: Tensor, reference_QD: Tensor, items_CD: Tensor, world: World) -> Tensor:
+    """KL(own || reference) of the softmax over all items, in nats, [Q]: the same on every rank. Collective.
+
+    items_CD: the rank's slice of the items, whose dot products with the queries, the same on all ranks, are the scores.
+    """
+
+    def log_softmax(queries_QD: Tensor) -> Tensor:
+        scores_QC = queries_QD @ items_CD.T
+        normaliser_Q = torch.stack(world.all_gather_variable(scores_QC.logsumexp(1))).logsumexp(0)
+        return scores_QC - normaliser_Q[:, None]
+
+    own_QC, reference_QC = log_softmax(own_QD), log_softmax(reference_QD)
+    return torch.stack(world.all_gather_variable((own_QC.exp() * (own_QC - reference_QC)).sum(1))).sum(0)
 
 
 def margin_of(gap_PK: Tensor, margins: Sequence[float]) -> Tensor:

@@ -87,6 +87,7 @@ def test_two_ranks_train_as_one_does(data, retrieval, tuned, tmp_path, sharding,
     report = run_ranks(run, 2, config)[0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tuned[0]), abs=LOSS)
     assert report["reference"] == tuned[1]["reference"]
+    assert 0 < report["kl_to_reference"] == pytest.approx(tuned[1]["kl_to_reference"], rel=1e-3)
     assert report["held_out_pairs"]["pairs"] == tuned[1]["held_out_pairs"]["pairs"]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gr.config.preference import DPOLoss, RewardLoss, SDPOLoss
-from gr.tasks import preference_loss
+from gr.dist import World
+from gr.tasks import kl_divergence, preference_loss
 
 P, K = 16, 3
 
@@ -70,3 +71,10 @@ def test_an_item_that_is_not_compared_has_no_gradient(compared):
     for loss in (RewardLoss(), DPOLoss(), SDPOLoss()):
         (gradient,) = torch.autograd.grad(preference_loss(own, reference, gaps, loss).sum(), own)
         assert (gradient[:, 2] == 0).all() and gradient.isfinite().all() and (gradient[:, 0] < 0).all()
+
+
+def test_divergence_is_that_of_the_softmax(alone: World):
+    own, reference, items = (torch.randn(n, 8, dtype=torch.float64) for n in (5, 5, 12))
+    p, q = (torch.distributions.Categorical(logits=queries @ items.T) for queries in (own, reference))
+    expected = torch.distributions.kl_divergence(p, q)
+    assert torch.allclose(kl_divergence(own, reference, items, alone), expected, rtol=0, atol=1e-12)
