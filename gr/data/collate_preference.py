@@ -60,7 +60,7 @@ class PreferenceCollate:
         S, C = self.task.drawn, len(self.corpus_C)
         place_TS = next_T[:, None] * S + np.arange(S)
         uniform = draws.uniform(COMPARE, number_T.repeat(S), place_TS.ravel())
-        return self.corpus_C[np.minimum((uniform * C).astype(np.int64), C - 1)].reshape(-1, S)
+        return self.corpus_C[np.minimum((uniform * C).astype(np.int64), C - 1)].reshape(len(next_T), S)
 
     def held_out(self, rows: Rows) -> tuple[PreferenceBatch, Counts]:
         """The two newest events of each user against one another, after the history before them: one pair a user at

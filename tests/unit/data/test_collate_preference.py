@@ -34,7 +34,7 @@ def collate_of(data: Dataset, **task) -> tuple[PreferenceCollate, Rows, Draws]:
 
 
 @pytest.mark.parametrize(
-    "task", [{}, {"chosen": 3}, {"levels": {"kind": "actions", "order": ("finish", "like")}, "liked": 2}]
+    "task", [{}, {"chosen": 3, "drawn": 0}, {"levels": {"kind": "actions", "order": ("finish", "like")}, "liked": 2}]
 )
 def test_pairs_are_those_of_a_loop_over_events(data, task):
     collate, rows, draws = collate_of(data, **task)
