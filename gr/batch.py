@@ -100,6 +100,28 @@ class RetrievalBatch(Movable):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferenceBatch(RetrievalBatch):
+    """A RetrievalBatch whose next items are compared with K others that the user liked less, soon after them.
+
+    rejected_TK: int64 items. gap_TK: int64, the levels that each is below the next item, from 1; 0 for one that is not
+    compared. A position has a pair where its first gap is above 0.
+    """
+
+    rejected_TK: Tensor
+    gap_TK: Tensor
+
+    def pack(self) -> Packed:
+        packed = super().pack()
+        return packed._replace(tokens_TF=torch.cat([packed.tokens_TF, self.rejected_TK, self.gap_TK], 1))
+
+    def unpack(self, packed: Packed) -> Self:
+        K = self.rejected_TK.shape[1]
+        tokens_TF, rejected_TK, gap_TK = packed.tokens_TF.split([packed.tokens_TF.shape[1] - 2 * K, K, K], 1)
+        unpacked = super().unpack(packed._replace(tokens_TF=tokens_TF))
+        return replace(unpacked, rejected_TK=rejected_TK, gap_TK=gap_TK)
+
+
 @dataclass(frozen=True)
 class EvaluationBatch(Movable):
     """Histories, each with its one held-out item, or with none: the item that comes next is asked for.

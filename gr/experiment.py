@@ -97,7 +97,7 @@ def _train(built: Built, more: Sequence[Callback]) -> dict[str, Any] | None:
         steps = config.trainer.steps or loader.steps(config.trainer.epochs or 1)
         module = TrainModule(built.model, objective, config, world, balance, steps=steps, flops=recipe.flops())
         state = ModelState(module.dense, module.dense_optimizer, module.table_optimizer, config.optimizer.states)
-        progress = _resume(recipe, state, loader, world)
+        progress = _resume(built, state, loader)
         step = progress["step"]
         store = CheckpointStore(
             run_dir / CHECKPOINTS,
@@ -213,15 +213,27 @@ def embed(config: RunConfig, checkpoint: Path, world: World, folder: Path) -> di
         }
 
 
-def _resume(recipe: Recipe, state: ModelState, loader: TrainingLoader, world: World) -> dict[str, Any]:
+def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str, Any]:
     """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns its progress, with the steps done."""
-    config = recipe.config
+    recipe, world, config = built.recipe, built.world, built.recipe.config
     chosen = resume_from(Path(config.run_dir) / CHECKPOINTS, config.checkpoint.load_from, world)
     if chosen is None:
+        if recipe.starts_from:
+            raise ConfigError(
+                f"checkpoint.load_from is unset: a {config.kind} run begins from the weights of another "
+                f"({' or '.join(recipe.starts_from)}): set it to that run's run_dir"
+            )
         return {"step": 0}
     watchdog.enter(f"loading {chosen}")
-    saved = _saved_config(chosen, config)
+    saved = _saved_config(chosen, config, recipe.starts_from)
     recipe.check_saved(saved, str(chosen))
+    if saved.kind != config.kind:
+        trained = {name: parameter for name, parameter in state.dense.items() if parameter.requires_grad}
+        load_state(chosen, ModelState(trained, None, state.tables), world)
+        state.tables.set_steps(0)
+        recipe.begin(built.model)
+        log.info("begins from %s", chosen)
+        return {"step": 0}
     progress = load_state(chosen, state, world)
     if progress["data"]:  # empty in a checkpoint of weights that came from elsewhere
         loader.load_state_dict(progress["data"])
@@ -235,10 +247,12 @@ def _writer(config: RunConfig, steps_done: int) -> MetricsWriter:
     return MetricsWriter(Path(config.run_dir), steps_done, open_trackers(config, steps_done))
 
 
-def _saved_config(checkpoint: Path, config: RunConfig) -> RunConfig:
-    """The configuration that a checkpoint was trained with. Raises CheckpointError where it is no `config`'s kind."""
+def _saved_config(checkpoint: Path, config: RunConfig, others: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a checkpoint was trained with. Raises CheckpointError where it is of another kind than
+    `config` and than `others`.
+    """
     saved = load_config(checkpoint / CONFIG, plugins=config.plugins)
-    if type(saved) is not type(config):
+    if type(saved) is not type(config) and saved.kind not in others:
         raise CheckpointError(f"{checkpoint} is of another kind of experiment (task.kind); use another run_dir")
     return saved
 

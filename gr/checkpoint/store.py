@@ -292,6 +292,8 @@ def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
 
 def _dense_states(state: ModelState, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in state.dense.items():
+        if not parameter.requires_grad:  # frozen: the optimizer does not have it
+            continue
         states = optimizer.state[parameter]
         for kind, shape in state.dense_states.items():
             if kind not in states:

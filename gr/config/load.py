@@ -16,6 +16,7 @@ from gr.config.base import Registry, Section
 from gr.config.causal_lm import CausalLMConfig
 from gr.config.click import ClickConfig
 from gr.config.messages import default_kinds, describe_faults, shortened
+from gr.config.preference import PreferenceConfig
 from gr.config.ranking import RankingConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.config.run import RunConfig
@@ -30,6 +31,7 @@ Config = TypeVar("Config", bound=Section)
 # task.kind -> the configuration of an experiment and its gr.recipes.base.Recipe.
 RECIPES = Registry("task")
 RECIPES.add(RetrievalConfig, "gr.recipes.retrieval:RetrievalRecipe", kind="retrieval")
+RECIPES.add(PreferenceConfig, "gr.recipes.preference:PreferenceRecipe", kind="preference")
 RECIPES.add(RankingConfig, "gr.recipes.ranking:RankingRecipe", kind="ranking")
 RECIPES.add(ClickConfig, "gr.recipes.click:ClickRecipe", kind="click")
 RECIPES.add(CausalLMConfig, "gr.recipes.causal_lm:CausalLMRecipe", kind="causal_lm")
@@ -56,7 +58,7 @@ def load_config(
     if plugins is None and os.path.isfile(Path(path).parent / PROGRESS):  # False for a name that cannot be one
         plugins = ()  # it is a checkpoint's, whoever asks
     bases = plugins is None
-    reader = Reader(default_kinds(RetrievalConfig), bases=bases)
+    reader = Reader(_default_kinds(RetrievalConfig), bases=bases)
     tree = reader.read(path, overrides)
     if "tables" in tree.value and "trainer" not in tree.value:
         raise ConfigError(f"{path}: an inventory, which names no data and no training: use gr plan {path}")
@@ -75,19 +77,29 @@ def load_config(
     raise ConfigError(f"{written.origin}: task.kind: expected one of {expected}, got {describe(written.plain())}")
 
 
+def _default_kinds(model: type[Section]) -> dict[Location, str]:
+    """The kinds that stand where none is written; of an experiment, that of its task too."""
+    of_task = {("task",): DEFAULT_RECIPE} if issubclass(model, RunConfig) else {}
+    return default_kinds(model) | of_task
+
+
 def _sizes(tree: Node, kind: str) -> list[str]:
     """Overrides for what `sizes: data` leaves to the data; none where all is set, as in a configuration that was saved.
 
     Raises DataError where there is no data.
     """
     sizes, path = tree.find(("sizes",)), tree.find(("data", "path"))
-    if kind != "retrieval" or sizes is None or sizes.value != "data" or path is None or not isinstance(path.value, str):
+    if kind not in ("retrieval", "preference") or sizes is None or sizes.value != "data":
+        return []
+    if path is None or not isinstance(path.value, str):
         return []
     tower = tree.find(("model", "tower", "kind"))
     tower_kind = DEFAULT_TOWER if tower is None else tower.value
     fields = TOWERS.config(tower_kind).model_fields if tower_kind in TOWERS else {}
     keys = [key for key in SIZED if not key.startswith(IN_TOWER) or key.removeprefix(IN_TOWER) in fields]
     unset = [key for key in keys if tree.find(tuple(key.split("."))) is None]
+    if kind == "preference":
+        unset.remove("task.negatives")  # which it has none of
     if tree.find(("trainer", "steps")) is not None and "trainer.epochs" in unset:
         unset.remove("trainer.epochs")
     if not unset:
@@ -131,7 +143,7 @@ def load_section(
 
     bases: whether the file may name others.
     """
-    kinds = default_kinds(model)
+    kinds = _default_kinds(model)
     reader = Reader(kinds, bases=bases) if given is None else _Given(kinds, given)
     return _validated(model, path, kinds, reader, reader.read(path, overrides))
 

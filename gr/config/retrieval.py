@@ -113,15 +113,34 @@ class FullSoftmax(NegativesConfig):
         return 0.0, compared.corpus
 
 
-class RetrievalTaskConfig(Section):
+class SimilarityConfig(Section):
+    """The score of an item for a user, and what a loss computes of it."""
+
+    temperature: PositiveFloat = Field(0.05, description="What scores are divided by before the softmax.")
+    l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
+
+    @abstractmethod
+    def scores(self, compared: Comparison) -> LossInventory:
+        """The scores of an example."""
+
+    @abstractmethod
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        """The candidates that are looked up: of an example, and of a step on each rank whatever its batch."""
+
+
+class RetrievalTaskConfig(SimilarityConfig):
     """Retrieval: the next item of a user among all items."""
 
     kind: Literal["retrieval"] = "retrieval"
     negatives: Annotated[
         PerPositionNegatives | SharedNegatives | InBatchNegatives | FullSoftmax, Field(discriminator="kind")
     ] = Field(PerPositionNegatives(), description="The items that a target is compared with.")
-    temperature: PositiveFloat = Field(0.05, description="What scores are divided by before the softmax.")
-    l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
+
+    def scores(self, compared: Comparison) -> LossInventory:
+        return self.negatives.scores(compared)
+
+    def lookups(self, compared: Comparison) -> tuple[float, float]:
+        return self.negatives.lookups(compared)
 
 
 class RetrievalEvaluationConfig(UserEvaluationConfig):
@@ -188,7 +207,7 @@ class RetrievalConfig(HistoryRunConfig):
         """The item table and those of its features, which the history and the candidates read."""
         rows = self.id_columns(schema)
         compared = self.compared(schema)
-        candidates, candidates_of_step = self.task.negatives.lookups(compared)
+        candidates, candidates_of_step = self.task.lookups(compared)
         return tuple(
             self.table(
                 name,
@@ -214,7 +233,7 @@ class RetrievalConfig(HistoryRunConfig):
         )
 
     def loss(self, schema: DataSchema) -> LossInventory:
-        return self.task.negatives.scores(self.compared(schema))
+        return self.task.scores(self.compared(schema))
 
     def compared(self, schema: DataSchema) -> Comparison:
         """The targets of an example and the corpus. Every example counts as data.max_length events, the most it has."""

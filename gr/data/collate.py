@@ -92,6 +92,14 @@ def collate_train(
     usable[:-1], or those of them that stochastic length keeps. The target of an input is the input after it; the target
     of the last one is usable[-1]. An example with fewer than two usable events is empty.
     """
+    batch, counts, _, _ = collate_positions(rows, draws, first_example, config)
+    return batch, counts
+
+
+def collate_positions(
+    rows: Rows, draws: Draws, first_example: int, config: HistoryDataConfig
+) -> tuple[RetrievalBatch, Counts, np.ndarray, np.ndarray]:
+    """What collate_train returns, the place of each target [T], and that of each example's last one [B]."""
     inputs_B = np.maximum(rows.lengths_B() - config.train_holdout - 1, 0)
     empty_examples = int((inputs_B < 1).sum())
     if config.cut == "uniform":
@@ -99,13 +107,13 @@ def collate_train(
     start_B, length_B, place_T, dropped = chosen_events(rows, inputs_B, config, draws)
     next_T = _followers(length_B, place_T, inputs_B)
     batch = RetrievalBatch(
-        features=_features(rows.at("item_ids", length_B, place_T), length_B),
+        features=item_ids(rows.at("item_ids", length_B, place_T), length_B),
         target_ids_T=torch.from_numpy(rows.at("item_ids", length_B, next_T)),
-        timestamps_T=_times(rows, length_B, place_T),
-        query_timestamps_T=_times(rows, length_B, next_T),
+        timestamps_T=times(rows, length_B, place_T),
+        query_timestamps_T=times(rows, length_B, next_T),
         first_example=first_example,
     )
-    return batch, Counts(int(start_B.sum()), empty_examples, dropped, len(place_T))
+    return batch, Counts(int(start_B.sum()), empty_examples, dropped, len(place_T)), next_T, inputs_B
 
 
 def chosen_events(
@@ -169,9 +177,9 @@ def collate_evaluation(
     seen_ids, seen_offsets = _seen(rows.gather("item_ids", seen_start_B, seen_B), seen_B, targets)
     newest_T = np.repeat(rows.lengths_B() - 1, length_B)
     batch = EvaluationBatch(
-        features=_features(items, length_B),
-        timestamps_T=_times(rows, length_B, ranges(start_B, length_B)),
-        query_timestamps_T=_times(rows, length_B, np.minimum(ranges(start_B + 1, length_B), newest_T)),
+        features=item_ids(items, length_B),
+        timestamps_T=times(rows, length_B, ranges(start_B, length_B)),
+        query_timestamps_T=times(rows, length_B, np.minimum(ranges(start_B + 1, length_B), newest_T)),
         target_ids_B=torch.from_numpy(targets),
         valid_B=torch.from_numpy(valid_B),
         seen_ids=torch.from_numpy(seen_ids),
@@ -189,11 +197,11 @@ def _seen(items: np.ndarray, length_B: np.ndarray, targets: np.ndarray) -> tuple
     return keys % bound, _offsets(np.bincount(keys // bound, minlength=len(length_B)))
 
 
-def _times(rows: Rows, length_B: np.ndarray, place_T: np.ndarray) -> Tensor | None:
+def times(rows: Rows, length_B: np.ndarray, place_T: np.ndarray) -> Tensor | None:
     return torch.from_numpy(rows.at("timestamps", length_B, place_T)) if rows.timestamps else None
 
 
-def _features(items: np.ndarray, length_B: np.ndarray) -> KeyedJaggedTensor:
+def item_ids(items: np.ndarray, length_B: np.ndarray) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=[ITEM_FEATURE], values=torch.from_numpy(items), lengths=torch.from_numpy(length_B.astype(np.int64))
     )

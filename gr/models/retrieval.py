@@ -5,6 +5,7 @@ B examples, T packed tokens, D width, K candidates, N max length.
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ from gr.schema import DataSchema
 from gr.sequence import JaggedSequence
 from gr.tasks import Candidates, build_similarity, retrieval_loss
 from gr.towers import build_tower
+
+
+class Weights(Protocol):
+    """The dense part that reads a history: position [N, D], and the tower."""
+
+    position: nn.Parameter
+    tower: nn.Module
 
 
 class RetrievalModel(nn.Module):
@@ -59,37 +67,40 @@ class RetrievalModel(nn.Module):
         if looked_up is None:
             looked_up = self.tables(with_candidates(batch.features, candidates.ids_K, self.item_features))
         history_TD, items_KD = sequence_vectors(looked_up, self.dim, self.features)
-        queries_TD = self._run_tower(history_TD, batch)
+        queries_TD = self._run_tower(history_TD, batch, self)
         return retrieval_loss(queries_TD.float(), items_KD, candidates, self.similarity).sum()
 
-    def queries(self, batch: EvaluationBatch) -> Tensor:
-        """Float [B, D]: the tower's output at the newest token of each example; zero where there is no history."""
+    def queries(self, batch: EvaluationBatch, weights: Weights | None = None) -> Tensor:
+        """Float [B, D]: the tower's output at the newest token of each example; zero where there is no history.
+
+        weights: has the position vectors and the tower to use; None: the model's own.
+        """
         nothing = batch.target_ids_B.new_empty(0)
         history_TD, _ = lookup(self.tables, batch.features, nothing, self.dim, self.item_features)
-        outputs_TD = self._run_tower(history_TD, batch)
+        outputs_TD = self._run_tower(history_TD, batch, self if weights is None else weights)
         lengths_B = batch.features.lengths()
         last_B = lengths_B.cumsum(0) - 1
         outputs = outputs_TD.new_zeros(len(lengths_B), self.dim)
         outputs[lengths_B > 0] = outputs_TD[last_B[lengths_B > 0]]
         return outputs.float()
 
-    def user_vectors(self, batch: EvaluationBatch) -> Tensor:
+    def user_vectors(self, batch: EvaluationBatch, weights: Weights | None = None) -> Tensor:
         """Float [B, D]: the dot product with an item's vector, as the similarity has it, is the score of the item."""
-        return self.similarity.queries(self.queries(batch)) * self.similarity.scale
+        return self.similarity.queries(self.queries(batch, weights)) * self.similarity.scale
 
     def item_vectors(self, ids_K: Tensor) -> Tensor:
         """Float [K, D] of the items and their features, from whichever ranks hold their rows."""
         one_empty_example = KeyedJaggedTensor(keys=["item_id"], values=ids_K.new_empty(0), lengths=ids_K.new_zeros(1))
         return lookup(self.tables, one_empty_example, ids_K, self.dim, self.item_features)[1]
 
-    def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch) -> Tensor:
+    def _run_tower(self, history_TD: Tensor, batch: RetrievalBatch | EvaluationBatch, weights: Weights) -> Tensor:
         offsets_B1 = batch.features.offsets().long()
         lengths_B = offsets_B1.diff()
         tokens = len(history_TD)
         first_T = offsets_B1[:-1].repeat_interleave(lengths_B, output_size=tokens)
         place_T = torch.arange(tokens, device=history_TD.device) - first_T
-        x_TD = history_TD * math.sqrt(self.dim) + F.embedding(place_T, self.position)
+        x_TD = history_TD * math.sqrt(self.dim) + F.embedding(place_T, weights.position)
         x_TD = dropout(x_TD, self.input_dropout, self.training)
         sequence = JaggedSequence(x_TD, offsets_B1, self.max_length, batch.timestamps_T, batch.query_timestamps_T)
         with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.tower(sequence).values_TD
+            return weights.tower(sequence).values_TD

@@ -115,10 +115,12 @@ class Training:
 class Recipe(ABC, Generic[Config]):
     """One kind of experiment. `config` and `schema` determine the model; everything else reads data.
 
-    corpus_files: what else of the data folder a model needs to be used.
+    corpus_files: what else of the data folder a model needs to be used. starts_from: the kinds of experiments from
+    whose weights a run begins, at step 0, where it has no checkpoint of its own; none: from initial values.
     """
 
     corpus_files: tuple[str, ...] = ()
+    starts_from: tuple[str, ...] = ()
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         """folder: has the artifacts: a checkpoint; None: the training data. Raises DataError."""
@@ -175,6 +177,11 @@ class Recipe(ABC, Generic[Config]):
     def check_saved(self, saved: Config, path: str) -> None:
         """Raises CheckpointError where a checkpoint of configuration `saved` is of another model."""
         self._check_same(saved, path, "model")
+
+    def begin(self, model: nn.Module) -> None:
+        """Fills the frozen parameters, once those that are trained have the weights of a checkpoint of starts_from.
+        Collective.
+        """
 
     def _check_same(self, saved: Config, path: str, *sections: str) -> None:
         """Raises CheckpointError, naming the keys, where some of these top-level sections differ."""

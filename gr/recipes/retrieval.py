@@ -25,7 +25,7 @@ from gr.embeddings import with_candidates
 from gr.errors import CheckpointError, ConfigError
 from gr.logging import get_logger
 from gr.metrics.retrieval import retrieval_metrics
-from gr.models.retrieval import RetrievalModel
+from gr.models.retrieval import RetrievalModel, Weights
 from gr.parallel.dense import unwrapped
 from gr.recipes.answers import read_listed
 from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Training
@@ -105,10 +105,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         return RetrievalObjective(sampler, world, self.item_features)
 
     def loader(self, world: World) -> ResumableLoader[RetrievalBatch]:
-        """Raises DataError where no user has what the evaluations of a run hold out: they would fail after hours."""
-        split: Split = "validation" if self.config.evaluation.every else "test"
-        if not self.some_user_has(1 + TARGET_FROM_END[split]):
-            raise no_targets(self.evaluation_data.path)
+        self.check_targets()
         epochs = HistoryEpochs(
             self.train_data,
             self.config.data,
@@ -118,6 +115,12 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             world_size=world.size,
         )
         return ResumableLoader(epochs)
+
+    def check_targets(self) -> None:
+        """Raises DataError where no user has what the evaluations of a run hold out: they would fail after hours."""
+        split: Split = "validation" if self.config.evaluation.every else "test"
+        if not self.some_user_has(1 + TARGET_FROM_END[split]):
+            raise no_targets(self.evaluation_data.path)
 
     def callbacks(self, training: Training) -> list[Callback]:
         settings = self.config.evaluation
@@ -279,10 +282,15 @@ def _vectors(rows_ND: Tensor) -> pa.Array:
 
 @torch.no_grad()
 def corpus_ranks(
-    model: RetrievalModel, batches: Iterable[EvaluationBatch], corpus_C: Tensor, world: World
+    model: RetrievalModel,
+    batches: Iterable[EvaluationBatch],
+    corpus_C: Tensor,
+    world: World,
+    weights: Weights | None = None,
 ) -> np.ndarray:
     """Leave-one-out over the full corpus: the place of each user's target, float64 [users], on every rank. 1 is best.
 
+    weights: of another dense part than the model's, as RetrievalModel.queries has it.
     All ranks call it together, with as many batches each; the same numbers at every world size.
     """
     was_training = model.training
@@ -291,7 +299,7 @@ def corpus_ranks(
     ranks, valid = [], []
     for batch in batches:
         batch = batch.to(world.device)
-        ranks.append(ranker.ranks(model.queries(batch), batch))
+        ranks.append(ranker.ranks(model.queries(batch, weights), batch))
         valid.append(batch.valid_B)
     model.train(was_training)
     everyone = torch.cat(world.all_gather_variable(torch.cat(ranks)))

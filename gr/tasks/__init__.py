@@ -3,6 +3,7 @@
 from gr.tasks.corpus_rank import CorpusRanker
 from gr.tasks.losses import click_loss, multitask_loss, retrieval_loss
 from gr.tasks.negatives import Candidates, CandidateSampler
+from gr.tasks.preference import Pairs, kl_divergence, preference_loss
 from gr.tasks.similarity import Cosine, DotProduct, Similarity, build_similarity
 
 __all__ = [
@@ -11,9 +12,12 @@ __all__ = [
     "CorpusRanker",
     "Cosine",
     "DotProduct",
+    "Pairs",
     "Similarity",
     "build_similarity",
     "click_loss",
+    "kl_divergence",
     "multitask_loss",
+    "preference_loss",
     "retrieval_loss",
 ]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from gr.config.retrieval import RetrievalTaskConfig
+from gr.config.retrieval import SimilarityConfig
 
 NORM_EPS = 1e-6
 
@@ -51,5 +51,5 @@ class Cosine:
         return F.normalize(x_KD, dim=-1, eps=NORM_EPS)
 
 
-def build_similarity(config: RetrievalTaskConfig) -> Similarity:
+def build_similarity(config: SimilarityConfig) -> Similarity:
     return (Cosine if config.l2_norm else DotProduct)(1.0 / config.temperature)

@@ -115,7 +115,7 @@ class TrainModule:
         self.tables = getattr(unwrapped(model), "tables", None)
         self.dense = dense_parameters(model)
         self.dense_groups = by_mesh(self.dense.values())
-        self.dense_optimizer = build_optimizer(self.dense.values(), config.optimizer)
+        self.dense_optimizer = build_optimizer((p for p in self.dense.values() if p.requires_grad), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings, config.seed)
 
     def prepare(self, batch, step: int) -> Prepared:

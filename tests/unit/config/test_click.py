@@ -42,8 +42,8 @@ def test_the_kind_of_task_decides(path: str) -> None:
     assert config.task.loss == BCELoss() and config.model.interaction == DotInteraction()
     assert not config.data.shuffle, "rows are in time order"
     said = fault(path, "task.kind=ranked")
-    assert "task.kind: expected one of retrieval, ranking, click, causal_lm, got 'ranked'" in said
-    assert fault(path, "task.kind=[ranking]").endswith("retrieval, ranking, click, causal_lm, got ['ranking']")
+    assert "task.kind: expected one of retrieval, preference, ranking, click, causal_lm, got 'ranked'" in said
+    assert fault(path, "task.kind=[ranking]").endswith("ranking, click, causal_lm, got ['ranking']")
     assert fault(path, "task.kind=generative_ranking").endswith("task.kind: generative_ranking is now called ranking")
     assert fault(path, "task.kind=ranking").endswith("task.kind: ranking of rows by DLRM is now called click")
     Path(path).write_text("run_dir: runs/x\ndata: {path: data/ml}\ntrainer: {steps: 100}\n")

@@ -377,7 +377,7 @@ class TestSchema:
             of_kind = schema["$defs"][kind["$ref"].rpartition("/")[2]]
             assert of_kind["properties"]["base"]
             assert of_kind["additionalProperties"] is False
-        assert len(schema["anyOf"]) == len(list(RECIPES)) == 4
+        assert len(schema["anyOf"]) == len(list(RECIPES)) == 5
 
     def test_refuses_nothing_that_loads(self):
         text = json.dumps(json_schema())
