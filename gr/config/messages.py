@@ -33,6 +33,8 @@ def shortened(faults: list[str]) -> list[str]:
 
 def describe_faults(model: type[BaseModel], findings: list[ErrorDetails], tree: Node) -> list[str]:
     """One line a fault, ordered as pydantic found them; of many the first ones, and a line with the others' number."""
+    if any(finding["type"] == "json_invalid" for finding in findings):  # what was read is JSON; pydantic's has a depth
+        return [f"{tree.origin}: nested too deep; values are numbers, texts, and lists and sections of them"]
     grouped: dict[Location, list[ErrorDetails]] = {}
     for finding in findings:
         # A union of plain types yields one finding for each member; they are one fault at one place.

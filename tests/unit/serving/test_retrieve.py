@@ -111,7 +111,7 @@ def test_what_is_asked_and_answered(saved: SavedRetrieval) -> None:
     [
         ({"histoy": [1]}, "histoy", "did you mean 'history'"),
         ({"history": None}, "history", "is missing"),
-        ({"history": [["item 03"]]}, "history", r"has shape \[1, 1\], wanted \[events\]"),
+        ({"history": [["item 03"]]}, "history", r"has shape \[1, 1\], it must have one dimension"),
         ({"history": [7]}, "history", "these are text"),
         ({"history": ["item 03", 7]}, "history", "cannot be read"),
         ({"history": [b"\xff"]}, "history", "cannot be read"),
