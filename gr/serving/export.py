@@ -54,7 +54,7 @@ from gr.serving.weights import write_tensors
 BUILDERS = {
     "click": "gr.serving.passes.click:build",
     "ranking": "gr.serving.passes.ranking_build:build",
-    "retrieval": "gr.serving.build_retrieval:build",
+    "retrieval": "gr.serving.passes.retrieval_build:build",
 }
 _LARGEST_BATCH = 1 << 24  # rows of a call; far above any, and offsets of ids stay within int32
 _TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}  # of a pass from its golden rows

@@ -15,8 +15,8 @@ from gr.errors import ConfigError
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.serving import build_retrieval
 from gr.serving.approximate_index import ApproximateIndex
-from gr.serving.build_retrieval import build
 from gr.serving.export import export, publish
+from gr.serving.passes.retrieval_build import build
 from gr.serving.version import Version
 from tests.support.own_log import prepared, random_log
 from tests.support.tiny import tiny_config
@@ -119,7 +119,7 @@ def test_an_inverted_file_and_its_recall(run: Path, package: Path, caplog: pytes
         ["tables.dtype=fp32", "gate.rows=0", "index.kind=approximate", "index.recall=0.9", "index.k=5"]
     )
     logging.getLogger("gr").addHandler(caplog.handler)
-    with caplog.at_level(logging.INFO, "gr.serving.build_retrieval"):
+    with caplog.at_level(logging.INFO, "gr.serving.passes.retrieval_build"):
         exported = export(run, package, config)
     logging.getLogger("gr").removeHandler(caplog.handler)
     assert not exported.compiled
