@@ -13,9 +13,9 @@ import gr
 from gr.config.export import load_export_config
 from gr.errors import ConfigError
 from gr.models.saved_retrieval import SavedRetrieval
-from gr.serving import build_retrieval
 from gr.serving.approximate_index import ApproximateIndex
 from gr.serving.export import export, publish
+from gr.serving.passes import retrieval_build
 from gr.serving.passes.retrieval_build import build
 from gr.serving.version import Version
 from tests.support.own_log import prepared, random_log
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(run: Path) -> Path:
     out = run.parent / "package"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_retrieval, "SHARD_ROWS", 20)
+        patch.setattr(retrieval_build, "SHARD_ROWS", 20)
         export(run, out, load_export_config(["tables.dtype=fp32", "gate.rows=0"]))
     return out
 
