@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ EQUAL, ERROR, TRACEBACK, HANG, OTHER_DATA, UNCLEAR = KINDS = (
 )
 GOOD = (EQUAL, ERROR)
 # Not "fork": the child of a process with threads waits forever for what they held, OpenMP's above all.
-PROCESSES: ForkContext | ForkServerContext = multiprocessing.get_context("forkserver")
+PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([*MODULES, "gr.experiment", "gr.models.saved"])
 
 
@@ -86,8 +85,8 @@ def target(name: str) -> Callable[[Target], Target]:
     return add
 
 
-def load_targets() -> None:
-    for module in MODULES:
+def load_targets(modules: Sequence[str] = MODULES) -> None:
+    for module in modules:
         importlib.import_module(module)
 
 
@@ -151,13 +150,18 @@ def _judged(trial: Trial, shown: io.StringIO) -> tuple[str, str]:
     return (ERROR, message) if code == 2 and clear else (UNCLEAR, f"exit code {code}: {text[-300:]!r}")
 
 
-def outcomes(name: str, seed: int, numbers: Sequence[int], place: Path) -> Iterator[Outcome]:
-    """The outcomes of inputs in order, from a process that is replaced when it dies or does not answer."""
+def outcomes(
+    name: str, seed: int, numbers: Sequence[int], place: Path, modules: Sequence[str] = MODULES
+) -> Iterator[Outcome]:
+    """The outcomes of inputs in order, from a process that is replaced when it dies or does not answer.
+
+    modules: those that have the target.
+    """
     place.mkdir(exist_ok=True)
     waiting = list(numbers)
     while waiting:
         receiver, sender = PROCESSES.Pipe(duplex=False)
-        child = PROCESSES.Process(target=_serve, args=(sender, name, seed, list(waiting), place))
+        child = PROCESSES.Process(target=_serve, args=(sender, modules, name, seed, list(waiting), place))
         child.start()
         sender.close()
         while waiting:
@@ -181,8 +185,10 @@ def outcomes(name: str, seed: int, numbers: Sequence[int], place: Path) -> Itera
         child.join()
 
 
-def _serve(sender: Connection, name: str, seed: int, numbers: Sequence[int], place: Path) -> None:
-    load_targets()
+def _serve(
+    sender: Connection, modules: Sequence[str], name: str, seed: int, numbers: Sequence[int], place: Path
+) -> None:
+    load_targets(modules)
     used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, resource.RLIM_INFINITY))
     for number in numbers:
