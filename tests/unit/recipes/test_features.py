@@ -45,7 +45,8 @@ def without(folder: Path, out: Path, columns: list[str]) -> Path:
 
 def figures(run_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(("second", "seconds", "time"))} for line in lines]
+    of_the_machine = ("second", "seconds", "time", "bytes")
+    return [{k: v for k, v in line.items() if not k.endswith(of_the_machine)} for line in lines]
 
 
 def ranking(data: Path, run_dir: Path, **sections: object) -> RunConfig:
