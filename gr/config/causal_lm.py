@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from gr.config.base import Count, PathText, Section
 from gr.config.inventory import LossInventory, TableConfig, TowerDense
-from gr.config.run import RunConfig
+from gr.config.run import FolderEvaluationConfig, RunConfig
 from gr.config.towers import TOWERS, LlamaConfig, TowerConfig
 from gr.errors import ConfigError
 from gr.schema import TextSchema
@@ -49,16 +49,9 @@ class CausalLMTaskConfig(Section):
     kind: Literal["causal_lm"]
 
 
-class CausalLMEvaluationConfig(Section):
+class CausalLMEvaluationConfig(FolderEvaluationConfig):
     path: PathText | None = Field(None, description="Text folder to evaluate on; unset: nothing is evaluated.")
-    every: Count | None = Field(None, description="Steps between evaluations; unset: only at the end.")
     global_batch_size: Count = Field(8, description="Examples of data.max_length tokens a step, over all ranks.")
-
-    @model_validator(mode="after")
-    def _every_needs_data(self):
-        if self.every is not None and self.path is None:
-            raise ValueError("every needs path: the data to evaluate on")
-        return self
 
 
 class CausalLMConfig(RunConfig):

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from gr.config.base import Count, PathText, PositiveFloat, Section
 from gr.config.dlrm import DLRMConfig
 from gr.config.features import Features, chosen_columns
 from gr.config.inventory import DLRMDense, LossInventory, TableConfig
-from gr.config.run import RunConfig
+from gr.config.run import FolderEvaluationConfig, RunConfig
 from gr.errors import ConfigError
 from gr.schema import TabularSchema
 
@@ -63,20 +63,13 @@ class ClickTaskConfig(Section):
     loss: ClickLoss = Field(BCELoss(), description="Of the predicted probability p and the label y.")
 
 
-class ClickEvaluationConfig(Section):
+class ClickEvaluationConfig(FolderEvaluationConfig):
     path: PathText | None = Field(None, description="Data folder to evaluate on; unset: only the prequential metrics.")
-    every: Count | None = Field(None, description="Steps between evaluations; unset: only at the end.")
     global_batch_size: Count = Field(4096, description="Rows a step of evaluation, over all ranks.")
     window: Count = Field(
         100_000,
         description="Newest training examples in the prequential metrics: each is scored before it is trained on.",
     )
-
-    @model_validator(mode="after")
-    def _every_needs_data(self):
-        if self.every is not None and self.path is None:
-            raise ValueError("every needs path: the data to evaluate on")
-        return self
 
 
 class ClickConfig(RunConfig):

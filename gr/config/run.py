@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.base import PathText, PositiveFloat, Precision, Registry, Section
+from gr.config.base import Count, PathText, PositiveFloat, Precision, Registry, Section
 from gr.config.features import Rounding, TableDtype, TableOptions, columns_by_table
 from gr.config.inventory import (
     AnyShardingType,
@@ -221,6 +221,19 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = Field(2, description="Newest checkpoints that stay, beside the best one.")
     asynchronous: bool = Field(False, description="Write while training goes on, from a copy in host memory.")
     load_from: PathText | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
+
+
+class FolderEvaluationConfig(Section):
+    """Evaluation of a kind that holds out a folder, and not events of its users."""
+
+    path: PathText | None = Field(None, description="Data folder to evaluate on; unset: nothing is evaluated.")
+    every: Count | None = Field(None, description="Steps between evaluations; unset: only at the end.")
+
+    @model_validator(mode="after")
+    def _every_needs_data(self):
+        if self.every is not None and self.path is None:
+            raise ValueError("every needs path: the data to evaluate on")
+        return self
 
 
 class CallbackConfig(Section):

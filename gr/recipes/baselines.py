@@ -202,9 +202,13 @@ def evaluate_baselines(
     histories = Histories(train, train_holdout, targets.on_bad_row)
     # Of other users than those trained on, all of training comes before the targets.
     earlier = replace(targets, target_from_end=targets.target_from_end + 1)
-    before = replace(
-        histories, holdout=max(train_holdout, earlier.target_from_end) if train.path == data.path else train_holdout
-    )
+    held_out = max(train_holdout, earlier.target_from_end) if train.path == data.path else train_holdout
+    # The same object where it can be, which counts the users of pairs once.
+    before = histories if held_out == train_holdout else replace(histories, holdout=held_out)
+    batches: list[EvaluationBatch] = []
+    if any(name in TUNED for name in names):
+        rows_N = np.linspace(0, data.rows - 1, min(data.rows, TUNING_USERS)).astype(np.int64)
+        batches = list(earlier.batches(np.unique(rows_N)))
     scorers: dict[str, tuple[Scorer, str]] = {}
     for name in names:
         if name == "popularity":
@@ -213,7 +217,7 @@ def evaluate_baselines(
             log.info("%s: EASE^R is left out: its matrix of %s items is too large", train.path, f"{items:,}")
         else:
             baseline = TUNED[name]
-            value, window = _choose(baseline, before, earlier, candidate_E)
+            value, window = _choose(baseline, before, batches, candidate_E)
             setting = f"{baseline.parameter} {value:g}, newest {window[0]}, decay {window[1]:g}"
             scorers[name] = Scorer(*window, baseline.fit(histories, value)), setting
     parts: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
@@ -226,12 +230,9 @@ def evaluate_baselines(
 
 
 def _choose(
-    baseline: Baseline, before: Histories, earlier: Targets, candidate_E: np.ndarray
+    baseline: Baseline, before: Histories, batches: Sequence[EvaluationBatch], candidate_E: np.ndarray
 ) -> tuple[float, tuple[int, float]]:
     """The value of the parameter and the window of the highest NDCG@10: first the window, then the value."""
-    users = earlier.data.rows
-    rows_N = np.unique(np.linspace(0, users - 1, min(users, TUNING_USERS)).astype(np.int64))
-    batches = list(earlier.batches(rows_N))
 
     def ndcg(matrix: Matrix, window: tuple[int, float]) -> float:
         scorer = Scorer(*window, matrix)

@@ -245,9 +245,10 @@ class _Decided:
 def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: _Decided) -> tuple[Stored, Manifest]:
     """Writes a version, and opens it as a server does."""
     draft = package.draft(WEIGHTS)
-    passes, tensors = _tensors(built)
+    outputs = {name: _outputs(each) for name, each in built.passes.items()}
+    passes, tensors = _tensors(built, outputs)
     write_tensors(draft / TENSORS, tensors)
-    golden, cards = _golden(built), None
+    golden, cards = _golden(built, outputs), None
     if built.cards is not None:
         golden |= zip((IDS, VECTORS), built.cards.golden, strict=True)
         kinds = {name: kind for name, (_, _, kind) in built.tables.items()}
@@ -292,8 +293,13 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
     return stored, manifest
 
 
-def _tensors(built: Built) -> tuple[dict[str, PassRecord], dict[str, Tensor]]:
-    """What each pass reads, and all tensors to be written. A tensor that several passes share is written once."""
+def _tensors(
+    built: Built, outputs: Mapping[str, tuple[Tensor, ...]]
+) -> tuple[dict[str, PassRecord], dict[str, Tensor]]:
+    """What each pass reads, and all tensors to be written. A tensor that several passes share is written once.
+
+    outputs: of the golden rows, by pass.
+    """
     records, tensors = {}, {}
     names: dict[tuple[int, torch.Size, torch.dtype], str] = {}
     for pass_name, each in built.passes.items():
@@ -302,8 +308,7 @@ def _tensors(built: Built) -> tuple[dict[str, PassRecord], dict[str, Tensor]]:
             key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.dtype)
             own[name] = names.setdefault(key, f"{pass_name}.{name}")
             tensors[own[name]] = tensor
-        outputs = _outputs(each)
-        records[pass_name] = PassRecord(inputs=len(each.golden), outputs=len(outputs), tensors=own)
+        records[pass_name] = PassRecord(inputs=len(each.golden), outputs=len(outputs[pass_name]), tensors=own)
     return records, tensors
 
 
@@ -313,11 +318,11 @@ def _outputs(each: Pass) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
-def _golden(built: Built) -> dict[str, Tensor]:
+def _golden(built: Built, outputs: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """The inputs and outputs of every pass as the model itself, not compiled, gives them."""
     return {
         golden_name(name, part, place): tensor
         for name, each in built.passes.items()
-        for part, tensors in (("inputs", each.golden), ("outputs", _outputs(each)))
+        for part, tensors in (("inputs", each.golden), ("outputs", outputs[name]))
         for place, tensor in enumerate(tensors)
     }
