@@ -19,8 +19,8 @@ import gr
 from benchmarks.compare import Timing, compare, cpu_model
 from gr.data.collate_tabular import tabular_batch
 from gr.models.saved_click import SavedClick
-from gr.serving.click import ClickServable
-from gr.serving.version import Version
+from gr.serving.package.version import Version
+from gr.serving.verbs.click import ClickServable
 
 BATCHES = (1, 8, 64, 512)
 

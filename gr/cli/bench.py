@@ -21,7 +21,7 @@ from gr.config.serving import EngineConfig
 from gr.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
-    from gr.serving.load_test import Run, Target
+    from gr.serving.load.load_test import Run, Target
     from gr.serving.servable import ServedVersion
 
 _ADDRESS = re.compile(r"http://([\d.]+):(\d+)/v2")
@@ -82,14 +82,14 @@ def command(against: str | None, checkpoint: str | None, as_json: bool, **option
 def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | None = None) -> dict[str, float]:
     """Figures of the package, or of what it is compared with."""
     from gr.serving.engine import Engine
-    from gr.serving.load_test import EngineTarget, HttpTarget, offline, read_requests
-    from gr.serving.version import Version
+    from gr.serving.load.load_test import EngineTarget, HttpTarget, offline, read_requests
+    from gr.serving.package.version import Version
 
     version: ServedVersion = Version.open(bench.package)
     verb, servable = next(iter(version.verbs.items()))
     requests = read_requests(bench.file, servable.inputs, bench.rows)
     if checkpoint is not None:
-        from gr.serving.eager import EagerClick
+        from gr.serving.load.eager import EagerClick
 
         version = EagerClick(checkpoint, servable.inputs, servable.outputs)
     batch_rows = EngineConfig().batch_rows if against is None else 1
@@ -112,7 +112,7 @@ def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | N
 
 def _within(bench: Bench, name: str, target: "Target", quiet: bool) -> dict[str, float]:
     """The largest rate within the bound, and three times that rate."""
-    from gr.serving.load_test import largest_rate, overload
+    from gr.serving.load.load_test import largest_rate, overload
 
     bound = bench.p99_ms / 1e3
     show: Callable[[Run], None] | None = None if quiet else lambda run: say(f"  {run.describe(bound)}")

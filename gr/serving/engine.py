@@ -16,8 +16,8 @@ from gr.errors import ServingError, nearest
 from gr.logging import get_logger
 from gr.serving.batch_queue import BatchQueue, Overloaded, Request
 from gr.serving.metrics import EngineMetrics
-from gr.serving.servable import RequestError, Servable, ServedVersion
-from gr.serving.version import Version
+from gr.serving.package.version import Version
+from gr.serving.servable import RequestError, Servable, ServedVersion, Unavailable
 
 log = get_logger(__name__)
 
@@ -169,7 +169,7 @@ class Engine:
     def _acquire(self) -> _Held:
         while not (held := self._held).acquire():  # a swap came between the two
             if self._closed:
-                raise ServingError("the engine is closed")
+                raise Unavailable("the engine is closed")
         return held
 
     def swap(self, version: ServedVersion) -> float:
@@ -190,7 +190,7 @@ class Engine:
         with self._swapping:
             if self._closed:
                 version.close()
-                raise ServingError("the engine is closed")
+                raise Unavailable("the engine is closed")
             started = time.perf_counter()
             retired, self._held = self._held, held
             seconds = time.perf_counter() - started
@@ -218,7 +218,7 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 failed = "%s of version %s failed on %d rows", verb, held.version.name, rows
-                if isinstance(error, ServingError):  # a card has ended: the line says it all
+                if isinstance(error, ServingError):  # the line says it all, such as that a card has ended
                     log.error(f"{failed[0]}: %s", *failed[1:], error)
                 else:
                     log.exception(*failed)

@@ -23,13 +23,10 @@ from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
 from gr.files import sha256_of
 from gr.models.saved import Saved, load
-from gr.serving.accuracy_gate import GateReport, Limits
-from gr.serving.build import Built, Pass
-from gr.serving.calibration import Calibration, calibration
-from gr.serving.card_tables import IDS, VECTORS
-from gr.serving.dtypes import DtypeChoice, choose, rounded
-from gr.serving.machine import cpu, versions
-from gr.serving.package import (
+from gr.serving.gate.accuracy_gate import GateReport, Limits
+from gr.serving.gate.calibration import Calibration, calibration
+from gr.serving.gate.dtypes import DtypeChoice, choose, measure
+from gr.serving.package.layout import (
     CODE,
     GOLDEN,
     MANIFEST,
@@ -44,13 +41,16 @@ from gr.serving.package import (
     read_manifest,
     verify,
 )
-from gr.serving.package_writer import PackageWriter, digests, writing
-from gr.serving.place_tables import Placement, place, write_cards
-from gr.serving.quantize import RowKind, bytes_of
-from gr.serving.version import Version, golden_name
-from gr.serving.weights import write_tensors
+from gr.serving.package.machine import cpu, versions
+from gr.serving.package.version import Version, golden_name
+from gr.serving.package.weights import write_tensors
+from gr.serving.package.writer import PackageWriter, digests, writing
+from gr.serving.passes.build import Built, Pass, served_kind
+from gr.serving.tables.card_tables import IDS, VECTORS
+from gr.serving.tables.place_tables import Placement, place, write_cards
+from gr.serving.tables.quantize import RowKind, bytes_of
 
-# kind of a model -> its builder, as gr/serving/build.py says: function(saved, kinds, config) -> Built
+# kind of a model -> its builder, as gr/serving/passes/build.py says: function(saved, kinds, config) -> Built
 BUILDERS = {
     "click": "gr.serving.passes.click:build",
     "ranking": "gr.serving.passes.ranking_build:build",
@@ -145,7 +145,7 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
 
 
 def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
-    kind = saved.config.kind
+    kind = served_kind(saved.config)
     if kind not in BUILDERS:
         raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
     if config.cards and kind != "click":
@@ -168,13 +168,10 @@ def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportCo
     """The report on what is served, which passes. Raises ServingError where it does not."""
     if rows is None:
         return None
-    reference = rows.predict(saved.model)
     if built.served is None:
-        with rounded(saved.model, {name: kind for name, (_, _, kind) in built.tables.items()}):
-            candidate = rows.predict(saved.model)
+        report = measure(rows, {name: kind for name, (_, _, kind) in built.tables.items()}, _limits(config))
     else:
-        candidate = rows.predict(built.served)
-    report = rows.gate(reference, candidate, _limits(config))
+        report = rows.gate(rows.predict(built.served), _limits(config))
     report.require()
     return report
 
@@ -185,7 +182,7 @@ def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
     sources = {name: inspect.getsourcefile(sys.modules[name]) for name in sorted(modules) if name.startswith("gr.")}
     own = cpu()
     form = {
-        "kind": saved.config.kind,
+        "kind": served_kind(saved.config),
         **built.form,
         "tables": built.tables,
         "dense": config.dense,
@@ -262,7 +259,7 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
         else:
             content(draft / name)
     manifest = Manifest(
-        kind=saved.config.kind,
+        kind=served_kind(saved.config),
         step=read_progress(saved.folder)["step"],
         export=decided.config,
         form=decided.form,

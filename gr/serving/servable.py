@@ -17,6 +17,10 @@ class RequestError(ServingError):
         self.field = field
 
 
+class Unavailable(ServingError):
+    """Nothing is wrong with a request or with the model, but this engine cannot answer now; the server answers 503."""
+
+
 def require_finite(values: np.ndarray) -> None:
     """Raises ServingError where a number that the model gave is not finite."""
     if not np.isfinite(values).all():

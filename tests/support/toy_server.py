@@ -10,9 +10,9 @@ import uvicorn
 
 from gr.config.serving import ServeConfig
 from gr.serving import Engine
-from gr.serving.http_connection import LimitedConfig
+from gr.serving.http.connection import LimitedConfig
+from gr.serving.http.server import Served, application, listen
 from gr.serving.servable import ServedVersion
-from gr.serving.server import Served, application, listen
 
 Address = tuple[str, int]
 

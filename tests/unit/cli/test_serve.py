@@ -14,7 +14,7 @@ import pytest
 
 from gr.cli import main
 from gr.serving import Engine
-from gr.serving.open_inference import write_request
+from gr.serving.http.open_inference import write_request
 from tests.support.served_click import as_rows, click_columns
 from tests.support.toy_server import exchange, post
 
