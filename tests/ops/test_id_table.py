@@ -1,4 +1,6 @@
-"""The id table: the C++ against the definition, at any split of the sets, and against an LRU cache that is not divided."""
+"""The id table: the C++ against the definition, at any split of the sets, and against an LRU cache that is not
+divided.
+"""
 
 from collections import OrderedDict
 
@@ -97,7 +99,7 @@ def test_an_id_of_no_uses_changes_nothing(backend: Backend) -> None:
 def test_admission_counts_uses_over_steps(backend: Backend) -> None:
     table, raw = new_table(1, 8, counted=True), torch.tensor([77])
     with force_backend(backend):
-        rows = [int(id_table_step(table, raw, torch.tensor([uses]), 1 + n, 3).row_U) for n, uses in enumerate((1, 1, 1))]
+        rows = [int(id_table_step(table, raw, torch.tensor([1]), step, 3).row_U) for step in (1, 2, 3)]
     assert rows == [0, 0, 1]
 
 

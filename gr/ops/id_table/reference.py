@@ -1,9 +1,9 @@
 """The definition of an id table: a set-associative map from raw 64-bit ids to rows, with admission and eviction.
 
 S sets of A ways; row s A + w is way w of set s. An id's set is a hash of the id alone, and the ways of a set are
-contended by its own ids only. Who wins is decided once a step, from the uses of each id in the global batch, in an order
-that names no rank. So the map is a function of the stream, whatever the number of ranks that share the sets. Way 0 of a
-set never holds an id: the ids of the set that have no row share it.
+contended by its own ids only. Who wins is decided once a step, from the uses of each id in the global batch, in an
+order that names no rank. So the map is a function of the stream, whatever the number of ranks that share the sets. Way
+0 of a set never holds an id: the ids of the set that have no row share it.
 
 U distinct ids of a step, N of them that enter.
 """
@@ -28,9 +28,9 @@ MOST_COUNT = 255
 class IdTable:
     """The sets [first, first + s) of a table of `sets` sets.
 
-    key_SA: int64, the id of each way, EMPTY for none. score_SA: who is weakest is evicted. int32 under LRU: the stamp of
-    the last use. float32 under LFU: the sum of uses times stamps. seen_SC: uint8, uses of ids without a row, C = COUNTERS
-    times ways; None where an id's first use admits it.
+    key_SA: int64, the id of each way, EMPTY for none. score_SA: who is weakest is evicted. int32 under LRU: the stamp
+    of the last use. float32 under LFU: the sum of uses times stamps. seen_SC: uint8, uses of ids without a row, C =
+    COUNTERS times ways; None where an id's first use admits it.
     """
 
     key_SA: Tensor
@@ -47,7 +47,8 @@ class IdTable:
 class Step(NamedTuple):
     """What a step did with its ids. row_U: int64, of the whole table; way 0 of the set for an id without a row.
 
-    entered_N: int64, indices into U of the ids that were given a row. evicted_N: int64, whose row it was; EMPTY for none.
+    entered_N: int64, indices into U of the ids that were given a row. evicted_N: int64, whose row it was; EMPTY for
+    none.
     """
 
     row_U: Tensor
@@ -69,10 +70,10 @@ def count_ids_reference(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def id_table_reference(table: IdTable, ids_U: Tensor, uses_U: Tensor, stamp: float, min_count: int) -> Step:
     """One step: changes the table in place. ids_U: distinct, of this table's sets. uses_U: of each in the step.
 
-    An id of no uses (a candidate) is looked up and changes nothing. A use of an id that has a row renews its score. An id
-    without one is admitted where its uses, seen ones included, reach min_count: those of a set, most uses of this step
-    first, then the least id, take its weakest ways in their order (empty ones first, then the lowest score, then the
-    lowest way), each if it is stronger than what it takes.
+    An id of no uses (a candidate) is looked up and changes nothing. A use of an id that has a row renews its score. An
+    id without one is admitted where its uses, seen ones included, reach min_count: those of a set, most uses of this
+    step first, then the least id, take its weakest ways in their order (empty ones first, then the lowest score, then
+    the lowest way), each if it is stronger than what it takes.
     """
     key_SA, score_SA, ways = table.key_SA, table.score_SA, table.ways
     set_U = set_of(ids_U, table.sets) - table.first
