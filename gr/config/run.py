@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gr.config.base import Count, PathText, PositiveFloat, Precision, Registry, Section
-from gr.config.features import Rounding, TableDtype, TableOptions, columns_by_table
+from gr.config.features import DenseIds, Rounding, TableDtype, TableIds, TableOptions, columns_by_table
 from gr.config.inventory import (
     AnyShardingType,
     DLRMDense,
@@ -58,6 +58,9 @@ class EmbeddingsConfig(Section):
 
     def optimizer_of(self, table: str) -> TableOptimizerConfig:
         return self.of(table).optimizer or self.optimizer
+
+    def ids_of(self, table: str) -> TableIds:
+        return self.of(table).ids or DenseIds()
 
     def rounding_of(self, table: str) -> Rounding | None:
         """None for a table in fp32, which is not rounded."""
@@ -347,11 +350,12 @@ class RunConfig(Section):
 
     @within_limits()
     def table(self, name: str, rows: int, **fields: Any) -> TableConfig:
-        """A table with its dtype, rounding and optimizer. fields: as in TableConfig."""
+        """A table with its rows, dtype, rounding and optimizer. rows: of dense ids. fields: as in TableConfig."""
         own = self.embeddings.of(name)
         dtype, rounding = own.dtype or self.embeddings.dtype, own.rounding or self.embeddings.rounding
-        optimizer = self.embeddings.optimizer_of(name).kind
-        return TableConfig(name=name, rows=rows, dtype=dtype, rounding=rounding, optimizer=optimizer, **fields)
+        optimizer, ids = self.embeddings.optimizer_of(name).kind, self.embeddings.ids_of(name)
+        fields |= {"dtype": dtype, "rounding": rounding, "optimizer": optimizer, "ids": ids.kind}
+        return TableConfig(name=name, rows=rows if ids.kind == "dense" else ids.rows, **fields)
 
     def batch_sizes(self) -> Mapping[str, int]:
         """The numbers that are dealt evenly to the ranks, by the names of their keys."""

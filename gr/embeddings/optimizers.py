@@ -4,6 +4,7 @@ On CPU fbgemm has no fused Adam, and data-parallel tables never are fused: their
 that were looked up, which `TableOptimizer.step` applies by the same rule: it updates these rows and no others.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gr.config.features import Rounding
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
+from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
 from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
@@ -39,6 +41,7 @@ class TableOptimizer:
 
     def __init__(self, model: nn.Module, embeddings: EmbeddingsConfig, seed: int) -> None:
         self.embeddings, self.seed = embeddings, seed
+        self.ids = id_map_of(model)
         self.factor = 1.0
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
@@ -64,10 +67,26 @@ class TableOptimizer:
         for shard in self.shards:
             if shard.is_fused:
                 shard.kernel.emb_module.set_optimizer_step(steps)
+        if self.ids is not None:
+            self.ids.set_steps(steps)
 
-    def entries(self) -> list[TableEntry]:
-        """Weights and states as a checkpoint keeps them."""
-        return table_entries(self.shards, self.states)
+    def entries(self) -> list[TableEntry | IdEntry]:
+        """Weights, states and the rows of dynamic ids as a checkpoint keeps them."""
+        return [*table_entries(self.shards, self.states), *(self.ids.entries() if self.ids is not None else ())]
+
+    @torch.no_grad()
+    def hand_over(self, handed: Sequence[HandedOver]) -> None:
+        """Gives rows to other ids: their initial vectors, and optimizer states of zero."""
+        for each in handed:
+            assert self.ids is not None
+            for shard, states in zip(self.shards, self.states, strict=True):
+                local_N = each.row_N - shard.row_offset
+                own_N = (local_N >= 0) & (local_N < len(shard.weight)) & (each.table == shard.table)
+                if own_N.any():
+                    rows = local_N[own_N].to(shard.weight.device)
+                    shard.weight[rows] = self.ids.initial.of_ids(shard, each.id_N[own_N]).to(shard.weight.dtype)
+                    for state in states.values():
+                        state[rows] = 0
 
     @torch.no_grad()
     def step(self) -> None:

@@ -1,6 +1,6 @@
 """One training step: forward, backward and update of a sharded model, and the objective that it minimises."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torchrec import KeyedJaggedTensor
 from gr.config.optim import DENSE_OPTIMIZERS, DenseOptimizerConfig
 from gr.config.run import RunConfig
 from gr.dist import World
-from gr.embeddings import PipelinedLookup, TableOptimizer
+from gr.embeddings import HandedOver, PipelinedLookup, TableOptimizer
 from gr.parallel.dense import by_mesh, clip_gradients, dense_parameters, unwrapped
 from gr.training.phases import Phases
 from gr.training.schedule import rate_factor
@@ -78,7 +78,7 @@ class Prepared:
     """A batch of this rank, on its device, and all that its step needs to know of the other ranks' batches.
 
     tokens, examples: the numbers of losses and of examples over all ranks. flops: of the dense part, forward and
-    backward, over all ranks; 0 where it is not known.
+    backward, over all ranks; 0 where it is not known. handed_over: rows that the step gives to other ids.
     """
 
     step: int
@@ -87,6 +87,7 @@ class Prepared:
     tokens: int
     examples: int
     flops: int = 0
+    handed_over: Sequence[HandedOver] = ()
 
 
 class TrainModule:
@@ -117,9 +118,12 @@ class TrainModule:
         self.dense_groups = by_mesh(self.dense.values())
         self.dense_optimizer = build_optimizer((p for p in self.dense.values() if p.requires_grad), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings, config.seed)
+        self.ids = self.table_optimizer.ids
 
     def prepare(self, batch, step: int) -> Prepared:
-        """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead."""
+        """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead, but for
+        raw ids, whose map it changes.
+        """
         if self.balance is not None:
             batch = self.balance(batch)
         flops = 0 if self.flops is None else int(self.flops(batch))
@@ -127,8 +131,12 @@ class TrainModule:
         tokens, examples, all_flops = zip(*counts, strict=True)
         before = sum(tokens[: self.world.rank])
         inputs = self.objective.inputs(batch, step, before, self.world.device)
-        lookup = None if inputs.lookups is None else PipelinedLookup(self.tables, inputs.lookups)
-        return Prepared(step, inputs, lookup, sum(tokens), sum(examples), sum(all_flops))
+        lookups = inputs.lookups
+        handed_over: Sequence[HandedOver] = ()
+        if lookups is not None and self.ids is not None:
+            lookups, handed_over = self.ids.train(lookups, step)
+        lookup = None if lookups is None else PipelinedLookup(self.tables, lookups)
+        return Prepared(step, inputs, lookup, sum(tokens), sum(examples), sum(all_flops), handed_over)
 
     def forward(self, prepared: Prepared) -> StepLoss:
         """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them.
@@ -137,6 +145,7 @@ class TrainModule:
         """
         self.model.train()
         self.phases.start()
+        self.table_optimizer.hand_over(prepared.handed_over)
         looked_up = None if prepared.lookup is None else prepared.lookup.rows()
         torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
         total = self.objective.total(self.model, prepared.inputs, looked_up)
