@@ -3,7 +3,7 @@
 One list of them all, written when the checkpoint is complete, in the form of `sha256sum`: `sha256sum -c SHA256SUMS`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from gr.files import sha256_of, write_text
@@ -11,12 +11,9 @@ from gr.files import sha256_of, write_text
 SUMS = "SHA256SUMS"
 
 
-def sums_of(folder: Path, rank: int, shared: Iterable[str]) -> str:
-    """The lines for this rank's data files, and for the `shared` files on rank 0, which wrote them."""
-    names = sorted(path.name for path in folder.glob(f"__{rank}_*.distcp"))
-    if rank == 0:
-        names += shared
-    return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names)
+def sum_lines(digests: Mapping[str, str]) -> str:
+    """The lines of files, in the order of their names. digests: name -> SHA-256."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
 def write_sums(folder: Path, lines: Iterable[str]) -> None:

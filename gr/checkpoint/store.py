@@ -6,7 +6,6 @@ Schedules and random draws are functions of (seed, step, rank), so the step is a
 import shutil
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +17,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from gr.checkpoint.checksums import sums_of, write_sums
+from gr.checkpoint.checksums import sum_lines, write_sums
 from gr.checkpoint.layout import CONFIG, FORMAT, PROGRESS, SHARED, CheckpointFolder, read_progress
 from gr.checkpoint.metadata import SafeReader, first_faults, misfits, read_metadata, saved_size
+from gr.checkpoint.streaming import BlockPlanner, NotFiniteError, SummingWriter
 from gr.dist import World
 from gr.errors import CheckpointError
-from gr.files import DISK_FULL, is_transient, write_json, write_text
+from gr.files import DISK_FULL, is_transient, sha256_of, write_json, write_text
 from gr.logging import get_logger
 
 log = get_logger(__name__)
@@ -99,6 +97,11 @@ class CheckpointStore:
         # A save in the background must not share collectives with training.
         self.group = dist.new_group(backend="gloo") if asynchronous else None
         self.savers = replace(world, host_group=self.group) if asynchronous else world
+        # Copies of what is saved in the background. They are made now: new memory takes five times as long to fill,
+        # and a host without room for them says so before training.
+        self.buffers: dict[MetadataIndex, Tensor] = {}
+        if asynchronous:
+            BlockPlanner(_tensors(state), world.is_main).stage(self.buffers)
         if world.is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.remove_partial()
@@ -107,34 +110,26 @@ class CheckpointStore:
         """Saves the state as of progress["step"]. Asynchronous saves return once the tensors are copied.
 
         Raises CheckpointError on every rank, and saves nothing, when a weight or state of any rank is not finite, and
-        where a fault of the disk will stay; OSError where it may pass.
+        where a fault of the disk will stay; OSError where it may pass. An asynchronous save raises them in the next
+        save, or in finish().
         """
         self.finish()
         step, began = progress["step"], time.monotonic()
-        tensors = _tensors(self.state)
-        if self.world.any(not _all_finite(tensors)):
-            raise CheckpointError(
-                f"weights are not finite after step {step}: not saved; {self.folder.describe_latest()}"
-            )
-        partial = self.folder.partial(step)
+        partial, planner = self.folder.partial(step), BlockPlanner(_tensors(self.state), self.world.is_main)
         with self._explained(step):
             self.savers.on_all(lambda: self._begin(partial, progress) if self.world.is_main else None)
         if self.group is None:
-            with self._explained(step):
-                dcp.save(tensors, storage_writer=_Writer(partial))
-                self._commit(step, keep_last, began)
+            self._write(planner, step, keep_last, began)
             return
-        future = dcp.async_save(
-            tensors, storage_writer=_Writer(partial), process_group=self.group, async_stager=BlockingAsyncStager()
-        )
-        parameters = future, step, keep_last, began
-        self.pending = Thread(target=self._commit_later, args=parameters, name="checkpoint-commit")
+        planner.stage(self.buffers)
+        work = planner, step, keep_last, began
+        self.pending = Thread(target=self._write_later, args=work, name="checkpoint")
         self.pending.start()
 
     def _begin(self, partial: Path, progress: dict[str, Any]) -> None:
         partial.mkdir(exist_ok=True)
         write_text(partial / CONFIG, self.config_yaml)
-        write_json(partial / PROGRESS, {"format": FORMAT, **progress})
+        write_json(partial / PROGRESS, {"format": FORMAT, "ranks": self.world.size, **progress})
         for name, content in self.artifacts.items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
@@ -161,21 +156,20 @@ class CheckpointStore:
             self.folder.mark_best(step, metric, value)
         dist.barrier()
 
-    def _commit_later(self, future: Future, step: int, keep_last: int, began: float) -> None:
+    def _write_later(self, *work: Any) -> None:
         try:
-            with self._explained(step):
-                future.result()
-                self._commit(step, keep_last, began)
+            self._write(*work)
         except Exception as error:  # raised by finish(), in the thread that trains
             self.failure = error
 
-    def _commit(self, step: int, keep_last: int, began: float) -> None:
-        """Gives the checkpoint its name once every rank has summed what it wrote. Raises OSError, on every rank."""
-        partial = self.folder.partial(step)
-        shared = [*SHARED, *self.artifacts]
-        lines = self.savers.on_all(lambda: sums_of(partial, self.world.rank, shared))
-        # It has its name on every rank's return: none may look for it before.
-        self.savers.on_all(lambda: self._name(step, lines) if self.world.is_main else None)
+    def _write(self, planner: BlockPlanner, step: int, keep_last: int, began: float) -> None:
+        """Writes a checkpoint, and gives it its name once every rank has written. Raises on every rank."""
+        writer = SummingWriter(self.folder.partial(step))
+        with self._explained(step):
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=self.group)  # the planner has them
+            # It has its name on every rank's return: none may look for it before.
+            lines = self.savers.on_all(lambda: sum_lines(writer.digests))
+            self.savers.on_all(lambda: self._name(step, lines) if self.world.is_main else None)
         self.seconds, self.complete = time.monotonic() - began, step
         if self.world.is_main:
             try:
@@ -186,7 +180,9 @@ class CheckpointStore:
                 )
 
     def _name(self, step: int, lines: Sequence[str]) -> None:
-        write_sums(self.folder.partial(step), lines)
+        partial = self.folder.partial(step)
+        shared = {name: sha256_of(partial / name) for name in (*SHARED, *self.artifacts)}
+        write_sums(partial, [*lines, sum_lines(shared)])
         self.folder.commit(step)
 
     @contextmanager
@@ -198,6 +194,10 @@ class CheckpointStore:
             if self.world.is_main:
                 shutil.rmtree(self.folder.partial(step), ignore_errors=True)
             fault = _cause(error)
+            if isinstance(fault, NotFiniteError):
+                raise CheckpointError(
+                    f"weights are not finite after step {step} ({fault}): not saved; {self.folder.describe_latest()}"
+                ) from None
             if is_transient(fault) or not isinstance(fault, OSError):
                 raise fault from None
             why, remedy = fault.strerror or fault, "Make room there" if fault.errno in DISK_FULL else "Mend that"
@@ -207,24 +207,13 @@ class CheckpointStore:
             ) from error
 
 
-class _Writer(dcp.FileSystemWriter):
-    """Says why a write failed: torch's own error for a file cut short hides the file system's."""
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
-
-
 def _cause(error: BaseException) -> BaseException:
-    """The error of a rank; a lasting one comes before a transient one."""
+    """The error of a rank; a lasting one comes before a transient one, and values that are not finite before both."""
     if not isinstance(error, dcp.CheckpointException):
         return error
     causes = [cause for cause, _ in error.failures.values()]
-    return next((cause for cause in causes if isinstance(cause, OSError) and not is_transient(cause)), causes[0])
+    lasting = [cause for cause in causes if isinstance(cause, OSError) and not is_transient(cause)]
+    return next((cause for cause in causes if isinstance(cause, NotFiniteError)), [*lasting, *causes][0])
 
 
 def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
@@ -276,18 +265,6 @@ def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
     if state.dense_optimizer is not None:
         tensors["dense_optimizer"] = dict(_dense_states(state, state.dense_optimizer))
     return tensors
-
-
-def _all_finite(tensors: dict[str, dict[str, Any]]) -> bool:
-    """Whether every element of this rank's parts is finite."""
-    for value in (tensor for group in tensors.values() for tensor in group.values()):
-        if isinstance(value, ShardedTensor):
-            parts = [shard.tensor for shard in value.local_shards()]
-        else:
-            parts = [value.to_local() if isinstance(value, DTensor) else value]
-        if not all(bool(part.isfinite().all()) for part in parts):
-            return False
-    return True
 
 
 def _dense_states(state: ModelState, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

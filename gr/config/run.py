@@ -222,7 +222,9 @@ class CheckpointConfig(Section):
         1000, description="Steps between checkpoints; null saves at evaluations and at the end only."
     )
     keep_last: PositiveInt = Field(2, description="Newest checkpoints that stay, beside the best one.")
-    asynchronous: bool = Field(False, description="Write while training goes on, from a copy in host memory.")
+    asynchronous: bool = Field(
+        False, description="Write while training goes on, from a copy of tables, parameters and states in host memory."
+    )
     load_from: PathText | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
 
 

@@ -100,7 +100,7 @@ def test_artifacts_are_those_of_the_start(tmp_path: Path, alone: World) -> None:
 def test_sha256sum_reads_the_sums(tmp_path: Path, alone: World) -> None:
     path = saved(tmp_path, alone, state_of(2.0)).folder.final(7)
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"{name}: OK" for name in (DATA, "config.yaml", "progress.json", ".metadata")]
+    assert done.stdout.splitlines() == [f"{name}: OK" for name in (DATA, ".metadata", "config.yaml", "progress.json")]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -219,7 +219,7 @@ def failing_on_rank_1(world: World, folder: Path, asynchronous: bool, number: in
         raise OSError(number, "broken")
 
     if world.rank == 1:
-        store_module.sums_of = fail
+        store_module.sum_lines = fail
     store = CheckpointStore(folder, state_of(1.0), "config: 1\n", world, asynchronous=asynchronous)
     try:
         store.save({"step": 8, "data": {}}, keep_last=1)
@@ -271,7 +271,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, alone: World)
     store = saved(tmp_path, alone, state)
     with torch.no_grad():
         state.dense["w"][1] = torch.inf
-    with pytest.raises(CheckpointError, match=r"not finite after step 8: not saved; the last good .*step-00000007"):
+    with pytest.raises(
+        CheckpointError, match=r"not finite after step 8 \(dense\.w\): not saved; the last good .*step-00000007"
+    ):
         store.save({"step": 8, "data": {}}, keep_last=2)
     assert store.folder.steps() == [7]
 
@@ -279,7 +281,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, alone: World)
 def test_a_checkpoint_loads_into_the_live_tensors(tmp_path: Path, alone: World) -> None:
     store = saved(tmp_path, alone, state_of(2.0))
     fresh = state_of(0.0)
-    assert load_state(store.folder.final(7), fresh, alone) == {"format": FORMAT, "step": 7, "data": {}}
+    assert load_state(store.folder.final(7), fresh, alone) == {"format": FORMAT, "ranks": 1, "step": 7, "data": {}}
     assert torch.equal(fresh.dense["w"].detach(), torch.full((3,), 2.0))
 
 
