@@ -214,6 +214,11 @@ class InventoryConfig(Section):
     renamed: ClassVar[dict[str, str]] = {
         f"dense.kind={kind}": "{kind: tower, tower: {kind: KIND, layers: ...}, dim: ..., mean_length: ...}"
         for kind in ("hstu", "transformer")
+    } | {
+        "dense.strategy": "dense_parallel",
+        "dense.tensor_parallel": "tensor_parallel",
+        "dense.gathered": "dense_gathered",
+        "dense.activation_checkpointing": "activation_checkpointing",
     }
 
     name: str = "model"
@@ -263,6 +268,15 @@ class InventoryConfig(Section):
             if kind == "pooled" and others:
                 raise ValueError(f"dense.dim={self.dense.dim} is the width of every pooled table, not of {others[0]}")
         return self
+
+    def dense_lies_on(self, ranks: Any) -> Any:
+        """Whether the dense part can lie on so many ranks, as DenseConfig.check_ranks has it; ranks may be an array."""
+        shared = (
+            ranks > 1
+            if self.dense_parallel == "fsdp"
+            else (self.tensor_parallel == 1) | (ranks == self.tensor_parallel)
+        )
+        return shared & (ranks % self.tensor_parallel == 0)
 
     @property
     def interacting_features(self) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from gr.config.inventory import InventoryConfig, TableConfig
+from gr.planner.dense_collectives import dense_collectives
 from gr.planner.enumerate import hottest_part
-from gr.planner.estimate_dense import BYTES, DenseWork, dense_work
+from gr.planner.estimate_dense import dense_work
 from gr.planner.estimate_tables import (
     ELEMENT_BYTES,
     TABLE_MEMORY,
@@ -20,7 +21,7 @@ from gr.planner.estimate_tables import (
     table_bytes,
     traffic,
 )
-from gr.planner.memory import PARAMETER_BYTES, fixed_memory
+from gr.planner.memory import fixed_memory
 from gr.planner.placement import Placement, Plan, Shard, column_blocks
 from gr.planner.topology import Topology
 
@@ -30,11 +31,13 @@ PHASES = (
     "lookup",
     "output_all_to_all",
     "dense_forward",
+    "weight_all_gather",  # of fsdp, for the forward pass
+    "tensor_all_reduce",  # of tensor parallelism, in both passes
     "dense_backward",
     "gradient_all_to_all",
     "update",
     "table_all_reduce",
-    "gradient_all_reduce",
+    "gradient_all_reduce",  # under fsdp, gathers for the backward pass and scatters of gradients
 )
 MEMORY = (
     "tables",
@@ -147,11 +150,11 @@ def estimate(plan: Plan) -> Estimate:
     for kind, size in fixed_memory(inventory, topology).items():
         memory[kind] += size
     work = dense_work(inventory, inventory.batch_on(ranks))
-    hidden = _add_dense(seconds, (intra, inter), work, plan)
+    hidden = _add_dense(seconds, (intra, inter), plan)
     return Estimate(
         plan=plan,
         seconds_PR=np.stack([seconds[phase] for phase in PHASES]),
-        hidden_P=np.array([hidden if phase == "gradient_all_reduce" else 0.0 for phase in PHASES]),
+        hidden_P=np.array([hidden.get(phase, 0.0) for phase in PHASES]),
         memory_MR=np.stack([memory[kind] for kind in MEMORY]),
         host_R=host,
         intra_bytes_R=intra,
@@ -226,23 +229,22 @@ def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> Table
     )
 
 
-def _add_dense(
-    seconds: dict[str, np.ndarray], links: tuple[np.ndarray, np.ndarray], work: DenseWork, plan: Plan
-) -> float:
-    """Adds the dense part's phases and traffic; returns the seconds of its all-reduce that the backward pass hides."""
+def _add_dense(seconds: dict[str, np.ndarray], links: tuple[np.ndarray, np.ndarray], plan: Plan) -> dict[str, float]:
+    """Adds the dense part's phases and traffic; returns the seconds of each phase that run beside another one."""
     topology, inventory = plan.topology, plan.inventory
+    work = dense_work(inventory, inventory.batch_on(topology.ranks))
     speed = topology.flops_bf16 if inventory.precision == "bf16" else topology.flops_fp32
     speed *= inventory.dense_efficiency
-    backward = work.backward_flops / speed
-    volume = float(work.parameters * PARAMETER_BYTES)
-    if inventory.dense_parallel == "fsdp":
-        # An all-reduce is a scatter of gradients and a gather; FSDP scatters once, and gathers weights in both passes.
-        sharded = work.parameters - work.replicated_parameters
-        volume += sharded * (BYTES[inventory.dense_gathered] - PARAMETER_BYTES / 2)
-    reduced, intra, inter = CollectiveCosts(topology).all_reduce(np.array(volume))
-    seconds["dense_forward"] += work.forward_flops / speed
-    seconds["dense_backward"] += backward
-    seconds["gradient_all_reduce"] += reduced
-    links[0][:] += intra
-    links[1][:] += inter
-    return min(float(reduced), backward)
+    computed = {"dense_forward": work.forward_flops / speed, "dense_backward": work.backward_flops / speed}
+    for phase, each in computed.items():
+        seconds[phase] += each
+    beside, hidden = dict[str, float](), dict[str, float]()
+    for collectives in dense_collectives(inventory, topology):
+        seconds[collectives.phase] += collectives.seconds
+        links[0][:] += collectives.intra_bytes
+        links[1][:] += collectives.inter_bytes
+        if collectives.beside is not None:
+            beside[collectives.phase] = computed[collectives.beside]
+    for phase, each in beside.items():
+        hidden[phase] = min(float(seconds[phase].max()), each)
+    return hidden

@@ -8,13 +8,14 @@ import numpy as np
 
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError, printable
+from gr.planner.dense_strategies import changed_keys, strategies, with_layers_again
 from gr.planner.enumerate import search_space, without_option
 from gr.planner.estimate import estimate
 from gr.planner.memory import fixed_memory
 from gr.planner.memory_bound import MemoryBound
 from gr.planner.placement import Plan
 from gr.planner.plan import DoesNotFit, search, table_capacity
-from gr.planner.smallest import in_steps, smallest
+from gr.planner.smallest import in_steps, smallest, smallest_by_strategy
 from gr.planner.topology import Topology
 
 NAMED = 5
@@ -93,6 +94,7 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
 
 def _remedies(inventory: InventoryConfig, topology: Topology, divides: int) -> Iterator[str]:
     yield _other_ranks(inventory, topology, divides)
+    yield from _other_strategies(inventory, topology, divides)
     halved = inventory.model_copy(
         update={
             "tables": tuple(
@@ -115,6 +117,19 @@ def _other_ranks(inventory: InventoryConfig, topology: Topology, divides: int) -
     name = "more hosts" if least.ranks > topology.ranks else "fewer ranks"
     hosts = f"{-(-least.ranks // local)} hosts of {local}" if least.ranks > local else f"of a host of {local}"
     return f"{name}: {least.ranks} ranks fit ({hosts})" + (f"; {least.reason}" if least.reason else "")
+
+
+def _other_strategies(inventory: InventoryConfig, topology: Topology, divides: int) -> Iterator[str]:
+    """Each strategy of the dense part on these ranks, with layers computed again where it takes that, or on others."""
+    for strategy in strategies(inventory, topology):
+        for changed in with_layers_again(strategy):
+            fits, outcome = _outcome(changed, topology)
+            if fits:
+                yield f"{changed_keys(inventory, changed)}: {outcome}"
+                break
+    for changed, ranks in smallest_by_strategy(inventory, topology, divides):
+        if ranks is not None and ranks != topology.ranks:
+            yield f"{changed_keys(inventory, changed)}: fits on {ranks:,} ranks"
 
 
 def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:

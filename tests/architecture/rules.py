@@ -27,7 +27,7 @@ CEILINGS = {
     "models": 1.6,
     "metrics": 1.0,
     "checkpoint": 0.8,
-    "planner": 4.6,
+    "planner": 4.8,
     "cluster": 0.5,
     "training": 1.4,
     "serving": 7.0,

@@ -29,6 +29,8 @@ PHASE_MS = {
     "lookup": (3.1, 0.15, 0.0),
     "output_all_to_all": (4.2, 0.1, 0.0),
     "dense_forward": (12.0, 0.0, 0.0),
+    "weight_all_gather": (1.5, 0.0, 1.0),
+    "tensor_all_reduce": (0.5, 0.0, 0.0),
     "dense_backward": (24.0, 0.0, 0.0),
     "gradient_all_to_all": (4.1, 0.1, 0.0),
     "update": (5.3, 0.15, 0.0),

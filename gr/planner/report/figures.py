@@ -46,7 +46,12 @@ class Straggler:
 
 def words(name: str) -> str:
     """The name of a phase or kind of memory in words: gradient_all_to_all -> gradient all-to-all."""
-    return name.replace("all_to_all", "all-to-all").replace("all_reduce", "all-reduce").replace("_", " ")
+    return (
+        name.replace("all_to_all", "all-to-all")
+        .replace("all_reduce", "all-reduce")
+        .replace("all_gather", "all-gather")
+        .replace("_", " ")
+    )
 
 
 def straggler(estimate: Estimate) -> Straggler:
