@@ -13,10 +13,7 @@ from gr.config.preference import DPOLoss, RewardLoss, SDPOLoss
 from gr.tasks import preference_loss
 from gr.tasks.preference import margin_of
 
-trl = pytest.importorskip(
-    "trl", reason="TRL is not installed (pip install trl==1.16.0): losses are not compared with it"
-)
-
+pytestmark = pytest.mark.slow  # TRL takes ten seconds to import
 P, CLOSE = 16, 1e-6
 BETA = 0.3
 
