@@ -17,7 +17,7 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.9,
+    "config": 4.0,
     "data": 3.3,
     "ops": 5.9,
     "embeddings": 1.4,
@@ -26,7 +26,7 @@ CEILINGS = {
     "tasks": 0.6,
     "models": 1.6,
     "metrics": 1.0,
-    "checkpoint": 0.8,
+    "checkpoint": 0.9,
     "planner": 4.8,
     "cluster": 0.5,
     "training": 1.4,
@@ -35,7 +35,7 @@ CEILINGS = {
     "cli": 2.5,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 38.9
+WITHOUT_PREPARE = 39.0
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
