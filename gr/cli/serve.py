@@ -11,7 +11,7 @@ from gr.cli.out import dump
 from gr.config.serving import load_serve_config
 from gr.errors import ConfigError, InstallError
 
-_NEEDED = ("starlette", "uvicorn", "httptools", "prometheus_client")
+_NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "prometheus_client")
 
 
 @click.command(

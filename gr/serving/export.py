@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from gr.checkpoint.checksums import find_damage, write_sums
 from gr.checkpoint.layout import read_progress
@@ -205,6 +204,10 @@ def _first_difference(old: Any, new: Any, place: str = "") -> str:
 
 def _compile(each: Pass, path: Path) -> None:
     """Writes a pass as an AOTInductor package without weights."""
+    # Imported here: `gr publish`, which compiles nothing, would spend a quarter of its time on it.
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
     dims: dict[str, Any] = {}
     shapes = tuple(
         {dim: dims.setdefault(name, torch.export.Dim(name, min=1, max=_LARGEST_BATCH)) for dim, name in named.items()}
@@ -216,9 +219,7 @@ def _compile(each: Pass, path: Path) -> None:
         lifted = program.constants.keys() - dict(each.module.named_buffers()).keys()
         assert not lifted, f"{lifted} are no buffers of the pass, so another checkpoint could not give them"
         try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS)
-            )
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS))
         except (InvalidCxxCompiler, CppCompileError, InductorError) as error:
             cause = error.inner_exception if isinstance(error, InductorError) else error
             if not isinstance(cause, InvalidCxxCompiler | CppCompileError):

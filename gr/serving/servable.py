@@ -58,8 +58,11 @@ class Servable(Protocol):
         """The request, checked, with the user's own ids mapped to the model's. Raises RequestError."""
         ...
 
-    def run(self, requests: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
-        """One answer a request, by the names of `outputs`; they go through the model as one batch where they can."""
+    def run(self, requests: Sequence[Encoded]) -> Sequence[dict[str, np.ndarray] | RequestError]:
+        """One answer a request, by the names of `outputs`; they go through the model as one batch where they can.
+
+        What is found wrong with a request only when it is read with its batch is its answer.
+        """
         ...
 
 

@@ -25,7 +25,7 @@ def running(
     config = ServeConfig(port=0, connections=200, deadline_ms=10_000, **limits)
     with Engine(version, config) as engine, listen(config) as listener:
         served = Served(engine, "toy", config, None if lines is None else lines.append)
-        server = uvicorn.Server(LimitedConfig(application(served), config))
+        server = uvicorn.Server(LimitedConfig(application(served), config, served.refusal))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:

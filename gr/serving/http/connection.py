@@ -1,21 +1,31 @@
-"""A connection of the HTTP server: uvicorn's, with limits on its number, its headers and its patience."""
+"""A connection of the HTTP server: uvicorn's, with admission, and limits on its number, headers and patience."""
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import uvicorn
 from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gr.config.serving import ServeConfig
+from gr.serving.http.event_loop import Lateness
+
+Headers = Sequence[tuple[bytes, bytes]]  # names in lower case
+
+
+class Admission(Protocol):
+    def __call__(self, path: bytes, headers: Headers, arrived: float) -> tuple[int, Mapping[str, str], bytes] | None:
+        """The answer to a POST that is refused before its body is read: status, headers and body; None: it is not."""
+        ...
 
 
 class LimitedConfig(uvicorn.Config):
-    """uvicorn's configuration with `limits`, which each Connection reads."""
+    """uvicorn's configuration with what each Connection reads: `limits`, `refusal`, and how late all of them are."""
 
-    def __init__(self, app: Any, limits: ServeConfig) -> None:
-        self.limits = limits
+    def __init__(self, app: Any, limits: ServeConfig, refusal: Admission) -> None:
+        self.limits, self.refusal, self.lateness = limits, refusal, Lateness()
         super().__init__(
             app,
             host=limits.host,
@@ -47,7 +57,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._limits = self.config.limits
         self._timer: asyncio.TimerHandle | None = None
-        self._reading, self._header_bytes = False, 0
+        self._reading, self._refused, self._header_bytes = False, False, 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -84,12 +94,38 @@ class Connection(HttpToolsProtocol):
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > self._limits.header_bytes:
             self._too_long()
             raise HttpParserError("headers")  # nothing of it reaches the application
-        super().on_headers_complete()
+        self.scope["state"]["arrived"] = arrived = self.config.lateness.arrived(self.loop)
+        self._refused = self._refuse_early(arrived)
+        if not self._refused:
+            super().on_headers_complete()
+
+    def _refuse_early(self, arrived: float) -> bool:
+        """Answers what is refused now, without a task, a route or its body: under overload most requests are."""
+        is_first = self.cycle is None or self.cycle.response_complete  # and none before it is still answered
+        if not is_first or self.parser.get_method() != b"POST" or not self._has_short_body():
+            return False
+        if (answer := self.config.refusal(self.url, self.headers, arrived)) is None:
+            return False
+        self._write(*answer, close=not self.parser.should_keep_alive())
+        return True
+
+    def _has_short_body(self) -> bool:
+        """One that is soon read past, for the next request on this connection."""
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        return len(lengths) == 1 and int(lengths[0]) <= self._limits.body_bytes
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._reading, self._header_bytes = False, 0
         self._disarm()
-        super().on_message_complete()
+        if self._refused:
+            self._refused = False
+            self._arm(self._limits.idle_seconds)
+        else:
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         if not self.transport.is_closing():
@@ -114,10 +150,14 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
             return
-        body = json.dumps({"error": message}).encode()
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self._write(status, {"content-type": "application/json"}, json.dumps({"error": message}).encode(), close=True)
+
+    def _write(self, status: int, headers: Mapping[str, str], body: bytes, *, close: bool) -> None:
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()] + ["connection: close\r\n"] * close
+        head = f"{''.join(lines)}content-length: {len(body)}\r\n\r\n".encode()
         self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+        if close:
+            self.transport.close()
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -134,7 +174,7 @@ class Connection(HttpToolsProtocol):
         begun = self.cycle is not None and (
             self.cycle.response_started if in_body else not self.cycle.response_complete
         )
-        if self._reading and not begun:
+        if self._reading and not begun and not self._refused:
             self._refuse(408, f"the request did not end within {self._limits.read_seconds:g} seconds")
         else:
             self.transport.abort()

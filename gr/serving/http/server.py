@@ -4,16 +4,17 @@ import asyncio
 import json
 import math
 import os
+import random
 import re
 import resource
 import signal
 import socket
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import uvicorn
@@ -29,13 +30,15 @@ from gr.errors import ServingError
 from gr.logging import get_logger
 from gr.serving.batch_queue import Overloaded
 from gr.serving.engine import Answer, Engine
-from gr.serving.http.connection import LimitedConfig
+from gr.serving.http.connection import Headers, LimitedConfig
+from gr.serving.http.event_loop import Answers
 from gr.serving.http.metrics_text import CONTENT_TYPE, metrics_text
 from gr.serving.http.open_inference import JSON_LENGTH, InferRequest, read_request, write_response
 from gr.serving.servable import RequestError, Unavailable
 
 log = get_logger(__name__)
 REQUEST_ID = "X-Request-ID"
+_REQUEST_ID = REQUEST_ID.lower().encode()
 _PLAIN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _OWN_FILES = 256  # of the process beside connections: libraries, packages, logs
 _LONG_BODY = 1 << 16  # bytes; above, a body is read in a thread, so that other requests are not kept waiting
@@ -54,12 +57,39 @@ class Served:
     write_access: Callable[[str], None] | None = None
     bodies: int = 0
     responses: Counter[int] = field(default_factory=Counter)
+    answers: Answers = field(default_factory=Answers)
 
     @property
     def models(self) -> dict[str, str]:
         """Model -> verb."""
         verbs = self.engine.verbs
         return {self.name: verbs[0]} if len(verbs) == 1 else {f"{self.name}.{verb}": verb for verb in verbs}
+
+    @cached_property
+    def _verbs(self) -> dict[bytes, str]:
+        """Path of a POST -> verb."""
+        return {f"/v2/models/{model}/infer".encode(): verb for model, verb in self.models.items()}
+
+    def refusal(self, path: bytes, headers: Headers, arrived: float) -> tuple[int, dict[str, str], bytes] | None:
+        """The answer to a POST for which there is no room, before anything else is spent on it; None: there is room."""
+        if (verb := self._verbs.get(path)) is None:
+            return None
+        try:
+            self.engine.require_room(verb, arrived)
+        except Unavailable as error:
+            given = next((value for name, value in headers if name == _REQUEST_ID), b"").decode("latin-1")
+            status, message, headers_of_error = _error(error, request_id := id_of(given))
+            self.record("infer", request_id, status, time.monotonic() - arrived, {})
+            head = {"content-type": "application/json", **headers_of_error, REQUEST_ID: request_id}
+            return status, head, json.dumps({"error": message}).encode()
+        return None
+
+    def record(self, route: str, request_id: str, status: int, seconds: float, line: Mapping[str, Any]) -> None:
+        """Counts an answer, and writes its line into the access log."""
+        self.responses[status] += 1
+        if self.write_access is not None:
+            head = {"time": round(time.time(), 3), "request": request_id, "route": route, "status": status}
+            self.write_access(json.dumps({**head, "ms": round(1e3 * seconds, 3), **line}))
 
     def verb(self, request: Request) -> str:
         """The verb of the model that the path names. Raises HTTPException 404."""
@@ -72,18 +102,23 @@ class Served:
         return self.models[model]
 
 
+def id_of(given: str) -> str:
+    """The id of a request: the client's, where it has one that a log can take."""
+    return given if given and _PLAIN_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+
+
 def application(served: Served) -> Starlette:
     """The ASGI application. Every answer but that of /metrics is JSON, errors are {"error": message}."""
     model = "/v2/models/{model}"
     versioned = model + "/versions/{version}"
     answers: list[tuple[str, str, Callable]] = [
+        *((f"{path}/infer", "POST", _infer) for path in (model, versioned)),  # first, as routes are tried in order
         ("/v2", "GET", _server),
         ("/v2/health/live", "GET", _live),
         ("/v2/health/ready", "GET", _ready),
         ("/metrics", "GET", _metrics),
         *((path, "GET", _model) for path in (model, versioned)),
         *((f"{path}/ready", "GET", _model_ready) for path in (model, versioned)),
-        *((f"{path}/infer", "POST", _infer) for path in (model, versioned)),
     ]
     routes = [Route(path, _logged(served, answer), methods=[method]) for path, method, answer in answers]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _unrouted(served)})
@@ -95,28 +130,25 @@ def _logged(served: Served, answer: Callable) -> Callable:
     """`answer` with a request id, its errors as answers, and a line of the access log, without data of the user."""
 
     async def endpoint(request: Request) -> Response:
-        started = time.monotonic()
-        given = request.headers.get(REQUEST_ID, "")
-        request_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = id_of(request.headers.get(REQUEST_ID, ""))
         line: dict[str, Any] = {}
         try:
             response = await answer(served, request, line)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; the log and the metrics do
         except Exception as error:
-            response = _error(error, request_id)
+            status, message, headers = _error(error, request_id)
+            response = JSONResponse({"error": message}, status, headers)
         response.headers[REQUEST_ID] = request_id
-        served.responses[response.status_code] += 1
-        if served.write_access is not None:
-            head = {"time": round(time.time(), 3), "request": request_id, "route": answer.__name__.lstrip("_")}
-            milliseconds = round(1e3 * (time.monotonic() - started), 3)
-            served.write_access(json.dumps({**head, "status": response.status_code, "ms": milliseconds, **line}))
+        seconds = time.monotonic() - request.state.arrived
+        served.record(answer.__name__.lstrip("_"), request_id, response.status_code, seconds, line)
         return response
 
     return endpoint
 
 
-def _error(error: Exception, request_id: str) -> Response:
+def _error(error: Exception, request_id: str) -> tuple[int, str, dict[str, str]]:
+    """Status, message and headers of the answer to a request that failed."""
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, dict(error.headers or {})
@@ -129,7 +161,7 @@ def _error(error: Exception, request_id: str) -> Response:
     else:
         log.error("request %s failed", request_id, exc_info=error)
         status, message = 500, f"the server failed on request {request_id}; its log says why"
-    return JSONResponse({"error": message}, status, headers)
+    return status, message, headers
 
 
 def _unrouted(served: Served) -> Callable:
@@ -179,16 +211,17 @@ async def _model_ready(served: Served, request: Request, line: dict[str, Any]) -
 
 async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Response:
     verb = served.verb(request)
-    served.engine.require_room(verb)
+    arrived = request.state.arrived
+    served.engine.require_room(verb, arrived)
     with _Body(served) as body:
         await body.read(request)
         line["bytes"] = len(body.data)
         json_bytes = _json_bytes(request, len(body.data))
         if len(body.data) > _LONG_BODY:
-            asked, future = await asyncio.to_thread(_submit, served.engine, verb, body.data, json_bytes)
+            asked, future = await asyncio.to_thread(_submit, served.engine, verb, body.data, json_bytes, arrived)
         else:
-            asked, future = _submit(served.engine, verb, body.data, json_bytes)
-        answer = await asyncio.wrap_future(future)
+            asked, future = _submit(served.engine, verb, body.data, json_bytes, arrived)
+        answer = await served.answers.of(future)
     line |= {"model": request.path_params["model"], "version": answer.version}
     line |= {"queue_ms": round(1e3 * answer.queue_seconds, 3), "run_ms": round(1e3 * answer.run_seconds, 3)}
     head = {"model_name": request.path_params["model"], "model_version": answer.version}
@@ -200,10 +233,12 @@ async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Resp
     return Response(content, media_type="application/octet-stream", headers={JSON_LENGTH: str(json_length)})
 
 
-def _submit(engine: Engine, verb: str, body: bytes, json_bytes: int) -> "tuple[InferRequest, Future[Answer]]":
+def _submit(
+    engine: Engine, verb: str, body: bytes, json_bytes: int, arrived: float
+) -> "tuple[InferRequest, Future[Answer]]":
     servable = engine.servable(verb)
     asked = read_request(body, json_bytes, servable.inputs, servable.outputs)
-    return asked, engine.submit(verb, asked.columns, deadline_ms=asked.deadline_ms)
+    return asked, engine.submit(verb, asked.columns, deadline_ms=asked.deadline_ms, arrived=arrived)
 
 
 def _json_bytes(request: Request, body_bytes: int) -> int:
@@ -248,7 +283,7 @@ class _Body:
 def serve(served: Served, listener: socket.socket) -> None:
     """Answers until SIGTERM or SIGINT; then takes no connection any more, and answers what it has."""
     log.info("%s", describe(served, listener))
-    server = uvicorn.Server(LimitedConfig(application(served), served.limits))
+    server = uvicorn.Server(LimitedConfig(application(served), served.limits, served.refusal))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered, for handlers before
     server.run(sockets=[listener])
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow as pa
 from gr.errors import ServingError
 from gr.models.saved import load
 from gr.models.saved_click import SavedClick
+from gr.serving.package.layout import read_current, read_manifest
 from gr.serving.package.version import Unseen
 from gr.serving.servable import Encoded, Servable, TensorSpec
 
@@ -37,6 +39,15 @@ class EagerClick:
         self.name = self._saved.folder.name
         self.count_unknown = Unseen()
         self.verbs: Mapping[str, Servable] = {"score": self}
+
+    @classmethod
+    def of(cls, checkpoint: str, package: Path) -> "EagerClick":
+        """With the inputs and outputs of the package's verb."""
+        manifest = read_manifest(package, read_current(package))
+        if manifest.kind != "click":
+            raise ServingError(f"{package}: serves a {manifest.kind} model; eager is for click models")
+        record = manifest.verbs["score"]
+        return cls(checkpoint, record.inputs, record.outputs)
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> _Rows:
         """columns: by name, [B] or [B, ids]."""

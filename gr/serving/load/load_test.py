@@ -4,15 +4,10 @@ A latency counts from the moment at which its request was due, so that a generat
 was refused or failed has an infinite latency: the p99 of a run is over everything that was offered.
 """
 
-import asyncio
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import DataError, ServingError
-from gr.serving.batch_queue import Overloaded
 from gr.serving.engine import Engine
-from gr.serving.http.open_inference import DTYPES, JSON_LENGTH, write_request
+from gr.serving.http.open_inference import DTYPES
 from gr.serving.servable import TensorSpec
 
 _FEWEST = 200  # requests of a run: fewer say little about a p99
 _PRECISION = 1.05  # of the largest rate, as a ratio
-_REFUSED = math.inf
 Columns = Mapping[str, np.ndarray]
 
 
@@ -74,96 +67,6 @@ class Target(Protocol):
 def poisson(qps: float, seconds: float, random: np.random.Generator) -> np.ndarray:
     """Arrivals, in seconds from 0: as many as are expected, and enough for a p99."""
     return np.cumsum(random.exponential(1 / qps, max(_FEWEST, round(qps * seconds))))
-
-
-class EngineTarget:
-    """An engine in this process; request i is `requests[i % len(requests)]`."""
-
-    def __init__(self, engine: Engine, verb: str, requests: Sequence[Columns]) -> None:
-        self._engine, self._verb, self._requests = engine, verb, requests
-
-    def run(self, arrivals: np.ndarray) -> Run:
-        latencies = np.full(len(arrivals), _REFUSED)
-        left, counts = threading.Semaphore(0), {"refused": 0, "failed": 0}
-        started = time.perf_counter()
-
-        def record(number: int, error: BaseException | None) -> None:
-            if error is None:
-                latencies[number] = time.perf_counter() - started - arrivals[number]
-            else:
-                counts["refused" if isinstance(error, Overloaded) else "failed"] += 1
-            left.release()
-
-        def answered(number: int, future: Future) -> None:
-            record(number, future.exception())
-
-        for number, due in enumerate(arrivals):
-            if (wait := started + due - time.perf_counter()) > 0:
-                time.sleep(wait)
-            try:
-                future = self._engine.submit(self._verb, self._requests[number % len(self._requests)])
-            except ServingError as error:
-                record(number, error)
-            else:
-                future.add_done_callback(partial(answered, number))
-        for _ in arrivals:
-            left.acquire()
-        return _run(arrivals, latencies, counts, time.perf_counter() - started)
-
-
-class HttpTarget:
-    """A server; request i is `requests[i % len(requests)]` in binary tensors, on a connection that is free or new."""
-
-    def __init__(
-        self, address: tuple[str, int], model: str, requests: Sequence[Columns], inputs: Sequence[TensorSpec]
-    ) -> None:
-        self._address = address
-        head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {address[0]}\r\n"
-        self._requests = []
-        for columns in requests:
-            body, json_bytes = write_request(columns, inputs)
-            lengths = f"Content-Length: {len(body)}\r\n{JSON_LENGTH}: {json_bytes}\r\n\r\n"
-            self._requests.append(f"{head}{lengths}".encode() + body)
-
-    def run(self, arrivals: np.ndarray) -> Run:
-        return asyncio.run(self._run(arrivals))
-
-    async def _run(self, arrivals: np.ndarray) -> Run:
-        latencies, counts = np.full(len(arrivals), _REFUSED), {"refused": 0, "failed": 0}
-        free: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = deque()
-        started = time.perf_counter()
-
-        async def send(number: int) -> None:
-            try:
-                reader, writer = free.pop() if free else await asyncio.open_connection(*self._address)
-                writer.write(self._requests[number % len(self._requests)])
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().partition(b"\r\ncontent-length:")[2].split(b"\r\n", 1)[0])
-                await reader.readexactly(length)
-            except (OSError, EOFError):  # IncompleteReadError is an EOFError
-                counts["failed"] += 1
-                return
-            free.append((reader, writer))
-            status = int(head[9:12])
-            if status == 200:
-                latencies[number] = time.perf_counter() - started - arrivals[number]
-            else:
-                counts["refused" if status == 503 else "failed"] += 1
-
-        tasks = []
-        for number, due in enumerate(arrivals):
-            if (wait := started + due - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
-            tasks.append(asyncio.create_task(send(number)))
-        await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - started
-        for _, writer in free:
-            writer.close()
-        return _run(arrivals, latencies, counts, seconds)
-
-
-def _run(arrivals: np.ndarray, latencies: np.ndarray, counts: Mapping[str, int], seconds: float) -> Run:
-    return Run(len(arrivals) / float(arrivals[-1]), latencies, counts["refused"], counts["failed"], seconds)
 
 
 def largest_rate(
@@ -213,27 +116,26 @@ def offline(engine: Engine, verb: str, requests: Sequence[Columns], count: int) 
 def read_requests(file: Path, inputs: Sequence[TensorSpec], rows: int) -> list[Columns]:
     """Requests from a Parquet file that has the columns of a verb, in the user's own values.
 
-    A request is one row where a column of one dim has lists, such as a history, and else `rows` rows. Raises
-    DataError for a file that cannot be read, lacks a column or has nulls, which a request cannot say.
+    A request is one row where a column of one dim has lists, such as a history, and else `rows` rows. Inputs that the
+    file has no column of are left out, as some may be; the engine knows which. Raises DataError for a file that cannot
+    be read, has no column of the model's or has nulls, which a request cannot say.
     """
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read as Parquet: {error}") from None
-    names = [spec.name for spec in inputs]
-    if missing := [name for name in names if name not in table.column_names]:
-        raise DataError(f"{file}: has no column {missing[0]}; the model reads {', '.join(names)}")
+    if not (named := [spec for spec in inputs if spec.name in table.column_names]):
+        raise DataError(f"{file}: has no column that the model reads: {', '.join(spec.name for spec in inputs)}")
+    names = [spec.name for spec in named]
     table = table.select(names).combine_chunks()
     if nulls := [name for name in names if table.column(name).null_count]:
         raise DataError(f"{file}: column {nulls[0]} has nulls, which a request cannot say; name a file without")
-    one = any(_is_list(table.column(spec.name).type) and len(spec.shape) == 1 for spec in inputs)
+    one = any(_is_list(table.column(spec.name).type) and len(spec.shape) == 1 for spec in named)
     size = 1 if one else rows
     if table.num_rows < size:
         raise DataError(f"{file}: has {table.num_rows} rows, and a request is {size}")
     starts = range(0, table.num_rows - size + 1, size)
-    return [
-        {spec.name: _array(table.column(spec.name).slice(start, size), spec) for spec in inputs} for start in starts
-    ]
+    return [{spec.name: _array(table.column(spec.name).slice(start, size), spec) for spec in named} for start in starts]
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +23,7 @@ from gr.serving.verbs.request_ids import warm_up
 Run = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]  # a pass: dense_BN, ids_BH -> logits_B
 
 
-@dataclass(frozen=True)
-class ClickRequest:
+class ReadRows(NamedTuple):
     """Rows as the pass reads them. dense_BN: float32. ids_BH: int32, within their tables."""
 
     dense_BN: np.ndarray
@@ -34,6 +34,14 @@ class ClickRequest:
         return len(self.ids_BH)
 
 
+@dataclass(frozen=True)
+class PlainRows:
+    """Columns of float32 and int64 alone, of equal lengths, which are read together with those of the whole batch."""
+
+    columns: Mapping[str, np.ndarray]
+    rows: int
+
+
 class ClickServable:
     """The verb `score`. inputs: one tensor a column of the training data, of equal lengths."""
 
@@ -42,12 +50,16 @@ class ClickServable:
         self.outputs: Sequence[TensorSpec] = record.outputs
         self._rows, self.compiled_pass, self._unknown, self._unseen = rows, run, unknown, unseen
         self._hots = {column.name: column.hots for column in rows.schema.sparse}
+        self._plain = {name: np.dtype(np.float32) for name in rows.schema.dense} | {
+            name: np.dtype(np.int64) for name in self._hots if rows.vocabularies[name].has_numbers
+        }
 
-    def encode(self, columns: Mapping[str, np.ndarray]) -> ClickRequest:
+    def encode(self, columns: Mapping[str, np.ndarray]) -> PlainRows | ReadRows:
         """columns: by name, [B], or [B, ids] where rows have several ids; text or numbers, as in the training data.
 
         Raises RequestError for a column that is missing, unknown, of another length or type, or has a value that is no
-        finite number or no id; and, where the package says so, a value that training did not see.
+        finite number or no id; and, where the package says so, a value that training did not see. What is wrong with
+        values of plain columns is what `run` answers.
         """
         known = [spec.name for spec in self.inputs]
         for name in columns:
@@ -57,29 +69,59 @@ class ClickServable:
             if name not in columns:
                 raise RequestError(name, "is missing; the model reads it")
         arrays = {name: np.asarray(columns[name]) for name in known}
-        self._check_shapes(arrays)
-        read, unseen = self._rows.read_plain(arrays) or self._read(arrays)
+        rows = self._check_shapes(arrays)
+        if all(array.dtype == self._plain.get(name) for name, array in arrays.items()):
+            return PlainRows(arrays, rows)
+        return self.read(arrays)
+
+    def read(self, columns: Mapping[str, np.ndarray]) -> ReadRows:
+        """The rows of one request, or of several one behind the other. Raises RequestError, as encode does."""
+        read, unseen = self._rows.read_plain(columns) or self._read_any(columns)
+        self._count(unseen)
+        return ReadRows(read.dense_BN, read.ids_BH.astype(np.int32))
+
+    def _count(self, unseen: Mapping[str, int]) -> None:
         self._unseen.add(unseen)
         if unseen and self._unknown == "reject":
             name, values = next(iter(unseen.items()))
             raise RequestError(name, f"{values} of its values were not seen in training, which this package refuses")
-        return ClickRequest(read.dense_BN, read.ids_BH.astype(np.int32))
 
-    def run(self, requests: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
+    def run(self, requests: Sequence[Encoded]) -> list[dict[str, np.ndarray] | RequestError]:
         """One answer a request: score, float32 [B]. All requests go through the model as one batch."""
-        own = [each for each in requests if isinstance(each, ClickRequest)]
-        assert len(own) == len(requests), "requests are encoded by the verb that runs them"
-        dense_BN, ids_BH = (np.concatenate(parts) for parts in zip(*((r.dense_BN, r.ids_BH) for r in own), strict=True))
+        (dense_BN, ids_BH), faults = self._read_batch(requests)
         if len(ids_BH):
             (logits_B,) = self.compiled_pass(torch.from_numpy(dense_BN), torch.from_numpy(ids_BH))
             scores_B = logits_B.sigmoid().numpy()
             require_finite(scores_B)
         else:
             scores_B = np.empty(0, dtype=np.float32)
-        stops = np.cumsum([request.rows for request in own])[:-1]
-        return [{"score": part} for part in np.split(scores_B, stops)]
+        stops = np.cumsum([request.rows for place, request in enumerate(requests) if place not in faults])[:-1]
+        parts = iter(np.split(scores_B, stops))
+        return [faults[place] if place in faults else {"score": next(parts)} for place in range(len(requests))]
 
-    def _check_shapes(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def _read_batch(self, requests: Sequence[Encoded]) -> tuple[ReadRows, dict[int, RequestError]]:
+        """The rows of all requests but those at fault, and what is wrong with these, by their places."""
+        plain = [each for each in requests if isinstance(each, PlainRows)]
+        if len(plain) == len(requests):
+            read = self._rows.read_plain(
+                {name: np.concatenate([r.columns[name] for r in plain]) for name in self._plain}
+            )
+            if read is not None and not (read[1] and self._unknown == "reject"):
+                self._count(read[1])
+                return ReadRows(read[0].dense_BN, read[0].ids_BH.astype(np.int32)), {}
+        blocks, faults = [], {}
+        for place, request in enumerate(requests):
+            assert isinstance(request, PlainRows | ReadRows), "requests are encoded by the verb that runs them"
+            try:
+                blocks.append(self.read(request.columns) if isinstance(request, PlainRows) else request)
+            except RequestError as error:
+                faults[place] = error
+        if not blocks:
+            return ReadRows(np.empty((0, 0), np.float32), np.empty((0, 0), np.int32)), faults
+        return ReadRows(*(np.concatenate(parts) for parts in zip(*blocks, strict=True))), faults
+
+    def _check_shapes(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """The number of rows. Raises RequestError."""
         first = next(iter(arrays.values()))
         rows = len(first) if first.ndim else -1
         for name, values in arrays.items():
@@ -89,8 +131,9 @@ class ClickServable:
                 raise RequestError(
                     name, f"has shape {list(values.shape)}, wanted {shape} with the same rows in all columns"
                 )
+        return rows
 
-    def _read(self, arrays: Mapping[str, np.ndarray]) -> tuple[TabularRows, dict[str, int]]:
+    def _read_any(self, arrays: Mapping[str, np.ndarray]) -> tuple[TabularRows, dict[str, int]]:
         """Columns of any kind. Raises RequestError."""
         table = pa.table({name: _as_arrow(name, values) for name, values in arrays.items()})
         try:

@@ -10,6 +10,7 @@ import pytest
 
 from gr.config.serving import ServeConfig
 from gr.errors import ServingError
+from gr.serving.batch_queue import Overloaded
 from gr.serving.http.server import listen
 from gr.serving.servable import Unavailable
 from tests.support.toy_server import answer_of, exchange, get, post, running
@@ -38,6 +39,13 @@ def toy(lines):
 @pytest.fixture
 def address(toy):
     return toy[1]
+
+
+def until(is_so, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def ask(address, request):
@@ -75,6 +83,27 @@ def test_a_fault_of_the_model_is_500_and_what_cannot_answer_now_is_503(error, st
         got, answer = ask(address, post(question(13)))
     assert got == status
     assert re.search("the server failed on request" if status == 500 else "is not finite", answer["error"])
+
+
+def test_what_is_refused_is_refused_before_its_body_and_leaves_the_connection_open(lines):
+    """Under overload; the request's id comes back, it is logged and counted, and the next one is answered."""
+    version = ToyVersion(1)
+    with running(version, lines) as (served, address):
+        queue = served.engine._queues["score"]
+        with socket.create_connection(address, 10) as connection, version.busy(served.engine):
+            queue.time.add(1, 100.0)
+            waiting = served.engine.submit("score", {"x": np.ones(1)}, deadline_ms=50)
+            request = post(question(1), X_Request_ID="mine")
+            connection.sendall(request[:-5])  # all of it but the end of the body
+            status, headers, body = answer_of(connection)
+            assert status == 503 and headers["x-request-id"] == "mine" and int(headers["retry-after"]) >= 1
+            assert re.search("1 rows wait, so an answer takes about", json.loads(body)["error"])
+            connection.sendall(request[-5:] + get("/v2/health/live"))
+            assert answer_of(connection)[0] == 200
+        assert isinstance(waiting.exception(), Overloaded)
+        assert served.responses[503] == 1 and served.engine.metrics.verbs["score"].outcomes["overloaded"] == 2
+    last = json.loads(lines[-2])
+    assert (last["request"], last["route"], last["status"]) == ("mine", "infer", 503)
 
 
 def test_an_answer_in_json(address):
@@ -193,13 +222,11 @@ def test_bodies_together_are_limited():
     with running(ToyVersion(1), bodies_bytes=1000) as (served, address):
         slow = socket.create_connection(address, 10)
         slow.sendall(post(bytes(900), length=950))
-        time.sleep(0.1)
-        assert served.bodies == 900
+        until(lambda: served.bodies == 900)
         status, _, body = exchange(address, post(question(*range(100))))
         assert status == 503 and b"bodies of 1,000 bytes" in body
         slow.close()
-        time.sleep(0.1)
-        assert served.bodies == 0
+        until(lambda: served.bodies == 0)
         assert exchange(address, post(question(1)))[0] == 200
 
 

@@ -12,8 +12,6 @@ from gr.config.serving import EngineConfig
 from gr.errors import DataError, ServingError
 from gr.serving import Engine, TensorSpec
 from gr.serving.load.load_test import (
-    EngineTarget,
-    HttpTarget,
     Run,
     largest_rate,
     offline,
@@ -21,6 +19,7 @@ from gr.serving.load.load_test import (
     poisson,
     read_requests,
 )
+from gr.serving.load.targets import EngineTarget, HttpTarget
 from tests.support.toy_server import running
 from tests.support.toy_serving import ToyVersion
 
@@ -109,7 +108,7 @@ def test_requests_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"t": ["a"]}, "has no column n"),
+        ({"x": ["a"]}, "has no column that the model reads: n, t"),
         ({"t": ["a", None, "b"], "n": [1, 2, 3]}, "column t has nulls"),
         ({"t": ["a"], "n": [1]}, "has 1 rows, and a request is 3"),
     ],
