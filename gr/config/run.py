@@ -31,6 +31,7 @@ from gr.config.optim import (
     TableOptimizerConfig,
 )
 from gr.errors import ConfigError
+from gr.schema import LARGEST_DENSE
 
 TableInit = Literal["truncated_normal", "uniform_rows"]
 
@@ -356,6 +357,11 @@ class RunConfig(Section):
         own = self.embeddings.of(name)
         dtype, rounding = own.dtype or self.embeddings.dtype, own.rounding or self.embeddings.rounding
         optimizer, ids = self.embeddings.optimizer_of(name).kind, self.embeddings.ids_of(name)
+        if ids.kind == "dense" and rows > LARGEST_DENSE:
+            raise ConfigError(
+                f"{name} has raw ids (schema.json: up to {rows - 1}): set embeddings.tables.{name}.ids to "
+                "{kind: dynamic, rows: ROWS}, or hashed, or leave the column out of model.features"
+            )
         fields |= {"dtype": dtype, "rounding": rounding, "optimizer": optimizer, "ids": ids.kind}
         return TableConfig(name=name, rows=rows if ids.kind == "dense" else ids.rows, **fields)
 

@@ -192,9 +192,11 @@ def collate_evaluation(
 def _seen(items: np.ndarray, length_B: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     example = np.repeat(np.arange(len(length_B)), length_B)
     keep = items != targets[example]
-    bound = int(items.max(initial=0)) + 1
-    keys = np.unique(example[keep] * bound + items[keep])
-    return keys % bound, _offsets(np.bincount(keys // bound, minlength=len(length_B)))
+    # Raw ids are too large to stand beside the number of an example.
+    distinct, place = np.unique(items[keep], return_inverse=True)
+    bound = max(len(distinct), 1)
+    keys = np.unique(example[keep] * bound + place)
+    return distinct[keys % bound], _offsets(np.bincount(keys // bound, minlength=len(length_B)))
 
 
 def times(rows: Rows, length_B: np.ndarray, place_T: np.ndarray) -> Tensor | None:

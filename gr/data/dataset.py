@@ -19,7 +19,7 @@ from gr.data.validate import Fault, check_rows, checked_column, expected_types
 from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
-from gr.schema import ITEMS_FILE, UNCOUNTED_EVENTS, USER_COLUMN, DataSchema
+from gr.schema import ITEMS_FILE, LARGEST_DENSE, UNCOUNTED_EVENTS, USER_COLUMN, DataSchema
 
 log = get_logger(__name__)
 
@@ -213,6 +213,10 @@ def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray
     """
     if not schema.event_features:
         return {}
+    if schema.item_cardinality > LARGEST_DENSE:
+        raise DataError(
+            f"model.features: {folder} has raw item ids, by which no features are kept; leave model.features empty"
+        )
     items_C, _ = read_corpus(folder, schema)
     file = folder / ITEMS_FILE
     names = read_footer(file).schema.to_arrow_schema().names

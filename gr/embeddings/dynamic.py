@@ -26,7 +26,7 @@ from gr.dist import World
 from gr.embeddings.collection import is_candidate
 from gr.embeddings.init import InitialRows
 from gr.errors import ConfigError
-from gr.ops.id_table import COUNTERS, EMPTY, MOST_SETS, IdTable, count_ids, id_table_step, set_of
+from gr.ops.id_table import EMPTY, MOST_SETS, IdTable, count_ids, id_table_step, set_of, tag_of
 from gr.ops.splitmix64 import shift_right, splitmix64
 
 # Half-lives after which the scores of LFU are written in another unit, so that they stay within float32.
@@ -75,12 +75,8 @@ class DynamicTable:
         self.name, self.config = name, ids
         self.bounds = torch.tensor([sets * rank // world.size for rank in range(world.size + 1)])
         first, stop = self.bounds[world.rank : world.rank + 2].tolist()
-        key_SA = torch.full((stop - first, ids.ways), EMPTY)
-        score_SA = torch.zeros(key_SA.shape, dtype=torch.int32 if ids.eviction == "lru" else torch.float32)
-        seen_SC = None
-        if ids.min_count > 1:
-            seen_SC = torch.zeros(len(key_SA), COUNTERS * ids.ways, dtype=torch.uint8)
-        self.table = IdTable(key_SA, score_SA, seen_SC, first, sets)
+        score = torch.int32 if ids.eviction == "lru" else torch.float32
+        self.table = IdTable.empty(first, stop, sets, ids.ways, score, counted=ids.min_count > 1)
         self.steps = 0
         self.counts: Counter[str] = Counter()
 
@@ -132,8 +128,9 @@ class DynamicTable:
     def set_steps(self, steps: int) -> None:
         """Steps done, after a checkpoint was loaded. 0: another run begins with its ids, of which none is stronger."""
         self.steps = steps
+        self.table.tag_SA.copy_(tag_of(self.table.key_SA))
         if not steps:
-            self.table.score_SA.zero_()
+            self.table.score_SA.clamp_(max=0)
 
     def entries(self) -> Iterator[IdEntry]:
         """The tensors of the map as a checkpoint keeps them, each [sets, ...] over all ranks."""

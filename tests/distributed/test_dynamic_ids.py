@@ -14,10 +14,13 @@ from torch import Tensor
 from gr.checkpoint import CheckpointFolder
 from gr.checkpoint.metadata import SafeReader
 from gr.config.click import ClickConfig
+from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
-from gr.experiment import predict, train
+from gr.experiment import predict, recommend, train
+from gr.recipes.base import Request
 from tests.support.ranks import run_ranks
-from tests.support.raw_ids import ITEM, TAGS, raw_click_config, write_raw_clicks
+from tests.support.raw_ids import ITEM, TAGS, raw_click_config, write_raw_clicks, write_raw_histories
+from tests.support.tiny import tiny_config
 
 STEPS, HALF = 32, 16
 LOSS = 1e-6  # nats; losses are 0.6 to 1.4
@@ -66,7 +69,7 @@ def maps(config: ClickConfig) -> dict[str, Tensor]:
         sets, ways = int(ids["rows"]) // int(ids["ways"]), int(ids["ways"])
         tensors |= {f"{name}/ids.raw_id": torch.zeros(sets, ways, dtype=torch.int64)}
         tensors |= {f"{name}/ids.score": torch.zeros(sets, ways, dtype=score)}
-    tensors["tags/ids.seen"] = torch.zeros(24, 16, dtype=torch.uint8)
+    tensors["tags/ids.seen"] = torch.zeros(24, 12, dtype=torch.uint8)
     path = CheckpointFolder(Path(config.run_dir) / "checkpoints").final(STEPS)
     dcp.load({"tables": tensors}, storage_reader=SafeReader(path), no_dist=True)
     return tensors
@@ -121,3 +124,31 @@ def test_predicts_rows_of_raw_ids(folder: Path, one: ClickConfig) -> None:
 
 def _predict(world: World, config: ClickConfig, checkpoint: Path, file: Path, out: Path) -> None:
     predict(config, checkpoint, world, file, out)
+
+
+@pytest.mark.slow
+def test_retrieval_recommends_raw_items(tmp_path: Path) -> None:
+    """Of 60 items 42 have a row at once; candidates are given none, and two ranks answer as one does."""
+    data, answers, losses = write_raw_histories(tmp_path / "data"), [], []
+    for ranks in (1, 2):
+        config = tiny_config(
+            data,
+            tmp_path / f"run-{ranks}",
+            trainer={"steps": 6},
+            embeddings={"tables": {"item_id": {"ids": {"kind": "dynamic", "rows": 48, "ways": 8}}}},
+            evaluation={"baselines": ["popularity"]},
+        )
+        run_ranks(run, ranks, config)
+        checkpoint = CheckpointFolder(Path(config.run_dir) / "checkpoints").final(6)
+        run_ranks(_recommend, ranks, config, checkpoint, tmp_path / f"best-{ranks}.parquet")
+        answers.append(pq.read_table(tmp_path / f"best-{ranks}.parquet"))
+        losses.append([record["loss"] for record in records(config, "train").values()])
+        assert records(config, "ids")[6]["item_id/hits"] > 0
+    assert losses[0] == pytest.approx(losses[1], rel=LOSS)
+    assert answers[0].drop_columns("score").equals(answers[1].drop_columns("score"))
+    corpus = pq.read_table(data / "items.parquet")["item_id"].to_pylist()
+    assert set(answers[0]["item_id"].to_pylist()) <= set(corpus)
+
+
+def _recommend(world: World, config: RetrievalConfig, checkpoint: Path, out: Path) -> None:
+    recommend(config, checkpoint, world, out, Request(k=3))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gr.ops.backend import Backend, force_backend
-from gr.ops.id_table import COUNTERS, EMPTY, IdTable, count_ids, id_table_step, set_of
+from gr.ops.id_table import EMPTY, IdTable, count_ids, id_table_step, set_of
 from gr.ops.splitmix64 import splitmix64
 
 BACKENDS: tuple[Backend, ...] = ("native", "torch")
@@ -17,9 +17,7 @@ BACKENDS: tuple[Backend, ...] = ("native", "torch")
 
 def new_table(sets: int, ways: int, score: torch.dtype = torch.int32, *, counted: bool = False, part=(0, 1)) -> IdTable:
     first, stop = (sets * (part[0] + more) // part[1] for more in (0, 1))
-    key = torch.full((stop - first, ways), EMPTY)
-    seen = torch.zeros(stop - first, COUNTERS * ways, dtype=torch.uint8) if counted else None
-    return IdTable(key, torch.zeros_like(key, dtype=score), seen, first, sets)
+    return IdTable.empty(first, stop, sets, ways, score, counted=counted)
 
 
 def catalogue(steps: int, uses: int = 1024, seed: int = 0) -> list[Tensor]:
@@ -53,13 +51,13 @@ def walked(backend: Backend, tables: list[IdTable], stream: list[Tensor], min_co
 def test_one_map_under_every_implementation_and_split(score: torch.dtype, min_count: int) -> None:
     expected = None
     for backend, parts in [("torch", 1), ("native", 1), ("torch", 3), ("native", 4)]:
-        tables = [new_table(64, 16, score, counted=min_count > 1, part=(part, parts)) for part in range(parts)]
+        tables = [new_table(64, 20, score, counted=min_count > 1, part=(part, parts)) for part in range(parts)]
         did = walked(backend, tables, catalogue(20), min_count)
-        names = ("key_SA", "score_SA") + (("seen_SC",) if min_count > 1 else ())
+        names = ("key_SA", "score_SA", "tag_SA") + (("seen_SC",) if min_count > 1 else ())
         state = [torch.cat([getattr(table, name) for table in tables]) for name in names]
         if expected is None:
             expected = did, state
-            assert sum(int((changed[2] != EMPTY).sum()) for _, changed in did) > 1024, "most rows change hands"
+            assert sum(int((changed[2] != EMPTY).sum()) for _, changed in did) > 1280, "most rows change hands"
             continue
         for (rows, changed), (rows_there, changed_there) in zip(did, expected[0], strict=True):
             assert torch.equal(rows, rows_there)

@@ -6,7 +6,6 @@ from torch import Tensor
 from gr.ops.backend import backend_for
 from gr.ops.id_table.native import count_ids_native, id_table_native
 from gr.ops.id_table.reference import (
-    COUNTERS,
     EMPTY,
     MOST_COUNT,
     MOST_SETS,
@@ -15,9 +14,10 @@ from gr.ops.id_table.reference import (
     count_ids_reference,
     id_table_reference,
     set_of,
+    tag_of,
 )
 
-__all__ = ["COUNTERS", "EMPTY", "MOST_COUNT", "MOST_SETS", "IdTable", "Step", "count_ids", "id_table_step", "set_of"]
+__all__ = ["EMPTY", "MOST_COUNT", "MOST_SETS", "IdTable", "Step", "count_ids", "id_table_step", "set_of", "tag_of"]
 
 
 def count_ids(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from gr.ops.id_table.reference import IdTable, Step
 
 
 def count_ids_native(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """count_ids_reference; ids come in the order of their first use."""
+    """count_ids_reference; ids come in the order of their hashes, roughly, and so of their sets."""
     return torch.ops.gr.count_ids(ids_T.contiguous())
 
 
@@ -15,6 +15,7 @@ def id_table_native(table: IdTable, ids_U: Tensor, uses_U: Tensor, stamp: float,
     """id_table_reference. Raises ValueError for an id of another rank's sets."""
     return Step(
         *torch.ops.gr.id_table_step(
-            table.key_SA, table.score_SA, table.seen_SC, table.first, table.sets, ids_U, uses_U, stamp, min_count
+            *(table.key_SA, table.score_SA, table.tag_SA, table.seen_SC, table.first, table.sets),
+            *(ids_U, uses_U, stamp, min_count),
         )
     )

@@ -19,25 +19,36 @@ from gr.ops.splitmix64 import shift_right, splitmix64
 EMPTY = torch.iinfo(torch.int64).min
 MOST_SETS = 2**31
 # Of each row, for the ids that have none: how often they were used is estimated from above (a count-min sketch of one
-# row, of the set's own ids).
-COUNTERS = 4
+# row, of the set's own ids). With them a row takes 16 bytes, without 13.
+COUNTERS = 3
 MOST_COUNT = 255
+EMPTY_SCORE = -1
 
 
 @dataclass(frozen=True)
 class IdTable:
     """The sets [first, first + s) of a table of `sets` sets.
 
-    key_SA: int64, the id of each way, EMPTY for none. score_SA: who is weakest is evicted. int32 under LRU: the stamp
-    of the last use. float32 under LFU: the sum of uses times stamps. seen_SC: uint8, uses of ids without a row, C =
-    COUNTERS times ways; None where an id's first use admits it.
+    key_SA: int64, the id of each way, EMPTY for none. score_SA: who is weakest is evicted; EMPTY_SCORE for an empty
+    way. int32 under LRU: the stamp of the last use. float32 under LFU: the sum of uses times stamps. seen_SC: uint8,
+    uses of ids without a row, C = COUNTERS times ways; None where an id's first use admits it. tag_SA: uint8, eight
+    bits of the key's hash, by which the C++ finds it.
     """
 
     key_SA: Tensor
     score_SA: Tensor
+    tag_SA: Tensor
     seen_SC: Tensor | None
     first: int
     sets: int
+
+    @classmethod
+    def empty(cls, first: int, stop: int, sets: int, ways: int, score: torch.dtype, *, counted: bool) -> "IdTable":
+        """Sets [first, stop) without ids."""
+        key_SA = torch.full((stop - first, ways), EMPTY)
+        score_SA = torch.full_like(key_SA, EMPTY_SCORE, dtype=score)
+        seen_SC = torch.zeros(stop - first, COUNTERS * ways, dtype=torch.uint8) if counted else None
+        return cls(key_SA, score_SA, tag_of(key_SA), seen_SC, first, sets)
 
     @property
     def ways(self) -> int:
@@ -61,6 +72,11 @@ def set_of(ids: Tensor, sets: int) -> Tensor:
     return (shift_right(splitmix64(ids), 32) * sets) >> 32
 
 
+def tag_of(ids: Tensor) -> Tensor:
+    """The tag of each id, uint8."""
+    return (splitmix64(ids) & 0xFF).to(torch.uint8)
+
+
 def count_ids_reference(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(distinct ids [U] in any order, how often each occurs [U], the place of each of ids_T among them [T])."""
     ids_U, place_T, uses_U = ids_T.unique(return_inverse=True, return_counts=True)
@@ -72,8 +88,8 @@ def id_table_reference(table: IdTable, ids_U: Tensor, uses_U: Tensor, stamp: flo
 
     An id of no uses (a candidate) is looked up and changes nothing. A use of an id that has a row renews its score. An
     id without one is admitted where its uses, seen ones included, reach min_count: those of a set, most uses of this
-    step first, then the least id, take its weakest ways in their order (empty ones first, then the lowest score, then
-    the lowest way), each if it is stronger than what it takes.
+    step first, then the least id, take its weakest ways in their order (the lowest score first, then the lowest way),
+    each if it is stronger than what it takes.
     """
     key_SA, score_SA, ways = table.key_SA, table.score_SA, table.ways
     set_U = set_of(ids_U, table.sets) - table.first
@@ -94,13 +110,14 @@ def id_table_reference(table: IdTable, ids_U: Tensor, uses_U: Tensor, stamp: flo
     place_N = torch.arange(len(new_N)) - torch.searchsorted(set_N, set_N)  # among the contenders of its set
     new_N, set_N, place_N = (x[place_N < ways - 1] for x in (new_N, set_N, place_N))
     touched, inverse_N = set_N.unique(return_inverse=True)
-    strength = torch.where(key_SA[touched] == EMPTY, -1.0, score_SA[touched].double())
+    strength = score_SA[touched].double()
     strength[:, 0] = torch.inf
     way_N = strength.argsort(dim=1, stable=True)[inverse_N, place_N]
     wins_N = score_U[new_N] > strength[inverse_N, way_N]
     new_N, set_N, way_N = new_N[wins_N], set_N[wins_N], way_N[wins_N]
     evicted_N = key_SA[set_N, way_N]
     key_SA[set_N, way_N], score_SA[set_N, way_N] = ids_U[new_N], score_U[new_N]
+    table.tag_SA[set_N, way_N] = tag_of(ids_U[new_N])
     way_U[new_N] = way_N
     return Step((set_U + table.first) * ways + way_U, new_N, evicted_N)
 

@@ -139,7 +139,7 @@ def test_rows_are_in_the_checkpoint_by_sets(make_bags: Callable[..., nn.Module],
     assert {name: sizes[f"t/ids.{name}"] for name in ("raw_id", "score", "seen")} == {
         "raw_id": (3, 4),
         "score": (3, 4),
-        "seen": (3, 16),
+        "seen": (3, 12),
     }
     shard = model.module.tables.id_map.dynamic["t"].table
     assert (shard.key_SA == EMPTY).all()
