@@ -16,13 +16,13 @@ import numpy as np
 from torch import nn
 
 from gr import watchdog
-from gr.checkpoint import CheckpointStore, ModelState, load_state, resolve, resume_from, verify
+from gr.checkpoint import DENSE, CheckpointStore, ModelState, load_parts, load_state, resolve, resume_from, verify
 from gr.checkpoint.layout import CHECKPOINTS, CONFIG
 from gr.config import RunConfig, differences, dump_config, load_config
 from gr.config.run import CALLBACKS, DenseConfig
 from gr.dist import World
 from gr.embeddings import InitialRows, TableOptimizer, id_map_of, initialise_tables, map_ids
-from gr.errors import CheckpointError, ConfigError
+from gr.errors import CheckpointError, ConfigError, nearest
 from gr.files import write_json
 from gr.logging import get_logger
 from gr.metrics.trackers import check_installed, open_trackers
@@ -217,7 +217,10 @@ def embed(config: RunConfig, checkpoint: Path, world: World, folder: Path) -> di
 def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str, Any]:
     """Loads run_dir's latest checkpoint, or else checkpoint.load_from; returns its progress, with the steps done."""
     recipe, world, config = built.recipe, built.world, built.recipe.config
-    chosen = resume_from(Path(config.run_dir) / CHECKPOINTS, config.checkpoint.load_from, world)
+    own, parts = Path(config.run_dir) / CHECKPOINTS, config.checkpoint.load_parts
+    if parts is not None:
+        _check_parts(recipe, parts)
+    chosen = resume_from(own, config.checkpoint.load_from, world)
     if chosen is None:
         if recipe.starts_from:
             raise ConfigError(
@@ -227,6 +230,10 @@ def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str
         return {"step": 0}
     watchdog.enter(f"loading {chosen}")
     saved = _saved_config(chosen, config, recipe.starts_from)
+    if parts is not None and chosen.parent != own:
+        load_parts(chosen, state, parts, world)
+        log.info("begins at step 0 with %s of %s", ", ".join(parts), chosen)
+        return {"step": 0}
     recipe.check_saved(saved, str(chosen))
     if saved.kind != config.kind:
         trained = {name: parameter for name, parameter in state.dense.items() if parameter.requires_grad}
@@ -242,6 +249,19 @@ def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str
     for name, (before, now) in differences(saved, config).items():
         log.info("  %s: %s there, %s now", name, before, now)
     return progress
+
+
+def _check_parts(recipe: Recipe, parts: Sequence[str]) -> None:
+    """Raises ConfigError for parts that the model does not have, or a recipe that needs all of them."""
+    config = recipe.config
+    if recipe.starts_from:
+        raise ConfigError(
+            f"checkpoint.load_parts: a {config.kind} run begins from all weights of another: leave it out"
+        )
+    known = [DENSE, *(table.name for table in config.tables(recipe.schema))]
+    for part in parts:
+        if part not in known:
+            raise ConfigError(f"checkpoint.load_parts: no part {part}; {nearest(part, known, 'parts')}")
 
 
 def _writer(config: RunConfig, steps_done: int) -> MetricsWriter:

@@ -2,6 +2,16 @@
 
 from gr.checkpoint.layout import CheckpointFolder, resolve
 from gr.checkpoint.resume import resume_from, verify
-from gr.checkpoint.store import CheckpointStore, ModelState, load_state
+from gr.checkpoint.store import DENSE, CheckpointStore, ModelState, load_parts, load_state
 
-__all__ = ["CheckpointFolder", "CheckpointStore", "ModelState", "load_state", "resolve", "resume_from", "verify"]
+__all__ = [
+    "DENSE",
+    "CheckpointFolder",
+    "CheckpointStore",
+    "ModelState",
+    "load_parts",
+    "load_state",
+    "resolve",
+    "resume_from",
+    "verify",
+]

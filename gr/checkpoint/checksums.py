@@ -21,18 +21,21 @@ def write_sums(folder: Path, lines: Iterable[str]) -> None:
     write_text(folder / SUMS, "".join(lines))
 
 
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by name. A damaged list may hold anything, also bytes that are no text and names that are no names."""
+    if not (folder / SUMS).exists():
+        return {}
+    lines = (folder / SUMS).read_bytes().decode(errors="replace").splitlines()
+    return {_inside(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
 def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> str:
     """The first damaged file of this rank's share, with what is wrong; empty where all are as they were written.
 
     The ranks of a world of `size` go over the files of all the ranks that wrote them. Raises OSError where a file is
     there and cannot be read: that is no damage.
     """
-    sums: dict[str, str] = {}
-    if (folder / SUMS).exists():
-        # A damaged list may hold anything, also bytes that are no text and names that are no names.
-        for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
-            digest, _, name = line.partition("  ")
-            sums[_inside(name)] = digest
+    sums = read_sums(folder)
     names = sorted({*sums, *shared, *(path.name for path in folder.glob("*.distcp"))})
     for name in names[rank::size]:
         if name not in sums:

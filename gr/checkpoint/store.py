@@ -5,7 +5,7 @@ Schedules and random draws are functions of (seed, step, rank), so the step is a
 
 import shutil
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from gr.files import DISK_FULL, is_transient, sha256_of, write_json, write_text
 from gr.logging import get_logger
 
 log = get_logger(__name__)
+DENSE = "dense"
 
 
 class SavedTable(Protocol):
@@ -229,26 +230,14 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     if progress["step"] == 0 and not any(name.startswith("dense_optimizer.") for name in saved.state_dict_metadata):
         expected.pop("dense_optimizer", None)  # weights that came from elsewhere: the optimizer starts afresh
     resharded = _rowwise_of_other_blocks(saved, state)
-    faults = _misfits(saved, expected, skip=resharded)
-    if world.any(bool(faults)):
-        faults.sort(key=lambda fault: not fault.startswith("tables"))
-        shown = first_faults(faults) or "another rank says which tensors"
-        raise CheckpointError(
-            f"{path} is of another model: {shown}; use another run_dir, or the configuration saved in the "
-            "checkpoint (config.yaml)"
-        )
+    remedy = "use another run_dir, or the configuration saved in the checkpoint (config.yaml)"
+    _refuse(path, _misfits(saved, expected, skip=resharded), remedy, world)
     for name in resharded:
         expected["tables"].pop(name)
     fulls = {name: torch.empty(size) for name, (size, _) in resharded.items()}
-    try:
-        dcp.load(expected, storage_reader=SafeReader(path))
-        if fulls:  # not on every rank, so without collectives
-            dcp.load({"tables": fulls}, storage_reader=SafeReader(path), no_dist=True)
-    except dcp.CheckpointException as error:
-        fault = _cause(error)
-        if is_transient(fault) or not isinstance(fault, Exception):  # the latter: a rank was asked to stop
-            raise fault from None
-        raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
+    _read(path, expected)
+    if fulls:  # not on every rank, so without collectives
+        _read(path, {"tables": fulls}, no_dist=True)
     for entry in state.tables.entries():
         if entry.name in fulls:
             entry.fill_rowwise(fulls[entry.name], resharded[entry.name][1])
@@ -256,10 +245,43 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
     return progress
 
 
+def load_parts(path: Path, state: ModelState, parts: Collection[str], world: World) -> None:
+    """Loads the weights of some tables, and of the dense part where `dense` is named, without optimizer states.
+
+    Raises CheckpointError on every rank where one does not fit, or the checkpoint cannot be read.
+    """
+    read_progress(path)
+    tables = {e.name: e.value for e in state.tables.entries() if e.name in {f"{name}.weight" for name in parts}}
+    expected: dict[str, dict[str, Any]] = {"tables": tables}
+    if DENSE in parts:
+        expected[DENSE] = {name: p.detach() for name, p in state.dense.items()}
+    _refuse(path, misfits(read_metadata(path), expected), "leave it out of checkpoint.load_parts", world)
+    _read(path, expected)
+
+
+def _refuse(path: Path, faults: list[str], remedy: str, world: World) -> None:
+    """Raises CheckpointError on every rank where a tensor of any rank does not fit."""
+    if world.any(bool(faults)):
+        faults.sort(key=lambda fault: not fault.startswith("tables"))
+        shown = first_faults(faults) or "another rank says which tensors"
+        raise CheckpointError(f"{path} is of another model: {shown}; {remedy}")
+
+
+def _read(path: Path, tensors: dict[str, dict[str, Any]], no_dist: bool = False) -> None:
+    """Fills the tensors in place, a row block at a time. Raises CheckpointError, or OSError where it may pass."""
+    try:
+        dcp.load(tensors, storage_reader=SafeReader(path), no_dist=no_dist)
+    except dcp.CheckpointException as error:
+        fault = _cause(error)
+        if is_transient(fault) or not isinstance(fault, Exception):  # the latter: a rank was asked to stop
+            raise fault from None
+        raise CheckpointError(f"{path}: cannot be loaded: {fault}; remove it to use the one before") from error
+
+
 def _tensors(state: ModelState) -> dict[str, dict[str, Any]]:
     """The tensors that DCP saves, and writes into when it loads: optimizer states are made where there are none yet."""
     tensors: dict[str, dict[str, Any]] = {
-        "dense": {name: p.detach() for name, p in state.dense.items()},
+        DENSE: {name: p.detach() for name, p in state.dense.items()},
         "tables": {entry.name: entry.value for entry in state.tables.entries()},
     }
     if state.dense_optimizer is not None:
@@ -314,4 +336,4 @@ def _misfits(saved: Metadata, expected: dict[str, dict[str, Any]], skip: Contain
     return faults
 
 
-__all__ = ["CheckpointStore", "ModelState", "load_state"]
+__all__ = ["DENSE", "CheckpointStore", "ModelState", "load_parts", "load_state"]

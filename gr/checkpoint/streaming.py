@@ -82,7 +82,7 @@ class BlockPlanner(dcp.DefaultSavePlanner):
         block = self.blocks[index]
         if not _is_finite(block):
             raise NotFiniteError(index.fqn)
-        return _with_own_storage(block) if block.device.type == "cpu" else block
+        return with_own_storage(block) if block.device.type == "cpu" else block
 
 
 def _is_finite(block: Tensor) -> bool:
@@ -92,7 +92,7 @@ def _is_finite(block: Tensor) -> bool:
     return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
 
 
-def _with_own_storage(block: Tensor) -> Tensor:
+def with_own_storage(block: Tensor) -> Tensor:
     """The block as a tensor whose storage is its memory and no more; a copy where its rows do not lie together."""
     octets = block.contiguous().view(-1).view(torch.uint8)
     return torch.from_numpy(octets.numpy()).view(block.dtype).view(block.size())
@@ -105,7 +105,7 @@ class SummingWriter(dcp.FileSystemWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        super().__init__(path, per_thread_copy_ahead=0)  # a block at a time, in the order of the plan
         self.fs = _SummingFiles()
         self.digests = self.fs.digests
 

@@ -24,6 +24,7 @@ from gr.files import DISK_FULL, is_transient
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
     "status": ("gr.cli.status:command", "Show how a run stands, from its folder."),
+    "checkpoint": ("gr.cli.show_checkpoint:command", "Look at checkpoints: what is in one."),
     "evaluate": ("gr.cli.evaluate:command", "Evaluate a checkpoint on held-out data."),
     "recommend": ("gr.cli.recommend:command", "Write the best items of every user, from a checkpoint."),
     "predict": ("gr.cli.predict:command", "Write a model's predictions beside the rows of a file."),
@@ -32,7 +33,8 @@ _COMMANDS = {
     "import-hf": ("gr.cli.import_hf:command", "Read a Llama of Hugging Face as a checkpoint."),
     "export-hf": ("gr.cli.export_hf:command", "Write a Llama for Hugging Face, from a checkpoint."),
     "export": ("gr.cli.export:command", "Write a checkpoint as a package to serve it from."),
-    "publish": ("gr.cli.publish:command", "Write new weights into a package that is served."),
+    "publish": ("gr.cli.publish:command", "Write new weights into a package, or what changed as a delta."),
+    "apply": ("gr.cli.apply:command", "Put deltas on a checkpoint."),
     "serve": ("gr.cli.serve:command", "Answer requests with a package over HTTP."),
     "bench": ("gr.cli.bench:command", "Find how many requests a second a package answers in time."),
     "numerics": ("gr.cli.numerics:command", "Show what fewer bits change, layer by layer."),

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from gr.checkpoint import CheckpointFolder
+from gr.checkpoint import CheckpointFolder, resolve
+from gr.checkpoint.metadata import SafeReader, read_metadata
 from gr.dist import World
 from gr.errors import CheckpointError
 from gr.experiment import evaluate, train
@@ -171,6 +174,54 @@ def test_another_table_optimizer_is_refused_on_every_rank(data, tmp_path, saved_
         run_ranks(run, 1, config)
     with pytest.raises(RankError, match=r"is of another model:"):
         run_ranks(run, 2, config)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_parts_of_a_checkpoint_begin_another_run(data, tmp_path, saved_on_two, size):
+    """One table of a run on two ranks, in a model with another tower; the rates are too small to move anything."""
+    config = tiny_config(
+        data,
+        tmp_path / "run",
+        trainer={"steps": 1, "global_batch_size": 8},
+        optimizer={"kind": "adamw", "lr": 1e-30},
+        embeddings={"optimizer": {"kind": "adam", "lr": 1e-30}},
+        checkpoint={"load_from": str(saved_on_two["column_wise"]), "load_parts": ["item_id"]},
+    )
+    run_ranks(run, size, config)
+    assert sorted(losses(tmp_path / "run")) == [1]
+    before, after = (weights_of(path) for path in (saved_on_two["column_wise"], tmp_path / "run"))
+    assert torch.equal(before["tables.item_id.weight"], after["tables.item_id.weight"])
+    dense = {name for name in before.keys() & after.keys() if before[name].size() == after[name].size()}
+    dense -= {"tables.item_id.weight"}
+    assert dense and not any(torch.equal(before[name], after[name]) for name in dense), "it starts afresh"
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    path = resolve(run_dir)
+    saved = read_metadata(path).state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size)
+        for name, entry in saved.items()
+        if name.startswith(("dense.", "tables.")) and name.endswith(".weight")
+    }
+    dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        (["item"], "no part item; did you mean 'item_id'?"),
+        (["item_id"], "item_id.weight: the model has (61, 16), the checkpoint (61, 8); leave it out of checkpoint"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(data, tmp_path, saved_on_two, parts, why):
+    checkpoint = {"load_from": str(saved_on_two["row_wise"]), "load_parts": parts}
+    config = configured(data, tmp_path / "run", checkpoint=checkpoint)
+    wider = config.model_copy(update={"model": config.model.model_copy(update={"dim": 16})})
+    with pytest.raises(RankError) as refusal:
+        run_ranks(run, 1, wider)
+    assert why in str(refusal.value)
 
 
 def test_other_held_out_targets_are_refused(data, tmp_path, saved_on_two):

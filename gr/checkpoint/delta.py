@@ -1,0 +1,276 @@
+"""Deltas: what training changed between two checkpoints of a run, by raw id, numbered and chained.
+
+    deltas/000001/   manifest.json, changed-00000.safetensors, ..., files/progress.json, ..., SHA256SUMS
+    deltas/000002/
+    deltas/.000003/  being written: never looked at, gone at the next `gr publish`
+
+A delta is computed by comparing two checkpoints by row blocks, so training keeps no account of what it touches, and a
+row is in it exactly if a bit of its weights or optimizer states differs. A row's id is its place in the table; where
+ids get rows as a run trains, their map is a tensor of the checkpoint, so its changes, with ids that lost their rows,
+are in the delta too. The manifest has the SHA-256 of all tensors before and after, which make the chain: `apply`
+computes both, so full + deltas is full bit for bit, or it is refused.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gr.checkpoint.checksums import find_damage, read_sums, sum_lines, write_sums
+from gr.checkpoint.layout import METADATA, SHARED, CheckpointFolder, read_progress
+from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks
+from gr.checkpoint.streaming import BLOCK_BYTES
+from gr.errors import CheckpointError, DamagedCheckpointError, TransientError
+from gr.files import sha256_of, sync, write_text
+
+MANIFEST = "manifest.json"
+FILES = "files"
+DELTA_FORMAT = 1
+IDS = "ids."  # before the name of a table: the changed rows, in order
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Manifest(BaseModel):
+    """number: place in the chain, from 1. since, step: of the checkpoints. before, after: SHA-256 of their tensors.
+
+    rows: changed ones by table. parts: files of changed rows, in the order of the ids of each table. names: of all
+    files of the checkpoint that are no tensors; those that changed are under files/.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: int = DELTA_FORMAT
+    number: int
+    since: int
+    step: int
+    before: str
+    after: str
+    rows: dict[str, int]
+    parts: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def publish_delta(checkpoint: Path, since: int, out: Path) -> tuple[Path, Manifest]:
+    """Writes what changed from step `since` to `checkpoint`, both of one run, as the next delta of the folder `out`.
+
+    Whenever it is killed, the delta is whole or not there. Raises CheckpointError where one of the two is not there or
+    damaged, where they are of different models, or where `since` is not the step at which the last delta ends.
+    """
+    step = read_progress(checkpoint)["step"]
+    base = _checkpoint_before(checkpoint, since, step)
+    with _writing(out):
+        earlier = deltas_in(out)
+        previous = read_manifest(earlier[-1]) if earlier else None
+        if previous is not None and previous.step != since:
+            raise CheckpointError(
+                f"{earlier[-1]} ends at step {previous.step}: --since {previous.step} continues it, or name a new --out"
+            )
+        for each in (base, checkpoint):
+            require_whole(each)
+        number = previous.number + 1 if previous else 1
+        draft, final = out / f".{number:06d}", out / f"{number:06d}"
+        draft.mkdir()
+        old, new = SavedRows(base), SavedRows(checkpoint)
+        _require_same_model(old, new)
+        changes = _Changes(draft)
+        before, after = StateDigest(old), StateDigest(new)
+        _compare(old, new, changes, before, after)
+        if previous is not None and before.hexdigest() != previous.after:
+            raise CheckpointError(f"{base} is not the step {since} that {earlier[-1]} ends at: name a new --out")
+        manifest = Manifest(
+            number=number,
+            since=since,
+            step=step,
+            before=before.hexdigest(),
+            after=after.hexdigest(),
+            rows=changes.rows,
+            parts=tuple(changes.parts),
+            names=_copy_changed_files(base, checkpoint, draft / FILES),
+        )
+        write_text(draft / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        finish(draft, final)
+    return final, manifest
+
+
+def deltas_in(folder: Path) -> list[Path]:
+    """The deltas of a folder, in order."""
+    return sorted(each for each in folder.iterdir() if each.name.isdecimal()) if folder.is_dir() else []
+
+
+def read_manifest(delta: Path) -> Manifest:
+    """The manifest of a whole delta. Raises DamagedCheckpointError for any other folder, OSError where it may pass."""
+    if damage := find_damage(delta, (MANIFEST,), 0, 1):
+        raise DamagedCheckpointError(f"{damage}; restore that file, or publish again into a new folder")
+    try:
+        raw = json.loads((delta / MANIFEST).read_text())
+        if raw.get("format") != DELTA_FORMAT:
+            raise CheckpointError(f"{delta} has format {raw.get('format')}, this release reads {DELTA_FORMAT}")
+        return Manifest.model_validate(raw)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise DamagedCheckpointError(f"{delta / MANIFEST}: is not what gr wrote ({error})") from error
+
+
+def check_chain(base: Path, deltas: Sequence[Path]) -> list[Manifest]:
+    """The manifests of deltas that follow one another, the first of them `base`. Raises CheckpointError otherwise."""
+    manifests = [read_manifest(delta) for delta in deltas]
+    step, name, number, state = read_progress(base)["step"], base, None, None
+    for delta, manifest in zip(deltas, manifests, strict=True):
+        if number is not None and manifest.number <= number:
+            raise CheckpointError(f"{delta} is given again or too late: number {manifest.number} after {number}")
+        if manifest.since != step or (number is not None and manifest.number != number + 1):
+            missing = "" if number is None else f" (number {manifest.number} after {number})"
+            raise CheckpointError(
+                f"{delta} does not follow {name}: it changes step {manifest.since}, and that is step {step}{missing}; "
+                "give every delta once, in order"
+            )
+        if state is not None and manifest.before != state:
+            raise CheckpointError(f"{delta} does not follow {name}: it is of another run")
+        step, name, number, state = manifest.step, delta, manifest.number, manifest.after
+    return manifests
+
+
+def _checkpoint_before(checkpoint: Path, since: int, step: int) -> Path:
+    folder = CheckpointFolder(checkpoint.parent)
+    if since >= step:
+        raise CheckpointError(f"--since {since}: {checkpoint} is step {step}, name a step before it")
+    if since not in folder.steps():
+        kept = ", ".join(map(str, folder.steps())) or "none"
+        raise CheckpointError(
+            f"--since {since}: there is no checkpoint of step {since} under {folder.path} (steps: {kept}); "
+            "checkpoint.keep_last says how many stay"
+        )
+    return folder.final(since)
+
+
+def _require_same_model(old: SavedRows, new: SavedRows) -> None:
+    for name in sorted(old.tensors.keys() | new.tensors.keys()):
+        shapes = [
+            f"{tuple(each.tensors[name].size)} {each.dtype(name)}" if name in each.tensors else "none"
+            for each in (old, new)
+        ]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{new.path} is of another form than {old.path}: {name} is {shapes[1]}, it was {shapes[0]}; "
+                "publish it whole"
+            )
+
+
+def tables_of(saved: SavedRows) -> dict[str, list[str]]:
+    """The tensors of each table that have a row for each row of it: its weight and its optimizer's states.
+
+    A tensor of a table that has other rows, such as the map of dynamic ids, is listed by itself, as `table.tensor`.
+    """
+    tables: dict[str, list[str]] = {}
+    for name, entry in saved.tensors.items():
+        group, _, rest = name.partition(".")
+        if group == "tables":
+            table = rest.rpartition(".")[0]
+            known = tables[table][0] if table in tables else f"tables.{table}.weight"
+            first = saved.tensors.get(known, entry)
+            tables.setdefault(table if first.size[0] == entry.size[0] else rest, []).append(name)
+    return tables
+
+
+def _compare(old: SavedRows, new: SavedRows, changes: "_Changes", before: StateDigest, after: StateDigest) -> None:
+    tables = tables_of(new)
+    for table, names in tables.items():
+        rows, row_bytes = new.tensors[names[0]].size[0], sum(new.row_bytes(name) for name in names)
+        for first, last in blocks(rows, row_bytes):
+            changed, values = torch.zeros(last - first, dtype=torch.bool), {}
+            for name in names:
+                was, values[name] = old.read(name, first, last), new.read(name, first, last)
+                before.add(name, was)
+                after.add(name, values[name])
+                if not torch.equal(_bits(was), _bits(values[name])):
+                    changed |= (_bits(was) != _bits(values[name])).any(1)
+            ids = changed.nonzero().squeeze(1)
+            if len(ids):
+                changes.add_rows(table, ids + first, {name: value[ids] for name, value in values.items()})
+    for name in new.tensors.keys() - {name for names in tables.values() for name in names}:
+        was, value = old.read(name), new.read(name)
+        before.add(name, was)
+        after.add(name, value)
+        if not torch.equal(_bits(was), _bits(value)):
+            changes.add({name: value})
+    changes.flush()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers: NaN equals itself, and 0 is not -0."""
+    return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+class _Changes:
+    """Writes changed rows and tensors as safetensors files of some 64 MB."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[str, int] = {}
+        self.parts: list[str] = []
+        self._held: dict[str, list[Tensor]] = {}
+        self._bytes = 0
+
+    def add_rows(self, table: str, ids: Tensor, values: dict[str, Tensor]) -> None:
+        self.rows[table] = self.rows.get(table, 0) + len(ids)
+        self.add({IDS + table: ids, **values})
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._held.setdefault(name, []).append(value)
+            self._bytes += value.nbytes
+        if self._bytes >= BLOCK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._held:
+            self.parts.append(f"changed-{len(self.parts):05d}.safetensors")
+            whole = {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in self._held.items()}
+            save_file(whole, self.folder / self.parts[-1])
+            self._held, self._bytes = {}, 0
+
+
+def _copy_changed_files(base: Path, checkpoint: Path, to: Path) -> tuple[str, ...]:
+    """Copies what is no tensor and is not the same in `base`; returns the names of all of it."""
+    before, now = read_sums(base), read_sums(checkpoint)
+    names = sorted(name for name in now if not name.endswith(".distcp") and name != METADATA)
+    for name in names:
+        if before.get(name) != now[name]:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint / name, to / name)
+    return tuple(names)
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raises DamagedCheckpointError where a file of a checkpoint is not what was written."""
+    if damage := find_damage(checkpoint, SHARED, 0, 1):
+        raise DamagedCheckpointError(f"{damage}; restore that file, or take another checkpoint")
+
+
+def finish(draft: Path, final: Path) -> None:
+    """Gives a folder its sums and its name, with all that is in it on disk."""
+    files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
+    write_sums(draft, [sum_lines({path.relative_to(draft).as_posix(): sha256_of(path) for path in files})])
+    for path in [*files, draft]:
+        sync(path)
+    draft.rename(final)
+    sync(final.parent)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Nobody else writes deltas into the folder, and what was left half written is gone."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TransientError(f"{out}: another gr publish writes it; wait for its end") from None
+        for left in out.glob(".0*"):
+            shutil.rmtree(left)
+        yield

@@ -1,0 +1,113 @@
+"""Rows of saved tensors, read in order, whatever plan and world size they were saved under."""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+
+from gr.checkpoint.metadata import SafeReader, read_metadata
+from gr.checkpoint.streaming import BLOCK_BYTES
+from gr.errors import CheckpointError
+
+
+class SavedRows:
+    """The tensors of a checkpoint. Of a tensor that is read from its start to its end, every chunk is read once.
+
+    tensors: their metadata by name, `dense.x`, `tables.item_id.weight`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.metadata = path, read_metadata(path)
+        named = sorted(self.metadata.state_dict_metadata.items())
+        self.tensors = {name: entry for name, entry in named if isinstance(entry, TensorStorageMetadata)}
+        self._reader = SafeReader(path)
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        self._held: dict[str, dict[MetadataIndex, Tensor]] = {}  # the chunks of the rows read last
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows first to last of a tensor; the whole of one without dimensions. Raises CheckpointError where it has
+        holes.
+        """
+        size = self.tensors[name].size
+        rows = torch.empty(size, dtype=self.dtype(name))
+        if len(size):
+            last = size[0] if last is None else last
+            rows = torch.empty(last - first, *size[1:], dtype=self.dtype(name))
+        filled, held = 0, {}
+        for chunk in self._overlapping(name, first, last):
+            index = MetadataIndex(name, chunk.offsets)
+            before = self._held.get(name, {})
+            held[index] = tensor = before[index] if index in before else self._load(index)
+            if len(size):
+                assert last is not None
+                begin, end = max(first, chunk.offsets[0]), min(last, chunk.offsets[0] + chunk.sizes[0])
+                tensor = tensor[begin - chunk.offsets[0] : end - chunk.offsets[0]]
+                others = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
+                place = (slice(begin - first, end - first), *(slice(at, at + length) for at, length in others))
+                rows[place] = tensor
+            else:
+                rows.copy_(tensor)
+            filled += tensor.numel()
+        self._held[name] = {} if last is None or last == size[0] else held
+        if filled != rows.numel():
+            raise CheckpointError(f"{self.path}: {name} has {rows.numel()} numbers there, {filled} are saved")
+        return rows
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].properties.dtype
+
+    def row_bytes(self, name: str) -> int:
+        return self.tensors[name].size[1:].numel() * self.dtype(name).itemsize
+
+    def _overlapping(self, name: str, first: int, last: int | None) -> list[ChunkStorageMetadata]:
+        if last is None:
+            return self.tensors[name].chunks
+        if name not in self._chunks:
+            self._chunks[name] = sorted(self.tensors[name].chunks, key=lambda chunk: chunk.offsets)
+        chunks = self._chunks[name]
+        longest = max((chunk.sizes[0] for chunk in chunks), default=0)
+        low = bisect_left(chunks, first - longest, key=lambda chunk: chunk.offsets[0])
+        high = bisect_left(chunks, last, key=lambda chunk: chunk.offsets[0])
+        return [chunk for chunk in chunks[low:high] if chunk.offsets[0] + chunk.sizes[0] > first]
+
+    def _load(self, index: MetadataIndex) -> Tensor:
+        place = self.metadata.storage_data[index]
+        with (self.path / place.relative_path).open("rb") as file:
+            return torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+
+
+def blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of rows, in order."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+class StateDigest:
+    """SHA-256 of all tensors of a checkpoint: the same whatever chunks, files and ranks they lie in.
+
+    It is that of a list of names, types, sizes and each tensor's own SHA-256, of its rows in order.
+    """
+
+    def __init__(self, saved: SavedRows) -> None:
+        self._saved = saved
+        self._digests = {name: hashlib.sha256() for name in saved.tensors}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """The next rows of a tensor."""
+        self._digests[name].update(octets(rows))
+
+    def hexdigest(self) -> str:
+        lines = (
+            f"{name} {self._saved.dtype(name)} {tuple(entry.size)} {self._digests[name].hexdigest()}\n"
+            for name, entry in self._saved.tensors.items()
+        )
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def octets(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
