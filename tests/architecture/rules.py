@@ -17,7 +17,7 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.9,
+    "config": 4.0,
     "data": 3.3,
     "ops": 5.6,
     "embeddings": 1.4,
@@ -27,7 +27,7 @@ CEILINGS = {
     "models": 1.6,
     "metrics": 1.0,
     "checkpoint": 0.8,
-    "planner": 4.6,
+    "planner": 4.8,
     "cluster": 0.5,
     "training": 1.4,
     "serving": 7.0,
@@ -35,7 +35,7 @@ CEILINGS = {
     "cli": 2.5,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 38.0
+WITHOUT_PREPARE = 38.3
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
