@@ -69,7 +69,7 @@ def build(recipe: Recipe, world: World) -> Built:
         watchdog.enter("planning")
         plan, sharding = make_plan(model, config.inventory(recipe.schema), config, world)
         watchdog.enter("sharding")
-        model = shard_tables(model, sharding, config.embeddings, world.device)
+        model = shard_tables(model, sharding, config.embeddings, world.device, config.planner)
     model = parallelise_dense(model, build_mesh(world, config.dense.tensor_parallel), config.dense, world.device)
     initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
     map_ids(model, InitialRows(config.seed, config.embeddings, recipe.table_columns), world)
@@ -156,7 +156,8 @@ def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
     Raises CheckpointError where it is of another model than `config`. Collective.
     """
     verify(checkpoint, world)
-    planner = config.planner.model_copy(update={"plan": None})  # that plan was for the world of the training
+    # That plan and its groups were for the world of the training.
+    planner = config.planner.model_copy(update={"plan": None, "groups": 1})
     dense = DenseConfig() if world.size == 1 else config.dense  # one rank has nobody to share with
     recipe = open_recipe(config.model_copy(update={"planner": planner, "dense": dense}), checkpoint)
     recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))

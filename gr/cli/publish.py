@@ -23,7 +23,7 @@ from gr.cli.out import say
     flag_value=10.0,
     type=click.FloatRange(0, min_open=True),
     metavar="[SECONDS]",
-    help="Follow the run, whose folder CHECKPOINT is: look for another checkpoint every 10 seconds, or as often as given.",
+    help="Follow the run, whose folder CHECKPOINT is; look for another every 10 seconds, or as often as is said.",
 )
 @click.option("--since", type=click.IntRange(min=0), help="Step of an earlier checkpoint of the run.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of deltas, which are numbered.")

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gr.config.base import Count, PositiveFloat, Section
+from gr.config.base import Count, Fraction, PositiveFloat, Section
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.errors import ConfigError, nearest
 from gr.schema import DataSchema, TabularSchema
 
 ITEM_TABLE = "item_id"
 TableDtype = Literal["fp32", "fp16"]
+ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "auto"]
 Rounding = Literal["stochastic", "nearest"]
 
 
@@ -87,6 +88,12 @@ class TableOptions(Section):
     rounding: Rounding | None = Field(None, description="Of updates to fp16 rows; unset: embeddings.rounding.")
     optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] | None = Field(
         None, description="Updates this table's rows; unset: embeddings.optimizer."
+    )
+    compute_kernel: ComputeKernel | None = Field(
+        None, description="Home of this table's rows; unset: embeddings.compute_kernel."
+    )
+    cache_load_factor: Fraction | None = Field(
+        None, description="Share of this table's rows in HBM; unset: embeddings.cache_load_factor."
     )
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from gr.config.run import RunConfig
 from gr.dist import World
 from gr.embeddings import HandedOver, PipelinedLookup, TableOptimizer
 from gr.parallel.dense import by_mesh, clip_gradients, dense_parameters, unwrapped
+from gr.parallel.groups import TableCopies, copies_of
 from gr.training.phases import Phases
 from gr.training.schedule import rate_factor
 
@@ -119,6 +120,9 @@ class TrainModule:
         self.dense_optimizer = build_optimizer((p for p in self.dense.values() if p.requires_grad), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings, config.seed)
         self.ids = self.table_optimizer.ids
+        copies = copies_of(model)
+        interval = config.planner.sync_interval
+        self.copies = None if copies is None else TableCopies(self.table_optimizer, copies, interval)
 
     def prepare(self, batch, step: int) -> Prepared:
         """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead, but for
@@ -144,6 +148,8 @@ class TrainModule:
         A GPU is not waited for.
         """
         self.model.train()
+        # A fused update takes its rate along at the lookup, though it runs in backward.
+        self.table_optimizer.scale_learning_rates(self._rate_factor(prepared.step))
         self.phases.start()
         self.table_optimizer.hand_over(prepared.handed_over)
         looked_up = None if prepared.lookup is None else prepared.lookup.rows()
@@ -155,11 +161,9 @@ class TrainModule:
         return StepLoss(loss, total.detach(), prepared.tokens, prepared.examples)
 
     def backward(self, loss: StepLoss, step: int) -> None:
-        """Gradients and updates; fused tables are updated inside backward, so rates are set first."""
-        factor = rate_factor(self.config.optimizer.schedule, step, self.steps)
-        self.table_optimizer.scale_learning_rates(factor)
+        """Gradients and updates; fused tables are updated inside backward."""
         for group in self.dense_optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
+            group["lr"] = self.config.optimizer.lr * self._rate_factor(step)
         self.phases.start()
         loss.loss.backward()
         self.phases.end("backward")
@@ -167,13 +171,23 @@ class TrainModule:
         self.dense_optimizer.step()
         self.dense_optimizer.zero_grad()
         self.table_optimizer.step()
+        if self.copies is not None:
+            self.copies.after_step()
         self.phases.end("optimizer")
+
+    def agree(self) -> None:
+        """Averages the tables of the groups of ranks, where there are any. Before what reads them; collective."""
+        if self.copies is not None:
+            self.copies.agree()
 
     def _clip(self, step: int) -> None:
         """Clips the dense gradients, and notes their norm where `step`, counted from 1, is one that is logged."""
         limit = self.config.optimizer.clip_grad_norm
         if limit is not None or step % self.config.trainer.log_every == 0 or step == self.steps:
             self.gradient_norm = clip_gradients(self.dense_groups, limit)
+
+    def _rate_factor(self, step: int) -> float:
+        return rate_factor(self.config.optimizer.schedule, step, self.steps)
 
     @property
     def learning_rate(self) -> float:

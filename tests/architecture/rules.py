@@ -17,8 +17,8 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 4.0,
-    "data": 3.3,
+    "config": 4.1,
+    "data": 3.4,
     "ops": 5.9,
     "embeddings": 1.4,
     "parallel": 0.7,
@@ -26,16 +26,16 @@ CEILINGS = {
     "tasks": 0.6,
     "models": 1.6,
     "metrics": 1.0,
-    "checkpoint": 0.9,
-    "planner": 4.8,
+    "checkpoint": 1.5,
+    "planner": 4.9,
     "cluster": 0.5,
     "training": 1.4,
-    "serving": 7.0,
+    "serving": 7.3,
     "recipes": 2.2,
-    "cli": 2.5,
+    "cli": 2.6,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 39.0
+WITHOUT_PREPARE = 40.8
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
