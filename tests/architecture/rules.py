@@ -18,8 +18,8 @@ TERMINAL = "gr/cli/out.py"
 CEILINGS = {
     "ground": 1.1,
     "config": 3.9,
-    "data": 3.3,
-    "ops": 5.6,
+    "data": 3.4,
+    "ops": 5.8,
     "embeddings": 1.4,
     "parallel": 0.7,
     "towers": 1.0,
