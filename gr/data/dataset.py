@@ -28,8 +28,9 @@ log = get_logger(__name__)
 class Histories:
     """The users of one row group.
 
-    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, all else
-    int64; timestamps in seconds whatever their unit on disk), and [B] for user_id and contextual columns.
+    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, ids int32 or
+    int64 as on disk; timestamps int64, in seconds whatever their unit there), and [B] for user_id and contextual
+    columns.
     """
 
     offsets: np.ndarray
@@ -143,8 +144,7 @@ class Dataset:
             array = column.filled
             if column.offsets is not None and bad.any():
                 array = array[np.repeat(~bad, np.diff(column.offsets))]
-            is_number = pa.types.is_floating(column.values.type)
-            columns[name] = array.astype(np.float32 if is_number else np.int64, copy=False)
+            columns[name] = array
         if "timestamps" in columns and self.schema.time_unit == "ms":
             columns["timestamps"] = columns["timestamps"] // 1000
         if faults:
