@@ -4,8 +4,8 @@
 
 Ceilings of the device; correctness of dtypes, biases and masks against float64 with poisoned outputs; every attention
 kernel alone with several tiles, beside what benchmarks/kernel_model.py expects, and which tiles to ship; forward and
-backward on shapes from recommenders' lengths to 8,192, beside softmax attention of equal shape; the tower of a published
-run, the layer, the loss and, with --data, the training step, which alone needs torchrec and fbgemm-gpu.
+backward on shapes from recommenders' lengths to 8,192, beside softmax attention of equal shape; the tower of a
+published run, the layer, the loss and, with --data, the training step, which alone needs torchrec and fbgemm-gpu.
 
 It needs torch >= 2.11, triton >= 3.6, numpy, pyyaml and pydantic. Each row is written to --out when it is measured: a
 run that is started again measures what is left. It starts nothing new after --seconds.

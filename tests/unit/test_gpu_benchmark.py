@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.support import ROOT
 
@@ -76,3 +78,37 @@ def test_verdicts_name_the_tiles_to_ship() -> None:
     assert list(verdicts(rows, 90)) == [line]
     rows = {name: row for name, row in rows.items() if row["tiles"] == list(shipped)}
     assert list(verdicts(rows, 90)) == [f"forward, width 64, plain: keep {tuple(shipped)}"]
+
+
+class Hopper:
+    """The driver of a GPU that is not there: enough to compile for it."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets in this process")
+def test_compiling_ahead_compiles_what_is_launched_and_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver
+
+    from benchmarks.gpu_tiles import Inputs, Shape, compiling_ahead
+    from gr.ops.hstu_attention import triton as kernels
+
+    monkeypatch.setattr(driver, "_active", Hopper())
+    kernels.forward_kernel.device_caches.clear()
+    try:
+        with compiling_ahead():
+            Inputs(Shape("one", (20,), 1, 16, False), "cpu", torch.bfloat16).launch("forward")
+        compiled = kernels.forward_kernel.device_caches[0][0]
+        assert [type(kernel).__name__ for kernel in compiled.values()] == ["CompiledKernel"]
+    finally:
+        kernels.forward_kernel.device_caches.clear()
