@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from gr.config.base import LARGEST, Count, CountOrNone, Fraction, Precision, Registry, Section
 from gr.config.dlrm import ROW_MULTIPLE, DLRMConfig
-from gr.config.features import Rounding
+from gr.config.features import ComputeKernel, Rounding, TableIds
 from gr.config.optim import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, StateDtype, StateHome, TableOptimizerConfig
 from gr.config.towers import TOWERS, TowerConfig
 from gr.config.yaml import describe
@@ -145,6 +145,18 @@ class TableConfig(Section):
         if self.kind == "sequence" and sharding_type not in SEQUENCE_TYPES:
             return "does not exist for sequence tables"
         return f"computes wrong results with pooling={self.pooling} in torchrec 1.8"
+
+
+def kernels_of(table: str, ids: TableIds, kernel: ComputeKernel) -> tuple[Kernel, ...]:
+    """The kernels that a table may have, of those that its configuration names. Raises ConfigError where none is left.
+
+    A dynamic row that is handed over is written to the table itself, beside which a cache would keep the old one.
+    """
+    named = FUSED_KERNELS if kernel == "auto" else (kernel,)
+    allowed = tuple(each for each in named if ids.kind != "dynamic" or each != "fused_uvm_caching")
+    if not allowed:
+        raise ConfigError(f"embeddings.tables.{table}: dynamic ids have no {kernel}: take fused_uvm or fused")
+    return allowed
 
 
 def sharding_types_of(kind: str, pooling: str) -> tuple[AnyShardingType, ...]:

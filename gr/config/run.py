@@ -13,13 +13,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from gr.config.base import Count, Fraction, PathText, PositiveFloat, Precision, Registry, Section
 from gr.config.features import ComputeKernel, DenseIds, Rounding, TableDtype, TableIds, TableOptions, columns_by_table
 from gr.config.inventory import (
-    FUSED_KERNELS,
     DLRMDense,
     GivenDense,
     InventoryConfig,
     LossInventory,
     TableConfig,
     TowerDense,
+    kernels_of,
     within_limits,
 )
 from gr.config.optim import (
@@ -364,14 +364,6 @@ class RunConfig(Section):
                 f"{name} has raw ids (schema.json: up to {rows - 1}): set embeddings.tables.{name}.ids to "
                 "{kind: dynamic, rows: ROWS}, or hashed, or leave the column out of model.features"
             )
-        kernels = FUSED_KERNELS if kernel == "auto" else (kernel,)
-        if ids.kind == "dynamic":
-            # A row that is handed over is written to the table itself, beside which a cache would keep the old one.
-            kernels = tuple(each for each in kernels if each != "fused_uvm_caching")
-            if not kernels:
-                raise ConfigError(
-                    f"embeddings.tables.{name}: dynamic ids have no compute_kernel {kernel}: take fused_uvm or fused"
-                )
         return TableConfig(
             name=name,
             rows=rows if ids.kind == "dense" else ids.rows,
@@ -381,7 +373,7 @@ class RunConfig(Section):
             optimizer=optimizer.kind,
             state=optimizer.state,
             state_dtype=optimizer.state_dtype,
-            kernels=kernels,
+            kernels=kernels_of(name, ids, kernel),
             cache_load_factor=own.cache_load_factor or self.embeddings.cache_load_factor,
             **fields,
         )

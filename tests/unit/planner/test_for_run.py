@@ -171,7 +171,7 @@ def test_a_table_that_the_model_has_not(device: torch.device) -> None:
 
 
 def test_a_table_that_fits_nowhere_is_refused_on_every_rank() -> None:
-    """10^13 rows of 8 columns: the main rank finds out, and tells the others."""
+    """10^12 rows of 8 columns: the main rank finds out, and tells the others."""
     sent: list[str] = []
 
     class Telling(OneOfMany):
@@ -181,9 +181,9 @@ def test_a_table_that_fits_nowhere_is_refused_on_every_rank() -> None:
 
     config = configured(optimizer="rowwise_adagrad")
     with pytest.raises(PlanError) as refusal:
-        planned(config, Telling(0, 2, 0, 2, CPU), rows=10**13)
+        planned(config, Telling(0, 2, 0, 2, CPU), rows=10**12)
     with pytest.raises(PlanError) as relayed:
-        planned(config, OneOfMany(1, 2, 1, 2, CPU, sent=sent[0]), rows=10**13)
+        planned(config, OneOfMany(1, 2, 1, 2, CPU, sent=sent[0]), rows=10**12)
     assert len(sent) == 1 and str(relayed.value) == str(refusal.value) != ""
 
 

@@ -51,7 +51,10 @@ class FakeWriter:
 
 def trainer_at(step: int, steps: int, world: World) -> Any:
     feed = SimpleNamespace(state_dict=lambda: {"position": 10 * trainer.step})
-    trainer = SimpleNamespace(step=step, steps=steps, pipeline=feed, world=world, stopped=False, owing=False)
+    module = SimpleNamespace(agree=lambda: None)
+    trainer = SimpleNamespace(
+        step=step, steps=steps, pipeline=feed, module=module, world=world, stopped=False, owing=False
+    )
     return trainer
 
 

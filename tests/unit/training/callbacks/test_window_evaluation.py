@@ -20,7 +20,8 @@ def run(
 ) -> list[tuple[int, str, dict[str, float]]]:
     writer = Writer()
     callback = WindowEvaluation(STARTS.get, evaluate, writer, shown=["auc"])  # type: ignore[arg-type]
-    trainer: Any = SimpleNamespace(step=first, steps=last, stopped=stopped, owing=owing)
+    module = SimpleNamespace(agree=lambda: None)
+    trainer: Any = SimpleNamespace(step=first, steps=last, module=module, stopped=stopped, owing=owing)
     callback.on_start(trainer)
     while trainer.step < last:
         trainer.step += 1
