@@ -1,22 +1,26 @@
 """The engine alone, with a model that costs a known time: swaps under load, and load that is three times too much.
 
     python -m benchmarks.serving_engine swap --answers 100000
-    python -m benchmarks.serving_engine overload --seconds 5
+    python -m benchmarks.serving_engine overload --seconds 5 [--http]
 
 The model is that of the tests: each answer says from two tensors, read at different times, which version it is of.
 """
 
 import argparse
+import os
 import threading
 import time
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
-from gr.config.serving import EngineConfig
+from gr.config.serving import EngineConfig, ServeConfig
 from gr.serving import Engine
-from gr.serving.load.load_test import overload, poisson
-from gr.serving.load.targets import EngineTarget
-from tests.support.toy_serving import ToyVersion
+from gr.serving.load.load_test import Target, overload, poisson
+from gr.serving.load.server_process import MODEL, server
+from gr.serving.load.targets import EngineTarget, HttpTarget
+from tests.support.toy_serving import ToyServable, ToyVersion
 
 
 def swap_under_load(answers: int, interval: float, threads: int = 3) -> None:
@@ -55,25 +59,34 @@ def swap_under_load(answers: int, interval: float, threads: int = 3) -> None:
     print(f"pause: median {np.median(microseconds):.1f} us, worst {microseconds.max():.1f} us")
 
 
-def too_much(fixed: float, row: float, rows: int, deadline: float, seconds: float) -> None:
+def too_much(fixed: float, row: float, rows: int, deadline: float, seconds: float, http: bool) -> None:
     """Goodput at rising rates, and at three times the rate of the best.
 
-    A batch of n rows takes `fixed + row * n` seconds of one thread, without using the processor.
+    A batch of n rows takes `fixed + row * n` seconds of one thread, without using the processor. http: it runs in a
+    server of its own.
     """
+    open_version = partial(ToyVersion, 1, fixed=fixed, row=row)
+    limits = {"deadline_ms": 1e3 * deadline, "batch_rows": 64 * rows}
     request = {"x": np.ones(rows, np.float32)}
-    config = EngineConfig(deadline_ms=1e3 * deadline, batch_rows=64 * rows)
-    with Engine(ToyVersion(1, fixed=fixed, row=row), config) as engine:
-        target = EngineTarget(engine, "score", [request])
+    target: Target
+    with ExitStack() as stack:
+        if http:
+            address = stack.enter_context(server(open_version, ServeConfig(port=0, **limits)))
+            target = HttpTarget(address, MODEL, [request], ToyServable.inputs)
+        else:
+            target = EngineTarget(
+                stack.enter_context(Engine(open_version(), EngineConfig(**limits))), "score", [request]
+            )
         # Two batches in a deadline, one that waits and one that runs.
         nominal = (deadline / 2 - fixed) / (row * rows) / (deadline / 2)
         runs = []
         for share in (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5):
             runs.append(target.run(poisson(share * nominal, seconds, np.random.default_rng(0))))
-            print("  ", runs[-1].describe(deadline))
+            print("  ", runs[-1].describe(deadline), flush=True)
         best = max(runs, key=lambda run: run.goodput(deadline))
         over = overload(target, best.offered, seconds)
         print("3 times:", over.describe(deadline))
-        print(f"goodput kept: {over.goodput(deadline) / best.goodput(deadline):.1%}")
+        print(f"goodput kept: {over.goodput(deadline) / best.goodput(deadline):.1%}, load {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:
@@ -83,11 +96,13 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=0.002, help="seconds between swaps")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run of the overload")
     parser.add_argument("--scale", type=float, default=1.0, help="of all times of the overload; 10 on a busy machine")
+    parser.add_argument("--http", action="store_true", help="overload a server, not the engine alone")
     given = parser.parse_args()
     if given.what == "swap":
         swap_under_load(given.answers, given.interval)
     else:
-        too_much(0.01 * given.scale, 0.0002 * given.scale, 8, 0.06 * given.scale, given.seconds * given.scale)
+        scaled = (0.01 * given.scale, 0.0002 * given.scale, 8, 0.06 * given.scale, given.seconds * given.scale)
+        too_much(*scaled, given.http)
 
 
 if __name__ == "__main__":

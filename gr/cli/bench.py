@@ -100,10 +100,10 @@ def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | N
     with Engine(version, EngineConfig(batch_rows=batch_rows, deadline_ms=deadline_ms, queue_rows=most)) as engine:
         if bench.scenario == "server":
             return _within(bench, name, EngineTarget(engine, verb, requests), quiet)
-        rate = offline(engine, verb, requests, len(requests))
+        rate, used = offline(engine, verb, requests, len(requests))
     if not quiet:
-        say(f"{name}: {rate:,.0f} requests/s, all at once")
-    return {"requests_per_second": rate}
+        say(f"{name}: {rate:,.0f} requests/s, all at once, {1e6 * used:,.0f} us of processor time each")
+    return {"requests_per_second": rate, "processor_us_per_request": 1e6 * used}
 
 
 def _within(bench: Bench, name: str, target: "Target", quiet: bool) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import uvicorn
 from httptools import HttpParserError
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gr.config.serving import ServeConfig
 from gr.serving.http.event_loop import Lateness
@@ -58,6 +58,7 @@ class Connection(HttpToolsProtocol):
         self._limits = self.config.limits
         self._timer: asyncio.TimerHandle | None = None
         self._reading, self._refused, self._header_bytes = False, False, 0
+        self._answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -66,8 +67,15 @@ class Connection(HttpToolsProtocol):
         else:
             self._arm(self._limits.idle_seconds)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._answered is not None:  # uvicorn tells the last request of several only, and the others' answers raise
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

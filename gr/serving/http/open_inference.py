@@ -150,7 +150,9 @@ def _check_form(tensor: _Input, spec: TensorSpec) -> None:
     if tensor.datatype != spec.datatype:
         raise RequestError(tensor.name, f"datatype is {tensor.datatype!r}, expected {spec.datatype}")
     fits = len(tensor.shape) == len(spec.shape)
-    if not fits or any(want not in (-1, size) for size, want in zip(tensor.shape, spec.shape, strict=True)):
+    for size, expected in zip(tensor.shape, spec.shape, strict=False):
+        fits &= expected in (-1, size)
+    if not fits:
         raise RequestError(tensor.name, f"shape is {tensor.shape}, expected {list(spec.shape)} (-1: any size)")
 
 

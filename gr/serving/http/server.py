@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gr import __version__
 from gr.config.serving import ServeConfig
@@ -66,13 +67,13 @@ class Served:
         return {self.name: verbs[0]} if len(verbs) == 1 else {f"{self.name}.{verb}": verb for verb in verbs}
 
     @cached_property
-    def _verbs(self) -> dict[bytes, str]:
-        """Path of a POST -> verb."""
+    def verbs(self) -> dict[bytes, str]:
+        """Path of a POST, without a version -> verb."""
         return {f"/v2/models/{model}/infer".encode(): verb for model, verb in self.models.items()}
 
     def refusal(self, path: bytes, headers: Headers, arrived: float) -> tuple[int, dict[str, str], bytes] | None:
         """The answer to a POST for which there is no room, before anything else is spent on it; None: there is room."""
-        if (verb := self._verbs.get(path)) is None:
+        if (verb := self.verbs.get(path)) is None:
             return None
         try:
             self.engine.require_room(verb, arrived)
@@ -107,18 +108,32 @@ def id_of(given: str) -> str:
     return given if given and _PLAIN_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
-def application(served: Served) -> Starlette:
+def application(served: Served) -> ASGIApp:
     """The ASGI application. Every answer but that of /metrics is JSON, errors are {"error": message}."""
+    routed, infer = _routed(served), _logged(served, _infer)
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST" or scope["raw_path"] not in served.verbs:
+            await routed(scope, receive, send)
+        else:  # what nearly all requests are passes by routes and middleware
+            scope["path_params"] = {"model": scope["path"].split("/")[3]}
+            response = await infer(Request(scope, receive))
+            await response(scope, receive, send)
+
+    return answer
+
+
+def _routed(served: Served) -> Starlette:
     model = "/v2/models/{model}"
     versioned = model + "/versions/{version}"
     answers: list[tuple[str, str, Callable]] = [
-        *((f"{path}/infer", "POST", _infer) for path in (model, versioned)),  # first, as routes are tried in order
         ("/v2", "GET", _server),
         ("/v2/health/live", "GET", _live),
         ("/v2/health/ready", "GET", _ready),
         ("/metrics", "GET", _metrics),
         *((path, "GET", _model) for path in (model, versioned)),
         *((f"{path}/ready", "GET", _model_ready) for path in (model, versioned)),
+        *((f"{path}/infer", "POST", _infer) for path in (model, versioned)),
     ]
     routes = [Route(path, _logged(served, answer), methods=[method]) for path, method, answer in answers]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _unrouted(served)})
@@ -212,7 +227,6 @@ async def _model_ready(served: Served, request: Request, line: dict[str, Any]) -
 async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Response:
     verb = served.verb(request)
     arrived = request.state.arrived
-    served.engine.require_room(verb, arrived)
     with _Body(served) as body:
         await body.read(request)
         line["bytes"] = len(body.data)

@@ -104,13 +104,15 @@ def overload(target: Target, rate: float, seconds: float, times: float = 3.0) ->
     return target.run(poisson(times * rate, seconds, np.random.default_rng(1)))
 
 
-def offline(engine: Engine, verb: str, requests: Sequence[Columns], count: int) -> float:
-    """Requests a second where `count` of them are there at once: every batch is full."""
-    started = time.perf_counter()
+def offline(engine: Engine, verb: str, requests: Sequence[Columns], count: int) -> tuple[float, float]:
+    """Requests a second where `count` of them are there at once, so that every batch is full; and the processor
+    seconds of a request, which depend less on what else the machine does.
+    """
+    started, used = time.perf_counter(), time.process_time()
     futures = [engine.submit(verb, requests[number % len(requests)]) for number in range(count)]
     for future in futures:
         future.result()
-    return count / (time.perf_counter() - started)
+    return count / (time.perf_counter() - started), (time.process_time() - used) / count
 
 
 def read_requests(file: Path, inputs: Sequence[TensorSpec], rows: int) -> list[Columns]:

@@ -115,6 +115,13 @@ def _some(pipe: int, most: int) -> bytes:
     return data
 
 
+def http_request(host: str, model: str, columns: Columns, inputs: Sequence[TensorSpec]) -> bytes:
+    """A request with its headers, in binary tensors."""
+    body, json_bytes = write_request(columns, inputs)
+    head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{JSON_LENGTH}: {json_bytes}\r\n\r\n".encode() + body
+
+
 class HttpTarget:
     """A server; request i is `requests[i % len(requests)]` in binary tensors, on a connection that is free or new."""
 
@@ -122,12 +129,7 @@ class HttpTarget:
         self, address: tuple[str, int], model: str, requests: Sequence[Columns], inputs: Sequence[TensorSpec]
     ) -> None:
         self._address = address
-        head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {address[0]}\r\n"
-        self._requests = []
-        for columns in requests:
-            body, json_bytes = write_request(columns, inputs)
-            lengths = f"Content-Length: {len(body)}\r\n{JSON_LENGTH}: {json_bytes}\r\n\r\n"
-            self._requests.append(f"{head}{lengths}".encode() + body)
+        self._requests = [http_request(address[0], model, columns, inputs) for columns in requests]
 
     def run(self, arrivals: np.ndarray) -> Run:
         import uvloop  # of the extra `serve`, as what answers over HTTP is

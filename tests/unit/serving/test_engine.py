@@ -79,7 +79,7 @@ def test_a_request_that_fails_fails_alone(engine, version):
 
 
 def test_overload_is_refused_at_once_and_what_is_accepted_is_in_time():
-    with Engine(ToyVersion(1, fixed=0.002, row=0.0005), EngineConfig(batch_rows=16, deadline_ms=60)) as engine:
+    with Engine(ToyVersion(1, fixed=0.01, row=0.0025), EngineConfig(batch_rows=16, deadline_ms=300)) as engine:
         for _ in range(5):
             engine.score({"x": np.ones(4)})
         futures: list[Future] = []

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import gr
+from gr.cli import main
 from gr.config import RunConfig
 from gr.config.export import load_export_config
 from gr.models.saved_ranking import SavedRanking
@@ -137,3 +139,25 @@ def test_other_weights_take_the_same_code(
     rank = rank_of(Version.open(package))
     (after,) = rank.run([rank.encode(asked(row))])
     assert not same(before, after)
+
+
+def test_bench_asks_it_from_a_file_of_histories(
+    package: Path,
+    histories: dict[int, dict[str, list]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A row is a request. `user` and `timestamp` may be left out, a column that the model needs may not."""
+    columns: dict[str, list] = {}
+    for row in histories.values():
+        fields = asked(row)
+        for field, values in ((f"{part}.{name}", fields[part][name]) for part in fields for name in fields[part]):
+            columns.setdefault(field, []).append(values[0] if field.startswith("context.") else list(values))
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    command = ["bench", str(package), "--input", str(tmp_path / "rows.parquet"), "--scenario=offline", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["package"]["requests_per_second"] > 0
+    del columns["history.item_id"]
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert main(command) == 2
+    assert "history.item_id: is missing" in capsys.readouterr().err

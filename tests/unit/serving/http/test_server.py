@@ -10,7 +10,6 @@ import pytest
 
 from gr.config.serving import ServeConfig
 from gr.errors import ServingError
-from gr.serving.batch_queue import Overloaded
 from gr.serving.http.server import listen
 from gr.serving.servable import Unavailable
 from tests.support.toy_server import answer_of, exchange, get, post, running
@@ -92,7 +91,7 @@ def test_what_is_refused_is_refused_before_its_body_and_leaves_the_connection_op
         queue = served.engine._queues["score"]
         with socket.create_connection(address, 10) as connection, version.busy(served.engine):
             queue.time.add(1, 100.0)
-            waiting = served.engine.submit("score", {"x": np.ones(1)}, deadline_ms=50)
+            waiting = served.engine.submit("score", {"x": np.ones(1)})
             request = post(question(1), X_Request_ID="mine")
             connection.sendall(request[:-5])  # all of it but the end of the body
             status, headers, body = answer_of(connection)
@@ -100,8 +99,8 @@ def test_what_is_refused_is_refused_before_its_body_and_leaves_the_connection_op
             assert re.search("1 rows wait, so an answer takes about", json.loads(body)["error"])
             connection.sendall(request[-5:] + get("/v2/health/live"))
             assert answer_of(connection)[0] == 200
-        assert isinstance(waiting.exception(), Overloaded)
-        assert served.responses[503] == 1 and served.engine.metrics.verbs["score"].outcomes["overloaded"] == 2
+        assert waiting.result().version == "step-1"
+        assert served.responses[503] == 1 and served.engine.metrics.verbs["score"].outcomes["overloaded"] == 1
     last = json.loads(lines[-2])
     assert (last["request"], last["route"], last["status"]) == ("mine", "infer", 503)
 
@@ -205,6 +204,19 @@ def test_patience_ends():
             connection.sendall(get("/v2"))
             assert answer_of(connection)[0] == 200
             assert connection.recv(1) == b""
+
+
+def test_a_client_that_leaves_with_requests_under_way_is_no_fault(caplog):
+    version = ToyVersion(1)
+    with running(version) as (served, address):
+        with version.busy(served.engine):
+            with socket.create_connection(address, 10) as connection:
+                connection.sendall(post(question(1)) * 2)
+                until(lambda: served.engine.waiting()["score"])
+            time.sleep(0.1)
+        until(lambda: served.responses[200])
+        assert exchange(address, get("/v2"))[0] == 200
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
 
 
 def test_connections_are_limited():
