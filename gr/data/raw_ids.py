@@ -1,4 +1,4 @@
-"""Values of a log as raw ids, for columns whose ids get rows while a model is trained (embeddings.tables.COLUMN.ids)."""
+"""Values of a log as raw ids, which get rows while a model is trained (embeddings.tables.COLUMN.ids)."""
 
 import hashlib
 from collections.abc import Iterable

@@ -41,7 +41,7 @@ ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")  # which cut rows
 
 
 def optimizer_states(table: TableConfig) -> tuple[int, int]:
-    """The states of a table: (numbers for each element, numbers for each row), with those that give dynamic ids rows."""
+    """The states of a table, with those of dynamic ids: (numbers for each element, numbers for each row)."""
     optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
     of_ids = ID_TABLE_BYTES // STATE_BYTES if table.ids == "dynamic" else 0
     return optimizer.states_a("element"), optimizer.states_a("row") + of_ids
