@@ -13,6 +13,7 @@ _PUBLIC = {
     "plan": "gr.api",
     "predict": "gr.api",
     "prepare_events": "gr.api",
+    "raw_ids": "gr.data.raw_ids",
     "recommend": "gr.api",
     "train": "gr.api",
 }
@@ -24,6 +25,7 @@ __all__ = [
     "plan",
     "predict",
     "prepare_events",
+    "raw_ids",
     "recommend",
     "train",
 ]

@@ -76,7 +76,7 @@ class TableConfig(Section):
     name: Annotated[str, Field(min_length=1)]
     rows: Count = Field(description="E: rows.")
     ids: Literal["dense", "hashed", "dynamic"] = Field(
-        "dense", description="embeddings.tables.COLUMN.ids of an experiment; dynamic takes 16 bytes a row on the host."
+        "dense", description="embeddings.tables.COLUMN.ids of an experiment; dynamic takes 16 bytes a row."
     )
     dim: Annotated[int, Field(gt=0, le=WIDEST, multiple_of=ROW_MULTIPLE)] = Field(description="Columns stored.")
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"

@@ -27,6 +27,7 @@ ID_BYTES = 8
 LENGTH_BYTES = 4
 OUTPUT_BYTES = 4  # fbgemm returns embeddings, and takes their gradients, in fp32
 STATE_BYTES = 4  # optimizer states are fp32; state_dtype is that of those of an element
+ID_TABLE_BYTES = 16  # a row, at most (gr.ops.id_table); it lies on the host, and is counted where the row does
 SLOT_BYTES = 4  # fbgemm's cache has a slot number for every row of the table
 # A repeated row is read from the L2 cache, at about twice the bandwidth of HBM (assumed).
 REPEAT_COST = 0.5
@@ -41,9 +42,10 @@ GROUP_COLLECTIVES = 4
 
 
 def optimizer_states(table: TableConfig) -> tuple[int, int]:
-    """The optimizer's states of a table: (numbers for each element, numbers for each row)."""
+    """The states of a table, with those of dynamic ids: (numbers for each element, numbers for each row)."""
     optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
-    return optimizer.states_a("element"), optimizer.states_a("row")
+    of_ids = ID_TABLE_BYTES // STATE_BYTES if table.ids == "dynamic" else 0
+    return optimizer.states_a("element"), optimizer.states_a("row") + of_ids
 
 
 def table_bytes(table: TableConfig, shard: Shard) -> tuple[int, int]:
