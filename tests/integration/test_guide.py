@@ -1,4 +1,4 @@
-"""The commands of docs/guide.md, data.md, launch.md, recommend.md and serving.md, run in order as written."""
+"""The commands of docs/guide.md, data.md, launch.md, recommend.md, serving.md and checkpoints.md, as written."""
 
 import os
 import re
@@ -24,7 +24,15 @@ def programs_of(page: str) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("page", "least"), [("guide.md", 9), ("data.md", 7), ("launch.md", 5), ("recommend.md", 12), ("serving.md", 10)]
+    ("page", "least"),
+    [
+        ("guide.md", 9),
+        ("data.md", 7),
+        ("launch.md", 5),
+        ("recommend.md", 12),
+        ("serving.md", 10),
+        ("checkpoints.md", 7),
+    ],
 )
 def test_every_command_of_the_page_runs(tmp_path, page, least):
     if page == "launch.md":
