@@ -14,10 +14,10 @@ import torch
 import gr
 from benchmarks.compare import print_machine
 from gr.embeddings import table_weights
-from gr.serving.accuracy_gate import GateReport, Limits
-from gr.serving.calibration import ROWS, calibration
-from gr.serving.dtypes import choose, measure, table_bytes
-from gr.serving.quantize import ROW_KINDS, RowKind, has_kind
+from gr.serving.gate.accuracy_gate import GateReport, Limits
+from gr.serving.gate.calibration import ROWS, calibration
+from gr.serving.gate.dtypes import choose, measure, table_bytes
+from gr.serving.tables.quantize import ROW_KINDS, RowKind, has_kind
 
 
 def row(name: str, share: float, report: GateReport) -> str:
@@ -38,13 +38,12 @@ def row(name: str, share: float, report: GateReport) -> str:
 def measure_run(run: Path, limits: Limits, options: argparse.Namespace) -> None:
     saved = gr.load(run)
     rows = calibration(saved, data=options.data, rows=options.rows)
-    reference = rows.predict(saved.model)
     weights = table_weights(saved.model)
     kinds: list[RowKind] = [kind for kind in ROW_KINDS if all(has_kind(w.shape[1], kind) for w in weights.values())]
     fp32 = table_bytes(saved.model, dict.fromkeys(weights, "fp32"))
     for kind in kinds:
         every = dict.fromkeys(weights, kind)
-        report = measure(rows, reference, every, limits)
+        report = measure(rows, every, limits)
         if kind == "fp32":
             first, name = report.tasks[0], Path(run).name
             values = ", ".join(f"{each.name} {each.reference:.6f}" for each in first.measures if each.reference)
@@ -64,7 +63,7 @@ def measure_run(run: Path, limits: Limits, options: argparse.Namespace) -> None:
         change = f"{each.measure} {100 * each.change:+.4f} % ({100 * each.error:.4f})"
         print(f"  {each.table:12s} {each.kind}  sensitivity {100 * each.sensitivity:.2e} %  {change}  {each.verdict}")
     if options.pictures is not None:
-        from gr.serving.pictures import draw_sensitivities
+        from gr.serving.gate.pictures import draw_sensitivities
 
         draw_sensitivities(choice, options.pictures / f"{Path(run).name}-sensitivities.png")
 

@@ -128,11 +128,13 @@ def _padded_core(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
 def _compiled(inputs: _Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     offsets, N = inputs.offsets, inputs.shape.longest
     q, k, v = (jagged_to_padded(x, offsets, N).transpose(1, 2) for x in (q, k, v))
-    out = _compiled_core(q, k, v)
+    out = _compiled_core()(q, k, v)
     return padded_to_jagged(out.transpose(1, 2), offsets, sum(inputs.shape.lengths))
 
 
-_compiled_core = torch.compile(_padded_core, dynamic=False)
+@functools.cache
+def _compiled_core() -> Callable[..., Tensor]:
+    return torch.compile(_padded_core, dynamic=False)
 
 
 def _softmax(inputs: _Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ import numpy as np
 
 from gr.config.export import load_export_config
 from gr.serving.export import export, publish
-from gr.serving.package_writer import writing
-from gr.serving.version import Version
+from gr.serving.package.version import Version
+from gr.serving.package.writer import writing
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree")
 

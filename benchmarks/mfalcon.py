@@ -37,11 +37,11 @@ from gr.models.saved import ALONE, Saved
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.hstu_attention import CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.sequence import JaggedSequence
-from gr.serving.kv_cache import KVCache
+from gr.serving.package.version import Version
 from gr.serving.passes.ranking import FloatTables, ranking_form, ranking_passes
 from gr.serving.passes.ranking_build import build
-from gr.serving.ranking import RankRequest, RankServable
-from gr.serving.version import Version
+from gr.serving.verbs.kv_cache import KVCache
+from gr.serving.verbs.ranking import RankRequest, RankServable
 from gr.towers.stu import STU
 
 D, H, LAYERS = 256, 4, 3

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import print_machine
-from gr.serving.approximate_index import build, faiss, recall_of
-from gr.serving.retrieval_index import ExactIndex
+from gr.serving.index.approximate import build, faiss, recall_of
+from gr.serving.index.exact import ExactIndex
 
 WEIGHTS_OF_CENTRES = 1.0  # Zipf exponent
 

@@ -8,6 +8,7 @@ Both sides answer the same rows in turns; CPU milliseconds are medians over the 
 
 import argparse
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import gr
 from benchmarks.compare import Timing, compare, cpu_model
 from gr.data.collate_tabular import tabular_batch
 from gr.models.saved_click import SavedClick
-from gr.serving.click import ClickServable
-from gr.serving.version import Version
+from gr.serving.package.version import Version
+from gr.serving.verbs.click import ClickServable
 
 BATCHES = (1, 8, 64, 512)
 
@@ -56,8 +57,8 @@ def main() -> None:
         columns = request(saved, rows)
         table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
         batch = tabular_batch(saved.rows.read(table)[0], saved.schema)
-        encoded = score.encode(columns)
-        inputs = torch.from_numpy(encoded.dense_BN), torch.from_numpy(encoded.ids_BH)
+        read = score.read(columns)
+        inputs = torch.from_numpy(read.dense_BN), torch.from_numpy(read.ids_BH)
         timings = compare(
             {
                 "pass": partial(score.compiled_pass, *inputs),
@@ -71,7 +72,7 @@ def main() -> None:
         print(f"| {rows} | {_cells(timings, 'pass', 'model')} | {_cells(timings, 'request', 'saved')} |", flush=True)
 
 
-def answer(score: ClickServable, columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+def answer(score: ClickServable, columns: dict[str, np.ndarray]) -> Sequence[object]:
     """A whole request."""
     return score.run([score.encode(columns)])
 

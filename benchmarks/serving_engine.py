@@ -14,7 +14,8 @@ import numpy as np
 
 from gr.config.serving import EngineConfig
 from gr.serving import Engine
-from gr.serving.load_test import EngineTarget, overload, poisson
+from gr.serving.load.load_test import overload, poisson
+from gr.serving.load.targets import EngineTarget
 from tests.support.toy_serving import ToyVersion
 
 

@@ -21,7 +21,7 @@ from gr.checkpoint.layout import CHECKPOINTS, CONFIG
 from gr.config import RunConfig, differences, dump_config, load_config
 from gr.config.run import CALLBACKS, DenseConfig
 from gr.dist import World
-from gr.embeddings import TableOptimizer, initialise_tables
+from gr.embeddings import InitialRows, TableOptimizer, id_map_of, initialise_tables, map_ids
 from gr.errors import CheckpointError, ConfigError, nearest
 from gr.files import write_json
 from gr.logging import get_logger
@@ -69,9 +69,10 @@ def build(recipe: Recipe, world: World) -> Built:
         watchdog.enter("planning")
         plan, sharding = make_plan(model, config.inventory(recipe.schema), config, world)
         watchdog.enter("sharding")
-        model = shard_tables(model, sharding, config.embeddings, world.device)
+        model = shard_tables(model, sharding, config.embeddings, world.device, config.planner)
     model = parallelise_dense(model, build_mesh(world, config.dense.tensor_parallel), config.dense, world.device)
     initialise_tables(model, seed=config.seed, embeddings=config.embeddings, dim=recipe.table_columns)
+    map_ids(model, InitialRows(config.seed, config.embeddings, recipe.table_columns), world)
     initialise_dense(unwrapped(model), config.seed)
     return Built(recipe, world, model, plan)
 
@@ -155,7 +156,8 @@ def _recipe_of(checkpoint: Path, config: RunConfig, world: World) -> Recipe:
     Raises CheckpointError where it is of another model than `config`. Collective.
     """
     verify(checkpoint, world)
-    planner = config.planner.model_copy(update={"plan": None})  # that plan was for the world of the training
+    # That plan and its groups were for the world of the training.
+    planner = config.planner.model_copy(update={"plan": None, "groups": 1})
     dense = DenseConfig() if world.size == 1 else config.dense  # one rank has nobody to share with
     recipe = open_recipe(config.model_copy(update={"planner": planner, "dense": dense}), checkpoint)
     recipe.check_saved(_saved_config(checkpoint, config), str(checkpoint))
@@ -280,6 +282,8 @@ def _saved_config(checkpoint: Path, config: RunConfig, others: Sequence[str] = (
 def _callbacks(built: Built, training: Training) -> list[Callback]:
     recipe, config = built.recipe, built.recipe.config
     chosen: list[Callback] = [callbacks.Metrics(training.writer, config.trainer.log_every, _peak_flops(built))]
+    if (ids := id_map_of(training.model)) is not None:
+        chosen.append(callbacks.DynamicIds(ids, training.writer, config.trainer.log_every))
     if config.trainer.profiler:
         chosen.append(callbacks.Profiler(config.trainer.profiler, Path(config.run_dir), training.world.rank))
     plugins = [CALLBACKS.target(each)(each) for each in config.callbacks]
@@ -303,9 +307,12 @@ def _last_callbacks(training: Training, config: RunConfig) -> list[Callback]:
 
 
 def _report(built: Built, checkpoint: Path, step: int, split: Split) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if (ids := id_map_of(built.model)) is not None:
+        ids.read_lookups()  # those of evaluations before this one
     evaluation = built.recipe.evaluate(built.model, built.world, split)
+    unknown = {} if ids is None else {"dynamic_ids": ids.read_lookups()}
     head = {"kind": built.recipe.config.kind, "checkpoint": str(checkpoint), "step": step}
-    return {**head, **evaluation.details, "model": evaluation.metrics}, evaluation.arrays
+    return {**head, **evaluation.details, **unknown, "model": evaluation.metrics}, evaluation.arrays
 
 
 def _final_report(

@@ -40,6 +40,9 @@ ITEMS_FILE = "items.parquet"
 PART_PATTERN = "part-*.parquet"
 VOCABULARY_FOLDER = "vocabulary"
 UNCOUNTED_EVENTS = 2  # newest events of each user, which are evaluated on, so that items.parquet does not count them
+# A cardinality above it says that ids are raw, and are given rows while a model is trained: nothing is as long.
+LARGEST_DENSE = 1 << 40
+RAW_IDS = (1 << 63) - 1  # the cardinality of a column of any ids from 0 to 2^63 - 2
 # Ids and counts are int64 in every file and tensor.
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 NonNegativeInt = Annotated[Int64, Field(ge=0)]
@@ -162,7 +165,9 @@ class DataSchema(HistoryColumns, _SchemaFile):
     name: str = Field(description="Name of the data set, for reports.")
     item_feature: Literal["item_id"] = Field("item_id", description="Model feature of the items.")
     item_column: Literal["item_ids"] = Field("item_ids", description="Parquet column of the items.")
-    item_cardinality: Annotated[Int64, Field(ge=2)] = Field(description="Largest item id + 1: rows of the item table.")
+    item_cardinality: Annotated[Int64, Field(ge=2)] = Field(
+        description="Largest item id + 1: rows of the item table, unless a model gives raw ids rows of their own."
+    )
     timestamps: bool = Field(description="Whether the column timestamps exists.")
     ratings: bool = Field(description="Whether the column ratings exists.")
     order: str = Field(description="How events of a user are ordered, and the rule for ties.")
@@ -206,7 +211,9 @@ class SparseColumn(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="Parquet column and feature of the model.")
-    cardinality: PositiveInt = Field(description="Largest id + 1: rows of the table.")
+    cardinality: PositiveInt = Field(
+        description="Largest id + 1: rows of the table, unless a model gives raw ids rows of their own."
+    )
     hots: PositiveInt = Field(1, description="Ids of each row; more than 1 makes the column a list.")
 
 
@@ -257,8 +264,10 @@ class TabularSchema(_SchemaFile):
 
     def summary(self) -> str:
         """The sizes, in one line."""
-        ids = sum(column.cardinality for column in self.sparse)
-        return f"{self.rows:,} rows, {len(self.dense)} dense columns, {ids:,} ids in {len(self.sparse)} columns"
+        dense = [column.cardinality for column in self.sparse if column.cardinality <= LARGEST_DENSE]
+        ids = f"{sum(dense):,} ids in {len(dense)} columns"
+        raw = f", raw ids in {len(self.sparse) - len(dense)}" if len(dense) < len(self.sparse) else ""
+        return f"{self.rows:,} rows, {len(self.dense)} dense columns, {ids}{raw}"
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:

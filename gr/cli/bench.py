@@ -1,31 +1,23 @@
 """`gr bench`: how many requests a second a package answers in time, in process and over HTTP."""
 
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gr.cli.out import dump, say
 from gr.cli.serve import require_serve
-from gr.config.serving import EngineConfig
-from gr.errors import ConfigError, ServingError
+from gr.config.serving import EngineConfig, ServeConfig
+from gr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gr.serving.load_test import Run, Target
+    from gr.serving.load.load_test import Run, Target
     from gr.serving.servable import ServedVersion
 
-_ADDRESS = re.compile(r"http://([\d.]+):(\d+)/v2")
-_MODEL = "bench"
 _PATIENCE_MS = 1e7  # of the scenario offline, where every request waits for the others
 
 
@@ -67,8 +59,8 @@ def command(against: str | None, checkpoint: str | None, as_json: bool, **option
         raise ConfigError("--against eager and --checkpoint go together")
     if bench.http:
         require_serve("gr bench --http")
-        if against == "eager" or bench.scenario == "offline":
-            raise ConfigError("--http measures packages, in the scenario server")
+        if bench.scenario == "offline":
+            raise ConfigError("--http measures the scenario server; leave --scenario out")
     results = {"package": _measure(bench, None, as_json)}
     if against is not None:
         results[against] = _measure(bench, against, as_json, checkpoint)
@@ -82,37 +74,41 @@ def command(against: str | None, checkpoint: str | None, as_json: bool, **option
 def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | None = None) -> dict[str, float]:
     """Figures of the package, or of what it is compared with."""
     from gr.serving.engine import Engine
-    from gr.serving.load_test import EngineTarget, HttpTarget, offline, read_requests
-    from gr.serving.version import Version
+    from gr.serving.load.load_test import offline, read_requests
+    from gr.serving.load.server_process import MODEL, server
+    from gr.serving.load.targets import EngineTarget, HttpTarget
+    from gr.serving.package.version import Version
 
-    version: ServedVersion = Version.open(bench.package)
+    open_version: Callable[[], ServedVersion] = partial(Version.open, bench.package)
+    if checkpoint is not None:
+        from gr.serving.load.eager import EagerClick  # imports torchrec
+
+        open_version = partial(EagerClick.of, checkpoint, bench.package)
+    version = open_version()
     verb, servable = next(iter(version.verbs.items()))
     requests = read_requests(bench.file, servable.inputs, bench.rows)
-    if checkpoint is not None:
-        from gr.serving.eager import EagerClick
-
-        version = EagerClick(checkpoint, servable.inputs, servable.outputs)
+    servable.encode(requests[0])  # raises ServingError where the file lacks what the model needs
     batch_rows = EngineConfig().batch_rows if against is None else 1
     name = against or "package"
-    if bench.http:
-        version.close()
-        with _server(bench, batch_rows) as address:
-            return _within(bench, name, HttpTarget(address, _MODEL, requests, servable.inputs), quiet)
-    most = EngineConfig().queue_rows if bench.scenario == "server" else len(requests) * bench.rows
     # What is compared with has no admission, whose refusals would count: its p99 alone says what it can take.
     deadline_ms = bench.p99_ms if bench.scenario == "server" and against is None else _PATIENCE_MS
+    if bench.http:
+        version.close()
+        with server(open_version, ServeConfig(port=0, batch_rows=batch_rows, deadline_ms=deadline_ms)) as address:
+            return _within(bench, name, HttpTarget(address, MODEL, requests, servable.inputs), quiet)
+    most = EngineConfig().queue_rows if bench.scenario == "server" else len(requests) * bench.rows
     with Engine(version, EngineConfig(batch_rows=batch_rows, deadline_ms=deadline_ms, queue_rows=most)) as engine:
         if bench.scenario == "server":
             return _within(bench, name, EngineTarget(engine, verb, requests), quiet)
         rate = offline(engine, verb, requests, len(requests))
     if not quiet:
-        say(f"{name}: {rate:,.0f} requests/s of {bench.rows} rows, all at once")
+        say(f"{name}: {rate:,.0f} requests/s, all at once")
     return {"requests_per_second": rate}
 
 
 def _within(bench: Bench, name: str, target: "Target", quiet: bool) -> dict[str, float]:
     """The largest rate within the bound, and three times that rate."""
-    from gr.serving.load_test import largest_rate, overload
+    from gr.serving.load.load_test import largest_rate, overload
 
     bound = bench.p99_ms / 1e3
     show: Callable[[Run], None] | None = None if quiet else lambda run: say(f"  {run.describe(bound)}")
@@ -131,25 +127,3 @@ def _within(bench: Bench, name: str, target: "Target", quiet: bool) -> dict[str,
         "goodput_per_second": best.goodput(bound),
         "goodput_per_second_at_3_times": over.goodput(bound),
     }
-
-
-@contextmanager
-def _server(bench: Bench, batch_rows: int) -> Iterator[tuple[str, int]]:
-    """The address of a server in a process of its own. Raises ServingError where it does not start."""
-    limits = [f"deadline_ms={bench.p99_ms}", f"batch_rows={batch_rows}"]
-    options = ["--port=0", "--no-access-log", f"--name={_MODEL}"]
-    arguments = [sys.executable, "-m", "gr", "serve", str(bench.package), *limits, *options]
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(arguments, stderr=log) as process:
-        try:
-            while not (address := _ADDRESS.search(_content(log))):
-                if process.poll() is not None:
-                    raise ServingError(f"gr serve did not start: {_content(log).strip()}")
-                time.sleep(0.05)
-            yield address[1], int(address[2])
-        finally:
-            process.terminate()
-
-
-def _content(file: IO[str]) -> str:
-    """The content, without moving the place at which the other process writes."""
-    return os.pread(file.fileno(), 1 << 16, 0).decode(errors="replace")

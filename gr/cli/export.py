@@ -56,7 +56,7 @@ def command(
             chosen = " (chosen)" if exported.choice.tables[each.table] == each.kind else ""
             say(f"{each.table} {each.kind}: {each.bytes:,} bytes, divergence {100 * each.sensitivity:.5f} %{chosen}")
     if picture is not None and exported.choice is not None:
-        from gr.serving.pictures import draw_sensitivities
+        from gr.serving.gate.pictures import draw_sensitivities
 
         draw_sensitivities(exported.choice, picture)
     say("code: compiled" if exported.compiled else "code: as it was, the form is the same")

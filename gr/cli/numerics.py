@@ -10,7 +10,7 @@ from gr.cli.out import cell, check_picture, say, show
 from gr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gr.serving.numerics import LayerDifference
+    from gr.serving.gate.numerics import LayerDifference
 
 
 @click.command(
@@ -31,7 +31,7 @@ def command(package: Path | None, checkpoint: str, kind: Any, picture: Path | No
     if picture is not None:
         check_picture(picture)
     from gr import logging
-    from gr.serving.numerics import package_layers, rounded_layers
+    from gr.serving.gate.numerics import package_layers, rounded_layers
 
     logging.configure()
     if package is not None:
@@ -40,7 +40,7 @@ def command(package: Path | None, checkpoint: str, kind: Any, picture: Path | No
         layers = rounded_layers(checkpoint, kind, **options)
     _print(layers)
     if picture is not None:
-        from gr.serving.pictures import draw_layers
+        from gr.serving.gate.pictures import draw_layers
 
         draw_layers(layers, picture)
 
@@ -48,7 +48,7 @@ def command(package: Path | None, checkpoint: str, kind: Any, picture: Path | No
 def _print(layers: Sequence["LayerDifference"]) -> None:
     from rich.table import Column, Table
 
-    from gr.serving.numerics import first_that_differs
+    from gr.serving.gate.numerics import first_that_differs
 
     headings = (Column("layer"), Column("module"), *(Column(name, justify="right") for name in _NUMBERS))
     table = Table(*headings, box=None)

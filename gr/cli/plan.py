@@ -97,14 +97,21 @@ def _plan(inventory: InventoryConfig, topology: Topology, divides: int, files: d
 
 
 def _smallest(inventory: InventoryConfig, topology: Topology, divides: int) -> int:
-    from gr.planner.smallest import smallest
+    from gr.planner.dense_strategies import strategy_words
+    from gr.planner.smallest import smallest, smallest_by_strategy
 
     with _working("trying numbers of ranks"):
         least = smallest(inventory, topology, divides)
+        by_strategy = smallest_by_strategy(inventory, topology, divides)
     table = Table(Column("ranks", justify="right"), "fits", "why", title=cell(f"{inventory.name} on {topology.name}"))
     for trial in least.trials:
         table.add_row(f"{trial.ranks:,}", "yes" if trial.fits else "no", cell(trial.limit))
     show(table)
+    if by_strategy:
+        table = Table("strategy", "layers", Column("smallest", justify="right"), title="by strategy of the dense part")
+        for strategy, ranks in by_strategy:
+            table.add_row(*strategy_words(strategy), "none" if ranks is None else f"{ranks:,} ranks")
+        show(table)
     if least.ranks is None:
         say(f"error: {least.reason}", err=True)
         return DOES_NOT_FIT

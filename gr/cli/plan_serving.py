@@ -14,7 +14,7 @@ from gr.planner.report.units import duration, size
 from gr.planner.topology import Topology
 
 if TYPE_CHECKING:
-    from gr.serving.package import Manifest
+    from gr.serving.package.layout import Manifest
 
 DOES_NOT_FIT = 3
 EXAMPLES = 64
@@ -48,14 +48,14 @@ def plan_serving(
 
 def plan_package(folder: Path) -> None:
     """Prints what the cards of a package hold. Raises ServingError where the folder is no package."""
-    from gr.serving.package import read_current, read_manifest
+    from gr.serving.package.layout import read_current, read_manifest
 
     say_tables(read_manifest(folder, read_current(folder)))
 
 
 def say_tables(manifest: "Manifest") -> None:
     """Prints the bytes of a version's tables, and what each card has of them."""
-    from gr.serving.card_tables import BATCH
+    from gr.serving.tables.card_tables import BATCH
 
     tables, cards = manifest.tables.values(), manifest.cards
     stored, full = sum(table.bytes for table in tables), sum(4 * table.rows * table.dim for table in tables)

@@ -11,10 +11,20 @@ from gr.cli.out import say
 
 @click.command(
     help="Write the weights of CHECKPOINT as a further version of the package --to, in the types that the package was "
-    "exported with, and serve it. Nothing is compiled; a checkpoint of another form is refused. With --since, write "
-    "what changed since that step of the run as the next delta of the folder --out; `gr apply` puts it on a checkpoint."
+    "exported with, and serve it. Nothing is compiled; a checkpoint of another form is refused.\n\nWith --watch, each "
+    "further checkpoint that becomes the best of the run, or else its latest, is published as it comes, until Ctrl-C."
+    "\n\nWith --since, write what changed since that step of the run as the next delta of the folder --out; `gr apply` "
+    "puts it on a checkpoint."
 )
 @click.option("--to", type=click.Path(path_type=Path), help="Folder of the package.")
+@click.option(
+    "--watch",
+    is_flag=False,
+    flag_value=10.0,
+    type=click.FloatRange(0, min_open=True),
+    metavar="[SECONDS]",
+    help="Follow the run, whose folder CHECKPOINT is; look for another every 10 seconds, or as often as is said.",
+)
 @click.option("--since", type=click.IntRange(min=0), help="Step of an earlier checkpoint of the run.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of deltas, which are numbered.")
 @on_checkpoint
@@ -23,6 +33,7 @@ def command(
     overrides: tuple[str, ...],
     rank: int,
     to: Path | None,
+    watch: float | None,
     since: int | None,
     out: Path | None,
     plugins: tuple[str, ...],
@@ -31,16 +42,23 @@ def command(
         raise click.UsageError(f"{overrides[0]}: values are those of `gr export`, and stay as they are in the package")
     if (to is None) == (since is None) or (since is None) != (out is None):
         raise click.UsageError("give --to PACKAGE for a whole version, or --since STEP with --out FOLDER for a delta")
-    if to is not None:
+    if to is None:
+        if watch:
+            raise click.UsageError("--watch goes with --to PACKAGE")
+        from gr.checkpoint import resolve
+        from gr.checkpoint.delta import publish_delta
+
+        assert since is not None and out is not None
+        delta, manifest = publish_delta(resolve(checkpoint), since, out)
+        size = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
+        rows = ", ".join(f"{count:,} rows of {table}" for table, count in manifest.rows.items()) or "no rows"
+        say(f"{delta}: steps {since} to {manifest.step}, {rows}, {size / 1e6:,.1f} MB")
+    elif watch:
+        from gr.serving.follow import follow
+
+        for exported in follow(checkpoint, to, watch, plugins=plugins):
+            report(to, exported)
+    else:
         from gr.serving.export import publish
 
         report(to, publish(checkpoint, to, plugins=plugins))
-        return
-    from gr.checkpoint import resolve
-    from gr.checkpoint.delta import publish_delta
-
-    assert since is not None and out is not None
-    delta, manifest = publish_delta(resolve(checkpoint), since, out)
-    size = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
-    rows = ", ".join(f"{count:,} rows of {table}" for table, count in manifest.rows.items()) or "no rows"
-    say(f"{delta}: steps {since} to {manifest.step}, {rows}, {size / 1e6:,.1f} MB")

@@ -11,7 +11,7 @@ from gr.cli.out import dump
 from gr.config.serving import load_serve_config
 from gr.errors import ConfigError, InstallError
 
-_NEEDED = ("starlette", "uvicorn", "httptools", "prometheus_client")
+_NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "prometheus_client")
 
 
 @click.command(
@@ -44,10 +44,10 @@ def command(
     require_serve("gr serve")
     from gr import logging
     from gr.serving.engine import Engine
-    from gr.serving.package import read_current
-    from gr.serving.server import Served, listen, serve
-    from gr.serving.version import Version
-    from gr.serving.watch import Watch
+    from gr.serving.http.server import Served, listen, serve
+    from gr.serving.package.layout import read_current
+    from gr.serving.package.version import Version
+    from gr.serving.package.watch import Watch
 
     logging.configure()
     with ExitStack() as stack:

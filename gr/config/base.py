@@ -24,6 +24,7 @@ Count = Annotated[int, Field(gt=0, le=LARGEST)]
 CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16"]
 
 

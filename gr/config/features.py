@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gr.config.base import Section
+from gr.config.base import Count, Fraction, PositiveFloat, Section
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.errors import ConfigError, nearest
 from gr.schema import DataSchema, TabularSchema
 
 ITEM_TABLE = "item_id"
 TableDtype = Literal["fp32", "fp16"]
+ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "auto"]
 Rounding = Literal["stochastic", "nearest"]
 
 
@@ -25,16 +26,74 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 Features = Annotated[tuple[str, ...], AfterValidator(_distinct)]
 
 
+class _Ids(Section):
+    def layout(self) -> dict[str, Any]:
+        """What the rows of a checkpoint depend on: all but how ids are admitted."""
+        return {name: value for name, value in self if name not in ("half_life", "min_count")}
+
+
+class DenseIds(_Ids):
+    """Ids are rows, as `gr prepare` numbers them."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class HashedIds(_Ids):
+    """Any ids from 0 to 2^63 - 2: a row is a hash of the id (splitmix64), which others share."""
+
+    kind: Literal["hashed"] = "hashed"
+    rows: Count = Field(description="Rows of the table.")
+
+
+class DynamicIds(_Ids):
+    """Any ids from 0 to 2^63 - 2: training gives each a row of its own, and takes it back for others.
+
+    Rows are sets of `ways`; an id's set is a hash of it, and the ids of a set that have no row share its first one.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    rows: Count = Field(description="Rows of the table, a multiple of ways.")
+    ways: Annotated[int, Field(ge=2, le=4096)] = Field(
+        64, description="Rows that an id may have: more of them evict more nearly the weakest id of the whole table."
+    )
+    eviction: Literal["lru", "lfu"] = Field(
+        "lru", description="Who gives way: lru, the id used longest ago; lfu, that of the fewest uses, which decay."
+    )
+    half_life: PositiveFloat = Field(
+        1000.0, description="Steps after which a use counts half, under lfu and for min_count."
+    )
+    min_count: Annotated[int, Field(ge=1, le=255)] = Field(
+        1, description="Uses after which an id may have a row; above 1 they are estimated, in 4 bytes a row."
+    )
+
+    @model_validator(mode="after")
+    def _whole_sets(self):
+        if self.rows % self.ways:
+            nearest_rows = max(1, round(self.rows / self.ways)) * self.ways
+            raise ValueError(f"rows={self.rows} is no multiple of ways={self.ways}: set rows={nearest_rows}")
+        return self
+
+
+TableIds = Annotated[DenseIds | HashedIds | DynamicIds, Field(discriminator="kind")]
+
+
 class TableOptions(Section):
     """The table of one column, where it is not as all others are."""
 
     table: str | None = Field(
         None, description="Column whose table this one reads, too: their ids must stand for the same values."
     )
+    ids: TableIds | None = Field(None, description="What the column's ids are; unset: dense, rows of the table.")
     dtype: TableDtype | None = Field(None, description="Of this table's rows in memory; unset: embeddings.dtype.")
     rounding: Rounding | None = Field(None, description="Of updates to fp16 rows; unset: embeddings.rounding.")
     optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] | None = Field(
         None, description="Updates this table's rows; unset: embeddings.optimizer."
+    )
+    compute_kernel: ComputeKernel | None = Field(
+        None, description="Home of this table's rows; unset: embeddings.compute_kernel."
+    )
+    cache_load_factor: Fraction | None = Field(
+        None, description="Share of this table's rows in HBM; unset: embeddings.cache_load_factor."
     )
 
     @model_validator(mode="after")

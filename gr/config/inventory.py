@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args, overload
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from gr.config.base import LARGEST, Count, CountOrNone, Precision, Registry, Section
+from gr.config.base import LARGEST, Count, CountOrNone, Fraction, Precision, Registry, Section
 from gr.config.dlrm import ROW_MULTIPLE, DLRMConfig
 from gr.config.features import Rounding
-from gr.config.optim import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizerConfig
+from gr.config.optim import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, StateDtype, StateHome, TableOptimizerConfig
 from gr.config.towers import TOWERS, TowerConfig
 from gr.config.yaml import describe
 from gr.errors import ConfigError
@@ -30,7 +30,10 @@ AnyShardingType = Literal[
 ]
 SHARDING_TYPES: tuple[AnyShardingType, ...] = get_args(AnyShardingType)
 SEQUENCE_TYPES: tuple[AnyShardingType, ...] = ("data_parallel", "table_wise", "column_wise", "row_wise")
+ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")  # which cut rows
 Kernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
+INT8_BLOCK = 32  # columns that share a scale when vectors travel as int8 (fbgemm_gpu.quantize_comm)
+FUSED_KERNELS: tuple[Kernel, ...] = ("fused", "fused_uvm", "fused_uvm_caching")
 # dtypes of tables, and how their updates are rounded, that fbgemm's fused kernels have on CPU.
 _FUSED_ON_CPU = {("fp32", "stochastic"), ("fp32", "nearest"), ("fp16", "nearest")}
 UNIFORM_MISSES = 0.8  # of a cache of the hottest fifth: no other ids miss it more often
@@ -40,7 +43,6 @@ LARGEST_WORLD = 2**20
 MOST_IDS = 1e9  # an example reads
 LARGEST_TOTAL = 1e30  # FLOPs, bytes or scores of an example
 STEEPEST = 64.0  # Zipf exponent: all draws but 1e-19 read the first row
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Length = Annotated[float, Field(gt=0.0, le=LARGEST)]
 Total = Annotated[float, Field(ge=0.0, le=LARGEST_TOTAL)]
 Rank = Annotated[int, Field(ge=0, lt=LARGEST_WORLD)]
@@ -73,6 +75,9 @@ class TableConfig(Section):
 
     name: Annotated[str, Field(min_length=1)]
     rows: Count = Field(description="E: rows.")
+    ids: Literal["dense", "hashed", "dynamic"] = Field(
+        "dense", description="embeddings.tables.COLUMN.ids of an experiment; dynamic takes 16 bytes a row on the host."
+    )
     dim: Annotated[int, Field(gt=0, le=WIDEST, multiple_of=ROW_MULTIPLE)] = Field(description="Columns stored.")
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     rounding: Rounding = Field("stochastic", description="Of updates to rows that are not fp32.")
@@ -96,6 +101,8 @@ class TableConfig(Section):
     optimizer: Annotated[str, AfterValidator(_registered(TABLE_OPTIMIZERS))] = Field(
         "rowwise_adagrad", description="A kind of embeddings.optimizer."
     )
+    state: StateHome = Field("device", description="Home of the optimizer's states of every element; host: fused only.")
+    state_dtype: StateDtype = Field("fp32", description="Of the optimizer's states of every element.")
     sharding_types: tuple[AnyShardingType, ...] | None = Field(None, description="Allowed; unset: all that exist.")
     kernels: tuple[Kernel, ...] = Field(
         ("fused",), description="Allowed: fused keeps rows in HBM, fused_uvm on the host, fused_uvm_caching both."
@@ -110,6 +117,8 @@ class TableConfig(Section):
         valid = self.valid_sharding_types()
         if wrong := sorted(set(self.sharding_types or ()) - set(valid)):
             raise ValueError(f"{', '.join(wrong)} {self.why_invalid(wrong[0])}; use {', '.join(valid)}")
+        if fault := self._optimizer.state_fault(self.optimizer, self.state, self.state_dtype):
+            raise ValueError(fault)
         if self.max_shards is not None and self.max_shards < self.min_shards:
             raise ValueError(f"max_shards={self.max_shards} is below min_shards={self.min_shards}")
         return self
@@ -120,8 +129,16 @@ class TableConfig(Section):
 
     def is_fused_on_cpu(self) -> bool:
         """Whether fbgemm updates the table in backward on CPU, too, where it rounds fp16 to nearest and has no bf16."""
-        optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(self.optimizer))
-        return optimizer.fused_on_cpu and (self.dtype, self.rounding) in _FUSED_ON_CPU
+        return self._optimizer.fused_on_cpu and (self.dtype, self.rounding) in _FUSED_ON_CPU
+
+    @property
+    def _optimizer(self) -> type[TableOptimizerConfig]:
+        return cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(self.optimizer))
+
+    @property
+    def has_plain_states(self) -> bool:
+        """Whether its states are where and what dense kernels have: theirs are fp32, on the device."""
+        return (self.state, self.state_dtype) == ("device", "fp32")
 
     def why_invalid(self, sharding_type: str) -> str:
         """Why `sharding_type` is not among valid_sharding_types()."""
@@ -139,6 +156,30 @@ def sharding_types_of(kind: str, pooling: str) -> tuple[AnyShardingType, ...]:
     if kind == "sequence":
         return SEQUENCE_TYPES
     return tuple(name for name in SHARDING_TYPES if (name, pooling) != ("grid_shard", "mean"))
+
+
+class CommDtype(Section):
+    """The types in which vectors of tables, and their gradients, travel between ranks. Both ends compute in fp32."""
+
+    forward: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp32", description="Of the vectors.")
+    backward: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="Of their gradients; fp16 is not offered, as gradients of a mean over a large batch fall below its "
+        "least number, and bf16 takes the same bytes.",
+    )
+
+    def fault(self, kind: str, sharding_type: str, width: int) -> str | None:
+        """Why a table cannot be sharded so, or None. kind: of TableConfig. width: columns of its shards.
+
+        A pooled table that is cut by rows adds its parts up on the way (reduce-scatter), and sums of int8 are none.
+        """
+        if "int8" not in (self.forward, self.backward) or sharding_type == "data_parallel":
+            return None
+        if kind == "pooled" and sharding_type in ROW_TYPES:
+            return f"{sharding_type} adds vectors up on the way, which comm_dtype int8 cannot; use fp16 or bf16"
+        if width % INT8_BLOCK:
+            return f"comm_dtype int8 takes shards of a multiple of {INT8_BLOCK} columns, not {width}; use fp16 or bf16"
+        return None
 
 
 class TowerDense(Section):
@@ -211,13 +252,20 @@ class InventoryConfig(Section):
     renamed: ClassVar[dict[str, str]] = {
         f"dense.kind={kind}": "{kind: tower, tower: {kind: KIND, layers: ...}, dim: ..., mean_length: ...}"
         for kind in ("hstu", "transformer")
+    } | {
+        "dense.strategy": "dense_parallel",
+        "dense.tensor_parallel": "tensor_parallel",
+        "dense.gathered": "dense_gathered",
+        "dense.activation_checkpointing": "activation_checkpointing",
     }
 
     name: str = "model"
     rank_batch_size: Count | None = Field(None, description="B: examples a step on each rank.")
     global_batch_size: Count | None = Field(None, description="Examples a step over all ranks.")
     precision: Precision = Field("bf16", description="Of the dense part's activations.")
-    comm_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Of embeddings in all-to-all.")
+    comm_dtype: CommDtype = Field(CommDtype(), description="planner.comm_dtype of an experiment.")
+    groups: Count = Field(1, description="planner.groups of an experiment.")
+    sync_interval: Count = Field(1, description="planner.sync_interval of an experiment.")
     index_dedup: bool = Field(
         False, description="A rank asks for a row of a sequence table once (TorchRec, CUDA only)."
     )
@@ -260,6 +308,15 @@ class InventoryConfig(Section):
             if kind == "pooled" and others:
                 raise ValueError(f"dense.dim={self.dense.dim} is the width of every pooled table, not of {others[0]}")
         return self
+
+    def dense_lies_on(self, ranks: Any) -> Any:
+        """Whether the dense part can lie on so many ranks, as DenseConfig.check_ranks has it; ranks may be an array."""
+        shared = (
+            ranks > 1
+            if self.dense_parallel == "fsdp"
+            else (self.tensor_parallel == 1) | (ranks == self.tensor_parallel)
+        )
+        return shared & (ranks % self.tensor_parallel == 0)
 
     @property
     def interacting_features(self) -> int:

@@ -5,7 +5,7 @@ Each states the tensors it keeps, so that building it, saving it and planning fo
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
 from gr.config.base import PositiveFloat, Probability, Registry, Section
 
@@ -18,6 +18,8 @@ TableRate = Annotated[
 ]
 DenseRate = Annotated[PositiveFloat, Field(description="Learning rate of the dense parameters at its peak.")]
 StateShape = Literal["element", "row"]
+StateHome = Literal["device", "host"]
+StateDtype = Literal["fp32", "bf16"]
 DenseStateShape = Literal["parameter", "scalar"]
 
 
@@ -31,6 +33,12 @@ class TableOptimizerConfig(Section):
 
     kind: str
     lr: TableRate
+    state: StateHome = Field(
+        "device",
+        description="Home of the states that have a number for each element. host: in host memory, through UVM, where "
+        "the rows of a step cross the host link; states of a row stay. On CUDA only.",
+    )
+    state_dtype: StateDtype = Field("fp32", description="Of the states that have a number for each element.")
     states: ClassVar[dict[str, StateShape]] = {}
     fused_type: ClassVar[str]
     fused_on_cpu: ClassVar[bool] = False
@@ -38,6 +46,23 @@ class TableOptimizerConfig(Section):
     def fused_arguments(self) -> dict[str, Any]:
         """The arguments of fbgemm's update in backward, beside the learning rate."""
         return {}
+
+    @model_validator(mode="after")
+    def _states_are_offered(self):
+        if fault := self.state_fault(self.kind, self.state, self.state_dtype):
+            raise ValueError(fault)
+        return self
+
+    @classmethod
+    def state_fault(cls, kind: str, state: StateHome, state_dtype: StateDtype) -> str | None:
+        """Why fbgemm does not keep the states of this optimizer so, or None. kind: its name."""
+        if (state, state_dtype) == ("device", "fp32"):
+            return None
+        if not cls.states_a("element"):
+            return f"state={state}, state_dtype={state_dtype} are of states for each element, and {kind} has none"
+        if state_dtype == "bf16" and cls.fused_type != "PARTIAL_ROWWISE_ADAM":
+            return f"state_dtype=bf16 of {kind}: fbgemm has it for rowwise_adamw and partial_rowwise_adam only"
+        return None
 
     @classmethod
     def states_a(cls, shape: StateShape) -> int:

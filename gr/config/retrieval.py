@@ -14,7 +14,7 @@ from gr.config.histories import HistoryRunConfig, UserEvaluationConfig
 from gr.config.inventory import LossInventory, TableConfig, TowerDense
 from gr.config.sizing import retrieval_sizes
 from gr.config.towers import TOWERS, HSTUConfig, TowerConfig
-from gr.schema import DataSchema
+from gr.schema import LARGEST_DENSE, DataSchema
 
 # Up to here looking up the whole corpus costs less than finding the distinct items of a step.
 SMALL_CORPUS = 1 << 16
@@ -237,5 +237,6 @@ class RetrievalConfig(HistoryRunConfig):
 
     def compared(self, schema: DataSchema) -> Comparison:
         """The targets of an example and the corpus. Every example counts as data.max_length events, the most it has."""
-        # Row 0 is padding.
-        return Comparison(schema.item_cardinality - 1, float(self.data.max_length), self.trainer.global_batch_size)
+        # Row 0 is padding; raw ids are not counted by the largest.
+        items = schema.items if schema.item_cardinality > LARGEST_DENSE else schema.item_cardinality - 1
+        return Comparison(items, float(self.data.max_length), self.trainer.global_batch_size)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.base import Count, PathText, PositiveFloat, Precision, Registry, Section
-from gr.config.features import Rounding, TableDtype, TableOptions, columns_by_table
+from gr.config.base import Count, Fraction, PathText, PositiveFloat, Precision, Registry, Section
+from gr.config.features import ComputeKernel, DenseIds, Rounding, TableDtype, TableIds, TableOptions, columns_by_table
 from gr.config.inventory import (
-    AnyShardingType,
+    FUSED_KERNELS,
     DLRMDense,
     GivenDense,
     InventoryConfig,
@@ -30,7 +30,9 @@ from gr.config.optim import (
     DenseOptimizerConfig,
     TableOptimizerConfig,
 )
+from gr.config.planner import PlannerConfig
 from gr.errors import ConfigError
+from gr.schema import LARGEST_DENSE
 
 TableInit = Literal["truncated_normal", "uniform_rows"]
 
@@ -50,6 +52,12 @@ class EmbeddingsConfig(Section):
     optimizer: Annotated[TableOptimizerConfig, TABLE_OPTIMIZERS] = Field(
         Adam(), description="Updates the tables' rows."
     )
+    compute_kernel: ComputeKernel = Field(
+        "fused",
+        description="Home of the rows on CUDA. fused: HBM. fused_uvm: host memory. fused_uvm_caching: host memory, "
+        "with a cache in HBM. auto: as the planner finds.",
+    )
+    cache_load_factor: Fraction = Field(0.2, description="Share of the rows in HBM under fused_uvm_caching.")
     tables: dict[str, TableOptions] = Field({}, description="By column: a table that differs from all others.")
 
     def of(self, table: str) -> TableOptions:
@@ -59,30 +67,13 @@ class EmbeddingsConfig(Section):
     def optimizer_of(self, table: str) -> TableOptimizerConfig:
         return self.of(table).optimizer or self.optimizer
 
+    def ids_of(self, table: str) -> TableIds:
+        return self.of(table).ids or DenseIds()
+
     def rounding_of(self, table: str) -> Rounding | None:
         """None for a table in fp32, which is not rounded."""
         own = self.of(table)
         return None if (own.dtype or self.dtype) == "fp32" else own.rounding or self.rounding
-
-
-class PlannerConfig(Section):
-    sharding: Literal["auto"] | AnyShardingType = Field("auto", description="For every table; auto asks the planner.")
-    tables: dict[str, AnyShardingType] = Field({}, description="Sharding type of single tables, by name.")
-    plan: PathText | None = Field(
-        None, description="Plan to train with, as written by `gr plan --json`; unset makes one."
-    )
-    replan: bool = Field(
-        False, description="Make another plan where that of `plan` is for another machine: elastic runs change theirs."
-    )
-    allow_state_per_shard: bool = Field(
-        False,
-        description="Take column shards of tables whose optimizer keeps one number a row, as rowwise_adagrad does: "
-        "each shard then keeps its own, which trains another model than one rank does.",
-    )
-    topology: PathText | None = Field(
-        None,
-        description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",
-    )
 
 
 class DenseConfig(Section):
@@ -348,6 +339,9 @@ class RunConfig(Section):
             name=self.kind,
             global_batch_size=self.trainer.global_batch_size,
             precision=self.trainer.precision,
+            comm_dtype=self.planner.comm_dtype,
+            groups=self.planner.groups,
+            sync_interval=self.planner.sync_interval,
             dense_optimizer=self.optimizer.kind,
             dense_parallel=self.dense.strategy,
             tensor_parallel=self.dense.tensor_parallel,
@@ -360,11 +354,37 @@ class RunConfig(Section):
 
     @within_limits()
     def table(self, name: str, rows: int, **fields: Any) -> TableConfig:
-        """A table with its dtype, rounding and optimizer. fields: as in TableConfig."""
+        """A table with its rows, dtype, rounding and optimizer. rows: of dense ids. fields: as in TableConfig."""
         own = self.embeddings.of(name)
         dtype, rounding = own.dtype or self.embeddings.dtype, own.rounding or self.embeddings.rounding
-        optimizer = self.embeddings.optimizer_of(name).kind
-        return TableConfig(name=name, rows=rows, dtype=dtype, rounding=rounding, optimizer=optimizer, **fields)
+        optimizer, ids = self.embeddings.optimizer_of(name), self.embeddings.ids_of(name)
+        kernel = own.compute_kernel or self.embeddings.compute_kernel
+        if ids.kind == "dense" and rows > LARGEST_DENSE:
+            raise ConfigError(
+                f"{name} has raw ids (schema.json: up to {rows - 1}): set embeddings.tables.{name}.ids to "
+                "{kind: dynamic, rows: ROWS}, or hashed, or leave the column out of model.features"
+            )
+        kernels = FUSED_KERNELS if kernel == "auto" else (kernel,)
+        if ids.kind == "dynamic":
+            # A row that is handed over is written to the table itself, beside which a cache would keep the old one.
+            kernels = tuple(each for each in kernels if each != "fused_uvm_caching")
+            if not kernels:
+                raise ConfigError(
+                    f"embeddings.tables.{name}: dynamic ids have no compute_kernel {kernel}: take fused_uvm or fused"
+                )
+        return TableConfig(
+            name=name,
+            rows=rows if ids.kind == "dense" else ids.rows,
+            ids=ids.kind,
+            dtype=dtype,
+            rounding=rounding,
+            optimizer=optimizer.kind,
+            state=optimizer.state,
+            state_dtype=optimizer.state_dtype,
+            kernels=kernels,
+            cache_load_factor=own.cache_load_factor or self.embeddings.cache_load_factor,
+            **fields,
+        )
 
     def batch_sizes(self) -> Mapping[str, int]:
         """The numbers that are dealt evenly to the ranks, by the names of their keys."""
@@ -372,6 +392,7 @@ class RunConfig(Section):
 
     def check_ranks(self, ranks: int) -> None:
         """Raises ConfigError where a batch or the dense part cannot be dealt to `ranks` ranks."""
+        self.planner.check_ranks(ranks)
         self.dense.check_ranks(ranks)
         for name, value in self.batch_sizes().items():
             if value % ranks:

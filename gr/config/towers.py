@@ -53,6 +53,11 @@ class TowerConfig(Section):
         return False
 
     @property
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        """The settings that the number of tensor parallel ranks has to divide; empty for a tower that is not split."""
+        return {}
+
+    @property
     def length_leak(self) -> str:
         """The setting through which a token learns how many tokens come after it; empty where none does."""
         return ""
@@ -253,6 +258,10 @@ class LlamaConfig(TowerConfig):
     def key_heads(self) -> int:
         """G: heads of keys and values."""
         return self.kv_heads or self.heads
+
+    @property
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        return {"heads": self.heads, "kv_heads": self.key_heads, "ffn_dim": self.ffn_dim}
 
     def check_width(self, dim: int) -> None:
         if self.size is not None and dim != LLAMA_SIZES[self.size]["dim"]:

@@ -19,7 +19,7 @@ from gr.data.parquet import RowGroup
 from gr.data.tabular import TabularDataset
 from gr.data.validate import LAST_SECOND, Fault
 from gr.errors import DataError
-from gr.schema import SCHEMA_FILE, UNCOUNTED_EVENTS, SparseColumn
+from gr.schema import LARGEST_DENSE, SCHEMA_FILE, UNCOUNTED_EVENTS, SparseColumn
 
 SHORT = 3  # events from which a user has a test target, a validation target and an event before them
 _USERS_AT_ONCE = 1 << 24
@@ -123,6 +123,10 @@ def _wrong_totals(data: Dataset | TabularDataset) -> Faults:
 
 
 def _check_histories(data: Dataset) -> Check:
+    if data.schema.item_cardinality > LARGEST_DENSE:
+        raise DataError(
+            f"{data.path}: has raw item ids, by which events are not counted; a run checks the rows as it reads them"
+        )
     faults = _wrong_totals(data)
     schema, sums = data.schema, _Histories(data.schema.item_cardinality)
     names, shares = [*schema.event_columns[1:], *schema.user_columns], -(-sum(data.row_counts) // _USERS_AT_ONCE)
@@ -270,17 +274,19 @@ class _Dense:
 
 class _Sparse:
     def __init__(self, column: SparseColumn) -> None:
-        self.column, self.seen = column, np.zeros(column.cardinality, dtype=bool)
+        self.column, self.raw = column, column.cardinality > LARGEST_DENSE
+        self.seen = np.zeros(0 if self.raw else column.cardinality, dtype=bool)
         self.zeros = self.nulls = 0
 
     def add(self, ids: np.ndarray, nulls: int) -> None:
-        self.seen[ids[(ids >= 0) & (ids < self.column.cardinality)]] = True
+        if not self.raw:
+            self.seen[ids[(ids >= 0) & (ids < self.column.cardinality)]] = True
         self.nulls += nulls
         self.zeros += int((ids == 0).sum()) - nulls * (self.column.hots == 1)
 
     def text(self, rows: int) -> str:
         ids = rows * self.column.hots
-        used = f"{self.seen.sum():,} of {self.column.cardinality:,} ids"
+        used = "raw ids" if self.raw else f"{self.seen.sum():,} of {self.column.cardinality:,} ids"
         return f"{used}, id 0 in {_percent(self.zeros, ids)}, null in {_percent(self.nulls, rows)}"
 
 

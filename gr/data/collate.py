@@ -6,6 +6,7 @@ index of an event in the history of its example.
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -33,11 +34,25 @@ class Rows:
 
     def lengths_B(self) -> np.ndarray:
         """Events of each example, int64 [B]."""
-        return self._by_example(lambda group: group.lengths_B, np.dtype(np.int64))
+        return self._by_example(lambda group: group.offsets[1:], np.dtype(np.int64)) - self._first_B
+
+    @cached_property
+    def _first_B(self) -> np.ndarray:
+        """The place of each example's oldest event in the packed columns of its row group, int64 [B]."""
+        return self._by_example(lambda group: group.offsets, np.dtype(np.int64))
+
+    def values(self, column: str, events: "Events") -> np.ndarray:
+        """Packed values of an event column, [T]."""
+        if events.kept_T is None:
+            return self.gather(column, events.start_B, events.length_B)
+        return self.at(column, events.length_B, events.kept_T)
 
     def gather(self, column: str, start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-        """Packed values of an event column, [sum(length_B)]: the window of each example."""
-        return self.at(column, length_B, ranges(start_B, length_B))
+        """Packed values of an event column, [sum(length_B)]: the window of each example, copied as a block."""
+        columns = [group.columns[column] for group in self.groups]
+        first_B = self._first_B + start_B
+        windows = zip(self.group_B.tolist(), first_B.tolist(), (first_B + length_B).tolist(), strict=True)
+        return np.concatenate([np.empty(0, self._dtype(column)), *(columns[g][i:j] for g, i, j in windows if i < j)])
 
     def at(self, column: str, length_B: np.ndarray, place_T: np.ndarray) -> np.ndarray:
         """Packed values of an event column, [T]: length_B events of each example, at the places place_T."""
@@ -62,7 +77,34 @@ class Rows:
         return values
 
     def _dtype(self, column: str) -> np.dtype:
-        return self.groups[0].columns[column].dtype if self.groups else np.dtype(np.int64)
+        """float32 of numbers; int64 of ids, whatever they are in the row groups."""
+        is_number = bool(self.groups) and self.groups[0].columns[column].dtype.kind == "f"
+        return np.dtype(np.float32 if is_number else np.int64)
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events of each example: length_B of them, from place start_B on. kept_T: their places where they are not all of
+    a window, [T]; None where they are.
+    """
+
+    start_B: np.ndarray
+    length_B: np.ndarray
+    kept_T: np.ndarray | None = None
+
+    @cached_property
+    def place_T(self) -> np.ndarray:
+        """The place of each event, int64 [T]."""
+        return ranges(self.start_B, self.length_B) if self.kept_T is None else self.kept_T
+
+    def followers(self, last_B: np.ndarray) -> "Events":
+        """The event that follows each event; last_B follows the last event of an example."""
+        if self.kept_T is None:  # last_B is the place after the window
+            return Events(self.start_B + 1, self.length_B)
+        next_T = np.append(self.kept_T[1:], 0)[: len(self.kept_T)]
+        nonempty_B = self.length_B > 0
+        next_T[_offsets(self.length_B)[1:][nonempty_B] - 1] = last_B[nonempty_B]
+        return Events(self.start_B, self.length_B, next_T)
 
 
 @dataclass(frozen=True)
@@ -98,53 +140,41 @@ def collate_train(
 
 def collate_positions(
     rows: Rows, draws: Draws, first_example: int, config: HistoryDataConfig
-) -> tuple[RetrievalBatch, Counts, np.ndarray, np.ndarray]:
-    """What collate_train returns, the place of each target [T], and that of each example's last one [B]."""
+) -> tuple[RetrievalBatch, Counts, Events, np.ndarray]:
+    """What collate_train returns, the events that are the targets, and the place of each example's last one [B]."""
     inputs_B = np.maximum(rows.lengths_B() - config.train_holdout - 1, 0)
     empty_examples = int((inputs_B < 1).sum())
     if config.cut == "uniform":
         inputs_B = random_ends(inputs_B, draws)
-    start_B, length_B, place_T, dropped = chosen_events(rows, inputs_B, config, draws)
-    next_T = _followers(length_B, place_T, inputs_B)
+    inputs, dropped = chosen_events(rows, inputs_B, config, draws)
+    targets = inputs.followers(inputs_B)
+    items = rows.values("item_ids", inputs)
     batch = RetrievalBatch(
-        features=item_ids(rows.at("item_ids", length_B, place_T), length_B),
-        target_ids_T=torch.from_numpy(rows.at("item_ids", length_B, next_T)),
-        timestamps_T=times(rows, length_B, place_T),
-        query_timestamps_T=times(rows, length_B, next_T),
+        features=item_ids(items, inputs.length_B),
+        target_ids_T=torch.from_numpy(rows.values("item_ids", targets)),
+        timestamps_T=times(rows, inputs),
+        query_timestamps_T=times(rows, targets),
         first_example=first_example,
     )
-    return batch, Counts(int(start_B.sum()), empty_examples, dropped, len(place_T)), next_T, inputs_B
+    return batch, Counts(int(inputs.start_B.sum()), empty_examples, dropped, len(items)), targets, inputs_B
 
 
-def chosen_events(
-    rows: Rows, stop_B: np.ndarray, config: HistoryDataConfig, draws: Draws
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The newest config.max_length of the first stop_B events of each example, thinned by stochastic length where set.
-
-    Returns the first place of each window [B], the number of events of each example [B], their places [T], and how many
-    events stochastic length left out.
+def chosen_events(rows: Rows, stop_B: np.ndarray, config: HistoryDataConfig, draws: Draws) -> tuple[Events, int]:
+    """The newest config.max_length of the first stop_B events of each example, thinned by stochastic length where set,
+    and how many events stochastic length left out.
     """
     window_B = np.minimum(stop_B, config.max_length)
-    start_B = stop_B - window_B
-    place_T = ranges(start_B, window_B)
+    window = Events(stop_B - window_B, window_B)
     if config.stochastic_length is None:
-        return start_B, window_B, place_T, 0
-    time_T = rows.at("timestamps", window_B, place_T) if rows.timestamps else place_T
+        return window, 0
+    time_T = rows.values("timestamps", window) if rows.timestamps else window.place_T
     newest_B = np.zeros(len(window_B), dtype=np.int64)
     newest_B[window_B > 0] = time_T[_offsets(window_B)[1:][window_B > 0] - 1]
     ages_T = np.repeat(newest_B, window_B) - time_T
     keep_T = stochastic_length(window_B, ages_T, config.stochastic_length, config.max_length, draws)
     example_T = np.repeat(np.arange(len(window_B)), window_B)
     length_B = np.bincount(example_T[keep_T], minlength=len(window_B))
-    return start_B, length_B, place_T[keep_T], int((~keep_T).sum())
-
-
-def _followers(length_B: np.ndarray, place_T: np.ndarray, last_B: np.ndarray) -> np.ndarray:
-    """The place of the event that follows each event, [T]; last_B follows the last event of an example."""
-    next_T = np.append(place_T[1:], 0)[: len(place_T)]
-    nonempty_B = length_B > 0
-    next_T[_offsets(length_B)[1:][nonempty_B] - 1] = last_B[nonempty_B]
-    return next_T
+    return Events(window.start_B, length_B, window.place_T[keep_T]), int((~keep_T).sum())
 
 
 def collate_evaluation(
@@ -175,11 +205,12 @@ def collate_evaluation(
     windows = {"window": (start_B, length_B), "all": (zeros_B, before_B), "none": (zeros_B, zeros_B)}
     seen_start_B, seen_B = windows[filter_seen]
     seen_ids, seen_offsets = _seen(rows.gather("item_ids", seen_start_B, seen_B), seen_B, targets)
-    newest_T = np.repeat(rows.lengths_B() - 1, length_B)
+    window = Events(start_B, length_B)
+    next_T = np.minimum(window.place_T + 1, np.repeat(rows.lengths_B() - 1, length_B))
     batch = EvaluationBatch(
         features=item_ids(items, length_B),
-        timestamps_T=times(rows, length_B, ranges(start_B, length_B)),
-        query_timestamps_T=times(rows, length_B, np.minimum(ranges(start_B + 1, length_B), newest_T)),
+        timestamps_T=times(rows, window),
+        query_timestamps_T=times(rows, Events(start_B, length_B, next_T)),
         target_ids_B=torch.from_numpy(targets),
         valid_B=torch.from_numpy(valid_B),
         seen_ids=torch.from_numpy(seen_ids),
@@ -192,13 +223,15 @@ def collate_evaluation(
 def _seen(items: np.ndarray, length_B: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     example = np.repeat(np.arange(len(length_B)), length_B)
     keep = items != targets[example]
-    bound = int(items.max(initial=0)) + 1
-    keys = np.unique(example[keep] * bound + items[keep])
-    return keys % bound, _offsets(np.bincount(keys // bound, minlength=len(length_B)))
+    # Raw ids are too large to stand beside the number of an example.
+    distinct, place = np.unique(items[keep], return_inverse=True)
+    bound = max(len(distinct), 1)
+    keys = np.unique(example[keep] * bound + place)
+    return distinct[keys % bound], _offsets(np.bincount(keys // bound, minlength=len(length_B)))
 
 
-def times(rows: Rows, length_B: np.ndarray, place_T: np.ndarray) -> Tensor | None:
-    return torch.from_numpy(rows.at("timestamps", length_B, place_T)) if rows.timestamps else None
+def times(rows: Rows, events: Events) -> Tensor | None:
+    return torch.from_numpy(rows.values("timestamps", events)) if rows.timestamps else None
 
 
 def item_ids(items: np.ndarray, length_B: np.ndarray) -> KeyedJaggedTensor:

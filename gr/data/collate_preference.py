@@ -10,7 +10,7 @@ import torch
 from gr.batch import PreferenceBatch
 from gr.config.histories import HistoryDataConfig
 from gr.config.preference import ActionLevels, PreferenceTaskConfig, RatingLevels
-from gr.data.collate import Counts, Rows, collate_positions, item_ids, ranges, times
+from gr.data.collate import Counts, Events, Rows, collate_positions, item_ids, times
 from gr.data.stochastic_length import COMPARE, Draws
 from gr.schema import DataSchema
 
@@ -31,8 +31,8 @@ class PreferenceCollate:
         with the nearest events of the window that begins with it whose level is lower; the events that are held out are
         in no window.
         """
-        batch, counts, next_T, last_B = collate_positions(rows, draws, first_example, self.data)
-        length_B = batch.features.lengths().numpy()
+        batch, counts, targets, last_B = collate_positions(rows, draws, first_example, self.data)
+        length_B, next_T = targets.length_B, targets.place_T
         W = self.task.window
         last_T1 = np.repeat(last_B, length_B)[:, None]
         place_TW = next_T[:, None] + np.arange(W)
@@ -80,11 +80,12 @@ class PreferenceCollate:
         targets_T[newest_P] = np.where(better_P == 0, items_P2[:, 0], items_P2[:, 1])
         rejected_T[newest_P] = np.where(better_P == 0, items_P2[:, 1], items_P2[:, 0])
         gap_T[newest_P] = gap_P
+        history = Events(start_B, length_B)
         batch = PreferenceBatch(
-            features=item_ids(rows.gather("item_ids", start_B, length_B), length_B),
+            features=item_ids(rows.values("item_ids", history), length_B),
             target_ids_T=torch.from_numpy(targets_T),
-            timestamps_T=times(rows, length_B, ranges(start_B, length_B)),
-            query_timestamps_T=times(rows, length_B, ranges(start_B + 1, length_B)),
+            timestamps_T=times(rows, history),
+            query_timestamps_T=times(rows, Events(start_B + 1, length_B)),
             first_example=0,
             rejected_TK=torch.from_numpy(rejected_T)[:, None],
             gap_TK=torch.from_numpy(gap_T)[:, None],

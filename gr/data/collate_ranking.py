@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import ITEM_FEATURE, RankingBatch
 from gr.config.ranking import ActionTask, RankingDataConfig, RankingTaskConfig
-from gr.data.collate import Counts, Rows, chosen_events, ranges
+from gr.data.collate import Counts, Events, Rows, chosen_events
 from gr.data.stochastic_length import Draws, random_ends
 from gr.errors import ConfigError
 from gr.schema import DataSchema
@@ -44,13 +44,13 @@ class RankingCollate:
         if self.config.cut == "uniform":
             stop_B = random_ends(stop_B, draws)
         if self.task.supervision == "all":
-            start_B, length_B, place_T, dropped = chosen_events(rows, stop_B, self.config, draws)
-            scored_B = length_B
+            chosen, dropped = chosen_events(rows, stop_B, self.config, draws)
+            scored_B = chosen.length_B
         else:
             scored_B = np.minimum(stop_B, self.config.candidates)
-            start_B, length_B, place_T, dropped = self._with_scored(rows, stop_B, scored_B, draws)
-        counts = Counts(int(start_B.sum()), int((stop_B < 1).sum()), dropped, len(place_T))
-        return self._batch(rows, length_B, place_T, scored_B, first_example), counts
+            chosen, dropped = self._with_scored(rows, stop_B, scored_B, draws)
+        counts = Counts(int(chosen.start_B.sum()), int((stop_B < 1).sum()), dropped, int(chosen.length_B.sum()))
+        return self._batch(rows, chosen, scored_B, first_example), counts
 
     def newest(self, rows: Rows, *, newest: int, before: int) -> tuple[RankingBatch, Counts]:
         """A batch to evaluate on: the `newest` events of each user that lie before its `before` newest ones."""
@@ -63,39 +63,37 @@ class RankingCollate:
         """A batch of the first stop_B events of each user. The newest scored_B are predicted, as far as they fit."""
         length_B = np.where(scored_B > 0, np.minimum(stop_B, self.config.max_length), 0)
         start_B = stop_B - length_B
-        place_T = ranges(start_B, length_B)
         fitting_B = np.minimum(scored_B, length_B)
         counts = Counts(
             truncated_tokens=int(start_B[scored_B > 0].sum()),
             without_target=int(((scored_B < 1) & (rows.group_B >= 0)).sum()),
-            tokens=len(place_T),
+            tokens=int(length_B.sum()),
             unpredicted=int((scored_B - fitting_B).sum()),
         )
-        return self._batch(rows, length_B, place_T, fitting_B, first_example), counts
+        return self._batch(rows, Events(start_B, length_B), fitting_B, first_example), counts
 
-    def _with_scored(
-        self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, draws: Draws
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def _with_scored(self, rows: Rows, stop_B: np.ndarray, scored_B: np.ndarray, draws: Draws) -> tuple[Events, int]:
         """The result of chosen_events, except that the newest scored_B events always stay: they are no history."""
         room = self.config.model_copy(update={"max_length": self.config.max_length - self.config.candidates})
-        start_B, history_B, place_T, dropped = chosen_events(rows, stop_B - scored_B, room, draws)
-        length_B = history_B + scored_B
+        history, dropped = chosen_events(rows, stop_B - scored_B, room, draws)
+        length_B = history.length_B + scored_B
+        if history.kept_T is None:
+            return Events(history.start_B, length_B), dropped
         places = np.empty(int(length_B.sum()), dtype=np.int64)
         from_end = np.repeat(np.cumsum(length_B), length_B) - np.arange(len(places))
         is_scored = from_end <= np.repeat(scored_B, length_B)
-        places[~is_scored] = place_T
+        places[~is_scored] = history.kept_T
         places[is_scored] = (np.repeat(stop_B, length_B) - from_end)[is_scored]
-        return start_B, length_B, places, dropped
+        return Events(history.start_B, length_B, places), dropped
 
-    def _batch(
-        self, rows: Rows, length_B: np.ndarray, place_T: np.ndarray, scored_B: np.ndarray, first_example: int
-    ) -> RankingBatch:
+    def _batch(self, rows: Rows, chosen: Events, scored_B: np.ndarray, first_example: int) -> RankingBatch:
         schema = self.schema
 
         def events(column: str) -> np.ndarray:
-            return rows.at(column, length_B, place_T)
+            return rows.values(column, chosen)
 
-        actions_T = events("actions") if schema.actions else np.zeros(len(place_T), dtype=np.int64)
+        length_B = chosen.length_B
+        actions_T = events("actions") if schema.actions else np.zeros(int(length_B.sum()), dtype=np.int64)
         labels = [
             (actions_T >> schema.actions.index(task.action) & 1) if isinstance(task, ActionTask) else events(task.value)
             for task in self.task.tasks

@@ -19,7 +19,7 @@ from gr.data.validate import Fault, check_rows, checked_column, expected_types
 from gr.data.vocabulary import check_vocabularies
 from gr.errors import DataError
 from gr.logging import get_logger, log_once
-from gr.schema import ITEMS_FILE, UNCOUNTED_EVENTS, USER_COLUMN, DataSchema
+from gr.schema import ITEMS_FILE, LARGEST_DENSE, UNCOUNTED_EVENTS, USER_COLUMN, DataSchema
 
 log = get_logger(__name__)
 
@@ -28,8 +28,9 @@ log = get_logger(__name__)
 class Histories:
     """The users of one row group.
 
-    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, all else
-    int64; timestamps in seconds whatever their unit on disk), and [B] for user_id and contextual columns.
+    offsets: int64 [B + 1] into the packed columns. columns: packed arrays [T] by name (numbers float32, ids int32 or
+    int64 as on disk; timestamps int64, in seconds whatever their unit there), and [B] for user_id and contextual
+    columns.
     """
 
     offsets: np.ndarray
@@ -143,8 +144,7 @@ class Dataset:
             array = column.filled
             if column.offsets is not None and bad.any():
                 array = array[np.repeat(~bad, np.diff(column.offsets))]
-            is_number = pa.types.is_floating(column.values.type)
-            columns[name] = array.astype(np.float32 if is_number else np.int64, copy=False)
+            columns[name] = array
         if "timestamps" in columns and self.schema.time_unit == "ms":
             columns["timestamps"] = columns["timestamps"] // 1000
         if faults:
@@ -213,6 +213,10 @@ def read_item_features(folder: Path, schema: DataSchema) -> dict[str, np.ndarray
     """
     if not schema.event_features:
         return {}
+    if schema.item_cardinality > LARGEST_DENSE:
+        raise DataError(
+            f"model.features: {folder} has raw item ids, by which no features are kept; leave model.features empty"
+        )
     items_C, _ = read_corpus(folder, schema)
     file = folder / ITEMS_FILE
     names = read_footer(file).schema.to_arrow_schema().names

@@ -56,12 +56,12 @@ class TrainingOrder:
         if not self.shuffle:
             first = position * self.lanes + lane * count
             return np.arange(first, first + count, dtype=np.int64) % self.rows
-        places = np.arange(position, position + count, dtype=np.int64)
-        epochs, offsets = np.divmod(places, self.lane_length(lane))
-        rows = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            rows[chosen] = self._epoch_rows(epoch, offsets[chosen] + self._bounds[lane])
+        rows, length, done = np.empty(count, dtype=np.int64), self.lane_length(lane), 0
+        while done < count:
+            epoch, offset = divmod(position + done, length)
+            size = min(count - done, length - offset)
+            self._fill(rows[done : done + size], epoch, self._bounds[lane] + offset)
+            done += size
         return rows
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,14 +69,17 @@ class TrainingOrder:
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         return groups, rows - self._starts[groups]
 
-    def _epoch_rows(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
+    def _fill(self, rows: np.ndarray, epoch: int, first: int) -> None:
+        """Writes the row numbers that begin at place `first` of the epoch."""
         order, starts = self._group_order(epoch)
-        slots = np.searchsorted(starts, offsets, side="right") - 1
-        rows = np.empty(len(offsets), dtype=np.int64)
-        for slot in np.unique(slots).tolist():
-            chosen, group = slots == slot, int(order[slot])
-            rows[chosen] = self._starts[group] + self._row_order(epoch, group)[offsets[chosen] - starts[slot]]
-        return rows
+        slot, done = int(np.searchsorted(starts, first, side="right")) - 1, 0
+        while done < len(rows):
+            place, group = first + done, int(order[slot])
+            size = min(len(rows) - done, int(starts[slot + 1]) - place)
+            start = place - int(starts[slot])
+            rows[done : done + size] = self._row_order(epoch, group)[start : start + size]
+            rows[done : done + size] += self._starts[group]
+            done, slot = done + size, slot + 1
 
     def _shuffled_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(self.seed, epoch, None, len(self._counts))

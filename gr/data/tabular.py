@@ -19,15 +19,34 @@ from gr.schema import SparseColumn, TabularSchema
 
 @dataclass(frozen=True)
 class TabularRows:
-    """Rows of one row group.
-
-    labels_B: float32. dense_BN: float32. ids_BH: the sparse columns side by side, int32, or int64 where a table has
-    more than 2^31 rows.
-    """
+    """Rows as a model's pass reads them. labels_B, dense_BN: float32. ids_BH: the sparse columns side by side."""
 
     labels_B: np.ndarray
     dense_BN: np.ndarray
     ids_BH: np.ndarray
+
+
+@dataclass(frozen=True)
+class TabularColumns:
+    """The columns of one row group, each as it was decoded: a batch copies its part of them, once.
+
+    labels_B: float32. dense: float32 [B] each. ids: of each sparse column, [B], or [B, hots] of a column of lists;
+    int32, or int64 where a table has more than 2^31 rows.
+    """
+
+    labels_B: np.ndarray
+    dense: tuple[np.ndarray, ...]
+    ids: tuple[np.ndarray, ...]
+
+    @property
+    def dense_BN(self) -> np.ndarray:
+        """A copy with the columns side by side, float32."""
+        return np.column_stack([np.empty((len(self.labels_B), 0), np.float32), *self.dense])
+
+    @property
+    def ids_BH(self) -> np.ndarray:
+        """A copy with the columns side by side."""
+        return np.column_stack([np.empty((len(self.labels_B), 0), np.int32), *self.ids])
 
 
 class TabularDataset:
@@ -61,7 +80,7 @@ class TabularDataset:
         """The contradiction of footers to schema.json: another number of rows."""
         yield from self._parts.wrong_rows(self.path, "rows", self.schema.rows)
 
-    def read_row_group(self, index: int) -> TabularRows:
+    def read_row_group(self, index: int) -> TabularColumns:
         """Decodes and checks one row group. A null dense value is 0, a null id is 0.
 
         Raises DataError with file, row group, row, column and value for a label that is not 0 or 1, a dense value that
@@ -75,14 +94,13 @@ class TabularDataset:
                 f"{self.row_groups[index]}, row {fault.row}, column {fault.column}: {fault.problem}; correct the value "
                 "where the folder is written"
             )
-        schema, rows = self.schema, self.row_groups[index].rows
-        dense_BN = np.empty((rows, len(schema.dense)), dtype=np.float32)
-        for place, name in enumerate(schema.dense):
-            dense_BN[:, place] = columns[name].filled
+        schema = self.schema
         dtype = np.int32 if all(column.cardinality <= 1 << 31 for column in schema.sparse) else np.int64
-        ids = [_ids(columns[column.name], column).astype(dtype, copy=False) for column in schema.sparse]
-        ids_BH = np.concatenate([np.empty((rows, 0), dtype=dtype), *ids], axis=1)
-        return TabularRows(columns[schema.labels[0]].filled.astype(np.float32), dense_BN, ids_BH)
+        return TabularColumns(
+            labels_B=columns[schema.labels[0]].filled.astype(np.float32),
+            dense=tuple(columns[name].filled for name in schema.dense),
+            ids=tuple(_ids(columns[column.name], column).astype(dtype, copy=False) for column in schema.sparse),
+        )
 
     def read_columns(self, index: int) -> dict[str, Column]:
         """The columns of one row group, not yet checked."""
@@ -109,11 +127,15 @@ class TabularDataset:
 
 def _id_faults(column: Column, sparse: SparseColumn) -> list[Fault | None]:
     ids = column.filled
-    outside = (ids < 0) | (ids >= sparse.cardinality)
-    describe = f"allowed are 0 to {sparse.cardinality - 1}"
-    faults = [
-        event_fault(sparse.name, "is out of range", column, outside, lambda place: f"is id {ids[place]}, {describe}")
-    ]
+    faults: list[Fault | None] = []
+    if len(ids) and not 0 <= ids.min() <= ids.max() < sparse.cardinality:
+        outside = (ids < 0) | (ids >= sparse.cardinality)
+        describe = f"allowed are 0 to {sparse.cardinality - 1}"
+        faults.append(
+            event_fault(
+                sparse.name, "is out of range", column, outside, lambda place: f"is id {ids[place]}, {describe}"
+            )
+        )
     if column.offsets is not None:
         counts_B = np.diff(column.offsets)
         wrong_B = (counts_B != sparse.hots) & ~column.nulls
@@ -129,9 +151,9 @@ def _id_faults(column: Column, sparse: SparseColumn) -> list[Fault | None]:
 
 
 def _ids(column: Column, sparse: SparseColumn) -> np.ndarray:
-    """The ids of a sparse column without faults, [B, hots]; a null row has zeros."""
+    """The ids of a sparse column without faults, [B], or [B, hots] of lists; a null row has zeros."""
     if column.offsets is None:
-        return column.filled[:, None]
+        return column.filled
     ids = np.zeros((len(column.nulls), sparse.hots), dtype=np.int64 if sparse.cardinality > 1 << 31 else np.int32)
     ids[~column.nulls] = column.filled.reshape(-1, sparse.hots)
     return ids

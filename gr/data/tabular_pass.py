@@ -1,4 +1,4 @@
-"""Passes over the rows of a tabular folder. B rows of a batch on this rank, H ids of a row."""
+"""Passes over the rows of a tabular folder. B rows of a batch on this rank."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,17 @@ import numpy as np
 
 from gr.batch import TabularBatch
 from gr.data.collate import Counts
-from gr.data.collate_tabular import tabular_batch
+from gr.data.collate_tabular import batch_of_places
 from gr.data.loader import Places, ResumableSource, checksums, rank_batch_size
 from gr.data.order import TrainingOrder
-from gr.data.tabular import TabularDataset, TabularRows
+from gr.data.tabular import TabularColumns, TabularDataset
 from gr.errors import ConfigError
 from gr.logging import get_logger, log_once
 
 log = get_logger(__name__)
 
 
-class TabularPass(ResumableSource[TabularRows, TabularBatch]):
+class TabularPass(ResumableSource[TabularColumns, TabularBatch]):
     """Rows [b*G, (b+1)*G) of a pass, in file order, of which rank r takes the r-th of world_size equal slices.
 
     The cursor is the step: batches before this one.
@@ -77,7 +77,7 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
             **checksums(dataset.row_counts, dataset.schema),
         }
 
-    def read(self, row_group: int) -> TabularRows:
+    def read(self, row_group: int) -> TabularColumns:
         return self._dataset.read_row_group(row_group)
 
     def steps(self, epochs: int) -> int:
@@ -91,18 +91,8 @@ class TabularPass(ResumableSource[TabularRows, TabularBatch]):
         index_B, row_B = self._order.locate(self._order.lane_rows(0, start, stop - start))
         return self._groups[index_B], self._skipped[index_B] + row_B
 
-    def collate(self, cursor: int, groups: Sequence[TabularRows], places: Places) -> tuple[TabularBatch, Counts]:
-        (group_B, row_B), schema = places, self._dataset.schema
-        size = len(row_B)
-        labels_B = np.empty(size, dtype=np.float32)
-        dense_BN = np.empty((size, len(schema.dense)), dtype=np.float32)
-        ids_BH = np.empty((size, sum(column.hots for column in schema.sparse)), dtype=np.int64)
-        for index, group in enumerate(groups):
-            chosen, rows = group_B == index, row_B[group_B == index]
-            labels_B[chosen], dense_BN[chosen] = group.labels_B[rows], group.dense_BN[rows]
-            ids_BH[chosen] = group.ids_BH[rows]
-        rows = TabularRows(labels_B, dense_BN, ids_BH)
-        return tabular_batch(rows, schema, cursor * self._size), Counts()
+    def collate(self, cursor: int, groups: Sequence[TabularColumns], places: Places) -> tuple[TabularBatch, Counts]:
+        return batch_of_places(groups, places, self._dataset.schema, cursor * self._size), Counts()
 
     def counters(self, counts: Counts) -> dict[str, int]:
         """Rows of an epoch that no rank gives: those after the last whole batch."""

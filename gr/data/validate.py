@@ -111,7 +111,10 @@ def _check_counts(name: str, column: Column, items_B: np.ndarray) -> Fault | Non
 
 
 def _check_ids(name: str, column: Column, low: int, stop: int) -> Fault | None:
-    ids = column.values.fill_null(low).to_numpy(zero_copy_only=False) if low else column.filled
+    nulls = low and column.values.null_count
+    ids = column.values.fill_null(low).to_numpy(zero_copy_only=False) if nulls else column.filled
+    if not len(ids) or low <= ids.min() <= ids.max() < stop:
+        return None
     outside = (ids < low) | (ids >= stop)
     noun = "item id " if name == "item_ids" else ""
     return event_fault(

@@ -12,21 +12,27 @@ from gr.embeddings.collection import (
     table_weights,
     with_candidates,
 )
-from gr.embeddings.init import initialise_tables
+from gr.embeddings.dynamic import HandedOver, IdMap, id_map_of, map_ids
+from gr.embeddings.init import InitialRows, initialise_tables
 from gr.embeddings.local_shards import TableShard, local_shards
 from gr.embeddings.optimizers import TableOptimizer
 from gr.embeddings.pipelined_lookup import PipelinedLookup
 
 __all__ = [
     "CANDIDATE_FEATURE",
+    "HandedOver",
+    "IdMap",
+    "InitialRows",
     "PipelinedLookup",
     "TableOptimizer",
     "TableShard",
     "build_tables",
     "candidate_feature",
+    "id_map_of",
     "initialise_tables",
     "local_shards",
     "lookup",
+    "map_ids",
     "pooled_lookup",
     "pooled_vectors",
     "row_weighted_vectors",

@@ -92,6 +92,11 @@ def candidate_feature(column: str) -> str:
     return CANDIDATE_FEATURE if column == ITEM_FEATURE else f"candidate/{column}"
 
 
+def is_candidate(feature: str) -> bool:
+    """Whether a feature has the ids of candidates."""
+    return feature == CANDIDATE_FEATURE or feature.startswith("candidate/")
+
+
 def lookup(
     collection: torch.nn.Module,
     history: KeyedJaggedTensor,

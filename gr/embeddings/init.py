@@ -2,8 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,49 @@ CUT = 2.0
 CHUNK_ELEMENTS = 1 << 20
 
 
-def initialise_tables(model: nn.Module, *, seed: int, embeddings: EmbeddingsConfig, dim: int | None = None) -> None:
-    """Fills every local shard; TorchRec starts sequence tables at random and copies no weights into pooled ones.
+@dataclass(frozen=True)
+class InitialRows:
+    """The initial values of tables.
 
     dim: columns of sequence tables from it on are zero; None where there are none. Pooled tables are as wide as what
     is read.
     """
-    for shard in local_shards(model):
-        key = key_of(seed, shard.table)
-        if embeddings.init == "uniform_rows":
-            draw = partial(uniform, key=key, bound=1 / math.sqrt(shard.shape[0]))
+
+    seed: int
+    embeddings: EmbeddingsConfig
+    dim: int | None = None
+
+    def fill(self, shard: TableShard) -> None:
+        """Gives every row the values of its place in the table."""
+        rows, columns = shard.weight.shape
+        for first in range(0, rows, max(1, CHUNK_ELEMENTS // columns)):
+            chunk = shard.weight[first : first + max(1, CHUNK_ELEMENTS // columns)]
+            row = torch.arange(len(chunk), device=chunk.device) + (shard.row_offset + first)
+            chunk.copy_(self._values(shard, row * shard.shape[1]))
+
+    def of_ids(self, shard: TableShard, id_N: Tensor) -> Tensor:
+        """Values of raw ids, float64 [N, columns of the shard]: those of an id wherever its row is, and whenever."""
+        return self._values(shard, splitmix64(id_N.to(shard.weight.device)))
+
+    def _values(self, shard: TableShard, counter_N: Tensor) -> Tensor:
+        column = torch.arange(shard.weight.shape[1], device=counter_N.device) + shard.column_offset
+        counters, key = counter_N[:, None] + column, key_of(self.seed, shard.table)
+        if self.embeddings.init == "uniform_rows":
+            values = uniform(counters, key, 1 / math.sqrt(shard.shape[0]))
         else:
-            draw = partial(truncated_normal, key=key, std=embeddings.init_std)
-        _fill(shard, draw, shard.shape[1] if dim is None or shard.is_pooled else dim)
+            values = truncated_normal(counters, key, self.embeddings.init_std)
+        dim = shard.shape[1] if self.dim is None or shard.is_pooled else self.dim
+        return torch.where(column < dim, values, 0.0)
+
+
+def initialise_tables(model: nn.Module, *, seed: int, embeddings: EmbeddingsConfig, dim: int | None = None) -> None:
+    """Fills every local shard; TorchRec starts sequence tables at random and copies no weights into pooled ones.
+
+    dim: as in InitialRows.
+    """
+    initial = InitialRows(seed, embeddings, dim)
+    for shard in local_shards(model):
+        initial.fill(shard)
 
 
 def truncated_normal(counters: Tensor, key: int, std: float) -> Tensor:
@@ -51,17 +80,6 @@ def uniform(counters: Tensor, key: int, bound: float) -> Tensor:
 def open_unit(counters: Tensor, key: int) -> Tensor:
     """float64, uniform in (0, 1), one value for each int64 counter: a hash of it."""
     return (shift_right(splitmix64(counters + key), 11).double() + 0.5) * 2.0**-53
-
-
-def _fill(shard: TableShard, draw: Callable[[Tensor], Tensor], dim: int) -> None:
-    rows, columns = shard.weight.shape
-    device = shard.weight.device
-    column = torch.arange(columns, device=device) + shard.column_offset
-    for first in range(0, rows, max(1, CHUNK_ELEMENTS // columns)):
-        chunk = shard.weight[first : first + max(1, CHUNK_ELEMENTS // columns)]
-        row = torch.arange(len(chunk), device=device) + (shard.row_offset + first)
-        values = draw(row[:, None] * shard.shape[1] + column)
-        chunk.copy_(torch.where(column < dim, values, 0.0))
 
 
 def key_of(seed: int, name: str) -> int:

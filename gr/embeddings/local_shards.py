@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import (
@@ -15,6 +16,7 @@ from torchrec.distributed.batched_embedding_kernel import (
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ShardingEnv2D
 
 from gr.embeddings.row_gradients import LocalRows, ReplicatedRows
 
@@ -33,7 +35,7 @@ class TableShard:
     columns are cut into, and column_block which of them this is. replicated: every rank holds the same one.
     states: the fused optimizer's states by name, views [r, c], or [r] for row-wise ones; empty for a dense kernel.
     kernel: the TorchRec kernel that holds it. index: which of the kernel's shards it is. gradients: of a dense kernel,
-    for TableOptimizer; None where the kernel updates the shard in backward.
+    for TableOptimizer; None where the kernel updates the shard in backward. group: the ranks that share the table.
     """
 
     table: str
@@ -48,6 +50,7 @@ class TableShard:
     kernel: Kernel
     index: int
     gradients: LocalRows | ReplicatedRows | None
+    group: dist.ProcessGroup
 
     @property
     def is_fused(self) -> bool:
@@ -62,7 +65,7 @@ class TableShard:
 
 def local_shards(model: nn.Module) -> Iterator[TableShard]:
     """Every table shard of this rank, in the order of the modules."""
-    for kernel in _kernels(model):
+    for kernel, group in _kernels(model):
         states, gradients = _fused_states(kernel), _gradients(kernel)
         weights: list[Tensor] = kernel.split_embedding_weights()
         tables = kernel.config.embedding_tables
@@ -82,20 +85,24 @@ def local_shards(model: nn.Module) -> Iterator[TableShard]:
                 kernel=kernel,
                 index=index,
                 gradients=gradients,
+                group=group,
             )
 
 
-def _kernels(model: nn.Module) -> Iterator[Kernel]:
+def _kernels(model: nn.Module) -> Iterator[tuple[Kernel, dist.ProcessGroup]]:
+    """Every kernel, with the ranks that its collection is sharded over."""
     for collection in model.modules():
         if isinstance(collection, ShardedEmbeddingCollection | ShardedEmbeddingBagCollection):
+            env = collection._env
+            group = env.sharding_pg if isinstance(env, ShardingEnv2D) else env.process_group
             # TorchRec keeps the lookups in a list, out of sight of modules().
             for lookup in collection._lookups:
-                yield from (m for m in lookup.modules() if isinstance(m, Kernel))
+                yield from ((m, group) for m in lookup.modules() if isinstance(m, Kernel))
 
 
 def take_rows(model: nn.Module) -> None:
     """Has the dense kernels of a model that was just sharded look up rows as gr.embeddings.row_gradients says."""
-    for kernel in _kernels(model):
+    for kernel, _ in _kernels(model):
         if not isinstance(kernel, FusedKernel):
             replicated = kernel.config.embedding_tables[0].local_metadata is None
             kernel.row_gradients = (ReplicatedRows if replicated else LocalRows)(kernel.emb_module)

@@ -4,17 +4,19 @@ On CPU fbgemm has no fused Adam, and data-parallel tables never are fused: their
 that were looked up, which `TableOptimizer.step` applies by the same rule: it updates these rows and no others.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor, nn
 
 from gr.config.features import Rounding
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
+from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
 from gr.embeddings.init import key_of
-from gr.embeddings.local_shards import TableShard, local_shards
+from gr.embeddings.local_shards import Kernel, TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
 from gr.ops.row_update import StochasticRounding, row_update
 
@@ -27,7 +29,17 @@ def fused_params(config: TableOptimizerConfig, rounding: Rounding | None = None)
     """
     optimizer = EmbOptimType[config.fused_type]
     draws = {} if rounding is None else {"stochastic_rounding": rounding == "stochastic"}
-    return {"optimizer": optimizer, "learning_rate": config.lr, **config.fused_arguments(), **draws}
+    home: dict[str, Any] = {} if config.state == "device" else {"uvm_non_rowwise_momentum": True}
+    if config.state_dtype == "bf16":
+        home["optimizer_state_dtypes"] = _StateDtypes(momentum1=SparseType.BF16)
+    return {"optimizer": optimizer, "learning_rate": config.lr, **config.fused_arguments(), **draws, **home}
+
+
+class _StateDtypes(dict[str, SparseType]):
+    """A dict that TorchRec can hash, as it does with the parameters that tables are grouped by."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted((name, dtype.value) for name, dtype in self.items())))
 
 
 class TableOptimizer:
@@ -39,6 +51,7 @@ class TableOptimizer:
 
     def __init__(self, model: nn.Module, embeddings: EmbeddingsConfig, seed: int) -> None:
         self.embeddings, self.seed = embeddings, seed
+        self.ids = id_map_of(model)
         self.factor = 1.0
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
@@ -49,7 +62,7 @@ class TableOptimizer:
         ]
 
     def scale_learning_rates(self, factor: float) -> None:
-        """Each is `factor` of its configured value: from the next backward for fused tables, the next step for others.
+        """Each is `factor` of its configured value: from the next lookup for fused tables, the next step for others.
 
         The shards of one kernel have one optimizer: TorchRec groups tables by it.
         """
@@ -61,13 +74,44 @@ class TableOptimizer:
     def set_steps(self, steps: int) -> None:
         """Steps taken so far, for Adam's bias correction; called after a checkpoint was loaded."""
         self.steps = steps
+        self.reload()
         for shard in self.shards:
             if shard.is_fused:
                 shard.kernel.emb_module.set_optimizer_step(steps)
+        if self.ids is not None:
+            self.ids.set_steps(steps)
 
-    def entries(self) -> list[TableEntry]:
-        """Weights and states as a checkpoint keeps them."""
-        return table_entries(self.shards, self.states)
+    @torch.no_grad()
+    def hand_over(self, handed: Sequence[HandedOver]) -> None:
+        """Gives rows to other ids: their initial vectors, and optimizer states of zero."""
+        for each in handed:
+            assert self.ids is not None
+            for shard, states in zip(self.shards, self.states, strict=True):
+                local_N = each.row_N - shard.row_offset
+                own_N = (local_N >= 0) & (local_N < len(shard.weight)) & (each.table == shard.table)
+                if own_N.any():
+                    rows = local_N[own_N].to(shard.weight.device)
+                    shard.weight[rows] = self.ids.initial.of_ids(shard, each.id_N[own_N]).to(shard.weight.dtype)
+                    for state in states.values():
+                        state[rows] = 0
+
+    def flush(self) -> None:
+        """Writes what caches of host memory hold to the weights of the shards."""
+        for kernel in self._fused_kernels():
+            kernel.emb_module.flush()
+
+    def reload(self) -> None:
+        """Has caches of host memory read the weights of the shards anew, which others have written to."""
+        for kernel in self._fused_kernels():
+            kernel.emb_module.reset_cache_states()
+
+    def _fused_kernels(self) -> list[Kernel]:
+        return list({id(shard.kernel): shard.kernel for shard in self.shards if shard.is_fused}.values())
+
+    def entries(self) -> list[TableEntry | IdEntry]:
+        """Weights, states and the rows of dynamic ids as a checkpoint keeps them."""
+        self.flush()
+        return [*table_entries(self.shards, self.states), *(self.ids.entries() if self.ids is not None else ())]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -86,8 +130,12 @@ class TableOptimizer:
         for gradients in dense:
             gradients.clear()
 
+    def rounds(self, shard: TableShard) -> bool:
+        """Whether updates of a shard are rounded stochastically."""
+        return self.embeddings.rounding_of(shard.table) == "stochastic"
+
     def _rounding(self, shard: TableShard) -> StochasticRounding | None:
-        if self.embeddings.rounding_of(shard.table) != "stochastic":
+        if not self.rounds(shard):
             return None
         key = key_of(self.seed, f"rounding/{shard.table}")
         return StochasticRounding(key, self.steps, shard.row_offset, shard.column_offset, shard.shape[1])

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
@@ -70,7 +69,7 @@ def _entry(name: str, shards: tuple[tuple[TableShard, Tensor], ...]) -> TableEnt
     value = ShardedTensor._init_from_local_shards_and_global_metadata(
         local,
         ShardedTensorMetadata(metadata, torch.Size(shape), TensorProperties(dtype=tensor.dtype)),
-        process_group=dist.group.WORLD,
+        process_group=first.group,
     )
     return TableEntry(name, is_rowwise, first.column_widths, value, shards)
 

@@ -17,7 +17,7 @@ from gr.config import RunConfig, load_config
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.embeddings import table_weights
-from gr.errors import DataError
+from gr.errors import ConfigError, DataError
 from gr.models import build_model, import_target
 from gr.models.dense import dense_parameters, initialise_dense
 
@@ -56,13 +56,20 @@ def load(checkpoint: str | Path, *, device: str = "cpu", plugins: Collection[str
     checkpoint: a run folder (its best, or else its latest) or a step-XXXXXXXX folder. The whole model must fit on
     `device`. plugins: modules that the checkpoint's configuration may have imported; none unless named. What comes back
     is of the class that its kind of experiment names: SavedRetrieval, SavedRanking, SavedClick.
-    Raises CheckpointError for a damaged checkpoint or one of another format, ConfigError for plugins not named.
+    Raises CheckpointError for a damaged checkpoint or one of another format, ConfigError for plugins not named and for
+    tables whose ids are not rows.
     """
     path = resolve(checkpoint)
     read_progress(path)
     verify(path, ALONE)
     config = load_config(path / CONFIG, plugins=plugins)
     schema = config.load_schema(path)
+    for table in config.columns_by_table(schema):
+        if (kind := config.embeddings.ids_of(table).kind) != "dense":
+            raise ConfigError(
+                f"{path}: embeddings.tables.{table} has {kind} ids, whose rows models in one process (gr.load, "
+                "gr export, gr export-weights) do not know yet; use gr predict, gr recommend or gr evaluate"
+            )
     model = build_model(config, schema).to_empty(device=device)
     initialise_dense(model, config.seed)  # buffers, which no checkpoint has
     tables = {name: weight.detach() for name, weight in table_weights(model).items()}

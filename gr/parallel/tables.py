@@ -9,22 +9,27 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection, PoolingType
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from gr import compat
-from gr.config.inventory import SHARDING_TYPES, sharding_types_of
+from gr.config.inventory import SHARDING_TYPES, CommDtype, sharding_types_of
+from gr.config.planner import PlannerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
 from gr.embeddings.local_shards import take_rows
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
+from gr.parallel.communication import codecs
 from gr.parallel.dense import PlainDataParallel
+from gr.parallel.groups import sharding_env
+
+FP32 = CommDtype()
 
 
-def sequence_sharder(config: EmbeddingsConfig) -> EmbeddingCollectionSharder:
+def sequence_sharder(config: EmbeddingsConfig, comm_dtype: CommDtype = FP32) -> EmbeddingCollectionSharder:
     """The sharder of the sequence tables, which also carries the fused optimizer of those without one of their own."""
-    return EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
+    return EmbeddingCollectionSharder(fused_params(config.optimizer), codecs(comm_dtype))
 
 
 class PooledSharder(EmbeddingBagCollectionSharder):
@@ -39,33 +44,41 @@ class PooledSharder(EmbeddingBagCollectionSharder):
         return list(SHARDING_TYPES)
 
 
-def pooled_sharder(config: EmbeddingsConfig) -> PooledSharder:
+def pooled_sharder(config: EmbeddingsConfig, comm_dtype: CommDtype = FP32) -> PooledSharder:
     """The sharder of the pooled tables, which also carries the fused optimizer of those without one of their own."""
-    return PooledSharder(fused_params=fused_params(config.optimizer))
+    return PooledSharder(fused_params(config.optimizer), codecs(comm_dtype))
 
 
 def shard_tables(
-    model: nn.Module, plan: ShardingPlan, config: EmbeddingsConfig, device: torch.device
+    model: nn.Module,
+    plan: ShardingPlan,
+    config: EmbeddingsConfig,
+    device: torch.device,
+    planner: PlannerConfig | None = None,
 ) -> DistributedModelParallel:
     """Shards the tables by `plan`, with storage on `device`; the dense part stays as it is, see parallelise_dense.
 
-    Table weights are left as TorchRec's random start (see initialise_tables). Raises PlanError, on every rank, for a
-    sharding type that is not valid for its table, and on CPU for a fused shard without rows.
+    planner: its groups and types of communication; None: one group, fp32. Table weights are left as TorchRec's random
+    start (see initialise_tables). Raises PlanError, on every rank, for a sharding type that is not valid for its table
+    or for the type it is sent in, and on CPU for a fused shard without rows.
     """
-    _refuse_invalid_types(model, plan)
+    planner = planner or PlannerConfig()
+    _refuse_invalid_types(model, plan, planner.comm_dtype)
     if device.type == "cpu":
         _refuse_shards_without_rows(model, plan)
     compat.quiet_known_warnings()
+    env = sharding_env(planner.groups, device)
+    comm_dtype = planner.comm_dtype if env.world_size > 1 else FP32  # a rank alone sends nothing
     shared = fused_params(config.optimizer)
     for table, weight in table_weights(model).items():
         if (own := fused_params(config.optimizer_of(table), config.rounding_of(table))) != shared:
             weight._optimizer_kwargs = [own]  # type: ignore[attr-defined]  # where TorchRec looks for it
     sharded = DistributedModelParallel(
         model,
-        env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),
+        env=env,
         device=device,
         plan=plan,
-        sharders=[sequence_sharder(config), pooled_sharder(config)],
+        sharders=[sequence_sharder(config, comm_dtype), pooled_sharder(config, comm_dtype)],
         init_data_parallel=False,
         init_parameters=False,
         data_parallel_wrapper=PlainDataParallel(),
@@ -87,7 +100,7 @@ def _sharded(model: nn.Module, plan: ShardingPlan) -> Iterator[tuple[str, BaseEm
         yield from ((path, table, shardings[table.name]) for table in tables if table.name in shardings)
 
 
-def _refuse_invalid_types(model: nn.Module, plan: ShardingPlan) -> None:
+def _refuse_invalid_types(model: nn.Module, plan: ShardingPlan, comm_dtype: CommDtype) -> None:
     for _, table, sharding in _sharded(model, plan):
         pooling = getattr(table, "pooling", None)
         kind = "sequence" if pooling is None else "pooled"
@@ -97,6 +110,16 @@ def _refuse_invalid_types(model: nn.Module, plan: ShardingPlan) -> None:
                 f"table {table.name}: {sharding.sharding_type} is not valid for a {kind} table"
                 f"{' of means' if pooling == PoolingType.MEAN else ''} in torchrec 1.8; use {', '.join(valid)}"
             )
+        for width in _shard_widths(table, sharding):
+            if fault := comm_dtype.fault(kind, sharding.sharding_type, width):
+                raise PlanError(f"table {table.name}: {fault} (planner.comm_dtype)")
+
+
+def _shard_widths(table: BaseEmbeddingConfig, sharding: ParameterSharding) -> set[int]:
+    """Columns of the shards of a table."""
+    if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
+        return {shard.shard_sizes[1] for shard in sharding.sharding_spec.shards}
+    return {table.embedding_dim}
 
 
 def _refuse_shards_without_rows(model: nn.Module, plan: ShardingPlan) -> None:

@@ -33,12 +33,12 @@ def split_tower(tower: nn.Module | None, mesh: DeviceMesh) -> None:
     ranks = mesh.size()
     if not isinstance(tower, Llama):
         raise ConfigError(f"dense.tensor_parallel={ranks}: only tower.kind=llama can be split; set it to 1")
-    config = tower.config
-    for name, size in (("heads", config.heads), ("kv_heads", config.key_heads), ("ffn_dim", config.ffn_dim)):
+    sizes = tower.config.tensor_parallel_sizes
+    for name, size in sizes.items():
         if size % ranks:
             raise ConfigError(
                 f"dense.tensor_parallel={ranks} does not divide tower.{name}={size}: set it to a common divisor of "
-                f"heads={config.heads}, kv_heads={config.key_heads} and ffn_dim={config.ffn_dim}"
+                + ", ".join(f"{name}={size}" for name, size in sizes.items())
             )
     by_columns = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"
     by_rows = "self_attn.o_proj", "mlp.down_proj"

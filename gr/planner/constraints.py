@@ -4,7 +4,7 @@ from typing import cast
 
 from gr.config.inventory import InventoryConfig, TableConfig
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
-from gr.config.run import PlannerConfig
+from gr.config.planner import PlannerConfig
 from gr.errors import ConfigError
 
 BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
@@ -40,6 +40,20 @@ def check_state(planner: PlannerConfig, table: TableConfig, sharding_type: str) 
         )
 
 
+def _check_host_memory(table: TableConfig) -> None:
+    """On a CPU all memory is the host's: fbgemm has no other there, and TorchRec runs the kernels as if it had."""
+    if "fused" not in table.kernels and "dense" not in table.kernels:
+        raise ConfigError(
+            f"table {table.name}: compute_kernel={table.kernels[0]} is of CUDA, and this is a cpu, where every table "
+            "is in host memory: set embeddings.compute_kernel=fused"
+        )
+    if not table.has_plain_states:
+        raise ConfigError(
+            f"table {table.name}: optimizer.state={table.state}, state_dtype={table.state_dtype} are of CUDA, and this "
+            "is a cpu, where every state is fp32 in host memory: set state=device and state_dtype=fp32"
+        )
+
+
 def _optimizer(table: TableConfig) -> type[TableOptimizerConfig]:
     return cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
 
@@ -54,6 +68,8 @@ def _allowed(table: TableConfig, chosen: str, device: str) -> TableConfig:
         types = [name for name in ("table_wise", "row_wise", "table_row_wise") if name in valid]
         types += [] if optimizer.states_a("row") else ["column_wise"]
         types += ["data_parallel"]
-    unfused = device == "cpu" and not table.is_fused_on_cpu()
-    kernels = ("dense",) if unfused else table.kernels
+    kernels = table.kernels
+    if device == "cpu":
+        _check_host_memory(table)
+        kernels = ("fused",) if table.is_fused_on_cpu() else ("dense",)
     return table.model_copy(update={"sharding_types": tuple(types), "kernels": kernels})

@@ -10,7 +10,8 @@ from gr.config.dlrm import ROW_MULTIPLE
 from gr.config.inventory import SHARDING_TYPES, AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
-from gr.planner.estimate_tables import ELEMENT_BYTES, CollectiveCosts, Counts, ShardCosts, Traffic, shard_costs, traffic
+from gr.planner.estimate_tables import CollectiveCosts, Counts, ShardCosts, Traffic, shard_costs, traffic
+from gr.planner.groups import one_group
 from gr.planner.placement import column_blocks
 from gr.planner.topology import Topology
 
@@ -60,25 +61,30 @@ def hottest_part(table: TableConfig, parts: int) -> int:
 
 
 def search_space(inventory: InventoryConfig, topology: Topology) -> Options:
-    """Every allowed option. Raises PlanError for a table whose constraints leave none."""
-    traffic_T, tables = traffic(inventory, topology), inventory.tables
-    comm_bytes = ELEMENT_BYTES[inventory.comm_dtype]
-    cuts = list(_cuts(tables, topology))
+    """Every allowed option on the ranks of a group. Raises PlanError for a table whose constraints leave none."""
+    tables, (own, group) = inventory.tables, one_group(inventory, topology)
+    cuts = list(_cuts(own, group))
     if missing := _without_cut(cuts, tables):
-        raise PlanError(_no_option(tables[missing[0]], topology))
-    columns = [_columns(cut, traffic_T, topology, comm_bytes, tables) for cut in cuts]
+        raise PlanError(_no_option(own, tables[missing[0]], group))
+    sharded = replicated = (traffic(own, group), group)
+    if inventory.groups > 1:  # the gradients of a replicated table are those of all ranks
+        replicated = (traffic(inventory, topology), topology)
+    columns = [
+        _columns(cut, *(replicated if cut.sharding_type == "data_parallel" else sharded), own, group.ranks)
+        for cut in cuts
+    ]
     merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
     order = np.argsort(merged["table_O"], kind="stable")
     return Options(
         **{name: values[order] for name, values in merged.items()},
-        group_seconds_S=np.array([_group_seconds(name, topology) for name in SHARDING_TYPES]),
-        allowed_TR=_allowed(tables, topology.ranks),
+        group_seconds_S=np.array([_group_seconds(name, group) for name in SHARDING_TYPES]),
+        allowed_TR=_allowed(tables, group.ranks),
     )
 
 
 def without_option(inventory: InventoryConfig, topology: Topology) -> list[int]:
     """The tables whose constraints leave no option."""
-    return _without_cut(list(_cuts(inventory.tables, topology)), inventory.tables)
+    return _without_cut(list(_cuts(*one_group(inventory, topology))), inventory.tables)
 
 
 def _without_cut(cuts: list[_Cut], tables: tuple[TableConfig, ...]) -> list[int]:
@@ -90,13 +96,15 @@ def _group_seconds(sharding_type: AnyShardingType, topology: Topology) -> float:
     return 0.0 if sharding_type == "data_parallel" else CollectiveCosts(topology).group_seconds()
 
 
-def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]:
+def _cuts(inventory: InventoryConfig, topology: Topology) -> Iterator[_Cut]:
     members: dict[tuple[AnyShardingType, Kernel, int | None], list[int]] = {}
-    for index, table in enumerate(tables):
+    for index, table in enumerate(inventory.tables):
         for sharding_type in allowed_types(table):
             if not _may_span(table, sharding_type, topology) or _leaves_empty(table, sharding_type, topology):
                 continue
             for width in column_widths(table, sharding_type, topology):
+                if inventory.comm_dtype.fault(table.kind, sharding_type, width or table.dim):
+                    continue
                 blocks = len(column_blocks(table.dim, width))
                 shards = 1 if sharding_type == "data_parallel" else blocks * row_parts(sharding_type, topology)
                 if not table.min_shards <= shards <= (table.max_shards or shards):
@@ -109,8 +117,8 @@ def _cuts(tables: tuple[TableConfig, ...], topology: Topology) -> Iterator[_Cut]
 
 
 def _in_hbm(table: TableConfig) -> bool:
-    """True where a table may be replicated: a replica is wholly in the memory of its rank."""
-    return bool({"fused", "dense"} & set(table.kernels))
+    """True where a table may be replicated: a replica is wholly in the memory of its rank, its states too."""
+    return bool({"fused", "dense"} & set(table.kernels)) and table.has_plain_states
 
 
 def allowed_types(table: TableConfig) -> tuple[AnyShardingType, ...]:
@@ -194,9 +202,9 @@ def column_widths(table: TableConfig, sharding_type: AnyShardingType, topology: 
 
 
 def _columns(
-    cut: _Cut, traffic_T: Traffic, topology: Topology, comm_bytes: int, tables: tuple[TableConfig, ...]
+    cut: _Cut, traffic_T: Traffic, topology: Topology, inventory: InventoryConfig, ranks: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of Options for one cut: an option for each of its tables."""
+    """The arrays of Options for one cut: an option for each of its tables. ranks: of a group."""
     index, count = np.array(cut.tables), len(cut.tables)
     t, parts, scope = traffic_T[index], row_parts(cut.sharding_type, topology), SCOPES[cut.sharding_type]
     width = t.dim if cut.width is None else np.full(count, cut.width)
@@ -207,19 +215,20 @@ def _columns(
     rows = np.ceil(t.rows / parts) / t.rows
 
     def cost(columns: np.ndarray, row_share: np.ndarray, id_share: np.ndarray) -> ShardCosts:
-        return shard_costs(t, topology, comm_bytes, cut.sharding_type, cut.kernel, (columns, row_share, id_share))
+        shares = (columns, row_share, id_share)
+        return shard_costs(t, topology, inventory.comm_dtype, cut.sharding_type, cut.kernel, shares)
 
     # The odd shard is the one with the most read row or, among column blocks, the last.
     odd = cost(last, rows, rows * (1 - hottest) + hottest)
     even = cost(width, rows, rows * (1 - hottest))
-    odd_shard = np.array([hottest_part(tables[i], parts) for i in cut.tables]) if parts > 1 else blocks - 1
+    odd_shard = np.array([hottest_part(inventory.tables[i], parts) for i in cut.tables]) if parts > 1 else blocks - 1
     none, whole = np.zeros(count), np.ones(count)
     fixed, all_ = cost(width, none, none), cost(width, whole, whole)
     fixed_last, all_last = cost(last, none, none), cost(last, whole, whole)
 
     def total(name: str) -> np.ndarray:
         if cut.sharding_type == "data_parallel":
-            return getattr(all_, name) * topology.ranks
+            return getattr(all_, name) * ranks
         column = (parts - 1) * getattr(fixed, name) + getattr(all_, name)
         column_last = (parts - 1) * getattr(fixed_last, name) + getattr(all_last, name)
         return (blocks - 1) * column + column_last
@@ -229,7 +238,7 @@ def _columns(
         "sharding_type_O": SHARDING_TYPES.index(cut.sharding_type),
         "kernel_O": KERNELS.index(cut.kernel),
         "column_width_O": cut.width or 0,
-        "shards_O": topology.ranks if scope is Scope.ALL else blocks * parts,
+        "shards_O": ranks if scope is Scope.ALL else blocks * parts,
         "scope_O": int(scope),
         "seconds_O": even.seconds,
         "hbm_O": even.hbm,
@@ -254,7 +263,7 @@ def _allowed(tables: tuple[TableConfig, ...], ranks: int) -> np.ndarray | None:
     return allowed
 
 
-def _no_option(table: TableConfig, topology: Topology) -> str:
+def _no_option(inventory: InventoryConfig, table: TableConfig, topology: Topology) -> str:
     limits = {
         "sharding_types": table.sharding_types,
         "ranks": table.ranks,
@@ -271,6 +280,10 @@ def _no_option(table: TableConfig, topology: Topology) -> str:
             f"{parts} ranks without a row, and fbgemm's CPU kernels need one; use fewer ranks, or let this "
             f"table have another sharding type (planner.tables.{table.name}=auto, or sharding_types in an inventory)"
         )
+    ways = [(name, width) for name in allowed_types(table) for width in column_widths(table, name, topology)]
+    faults = [inventory.comm_dtype.fault(table.kind, name, width or table.dim) for name, width in ways]
+    if faults and all(faults):
+        return f"table {table.name}: {faults[0]}"
     return (
         f"table {table.name}: no way to shard {table.rows} x {table.dim} ({table.kind}) over {topology.ranks} ranks "
         f"of {topology.ranks_per_host} a host satisfies {constraints}; relax one of them"

@@ -1,5 +1,6 @@
 """The estimate of a plan: memory by kind, seconds by phase and bytes by link, for every rank."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,20 +8,22 @@ from typing import Any
 import numpy as np
 
 from gr.config.inventory import InventoryConfig, TableConfig
+from gr.planner.dense_collectives import dense_collectives
 from gr.planner.enumerate import hottest_part
-from gr.planner.estimate_dense import BYTES, DenseWork, dense_work
+from gr.planner.estimate_dense import dense_work
 from gr.planner.estimate_tables import (
-    ELEMENT_BYTES,
     TABLE_MEMORY,
     TABLE_PHASES,
     CollectiveCosts,
     ShardCosts,
     Traffic,
     shard_costs,
+    synced_bytes,
     table_bytes,
     traffic,
 )
-from gr.planner.memory import PARAMETER_BYTES, fixed_memory
+from gr.planner.groups import copies, one_group
+from gr.planner.memory import fixed_memory
 from gr.planner.placement import Placement, Plan, Shard, column_blocks
 from gr.planner.topology import Topology
 
@@ -30,11 +33,14 @@ PHASES = (
     "lookup",
     "output_all_to_all",
     "dense_forward",
+    "weight_all_gather",  # of fsdp, for the forward pass
+    "tensor_all_reduce",  # of tensor parallelism, in both passes
     "dense_backward",
     "gradient_all_to_all",
     "update",
     "table_all_reduce",
-    "gradient_all_reduce",
+    "gradient_all_reduce",  # under fsdp, gathers for the backward pass and scatters of gradients
+    "group_sync",
 )
 MEMORY = (
     "tables",
@@ -73,7 +79,7 @@ class TableShare:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted cost of a plan. P phases (PHASES), M kinds of memory (MEMORY), R ranks."""
+    """The predicted cost of a plan. P phases (PHASES), M kinds of memory (MEMORY), R ranks: of a group, as all are."""
 
     plan: Plan
     seconds_PR: np.ndarray
@@ -126,13 +132,13 @@ class Estimate:
 def estimate(plan: Plan) -> Estimate:
     """The predicted cost of `plan`: a sum over its shards, nothing fitted."""
     inventory, topology = plan.inventory, plan.topology
-    traffic_T, ranks = traffic(inventory, topology), topology.ranks
+    _, group = one_group(inventory, topology)
+    ranks = group.ranks
     seconds = {phase: np.zeros(ranks) for phase in PHASES}
     memory = {kind: np.zeros(ranks) for kind in MEMORY}
     host, intra, inter = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     shares = []
-    for index, (table, placement) in enumerate(zip(inventory.tables, plan.placements, strict=True)):
-        costs = placement_costs(traffic_T[index], table, placement, inventory, topology)
+    for table, placement, costs in zip(inventory.tables, plan.placements, table_costs(plan), strict=True):
         index_R = np.array(placement.ranks)
         for phase in TABLE_PHASES:
             np.add.at(seconds[phase], index_R, getattr(costs, phase))
@@ -143,15 +149,24 @@ def estimate(plan: Plan) -> Estimate:
         shares.append(_share(table, placement, costs))
     types = {p.sharding_type for p in plan.placements} - {"data_parallel"}
     for phase, share in _LATENCY_SHARES.items():
-        seconds[phase] += share * len(types) * CollectiveCosts(topology).group_seconds()
+        seconds[phase] += share * len(types) * CollectiveCosts(group).group_seconds()
     for kind, size in fixed_memory(inventory, topology).items():
         memory[kind] += size
-    work = dense_work(inventory, inventory.batch_on(ranks))
-    hidden = _add_dense(seconds, (intra, inter), work, plan)
+    work = dense_work(inventory, inventory.batch_on(topology.ranks))
+    hidden = _add_dense(seconds, (intra, inter), plan)
+    if inventory.groups > 1:
+        # Weights and states are averaged in fp32, whatever they are stored in.
+        held = np.zeros(ranks)
+        for table, placement in zip(inventory.tables, plan.placements, strict=True):
+            if placement.sharding_type != "data_parallel":
+                np.add.at(held, np.array(placement.ranks), synced_bytes(table, *_rectangles(table, placement)))
+        averaged = CollectiveCosts(copies(inventory, topology)).all_reduce(held / inventory.sync_interval)
+        for total, each in zip((seconds["group_sync"], intra, inter), averaged, strict=True):
+            total += each
     return Estimate(
         plan=plan,
         seconds_PR=np.stack([seconds[phase] for phase in PHASES]),
-        hidden_P=np.array([hidden if phase == "gradient_all_reduce" else 0.0 for phase in PHASES]),
+        hidden_P=np.array([hidden.get(phase, 0.0) for phase in PHASES]),
         memory_MR=np.stack([memory[kind] for kind in MEMORY]),
         host_R=host,
         intra_bytes_R=intra,
@@ -182,29 +197,49 @@ def predicted(estimate: Estimate) -> dict[str, Any]:
     }
 
 
+def table_costs(plan: Plan) -> Iterator[ShardCosts]:
+    """Costs of every shard of each table, in the order of its ranks."""
+    own, group = one_group(plan.inventory, plan.topology)
+    sharded = replicated = (traffic(own, group), group)
+    if plan.inventory.groups > 1:  # the gradients of a replicated table are those of all ranks
+        replicated = (traffic(plan.inventory, plan.topology), plan.topology)
+    for index, (table, placement) in enumerate(zip(own.tables, plan.placements, strict=True)):
+        traffic_T, topology = replicated if placement.sharding_type == "data_parallel" else sharded
+        yield placement_costs(traffic_T[index], table, placement, own, topology)
+
+
 def placement_costs(
     table_traffic: Traffic, table: TableConfig, placement: Placement, inventory: InventoryConfig, topology: Topology
 ) -> ShardCosts:
     """Costs of every shard of one table, in the order of its ranks. table_traffic: of this table alone."""
-    count, widths = len(placement.ranks), column_blocks(table.dim, placement.column_width)
-    row_share, id_share = np.ones(count), np.ones(count)
-    parts = 1 if placement.sharding_type == "data_parallel" else count // len(widths)
+    count = len(placement.ranks)
+    rows, columns = _rectangles(table, placement)
+    row_share, id_share = rows / table.rows, np.ones(count)
+    blocks = len(column_blocks(table.dim, placement.column_width))
+    parts = 1 if placement.sharding_type == "data_parallel" else count // blocks
     if parts > 1:
-        height = -(-table.rows // parts)
-        rows = np.clip(table.rows - height * np.arange(parts), 0, height)
-        row_share = np.tile(rows / table.rows, len(widths))
-        hottest = np.tile(np.arange(parts) == hottest_part(table, parts), len(widths))
+        hottest = np.tile(np.arange(parts) == hottest_part(table, parts), blocks)
         id_share = row_share * (1 - table_traffic.hottest) + hottest * table_traffic.hottest
-    columns = np.resize(np.repeat(widths, parts), count)
     costs = shard_costs(
         table_traffic,
         topology,
-        ELEMENT_BYTES[inventory.comm_dtype],
+        inventory.comm_dtype,
         placement.sharding_type,
         placement.kernel,
         (columns, row_share, id_share),
     )
     return costs.broadcast(count)
+
+
+def _rectangles(table: TableConfig, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of the shards of a placement, as placement.shards() lists them."""
+    count, widths = len(placement.ranks), column_blocks(table.dim, placement.column_width)
+    if placement.sharding_type == "data_parallel":
+        return np.full(count, table.rows), np.full(count, table.dim)
+    parts = count // len(widths)
+    height = -(-table.rows // parts)
+    rows = np.clip(table.rows - height * np.arange(parts), 0, height)
+    return np.tile(rows, len(widths)), np.repeat(widths, parts)
 
 
 def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> TableShare:
@@ -226,23 +261,22 @@ def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> Table
     )
 
 
-def _add_dense(
-    seconds: dict[str, np.ndarray], links: tuple[np.ndarray, np.ndarray], work: DenseWork, plan: Plan
-) -> float:
-    """Adds the dense part's phases and traffic; returns the seconds of its all-reduce that the backward pass hides."""
+def _add_dense(seconds: dict[str, np.ndarray], links: tuple[np.ndarray, np.ndarray], plan: Plan) -> dict[str, float]:
+    """Adds the dense part's phases and traffic; returns the seconds of each phase that run beside another one."""
     topology, inventory = plan.topology, plan.inventory
+    work = dense_work(inventory, inventory.batch_on(topology.ranks))
     speed = topology.flops_bf16 if inventory.precision == "bf16" else topology.flops_fp32
     speed *= inventory.dense_efficiency
-    backward = work.backward_flops / speed
-    volume = float(work.parameters * PARAMETER_BYTES)
-    if inventory.dense_parallel == "fsdp":
-        # An all-reduce is a scatter of gradients and a gather; FSDP scatters once, and gathers weights in both passes.
-        sharded = work.parameters - work.replicated_parameters
-        volume += sharded * (BYTES[inventory.dense_gathered] - PARAMETER_BYTES / 2)
-    reduced, intra, inter = CollectiveCosts(topology).all_reduce(np.array(volume))
-    seconds["dense_forward"] += work.forward_flops / speed
-    seconds["dense_backward"] += backward
-    seconds["gradient_all_reduce"] += reduced
-    links[0][:] += intra
-    links[1][:] += inter
-    return min(float(reduced), backward)
+    computed = {"dense_forward": work.forward_flops / speed, "dense_backward": work.backward_flops / speed}
+    for phase, each in computed.items():
+        seconds[phase] += each
+    beside, hidden = dict[str, float](), dict[str, float]()
+    for collectives in dense_collectives(inventory, topology):
+        seconds[collectives.phase] += collectives.seconds
+        links[0][:] += collectives.intra_bytes
+        links[1][:] += collectives.inter_bytes
+        if collectives.beside is not None:
+            beside[collectives.phase] = computed[collectives.beside]
+    for phase, each in beside.items():
+        hidden[phase] = min(float(seconds[phase].max()), each)
+    return hidden

@@ -90,13 +90,14 @@ def _per_example(inventory: InventoryConfig) -> _PerExample:
         case TowerDense():
             n = dense.mean_length
             cost = dense.tower.cost(dense.dim, dense.max_length, element)
-            attention, kept, again = _causal_scores(n) * cost.score_flops, cost.kept_bytes, 0.0
+            layers, tensor = dense.tower.layers, inventory.tensor_parallel
+            attention, again = _causal_scores(n) * cost.score_flops, 0.0
+            # Of the other ranks' tokens, what is D wide; the parts of what is split make one whole.
+            kept = cost.kept_bytes + (tensor - 1) * layers * WIDE_INPUTS * element * dense.dim
             if inventory.activation_checkpointing == "layer":
                 # The fp32 input of every layer, and all that one layer keeps while its gradients are computed.
-                kept = min(kept, dense.tower.layers * BYTES["fp32"] * dense.dim + kept / dense.tower.layers)
+                kept = min(kept, tensor * layers * BYTES["fp32"] * dense.dim + kept / layers)
                 again = n * cost.token_flops + attention
-            # Of the other ranks' tokens, what is D wide; the parts of what is split make one whole.
-            kept += (inventory.tensor_parallel - 1) * dense.tower.layers * WIDE_INPUTS * element * dense.dim
             return _PerExample(
                 parameters=cost.parameters + dense.other_parameters,
                 tower_parameters=cost.parameters,

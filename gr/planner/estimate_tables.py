@@ -13,7 +13,7 @@ from typing import Self, TypeVar, cast
 
 import numpy as np
 
-from gr.config.inventory import InventoryConfig, TableConfig
+from gr.config.inventory import INT8_BLOCK, ROW_TYPES, CommDtype, InventoryConfig, TableConfig
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.planner.id_distribution import distinct_ids, hottest_share, miss_rate
 from gr.planner.placement import Shard
@@ -21,10 +21,12 @@ from gr.planner.topology import Topology
 
 Counts = TypeVar("Counts", int, np.ndarray)  # of one topology or, as an array, of many
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+SCALE_BYTES = 8  # of a block of int8: its scale and its least value
+COMM_BYTES = {**ELEMENT_BYTES, "int8": 1 + SCALE_BYTES / INT8_BLOCK}
 ID_BYTES = 8
 LENGTH_BYTES = 4
 OUTPUT_BYTES = 4  # fbgemm returns embeddings, and takes their gradients, in fp32
-STATE_BYTES = 4  # optimizer states are fp32
+STATE_BYTES = 4  # optimizer states are fp32; state_dtype is that of those of an element
 SLOT_BYTES = 4  # fbgemm's cache has a slot number for every row of the table
 # A repeated row is read from the L2 cache, at about twice the bandwidth of HBM (assumed).
 REPEAT_COST = 0.5
@@ -36,7 +38,6 @@ SORT_BYTES = 4 * 2 * (ID_BYTES + 4)
 MESSAGE_SECONDS = 0.2e-6
 # All-to-alls a group of equally sharded tables adds: lengths, ids, embeddings, gradients.
 GROUP_COLLECTIVES = 4
-ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")  # which cut rows
 
 
 def optimizer_states(table: TableConfig) -> tuple[int, int]:
@@ -48,8 +49,14 @@ def optimizer_states(table: TableConfig) -> tuple[int, int]:
 def table_bytes(table: TableConfig, shard: Shard) -> tuple[int, int]:
     """Bytes of one shard: (weights, optimizer states)."""
     per_element, per_row = optimizer_states(table)
-    states = shard.rows * (per_element * shard.columns + per_row)
-    return shard.rows * shard.columns * ELEMENT_BYTES[table.dtype], states * STATE_BYTES
+    states = per_element * shard.columns * ELEMENT_BYTES[table.state_dtype] + per_row * STATE_BYTES
+    return shard.rows * shard.columns * ELEMENT_BYTES[table.dtype], shard.rows * states
+
+
+def synced_bytes(table: TableConfig, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Bytes of shards of rows x columns that groups average, which they do in fp32: weights and optimizer states."""
+    per_element, per_row = optimizer_states(table)
+    return rows * (columns * (1 + per_element) + per_row) * STATE_BYTES
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,16 @@ class Volume:
 
     ids: ids that reach the owners of the table, over all ranks. own_ids: of one rank's examples, which a replicated
     table serves. outputs: vectors that the owners return. hottest: share of the ids that read the most read row.
+    column_state_bytes, row_state_bytes: of the optimizer's states for an element, and for a row. hosted: the former are
+    in host memory.
     """
 
     rows: np.ndarray
     dim: np.ndarray
     element_bytes: np.ndarray
-    column_states: np.ndarray
-    row_states: np.ndarray
+    column_state_bytes: np.ndarray
+    row_state_bytes: np.ndarray
+    hosted: np.ndarray
     pooled: np.ndarray
     cache_load_factor: np.ndarray
     lengths: np.ndarray
@@ -144,8 +154,11 @@ def _column(inventory: InventoryConfig, name: str) -> np.ndarray:
 
 
 def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
-    """The volume of every table of `inventory`, in its order. ranks: a number, or a column [N, 1]: N at once."""
-    batch = inventory.batch_on(ranks)
+    """The volume of every table of `inventory`, in its order, in one of its groups.
+
+    ranks: of the whole job: a number, or a column [N, 1]: N at once.
+    """
+    batch, ranks = inventory.batch_on(ranks), ranks // inventory.groups
     rows, skew = _column(inventory, "rows").astype(float), _column(inventory, "skew").astype(float)
     pooled, features = _column(inventory, "kind") == "pooled", _column(inventory, "features")
     own_ids = _column(inventory, "ids_per_example") * batch + _column(inventory, "ids_per_step")
@@ -160,8 +173,9 @@ def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
         rows=rows,
         dim=_column(inventory, "dim"),
         element_bytes=np.array([ELEMENT_BYTES[table.dtype] for table in inventory.tables]),
-        column_states=per_element,
-        row_states=per_row,
+        column_state_bytes=per_element * np.array([ELEMENT_BYTES[table.state_dtype] for table in inventory.tables]),
+        row_state_bytes=per_row * STATE_BYTES,
+        hosted=_column(inventory, "state") == "host",
         pooled=pooled,
         cache_load_factor=_column(inventory, "cache_load_factor").astype(float),
         lengths=features * batch * ranks,
@@ -233,26 +247,21 @@ class CollectiveCosts:
 def shard_costs(
     traffic: Traffic,
     topology: Topology,
-    comm_bytes: int,
+    comm: CommDtype,
     sharding_type: str,
     kernel: str,
     shares: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> ShardCosts:
-    """Costs of shards with shares = (columns, share of the rows, share of the ids). comm_bytes: of an element sent."""
+    """Costs of shards with shares = (columns, share of the rows, share of the ids)."""
     if sharding_type == "data_parallel":
         return _replica_costs(traffic, topology)
     columns, row_share, id_share = shares
     t, collectives = traffic, CollectiveCosts(topology)
     memory, vectors = shard_memory(t, sharding_type, kernel, shares), _vectors(t, sharding_type, id_share)
-    sent = vectors * columns * comm_bytes
-    if sharding_type not in ROW_TYPES:
-        output = collectives.all_to_all(sent)
-    elif sharding_type == "row_wise":
-        flat, scattered = collectives.all_to_all(sent), collectives.reduce_scatter(sent)
-        seconds, intra, inter = (np.where(t.pooled, a, b) for a, b in zip(scattered, flat, strict=True))
-        output = (seconds, intra, inter)
-    else:
-        output = collectives.host_reduce_scatter(sent)
+    output, gradient = (
+        _exchange(t, collectives, sharding_type, vectors * columns * COMM_BYTES[dtype])
+        for dtype in (comm.forward, comm.backward)
+    )
     received = collectives.all_to_all(t.ids * id_share * ID_BYTES + t.lengths * LENGTH_BYTES)
     lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, t.distinct * row_share, vectors))
     return ShardCosts(
@@ -260,12 +269,25 @@ def shard_costs(
         input_all_to_all=received[0],
         lookup=lookup,
         output_all_to_all=output[0],
-        gradient_all_to_all=output[0],
+        gradient_all_to_all=gradient[0],
         update=update,
         table_all_reduce=0 * memory.tables,
-        intra_bytes=received[1] + 2 * output[1],
-        inter_bytes=received[2] + 2 * output[2],
+        intra_bytes=received[1] + output[1] + gradient[1],
+        inter_bytes=received[2] + output[2] + gradient[2],
     )
+
+
+def _exchange(
+    t: Traffic, collectives: CollectiveCosts, sharding_type: str, sent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cost of returning vectors, or of sending their gradients back the same way. sent: bytes of each rank."""
+    if sharding_type not in ROW_TYPES:
+        return collectives.all_to_all(sent)
+    if sharding_type != "row_wise":
+        return collectives.host_reduce_scatter(sent)
+    flat, scattered = collectives.all_to_all(sent), collectives.reduce_scatter(sent)
+    seconds, intra, inter = (np.where(t.pooled, a, b) for a, b in zip(scattered, flat, strict=True))
+    return seconds, intra, inter
 
 
 def shard_memory(
@@ -277,20 +299,21 @@ def shard_memory(
     columns, row_share, id_share = shares
     v, rows, vectors = volume, volume.rows * row_share, _vectors(volume, sharding_type, id_share)
     weights = rows * columns * v.element_bytes
-    column_states, row_states = rows * v.column_states * columns * STATE_BYTES, rows * v.row_states * STATE_BYTES
+    column_states, row_states = rows * v.column_state_bytes * columns, rows * v.row_state_bytes
     zero = 0 * weights
-    # fbgemm keeps states of a row on the device and states of every element with the weights; its cache has a slot
-    # number for every row.
+    # fbgemm keeps states of a row on the device and states of every element with the weights, or on the host under
+    # uvm_non_rowwise_momentum; its cache has a slot number for every row.
     offloaded = kernel in ("fused_uvm", "fused_uvm_caching")
+    states_at_host = np.where(v.hosted | offloaded, column_states, 0.0)
     cached = weights * v.cache_load_factor + rows * SLOT_BYTES
     return ShardMemory(
         tables={"fused_uvm": zero, "fused_uvm_caching": cached}.get(kernel, weights),
-        table_optimizer=row_states if offloaded else row_states + column_states,
+        table_optimizer=row_states + column_states - states_at_host,
         # The dense kernel keeps the gradient of every id until the step's update.
         table_gradients=v.ids * id_share * columns * OUTPUT_BYTES if kernel == "dense" else zero,
         inputs=2 * (v.ids * id_share) * ID_BYTES + v.lengths * LENGTH_BYTES,
         embeddings=2 * vectors * columns * OUTPUT_BYTES,
-        host=weights + column_states if offloaded else zero,
+        host=(weights if offloaded else zero) + states_at_host,
     )
 
 
@@ -307,14 +330,14 @@ def _kernel_costs(
     columns, id_share, distinct, vectors = load
     ids = t.ids * id_share
     row_bytes = np.ceil(columns * t.element_bytes / SECTOR_BYTES) * SECTOR_BYTES
-    column_bytes, state_bytes = t.column_states * columns * STATE_BYTES, t.row_states * STATE_BYTES
+    column_bytes, state_bytes = t.column_state_bytes * columns, t.row_state_bytes
     near = topology.hbm_bandwidth
     # Repeats are counted over the whole table, so that the cost of a shard stays linear in its shares.
     repeats = np.maximum(t.ids - t.distinct, 0) * id_share * row_bytes * REPEAT_COST
     written = vectors * columns * OUTPUT_BYTES
     # The host link carries rows that no cache holds, and the states of their elements.
     far = {"fused_uvm": np.ones_like(distinct), "fused_uvm_caching": t.missed}.get(kernel, np.zeros_like(distinct))
-    far_states = np.ones_like(distinct) if kernel in ("fused_uvm", "fused_uvm_caching") else np.zeros_like(distinct)
+    far_states = t.hosted | (kernel in ("fused_uvm", "fused_uvm_caching"))
     link = topology.host_bandwidth
     lookup = (ids * ID_BYTES + repeats + written + distinct * row_bytes * (1 - far)) / near
     lookup = lookup + distinct * row_bytes * far / link
@@ -329,7 +352,7 @@ def _replica_memory(v: Volume) -> ShardMemory:
     weights = v.rows * v.dim * v.element_bytes
     return ShardMemory(
         tables=weights,
-        table_optimizer=v.rows * (v.column_states * v.dim + v.row_states) * STATE_BYTES,
+        table_optimizer=v.rows * (v.column_state_bytes * v.dim + v.row_state_bytes),
         table_gradients=v.rows * v.dim * OUTPUT_BYTES,
         inputs=2 * v.own_ids * ID_BYTES,
         embeddings=2 * v.own_outputs * v.dim * OUTPUT_BYTES,

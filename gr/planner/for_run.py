@@ -7,7 +7,8 @@ from torch import nn
 from torchrec.distributed.types import ShardingPlan
 
 from gr.config.inventory import InventoryConfig
-from gr.config.run import PlannerConfig, RunConfig
+from gr.config.planner import PlannerConfig
+from gr.config.run import RunConfig
 from gr.dist import World
 from gr.errors import ConfigError, GRError, PlanError
 from gr.logging import get_logger
@@ -25,12 +26,12 @@ log = get_logger(__name__)
 def make_plan(
     model: nn.Module, inventory: InventoryConfig, config: RunConfig, world: World
 ) -> tuple[Plan, ShardingPlan]:
-    """The run's plan and its ShardingPlan, the same on every rank.
+    """The run's plan, the same on every rank, and the ShardingPlan of this rank's group.
 
     model: the model whose tables are to be sharded; it may be on meta. Raises ConfigError or PlanError.
     """
     plan = _from_main(config.planner, constrained(inventory, config.planner, world.device.type), world)
-    return plan, to_sharding_plan(plan, model, world.device)
+    return plan, to_sharding_plan(plan, model, world.device, world.rank)
 
 
 def _from_main(planner: PlannerConfig, inventory: InventoryConfig, world: World) -> Plan:

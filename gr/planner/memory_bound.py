@@ -48,18 +48,20 @@ class MemoryBound:
             # 0 / 0: nothing is offloaded to hosts without memory for it.
             host_use_N = np.nan_to_num(host_N / self.topology.host_bytes, nan=0.0, posinf=inf)
             use_N = np.where(left_N > 0, np.maximum(hbm_N / left_N, host_use_N), 1 - left_N / self.topology.hbm_bytes)
-        return np.where(ranks_N > self.named, use_N, inf)
+        groups = self.inventory.groups
+        return np.where((ranks_N // groups > self.named) & (ranks_N % groups == 0), use_N, inf)
 
     def least(self, ranks_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bytes for tables on the fullest rank, of HBM and on the host, that no plan is below, [N] each."""
-        ranks = ranks_N[:, None]
-        volumes = volume(self.inventory, ranks)
+        volumes = volume(self.inventory, ranks_N[:, None])
+        group_N = np.maximum(ranks_N // self.inventory.groups, 1)
+        ranks = group_N[:, None]
         total, shard, host = (np.full((len(ranks_N), len(self.inventory.tables)), inf) for _ in range(3))
         for way in self.ways:
             least = _least(volumes[way.index], way, ranks, np.minimum(ranks, self.topology.ranks_per_host))
             for all_, bytes_ in zip((total, shard, host), least, strict=True):
                 all_[:, way.index] = np.minimum(all_[:, way.index], bytes_)
-        return np.maximum(total.sum(axis=1) / ranks_N, shard.max(axis=1, initial=0)), host.max(axis=1, initial=0)
+        return np.maximum(total.sum(axis=1) / group_N, shard.max(axis=1, initial=0)), host.max(axis=1, initial=0)
 
     def _left(self, ranks_N: np.ndarray) -> np.ndarray:
         """Bytes for tables on each rank, [N]; negative where the rest does not fit."""

@@ -11,7 +11,8 @@ from gr.planner.topology import Topology
 class Placement:
     """The cut of one table and the ranks of its shards.
 
-    ranks: one rank a shard, in the order of `shards`; every rank, in order, for row_wise and data_parallel.
+    ranks: one rank a shard, in the order of `shards`; every rank, in order, for row_wise and data_parallel. Where the
+    inventory has groups, they are the ranks of the first: the others are alike.
     column_width: columns of a block under column_wise, table_column_wise and grid_shard; the last may be narrower.
     """
 

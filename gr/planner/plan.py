@@ -4,6 +4,7 @@ from gr.config.inventory import SHARDING_TYPES, InventoryConfig
 from gr.errors import PlanError
 from gr.planner.candidates import Capacity
 from gr.planner.enumerate import KERNELS, search_space
+from gr.planner.groups import one_group
 from gr.planner.memory import fixed_memory
 from gr.planner.placement import Placement, Plan
 from gr.planner.solve import DoesNotFit, solve_balanced
@@ -15,7 +16,8 @@ def search(inventory: InventoryConfig, topology: Topology) -> Plan:
 
     Raises DoesNotFit (a PlanError) where memory does not suffice, PlanError where constraints exclude one another.
     """
-    _check_ranks(inventory, topology)
+    own, group = one_group(inventory, topology)
+    _check_ranks(own, group)
     if not inventory.tables:  # a model of its dense part alone
         table_capacity(inventory, topology)
         return Plan(inventory, topology, (), 0.0)
@@ -42,12 +44,19 @@ def table_capacity(inventory: InventoryConfig, topology: Topology) -> Capacity:
         largest = max(fixed, key=lambda kind: fixed[kind])
         raise DoesNotFit(
             f"without any table a rank needs {sum(fixed.values()) / 1e9:.1f} GB of {topology.hbm_bytes / 1e9:.1f} GB, "
-            f"most of it {largest} ({fixed[largest] / 1e9:.1f} GB); lower the batch size"
+            f"most of it {largest} ({fixed[largest] / 1e9:.1f} GB); "
+            + ("dense.strategy=fsdp shares it" if largest.startswith("dense") else "lower the batch size")
         )
-    return Capacity(topology.ranks, topology.ranks_per_host, left, topology.host_bytes)
+    _, group = one_group(inventory, topology)
+    return Capacity(group.ranks, group.ranks_per_host, left, topology.host_bytes)
 
 
 def _check_ranks(inventory: InventoryConfig, topology: Topology) -> None:
+    if not inventory.dense_lies_on(topology.ranks):
+        raise PlanError(
+            f"dense_parallel={inventory.dense_parallel} with tensor_parallel={inventory.tensor_parallel} cannot lie on "
+            f"{topology.ranks} ranks: tensor_parallel divides them, ddp has one such group, and fsdp takes 2 ranks"
+        )
     for table in inventory.tables:
         if table.ranks is not None and (wrong := [rank for rank in table.ranks if rank >= topology.ranks]):
             raise PlanError(

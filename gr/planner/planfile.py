@@ -15,11 +15,13 @@ from gr.errors import PlanError
 from gr.files import is_transient
 from gr.planner.enumerate import COLUMN_TYPES, row_parts
 from gr.planner.estimate import estimate
+from gr.planner.groups import one_group
 from gr.planner.placement import Placement, Plan, column_blocks
 from gr.planner.topology import Seconds, Topology
 
 FORMAT = "gr-plan-1"
 TABLE_IDENTITY = {"name", "rows", "dim", "dtype", "kind", "pooling", "features", "optimizer"}
+STATE_IDENTITY = {"state", "state_dtype"}  # left out where they are defaults, as in plans before them
 TOPOLOGY_IDENTITY = ("device", "ranks", "ranks_per_host")
 
 
@@ -48,13 +50,18 @@ class _File(_Part):
 
 def model_hash(inventory: InventoryConfig) -> str:
     """A hash of the tables and the dense part of a model; batch size and id statistics may change under a plan."""
-    tables = [table.model_dump(mode="json", include=TABLE_IDENTITY) for table in inventory.tables]
+    tables = [
+        table.model_dump(mode="json", include=TABLE_IDENTITY)
+        | table.model_dump(mode="json", include=STATE_IDENTITY, exclude_defaults=True)
+        for table in inventory.tables
+    ]
     return _digest([tables, inventory.dense.model_dump(mode="json")])
 
 
-def topology_hash(topology: Topology) -> str:
-    """A hash of device, ranks and ranks per host. A plan stays valid when bandwidths are known better."""
-    return _digest([getattr(topology, name) for name in TOPOLOGY_IDENTITY])
+def topology_hash(topology: Topology, groups: int = 1) -> str:
+    """A hash of device, ranks, ranks per host and groups. A plan stays valid when bandwidths are known better."""
+    identity = [getattr(topology, name) for name in TOPOLOGY_IDENTITY]
+    return _digest(identity if groups == 1 else [*identity, groups])
 
 
 def _digest(content: Any) -> str:
@@ -63,7 +70,7 @@ def _digest(content: Any) -> str:
 
 def dump_plan(plan: Plan, predicted: Mapping[str, Any] | None = None) -> str:
     """JSON that `parse_plan` reads back to an equal plan. predicted: figures for readers, ignored when read back."""
-    everywhere = tuple(range(plan.topology.ranks))
+    everywhere = tuple(range(one_group(plan.inventory, plan.topology)[1].ranks))
     placements = [
         {
             "table": placement.table,
@@ -77,7 +84,7 @@ def dump_plan(plan: Plan, predicted: Mapping[str, Any] | None = None) -> str:
     content = {
         "format": FORMAT,
         "model_hash": model_hash(plan.inventory),
-        "topology_hash": topology_hash(plan.topology),
+        "topology_hash": topology_hash(plan.topology, plan.inventory.groups),
         "bound_seconds": plan.bound_seconds,
         **({} if predicted is None else {"predicted": dict(predicted)}),
         "topology": asdict(plan.topology),
@@ -120,13 +127,14 @@ def parse_plan(text: str, origin: str = "plan") -> Plan:
         raise PlanError(f"{origin}: {topology.ranks} ranks do not fill hosts of {topology.ranks_per_host}")
     for name, stated, actual in (
         ("model_hash", file.model_hash, model_hash(file.inventory)),
-        ("topology_hash", file.topology_hash, topology_hash(topology)),
+        ("topology_hash", file.topology_hash, topology_hash(topology, file.inventory.groups)),
     ):
         if stated != actual:
             raise PlanError(
                 f"{origin}: {name} says {stated}, its content is {actual}: it was edited; make the plan again"
             )
-    return Plan(file.inventory, topology, _placements(file, topology, origin), file.bound_seconds)
+    _, group = one_group(file.inventory, topology)
+    return Plan(file.inventory, topology, _placements(file, group, origin), file.bound_seconds)
 
 
 def _json(text: str, origin: str) -> Any:
@@ -203,7 +211,11 @@ def differences(plan: Plan, inventory: InventoryConfig, topology: Topology) -> l
     """("model" or "topology", the plan's, the other): what differs, each as its hash and a description."""
     hashes = [
         ("model", model_hash(plan.inventory), model_hash(inventory)),
-        ("topology", topology_hash(plan.topology), topology_hash(topology)),
+        (
+            "topology",
+            topology_hash(plan.topology, plan.inventory.groups),
+            topology_hash(topology, inventory.groups),
+        ),
     ]
     return [
         (
@@ -236,7 +248,8 @@ def check_plan(plan: Plan, inventory: InventoryConfig, topology: Topology) -> No
 
 def _described(what: str, inventory: InventoryConfig, topology: Topology) -> str:
     if what == "topology":
-        return f"{topology.device}, {topology.ranks} ranks of {topology.ranks_per_host} a host"
+        groups = f" in {inventory.groups} groups" if inventory.groups > 1 else ""
+        return f"{topology.device}, {topology.ranks} ranks of {topology.ranks_per_host} a host{groups}"
     largest = max(inventory.tables, key=lambda table: table.rows * table.dim, default=None)
     if largest is None:
         return f"no tables, {inventory.dense.kind} dense part"

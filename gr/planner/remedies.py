@@ -3,18 +3,22 @@
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import ceil
+from typing import cast
 
 import numpy as np
 
 from gr.config.inventory import InventoryConfig
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.errors import PlanError, printable
+from gr.planner.dense_strategies import changed_keys, strategies, with_layers_again
 from gr.planner.enumerate import search_space, without_option
 from gr.planner.estimate import estimate
+from gr.planner.groups import one_group
 from gr.planner.memory import fixed_memory
 from gr.planner.memory_bound import MemoryBound
 from gr.planner.placement import Plan
 from gr.planner.plan import DoesNotFit, search, table_capacity
-from gr.planner.smallest import in_steps, smallest
+from gr.planner.smallest import in_steps, smallest, smallest_by_strategy
 from gr.planner.topology import Topology
 
 NAMED = 5
@@ -51,7 +55,7 @@ def explanation(inventory: InventoryConfig, topology: Topology, error: DoesNotFi
 
 
 def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
-    fixed = sum(fixed_memory(inventory, topology).values())
+    fixed, ranks = sum(fixed_memory(inventory, topology).values()), one_group(inventory, topology)[1].ranks
     try:
         left = table_capacity(inventory, topology).hbm_bytes
         options = search_space(inventory, topology)
@@ -68,11 +72,11 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
         )
     table_T = options.minimum_T(options.total_hbm_O)
     shard_T = options.minimum_T(options.hbm_O + np.maximum(options.extra_hbm_O, 0))
-    missing = float(table_T.sum()) - left * topology.ranks
+    missing = float(table_T.sum()) - left * ranks
     if missing > 0:
         yield (
-            f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(table_T.sum())}, and {topology.ranks} "
-            f"ranks have {_gb(left * topology.ranks)} for them"
+            f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(table_T.sum())}, and {ranks} "
+            f"ranks have {_gb(left * ranks)} for them"
         )
     wide = np.flatnonzero(shard_T > left)
     if len(wide):
@@ -84,7 +88,7 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
         )
     elif missing <= 0:
         yield (
-            f"shortfall: none in total ({_gb(table_T.sum())} of {_gb(left * topology.ranks)}), but no packing of the "
+            f"shortfall: none in total ({_gb(table_T.sum())} of {_gb(left * ranks)}), but no packing of the "
             "shards was found"
         )
     largest = np.argsort(-table_T, kind="stable")[:NAMED]
@@ -93,6 +97,7 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
 
 def _remedies(inventory: InventoryConfig, topology: Topology, divides: int) -> Iterator[str]:
     yield _other_ranks(inventory, topology, divides)
+    yield from _other_strategies(inventory, topology, divides)
     halved = inventory.model_copy(
         update={
             "tables": tuple(
@@ -104,6 +109,8 @@ def _remedies(inventory: InventoryConfig, topology: Topology, divides: int) -> I
         yield "fp16 tables: they take two bytes already"
     else:
         yield f"fp16 tables: {_outcome(halved, topology)[1]}"
+    yield from _fewer_groups(inventory, topology)
+    yield from _states_at_host(inventory, topology)
     yield _offloaded(inventory, topology)
     yield _smaller_batch(inventory, topology)
 
@@ -115,6 +122,47 @@ def _other_ranks(inventory: InventoryConfig, topology: Topology, divides: int) -
     name = "more hosts" if least.ranks > topology.ranks else "fewer ranks"
     hosts = f"{-(-least.ranks // local)} hosts of {local}" if least.ranks > local else f"of a host of {local}"
     return f"{name}: {least.ranks} ranks fit ({hosts})" + (f"; {least.reason}" if least.reason else "")
+
+
+def _other_strategies(inventory: InventoryConfig, topology: Topology, divides: int) -> Iterator[str]:
+    """Each strategy of the dense part on these ranks, with layers computed again where it takes that, or on others."""
+    for strategy in strategies(inventory, topology):
+        for changed in with_layers_again(strategy):
+            fits, outcome = _outcome(changed, topology)
+            if fits:
+                yield f"{changed_keys(inventory, changed)}: {outcome}"
+                break
+    for changed, ranks in smallest_by_strategy(inventory, topology, divides):
+        if ranks is not None and ranks != topology.ranks:
+            yield f"{changed_keys(inventory, changed)}: fits on {ranks:,} ranks"
+
+
+def _fewer_groups(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
+    """The most groups below the present number that help: each has a copy of the tables on its ranks."""
+    fewer = [groups for groups in range(inventory.groups - 1, 0, -1) if inventory.groups % groups == 0]
+    for groups in fewer:
+        fits, outcome = _outcome(inventory.model_copy(update={"groups": groups}), topology)
+        if fits or groups == 1:
+            yield f"fewer groups: groups={groups}: {outcome}"
+            return
+
+
+def _states_at_host(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
+    """Optimizer states of every element on the host, bf16 where that is offered, of the tables that have any."""
+    changed, dtypes = [], set()
+    for table in inventory.tables:
+        optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+        update: dict[str, str] = {"state": "host"}
+        if not optimizer.state_fault(table.optimizer, "host", "bf16"):
+            update["state_dtype"] = "bf16"
+        if optimizer.states_a("element") and "fused" in table.kernels and table.state == "device":
+            dtypes.add(update.get("state_dtype", table.state_dtype))
+            changed.append(table.model_copy(update=update))
+        else:
+            changed.append(table)
+    if dtypes and topology.host_bytes and topology.device == "cuda":
+        outcome = _outcome(inventory.model_copy(update={"tables": tuple(changed)}), topology)[1]
+        yield f"optimizer states on the host (state: host, state_dtype: {' or '.join(sorted(dtypes))}): {outcome}"
 
 
 def _offloaded(inventory: InventoryConfig, topology: Topology) -> str:
@@ -154,9 +202,10 @@ def _offload_order(inventory: InventoryConfig, topology: Topology, left: float) 
     order = [t for t in np.argsort(-freed_T, kind="stable").tolist() if helps_T[t]]
     shard_T, moved_T = plain.minimum_T(plain.hbm_O), moved.minimum_T(moved.hbm_O)
     total, counts = plain.minimum_T(plain.total_hbm_O).sum(), []
+    ranks = one_group(inventory, topology)[1].ranks
     for count, table in enumerate(order, start=1):
         total, shard_T[table] = total - freed_T[table], moved_T[table]
-        if total <= left * topology.ranks and shard_T.max() <= left:
+        if total <= left * ranks and shard_T.max() <= left:
             counts.append(count)
     return order, counts
 

@@ -1,6 +1,7 @@
 """A plan as TorchRec's ShardingPlan, which DistributedModelParallel applies."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ from torchrec.distributed.types import (
 
 from gr.config.inventory import TableConfig
 from gr.errors import PlanError
+from gr.planner.groups import one_group
 from gr.planner.placement import Placement, Plan, column_blocks, shards
 
 
-def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device) -> ShardingPlan:
+def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device, rank: int = 0) -> ShardingPlan:
     """The ShardingPlan of `plan` for the collections of `model`, which may be on meta, with tables on `device`.
 
+    rank: of the process, whose group it is for.
     Raises PlanError where the tables of the plan are not the model's, or TorchRec cannot run it on the device.
     """
     homes = _homes(model)
@@ -31,6 +34,8 @@ def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device) -> Shar
     _check_names(list(homes), placements)
     _check_column_blocks(homes, tables, placements)
     modules: dict[str, EmbeddingModuleShardingPlan] = {}
+    size = one_group(plan.inventory, plan.topology)[1].ranks
+    first = rank // size * size
     for name, home in homes.items():
         table = tables[name]
         if (table.kind, table.rows, table.dim) != home[1:]:
@@ -38,7 +43,9 @@ def to_sharding_plan(plan: Plan, model: nn.Module, device: torch.device) -> Shar
                 f"table {name} of the plan is {table.kind}, {table.rows} x {table.dim}; the model's is {home.kind}, "
                 f"{home.rows} x {home.dim}: make a plan for this model with `gr plan`"
             )
-        sharding = _parameter_sharding(table, placements[name], plan.topology.ranks_per_host, device)
+        placement = placements[name]
+        placement = replace(placement, ranks=tuple(first + rank for rank in placement.ranks))
+        sharding = _parameter_sharding(table, placement, plan.topology.ranks_per_host, device)
         modules.setdefault(home.path, EmbeddingModuleShardingPlan())[name] = sharding
     return ShardingPlan(dict(modules))
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from gr.config.inventory import InventoryConfig
 from gr.errors import PlanError
+from gr.planner.dense_strategies import strategies, with_layers_again
 from gr.planner.estimate import estimate
 from gr.planner.memory_bound import MemoryBound
 from gr.planner.plan import search
@@ -52,6 +53,7 @@ def smallest(inventory: InventoryConfig, topology: Topology, divides: int = 0) -
     Nothing is taken to be monotone: see memory_bound.py. divides: as for legal_ranks.
     """
     legal_N = legal_ranks(topology, divides)
+    legal_N = legal_N[inventory.dense_lies_on(legal_N)]
     excluded: list[tuple[float, int]] = []
     tried: list[Trial] = []
     for ranks in in_steps(_not_excluded(inventory, topology, legal_N, excluded)):
@@ -78,6 +80,20 @@ def smallest(inventory: InventoryConfig, topology: Topology, divides: int = 0) -
         f"any plan takes; closest to a fit is {closest.ranks:,}, where {closest.limit}"
     )
     return Smallest(None, [closest], reason)
+
+
+def smallest_by_strategy(
+    inventory: InventoryConfig, topology: Topology, divides: int = 0
+) -> list[tuple[InventoryConfig, int | None]]:
+    """The smallest number of ranks under each strategy of the dense part, its own first; None where nothing fits.
+
+    Layers are computed again only if that takes fewer ranks.
+    """
+    outcomes = []
+    for strategy in strategies(inventory, topology):
+        each = [(tried, smallest(tried, topology, divides).ranks) for tried in with_layers_again(strategy)]
+        outcomes.append(min(each, key=lambda outcome: outcome[1] or MOST_RANKS + 1))
+    return outcomes
 
 
 def in_steps(numbers: Iterable[int]) -> Iterator[int]:

@@ -189,6 +189,14 @@ class Recipe(ABC, Generic[Config]):
         if changed:
             shown = "; ".join(f"{key} is {before} there, {now} now" for key, (before, now) in changed.items())
             raise CheckpointError(f"{path} is of another {' or '.join(sections)}: {shown}. Use another run_dir")
+        for table in self.config.columns_by_table(self.schema):
+            ids = [each.embeddings.ids_of(table) for each in (saved, self.config)]
+            shown, wanted = (" ".join(f"{name}={value}" for name, value in each.layout().items()) for each in ids)
+            if shown != wanted:
+                raise CheckpointError(
+                    f"{path} is of another model: embeddings.tables.{table}.ids is {shown} there, {wanted} now. Use "
+                    "another run_dir"
+                )
         before, now = saved.columns_by_table(self.schema), self.config.columns_by_table(self.schema)
         for table in {**before, **now}:
             if before.get(table) != now.get(table):

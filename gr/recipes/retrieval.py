@@ -32,7 +32,7 @@ from gr.recipes.base import Answers, Evaluation, ReportTable, Request, Split, Tr
 from gr.recipes.baselines import Targets, evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
 from gr.recipes.recommendations import Recommendations
-from gr.schema import ITEMS_FILE, USER_COLUMN
+from gr.schema import ITEMS_FILE, LARGEST_DENSE, USER_COLUMN
 from gr.tasks import CandidateSampler, CorpusRanker
 from gr.training import callbacks
 from gr.training.module import Inputs
@@ -245,6 +245,9 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         config = self.config
         if not Path(config.data.path).exists():
             log.warning("%s is not there: baselines, which are fitted on it, are left out", config.data.path)
+            return {}
+        if self.schema.item_cardinality > LARGEST_DENSE:
+            log.warning("%s has raw item ids: baselines, which count by item, are left out", config.data.path)
             return {}
         targets = Targets(
             self.evaluation_data,

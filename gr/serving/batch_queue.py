@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gr.config.serving import EngineConfig
-from gr.errors import ServingError, TransientError
-from gr.serving.servable import Encoded
+from gr.errors import TransientError
+from gr.serving.servable import Encoded, Unavailable
 
 _FORGET = 0.95  # weight of a batch against the one after it: the last twenty or so count
 _OUTLIER = 3.0  # times the estimate: more of one batch is the machine's doing, and counts as this much
+_FEW = 5  # weighted batches: so few that took _OUTLIER times as long as the next one were a start, and are forgotten
 _MARGIN = 1.25  # times the estimate that a request has to have left, which may be off
 
 
-class Overloaded(ServingError, TransientError):
+class Overloaded(Unavailable, TransientError):
     """A request cannot be answered inside its deadline. retry_after: seconds until the queue has room, about."""
 
     def __init__(self, message: str, retry_after: float) -> None:
@@ -45,8 +46,10 @@ class BatchTime:
 
     def add(self, rows: int, seconds: float) -> None:
         rows = max(rows, 1)  # a request may be empty, such as a history without events that are known
-        if self._weight > 5:
+        if self._weight > _FEW:
             seconds = min(seconds, _OUTLIER * (self.fixed + self.row * rows))
+        elif self._weight and self._seconds * min(1 / self._weight, rows / self._rows) > _OUTLIER * seconds:
+            self._weight = self._rows = self._seconds = self._rows_squared = self._product = 0.0
         self._weight = _FORGET * self._weight + 1
         self._rows = _FORGET * self._rows + rows
         self._seconds = _FORGET * self._seconds + seconds
@@ -93,7 +96,7 @@ class BatchQueue:
         return len(self._waiting)
 
     def put(self, request: Request) -> None:
-        """Raises Overloaded, and ServingError where the engine is closed."""
+        """Raises Overloaded, and Unavailable where the engine is closed."""
         rows = request.encoded.rows
         with self._changed:
             self._admit(rows, request.deadline)
@@ -108,7 +111,7 @@ class BatchQueue:
 
     def _admit(self, rows: int, deadline: float) -> None:
         if self._closed:
-            raise ServingError("the engine is closed")
+            raise Unavailable("the engine is closed")
         busy = len(self._running) >= self._workers
         if not self._waiting and not busy:
             return

@@ -16,8 +16,8 @@ from gr.errors import ServingError, nearest
 from gr.logging import get_logger
 from gr.serving.batch_queue import BatchQueue, Overloaded, Request
 from gr.serving.metrics import EngineMetrics
-from gr.serving.servable import RequestError, Servable, ServedVersion
-from gr.serving.version import Version
+from gr.serving.package.version import Version
+from gr.serving.servable import RequestError, Servable, ServedVersion, Unavailable
 
 log = get_logger(__name__)
 
@@ -138,21 +138,33 @@ class Engine:
         """The best items for a history, of a retrieval model: history=, k=."""
         return self.ask("retrieve", columns)
 
-    def require_room(self, verb: str) -> None:
-        """Raises Overloaded where a request would be refused now, so that its body need not be read."""
+    def require_room(self, verb: str, arrived: float | None = None) -> None:
+        """Raises Overloaded where a request would be refused now, so that its body need not be read.
+
+        arrived: when it came, by time.monotonic(); None: now.
+        """
+        arrived = time.monotonic() if arrived is None else arrived
         try:
-            self._queues[verb].require_room(time.monotonic() + self.config.deadline_ms / 1e3)
+            self._queues[verb].require_room(arrived + self.config.deadline_ms / 1e3)
         except ServingError as error:
             self.metrics.refused(verb, error)
             raise
 
     def submit(
-        self, verb: str, columns: Mapping[str, np.ndarray], *, deadline_ms: float | None = None
+        self,
+        verb: str,
+        columns: Mapping[str, np.ndarray],
+        *,
+        deadline_ms: float | None = None,
+        arrived: float | None = None,
     ) -> "Future[Answer]":
-        """The answer to come. deadline_ms: from now; that of the configuration is the longest."""
+        """The answer to come.
+
+        deadline_ms: from the request's arrival; that of the configuration is the longest. arrived: as in require_room.
+        """
         self.servable(verb)
         seconds = min(deadline_ms or self.config.deadline_ms, self.config.deadline_ms) / 1e3
-        arrived, held = time.monotonic(), self._acquire()
+        arrived, held = time.monotonic() if arrived is None else arrived, self._acquire()
         try:
             self._queues[verb].require_room(arrived + seconds)
             encoded = held.version.verbs[verb].encode(columns)
@@ -169,7 +181,7 @@ class Engine:
     def _acquire(self) -> _Held:
         while not (held := self._held).acquire():  # a swap came between the two
             if self._closed:
-                raise ServingError("the engine is closed")
+                raise Unavailable("the engine is closed")
         return held
 
     def swap(self, version: ServedVersion) -> float:
@@ -190,7 +202,7 @@ class Engine:
         with self._swapping:
             if self._closed:
                 version.close()
-                raise ServingError("the engine is closed")
+                raise Unavailable("the engine is closed")
             started = time.perf_counter()
             retired, self._held = self._held, held
             seconds = time.perf_counter() - started
@@ -218,7 +230,7 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 failed = "%s of version %s failed on %d rows", verb, held.version.name, rows
-                if isinstance(error, ServingError):  # a card has ended: the line says it all
+                if isinstance(error, ServingError):  # the line says it all, such as that a card has ended
                     log.error(f"{failed[0]}: %s", *failed[1:], error)
                 else:
                     log.exception(*failed)
@@ -231,7 +243,9 @@ class Engine:
         queue.time.add(rows, ended - started)
         self.metrics.batch(verb, len(batch), rows, ended - started)
         for request, columns in zip(batch, outputs, strict=True):
-            self._finish(verb, request, Answer(held.version.name, columns, started - request.arrived, ended - started))
+            if not isinstance(columns, RequestError):
+                columns = Answer(held.version.name, columns, started - request.arrived, ended - started)
+            self._finish(verb, request, columns)
 
     def _finish(self, verb: str, request: Request, result: Answer | Exception) -> None:
         seconds = time.monotonic() - request.arrived

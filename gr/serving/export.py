@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from gr.checkpoint.checksums import find_damage, write_sums
 from gr.checkpoint.layout import read_progress
@@ -23,13 +22,10 @@ from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
 from gr.files import sha256_of
 from gr.models.saved import Saved, load
-from gr.serving.accuracy_gate import GateReport, Limits
-from gr.serving.build import Built, Pass
-from gr.serving.calibration import Calibration, calibration
-from gr.serving.card_tables import IDS, VECTORS
-from gr.serving.dtypes import DtypeChoice, choose, rounded
-from gr.serving.machine import cpu, versions
-from gr.serving.package import (
+from gr.serving.gate.accuracy_gate import GateReport, Limits
+from gr.serving.gate.calibration import Calibration, calibration
+from gr.serving.gate.dtypes import DtypeChoice, choose, measure
+from gr.serving.package.layout import (
     CODE,
     GOLDEN,
     MANIFEST,
@@ -44,13 +40,16 @@ from gr.serving.package import (
     read_manifest,
     verify,
 )
-from gr.serving.package_writer import PackageWriter, digests, writing
-from gr.serving.place_tables import Placement, place, write_cards
-from gr.serving.quantize import RowKind, bytes_of
-from gr.serving.version import Version, golden_name
-from gr.serving.weights import write_tensors
+from gr.serving.package.machine import cpu, versions
+from gr.serving.package.version import Version, golden_name
+from gr.serving.package.weights import write_tensors
+from gr.serving.package.writer import PackageWriter, digests, writing
+from gr.serving.passes.build import Built, Pass, served_kind
+from gr.serving.tables.card_tables import IDS, VECTORS
+from gr.serving.tables.place_tables import Placement, place, write_cards
+from gr.serving.tables.quantize import RowKind, bytes_of
 
-# kind of a model -> its builder, as gr/serving/build.py says: function(saved, kinds, config) -> Built
+# kind of a model -> its builder, as gr/serving/passes/build.py says: function(saved, kinds, config) -> Built
 BUILDERS = {
     "click": "gr.serving.passes.click:build",
     "ranking": "gr.serving.passes.ranking_build:build",
@@ -145,7 +144,7 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
 
 
 def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
-    kind = saved.config.kind
+    kind = served_kind(saved.config)
     if kind not in BUILDERS:
         raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
     if config.cards and kind != "click":
@@ -168,13 +167,10 @@ def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportCo
     """The report on what is served, which passes. Raises ServingError where it does not."""
     if rows is None:
         return None
-    reference = rows.predict(saved.model)
     if built.served is None:
-        with rounded(saved.model, {name: kind for name, (_, _, kind) in built.tables.items()}):
-            candidate = rows.predict(saved.model)
+        report = measure(rows, {name: kind for name, (_, _, kind) in built.tables.items()}, _limits(config))
     else:
-        candidate = rows.predict(built.served)
-    report = rows.gate(reference, candidate, _limits(config))
+        report = rows.gate(rows.predict(built.served), _limits(config))
     report.require()
     return report
 
@@ -185,7 +181,7 @@ def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
     sources = {name: inspect.getsourcefile(sys.modules[name]) for name in sorted(modules) if name.startswith("gr.")}
     own = cpu()
     form = {
-        "kind": saved.config.kind,
+        "kind": served_kind(saved.config),
         **built.form,
         "tables": built.tables,
         "dense": config.dense,
@@ -208,6 +204,10 @@ def _first_difference(old: Any, new: Any, place: str = "") -> str:
 
 def _compile(each: Pass, path: Path) -> None:
     """Writes a pass as an AOTInductor package without weights."""
+    # Imported here: `gr publish`, which compiles nothing, would spend a quarter of its time on it.
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
     dims: dict[str, Any] = {}
     shapes = tuple(
         {dim: dims.setdefault(name, torch.export.Dim(name, min=1, max=_LARGEST_BATCH)) for dim, name in named.items()}
@@ -219,9 +219,7 @@ def _compile(each: Pass, path: Path) -> None:
         lifted = program.constants.keys() - dict(each.module.named_buffers()).keys()
         assert not lifted, f"{lifted} are no buffers of the pass, so another checkpoint could not give them"
         try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS)
-            )
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS))
         except (InvalidCxxCompiler, CppCompileError, InductorError) as error:
             cause = error.inner_exception if isinstance(error, InductorError) else error
             if not isinstance(cause, InvalidCxxCompiler | CppCompileError):
@@ -262,7 +260,7 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
         else:
             content(draft / name)
     manifest = Manifest(
-        kind=saved.config.kind,
+        kind=served_kind(saved.config),
         step=read_progress(saved.folder)["step"],
         export=decided.config,
         form=decided.form,

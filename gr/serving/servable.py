@@ -17,6 +17,10 @@ class RequestError(ServingError):
         self.field = field
 
 
+class Unavailable(ServingError):
+    """Nothing is wrong with a request or with the model, but this engine cannot answer now; the server answers 503."""
+
+
 def require_finite(values: np.ndarray) -> None:
     """Raises ServingError where a number that the model gave is not finite."""
     if not np.isfinite(values).all():
@@ -54,8 +58,11 @@ class Servable(Protocol):
         """The request, checked, with the user's own ids mapped to the model's. Raises RequestError."""
         ...
 
-    def run(self, requests: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
-        """One answer a request, by the names of `outputs`; they go through the model as one batch where they can."""
+    def run(self, requests: Sequence[Encoded]) -> Sequence[dict[str, np.ndarray] | RequestError]:
+        """One answer a request, by the names of `outputs`; they go through the model as one batch where they can.
+
+        What is found wrong with a request only when it is read with its batch is its answer.
+        """
         ...
 
 

@@ -1,10 +1,11 @@
 """Ranks of held-out items over the full corpus, against sharded tables, without gathering them on one rank.
 
 Every rank scores its slice of the corpus for the queries of all ranks and counts what beats the target; the counts
-are summed. That is what merging top-k lists would give, for every k at once. R ranks, B queries a rank, C_r items.
+are summed. That is what merging top-k lists would give, for every k at once; on CPU a score has the same bits on any
+number of ranks, and so have all ranks of items. R ranks, B queries a rank, C_r items.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from gr.batch import EvaluationBatch
 from gr.dist import World
 from gr.errors import DataError, TrainingError
+from gr.ops.corpus_counts import corpus_counts, target_scores
 from gr.ops.top_k import best
 from gr.tasks.similarity import Similarity
 
@@ -39,25 +41,18 @@ class CorpusRanker:
         """float64 [B]: 1 is best, ties share their mean rank. Every rank passes as many queries."""
         queries = self._gather(queries_BD.float())
         targets = self._gather(batch.target_ids_B)
-        seen = self._seen_places(batch)
         column, mine = self._locate(targets)
         # The score of each target, and on how many ranks it was found, which is one.
-        target_score, owners = torch.zeros(2, len(targets), dtype=torch.float64, device=queries.device)
-        owners[mine] = 1.0
-        first_pass, second_pass = self._two_passes(queries, seen)
-        for first, score in first_pass:
-            inside = mine & (column >= first) & (column < first + score.shape[1])
-            target_score[inside] = score[inside, column[inside] - first].double()
+        target_score = target_scores(queries, self.items, torch.where(mine, column, -1)).double()
+        owners = mine.double()
         self._sum(target_score)
         self._sum(owners)
         if len(unknown := targets[(owners == 0) & (targets > 0)]):  # 0 only fills up the batch
             raise DataError(f"target item {int(unknown[0])} is not in the corpus (items.parquet) of data.path")
-        beaten_by = torch.zeros_like(target_score)
-        target = target_score.to(queries.dtype)[:, None]
-        for _, score in second_pass:
-            beaten_by += (score > target).sum(1).double() + 0.5 * (score == target).sum(1).double()
-            # A NaN loses every comparison, which would look like a win for the target.
-            beaten_by[score.isnan().any(1)] = torch.nan
+        counts = corpus_counts(queries, self.items, target_score.to(queries.dtype), *self._seen_places(batch)).double()
+        beaten_by = counts[:, 0] + 0.5 * counts[:, 1]
+        # A NaN loses every comparison, which would look like a win for the target.
+        beaten_by[counts[:, 2] > 0] = torch.nan
         self._sum(beaten_by)
         if beaten_by.isnan().any():
             raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
@@ -94,13 +89,6 @@ class CorpusRanker:
     def _gather_parts(self, rows_QK: Tensor) -> Tensor:
         """rows_QK of every rank, [R, Q, K]."""
         return self._gather(rows_QK).unflatten(0, (self.world.size, -1))
-
-    def _two_passes(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> tuple[Iterable, Iterable]:
-        """The blocks of scores twice: kept where there is one, computed again where keeping all would take memory."""
-        if len(self.ids) <= SCORE_BLOCK:
-            once = list(self._score_blocks(queries, seen))
-            return once, once
-        return self._score_blocks(queries, seen), self._score_blocks(queries, seen)
 
     def _score_blocks(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """(first column, scores [queries, at most SCORE_BLOCK]), seen items at minus infinity."""

@@ -1,6 +1,6 @@
 """One training step: forward, backward and update of a sharded model, and the objective that it minimises."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,8 +11,9 @@ from torchrec import KeyedJaggedTensor
 from gr.config.optim import DENSE_OPTIMIZERS, DenseOptimizerConfig
 from gr.config.run import RunConfig
 from gr.dist import World
-from gr.embeddings import PipelinedLookup, TableOptimizer
+from gr.embeddings import HandedOver, PipelinedLookup, TableOptimizer
 from gr.parallel.dense import by_mesh, clip_gradients, dense_parameters, unwrapped
+from gr.parallel.groups import TableCopies, copies_of
 from gr.training.phases import Phases
 from gr.training.schedule import rate_factor
 
@@ -78,7 +79,7 @@ class Prepared:
     """A batch of this rank, on its device, and all that its step needs to know of the other ranks' batches.
 
     tokens, examples: the numbers of losses and of examples over all ranks. flops: of the dense part, forward and
-    backward, over all ranks; 0 where it is not known.
+    backward, over all ranks; 0 where it is not known. handed_over: rows that the step gives to other ids.
     """
 
     step: int
@@ -87,6 +88,7 @@ class Prepared:
     tokens: int
     examples: int
     flops: int = 0
+    handed_over: Sequence[HandedOver] = ()
 
 
 class TrainModule:
@@ -117,9 +119,15 @@ class TrainModule:
         self.dense_groups = by_mesh(self.dense.values())
         self.dense_optimizer = build_optimizer((p for p in self.dense.values() if p.requires_grad), config.optimizer)
         self.table_optimizer = TableOptimizer(model, config.embeddings, config.seed)
+        self.ids = self.table_optimizer.ids
+        copies = copies_of(model)
+        interval = config.planner.sync_interval
+        self.copies = None if copies is None else TableCopies(self.table_optimizer, copies, interval)
 
     def prepare(self, batch, step: int) -> Prepared:
-        """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead."""
+        """Every rank must call it, in the order of steps. Reads no parameter, so it may be done steps ahead, but for
+        raw ids, whose map it changes.
+        """
         if self.balance is not None:
             batch = self.balance(batch)
         flops = 0 if self.flops is None else int(self.flops(batch))
@@ -127,8 +135,12 @@ class TrainModule:
         tokens, examples, all_flops = zip(*counts, strict=True)
         before = sum(tokens[: self.world.rank])
         inputs = self.objective.inputs(batch, step, before, self.world.device)
-        lookup = None if inputs.lookups is None else PipelinedLookup(self.tables, inputs.lookups)
-        return Prepared(step, inputs, lookup, sum(tokens), sum(examples), sum(all_flops))
+        lookups = inputs.lookups
+        handed_over: Sequence[HandedOver] = ()
+        if lookups is not None and self.ids is not None:
+            lookups, handed_over = self.ids.train(lookups, step)
+        lookup = None if lookups is None else PipelinedLookup(self.tables, lookups)
+        return Prepared(step, inputs, lookup, sum(tokens), sum(examples), sum(all_flops), handed_over)
 
     def forward(self, prepared: Prepared) -> StepLoss:
         """Loss of one global batch. Draws are a function of (seed, step, rank), so a resumed run repeats them.
@@ -136,7 +148,10 @@ class TrainModule:
         A GPU is not waited for.
         """
         self.model.train()
+        # A fused update takes its rate along at the lookup, though it runs in backward.
+        self.table_optimizer.scale_learning_rates(self._rate_factor(prepared.step))
         self.phases.start()
+        self.table_optimizer.hand_over(prepared.handed_over)
         looked_up = None if prepared.lookup is None else prepared.lookup.rows()
         torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
         total = self.objective.total(self.model, prepared.inputs, looked_up)
@@ -146,11 +161,9 @@ class TrainModule:
         return StepLoss(loss, total.detach(), prepared.tokens, prepared.examples)
 
     def backward(self, loss: StepLoss, step: int) -> None:
-        """Gradients and updates; fused tables are updated inside backward, so rates are set first."""
-        factor = rate_factor(self.config.optimizer.schedule, step, self.steps)
-        self.table_optimizer.scale_learning_rates(factor)
+        """Gradients and updates; fused tables are updated inside backward."""
         for group in self.dense_optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
+            group["lr"] = self.config.optimizer.lr * self._rate_factor(step)
         self.phases.start()
         loss.loss.backward()
         self.phases.end("backward")
@@ -158,13 +171,23 @@ class TrainModule:
         self.dense_optimizer.step()
         self.dense_optimizer.zero_grad()
         self.table_optimizer.step()
+        if self.copies is not None:
+            self.copies.after_step()
         self.phases.end("optimizer")
+
+    def agree(self) -> None:
+        """Averages the tables of the groups of ranks, where there are any. Before what reads them; collective."""
+        if self.copies is not None:
+            self.copies.agree()
 
     def _clip(self, step: int) -> None:
         """Clips the dense gradients, and notes their norm where `step`, counted from 1, is one that is logged."""
         limit = self.config.optimizer.clip_grad_norm
         if limit is not None or step % self.config.trainer.log_every == 0 or step == self.steps:
             self.gradient_norm = clip_gradients(self.dense_groups, limit)
+
+    def _rate_factor(self, step: int) -> float:
+        return rate_factor(self.config.optimizer.schedule, step, self.steps)
 
     @property
     def learning_rate(self) -> float:

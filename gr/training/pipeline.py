@@ -34,10 +34,13 @@ class Pipeline:
     def __init__(
         self, loader: Loader, module: TrainModule, world: World, *, steps: int, ahead: int | None = None
     ) -> None:
-        """steps: no batch is taken beyond the run's last step. ahead: batches prepared early; None: by device."""
+        """steps: no batch is taken beyond the run's last step. ahead: batches prepared early; None: by device, and none
+        where preparing one changes the rows of dynamic ids, which a checkpoint must have as of its step.
+        """
         on_gpu = world.device.type == "cuda"
         self._loader, self._module, self._steps = loader, module, steps
-        self._ahead = (AHEAD_ON_GPU if on_gpu else 0) if ahead is None else ahead
+        early = AHEAD_ON_GPU if on_gpu and (module.ids is None or not module.ids.dynamic) else 0
+        self._ahead = early if ahead is None else ahead
         # Its small kernels are waited for by the host, and so come before those of the steps.
         self._stream = torch.cuda.Stream(priority=-1) if on_gpu else None
         self._prepared: deque[tuple[Prepared, dict[str, Any]]] = deque()

@@ -17,9 +17,9 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.9,
-    "data": 3.3,
-    "ops": 5.6,
+    "config": 4.1,
+    "data": 3.5,
+    "ops": 6.2,
     "embeddings": 1.4,
     "parallel": 0.7,
     "towers": 1.0,
@@ -27,15 +27,15 @@ CEILINGS = {
     "models": 1.6,
     "metrics": 1.0,
     "checkpoint": 1.5,
-    "planner": 4.6,
+    "planner": 4.9,
     "cluster": 0.5,
     "training": 1.4,
-    "serving": 7.0,
+    "serving": 7.3,
     "recipes": 2.2,
     "cli": 2.6,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 38.6
+WITHOUT_PREPARE = 41.2
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gr
 from gr.checkpoint import CheckpointFolder
@@ -24,6 +26,7 @@ from gr.experiment import build, train
 from gr.experiment import trained as trained_model
 from gr.models.dense import dense_parameters, local_part
 from gr.parallel.dense import unwrapped
+from gr.planner.dense_collectives import dense_collectives
 from gr.planner.memory import fixed_memory
 from gr.recipes.base import open_recipe
 from gr.training.module import TrainModule
@@ -50,7 +53,7 @@ SASREC = {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 12, "dropout": 0
 @dataclass
 class Outcome:
     """initial: values of the dense parameters, whole. norms: of the gradient. bytes: that this rank has of the dense
-    weights, gradients and optimizer states. tokens: of this rank's batches.
+    weights, gradients and optimizer states. tokens: of this rank's batches. collectives: of the dense part in a step.
     """
 
     losses: list[float]
@@ -59,6 +62,26 @@ class Outcome:
     bytes: tuple[int, int, int]
     tokens: list[int]
     sharded: list[str]
+    collectives: int
+
+
+class DenseCollectives(TorchDispatchMode):
+    """Counts the collectives of a step that carry weights, gradients or tokens of the dense part.
+
+    Tables talk by all-to-all; what a tensor group tells itself of its lengths has one dim.
+    """
+
+    KINDS = "_allgather_base_", "_reduce_scatter_base_", "allreduce_", "allgather_", "all_reduce"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace in ("c10d", "_c10d_functional") and op.overloadpacket.__name__ in self.KINDS:
+            (*_, sent) = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            self.count += op.overloadpacket.__name__ != "allgather_" or sent.dim() > 1
+        return op(*args, **(kwargs or {}))
 
 
 @cache
@@ -103,15 +126,19 @@ def trained(world: World, config: RunConfig) -> Outcome:
     for step in range(STEPS):
         batch = next(loader)
         tokens.append(module.objective.losses(batch))
-        loss = module.forward(module.prepare(batch, step))
-        module.backward(loss, step)
+        prepared, counted = module.prepare(batch, step), DenseCollectives()
+        with counted:
+            loss = module.forward(prepared)
+            module.backward(loss, step)
         means.append(world.all_reduce_sum([float(loss.total)])[0] / loss.tokens)
         norms.append(float(module.gradient_norm))
     loader.close()
     states = [state for each in module.dense_optimizer.state.values() for state in each.values() if state.dim()]
     sizes = sum(map(_bytes, module.dense.values())), gradients[-1], sum(map(_bytes, states))
     sharded = [name for name, parameter in module.dense.items() if isinstance(parameter, DTensor)]
-    return Outcome(means, norms, {name: x.numpy() for name, x in initial.items()}, sizes, tokens, sharded)
+    return Outcome(
+        means, norms, {name: x.numpy() for name, x in initial.items()}, sizes, tokens, sharded, counted.count
+    )
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -129,6 +156,11 @@ def planned_bytes(config: RunConfig, ranks: int) -> list[float]:
     kinds = fixed["dense_gradients"], fixed["dense_gradients"], fixed["dense_optimizer"]
     assert fixed["dense_parameters"] >= fixed["dense_gradients"]
     return list(kinds)
+
+
+def planned_collectives(config: RunConfig, ranks: int) -> int:
+    inventory = config.inventory(config.load_schema())
+    return sum(collectives.count for collectives in dense_collectives(inventory, machine(ranks)))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +194,7 @@ def test_a_strategy_trains_what_one_process_trains(config, alone, kind: str, den
     if kind != "click":  # so small that a share cannot be even
         planned = planned_bytes(config(kind, dense=dense), size)
         assert [outcome.bytes for outcome in ranks] == [pytest.approx(planned, rel=0.02)] * size
+        assert {outcome.collectives for outcome in ranks} == {planned_collectives(config(kind, dense=dense), size)}
     if size == 4 and kind != "click":
         assert min(min(outcome.tokens) for outcome in ranks) == 0, "a rank has a batch without a token"
     named = {"stu": ("tower", "head"), "click": ("bottom", "top")}.get(kind, ("tower",))
@@ -209,7 +242,7 @@ def saved_on_four(config, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dense", "size"),
-    [("stu", DDP, 2), ("llama", DDP, 1), ("llama", TENSOR, 2), ("llama", FSDP, 2)],
+    [("stu", DDP, 2), ("llama", DDP, 1), ("llama", TENSOR, 2), ("llama", FSDP, 2), ("llama", FSDP_TENSOR, 4)],
     ids=str,
 )
 def test_what_four_ranks_saved_goes_on_in_any_layout(config, tmp_path, saved_on_four, kind, dense, size) -> None:
@@ -218,6 +251,8 @@ def test_what_four_ranks_saved_goes_on_in_any_layout(config, tmp_path, saved_on_
     before, after = dict(losses(saved_on_four[kind])), dict(losses(part))
     assert sorted(after) == list(range(STEPS + 1, 2 * STEPS + 1))
     assert after == pytest.approx({step: before[step] for step in after}, abs=LOSS)
+    if dense == FSDP_TENSOR:  # as it was saved
+        assert after == {step: before[step] for step in after}
 
 
 @pytest.mark.slow

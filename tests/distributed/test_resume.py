@@ -83,6 +83,15 @@ def test_same_world_size_resumes_bitwise(data, tmp_path, size, asynchronous):
     assert again["model"] == whole["model"]
 
 
+def test_a_fused_optimizer_takes_the_rate_of_its_own_step(data, tmp_path):
+    """fbgemm's update takes its rate along at the lookup: set later, it would be that of the step before."""
+    full, part = tmp_path / "full", tmp_path / "part"
+    run_ranks(run, 1, configured(data, full, optimizer="rowwise_adagrad"))
+    resumed_from_half(full, part)
+    run_ranks(run, 1, configured(data, part, optimizer="rowwise_adagrad"))
+    assert losses(part) == {step: loss for step, loss in losses(full).items() if step > HALF}
+
+
 def stopped_after(world: World, config, step: int) -> dict | None:
     if world.rank == 1:
         Trainer._is_orphan = lambda self: self.step == step - 1

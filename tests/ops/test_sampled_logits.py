@@ -47,8 +47,8 @@ def test_empty(backend: Backend, shape: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        (300, 33, 77, 50),  # a small table: one private table for each part of the tokens
-        (70, 9, 5000, 16),  # a large one: sorted by item; gathered without the C++ operators
+        (300, 33, 77, 50),  # a small table: in one pass over the pairs, or one block of items
+        (70, 9, 5000, 16),  # several blocks of items; gathered without the C++ operators
         (40, 128, 300, 25),
         (33, 17, 40, 100),
     ],
@@ -94,7 +94,7 @@ def test_views_repeated_indices_and_expanded_gradient(backend: Backend) -> None:
     assert_near(ditems, expected, torch.float32, "ditems")
 
 
-@pytest.mark.parametrize("items", [40, 9000], ids=["by parts", "by item"])
+@pytest.mark.parametrize("items", [40, 9000], ids=["one block", "many blocks"])
 def test_same_bits_every_time_and_on_two_threads(backend: Backend, items: int) -> None:
     tokens, items = (30, 40) if backend == "triton" else (500, items)
     queries, table = torch.randn(tokens, 50), torch.randn(items, 50)

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from gr.serving.tables import PackedTables
+from gr.serving.tables.packed import PackedTables
 
 ROWS = 50
 

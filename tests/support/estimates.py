@@ -29,11 +29,14 @@ PHASE_MS = {
     "lookup": (3.1, 0.15, 0.0),
     "output_all_to_all": (4.2, 0.1, 0.0),
     "dense_forward": (12.0, 0.0, 0.0),
+    "weight_all_gather": (1.5, 0.0, 1.0),
+    "tensor_all_reduce": (0.5, 0.0, 0.0),
     "dense_backward": (24.0, 0.0, 0.0),
     "gradient_all_to_all": (4.1, 0.1, 0.0),
     "update": (5.3, 0.15, 0.0),
     "table_all_reduce": (0.8, 0.0, 0.0),
     "gradient_all_reduce": (6.0, 0.0, 4.5),
+    "group_sync": (0.7, 0.1, 0.0),
 }
 
 
@@ -78,7 +81,7 @@ def placed(table: TableConfig, ranks: int, random: np.random.Generator) -> Place
         on = tuple(range(host, host + min(8, ranks)))
         column_shards = len(on) if sharding_type == "table_column_wise" else 1
     kernel: Kernel = "dense" if sharding_type == "data_parallel" else "fused"
-    return Placement(table.name, sharding_type, kernel, on, column_shards)
+    return Placement(table.name, sharding_type, kernel, on, table.dim // column_shards if column_shards > 1 else None)
 
 
 def around(mean: float, spread: float, ranks: int, random: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gr.serving import Answer, Engine, RequestError, TensorSpec
-from gr.serving.version import Unseen
+from gr.serving.package.version import Unseen
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ToyRows:
 class ToyServable:
     """y = x * number + number; `before` and `after` are the version's number from two tensors, read apart in time.
 
-    A batch takes `fixed + row * rows` seconds at least; x of `fails` breaks the batch that it is in.
+    A batch takes `fixed + row * rows` seconds at least; x of `fails` breaks the batch that it is in, by `fault`.
     begun is set when a batch runs, which then waits until `go` is set, as it is at first.
     """
 
@@ -36,6 +36,7 @@ class ToyServable:
     def __init__(self, number: float, fixed: float = 0.0, row: float = 0.0, fails: float | None = None) -> None:
         self.weight, self.bias = torch.full((8,), number), torch.full((1,), number)
         self.fixed, self.row, self.fails = fixed, row, fails
+        self.fault: Exception = ArithmeticError("the toy fails")
         self.batches: list[int] = []
         self.begun, self.go = threading.Event(), threading.Event()
         self.go.set()
@@ -52,7 +53,7 @@ class ToyServable:
         x = torch.cat([request.x for request in requests])
         self.batches.append(len(x))
         if self.fails is not None and (x == self.fails).any():
-            raise ArithmeticError("the toy fails")
+            raise self.fault
         before = self.weight.mean()
         self.begun.set()
         assert self.go.wait(30)

@@ -13,6 +13,7 @@ Letters as in reference.py; a tile has M queries and N keys. i and j are positio
 `past` of which are no candidates. query_times and key_times are TimeBuckets.seconds.
 """
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -527,7 +528,8 @@ class Tiles(NamedTuple):
 
 # The key is the kernel, the bytes of an element, the largest padded width of a head, and whether there is a bias, which
 # takes registers. tests/ops/test_triton_compiled.py compiles them and looks for spills. Not timed on a GPU.
-TILES = {
+TileKey = tuple[str, int, int, bool]
+TILES: dict[TileKey, Tiles] = {
     ("forward", 2, 64, False): Tiles(128, 64, 8, 3),
     ("forward", 2, 64, True): Tiles(128, 64, 8, 3),
     ("forward", 2, 128, False): Tiles(64, 64, 4, 2),
@@ -566,16 +568,50 @@ TILES = {
 }
 
 
-def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool) -> Tiles:
-    """The entry of TILES for heads of the padded width `width`. Raises ValueError if there is none."""
-    for (name, size, widest, bias), tiles in TILES.items():
+# Instead of those of TILES on Hopper (sm_90), whose warp-group products take 64 rows a warp group and read an operand
+# less often the more rows there are. With triton 3.6 and 3.7 none of them spills.
+HOPPER_TILES: dict[TileKey, Tiles] = {
+    ("forward", 2, 64, True): Tiles(128, 64, 8, 2),
+    ("forward", 2, 128, False): Tiles(128, 64, 8, 2),
+    ("forward", 2, 128, True): Tiles(128, 32, 8, 2),
+    ("forward", 2, 256, True): Tiles(32, 32, 8, 2),
+    ("query_gradient", 2, 64, True): Tiles(128, 64, 8, 2),
+    ("query_gradient", 2, 128, False): Tiles(128, 64, 8, 2),
+    ("query_gradient", 2, 128, True): Tiles(128, 32, 8, 2),
+    ("key_gradient", 2, 64, False): Tiles(128, 64, 8, 2),
+    ("key_gradient", 2, 64, True): Tiles(128, 32, 8, 2),
+    ("key_gradient", 2, 128, False): Tiles(128, 32, 8, 2),
+    ("key_gradient", 2, 128, True): Tiles(64, 32, 8, 2),
+    ("table_gradient", 2, 64, True): Tiles(64, 64, 8, 1),
+    ("table_gradient", 2, 128, True): Tiles(64, 128, 8, 1),
+}
+
+
+def tiles_on(capability: int) -> dict[TileKey, Tiles]:
+    """All tiles for GPUs of a compute capability: 90 for sm_90."""
+    return TILES | HOPPER_TILES if capability == 90 else TILES
+
+
+def tiles_of(kernel: str, dtype: torch.dtype, width: int, biased: bool, capability: int) -> Tiles:
+    """The tiles for heads of the padded width `width`. Raises ValueError if there are none."""
+    for key, tiles in TILES.items():
+        name, size, widest, bias = key
         if (name, size, bias) == (kernel, dtype.itemsize, biased) and width <= widest:
-            return tiles
+            return HOPPER_TILES.get(key, tiles) if capability == 90 else tiles
     raise ValueError(
         f"q_THQ and v_THV have up to {width} elements a head, padded to a power of two; on a GPU at most "
         f"{MAX_WIDTH[2]} are supported in bfloat16 and float16, {MAX_WIDTH[4]} in float32. Use half precision, more "
         "heads, or gr.ops.backend.force_backend('torch')"
     )
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """90 for sm_90; 0 for the interpreter's CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def padded_width(width: int) -> int:
@@ -608,7 +644,8 @@ def _inputs(call: AttentionCall, position: Tensor | None, time: Tensor | None) -
 
 def _tiles(kernel: str, q: Tensor, v: Tensor, *tables: Tensor | None) -> Tiles:
     biased = any(table is not None for table in tables)
-    return tiles_of(kernel, q.dtype, max(padded_width(q.shape[2]), padded_width(v.shape[2])), biased)
+    width = max(padded_width(q.shape[2]), padded_width(v.shape[2]))
+    return tiles_of(kernel, q.dtype, width, biased, capability_of(q.device))
 
 
 def _last_bucket(time: Tensor | None) -> int:
@@ -647,25 +684,11 @@ class _Triton(torch.autograd.Function):
         output: Tensor | None,
         call: AttentionCall,
     ) -> Tensor:
-        tiles = _tiles("forward", q, v, position, time)
         ctx.save_for_backward(q, k, v, position, time)
         ctx.call = call
         if output is not None:
             return output.view_as(output)
-        q, k, v = (_operand(x) for x in (q, k, v))
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        heads = q.shape[1]
-        grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
-        if q.numel():
-            with torch.cuda.device_of(q):
-                forward_kernel[grid](
-                    *(q, k, v, out, *_inputs(call, position, time)),
-                    *(*_strides(q, k, v, out), heads, _last_bucket(time), call.alpha / 2),
-                    **{"M": tiles.outer, "N": tiles.inner, **_features(call, q, v, position, time)},
-                    num_warps=tiles.warps,
-                    num_stages=tiles.stages,
-                )
-        return out
+        return forward(call, (q, k, v), position, time)
 
     @staticmethod
     @once_differentiable
@@ -676,19 +699,37 @@ class _Triton(torch.autograd.Function):
         dposition, dtime = (None if x is None else torch.zeros_like(x) for x in (position, time))
         if q.numel():
             with torch.cuda.device_of(q):
-                _query_gradient(ctx.call, operands, position, time, dq)
-                dcandidates_TH = _key_gradient(ctx.call, operands, position, time, dk, dv)
+                query_gradient(ctx.call, operands, position, time, dq)
+                dcandidates_TH = key_gradient(ctx.call, operands, position, time, dk, dv)
                 if position is not None or time is not None:
-                    dposition, dtime = _table_gradients(ctx.call, operands, position, time, dcandidates_TH)
+                    dposition, dtime = table_gradients(ctx.call, operands, position, time, dcandidates_TH)
         return dq, dk, dv, dposition, dtime, None, None
 
 
-_Operands = tuple[Tensor, ...]  # q, k, v and the gradient of the output
+_Operands = tuple[Tensor, ...]  # q, k, v and, backwards, the gradient of the output
 
 
-def _query_gradient(
+def forward(call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None) -> Tensor:
+    q, k, v = (_operand(x) for x in operands)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    tiles, heads = _tiles("forward", q, v, position, time), q.shape[1]
+    grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
+    if q.numel():
+        with torch.cuda.device_of(q):
+            forward_kernel[grid](
+                *(q, k, v, out, *_inputs(call, position, time)),
+                *(*_strides(q, k, v, out), heads, _last_bucket(time), call.alpha / 2),
+                **{"M": tiles.outer, "N": tiles.inner, **_features(call, q, v, position, time)},
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+            )
+    return out
+
+
+def query_gradient(
     call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None, dq: Tensor
 ) -> None:
+    """Fills dq."""
     q, _, v, _ = operands
     tiles, heads = _tiles("query_gradient", q, v, position, time), q.shape[1]
     grid = (call.sequences * heads, triton.cdiv(call.max_length, tiles.outer))
@@ -701,7 +742,7 @@ def _query_gradient(
     )
 
 
-def _key_gradient(
+def key_gradient(
     call: AttentionCall, operands: _Operands, position: Tensor | None, time: Tensor | None, dk: Tensor, dv: Tensor
 ) -> Tensor | None:
     """Fills dk and dv, and returns dcandidates [T, H] of key_gradient_kernel, or None."""
@@ -720,7 +761,7 @@ def _key_gradient(
     return dcandidates_TH
 
 
-def _table_gradients(
+def table_gradients(
     call: AttentionCall,
     operands: _Operands,
     position: Tensor | None,

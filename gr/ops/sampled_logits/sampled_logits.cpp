@@ -1,7 +1,8 @@
 // logits[t, s] = queries[t] . items[index[t, s]] without the gathered [T, S, D] tensor, and its two gradients.
 //
-// Rows are copied once into vectors of kLanes floats, zero padded, so that every loop below has whole vectors.
-// Work is cut by shapes, never by the number of threads, so results are the same bits on any number of threads.
+// Rows are read as vectors of kLanes floats; where the width is no multiple of that they are copied once, zero padded, so
+// that every loop below has whole vectors. The gradient of an item adds up its pairs in the order of the tokens, whoever
+// adds them, so results are the same bits on any number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -16,26 +17,42 @@
 namespace gr::sampled_logits {
 namespace {
 
+// As wide as this CPU's registers: wider vectors are cut by the compiler, and spill on the way.
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
 constexpr int64_t kTokensPerTask = 64;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+constexpr int64_t kAhead = 8;  // pairs between the prefetch of a row and its use
+constexpr int64_t kLineFloats = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float))));
 
 // A matrix [rows, D] as [rows, vectors] of Lanes. Row r starts at data + r * vectors.
 struct Padded {
   int64_t vectors;
   at::Tensor storage;
   Lanes* data;
-  // Zeros, and one vector more than needed, since the data is aligned by hand.
+  // Zeros.
   Padded(int64_t rows, int64_t width, const at::TensorOptions& options)
-      : vectors((width + kLanes - 1) / kLanes), storage(at::zeros({rows * vectors * kLanes + kLanes}, options)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage.mutable_data_ptr<float>());
-    data = reinterpret_cast<Lanes*>((address + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes));
+      : vectors((width + kLanes - 1) / kLanes), storage(at::zeros({rows, vectors * kLanes}, options)) {
+    data = reinterpret_cast<Lanes*>(storage.mutable_data_ptr<float>());
   }
-  explicit Padded(const at::Tensor& x) : Padded(x.size(0), x.size(1), x.options()) {
-    const int64_t width = x.size(1);
+  // A copy of x, or x itself where its rows are whole vectors; then it is not written to.
+  explicit Padded(const at::Tensor& x) : vectors((x.size(1) + kLanes - 1) / kLanes) {
+    const int64_t width = x.size(1), padded = vectors * kLanes;
+    storage = width == padded ? x : at::empty({x.size(0), padded}, x.options());
+    data = reinterpret_cast<Lanes*>(const_cast<float*>(storage.const_data_ptr<float>()));
+    if (width == padded) return;
     const float* from = x.const_data_ptr<float>();
+    float* to = storage.mutable_data_ptr<float>();
     at::parallel_for(0, x.size(0), 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) std::memcpy(data + r * vectors, from + r * width, width * sizeof(float));
+      for (int64_t r = begin; r < end; ++r) {
+        std::memcpy(to + r * padded, from + r * width, width * sizeof(float));
+        std::fill(to + r * padded + width, to + (r + 1) * padded, 0.f);
+      }
     });
   }
 };
@@ -47,12 +64,21 @@ template <int K, size_t... L> Lanes fold(Lanes x, Lanes y, std::index_sequence<L
 }
 
 // Lane l of the result is the sum of all lanes of x[l].
-inline Lanes sum_each(Lanes* x) {
+template <int K = kLanes / 2> inline Lanes sum_each(Lanes* x) {
   constexpr auto lanes = std::make_index_sequence<kLanes>();
-  for (int i = 0; i < 8; ++i) x[i] = fold<8>(x[i], x[i + 8], lanes);
-  for (int i = 0; i < 4; ++i) x[i] = fold<4>(x[i], x[i + 4], lanes);
-  for (int i = 0; i < 2; ++i) x[i] = fold<2>(x[i], x[i + 2], lanes);
-  return fold<1>(x[0], x[1], lanes);
+  for (int i = 0; i < K; ++i) x[i] = fold<K>(x[i], x[i + K], lanes);
+  if constexpr (K > 1) return sum_each<K / 2>(x);
+  else return x[0];
+}
+
+template <int kVectors> inline void prefetch(const Lanes* row, int64_t vectors) {
+  const float* at = reinterpret_cast<const float*>(row);
+  for (int64_t f = 0; f < (kVectors ? kVectors : vectors) * kLanes; f += kLineFloats) __builtin_prefetch(at + f);
+}
+
+// sum[v] += w * row[v]. All gradients go through it, so that every order of work rounds alike.
+template <int kVectors> inline void add(Lanes* sum, float w, const Lanes* row, int64_t vectors) {
+  for (int64_t v = 0; v < (kVectors ? kVectors : vectors); ++v) sum[v] += w * row[v];
 }
 
 // Calls f with the number of vectors in a row as a compile-time constant where it is small (else 0: read at run time).
@@ -62,6 +88,9 @@ template <typename F> void by_vectors(int64_t vectors, F f) {
     case 2: return f.template operator()<2>();
     case 3: return f.template operator()<3>();
     case 4: return f.template operator()<4>();
+    case 5: return f.template operator()<5>();
+    case 6: return f.template operator()<6>();
+    case 7: return f.template operator()<7>();
     case 8: return f.template operator()<8>();
     default: return f.template operator()<0>();
   }
@@ -91,6 +120,7 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
           const int64_t have = std::min(kLanes, samples - s);
           Lanes products[kLanes];
           for (int64_t i = 0; i < kLanes; ++i) {
+            prefetch<kVectors>(table.data + row[std::min(s + i + kAhead, samples - 1)] * vectors, vectors);
             const Lanes* b = table.data + row[s + std::min(i, have - 1)] * vectors;
             Lanes sum = a[0] * b[0];
             for (int64_t v = 1; v < vectors; ++v) sum += a[v] * b[v];
@@ -108,115 +138,125 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
   return out;
 }
 
-// d queries[t] = sum_s g[t, s] items[index[t, s]].
-at::Tensor queries_gradient(const at::Tensor& g, const at::Tensor& queries, const Padded& table,
-                            const at::Tensor& index) {
-  const int64_t tokens = index.size(0), samples = index.size(1), width = queries.size(1);
-  auto out = at::empty(queries.sizes(), queries.options());
-  const float* weights = g.const_data_ptr<float>();
-  const int64_t* ids = index.const_data_ptr<int64_t>();
-  float* to = out.mutable_data_ptr<float>();
-  by_vectors(table.vectors, [&]<int kVectors>() {
-    const int64_t vectors = kVectors ? kVectors : table.vectors;
-    at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-      std::vector<Lanes> wide(kVectors ? 0 : vectors);
-      for (int64_t t = begin; t < end; ++t) {
-        Lanes registers[kVectors ? kVectors : 1];
-        Lanes* sum = kVectors ? registers : wide.data();
-        for (int64_t v = 0; v < vectors; ++v) sum[v] = Lanes{};
-        for (int64_t s = 0; s < samples; ++s) {
-          const Lanes* b = table.data + ids[t * samples + s] * vectors;
-          const float w = weights[t * samples + s];
-          for (int64_t v = 0; v < vectors; ++v) sum[v] += w * b[v];
-        }
-        std::memcpy(to + t * width, sum, width * sizeof(float));
+struct Pairs {
+  int64_t tokens, samples;
+  const float* weights;  // d loss / d logits
+  const int64_t* ids;
+};
+
+// d queries[t] = sum_s g[t, s] items[index[t, s]]; with kBoth, in the same pass over the pairs, also
+// sums[index[t, s]] += g[t, s] queries[t], which only one thread may do.
+template <int kVectors, bool kBoth>
+void one_pass(const Pairs& pairs, const Padded& q, const Padded& table, Padded* sums, int64_t begin, int64_t end,
+              float* dqueries, int64_t width) {
+  const int64_t vectors = kVectors ? kVectors : q.vectors;
+  std::vector<float> wide(kVectors ? 0 : vectors * kLanes);
+  for (int64_t t = begin; t < end; ++t) {
+    Lanes registers[kVectors ? kVectors : 1];
+    Lanes* sum = kVectors ? registers : reinterpret_cast<Lanes*>(wide.data());
+    for (int64_t v = 0; v < vectors; ++v) sum[v] = Lanes{};
+    const Lanes* a = q.data + t * vectors;
+    const int64_t* row = pairs.ids + t * pairs.samples;
+    const float* weights = pairs.weights + t * pairs.samples;
+    for (int64_t s = 0; s < pairs.samples; ++s) {
+      const int64_t soon = row[std::min(s + kAhead, pairs.samples - 1)] * vectors;
+      prefetch<kVectors>(table.data + soon, vectors);
+      if constexpr (kBoth) {
+        prefetch<kVectors>(sums->data + soon, vectors);
+        add<kVectors>(sums->data + row[s] * vectors, weights[s], a, vectors);
       }
-    });
-  });
-  return out;
+      add<kVectors>(sum, weights[s], table.data + row[s] * vectors, vectors);
+    }
+    std::memcpy(dqueries + t * width, sum, width * sizeof(float));
+  }
 }
 
-// Adds the gradients of tokens [first, last) to a table.
-void scatter(const at::Tensor& g, const Padded& q, const at::Tensor& index, int64_t first, int64_t last,
-             const Padded& sums) {
-  const int64_t samples = index.size(1);
-  const float* weights = g.const_data_ptr<float>();
-  const int64_t* ids = index.const_data_ptr<int64_t>();
-  by_vectors(q.vectors, [&]<int kVectors>() {
-    const int64_t vectors = kVectors ? kVectors : q.vectors;
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t s = 0; s < samples; ++s) {
-        const Lanes* a = q.data + t * vectors;
-        Lanes* b = sums.data + ids[t * samples + s] * vectors;
-        const float w = weights[t * samples + s];
-        for (int64_t v = 0; v < vectors; ++v) b[v] += w * a[v];
-      }
-  });
-}
+// The pairs of a block of items, in the order of the tokens.
+struct Pair {
+  int32_t token, row;  // row counts from the block's first
+  float weight;
+};
 
-// Small tables: every part of the tokens has a private table; the tables are added up in order.
-at::Tensor items_gradient_by_parts(const at::Tensor& g, const Padded& q, const at::Tensor& items,
-                                   const at::Tensor& index, int64_t parts) {
-  const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1), vectors = q.vectors;
-  std::vector<Padded> tables;
-  for (int64_t p = 0; p < parts; ++p) tables.emplace_back(rows, width, items.options());
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      scatter(g, q, index, tokens * p / parts, tokens * (p + 1) / parts, tables[p]);
+// d items[k] = sum over the pairs of k of g queries[t]: the pairs are sorted by blocks of items, and a block, whose sums
+// stay in the cache, has one owner.
+template <int kVectors>
+void by_blocks(const Pairs& pairs, const Padded& q, int64_t rows, float* ditems, int64_t width) {
+  constexpr int64_t kBlockBytes = 128 << 10, kPairsPerTask = 1 << 15, kMostBlocks = 1024;
+  const int64_t vectors = kVectors ? kVectors : q.vectors;
+  const int64_t row_bytes = vectors * static_cast<int64_t>(sizeof(Lanes));
+  int64_t shift = 0;
+  while ((int64_t{2} << shift) * row_bytes <= kBlockBytes || (rows >> shift) >= kMostBlocks) ++shift;
+  const int64_t blocks = (rows >> shift) + 1, count = pairs.tokens * pairs.samples;
+  const int64_t tasks = (count + kPairsPerTask - 1) / kPairsPerTask;
+  std::vector<int64_t> next(tasks * blocks + 1);  // where each task puts its next pair of each block
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t p = task * kPairsPerTask; p < std::min(count, (task + 1) * kPairsPerTask); ++p)
+        ++next[task * blocks + (pairs.ids[p] >> shift)];
   });
-  auto out = at::empty(items.sizes(), items.options());
-  float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      Lanes* sum = tables[0].data + r * vectors;
-      for (int64_t p = 1; p < parts; ++p)
-        for (int64_t v = 0; v < vectors; ++v) sum[v] += tables[p].data[r * vectors + v];
-      std::memcpy(to + r * width, sum, width * sizeof(float));
+  std::vector<int64_t> starts(blocks + 1);
+  int64_t total = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    starts[b] = total;
+    for (int64_t task = 0; task < tasks; ++task) total += std::exchange(next[task * blocks + b], total);
+  }
+  starts[blocks] = total;
+  std::vector<Pair> sorted(count);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t* to = next.data() + task * blocks;
+      int64_t token = task * kPairsPerTask / pairs.samples, s = task * kPairsPerTask % pairs.samples;
+      for (int64_t p = task * kPairsPerTask; p < std::min(count, (task + 1) * kPairsPerTask); ++p) {
+        const int64_t block = pairs.ids[p] >> shift;
+        sorted[to[block]++] = {static_cast<int32_t>(token), static_cast<int32_t>(pairs.ids[p] - (block << shift)),
+                               pairs.weights[p]};
+        if (++s == pairs.samples) s = 0, ++token;
+      }
     }
   });
-  return out;
-}
-
-// Large tables: the (token, sample) pairs are sorted by item (counting sort), then every item sums its own pairs.
-at::Tensor items_gradient_by_item(const at::Tensor& g, const Padded& q, const at::Tensor& items,
-                                  const at::Tensor& index) {
-  const int64_t pairs = index.numel(), samples = index.size(1), rows = items.size(0), width = items.size(1);
-  const float* weights = g.const_data_ptr<float>();
-  const int64_t* ids = index.const_data_ptr<int64_t>();
-  std::vector<int64_t> starts(rows + 1), order(pairs);
-  for (int64_t i = 0; i < pairs; ++i) ++starts[ids[i] + 1];
-  for (int64_t r = 0; r < rows; ++r) starts[r + 1] += starts[r];
-  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  for (int64_t i = 0; i < pairs; ++i) order[next[ids[i]]++] = i;
-  auto out = at::zeros(items.sizes(), items.options());
-  float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    std::vector<Lanes> sum(q.vectors);
-    for (int64_t r = begin; r < end; ++r) {
-      if (starts[r] == starts[r + 1]) continue;
-      std::fill(sum.begin(), sum.end(), Lanes{});
-      for (int64_t i = starts[r]; i < starts[r + 1]; ++i) {
-        const Lanes* a = q.data + order[i] / samples * q.vectors;
-        const float w = weights[order[i]];
-        for (int64_t v = 0; v < q.vectors; ++v) sum[v] += w * a[v];
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> storage((vectors * kLanes) << shift);
+    Lanes* sums = reinterpret_cast<Lanes*>(storage.data());
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b << shift, have = std::min(rows - first, int64_t{1} << shift);
+      if (starts[b] == starts[b + 1]) continue;
+      std::fill(storage.begin(), storage.end(), 0.f);
+      for (int64_t p = starts[b]; p < starts[b + 1]; ++p) {
+        prefetch<kVectors>(q.data + sorted[std::min(p + kAhead, count - 1)].token * vectors, vectors);
+        add<kVectors>(sums + sorted[p].row * vectors, sorted[p].weight, q.data + sorted[p].token * vectors, vectors);
       }
-      std::memcpy(to + r * width, sum.data(), width * sizeof(float));
+      for (int64_t r = 0; r < have; ++r)
+        std::memcpy(ditems + (first + r) * width, sums + r * vectors, width * sizeof(float));
     }
   });
-  return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tensor& queries, const at::Tensor& items,
                                             const at::Tensor& index) {
-  // A private table costs a pass over K rows to clear and one to add: at most one for every kWorth K scattered rows.
-  constexpr int64_t kWorth = 32, kMostParts = 16, kMostBytes = int64_t{256} << 20;
-  const Padded q(queries);
-  auto dq = queries_gradient(g, queries, Padded(items), index);
-  const int64_t rows = std::max<int64_t>(items.size(0), 1);
-  const int64_t parts = std::min(index.numel() / (kWorth * rows), kMostParts);
-  const int64_t bytes = parts * rows * q.vectors * static_cast<int64_t>(sizeof(Lanes));
-  if (parts < 1 || bytes > kMostBytes) return {dq, items_gradient_by_item(g, q, items, index)};
-  return {dq, items_gradient_by_parts(g, q, items, index, parts)};
+  constexpr int64_t kMostBytes = 8 << 20;  // of sums that one thread scatters to at random: they stay near the core
+  const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1);
+  TORCH_CHECK(tokens < INT32_MAX, "sampled_logits takes fewer than 2^31 tokens, not ", tokens);
+  const Padded q(queries), table(items);
+  const Pairs pairs{tokens, index.size(1), g.const_data_ptr<float>(), index.const_data_ptr<int64_t>()};
+  auto dqueries = at::empty(queries.sizes(), queries.options());
+  auto ditems = at::zeros(items.sizes(), items.options());
+  float *to_queries = dqueries.mutable_data_ptr<float>(), *to_items = ditems.mutable_data_ptr<float>();
+  const int64_t bytes = rows * q.vectors * static_cast<int64_t>(sizeof(Lanes));
+  const bool together = at::get_num_threads() == 1 && bytes <= kMostBytes;
+  by_vectors(q.vectors, [&]<int kVectors>() {
+    if (together) {
+      Padded sums(rows, width, items.options());
+      one_pass<kVectors, true>(pairs, q, table, &sums, 0, tokens, to_queries, width);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(to_items + r * width, sums.data + r * q.vectors, width * sizeof(float));
+      return;
+    }
+    at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+      one_pass<kVectors, false>(pairs, q, table, nullptr, begin, end, to_queries, width);
+    });
+    by_blocks<kVectors>(pairs, q, rows, to_items, width);
+  });
+  return {dqueries, ditems};
 }
 
 }  // namespace

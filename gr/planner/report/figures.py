@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gr.planner.estimate import PHASES, Estimate, TableShare, placement_costs
+from gr.planner.estimate import PHASES, Estimate, TableShare, table_costs
 from gr.planner.estimate_dense import dense_work
-from gr.planner.estimate_tables import TABLE_PHASES, traffic
+from gr.planner.estimate_tables import TABLE_PHASES
 from gr.planner.report.units import count, duration, flops, percent, size
 
 EVEN = 0.02  # a straggler less than this share above the mean is not explained
@@ -46,7 +46,12 @@ class Straggler:
 
 def words(name: str) -> str:
     """The name of a phase or kind of memory in words: gradient_all_to_all -> gradient all-to-all."""
-    return name.replace("all_to_all", "all-to-all").replace("all_reduce", "all-reduce").replace("_", " ")
+    return (
+        name.replace("all_to_all", "all-to-all")
+        .replace("all_reduce", "all-reduce")
+        .replace("all_gather", "all-gather")
+        .replace("_", " ")
+    )
 
 
 def straggler(estimate: Estimate) -> Straggler:
@@ -67,14 +72,10 @@ def straggler(estimate: Estimate) -> Straggler:
 
 def _tables_on(estimate: Estimate, rank: int) -> list[TableShare]:
     """The tables with a shard on `rank`, with the seconds of that shard."""
-    plan = estimate.plan
-    traffic_T = traffic(plan.inventory, plan.topology)
-    shares = []
-    for index, (table, placement) in enumerate(zip(plan.inventory.tables, plan.placements, strict=True)):
+    shares, plan = [], estimate.plan
+    for share, placement, costs in zip(estimate.tables, plan.placements, table_costs(plan), strict=True):
         if rank in placement.ranks:
-            costs = placement_costs(traffic_T[index], table, placement, plan.inventory, plan.topology)
-            seconds = float(costs.seconds[placement.ranks.index(rank)])
-            shares.append(replace(estimate.tables[index], seconds=seconds))
+            shares.append(replace(share, seconds=float(costs.seconds[placement.ranks.index(rank)])))
     return shares
 
 
@@ -118,9 +119,10 @@ def imbalance(values_R: np.ndarray) -> float:
 
 
 def world(estimate: Estimate) -> str:
-    """The size of the topology in words: 1,024 ranks on 128 hosts."""
-    topology = estimate.plan.topology
-    return " on ".join(_counted(n, noun) for n, noun in ((topology.ranks, "rank"), (topology.hosts, "host")))
+    """The size of the topology in words: 1,024 ranks on 128 hosts, in 8 groups."""
+    topology, groups = estimate.plan.topology, estimate.plan.inventory.groups
+    words = " on ".join(_counted(n, noun) for n, noun in ((topology.ranks, "rank"), (topology.hosts, "host")))
+    return f"{words}, in {groups:,} groups" if groups > 1 else words
 
 
 def _counted(number: int, noun: str) -> str:

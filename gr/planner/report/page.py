@@ -39,7 +39,7 @@ def _data(estimate: Estimate, title: str) -> dict[str, Any]:
         "fits": bool(estimate.fits),
         "verdict": verdict(estimate),
         "tiles": _tiles(estimate),
-        "ranks": topology.ranks,
+        "ranks": len(estimate.host_R),
         "ranksPerHost": topology.ranks_per_host,
         "capacity": topology.hbm_bytes,
         "hostCapacity": topology.host_bytes,
@@ -103,7 +103,7 @@ def _phases(estimate: Estimate) -> list[dict[str, Any]]:
 def _tables(estimate: Estimate) -> list[list[Any]]:
     """Rows of the table of tables, in the columns of page.html."""
     configs = {table.name: table for table in estimate.plan.inventory.tables}
-    every = partial(_ranks, everyone=estimate.plan.topology.ranks)
+    every = partial(_ranks, everyone=len(estimate.host_R))
     return [[*_row(configs[share.name], share), every(share)] for share in estimate.tables]
 
 

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gr.errors import printable
-from gr.planner.estimate import MEMORY, Estimate, TableShare
+from gr.planner.dense_collectives import DENSE_COLLECTIVES
+from gr.planner.dense_strategies import compare_strategies, strategy_words
+from gr.planner.estimate import MEMORY, PHASES, Estimate, TableShare
 from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
 from gr.planner.report.units import duration, percent, size
 
@@ -36,6 +38,7 @@ def summary(estimate: Estimate) -> list[RenderableType]:
         _text(straggler(estimate).explanation()),
         Text(),
         _memory(estimate),
+        *_strategies(estimate),
         *(tables if estimate.tables else []),
     ]
 
@@ -80,6 +83,25 @@ def _spread(bytes_R: np.ndarray, capacity: float) -> Iterable[str]:
     low, mean, high = float(bytes_R.min()), float(bytes_R.mean()), float(bytes_R.max())
     share = percent(high / capacity) if capacity else "no capacity"
     return size(low), size(mean), size(high), share, f"{imbalance(bytes_R):.2f}"
+
+
+def _strategies(estimate: Estimate) -> list[RenderableType]:
+    """The plan under each strategy of the dense part; nothing where the dense part is small."""
+    columns = ("strategy", "layers", "fullest", "fits", "collectives", "sent", "hidden", "step")
+    table = _table("Strategies of the dense part, a rank and step", columns, left=2)
+    for row in compare_strategies(estimate):
+        of_strategy = row.estimate
+        seconds = of_strategy.seconds_PR[[PHASES.index(phase) for phase in DENSE_COLLECTIVES]].max(axis=1).sum()
+        table.add_row(
+            *strategy_words(row.inventory),
+            size(float(of_strategy.total_memory_R.max())),
+            "yes" if of_strategy.fits else "no",
+            f"{row.collectives:,}",
+            size(row.sent_bytes),
+            percent(float(of_strategy.hidden_P.sum() / seconds)) if seconds else "",
+            duration(of_strategy.step_seconds),
+        )
+    return [Text(), table] if table.row_count else []
 
 
 def _top(estimate: Estimate) -> Table:

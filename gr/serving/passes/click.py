@@ -16,10 +16,10 @@ from gr.embeddings import table_weights
 from gr.models.dlrm import DLRM
 from gr.models.saved_click import SavedClick
 from gr.schema import SCHEMA_FILE, TabularSchema, vocabulary_file
-from gr.serving.build import Built, CardTables, Pass
-from gr.serving.click import score_record
-from gr.serving.quantize import RowKind
-from gr.serving.tables import PackedTables
+from gr.serving.passes.build import Built, CardTables, Pass
+from gr.serving.tables.packed import PackedTables
+from gr.serving.tables.quantize import RowKind
+from gr.serving.verbs.click import score_record
 
 GOLDEN_ROWS = 32
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

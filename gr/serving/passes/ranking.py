@@ -25,8 +25,8 @@ from gr.models.preprocessor import SequencePreprocessor
 from gr.models.sequence_ranking import Head, SequenceRanker
 from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.schema import DataSchema
-from gr.serving.cache_scope import cache_scope
-from gr.serving.ranking import RankingForm
+from gr.serving.passes.cache_scope import cache_scope
+from gr.serving.verbs.ranking import RankingForm
 from gr.towers.attend import Attend
 from gr.towers.hstu import HSTU, HSTULayer
 from gr.towers.stu import STU, STULayer

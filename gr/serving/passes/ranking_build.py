@@ -1,4 +1,4 @@
-"""A ranking model for a package: its passes over packed tables, with golden rows. See gr/serving/build.py.
+"""A ranking model for a package: its passes over packed tables, with golden rows. See gr/serving/passes/build.py.
 
 E events, M candidates, F features.
 """
@@ -16,11 +16,11 @@ from gr.models.saved import Saved
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops import cpp_extension
 from gr.schema import SCHEMA_FILE, DataSchema, vocabulary_file
-from gr.serving.build import Built, Pass
-from gr.serving.package import VerbRecord
+from gr.serving.package.layout import VerbRecord
+from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.ranking import ranking_form, ranking_passes
-from gr.serving.ranking import FORM_FILE, ROWS, RankingForm
-from gr.serving.tables import PackedTables
+from gr.serving.tables.packed import PackedTables
+from gr.serving.verbs.ranking import FORM_FILE, ROWS, RankingForm
 
 MICROBATCH = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

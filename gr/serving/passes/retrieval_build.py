@@ -20,15 +20,15 @@ from gr.errors import ConfigError
 from gr.logging import get_logger
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.schema import ITEMS_FILE, SCHEMA_FILE, vocabulary_file
-from gr.serving.approximate_index import build as build_lists
-from gr.serving.build import Built, Pass
-from gr.serving.package import VerbRecord
+from gr.serving.index.approximate import build as build_lists
+from gr.serving.package.layout import VerbRecord
+from gr.serving.package.weights import write_tensors
+from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.retrieval import QueryPass
-from gr.serving.quantize import RowKind
-from gr.serving.retrieval import RetrievalForm, tensors
-from gr.serving.retrieval_package import FORM, LISTS, StoredRetrieval, open_exact, shard_file
-from gr.serving.tables import PackedTables
-from gr.serving.weights import write_tensors
+from gr.serving.tables.packed import PackedTables
+from gr.serving.tables.quantize import RowKind
+from gr.serving.verbs.retrieval import RetrievalForm, tensors
+from gr.serving.verbs.retrieval_package import FORM, LISTS, StoredRetrieval, open_exact, shard_file
 
 ITEM = "item_id"
 SHARD_ROWS = 1 << 18  # item vectors that are in memory together

@@ -24,6 +24,7 @@ class Checkpointing(Callback):
         """Saves the present step, once."""
         if self.saved_step != trainer.step:
             watchdog.enter(f"checkpoint of step {trainer.step}", "checkpoint")
+            trainer.module.agree()
             progress = {"step": trainer.step, "data": trainer.pipeline.state_dict(), "stopped": trainer.stopped}
             self.store.save(progress, self.config.keep_last)
             self.saved_step = trainer.step

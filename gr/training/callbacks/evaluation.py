@@ -61,6 +61,7 @@ class Evaluation(Callback):
 
     def _measure(self, trainer: Trainer) -> Mapping[str, float | None]:
         watchdog.enter(f"evaluation after step {trainer.step}", "evaluation")
+        trainer.module.agree()
         metrics = self.evaluate()
         if self.writer is not None:
             self.writer.write(trainer.step, "validation", metrics)

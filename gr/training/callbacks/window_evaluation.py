@@ -41,6 +41,7 @@ class WindowEvaluation(Callback):
         watchdog.enter(f"evaluation of window {window}", "evaluation")
         if trainer.step == 0:
             log.info("step 0/%d  evaluating the untrained model on window %d", trainer.steps, window)
+        trainer.module.agree()
         try:
             metrics = self.evaluate(window)
         except DataError as error:  # a window may hold one class only, which is not the end of training

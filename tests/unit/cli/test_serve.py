@@ -14,7 +14,7 @@ import pytest
 
 from gr.cli import main
 from gr.serving import Engine
-from gr.serving.open_inference import write_request
+from gr.serving.http.open_inference import write_request
 from tests.support.served_click import as_rows, click_columns
 from tests.support.toy_server import exchange, post
 
@@ -28,7 +28,7 @@ from tests.support.toy_server import exchange, post
         (["serve", "nowhere", "--name=a/b"], r"--name=a/b: expected a name without /"),
         (["serve", "nowhere", "--host=192.0.2.1"], r"cannot listen on 192.0.2.1:8000: .*choose another"),
         (["bench", "nowhere", "--input=x", "--against=eager"], r"--against eager and --checkpoint go together"),
-        (["bench", "nowhere", "--input=x", "--http", "--scenario=offline"], r"--http measures packages"),
+        (["bench", "nowhere", "--input=x", "--http", "--scenario=offline"], r"--http measures the scenario server"),
         (["bench", "nowhere", "--input=x"], r"nowhere"),
     ],
 )

@@ -23,7 +23,7 @@ def test_reads_row_groups_in_file_order(make_folder: Make) -> None:
     groups = [dataset.read_row_group(i) for i in range(3)]
     rows = [g.columns["item_ids"][a:b].tolist() for g in groups for a, b in zip(g.offsets, g.offsets[1:], strict=False)]
     assert rows == GOOD
-    assert groups[0].columns["item_ids"].dtype == np.int64
+    assert groups[0].columns["item_ids"].dtype == np.int32
     assert dataset.read_row_group(1, ["user_id"]).columns["user_id"].tolist() == [104, 105, 106, 107]
 
 

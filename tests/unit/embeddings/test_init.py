@@ -2,46 +2,55 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from gr.config.run import EmbeddingsConfig
-from gr.embeddings import init, local_shards
-from gr.embeddings.init import CUT, _fill, key_of, truncated_normal, uniform
+from gr.embeddings import InitialRows, TableShard, init, local_shards
+from gr.embeddings.init import CUT, key_of, truncated_normal, uniform
 from tests.support.pooled import PooledTable
 
 STD = 0.02
 
 
-def filled(rows: int, columns: int, *, key: int, at: tuple[int, int] = (0, 0), whole: int = 8, dim: int = 8):
+def filled(
+    rows: int,
+    columns: int,
+    *,
+    seed: int = 5,
+    table: str = "t",
+    at: tuple[int, int] = (0, 0),
+    whole: int = 8,
+    dim: int = 8,
+):
     """The rectangle of a table of `whole` columns that starts `at` (row, column)."""
     weight = torch.full((rows, columns), math.nan)
-    shard = SimpleNamespace(weight=weight, row_offset=at[0], column_offset=at[1], shape=(1000, whole))
-    _fill(shard, partial(truncated_normal, key=key, std=STD), dim)
+    place = {"row_offset": at[0], "column_offset": at[1], "shape": (1000, whole)}
+    shard = SimpleNamespace(table=table, weight=weight, is_pooled=False, **place)
+    InitialRows(seed, EmbeddingsConfig(init_std=STD), dim).fill(cast(TableShard, shard))
     return weight
 
 
 def test_a_shard_holds_the_values_of_its_place() -> None:
-    key = key_of(3, "item_id")
-    whole = filled(40, 8, key=key)
+    whole = filled(40, 8)
     for row, column, rows, columns in [(0, 0, 7, 8), (13, 0, 27, 8), (0, 4, 40, 4), (5, 4, 1, 4), (40, 0, 0, 8)]:
-        part = filled(rows, columns, key=key, at=(row, column))
+        part = filled(rows, columns, at=(row, column))
         assert torch.equal(part, whole[row : row + rows, column : column + columns])
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = filled(40, 8, key=5)
+    whole = filled(40, 8)
     for elements in (1, 24, 25):
         monkeypatch.setattr(init, "CHUNK_ELEMENTS", elements)
-        assert torch.equal(filled(40, 8, key=5), whole)
+        assert torch.equal(filled(40, 8), whole)
 
 
 def test_seeds_and_tables_differ() -> None:
-    keys = [key_of(1, "item_id"), key_of(2, "item_id"), key_of(1, "user_id"), key_of(11, "item_id")]
-    tables = [filled(30, 8, key=key) for key in keys]
+    keys = [(1, "item_id"), (2, "item_id"), (1, "user_id"), (11, "item_id")]
+    tables = [filled(30, 8, seed=seed, table=table) for seed, table in keys]
     for first in range(len(tables)):
         for second in range(first):
             assert (tables[first] == tables[second]).double().mean() < 0.01
@@ -51,12 +60,12 @@ def test_seeds_and_tables_differ() -> None:
 
 
 def test_columns_past_the_dim_are_zero_and_the_others_are_not_moved_by_them() -> None:
-    cut = filled(30, 8, key=5, dim=6)
+    cut = filled(30, 8, dim=6)
     assert (cut[:, 6:] == 0).all() and (cut[:, :6] != 0).all()
-    assert torch.equal(cut[:, :6], filled(30, 8, key=5)[:, :6])
+    assert torch.equal(cut[:, :6], filled(30, 8)[:, :6])
     # Also where the dim lies inside, or before, a column shard.
-    assert torch.equal(filled(30, 4, key=5, at=(0, 4), dim=6), cut[:, 4:])
-    assert (filled(30, 4, key=5, at=(0, 4), dim=3) == 0).all()
+    assert torch.equal(filled(30, 4, at=(0, 4), dim=6), cut[:, 4:])
+    assert (filled(30, 4, at=(0, 4), dim=3) == 0).all()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.config.inventory import SHARDING_TYPES, InventoryConfig, TableConfig, sharding_types_of
+from gr.config.inventory import SHARDING_TYPES, CommDtype, InventoryConfig, TableConfig, sharding_types_of
 from gr.errors import PlanError
 from gr.planner.candidates import Options, Scope
 from gr.planner.enumerate import KERNELS, SCOPES, hottest_part, row_parts, search_space
@@ -53,7 +53,7 @@ def jobs(draw: st.DrawFn) -> InventoryConfig:
     )
     return InventoryConfig(
         rank_batch_size=draw(st.integers(1, 64)),
-        comm_dtype=draw(st.sampled_from(["fp32", "bf16"])),
+        comm_dtype=CommDtype(**{way: draw(st.sampled_from(["fp32", "bf16"])) for way in ("forward", "backward")}),
         index_dedup=draw(st.booleans()),
         tables=(table,),
     )

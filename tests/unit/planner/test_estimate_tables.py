@@ -173,9 +173,14 @@ class TestShards:
         assert not large.input_all_to_all.any() and not large.output_all_to_all.any()
 
     def test_half_precision_on_the_wire_halves_what_is_sent(self):
-        wide, narrow = (costs_of(described(), "table_wise", 1, comm_dtype=dtype) for dtype in ("fp32", "bf16"))
+        wide, narrow, mixed = (
+            costs_of(described(), "table_wise", 1, comm_dtype={"forward": forward, "backward": backward})
+            for forward, backward in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"))
+        )
         assert narrow.output_all_to_all * 2 == pytest.approx(wide.output_all_to_all)
         assert narrow.gradient_all_to_all * 2 == pytest.approx(wide.gradient_all_to_all)
+        assert mixed.output_all_to_all == pytest.approx(wide.output_all_to_all * (32 + 8) / (4 * 32))
+        assert mixed.gradient_all_to_all == pytest.approx(wide.gradient_all_to_all)
         assert narrow.input_all_to_all == pytest.approx(wide.input_all_to_all)
         assert narrow.embeddings == pytest.approx(wide.embeddings)
 

@@ -204,7 +204,7 @@ class TestRefusals:
             search(inventory, machine(2))
         assert str(error.value) == (
             "without any table a rank needs 16.0 GB of 10.0 GB, most of it dense_optimizer (8.0 GB); "
-            "lower the batch size"
+            "dense.strategy=fsdp shares it"
         )
 
 

@@ -306,7 +306,7 @@ class TestHashes:
         [
             {"name": "another run"},
             {"rank_batch_size": 4096},
-            {"comm_dtype": "bf16"},
+            {"comm_dtype": {"forward": "bf16"}},
             {"index_dedup": True},
             {"loss": LossInventory(scores_per_example=9.0)},
         ],

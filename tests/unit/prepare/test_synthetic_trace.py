@@ -1,5 +1,6 @@
 """Rows drawn from a tabular folder: what stays of it, and what does not."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(folder: Path) -> TabularRows:
     data = TabularDataset.open(folder)
     groups = [data.read_row_group(index) for index in range(len(data.row_groups))]
-    return TabularRows(*(np.concatenate([getattr(g, name) for g in groups]) for name in vars(groups[0])))
+    return TabularRows(*(np.concatenate([getattr(g, f.name) for g in groups]) for f in fields(TabularRows)))
 
 
 def prepare(source: Path, out: Path, *more: str) -> Result:

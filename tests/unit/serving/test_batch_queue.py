@@ -98,6 +98,18 @@ def test_batch_time_of_one_size():
     assert times.of(10, 128) == pytest.approx(0.01)
 
 
+def test_a_slow_start_is_forgotten():
+    """The first batches of a model may take seconds: it compiles, or its pages are read."""
+    time = BatchTime()
+    for rows, seconds in ((8, 2.0), (8, 1.5), (16, 0.02), (32, 0.03)):
+        time.add(rows, seconds)
+    assert time.of(8, 8) < 0.03
+    for _ in range(20):
+        time.add(8, 0.02)
+    time.add(8, 0.001)  # one that is fast is no reason to forget what is known
+    assert time.of(8, 8) == pytest.approx(0.02, rel=0.2)
+
+
 def test_one_stall_does_not_spoil_the_estimate():
     times = BatchTime()
     for _ in range(10):

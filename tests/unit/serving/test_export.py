@@ -18,9 +18,9 @@ from gr.models import build_model
 from gr.models.dense import initialise_dense
 from gr.models.saved_click import SavedClick
 from gr.serving.export import export
+from gr.serving.package.version import Version
 from gr.serving.passes.click import build
 from gr.serving.servable import RequestError
-from gr.serving.version import Version
 from tests.support.served_click import as_rows, click_columns, write_data
 from tests.support.tiny_tabular import DENSE, tiny_click_config
 

@@ -15,8 +15,8 @@ from gr.config.export import load_export_config
 from gr.models.saved_ranking import SavedRanking
 from gr.serving import Engine
 from gr.serving.export import export, publish
-from gr.serving.ranking import RankServable
-from gr.serving.version import Version
+from gr.serving.package.version import Version
+from gr.serving.verbs.ranking import RankServable
 from tests.support.history_folder import histories_by_user
 from tests.support.toy_server import exchange, get, post, running
 

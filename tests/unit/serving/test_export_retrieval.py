@@ -10,16 +10,18 @@ import pytest
 import torch
 
 import gr
+import gr.serving.export as exporting
 from gr.config.export import load_export_config
 from gr.errors import ConfigError
 from gr.models.saved_retrieval import SavedRetrieval
-from gr.serving.approximate_index import ApproximateIndex
 from gr.serving.export import export, publish
+from gr.serving.index.approximate import ApproximateIndex
+from gr.serving.package.version import Version
 from gr.serving.passes import retrieval_build
 from gr.serving.passes.retrieval_build import build
-from gr.serving.version import Version
 from tests.support.own_log import prepared, random_log
 from tests.support.tiny import tiny_config
+from tests.support.tiny_preference import tiny_preference, write_rated
 from tests.support.toy_server import exchange, get, post, running
 
 pytestmark = pytest.mark.slow
@@ -130,6 +132,25 @@ def test_an_inverted_file_and_its_recall(run: Path, package: Path, caplog: pytes
     times = [asked(HISTORIES[0], 5)["times"].tolist()]
     (expected,) = loaded(run).recommend(HISTORIES[:1], 5, times=times)
     assert len({each.item for each in expected} & set(answer["items"].tolist())) >= 4
+
+
+def test_a_preference_run_is_served_by_the_code_of_its_retrieval_model(tmp_path: Path) -> None:
+    data = write_rated(tmp_path / "data")
+    retrieval = tiny_config(data, tmp_path / "retrieval", trainer={"steps": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        patch.setenv("LOCAL_WORLD_SIZE", "1")
+        gr.train(retrieval)
+        preference = tiny_preference(data, tmp_path / "preference", tmp_path / "retrieval", trainer={"steps": 1})
+        gr.train(preference)
+    config = load_export_config(["tables.dtype=fp32", "gate.rows=0"])
+    kinds = {"item_id": "fp32"}
+    forms = []
+    for run in (retrieval, preference):
+        saved = loaded(Path(run.run_dir))
+        forms.append(exporting._form(saved, exporting._build(saved, kinds, config), config))
+    assert forms[0] == forms[1] and forms[0]["kind"] == "retrieval"
 
 
 def test_dense_is_fp32(run: Path) -> None:

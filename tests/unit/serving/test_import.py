@@ -10,7 +10,7 @@ import pytest
 _SCRIPT = """
 import json, sys
 import gr.serving
-from gr.serving.version import Version
+from gr.serving.package.version import Version
 version = Version.open(sys.argv[1])
 print(json.dumps(sorted(sys.modules)))
 """

@@ -15,8 +15,8 @@ import gr.serving.export as exporting
 from gr.cli import main
 from gr.config.export import load_export_config
 from gr.errors import ServingError, TransientError
-from gr.serving.package import CODE, WEIGHTS, read_current
-from gr.serving.version import Version
+from gr.serving.package.layout import CODE, WEIGHTS, read_current
+from gr.serving.package.version import Version
 from tests.support.served_click import as_rows, click_columns, train_click
 
 pytestmark = pytest.mark.slow

@@ -13,10 +13,10 @@ from gr.config.export import ExportConfig, RowKind
 from gr.embeddings import table_weights
 from gr.errors import ServingError
 from gr.models.saved_ranking import SavedRanking
-from gr.serving.build import Built
-from gr.serving.kv_cache import KVCache
+from gr.serving.passes.build import Built
 from gr.serving.passes.ranking_build import build
-from gr.serving.ranking import FORM_FILE, RankingForm, RankServable
+from gr.serving.verbs.kv_cache import KVCache
+from gr.serving.verbs.ranking import FORM_FILE, RankingForm, RankServable
 from tests.support.history_folder import histories_by_user
 
 ITEMS, CATEGORIES = [1, 2, 39], [1, 2, 42]

@@ -1,0 +1,238 @@
+// A set-associative map from raw ids to rows, in place: reference.py beside it is the definition.
+//
+// Memory decides the speed. So ids come in the order of their sets (count_ids), a set's ways are told apart by a byte each
+// before a key is read, and what the next ids will need is asked for early.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace gr::id_table {
+namespace {
+
+constexpr int64_t kBlock = 16, kUsesPerPart = 1024;
+constexpr int kMostCount = 255, kMostBits = 11;
+
+inline uint64_t splitmix64(uint64_t x) {
+  x += 0x9E3779B97F4A7C15;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+inline int64_t scaled(uint64_t bits32, int64_t count) { return static_cast<int64_t>(bits32 * count >> 32); }
+
+at::Tensor copied(std::vector<int64_t>& from, const at::Tensor& like) {
+  return at::from_blob(from.data(), {static_cast<int64_t>(from.size())}, like.options()).clone();
+}
+
+// Distinct ids in the order of their hashes' first bits, and so of their sets, to within a part: equal ids meet in a part that
+// fits the cache, and the table is then read from its first set to its last.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> count_ids(const at::Tensor& ids) {
+  struct Use {
+    int64_t id, index;
+  };
+  struct Slot {
+    int64_t id, place;
+  };
+  const int64_t count = ids.numel();
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  const int bits = std::clamp(static_cast<int>(std::bit_width(static_cast<uint64_t>(count / kUsesPerPart))), 1, kMostBits);
+  const auto part_of = [&](uint64_t hash) { return hash >> (64 - bits); };
+  std::vector<int64_t> starts((size_t{1} << bits) + 1, 0);
+  for (int64_t i = 0; i < count; ++i) ++starts[part_of(splitmix64(id[i])) + 1];
+  const int64_t largest = *std::max_element(starts.begin(), starts.end());
+  for (size_t part = 1; part < starts.size(); ++part) starts[part] += starts[part - 1];
+  std::vector<Use> uses(count);
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  for (int64_t i = 0; i < count; ++i) uses[next[part_of(splitmix64(id[i]))]++] = {id[i], i};
+
+  at::Tensor place = at::empty({count}, ids.options());
+  int64_t* at_place = place.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> distinct, times;
+  distinct.reserve(count);
+  times.reserve(count);
+  // Twice as many slots as uses of a part, so probes are short. A slot of an earlier part counts as empty.
+  const uint64_t slots = std::bit_ceil(static_cast<uint64_t>(2 * largest + 2));
+  std::vector<Slot> table(slots, Slot{0, -1});
+  for (size_t part = 0; part + 1 < starts.size(); ++part) {
+    const int64_t first = static_cast<int64_t>(distinct.size());
+    const uint64_t mask = std::bit_ceil(static_cast<uint64_t>(2 * (starts[part + 1] - starts[part]) + 2)) - 1;
+    for (int64_t i = starts[part]; i < starts[part + 1]; ++i) {
+      uint64_t s = splitmix64(uses[i].id) & mask;
+      while (table[s].place >= first && table[s].id != uses[i].id) s = (s + 1) & mask;
+      if (table[s].place < first) {
+        table[s] = {uses[i].id, static_cast<int64_t>(distinct.size())};
+        distinct.push_back(uses[i].id);
+        times.push_back(0);
+      }
+      ++times[table[s].place];
+      at_place[uses[i].index] = table[s].place;
+    }
+  }
+  return {copied(distinct, ids), copied(times, ids), place};
+}
+
+// The first way from `from` on whose tag may be `tag`, or 0: eight tags are compared at once, and a way after one that
+// matches may be named wrongly, which its key then tells.
+inline int64_t next_match(const uint8_t* tags, int64_t ways, uint8_t tag, int64_t from) {
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  for (int64_t way = from & ~int64_t{7}; way + 8 <= ways; way += 8) {
+    uint64_t word;
+    std::memcpy(&word, tags + way, 8);
+    word ^= kOnes * tag;
+    uint64_t zeros = (word - kOnes) & ~word & (kOnes << 7);
+    if (way < from) zeros &= ~uint64_t{0} << 8 * (from - way);
+    if (zeros) return way + std::countr_zero(zeros) / 8;
+  }
+  for (int64_t way = std::max(ways & ~int64_t{7}, from); way < ways; ++way)
+    if (tags[way] == tag) return way;
+  return 0;
+}
+
+struct Contender {
+  int64_t set, uses, id, index;
+  bool operator<(const Contender& other) const {
+    return std::tie(set, other.uses, id) < std::tie(other.set, uses, other.id);
+  }
+};
+
+template <typename Score> Score entry_score(int64_t uses, double stamp) {
+  return static_cast<Score>(std::is_same_v<Score, int32_t> ? stamp : static_cast<double>(uses) * stamp);
+}
+
+// The weakest way of a set but the first, the lowest of equals. The bits of floats that are not negative order as the floats
+// do, and empty ways have one negative score.
+inline int64_t weakest(const int32_t* __restrict bits, int64_t ways) {
+  int32_t least = bits[1];
+  for (int64_t way = 2; way < ways; ++way) least = std::min(least, bits[way]);
+  int64_t way = 1;
+  while (bits[way] != least) ++way;
+  return way;
+}
+
+template <typename Score> struct Table {
+  int64_t* key;
+  Score* score;
+  uint8_t *tag, *seen;
+  int64_t own, ways, counters, first, sets;
+
+  int64_t set_of(uint64_t hash) const { return scaled(hash >> 32, sets) - first; }
+  uint8_t* counter(int64_t set, uint64_t hash) const { return seen + set * counters + scaled(hash & 0xFFFFFFFF, counters); }
+};
+
+template <typename Score>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const Table<Score>& t, const at::Tensor& ids, const at::Tensor& uses, double stamp,
+                                                    int64_t min_count) {
+  const int64_t U = ids.numel();
+  const int64_t *id = ids.const_data_ptr<int64_t>(), *used = uses.const_data_ptr<int64_t>();
+  at::Tensor row = at::empty({U}, ids.options());
+  int64_t* rows = row.mutable_data_ptr<int64_t>();
+  std::vector<Contender> contenders;
+  uint64_t hash[2 * kBlock];  // of this block of ids and of the next
+  int64_t match[kBlock];
+  const auto begin_block = [&](int64_t start) {
+    for (int64_t u = start; u < std::min(start + kBlock, U); ++u) {
+      uint64_t& h = hash[u % (2 * kBlock)] = splitmix64(id[u]);
+      const int64_t set = t.set_of(h);
+      TORCH_CHECK_VALUE(set >= 0 && set < t.own, "id ", id[u], " is of another rank's sets");
+      __builtin_prefetch(t.tag + set * t.ways);
+    }
+  };
+  begin_block(0);
+  for (int64_t start = 0; start < U; start += kBlock) {
+    const int64_t stop = std::min(start + kBlock, U);
+    begin_block(stop);
+    for (int64_t u = start; u < stop; ++u) {
+      const uint64_t h = hash[u % (2 * kBlock)];
+      const int64_t base = t.set_of(h) * t.ways, way = match[u - start] = next_match(t.tag + base, t.ways, h & 0xFF, 1);
+      __builtin_prefetch(t.key + base + way);
+      __builtin_prefetch(t.score + base + way, 1);
+    }
+    for (int64_t u = start; u < stop; ++u) {
+      const uint64_t h = hash[u % (2 * kBlock)];
+      const int64_t set = t.set_of(h), base = set * t.ways;
+      int64_t way = match[u - start];
+      while (way && t.key[base + way] != id[u]) way = next_match(t.tag + base, t.ways, h & 0xFF, way + 1);
+      rows[u] = t.first * t.ways + base + way;
+      if (!used[u]) continue;
+      if (way) {
+        const Score gained = entry_score<Score>(used[u], stamp);
+        t.score[base + way] = std::is_same_v<Score, int32_t> ? gained : t.score[base + way] + gained;
+        continue;
+      }
+      if (t.seen) {
+        uint8_t* counter = t.counter(set, h);
+        *counter = static_cast<uint8_t>(std::min<int64_t>(*counter + used[u], kMostCount));
+      }
+      contenders.push_back({set, used[u], id[u], u});
+    }
+  }
+  if (t.seen)
+    std::erase_if(contenders, [&](const Contender& each) { return *t.counter(each.set, splitmix64(each.id)) < min_count; });
+  std::sort(contenders.begin(), contenders.end());
+  // A set's contenders come with falling scores and its ways with rising ones: after one that loses, all others do.
+  std::vector<int64_t> entered, evicted;
+  int64_t lost = -1;
+  for (const Contender& each : contenders) {
+    if (each.set == lost) continue;
+    const int64_t base = each.set * t.ways;
+    const Score gained = entry_score<Score>(each.uses, stamp);
+    const int64_t way = weakest(reinterpret_cast<const int32_t*>(t.score + base), t.ways);
+    if (!(gained > t.score[base + way])) {
+      lost = each.set;
+      continue;
+    }
+    entered.push_back(each.index);
+    evicted.push_back(t.key[base + way]);
+    t.key[base + way] = each.id;
+    t.tag[base + way] = splitmix64(each.id) & 0xFF;
+    t.score[base + way] = gained;
+    rows[each.index] += way;
+  }
+  return {row, copied(entered, ids), copied(evicted, ids)};
+}
+
+template <typename Score>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> step_of(const at::Tensor& key, const at::Tensor& score, const at::Tensor& tag,
+                                                       const std::optional<at::Tensor>& seen, int64_t first, int64_t sets,
+                                                       const at::Tensor& ids, const at::Tensor& uses, double stamp, int64_t min_count) {
+  const Table<Score> table{key.mutable_data_ptr<int64_t>(), score.mutable_data_ptr<Score>(), tag.mutable_data_ptr<uint8_t>(),
+                           seen ? seen->mutable_data_ptr<uint8_t>() : nullptr, key.size(0), key.size(1), seen ? seen->size(1) : 0,
+                           first, sets};
+  return step<Score>(table, ids.contiguous(), uses.contiguous(), stamp, min_count);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> id_table_step(const at::Tensor& key, const at::Tensor& score, const at::Tensor& tag,
+                                                             const std::optional<at::Tensor>& seen, int64_t first, int64_t sets,
+                                                             const at::Tensor& ids, const at::Tensor& uses, double stamp,
+                                                             int64_t min_count) {
+  for (const at::Tensor& each : {key, score, tag, seen.value_or(key)})
+    TORCH_CHECK_VALUE(each.is_contiguous() && each.size(0) == key.size(0), "the table's tensors must be contiguous, of the same sets");
+  TORCH_CHECK_VALUE(key.sizes() == score.sizes() && key.sizes() == tag.sizes() && key.size(1) > 1, "key, score and tag must be [S, A], A > 1");
+  const auto run = score.scalar_type() == at::kInt ? &step_of<int32_t> : &step_of<float>;
+  return run(key, score, tag, seen, first, sets, ids, uses, stamp, min_count);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gr, m) {
+  m.def("count_ids(Tensor ids) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "id_table_step(Tensor(a!) key, Tensor(b!) score, Tensor(c!) tag, Tensor(d!)? seen, int first, int sets, Tensor ids, "
+      "Tensor uses, float stamp, int min_count) -> (Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(gr, CPU, m) {
+  m.impl("count_ids", &count_ids);
+  m.impl("id_table_step", &id_table_step);
+}
+
+}  // namespace gr::id_table

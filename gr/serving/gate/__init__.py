@@ -1,0 +1,1 @@
+"""How far a cheaper form of a model is from the model: measured before anything is written."""

@@ -1,0 +1,1 @@
+"""The server: the Open Inference Protocol over HTTP, its connections and its metrics."""

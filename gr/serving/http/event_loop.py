@@ -1,0 +1,72 @@
+"""What a server under load needs of its event loop: answers of other threads by one wake-up, and how late it reads."""
+
+import asyncio
+import time
+from collections import deque
+from concurrent.futures import Future
+from functools import partial
+
+from gr.serving.engine import Answer
+
+_LOOK = 0.005  # seconds from what is read until the loop is asked how late it is
+
+
+class Answers:
+    """Brings the engine's answers into the event loop, all those of a batch at once.
+
+    asyncio.wrap_future wakes the loop once for each, and each time the thread that answers gives the interpreter away
+    and waits for it, for up to sys.getswitchinterval() seconds.
+    """
+
+    def __init__(self) -> None:
+        self._done: deque[tuple[asyncio.Future[Answer], Future[Answer]]] = deque()
+        self._awake = False
+
+    def of(self, future: "Future[Answer]") -> "asyncio.Future[Answer]":
+        """What `future` will have. Call it in the event loop."""
+        loop = asyncio.get_running_loop()
+        own: asyncio.Future[Answer] = loop.create_future()
+        future.add_done_callback(partial(self._add, loop, own))
+        return own
+
+    def _add(self, loop: asyncio.AbstractEventLoop, own: "asyncio.Future[Answer]", future: "Future[Answer]") -> None:
+        self._done.append((own, future))
+        if not self._awake and not loop.is_closed():
+            self._awake = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._awake = False  # first, so that what is added from now on wakes the loop again
+        while self._done:
+            own, future = self._done.popleft()
+            if own.cancelled():
+                continue
+            if (error := future.exception()) is None:
+                own.set_result(future.result())
+            else:
+                own.set_exception(error)
+
+
+class Lateness:
+    """How long requests have lain in their sockets when they are read, about: as long as the loop is behind its timers.
+
+    A timer is set whenever something is read and none is running.
+    """
+
+    def __init__(self) -> None:
+        self._due: float | None = None
+        self._seconds = 0.0
+
+    def arrived(self, loop: asyncio.AbstractEventLoop) -> float:
+        """When what is read now has arrived, by time.monotonic()."""
+        now = time.monotonic()
+        if self._due is None:
+            self._due = now + _LOOK
+            loop.call_later(_LOOK, self._look)
+        else:
+            self._seconds = max(self._seconds, now - self._due)
+        return now - self._seconds
+
+    def _look(self) -> None:
+        assert self._due is not None
+        self._seconds, self._due = max(0.0, time.monotonic() - self._due), None

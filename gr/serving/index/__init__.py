@@ -1,0 +1,1 @@
+"""The items nearest to a query: exact and approximate."""

@@ -1,0 +1,141 @@
+"""The k best items through an inverted file of faiss: some lists of rows of 8 bits, then the exact scores of the best.
+
+B queries, E items, D width, K results, C candidates.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr.errors import InstallError, ServingError
+from gr.ops.top_k import best
+from gr.serving.index.exact import ExactIndex, Seen
+
+TRAINING_ROWS_A_LIST = 64
+LISTS_A_ROOT = 1.0  # lists for each square root of the number of items
+RERANKED = 1.25  # candidates for each result, whose exact scores decide
+
+
+def faiss() -> ModuleType:
+    """The library, on one thread: a worker of the server is one. Raises InstallError where it is not installed."""
+    try:
+        import faiss as library
+    except ImportError:
+        raise InstallError("an approximate index needs faiss: pip install 'gr[faiss]', or use index=exact") from None
+    library.omp_set_num_threads(1)
+    return library
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The share of the exact k best that come back when `probes` of the `lists` are searched."""
+
+    probes: int
+    lists: int
+    recall: float
+    k: int
+    queries: int
+
+
+class ApproximateIndex:
+    """An inverted file beside the exact index, whose vectors decide among its candidates."""
+
+    def __init__(self, exact: ExactIndex, lists: Any, probes: int) -> None:
+        """lists: faiss's IndexIVF over the items in the order of their ids. probes: lists searched for a query."""
+        if lists.ntotal != len(exact) or lists.d != exact.dim:
+            raise ServingError(
+                f"the inverted file has {lists.ntotal} items of width {lists.d}, the item vectors are {len(exact)} of "
+                f"width {exact.dim}; export it again"
+            )
+        self.exact, self.lists, self.probes = exact, lists, probes
+        lists.nprobe = probes
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    @torch.inference_mode()
+    def top(self, queries_BD: Tensor, k: int, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
+        """As ExactIndex.top, of the items in the lists searched; scores are exact. Raises ServingError as it does."""
+        self.exact.check(queries_BD, k)
+        if not len(queries_BD):
+            return self.exact.top(queries_BD, k)
+        longest = 0 if seen is None else int(seen.offsets_B1.diff().max())
+        C = min(math.ceil(RERANKED * k) + longest, len(self))
+        _, places = self.lists.search(queries_BD.contiguous().numpy(), C)
+        places_BC = torch.from_numpy(places)
+        there_BC = places_BC >= 0  # faiss fills up with -1
+        places_BC = places_BC.clamp(min=0)
+        scores_BC = torch.einsum("bcd,bd->bc", self.exact.vectors(places_BC), queries_BD)
+        ids_BC = self.exact.ids_E[places_BC]
+        if seen is not None:
+            there_BC &= ~_among(ids_BC, seen)
+        scores_BC = scores_BC.masked_fill(~there_BC, -torch.inf)
+        scores_BK, ids_BK = best(scores_BC, ids_BC, k)
+        return ids_BK.masked_fill(scores_BK == -torch.inf, 0), scores_BK
+
+    def save(self, path: Path) -> None:
+        faiss().write_index(self.lists, str(path))
+
+
+def _among(ids_BC: Tensor, seen: Seen) -> Tensor:
+    """Whether a query has seen each of its candidates, bool [B, C]: both sides as one number of (query, id)."""
+    B = len(ids_BC)
+    stride = int(torch.cat([ids_BC.flatten(), seen.ids_S]).max()) + 1
+    query_S = torch.arange(B).repeat_interleave(seen.offsets_B1.diff())
+    return torch.isin(torch.arange(B)[:, None] * stride + ids_BC, query_S * stride + seen.ids_S)
+
+
+def build(exact: ExactIndex, queries_BD: Tensor, *, recall: float, k: int) -> tuple[ApproximateIndex, list[Recall]]:
+    """The inverted file whose recall at k over queries_BD is at least `recall`, and what each number of probes reached.
+
+    Raises ServingError where even every list misses it, since rows of 8 bits put other items first.
+    """
+    library = faiss()
+    count = max(1, round(LISTS_A_ROOT * len(exact) ** 0.5))
+    quantizer = library.IndexFlatIP(exact.dim)
+    lists = library.IndexIVFScalarQuantizer(
+        quantizer, exact.dim, count, library.ScalarQuantizer.QT_8bit, library.METRIC_INNER_PRODUCT
+    )
+    draw = torch.Generator().manual_seed(0)
+    sample = torch.randperm(len(exact), generator=draw)[: TRAINING_ROWS_A_LIST * count].sort().values
+    lists.train(exact.vectors(sample).numpy())
+    for shard in exact.shards:
+        lists.add(shard.contiguous().numpy())
+    expected_BK, _ = exact.top(queries_BD, k)
+    measured: list[Recall] = []
+
+    def reaches(probes: int) -> bool:
+        ids_BK, _ = ApproximateIndex(exact, lists, probes).top(queries_BD, k)
+        measured.append(Recall(probes, count, recall_of(ids_BK, expected_BK), k, len(queries_BD)))
+        return measured[-1].recall >= recall
+
+    high = 1
+    while not reaches(high):
+        if high == count:
+            raise ServingError(
+                f"the approximate index reaches recall {measured[-1].recall:.4f} at {k} with all {count} lists, below "
+                f"{recall}; lower the recall asked for, or use index=exact"
+            )
+        high = min(2 * high, count)
+    low = high // 2
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return ApproximateIndex(exact, lists, high), sorted(measured, key=lambda each: each.probes)
+
+
+def load(exact: ExactIndex, path: Path, probes: int) -> ApproximateIndex:
+    """The index that `save` wrote; the package's checksum has been compared before."""
+    return ApproximateIndex(exact, faiss().read_index(str(path)), probes)
+
+
+def recall_of(ids_BK: Tensor, expected_BK: Tensor) -> float:
+    """The share of the expected ids that are among those of the same query."""
+    pairs = zip(ids_BK.numpy(), expected_BK.numpy(), strict=True)
+    return float(np.mean([len(np.intersect1d(got, right)) / len(right) for got, right in pairs]))

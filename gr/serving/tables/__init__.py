@@ -1,0 +1,1 @@
+"""Packed embedding tables: rows in fewer bits, and tables over cards."""

@@ -1,0 +1,49 @@
+"""What the event loop gets of other threads, and how late it knows itself to be."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+
+from gr.serving import Answer
+from gr.serving.http.event_loop import Answers, Lateness
+
+
+def test_answers_of_another_thread_come_by_one_wake_up(monkeypatch):
+    async def ask():
+        loop, wakes = asyncio.get_running_loop(), []
+        original = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: wakes.append(a) or original(*a), raising=False)
+        answers, futures = Answers(), [Future() for _ in range(50)]
+        own = [answers.of(future) for future in futures]
+
+        def answer():
+            for number, future in enumerate(futures[:-1]):
+                future.set_result(Answer(str(number), {}, 0.0, 0.0))
+            futures[-1].set_exception(ArithmeticError("no"))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        thread.join()  # while the loop stands still
+        assert len(wakes) == 1
+        done = await asyncio.gather(*own, return_exceptions=True)
+        assert [each.version for each in done[:-1]] == [str(number) for number in range(49)]
+        assert isinstance(done[-1], ArithmeticError)
+
+    asyncio.run(ask())
+
+
+def test_a_loop_that_stood_still_read_late():
+    async def read():
+        loop, lateness = asyncio.get_running_loop(), Lateness()
+        assert time.monotonic() - lateness.arrived(loop) < 0.05
+        time.sleep(0.2)
+        assert time.monotonic() - lateness.arrived(loop) == pytest.approx(0.2, abs=0.1)
+        await asyncio.sleep(0.02)  # its timer tells how late the turn was that has ended
+        assert time.monotonic() - lateness.arrived(loop) > 0.1
+        await asyncio.sleep(0.05)  # and then that it is in time again
+        assert time.monotonic() - lateness.arrived(loop) < 0.1
+
+    asyncio.run(read())
