@@ -1,4 +1,4 @@
-"""The commands of docs/guide.md, data.md, launch.md, recommend.md, serving.md and dynamic-ids.md, run as written."""
+"""The commands of the pages of docs/ that have any, run as written."""
 
 import os
 import re
@@ -32,6 +32,7 @@ def programs_of(page: str) -> dict[str, str]:
         ("recommend.md", 12),
         ("serving.md", 10),
         ("dynamic-ids.md", 3),
+        ("checkpoints.md", 7),
     ],
 )
 def test_every_command_of_the_page_runs(tmp_path, page, least):
