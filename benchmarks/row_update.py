@@ -8,6 +8,7 @@ as a larger table has them: its memory traffic is the same, and memory bounds it
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from gr.config.optim import TABLE_OPTIMIZERS
+from gr.embeddings.huge_pages import advise_huge_pages
 from gr.ops.row_update import StochasticRounding, row_update
 from gr.ops.row_update.reference import adam
 
 BLOCK = 1_000_000
+SMALL_PAGES = "--small-pages" in sys.argv
 
 
 def cpu_seconds(step: Callable[[int], None], rounds: int) -> float:
@@ -34,7 +37,15 @@ def cpu_seconds(step: Callable[[int], None], rounds: int) -> float:
 
 def states_of(kind: str, rows: int, dim: int) -> dict[str, Tensor]:
     states = TABLE_OPTIMIZERS.config(kind).states
-    return {name: torch.zeros((rows, dim) if shape == "element" else (rows,)) for name, shape in states.items()}
+    return {name: zeros((rows, dim) if shape == "element" else (rows,)) for name, shape in states.items()}
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """As gr.embeddings holds tables and states."""
+    tensor = torch.zeros(shape, dtype=dtype)
+    if not SMALL_PAGES:
+        advise_huge_pages(tensor)
+    return tensor
 
 
 def own_step(kind: str, dtype: torch.dtype, ids_T: Tensor, gradient_TD: Tensor, rows: int) -> Callable[[int], None]:
@@ -42,7 +53,7 @@ def own_step(kind: str, dtype: torch.dtype, ids_T: Tensor, gradient_TD: Tensor, 
     config = TABLE_OPTIMIZERS.config(kind)()
     rule, numbers = TABLE_OPTIMIZERS.target(config), config.fused_arguments()
     dim = gradient_TD.shape[1]
-    weight_ED, states = torch.zeros(rows, dim, dtype=dtype), states_of(kind, rows, dim)
+    weight_ED, states = zeros((rows, dim), dtype), states_of(kind, rows, dim)
 
     def step(i: int) -> None:
         weight_ED.index_select(0, ids_T).float()
@@ -74,6 +85,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, default=8_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--small-pages", action="store_true", help="leave tables in pages of 4 kB")
     options = parser.parse_args()
     random = torch.Generator().manual_seed(0)
     gradient_TD = torch.randn(options.ids, options.dim, generator=random)

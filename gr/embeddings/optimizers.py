@@ -15,6 +15,7 @@ from gr.config.features import Rounding
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
+from gr.embeddings.huge_pages import advise_huge_pages
 from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import Kernel, TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
@@ -55,6 +56,9 @@ class TableOptimizer:
         self.factor = 1.0
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
+        for shard in self.shards:
+            for tensor in (shard.weight, *shard.states.values()):
+                advise_huge_pages(tensor)
         self.configs = [embeddings.optimizer_of(shard.table) for shard in self.shards]
         self.states = [
             shard.states if shard.is_fused else _dense_states(shard.weight, config)
@@ -143,7 +147,10 @@ class TableOptimizer:
 
 def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Tensor]:
     """The states of a dense kernel's shard, zero: float32 [r, c], or [r] where a row has one number."""
-    return {
+    states = {
         name: torch.zeros(weight.shape if shape == "element" else weight.shape[:1], device=weight.device)
         for name, shape in config.states.items()
     }
+    for state in states.values():
+        advise_huge_pages(state)
+    return states

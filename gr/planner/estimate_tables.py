@@ -89,6 +89,10 @@ class ShardCosts(ShardMemory):
     table_all_reduce: np.ndarray
     intra_bytes: np.ndarray
     inter_bytes: np.ndarray
+    # That a shard takes from and gives to all ranks, itself among them.
+    id_bytes: np.ndarray
+    vector_bytes: np.ndarray
+    gradient_bytes: np.ndarray
 
     @property
     def seconds(self) -> np.ndarray:
@@ -260,11 +264,10 @@ def shard_costs(
     columns, row_share, id_share = shares
     t, collectives = traffic, CollectiveCosts(topology)
     memory, vectors = shard_memory(t, sharding_type, kernel, shares), _vectors(t, sharding_type, id_share)
-    output, gradient = (
-        _exchange(t, collectives, sharding_type, vectors * columns * COMM_BYTES[dtype])
-        for dtype in (comm.forward, comm.backward)
-    )
-    received = collectives.all_to_all(t.ids * id_share * ID_BYTES + t.lengths * LENGTH_BYTES)
+    ids = t.ids * id_share * ID_BYTES + t.lengths * LENGTH_BYTES
+    returned, sent_back = (vectors * columns * COMM_BYTES[dtype] for dtype in (comm.forward, comm.backward))
+    received = collectives.all_to_all(ids)
+    output, gradient = (_exchange(t, collectives, sharding_type, bytes_) for bytes_ in (returned, sent_back))
     lookup, update = _kernel_costs(t, topology, kernel, (columns, id_share, t.distinct * row_share, vectors))
     return ShardCosts(
         **vars(memory),
@@ -276,6 +279,9 @@ def shard_costs(
         table_all_reduce=0 * memory.tables,
         intra_bytes=received[1] + output[1] + gradient[1],
         inter_bytes=received[2] + output[2] + gradient[2],
+        id_bytes=ids,
+        vector_bytes=returned,
+        gradient_bytes=sent_back,
     )
 
 
@@ -384,4 +390,7 @@ def _replica_costs(t: Traffic, topology: Topology) -> ShardCosts:
         table_all_reduce=seconds,
         intra_bytes=intra,
         inter_bytes=inter,
+        id_bytes=zero,
+        vector_bytes=zero,
+        gradient_bytes=zero,
     )

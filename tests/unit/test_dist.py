@@ -89,6 +89,11 @@ class TestJoining:
             and "2 CPUs: start at most 2 a host (torchrun --nproc-per-node 2)" in message
         )
 
+    def test_a_switch_lets_ranks_share_cpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setenv("GR_MORE_RANKS_THAN_CPUS", "1")
+        check_room("cpu", 3)
+
     def test_more_ranks_than_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         with pytest.raises(ConfigError, match="has 1 GPUs: start at most 1 a host"):
