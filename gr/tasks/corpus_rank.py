@@ -14,14 +14,18 @@ from gr.batch import EvaluationBatch
 from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.ops.top_k import best
-from gr.tasks.similarity import Similarity
+from gr.tasks.similarity import MixtureOfLogits, Similarity
 
 LOOKUP_CHUNK = 1 << 16
 SCORE_BLOCK = 1 << 15
 
 
 class CorpusRanker:
-    """Ranks targets among the corpus. Holds this rank's slice of the item vectors: C/R rows of width D."""
+    """Ranks targets among the corpus. Holds this rank's slice of the item vectors: C/R rows of width D.
+
+    Queries are those that the similarity has made. Of a mixture of logits, gates are computed only for pairs that can
+    reach what they are compared with: the target's score, or that of the k-th best item.
+    """
 
     def __init__(
         self, corpus_C: Tensor, lookup: Callable[[Tensor], Tensor], similarity: Similarity, world: World
@@ -33,6 +37,7 @@ class CorpusRanker:
         self.ids = corpus_C[first:last].to(world.device)
         chunks = -(-int(slices.diff().max()) // LOOKUP_CHUNK)
         vectors = [lookup(self.ids[i * LOOKUP_CHUNK : (i + 1) * LOOKUP_CHUNK]) for i in range(chunks)]
+        self.similarity = similarity
         self.items = similarity.items(torch.cat(vectors).float())
 
     def ranks(self, queries_BD: Tensor, batch: EvaluationBatch) -> Tensor:
@@ -44,16 +49,23 @@ class CorpusRanker:
         # The score of each target, and on how many ranks it was found, which is one.
         target_score, owners = torch.zeros(2, len(targets), dtype=torch.float64, device=queries.device)
         owners[mine] = 1.0
-        first_pass, second_pass = self._two_passes(queries, seen)
-        for first, score in first_pass:
-            inside = mine & (column >= first) & (column < first + score.shape[1])
-            target_score[inside] = score[inside, column[inside] - first].double()
+        second_pass: Iterable[tuple[int, Tensor]] = ()
+        if isinstance(self.similarity, MixtureOfLogits):
+            own = self.similarity.pairs(queries[mine], self.items[column[mine]][:, None])[0].squeeze(1)
+            target_score[mine] = own.double()
+        else:
+            first_pass, second_pass = self._two_passes(queries, seen)
+            for first, score in first_pass:
+                inside = mine & (column >= first) & (column < first + score.shape[1])
+                target_score[inside] = score[inside, column[inside] - first].double()
         self._sum(target_score)
         self._sum(owners)
         if len(unknown := targets[(owners == 0) & (targets > 0)]):  # 0 only fills up the batch
             raise DataError(f"target item {int(unknown[0])} is not in the corpus (items.parquet) of data.path")
         beaten_by = torch.zeros_like(target_score)
         target = target_score.to(queries.dtype)[:, None]
+        if isinstance(self.similarity, MixtureOfLogits):
+            second_pass = self._with_targets(self._score_blocks(queries, seen, target[:, 0]), target, column, mine)
         for _, score in second_pass:
             beaten_by += (score > target).sum(1).double() + 0.5 * (score == target).sum(1).double()
             # A NaN loses every comparison, which would look like a win for the target.
@@ -76,7 +88,8 @@ class CorpusRanker:
         scores_QK = queries.new_full((len(queries), k), -torch.inf)
         ids_QK = torch.zeros_like(scores_QK, dtype=torch.int64)
         finite = True
-        for first, score in self._score_blocks(queries, self._seen_places(batch)):
+        seen = self._seen_places(batch)
+        for first, score in self._score_blocks(queries, seen, self._floor(queries, seen, k)):
             of_block = best(score, self.ids[first : first + score.shape[1]].expand_as(score), min(k, score.shape[1]))
             finite = finite and not bool(of_block[0].isnan().any())  # a NaN comes before all numbers
             if first or score.shape[1] < k:
@@ -91,6 +104,27 @@ class CorpusRanker:
         scores_BK, ids_BK = best(scores_BC, ids_BC, k)
         return ids_BK.masked_fill(scores_BK == -torch.inf, 0), scores_BK
 
+    def _floor(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> Tensor | None:
+        """A score that the k-th best item of each query reaches, [Q]; None where scores are no mixtures."""
+        if not isinstance(self.similarity, MixtureOfLogits):
+            return None
+        floor_Q = queries.new_full((len(queries),), -torch.inf)
+        for first in range(0, len(self.ids), SCORE_BLOCK):
+            items = self.items[first : first + SCORE_BLOCK]
+            excluded = torch.zeros(len(queries), len(items), dtype=torch.bool, device=queries.device)
+            excluded[self._inside(seen, first)] = True
+            floor_Q = torch.maximum(floor_Q, self.similarity.floor(queries, items, excluded, k))
+        return floor_Q
+
+    def _with_targets(
+        self, blocks: Iterable[tuple[int, Tensor]], target_Q1: Tensor, column: Tensor, mine: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The blocks with each target's score as it is compared: other sums of the same numbers differ in last bits."""
+        for first, score in blocks:
+            inside = mine & (column >= first) & (column < first + score.shape[1])
+            score[inside, column[inside] - first] = target_Q1[inside, 0]
+            yield first, score
+
     def _gather_parts(self, rows_QK: Tensor) -> Tensor:
         """rows_QK of every rank, [R, Q, K]."""
         return self._gather(rows_QK).unflatten(0, (self.world.size, -1))
@@ -102,14 +136,25 @@ class CorpusRanker:
             return once, once
         return self._score_blocks(queries, seen), self._score_blocks(queries, seen)
 
-    def _score_blocks(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """(first column, scores [queries, at most SCORE_BLOCK]), seen items at minus infinity."""
-        owner, place = seen
+    def _score_blocks(
+        self, queries: Tensor, seen: tuple[Tensor, Tensor], floor_Q: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first column, scores [queries, at most SCORE_BLOCK]), seen items at minus infinity.
+
+        floor_Q: mixtures below it may be minus infinity too.
+        """
         for first in range(0, len(self.ids), SCORE_BLOCK):
-            score = queries @ self.items[first : first + SCORE_BLOCK].T
-            inside = (place >= first) & (place < first + SCORE_BLOCK)
-            score[owner[inside], place[inside] - first] = -torch.inf
+            items = self.items[first : first + SCORE_BLOCK]
+            score = self.similarity.scores(queries, items, floor_Q)
+            score[self._inside(seen, first)] = -torch.inf
             yield first, score
+
+    @staticmethod
+    def _inside(seen: tuple[Tensor, Tensor], first: int) -> tuple[Tensor, Tensor]:
+        """(query, column in the block that begins at `first`) of the seen items in it."""
+        owner, place = seen
+        inside = (place >= first) & (place < first + SCORE_BLOCK)
+        return owner[inside], place[inside] - first
 
     def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each id in this rank's slice, and whether it is there."""
