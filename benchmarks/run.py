@@ -1,6 +1,6 @@
 """Measures gr and its alternatives in turns, in one run, and reports it.
 
-    python -m benchmarks.run hstu_attention|layer|llama|loss|train_step|all [--device cpu|cuda] [--data DIR]
+    python -m benchmarks.run hstu_attention|layer|llama|loss|mixture|train_step|all [--device cpu|cuda] [--data DIR]
         [--peer DIR]
 
 --data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import attention, layer, llama, loss, train_step
+from benchmarks import attention, layer, llama, loss, mixture, train_step
 from benchmarks.case import Case, Options
 from benchmarks.compare import Timing, Variant, compare
 from benchmarks.machine import Peaks, describe, peak_kib, peaks, reset_peak
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer,
     "llama": llama,
     "loss": loss,
+    "mixture": mixture,
     "train_step": train_step,
 }
 

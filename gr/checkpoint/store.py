@@ -144,11 +144,15 @@ class CheckpointStore:
         if self.failure is not None:
             raise self.failure
 
-    def best_value(self, metric: str) -> float:
-        """The best value of `metric` so far, on every rank; minus infinity where another metric chose, or none did."""
+    def best(self, metric: str) -> tuple[int, float]:
+        """The step with the best value of `metric` so far, and that value, on every rank.
+
+        Step 0 and minus infinity where another metric chose, or none did.
+        """
         best = self.folder.best() or {"step": None, "metric": None, "value": None}
         known = best["metric"] == metric and best["step"] in self.folder.steps()
-        return float(self.world.from_main(str(best["value"] if known else float("-inf"))))
+        step, value = self.world.from_main(f"{best['step']} {best['value']}" if known else "0 -inf").split()
+        return int(step), float(value)
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
         """Marks a saved step as the best so far, on every rank's return."""

@@ -12,7 +12,8 @@ from gr.recipes.base import ReportTable, recipe_class
 
 def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
     """The model's metrics as its recipe shows them, and where the rest is."""
-    tables = recipe_class(report["kind"]).tables(report)
+    recipe = recipe_class(report["kind"])
+    tables = recipe.tables(report)
     if isinstance(tables, str):
         say(*tables.splitlines())
     else:
@@ -22,6 +23,8 @@ def print_report(report: Mapping[str, Any], run_dir: str | None) -> None:
     say(f"checkpoint: {report['checkpoint']} (step {report['step']})")
     if run_dir is not None:
         say(f"run folder: {run_dir} (report.json, metrics.jsonl, tensorboard/)")
+    if verdict := recipe.verdict(report):
+        say(verdict)
 
 
 def metrics_table(content: ReportTable) -> Table:

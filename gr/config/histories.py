@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.base import PathText, Section
+from gr.config.base import PathText, Probability, Section
 from gr.config.run import RunConfig
 from gr.schema import DataSchema
 
@@ -38,6 +38,11 @@ class HistoryDataConfig(Section):
     )
     stochastic_length: StochasticLength | None = Field(
         None, description="Train on a part of each long history; unset: on the newest max_length events."
+    )
+    event_dropout: Probability = Field(
+        0.0,
+        description="Share of the events of each history that training leaves out, drawn for each epoch: what comes "
+        "two events later is then learnt as a successor too. The newest of an example stays.",
     )
     shuffle: bool = Field(True, description="False keeps file order, for one-pass streams.")
     lanes: PositiveInt = Field(8, description="Streams the global batch is dealt from; a multiple of the world size.")

@@ -98,8 +98,8 @@ def _sizes(tree: Node, kind: str) -> list[str]:
     fields = TOWERS.config(tower_kind).model_fields if tower_kind in TOWERS else {}
     keys = [key for key in SIZED if not key.startswith(IN_TOWER) or key.removeprefix(IN_TOWER) in fields]
     unset = [key for key in keys if tree.find(tuple(key.split("."))) is None]
-    if kind == "preference":
-        unset.remove("task.negatives")  # which it has none of
+    if kind == "preference":  # which has no negatives, and pairs of neighbouring events
+        unset = [key for key in unset if key not in ("task.negatives", "data.event_dropout")]
     if tree.find(("trainer", "steps")) is not None and "trainer.epochs" in unset:
         unset.remove("trainer.epochs")
     if not unset:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from gr.config.base import Count, PositiveFloat, Probability, Section
 from gr.config.dlrm import stored_dim
@@ -113,11 +113,35 @@ class FullSoftmax(NegativesConfig):
         return 0.0, compared.corpus
 
 
+class MixtureConfig(Section):
+    """A mixture of logits: a learned similarity in place of one product of vectors (arXiv 2407.15462)."""
+
+    kind: Literal["mol"] = "mol"
+    query_vectors: Count = Field(4, description="Vectors of a query.")
+    item_vectors: Count = Field(4, description="Vectors of an item; each pair of two vectors is a logit.")
+    dim: Count = Field(32, description="Width of these vectors.")
+    hidden: Count = Field(32, description="Width of the hidden layers of the gates.")
+    dropout: Probability = Field(0.2, description="Of the gates, as they are trained.")
+    balance: NonNegativeFloat = Field(
+        0.001, description="Weight of the load-balance loss, which keeps all logits in use."
+    )
+
+    def parameters(self, dim: int) -> int:
+        """dim: D of queries and items. Two maps to vectors, three gates of two layers; all with biases."""
+        P = self.query_vectors * self.item_vectors
+        vectors = (dim + 1) * (self.query_vectors + self.item_vectors) * self.dim
+        return vectors + (2 * dim + P + 3) * self.hidden + 3 * (self.hidden + 1) * P
+
+
 class SimilarityConfig(Section):
     """The score of an item for a user, and what a loss computes of it."""
 
     temperature: PositiveFloat = Field(0.05, description="What scores are divided by before the softmax.")
     l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
+
+    def mixture_parameters(self, dim: int) -> int:
+        """Of a learned similarity, which only retrieval has."""
+        return 0
 
     @abstractmethod
     def scores(self, compared: Comparison) -> LossInventory:
@@ -135,12 +159,28 @@ class RetrievalTaskConfig(SimilarityConfig):
     negatives: Annotated[
         PerPositionNegatives | SharedNegatives | InBatchNegatives | FullSoftmax, Field(discriminator="kind")
     ] = Field(PerPositionNegatives(), description="The items that a target is compared with.")
+    similarity: MixtureConfig | None = Field(
+        None, description="A learned similarity; unset: the cosine or dot product that l2_norm chooses."
+    )
+
+    @model_validator(mode="after")
+    def _a_mixture_is_of_cosines(self):
+        if self.similarity is not None and not self.l2_norm:
+            raise ValueError("l2_norm=false, but the logits of similarity.kind=mol are cosines: leave l2_norm out")
+        return self
 
     def scores(self, compared: Comparison) -> LossInventory:
-        return self.negatives.scores(compared)
+        loss = self.negatives.scores(compared)
+        if self.similarity is None:
+            return loss
+        logits = self.similarity.query_vectors * self.similarity.item_vectors
+        return loss.model_copy(update={"scores_per_example": loss.scores_per_example * logits})
 
     def lookups(self, compared: Comparison) -> tuple[float, float]:
         return self.negatives.lookups(compared)
+
+    def mixture_parameters(self, dim: int) -> int:
+        return 0 if self.similarity is None else self.similarity.parameters(dim)
 
 
 class RetrievalEvaluationConfig(UserEvaluationConfig):
@@ -149,6 +189,9 @@ class RetrievalEvaluationConfig(UserEvaluationConfig):
         description="Items never recommended: those in the model's window, in the user's whole history, or none.",
     )
     select_by: Literal[METRICS] = Field("ndcg@10", description="Validation metric that picks the best checkpoint.")
+    patience: Count | None = Field(
+        None, description="Evaluations without a new best of select_by after which training ends; unset: never."
+    )
     baselines: tuple[Literal["popularity", "item_knn", "markov", "ease"], ...] = Field(
         ("popularity", "item_knn", "markov", "ease"),
         description="Scored on the same split and candidates in the final report, with settings chosen on the event "
@@ -222,14 +265,15 @@ class RetrievalConfig(HistoryRunConfig):
         )
 
     def dense_part(self, schema: DataSchema) -> TowerDense:
-        N = self.data.max_length
+        N, D = self.data.max_length, self.model.dim
+        others = N * D + self.task.mixture_parameters(D)  # positions
         return TowerDense(
             tower=self.model.tower,
-            dim=self.model.dim,
+            dim=D,
             mean_length=self.compared(schema).targets,
             max_length=N,
-            other_parameters=N * self.model.dim,  # positions
-            replicated_parameters=N * self.model.dim,
+            other_parameters=others,
+            replicated_parameters=others,
         )
 
     def loss(self, schema: DataSchema) -> LossInventory:

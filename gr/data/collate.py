@@ -15,9 +15,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch
-from gr.config.histories import HistoryDataConfig
+from gr.config.histories import HistoryDataConfig, StochasticLength
 from gr.data.dataset import Histories
-from gr.data.stochastic_length import Draws, random_ends, stochastic_length
+from gr.data.stochastic_length import DROP, Draws, random_ends, stochastic_length
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Counts:
     """Tokens and examples that collation left out, and the tokens of its batches.
 
     truncated_tokens: inputs older than the window. without_target: empty examples. subsampled_tokens: inputs that
-    stochastic length left out. tokens: inputs of the batches. unpredicted: events to predict older than the window.
+    stochastic length and event dropout left out. tokens: inputs of the batches. unpredicted: events to predict older
+    than the window.
     """
 
     truncated_tokens: int = 0
@@ -160,21 +161,32 @@ def collate_positions(
 
 
 def chosen_events(rows: Rows, stop_B: np.ndarray, config: HistoryDataConfig, draws: Draws) -> tuple[Events, int]:
-    """The newest config.max_length of the first stop_B events of each example, thinned by stochastic length where set,
-    and how many events stochastic length left out.
+    """The newest config.max_length of the first stop_B events of each example, without those that stochastic length and
+    event dropout leave out, and how many these are.
     """
     window_B = np.minimum(stop_B, config.max_length)
     window = Events(stop_B - window_B, window_B)
-    if config.stochastic_length is None:
+    if config.stochastic_length is None and not config.event_dropout:
         return window, 0
+    place_T, example_T = window.place_T, np.repeat(np.arange(len(window_B)), window_B)
+    keep_T = np.ones(len(place_T), dtype=bool)
+    if config.stochastic_length is not None:
+        keep_T = _subsequence(rows, window, config.stochastic_length, config.max_length, draws)
+    if config.event_dropout:
+        dropped_T = draws.uniform(DROP, draws.number_B[example_T], place_T) < config.event_dropout
+        keep_T &= ~dropped_T | (place_T == (stop_B - 1)[example_T])
+    length_B = np.bincount(example_T[keep_T], minlength=len(window_B))
+    return Events(window.start_B, length_B, place_T[keep_T]), int((~keep_T).sum())
+
+
+def _subsequence(rows: Rows, window: Events, config: StochasticLength, max_length: int, draws: Draws) -> np.ndarray:
+    """The events of the windows that stochastic length keeps, bool [T]."""
+    window_B = window.length_B
     time_T = rows.values("timestamps", window) if rows.timestamps else window.place_T
     newest_B = np.zeros(len(window_B), dtype=np.int64)
     newest_B[window_B > 0] = time_T[_offsets(window_B)[1:][window_B > 0] - 1]
     ages_T = np.repeat(newest_B, window_B) - time_T
-    keep_T = stochastic_length(window_B, ages_T, config.stochastic_length, config.max_length, draws)
-    example_T = np.repeat(np.arange(len(window_B)), window_B)
-    length_B = np.bincount(example_T[keep_T], minlength=len(window_B))
-    return Events(window.start_B, length_B, window.place_T[keep_T]), int((~keep_T).sum())
+    return stochastic_length(window_B, ages_T, config, max_length, draws)
 
 
 def collate_evaluation(

@@ -83,7 +83,7 @@ class HistoryEpochs(ResumableSource[Histories, Any]):
 
     def counters(self, counts: Counts) -> dict[str, int]:
         """Distinct bad rows emptied (including those read ahead); tokens older than the window; examples without a
-        target; events that stochastic length left out, and all that stayed.
+        target; events that stochastic length and event dropout left out, and all that stayed.
         """
         return {
             "bad_rows": self._dataset.bad_rows,

@@ -50,7 +50,7 @@ class RetrievalModel(nn.Module):
         self.item_features: Mapping[str, Tensor] = {}  # those features' ids by item, as the corpus has them
         self.position = nn.Parameter(torch.empty(self.max_length, self.dim))
         self.tower = build_tower(config.model.tower, dim=self.dim, max_length=self.max_length)
-        self.similarity = build_similarity(config.task)
+        self.similarity = build_similarity(config.task, self.dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,7 +85,9 @@ class RetrievalModel(nn.Module):
         return outputs.float()
 
     def user_vectors(self, batch: EvaluationBatch, weights: Weights | None = None) -> Tensor:
-        """Float [B, D]: the dot product with an item's vector, as the similarity has it, is the score of the item."""
+        """Float [B, C]: what the similarity compares with items. Of cosine and dot product, C is D, and the score of an
+        item is the product with its vector.
+        """
         return self.similarity.queries(self.queries(batch, weights)) * self.similarity.scale
 
     def item_vectors(self, ids_K: Tensor) -> Tensor:

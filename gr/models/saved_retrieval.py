@@ -17,7 +17,7 @@ from gr.errors import ConfigError, DataError
 from gr.logging import get_logger
 from gr.models.retrieval import RetrievalModel
 from gr.models.saved import ALONE, Saved
-from gr.tasks import CorpusRanker
+from gr.tasks import CorpusRanker, require_product
 
 log = get_logger(__name__)
 
@@ -80,18 +80,27 @@ class SavedRetrieval(Saved):
         ids_K = self._ids(items)
         if (unknown := ids_K == 0).any():
             raise DataError(f"item {items[int(unknown.argmax())]!r} is not known to the model")
-        vectors_KD = self.model.similarity.items(self.model.item_vectors(torch.from_numpy(ids_K).to(self.device)))
-        return self.embed_users(histories, times=times) @ vectors_KD.T
+        items_KD = self.model.similarity.items(self.model.item_vectors(torch.from_numpy(ids_K).to(self.device)))
+        return self.model.similarity.scores(self._queries(histories, times), items_KD)
 
     def embed_items(self) -> ItemVectors:
-        """The vectors of the whole corpus, as the model compares them."""
+        """The vectors of the whole corpus, as the model compares them. Raises ConfigError for a mixture of logits."""
+        require_product(self.model.similarity, "embed_items")
         return ItemVectors(self._items.values(self._ranker.ids.cpu().numpy()), self._ranker.items)
 
     @torch.no_grad()
     def embed_users(
         self, histories: Sequence[Sequence[Any]], *, times: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
-        """The vector of each history, float32 [B, D]: its dot product with an item's vector is the score."""
+        """The vector of each history, float32 [B, D]: its dot product with an item's vector is the score.
+
+        Raises ConfigError for a mixture of logits.
+        """
+        require_product(self.model.similarity, "embed_users")
+        return self._queries(histories, times)
+
+    def _queries(self, histories: Sequence[Sequence[Any]], times: Sequence[Sequence[int]] | None) -> Tensor:
+        """What the similarity compares, [B, C]."""
         if not len(histories):
             return self._ranker.items[:0]
         return self.model.user_vectors(self._batch(histories, times, "none"))

@@ -276,6 +276,11 @@ class Recipe(ABC, Generic[Config]):
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:
         """A report's metrics to show, or one line that says why there are none."""
 
+    @classmethod
+    def verdict(cls, report: Mapping[str, Any]) -> str | None:
+        """The last line of a report, where it says what should not be overlooked; None: nothing."""
+        return None
+
 
 def open_recipe(config: Config, folder: Path | None = None) -> Recipe[Config]:
     """The recipe that `config` is for, on its training data or on what a checkpoint keeps of it."""

@@ -85,13 +85,15 @@ class HistoryRecipe(Recipe[Config], Generic[Config]):
     def count(self, counters: Mapping[str, int], world: World) -> dict[str, float]:
         """The counters of all ranks; what a user should know of them is logged.
 
-        Adds stochastic_length_sparsity where events were left out: their share of all that were in a window.
+        Adds stochastic_length_sparsity where events were left out: their share of all that were in a window, by event
+        dropout too.
         """
         total = dict(zip(counters, world.all_reduce_sum([float(n) for n in counters.values()]), strict=True))
         if dropped := total.get("subsampled_tokens"):
             total["stochastic_length_sparsity"] = dropped / (dropped + total["tokens"])
             if world.is_main:
-                log.info("stochastic length left out %.1f %% of the events", 100 * total["stochastic_length_sparsity"])
+                share = 100 * total["stochastic_length_sparsity"]
+                log.info("stochastic length and event dropout left out %.1f %% of the events", share)
         if total["bad_rows"] and world.is_main:
             log.warning("data.on_bad_row=skip emptied %d bad rows; see training_data in report.json", total["bad_rows"])
         return total

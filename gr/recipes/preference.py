@@ -75,6 +75,11 @@ class PreferenceRecipe(RetrievalRecipe):
                 raise CheckpointError(
                     f"{path} was trained with task.{key}={before}, not {now}: its scores would be others. Set it so"
                 )
+        if getattr(saved.task, "similarity", None) is not None:
+            raise CheckpointError(
+                f"{path} was trained with task.similarity, a mixture of logits; the preference stage compares products "
+                "of vectors: begin from a run without it"
+            )
 
     def begin(self, model: nn.Module) -> None:
         _plain(model).keep_reference()

@@ -3,6 +3,7 @@
 B examples, T tokens, K candidates, C items of the corpus.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from gr.recipes.baselines import Targets, evaluate_baselines, no_targets
 from gr.recipes.histories import HistoryRecipe
 from gr.recipes.recommendations import Recommendations
 from gr.schema import ITEMS_FILE, LARGEST_DENSE, USER_COLUMN
-from gr.tasks import CandidateSampler, CorpusRanker
+from gr.tasks import CandidateSampler, CorpusRanker, require_product
 from gr.training import callbacks
 from gr.training.module import Inputs
 from gr.training.trainer import Callback
@@ -41,6 +42,7 @@ from gr.training.trainer import Callback
 log = get_logger(__name__)
 TARGET_FROM_END: dict[Split, Literal[1, 2]] = {"test": 1, "validation": 2}
 VECTORS = 1 << 14  # of a table of vectors
+JUDGED = ("hr@10", "ndcg@10")  # those in which a model is to be above the baselines
 # What fits a terminal of 80 columns; report.json has all of them.
 COLUMNS = ("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "mrr")
 
@@ -135,6 +137,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
                 select_by=settings.select_by,
                 shown=("hr@10", "ndcg@10", "mrr"),
                 over=f"{self.evaluation_data.rows:,} users",
+                patience=settings.patience,
             )
         ]
 
@@ -188,6 +191,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         """items: of the corpus; users: of the evaluation data, after their newest event. Both have `vector`, and the
         dot product of a user's and an item's is the score of `recommend`.
         """
+        require_product(_plain(model).similarity, "`gr embed`")
         users, items = self.user_vocabulary(), self.vocabulary(ITEM_FEATURE)
         vector = ("vector", pa.list_(pa.float32()))
         return {
@@ -268,6 +272,25 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         title = f"{report['split']} split, {report['users']:,} users, seen items filtered: {report['filter_seen']}"
         return [ReportTable(title, {"model": report["model"], **report["baselines"]}, COLUMNS)]
 
+    @classmethod
+    def verdict(cls, report: Mapping[str, Any]) -> str | None:
+        """The baseline that is furthest above the model in HR@10 or NDCG@10, if any is."""
+        users, own = report["users"], report["model"]
+        above = [
+            (metrics[name] - own[name], baseline, name, metrics[name])
+            for baseline, metrics in report["baselines"].items()
+            for name in JUDGED
+            if metrics[name] > own[name]
+        ]
+        if not above:
+            return None
+        _, baseline, name, value = max(above)
+        error = math.sqrt(value * (1 - value) / users)
+        return (
+            f"below a baseline: {baseline} has {name} {value:.4f}, the model {own[name]:.4f} (one standard error is "
+            f"{error:.4f} at most); train longer, or set task, model.dim and dropout by validation"
+        )
+
 
 def _plain(model: nn.Module) -> RetrievalModel:
     """The model itself, without what makes it run on several ranks."""
@@ -302,7 +325,7 @@ def corpus_ranks(
     ranks, valid = [], []
     for batch in batches:
         batch = batch.to(world.device)
-        ranks.append(ranker.ranks(model.queries(batch, weights), batch))
+        ranks.append(ranker.ranks(model.user_vectors(batch, weights), batch))
         valid.append(batch.valid_B)
     model.train(was_training)
     everyone = torch.cat(world.all_gather_variable(torch.cat(ranks)))

@@ -4,7 +4,7 @@ from gr.tasks.corpus_rank import CorpusRanker
 from gr.tasks.losses import click_loss, multitask_loss, retrieval_loss
 from gr.tasks.negatives import Candidates, CandidateSampler
 from gr.tasks.preference import Pairs, kl_divergence, preference_loss
-from gr.tasks.similarity import Cosine, DotProduct, Similarity, build_similarity
+from gr.tasks.similarity import Cosine, DotProduct, MixtureOfLogits, Similarity, build_similarity, require_product
 
 __all__ = [
     "CandidateSampler",
@@ -12,6 +12,7 @@ __all__ = [
     "CorpusRanker",
     "Cosine",
     "DotProduct",
+    "MixtureOfLogits",
     "Pairs",
     "Similarity",
     "build_similarity",
@@ -19,5 +20,6 @@ __all__ = [
     "kl_divergence",
     "multitask_loss",
     "preference_loss",
+    "require_product",
     "retrieval_loss",
 ]

@@ -16,14 +16,18 @@ from gr.dist import World
 from gr.errors import DataError, TrainingError
 from gr.ops.corpus_counts import corpus_counts, target_scores
 from gr.ops.top_k import best
-from gr.tasks.similarity import Similarity
+from gr.tasks.similarity import MixtureOfLogits, Similarity
 
 LOOKUP_CHUNK = 1 << 16
 SCORE_BLOCK = 1 << 15
 
 
 class CorpusRanker:
-    """Ranks targets among the corpus. Holds this rank's slice of the item vectors: C/R rows of width D."""
+    """Ranks targets among the corpus. Holds this rank's slice of the item vectors: C/R rows of width D.
+
+    Queries are those that the similarity has made. Of a mixture of logits, gates are computed only for pairs that can
+    reach what they are compared with: the target's score, or that of the k-th best item.
+    """
 
     def __init__(
         self, corpus_C: Tensor, lookup: Callable[[Tensor], Tensor], similarity: Similarity, world: World
@@ -35,6 +39,7 @@ class CorpusRanker:
         self.ids = corpus_C[first:last].to(world.device)
         chunks = -(-int(slices.diff().max()) // LOOKUP_CHUNK)
         vectors = [lookup(self.ids[i * LOOKUP_CHUNK : (i + 1) * LOOKUP_CHUNK]) for i in range(chunks)]
+        self.similarity = similarity
         self.items = similarity.items(torch.cat(vectors).float())
 
     def ranks(self, queries_BD: Tensor, batch: EvaluationBatch) -> Tensor:
@@ -43,13 +48,22 @@ class CorpusRanker:
         targets = self._gather(batch.target_ids_B)
         column, mine = self._locate(targets)
         # The score of each target, and on how many ranks it was found, which is one.
-        target_score = target_scores(queries, self.items, torch.where(mine, column, -1)).double()
+        if isinstance(self.similarity, MixtureOfLogits):
+            target_score = torch.zeros(len(targets), dtype=torch.float64, device=queries.device)
+            own = self.similarity.pairs(queries[mine], self.items[column[mine]][:, None])[0].squeeze(1)
+            target_score[mine] = own.double()
+        else:
+            target_score = target_scores(queries, self.items, torch.where(mine, column, -1)).double()
         owners = mine.double()
         self._sum(target_score)
         self._sum(owners)
         if len(unknown := targets[(owners == 0) & (targets > 0)]):  # 0 only fills up the batch
             raise DataError(f"target item {int(unknown[0])} is not in the corpus (items.parquet) of data.path")
-        counts = corpus_counts(queries, self.items, target_score.to(queries.dtype), *self._seen_places(batch)).double()
+        target, seen = target_score.to(queries.dtype), self._seen_places(batch)
+        if isinstance(self.similarity, MixtureOfLogits):
+            counts = self._mixture_counts(queries, target, seen, column, mine)
+        else:
+            counts = corpus_counts(queries, self.items, target, *seen).double()
         beaten_by = counts[:, 0] + 0.5 * counts[:, 1]
         # A NaN loses every comparison, which would look like a win for the target.
         beaten_by[counts[:, 2] > 0] = torch.nan
@@ -71,7 +85,8 @@ class CorpusRanker:
         scores_QK = queries.new_full((len(queries), k), -torch.inf)
         ids_QK = torch.zeros_like(scores_QK, dtype=torch.int64)
         finite = True
-        for first, score in self._score_blocks(queries, self._seen_places(batch)):
+        seen = self._seen_places(batch)
+        for first, score in self._score_blocks(queries, seen, self._floor(queries, seen, k)):
             of_block = best(score, self.ids[first : first + score.shape[1]].expand_as(score), min(k, score.shape[1]))
             finite = finite and not bool(of_block[0].isnan().any())  # a NaN comes before all numbers
             if first or score.shape[1] < k:
@@ -86,18 +101,54 @@ class CorpusRanker:
         scores_BK, ids_BK = best(scores_BC, ids_BC, k)
         return ids_BK.masked_fill(scores_BK == -torch.inf, 0), scores_BK
 
+    def _floor(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> Tensor | None:
+        """A score that the k-th best item of each query reaches, [Q]; None where scores are no mixtures."""
+        if not isinstance(self.similarity, MixtureOfLogits):
+            return None
+        floor_Q = queries.new_full((len(queries),), -torch.inf)
+        for first in range(0, len(self.ids), SCORE_BLOCK):
+            items = self.items[first : first + SCORE_BLOCK]
+            excluded = torch.zeros(len(queries), len(items), dtype=torch.bool, device=queries.device)
+            excluded[self._inside(seen, first)] = True
+            floor_Q = torch.maximum(floor_Q, self.similarity.floor(queries, items, excluded, k))
+        return floor_Q
+
+    def _mixture_counts(
+        self, queries: Tensor, target_Q: Tensor, seen: tuple[Tensor, Tensor], column: Tensor, mine: Tensor
+    ) -> Tensor:
+        """As gr.ops.corpus_counts of mixtures: items above the target, equal to it, and NaN, float64 [Q, 3]."""
+        counts = torch.zeros(len(queries), 3, dtype=torch.float64, device=queries.device)
+        for first, score in self._score_blocks(queries, seen, target_Q):
+            # The target's own score is as it is compared: other sums of the same numbers differ in last bits.
+            inside = mine & (column >= first) & (column < first + score.shape[1])
+            score[inside, column[inside] - first] = target_Q[inside]
+            target = target_Q[:, None]
+            counts += torch.stack([each.sum(1) for each in (score > target, score == target, score.isnan())], 1)
+        return counts
+
     def _gather_parts(self, rows_QK: Tensor) -> Tensor:
         """rows_QK of every rank, [R, Q, K]."""
         return self._gather(rows_QK).unflatten(0, (self.world.size, -1))
 
-    def _score_blocks(self, queries: Tensor, seen: tuple[Tensor, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """(first column, scores [queries, at most SCORE_BLOCK]), seen items at minus infinity."""
-        owner, place = seen
+    def _score_blocks(
+        self, queries: Tensor, seen: tuple[Tensor, Tensor], floor_Q: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first column, scores [queries, at most SCORE_BLOCK]), seen items at minus infinity.
+
+        floor_Q: mixtures below it may be minus infinity too.
+        """
         for first in range(0, len(self.ids), SCORE_BLOCK):
-            score = queries @ self.items[first : first + SCORE_BLOCK].T
-            inside = (place >= first) & (place < first + SCORE_BLOCK)
-            score[owner[inside], place[inside] - first] = -torch.inf
+            items = self.items[first : first + SCORE_BLOCK]
+            score = self.similarity.scores(queries, items, floor_Q)
+            score[self._inside(seen, first)] = -torch.inf
             yield first, score
+
+    @staticmethod
+    def _inside(seen: tuple[Tensor, Tensor], first: int) -> tuple[Tensor, Tensor]:
+        """(query, column in the block that begins at `first`) of the seen items in it."""
+        owner, place = seen
+        inside = (place >= first) & (place < first + SCORE_BLOCK)
+        return owner[inside], place[inside] - first
 
     def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each id in this rank's slice, and whether it is there."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gr.config.click import BCELoss, ClickLoss, MSELoss, WeightedBCELoss
 from gr.config.ranking import ActionTask, ValueTask
@@ -17,7 +18,7 @@ from gr.config.retrieval import LOSS_CHUNK
 from gr.ops.linear_cross_entropy import linear_cross_entropy
 from gr.ops.sampled_logits import sampled_logits
 from gr.tasks.negatives import Candidates
-from gr.tasks.similarity import Similarity
+from gr.tasks.similarity import PAIR_FLOATS, MixtureOfLogits, Similarity
 
 # What a negative that happens to be the target gets for a logit (generative-recommenders, sampled_softmax.py).
 HIT_LOGIT = -5e4
@@ -28,9 +29,12 @@ def retrieval_loss(queries_TD: Tensor, items_KD: Tensor, candidates: Candidates,
 
     With negatives of its own, or shared ones: softmax over the target and the negatives (arXiv 2402.17152, §2.2).
     Else softmax over all K items, corrected by log Q where it is given (Yi et al., RecSys 2019, Eq. 3).
+    Of a mixture of logits the load-balance loss is part of it, times its weight.
     """
     queries_TD, items_KD = similarity.queries(queries_TD), similarity.items(items_KD)
     positive_T = candidates.positive_T
+    if isinstance(similarity, MixtureOfLogits):
+        return _mixture_loss(queries_TD, items_KD, candidates, similarity)
     if candidates.negative_TS is not None:
         index = torch.cat([positive_T[:, None], candidates.negative_TS], dim=1)
         logits = sampled_logits(queries_TD, items_KD, index) * similarity.scale
@@ -42,6 +46,32 @@ def retrieval_loss(queries_TD: Tensor, items_KD: Tensor, candidates: Candidates,
         return _sampled_softmax(logits, candidates.shared_S == positive_T[:, None])
     bias = None if candidates.log_q_K is None else -candidates.log_q_K
     return linear_cross_entropy(queries_TD, items_KD, positive_T, scale=similarity.scale, bias_K=bias, chunk=LOSS_CHUNK)
+
+
+def _mixture_loss(queries_TC: Tensor, items_KC: Tensor, candidates: Candidates, similarity: MixtureOfLogits) -> Tensor:
+    """The same losses of scores that are no products; a few tokens at a time, computed again in backward."""
+    own = candidates.shared_S if candidates.negative_TS is None else candidates.negative_TS
+    bias_K = None if candidates.log_q_K is None else -candidates.log_q_K
+    compared = len(items_KC) if own is None else 1 + own.shape[-1]
+
+    def loss_of(queries_tC: Tensor, positive_t: Tensor, negative: Tensor | None) -> Tensor:
+        if negative is None:
+            scores_tK, balance_t = similarity.pairs(queries_tC, items_KC.expand(len(queries_tC), -1, -1))
+            loss_t = F.cross_entropy(scores_tK if bias_K is None else scores_tK + bias_K, positive_t, reduction="none")
+        else:
+            negative_tS = negative.expand(len(queries_tC), -1)
+            index_tS = torch.cat([positive_t[:, None], negative_tS], dim=1)
+            scores_tS, balance_t = similarity.pairs(queries_tC, items_KC[index_tS])
+            loss_t = _sampled_softmax(scores_tS, negative_tS == positive_t[:, None])
+        return loss_t + similarity.config.balance * balance_t
+
+    at_once = max(1, PAIR_FLOATS // (compared * similarity.pair_floats))
+    losses = []
+    for first in range(0, max(1, len(queries_TC)), at_once):  # a rank without tokens has gradients too, of zero
+        part = slice(first, first + at_once)
+        negative = own if candidates.negative_TS is None else candidates.negative_TS[part]
+        losses.append(checkpoint(loss_of, queries_TC[part], candidates.positive_T[part], negative, use_reentrant=False))
+    return torch.cat(losses)
 
 
 def _sampled_softmax(logits_T1S: Tensor, hit_TS: Tensor) -> Tensor:

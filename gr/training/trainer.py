@@ -45,7 +45,7 @@ class Callback:
 
 
 class Trainer:
-    """Runs steps until `steps`, or until a signal asks it to stop.
+    """Runs steps until `steps`, until a callback sets `converged`, or until a signal asks it to stop.
 
     A signal to stop (gr.training.signals) to any rank finishes the step under way on all. A rank whose torchrun died
     asks to stop too: nobody is left to start it again, or to end it.
@@ -61,7 +61,7 @@ class Trainer:
         self.pipeline = Pipeline(loader, module, world, steps=steps)
         self.steps = steps
         self.step = 0
-        self.stopped = self.owing = False
+        self.stopped = self.owing = self.converged = False
         self._stop_requested = False
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -70,7 +70,7 @@ class Trainer:
         with on_stop_signal(self._request_stop):
             for callback in self.callbacks:
                 callback.on_start(self)
-            while self.step < self.steps and not self.stopped:
+            while self.step < self.steps and not (self.stopped or self.converged):
                 result = self._one_step()
                 self.step += 1
                 watchdog.enter(f"callbacks after step {self.step}")

@@ -17,17 +17,17 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 4.1,
+    "config": 4.2,
     "data": 3.5,
     "ops": 6.2,
     "embeddings": 1.4,
     "parallel": 0.7,
     "towers": 1.0,
-    "tasks": 0.6,
+    "tasks": 0.8,
     "models": 1.6,
     "metrics": 1.0,
     "checkpoint": 1.5,
-    "planner": 4.9,
+    "planner": 5.0,
     "cluster": 0.5,
     "training": 1.4,
     "serving": 7.3,
@@ -35,7 +35,7 @@ CEILINGS = {
     "cli": 2.6,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 41.2
+WITHOUT_PREPARE = 41.8
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -26,7 +26,7 @@ from gr.models.saved_ranking import SavedRanking
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.schema import HistoryColumns
 from gr.serving.gate.accuracy_gate import GateReport, Limits, TaskReport, binary_task, retrieval_task, value_task
-from gr.tasks import CorpusRanker
+from gr.tasks import CorpusRanker, require_product
 
 ROWS = 200_000  # NE changes of 0.02 % have standard errors of about 0.01 % there
 
@@ -154,7 +154,7 @@ class RetrievalCalibration(Calibration):
         assert isinstance(model, RetrievalModel)
         corpus_C, _ = read_corpus(self.saved.folder, self.saved.schema)
         ranker = CorpusRanker(torch.tensor(corpus_C), model.item_vectors, model.similarity, ALONE)
-        places = [ranker.ranks(model.queries(batch), batch)[batch.valid_B] for batch in self.batches]
+        places = [ranker.ranks(model.user_vectors(batch), batch)[batch.valid_B] for batch in self.batches]
         return torch.cat(places).cpu().numpy()
 
     def tasks(self, reference: np.ndarray, candidate: np.ndarray, limits: Limits) -> list[TaskReport]:
@@ -164,6 +164,7 @@ class RetrievalCalibration(Calibration):
 
 @calibration.register
 def _(saved: SavedRetrieval, data: str | Path | None = None, rows: int = ROWS) -> Calibration:
+    require_product(saved.model.similarity, "an index of items")
     config: Any = saved.config
     fields = ("item_cardinality", *["timestamps"] * config.model.tower.uses_time)
     dataset, splits = _histories(saved, data, fields, config.data.train_holdout)

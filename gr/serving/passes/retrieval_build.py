@@ -29,6 +29,7 @@ from gr.serving.tables.packed import PackedTables
 from gr.serving.tables.quantize import RowKind
 from gr.serving.verbs.retrieval import RetrievalForm, tensors
 from gr.serving.verbs.retrieval_package import FORM, LISTS, StoredRetrieval, open_exact, shard_file
+from gr.tasks import require_product
 
 ITEM = "item_id"
 SHARD_ROWS = 1 << 18  # item vectors that are in memory together
@@ -49,6 +50,7 @@ def build(saved: SavedRetrieval, kinds: Mapping[str, RowKind], config: ExportCon
     assert isinstance(run, RetrievalConfig)
     if config.dense != "fp32":
         raise ConfigError(f"dense={config.dense}: the query pass of a retrieval model is fp32; leave it out")
+    require_product(saved.model.similarity, "an index of items")
     stored = table_weights(saved.model)
     by_table = run.columns_by_table(schema)
     # The ids of the item itself come first.

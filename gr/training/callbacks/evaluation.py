@@ -27,13 +27,16 @@ class Evaluation(Callback):
         select_by: str | None,
         shown: Sequence[str],
         over: str,
+        patience: int | None = None,
     ) -> None:
         """select_by: the larger the better; None where no checkpoint is to be preferred. shown: on the log line. over:
-        what is evaluated on, such as "800 users", for the log.
+        what is evaluated on, such as "800 users", for the log. patience: evaluations without a new best after which
+        training ends; None: never.
         """
         self.evaluate, self.checkpointing, self.writer = evaluate, checkpointing, writer
         self.every, self.select_by, self.shown, self.over = every, select_by, shown, over
-        self.best = checkpointing.store.best_value(select_by) if select_by is not None else float("inf")
+        self.patience = patience
+        self.best_step, self.best = (0, float("inf")) if select_by is None else checkpointing.store.best(select_by)
 
     def on_start(self, trainer: Trainer) -> None:
         """The untrained model, as the point to compare with."""
@@ -42,6 +45,8 @@ class Evaluation(Callback):
             self._measure(trainer)
         elif trainer.owing:
             self._evaluate(trainer)
+        else:
+            self._lose_patience(trainer)  # the run had ended, and only its report was still to be made
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if not trainer.stopped:
@@ -56,8 +61,18 @@ class Evaluation(Callback):
             return
         value = metrics[self.select_by]
         if value is not None and value > self.best:
-            self.best = value
+            self.best_step, self.best = trainer.step, value
             self.checkpointing.store.mark_best(trainer.step, self.select_by, value)
+        self._lose_patience(trainer)
+
+    def _lose_patience(self, trainer: Trainer) -> None:
+        if self.patience is None or trainer.step - self.best_step < self.patience * self.every:
+            return
+        trainer.converged = True
+        log.info(
+            "step %d/%d  training ends: no %s above %.4f, that of step %d, in %d evaluations",
+            *(trainer.step, trainer.steps, self.select_by, self.best, self.best_step, self.patience),
+        )
 
     def _measure(self, trainer: Trainer) -> Mapping[str, float | None]:
         watchdog.enter(f"evaluation after step {trainer.step}", "evaluation")

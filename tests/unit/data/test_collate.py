@@ -109,6 +109,20 @@ def test_evaluation(case: tuple, max_length: int, from_end: int, filter_seen: st
     assert counts.without_target == users_without_history
 
 
+def test_event_dropout() -> None:
+    """What is left is a history of its own: the target of an input is the input after it. The newest input stays."""
+    row = list(range(1, 41))
+    rows = make_rows([[row, [1, 2, 3]]] * 1, [(0, 0), (0, 1), (-1, 0)])
+    batch, counts = train(rows, max_length=30, holdout=2, event_dropout=0.4)
+    lengths = batch.features.lengths().tolist()
+    inputs, targets = batch.features.values().tolist(), batch.target_ids_T.tolist()
+    assert 8 < lengths[0] < 28 and lengths[1:] == [0, 0] and counts.subsampled_tokens == 30 - lengths[0]
+    assert sorted(set(inputs)) == inputs and set(inputs) <= set(row[7:37]), "in order, of the newest 30 of 37"
+    assert inputs[-1] == 37 and targets == [*inputs[1:], 38]
+    again, _ = train(rows, max_length=30, holdout=2, event_dropout=0.4)
+    assert again.features.values().tolist() == inputs
+
+
 def test_no_timestamps() -> None:
     rows = make_rows([[[1, 2, 3]]], [(0, 0), (-1, 0)])
     rows = Rows(rows.groups, rows.group_B, rows.row_B, timestamps=False)

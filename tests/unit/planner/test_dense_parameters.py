@@ -119,6 +119,14 @@ def test_retrieval_with_features_of_items(tables: dict, features: dict) -> None:
     assert sum(table.ids_per_step for table in others) == 2 * item.ids_per_step
 
 
+def test_retrieval_with_a_mixture_of_logits() -> None:
+    sizes = {"kind": "mol", "query_vectors": 3, "item_vectors": 2, "dim": 5, "hidden": 7}
+    plain = tiny_config("data", "runs").inventory(item_schema(ITEMS)).loss.scores_per_example
+    config = tiny_config("data", "runs", task={"similarity": sizes})
+    assert_counts_are_the_models(config, item_schema(ITEMS))
+    assert config.inventory(item_schema(ITEMS)).loss.scores_per_example == 6 * plain
+
+
 RANKERS = st.fixed_dictionaries(
     {
         "dim": DIMS,

@@ -113,6 +113,13 @@ def test_what_a_step_reports() -> None:
     assert timeless == [StepResult(loss=2.0, examples=32, tokens=4, wait=0.25, seconds=0.0)] * 2
 
 
+def test_a_callback_may_end_it() -> None:
+    trainer, diary, callbacks = make(5)
+    callbacks[0].on_step = lambda own, _: setattr(own, "converged", own.step == 2)  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.step == 2 and not trainer.stopped and diary[-1] == ("b", "end", 2)
+
+
 @pytest.mark.parametrize("done", [3, 5, 9])
 def test_a_resumed_run_does_what_is_left(done: int) -> None:
     """9: the configuration was changed to fewer steps than are done already."""

@@ -55,6 +55,7 @@ def trainer_at(step: int, steps: int, world: World) -> Any:
     trainer = SimpleNamespace(
         step=step, steps=steps, pipeline=feed, module=module, world=world, stopped=False, owing=False
     )
+    trainer.converged = False
     return trainer
 
 
@@ -91,6 +92,7 @@ class TestEvaluation:
         step: int = 0,
         steps: int = 7,
         stop: int | None = None,
+        patience: int | None = None,
     ) -> tuple[NotingStore, FakeWriter]:
         """One value of ndcg@10 an evaluation; the first is that of the untrained model. stop: asked to after that step.
 
@@ -107,13 +109,14 @@ class TestEvaluation:
             select_by="ndcg@10",
             shown=("hr@10", "mrr"),
             over="3 users",
+            patience=patience,
         )
         trainer = trainer_at(step, steps, world)
         if step:
             trainer.owing = json.loads((store.folder.final(step) / "progress.json").read_text())["stopped"]
         for each in (callback, checkpointing):
             each.on_start(trainer)
-        while trainer.step < trainer.steps and not trainer.stopped:
+        while trainer.step < trainer.steps and not (trainer.stopped or trainer.converged):
             trainer.step += 1
             trainer.stopped = trainer.step == stop
             for each in (callback, checkpointing):
@@ -135,6 +138,18 @@ class TestEvaluation:
         assert store.folder.best() == {"step": 4, "metric": "ndcg@10", "value": 0.3}
         assert store.folder.steps() == [4, 7]
         assert resolve(tmp_path).name == "step-00000004"
+
+    def test_patience_ends_training(self, tmp_path: Path, alone: World, caplog: pytest.LogCaptureFixture) -> None:
+        """After two evaluations that are no better; resumed, when only the report was owed, it ends at once."""
+        with caplog.at_level("INFO", logger="gr"):
+            store, writer = self.run(tmp_path, alone, [0.0, 0.1, 0.3, 0.2, 0.3], steps=20, patience=2)
+        assert [step for step, *_ in writer.records] == [0, 2, 4, 6, 8]
+        assert store.folder.steps() == [4, 8] and store.folder.best()["step"] == 4  # type: ignore[index]
+        assert "training ends: no ndcg@10 above 0.3000, that of step 4, in 2 evaluations" in caplog.text
+        _, writer = self.run(tmp_path, alone, [], step=8, steps=20, patience=2)
+        assert writer.records == []
+        _, writer = self.run(tmp_path, alone, [0.1], step=8, steps=20, patience=3)
+        assert [step for step, *_ in writer.records] == [10], "more patience goes on"
 
     def test_the_untrained_model_is_no_checkpoint(self, tmp_path: Path, alone: World) -> None:
         """It is only a point to compare with, however good."""
