@@ -33,18 +33,24 @@ def compare(
     round_seconds: float = 0.15,
     warmups: int = 2,
     device: str = "cpu",
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timing]:
-    """Time the variants round-robin. Each takes about `round_seconds`, at least one call, a round."""
+    """Time the variants round-robin. Each takes about `round_seconds`, at least one call, a round.
+
+    progress: told what begins, as long runs are silent otherwise.
+    """
     if device == "cpu" and torch.get_num_threads() != 1:
         raise RuntimeError(f"compare counts CPU time: call torch.set_num_threads(1), not {torch.get_num_threads()}")
     seconds = _cpu_seconds if device == "cpu" else _gpu_seconds
     calls = {}
     for name, variant in variants.items():
+        progress(f"warming up {name}")
         for _ in range(warmups - 1):
             variant()
         calls[name] = max(1, int(round_seconds / max(seconds(variant, 1), 1e-6)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
+        progress(f"round {number} of {rounds}")
         for name, variant in variants.items():
             samples[name].append(seconds(variant, calls[name]))
     return {name: _summary(times) for name, times in samples.items()}
@@ -90,13 +96,22 @@ def _summary(times: list[float]) -> Timing:
 
 
 def cpu_model() -> str:
-    """The model, and the family numbers too, since virtual machines often hide the name."""
+    """The model, the family numbers too, since virtual machines often hide the name, and the instruction sets."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
-    fields = dict.fromkeys(("model name", "cpu family", "model", "stepping"), "?")
+    fields = dict.fromkeys(("model name", "cpu family", "model", "stepping", "flags", "Features"), "?")
     for line in cpuinfo.read_text().splitlines():
         key, _, value = line.partition(":")
         if fields.get(key.strip()) == "?":
             fields[key.strip()] = value.strip()
-    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    sets = instruction_sets({*fields["flags"].split(), *fields["Features"].split()})
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']}; {sets})"
+
+
+def instruction_sets(flags: set[str]) -> str:
+    """The widest vectors, and whether there are products of bf16 and of tiles, by the flags of /proc/cpuinfo."""
+    widths = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "asimd": "NEON", "sse2": "SSE2"}
+    widest = next((name for flag, name in widths.items() if flag in flags), "no vectors")
+    bf16 = "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "no bf16"
+    return ", ".join([widest, bf16, "AMX" if "amx_tile" in flags else "no AMX"])

@@ -55,8 +55,7 @@ def describe(device: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     if device == "cpu":
-        amx = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX"
-        where = f"one thread of {cpu_model()}, {os.cpu_count()} CPUs, {amx}, load {os.getloadavg()[0]:.1f}"
+        where = f"one thread of {cpu_model()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
     else:
         where = torch.cuda.get_device_name()
     return f"{date.today()}, {where}; python {platform.python_version()}, {', '.join(versions)}"

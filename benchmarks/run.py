@@ -1,7 +1,7 @@
 """Measures gr and its alternatives in turns, in one run, and reports it.
 
     python -m benchmarks.run hstu_attention|layer|llama|loss|mixture|train_step|all [--device cpu|cuda] [--data DIR]
-        [--peer DIR]
+        [--peer DIR] [--case NAME] [--rounds N]
 
 --data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
 measured beside the rest. A benchmark whose correctness tests fail is not measured. On CPU everything is one thread and
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1) if arguments.device == "cpu" else None
     options = Options(arguments.device, arguments.data, arguments.peer)
     for name in BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]:
-        _run(name, options, arguments.case, arguments.out)
+        _run(name, options, arguments)
 
 
 def _arguments() -> argparse.Namespace:
@@ -50,29 +51,45 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument("--rounds", type=int, help="turns of a case, instead of its own number")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU here")
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} is below 1")
     return arguments
 
 
-def _run(name: str, options: Options, only: str, out: Path) -> None:
+def _run(name: str, options: Options, arguments: argparse.Namespace) -> None:
     module = BENCHMARKS[name]
-    cases = [case for case in module.cases(options) if only in case.name]
+    cases = [case for case in module.cases(options) if arguments.case in case.name]
     if not cases:
-        raise SystemExit(f"{name} has no case with {only!r}; there are {[each.name for each in module.cases(options)]}")
+        raise SystemExit(
+            f"{name} has no case with {arguments.case!r}; there are {[each.name for each in module.cases(options)]}"
+        )
+    _progress(name, "its correctness tests")
     _require_green(name, module.TESTS)
     machine, found = describe(options.device), peaks(options.device)
     print(f"{machine}\n{_peak_line(found)}", flush=True)
     rows: list[Row] = []
-    for case in cases:
-        timings = compare(case.variants, rounds=case.rounds, warmups=case.warmups, device=options.device)
+    for number, case in enumerate(cases, start=1):
+        timings = compare(
+            case.variants,
+            rounds=arguments.rounds or case.rounds,
+            warmups=case.warmups,
+            device=options.device,
+            progress=partial(_progress, f"{name}, case {number} of {len(cases)}, {case.name}"),
+        )
         memory = {name: _peak_of(run, options.device) for name, run in case.variants.items() if case.memory}
         rows += _rows(name, case, timings, memory, found)
         print(f"\n{table(rows[-len(timings) :])}", flush=True)
     lines = list(module.notes(options)) if hasattr(module, "notes") else []
-    _write(name, options, (machine, found), cases, rows, lines, out)
+    _write(name, options, (machine, found), cases, rows, lines, arguments.out)
+
+
+def _progress(case: str, line: str) -> None:
+    print(f"{case}: {line}", file=sys.stderr, flush=True)
 
 
 def _require_green(name: str, tests: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """A lower bound on the cost of any solution, from the linear relaxation of the choice of options.
 
 The relaxation lets shards be cut at will, so every rank carries the mean. It keeps these constraints: each table takes
-(a mix of) options, their bytes fit all memories together, a shard dearer than the whole cost cannot be part of it, and
-each sharding type that is used costs its latencies. Memory is one constraint, so the linear program has one multiplier,
+(a mix of) options, their bytes fit all memories together, a shard that is dearer than the whole cost, less what every
+rank has of tables that can only be on all ranks, cannot be part of it, and each sharding type that is used costs its
+latencies. Memory is one constraint, so the linear program has one multiplier,
 the price of a byte, and is solved by a search over it; any price gives a bound, so none needs to be exact.
 """
 
@@ -12,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from gr.planner.candidates import Capacity, Options
+from gr.planner.candidates import Capacity, Options, Scope
 
 PRICE_STEPS = 30
 CEILING_STEPS = 30
@@ -110,7 +111,7 @@ class Relaxation:
         """A cost that no solution among the usable options is below, latency included; None where there is none."""
 
         def holds(cost: float) -> bool:
-            relaxed = self.solve(usable_O & (self.shard_seconds_O + latency <= cost))
+            relaxed = self.solve(self.below(usable_O, cost - latency))
             return relaxed is not None and relaxed.seconds + latency <= cost
 
         relaxed = self.solve(usable_O)
@@ -128,6 +129,30 @@ class Relaxation:
             middle = (low + high) / 2
             low, high = (low, middle) if holds(middle) else (middle, high)
         return low
+
+    def below(self, usable_O: np.ndarray, seconds: float) -> np.ndarray:
+        """The options with which no rank need be above `seconds`: a shard lies on top of what every rank has anyway.
+
+        Every rank has a shard of each table that only options of scope ALL are left for. The fewer options are left,
+        the more such tables there are.
+        """
+        left_O, confined_T = usable_O & (self.shard_seconds_O <= seconds), np.zeros(self.options.tables, dtype=bool)
+        while True:
+            wide_O = self.options.scope_O == Scope.ALL
+            only_T = self.options.minimum_T(np.where(left_O & ~wide_O, 0, 1)) == 1
+            if (only_T == confined_T).all():
+                return left_O
+            confined_T = only_T
+            least_T = self.options.minimum_T(np.where(left_O & wide_O, self._least_seconds_O, np.inf))
+            least_T = np.where(only_T & np.isfinite(least_T), least_T, 0.0)
+            others_O = least_T.sum() - least_T[self.options.table_O]
+            left_O = left_O & (self.shard_seconds_O + others_O <= seconds)
+
+    @cached_property
+    def _least_seconds_O(self) -> np.ndarray:
+        """What the rank with the smallest shard has: shards are alike but for rows that the last ones may lack."""
+        alike_O = self.options.seconds_O * self.options.shards_O + self.options.extra_seconds_O
+        return np.maximum(self.options.seconds_O - np.maximum(alike_O - self.options.total_seconds_O, 0), 0)
 
     @cached_property
     def groups(self) -> list[Group]:

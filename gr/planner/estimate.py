@@ -1,6 +1,6 @@
 """The estimate of a plan: memory by kind, seconds by phase and bytes by link, for every rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,8 @@ MEMORY = (
 )
 # Shares of the GROUP_COLLECTIVES latencies: lengths and ids, embeddings, gradients.
 _LATENCY_SHARES = {"input_all_to_all": 0.5, "output_all_to_all": 0.25, "gradient_all_to_all": 0.25}
+
+SHARDS = 1 << 18  # whose costs are computed at once: some 60 MB
 
 
 @dataclass(frozen=True)
@@ -132,21 +134,25 @@ class Estimate:
 def estimate(plan: Plan) -> Estimate:
     """The predicted cost of `plan`: a sum over its shards, nothing fitted."""
     inventory, topology = plan.inventory, plan.topology
-    _, group = one_group(inventory, topology)
+    own, loads = _loads(plan)
+    group = loads[False][1]
     ranks = group.ranks
     seconds = {phase: np.zeros(ranks) for phase in PHASES}
     memory = {kind: np.zeros(ranks) for kind in MEMORY}
     host, intra, inter = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
-    shares = []
-    for table, placement, costs in zip(inventory.tables, plan.placements, table_costs(plan), strict=True):
-        index_R = np.array(placement.ranks)
-        for phase in TABLE_PHASES:
-            np.add.at(seconds[phase], index_R, getattr(costs, phase))
-        for kind in TABLE_MEMORY:
-            np.add.at(memory[kind], index_R, getattr(costs, kind))
-        for total, name in ((host, "host"), (intra, "intra_bytes"), (inter, "inter_bytes")):
-            np.add.at(total, index_R, getattr(costs, name))
-        shares.append(_share(table, placement, costs))
+    totals = {**{phase: seconds[phase] for phase in TABLE_PHASES}, **{kind: memory[kind] for kind in TABLE_MEMORY}}
+    totals |= {"host": host, "intra_bytes": intra, "inter_bytes": inter}
+    seconds_T = np.zeros(len(inventory.tables))
+    for indices in _alike(plan.placements):
+        tables = [own.tables[index] for index in indices]
+        placements = [plan.placements[index] for index in indices]
+        traffic_T, served_by = loads[placements[0].sharding_type == "data_parallel"]
+        costs, t_S = _costs(traffic_T[np.array(indices)], tables, placements, own, served_by)
+        rank_S = np.concatenate([placement.ranks for placement in placements])
+        for name, total in totals.items():
+            total += np.bincount(rank_S, weights=getattr(costs, name), minlength=ranks)
+        np.maximum.at(seconds_T, np.array(indices)[t_S], costs.seconds)
+    shares = [_share(*each) for each in zip(inventory.tables, plan.placements, seconds_T.tolist(), strict=True)]
     types = {p.sharding_type for p in plan.placements} - {"data_parallel"}
     for phase, share in _LATENCY_SHARES.items():
         seconds[phase] += share * len(types) * CollectiveCosts(group).group_seconds()
@@ -197,14 +203,22 @@ def predicted(estimate: Estimate) -> dict[str, Any]:
     }
 
 
+def _loads(plan: Plan) -> tuple[InventoryConfig, dict[bool, tuple[Traffic, Topology]]]:
+    """The inventory of one group, and the traffic of its tables and the ranks that serve it: of those that every rank
+    has (True), whose gradients are those of all ranks, and of the others (False).
+    """
+    own, group = one_group(plan.inventory, plan.topology)
+    sharded = traffic(own, group), group
+    if plan.inventory.groups == 1:
+        return own, {False: sharded, True: sharded}
+    return own, {False: sharded, True: (traffic(plan.inventory, plan.topology), plan.topology)}
+
+
 def table_costs(plan: Plan) -> Iterator[ShardCosts]:
     """Costs of every shard of each table, in the order of its ranks."""
-    own, group = one_group(plan.inventory, plan.topology)
-    sharded = replicated = (traffic(own, group), group)
-    if plan.inventory.groups > 1:  # the gradients of a replicated table are those of all ranks
-        replicated = (traffic(plan.inventory, plan.topology), plan.topology)
+    own, loads = _loads(plan)
     for index, (table, placement) in enumerate(zip(own.tables, plan.placements, strict=True)):
-        traffic_T, topology = replicated if placement.sharding_type == "data_parallel" else sharded
+        traffic_T, topology = loads[placement.sharding_type == "data_parallel"]
         yield placement_costs(traffic_T[index], table, placement, own, topology)
 
 
@@ -212,23 +226,62 @@ def placement_costs(
     table_traffic: Traffic, table: TableConfig, placement: Placement, inventory: InventoryConfig, topology: Topology
 ) -> ShardCosts:
     """Costs of every shard of one table, in the order of its ranks. table_traffic: of this table alone."""
-    count = len(placement.ranks)
-    rows, columns = _rectangles(table, placement)
-    row_share, id_share = rows / table.rows, np.ones(count)
-    blocks = len(column_blocks(table.dim, placement.column_width))
-    parts = 1 if placement.sharding_type == "data_parallel" else count // blocks
-    if parts > 1:
-        hottest = np.tile(np.arange(parts) == hottest_part(table, parts), blocks)
-        id_share = row_share * (1 - table_traffic.hottest) + hottest * table_traffic.hottest
+    return _costs(table_traffic[None], [table], [placement], inventory, topology)[0]
+
+
+def _alike(placements: Sequence[Placement]) -> Iterator[list[int]]:
+    """The tables of each sharding type and kernel, of at most SHARDS shards or one table at once."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for index, placement in enumerate(placements):
+        kinds.setdefault((placement.sharding_type, placement.kernel), []).append(index)
+    for indices in kinds.values():
+        part, shards = list[int](), 0
+        for index in indices:
+            if part and shards + len(placements[index].ranks) > SHARDS:
+                yield part
+                part, shards = [], 0
+            part.append(index)
+            shards += len(placements[index].ranks)
+        yield part
+
+
+def _costs(
+    traffic_T: Traffic,
+    tables: Sequence[TableConfig],
+    placements: Sequence[Placement],
+    inventory: InventoryConfig,
+    topology: Topology,
+) -> tuple[ShardCosts, np.ndarray]:
+    """Costs of every shard of `tables`, of one sharding type and kernel: arrays [S]; and the table of each shard.
+
+    A table's shards are in the order of its ranks: column blocks, and in each its row blocks of ceil(E / n) rows, of
+    which one has the most read row.
+    """
+    first = placements[0]
+    count_T = np.array([len(placement.ranks) for placement in placements])
+    rows_T, dim_T = np.array([table.rows for table in tables]), np.array([table.dim for table in tables])
+    width_T = np.array([each.column_width or table.dim for each, table in zip(placements, tables, strict=True)])
+    blocks_T = -(-dim_T // width_T)
+    parts_T = np.ones_like(count_T) if first.sharding_type == "data_parallel" else count_T // blocks_T
+    height_T = -(-rows_T // parts_T)
+    hottest_T = [hottest_part(each, n) if n > 1 else 0 for each, n in zip(tables, parts_T.tolist(), strict=True)]
+    t_S = np.repeat(np.arange(len(tables)), count_T)
+    place_S = np.arange(len(t_S)) - (np.cumsum(count_T) - count_T)[t_S]
+    part_S, last_S = place_S % parts_T[t_S], (place_S // parts_T[t_S]) % blocks_T[t_S] == blocks_T[t_S] - 1
+    columns_S = np.where(last_S, (dim_T - width_T * (blocks_T - 1))[t_S], width_T[t_S])
+    row_share_S = np.clip(rows_T[t_S] - height_T[t_S] * part_S, 0, height_T[t_S]) / rows_T[t_S]
+    traffic_S = traffic_T[t_S]
+    is_hottest_S = part_S == np.array(hottest_T)[t_S]
+    id_share_S = row_share_S * (1 - traffic_S.hottest) + is_hottest_S * traffic_S.hottest
     costs = shard_costs(
-        table_traffic,
+        traffic_S,
         topology,
         inventory.comm_dtype,
-        placement.sharding_type,
-        placement.kernel,
-        (columns, row_share, id_share),
+        first.sharding_type,
+        first.kernel,
+        (columns_S, row_share_S, np.where(parts_T[t_S] > 1, id_share_S, 1.0)),
     )
-    return costs.broadcast(count)
+    return costs.broadcast(len(t_S)), t_S
 
 
 def _rectangles(table: TableConfig, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +295,7 @@ def _rectangles(table: TableConfig, placement: Placement) -> tuple[np.ndarray, n
     return np.tile(rows, len(widths)), np.repeat(widths, parts)
 
 
-def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> TableShare:
+def _share(table: TableConfig, placement: Placement, seconds: float) -> TableShare:
     widths = column_blocks(table.dim, placement.column_width)
     copies = len(placement.ranks) if placement.sharding_type == "data_parallel" else 1
     parts = 1 if copies > 1 else len(placement.ranks) // len(widths)
@@ -256,7 +309,7 @@ def _share(table: TableConfig, placement: Placement, costs: ShardCosts) -> Table
         shards=len(placement.ranks) // copies,
         bytes=whole,
         largest_shard_bytes=largest,
-        seconds=float(costs.seconds.max()),
+        seconds=seconds,
         ranks=placement.ranks,
     )
 

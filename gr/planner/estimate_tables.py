@@ -139,7 +139,7 @@ class Volume:
     own_outputs: np.ndarray
     hottest: np.ndarray
 
-    def __getitem__(self, tables: np.ndarray | int) -> Self:
+    def __getitem__(self, tables: np.ndarray | int | None) -> Self:
         return type(self)(**{field.name: getattr(self, field.name)[..., tables] for field in fields(self)})
 
 

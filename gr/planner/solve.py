@@ -143,7 +143,7 @@ def _first(relaxation: Relaxation, group: Group, choices: Choices) -> Packing | 
 
 
 def _filled(relaxation: Relaxation, group: Group, choices: Choices, targets: Targets) -> Packing | None:
-    usable_O = group.usable_O & (relaxation.shard_seconds_O <= targets.seconds)
+    usable_O = relaxation.below(group.usable_O, targets.seconds)
     relaxed = relaxation.solve(usable_O) or relaxation.solve(group.usable_O)
     assert relaxed is not None, "the group has a bound"
     packing = Packing(relaxation.capacity, choices)

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from benchmarks.compare import instruction_sets
+from benchmarks.guard import compared
 from tests.support import ROOT
 
 
@@ -15,3 +18,30 @@ def test_every_benchmark_imports() -> None:
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_instruction_sets() -> None:
+    """The widest vectors of the flags, since ratios of one do not hold on another."""
+    assert instruction_sets({"sse2", "avx", "avx2", "fma"}) == "AVX2, no bf16, no AMX"
+    assert instruction_sets({"avx2", "avx512f", "avx512_bf16", "amx_tile"}) == "AVX-512, bf16, AMX"
+    assert instruction_sets({"asimd", "bf16"}) == "NEON, bf16, no AMX"
+
+
+def test_the_guard_compares_two_trees(capsys: pytest.CaptureFixture[str]) -> None:
+    """A tree that answers twice as fast, and one that cannot do the work."""
+    fast, slow, lacking = Answers(0.5), Answers(1.0), Answers(None)
+    assert compared("planner", slow, fast, 3) == 2.0 and compared("planner", fast, slow, 3) == 0.5
+    assert compared("planner", lacking, fast, 3) == float("inf")
+    with pytest.raises(SystemExit, match="planner: this tree cannot do it: ImportError"):
+        compared("planner", fast, lacking, 3)
+    assert "| planner | 1,000.0 | 500.0 | 2.00 [2.00, 2.00] |" in capsys.readouterr().out
+
+
+class Answers:
+    """A Tree whose every case takes `seconds`; None: fails."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def do(self, name: str) -> dict[str, Any]:
+        return {"failure": "ImportError: no planner"} if self.seconds is None else {"seconds": self.seconds}

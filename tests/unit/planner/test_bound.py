@@ -1,6 +1,8 @@
 """The relaxation on options small enough to solve by hand. test_solve.py holds the bound against every placement."""
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -46,6 +48,43 @@ def relaxation(rows: list[Row], hbm: float, *, ranks: int = 2, latencies: dict[i
 # Fast and large, or slow and small.
 CHOICE: list[Row] = [(0, TABLE_WISE, 1, 2.0, 100.0), (0, TABLE_WISE, 1, 6.0, 20.0)]
 CHOICES = CHOICE + [(1, kind, shards, seconds, bytes_) for _, kind, shards, seconds, bytes_ in CHOICE]
+
+
+def with_scopes(options: Options, scopes: list[Scope]) -> Options:
+    return replace(options, scope_O=np.array(scopes, dtype=int))
+
+
+class TestWhatEveryRankHas:
+    """Table 0 is on both ranks, so table 1 comes on top of it, and may be cut to keep the sum low."""
+
+    ROWS: ClassVar[list[Row]] = [
+        (0, ROW_WISE, 2, 3.0, 1.0),
+        (1, TABLE_WISE, 1, 2.0, 1.0),
+        (1, COLUMN_WISE, 2, 1.5, 1.0),
+    ]
+
+    def bound(self, rows: list[Row]) -> float | None:
+        options = with_scopes(options_of(rows), [Scope.ALL if row[1] == ROW_WISE else Scope.RANK for row in rows])
+        return Relaxation(options, Capacity(2, 2, 100.0, 0.0)).bound(np.full(len(rows), True), 0.0)
+
+    def test_a_shard_lies_on_top(self):
+        """The mean is (6 + 2) / 2 = 4."""
+        assert self.bound(self.ROWS[:2]) == pytest.approx(5.0, rel=2 * TOLERANCE)
+
+    def test_unless_a_finer_cut_avoids_it(self):
+        assert self.bound(self.ROWS) == pytest.approx(4.5, rel=2 * TOLERANCE)
+
+    def test_a_table_that_need_not_be_everywhere_counts_for_none(self):
+        """Alone on a rank, table 0 leaves the other one to table 1."""
+        rows: list[Row] = [(0, ROW_WISE, 2, 3.0, 1.0), (0, TABLE_WISE, 1, 4.0, 1.0), (1, TABLE_WISE, 1, 2.0, 1.0)]
+        assert self.bound(rows) == pytest.approx(4.0, rel=2 * TOLERANCE)
+
+    def test_the_last_rows_may_be_fewer(self):
+        """Two shards of 3 seconds that take 5 in all: a rank has 2 of them at least."""
+        options = with_scopes(options_of(self.ROWS[:2]), [Scope.ALL, Scope.RANK])
+        options = replace(options, total_seconds_O=np.array([5.0, 2.0]))
+        bound = Relaxation(options, Capacity(2, 2, 100.0, 0.0)).bound(np.full(2, True), 0.0)
+        assert bound == pytest.approx(4.0, rel=2 * TOLERANCE)
 
 
 class TestRelaxed:
