@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import torch
+
 from gr.config.inventory import TowerDense
 from gr.config.run import RunConfig
 from gr.dist import World
@@ -28,8 +30,20 @@ def header(
         if isinstance(plan.inventory.dense, TowerDense):
             kernels = f", {backend_for(world.device)} kernels"
     epochs = f"an epoch is {epoch_steps:,}, so {steps / epoch_steps:.3g} epochs"
-    return [
+    lines = [
         f"model: {config.model_phrase}; {dense}",
         f"ranks: {world.size} on {world.device.type}, {trainer.precision}{kernels}",
         f"steps: {steps:,} of {trainer.global_batch_size:,} examples; {epochs}",
     ]
+    if world.device.type == "cpu" and trainer.precision == "bf16" and not multiplies_bf16():
+        lines.append(
+            "precision: this CPU has no bf16 instructions, so bf16 steps take about twice as long as fp32 ones here; "
+            "set trainer.precision=fp32"
+        )
+    return lines
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers; x86 and ARM name them differently."""
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -12,10 +12,12 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 namespace gr::norm_mul_dropout {
 namespace {
 
+constexpr int64_t kAhead = 8;  // rows between a prefetch and its use
 constexpr int64_t kRows = 64;  // rows a task: the gradients of the norm are summed by task, then in the order of tasks
 
 // The mask of reference.py: element c of row t is dropped if mix(mix(mix(t) ^ seed) + c step) < dropped.
@@ -34,6 +36,8 @@ struct Gate {
   const float *weight, *bias;  // of the norm, or null
   int64_t padded() const { return round_up(width, kLanes); }
   int64_t part() const { return width / groups; }
+  // Elements to walk for a group: whole vectors where there is one group, whose padding is zero.
+  int64_t walked() const { return groups == 1 ? padded() : part(); }
   int64_t columns() const { return concat ? 3 * width : width; }
   // x <- x / (1 - dropout) or 0, for the columns [first, first + width) of a row.
   void drop(int64_t row, int64_t first, float* __restrict x) const {
@@ -50,18 +54,19 @@ struct Gate {
 
 // One row in float, in buffers of whole vectors: u after its activation, the derivative of that activation, a,
 // hat = (a - mean) / deviation, the affine map of the norm (one and zero without one), the three parts of y or of its
-// gradient, and 1 / deviation of each group. Padding is zero where a row is read.
+// gradient, one for each element and zero for padding, and 1 / deviation of each group.
 struct Row {
-  float *u, *slope, *a, *hat, *weight, *bias, *y[3], *rstd;
+  float *u, *slope, *a, *hat, *weight, *bias, *y[3], *real, *rstd;
   Row(const Gate& gate, Scratch& scratch) {
     scratch.reset();
-    for (float** buffer : {&u, &slope, &a, &hat, &weight, &bias, &y[0], &y[1], &y[2]}) {
+    for (float** buffer : {&u, &slope, &a, &hat, &weight, &bias, &y[0], &y[1], &y[2], &real}) {
       *buffer = scratch.take<float>(gate.padded());
       std::fill(*buffer, *buffer + gate.padded(), 0.f);
     }
     rstd = scratch.take<float>(gate.groups);
     std::fill(slope, slope + gate.padded(), 1.f);
     std::fill(weight, weight + gate.width, 1.f);
+    std::fill(real, real + gate.width, 1.f);
     if (gate.weight) {
       std::copy(gate.weight, gate.weight + gate.width, weight);
       std::copy(gate.bias, gate.bias + gate.width, bias);
@@ -69,10 +74,23 @@ struct Row {
   }
 };
 
-template <typename S> void read(const S* __restrict in, float* __restrict out, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<float>(in[c]);
+// A row is read and written in whole vectors, since a vector that is loaded after its last elements were stored one by
+// one waits for them. What lies behind the row is masked away when read; when written, the next row is yet to come. Only
+// the last row of a tensor is read, and the last row of a task written, to its own end: `exact`.
+template <typename S> void read(const S* __restrict in, const Row& row, float* __restrict out, const Gate& gate,
+                                bool exact) {
+  const int64_t n = gate.padded() / kLanes * kLanes;
+  if (exact || !std::is_same_v<S, float>) {
+    for (int64_t c = 0; c < gate.width; ++c) out[c] = static_cast<float>(in[c]);
+    std::fill(out + gate.width, out + n, 0.f);
+    return;
+  }
+  const float* __restrict real = row.real;
+  for (int64_t c = 0; c < n; ++c) out[c] = real[c] != 0.f ? static_cast<float>(in[c]) : 0.f;
 }
-template <typename S> void write(const float* __restrict in, S* __restrict out, int64_t n) {
+
+template <typename S> void write(const float* __restrict in, S* __restrict out, const Gate& gate, bool exact) {
+  const int64_t n = exact || !std::is_same_v<S, float> ? gate.width : gate.padded() / kLanes * kLanes;
   for (int64_t c = 0; c < n; ++c) out[c] = static_cast<S>(in[c]);
 }
 
@@ -84,24 +102,32 @@ inline void activate_row(float* __restrict u, float* __restrict slope, int64_t n
   }
 }
 
-// hat <- (x - mean) / deviation; returns 1 / deviation.
-inline float normalise(const float* __restrict x, float* __restrict hat, int64_t n, float eps) {
+// hat <- (x - mean) / deviation of `count` elements, of n with the padding; returns 1 / deviation.
+inline float normalise(const float* __restrict x, const float* __restrict real, float* __restrict hat, int64_t count,
+                       int64_t n, float eps) {
   float sum = 0.f, squares = 0.f;
   for (int64_t c = 0; c < n; ++c) sum += x[c];
-  const float mean = sum / static_cast<float>(n);
-  for (int64_t c = 0; c < n; ++c) squares += (x[c] - mean) * (x[c] - mean);
-  const float rstd = 1.f / std::sqrt(squares / static_cast<float>(n) + eps);
-  for (int64_t c = 0; c < n; ++c) hat[c] = (x[c] - mean) * rstd;
+  const float mean = sum / static_cast<float>(count);
+  for (int64_t c = 0; c < n; ++c) {
+    hat[c] = (x[c] - mean) * real[c];
+    squares += hat[c] * hat[c];
+  }
+  const float rstd = 1.f / std::sqrt(squares / static_cast<float>(count) + eps);
+  for (int64_t c = 0; c < n; ++c) hat[c] *= rstd;
   return rstd;
 }
 
-template <typename S> void prepare(const Gate& gate, const S* u, const S* a, const Row& row) {
-  read(u, row.u, gate.width);
-  read(a, row.a, gate.width);
+template <typename S> void prepare(const Gate& gate, const S* u, const S* a, int64_t ahead, const Row& row, bool exact) {
+  // Rows of u lie apart, in one buffer with v, q and k, which the processor's own prefetching does not follow.
+  for (int64_t c = 0; c < gate.width; c += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(u + ahead + c);
+  read(u, row, row.u, gate, exact);
+  read(a, row, row.a, gate, exact);
   if (gate.silu) activate_row(row.u, row.slope, gate.padded());
   const int64_t part = gate.part();
-  for (int64_t g = 0; g < gate.groups; ++g)
-    row.rstd[g] = normalise(row.a + g * part, row.hat + g * part, part, gate.eps);
+  for (int64_t g = 0; g < gate.groups; ++g) {
+    const int64_t at = g * part;
+    row.rstd[g] = normalise(row.a + at, row.real + at, row.hat + at, part, gate.walked(), gate.eps);
+  }
 }
 
 // y <- u (hat weight + bias)
@@ -129,17 +155,18 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
       const Row row(gate, scratch);
       for (int64_t t = begin; t < end; ++t) {
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
-                row);
+                kAhead * u.stride(0), row, t + 1 == u.size(0));
         gate_row(row, gate.padded());
+        const bool exact = t + 1 == end;
         scalar_t* to = out.mutable_data_ptr<scalar_t>() + t * gate.columns();
         if (gate.concat) {
           gate.drop(t, 0, row.u);
           gate.drop(t, gate.width, row.a);
-          write(row.u, to, gate.width);
-          write(row.a, to + gate.width, gate.width);
+          write(row.u, to, gate, exact);
+          write(row.a, to + gate.width, gate, exact);
         }
         gate.drop(t, gate.columns() - gate.width, row.y[2]);
-        write(row.y[2], to + gate.columns() - gate.width, gate.width);
+        write(row.y[2], to + gate.columns() - gate.width, gate, exact);
       }
     });
   });
@@ -149,7 +176,7 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
 // row.y holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and the
 // gradient of a in row.a; adds the gradients of the norm's weight and bias to sums [2, width], unless it is null.
 void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
-  const int64_t n = gate.padded(), part = gate.part();
+  const int64_t n = gate.padded(), part = gate.part(), walked = gate.walked();
   float *__restrict u = row.u, *__restrict dlast = row.y[2];
   const float *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias, *__restrict du = row.y[0];
   const float* __restrict slope = row.slope;
@@ -167,9 +194,9 @@ void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
     const float *__restrict d = row.y[2] + g * part, *__restrict x = row.hat + g * part;
     const float* __restrict direct = row.y[1] + g * part;
     float *__restrict da = row.a + g * part, sum = 0.f, along = 0.f;
-    for (int64_t c = 0; c < part; ++c) sum += d[c], along += d[c] * x[c];
+    for (int64_t c = 0; c < walked; ++c) sum += d[c], along += d[c] * x[c];
     const float mean = sum / static_cast<float>(part), rate = along / static_cast<float>(part), rstd = row.rstd[g];
-    for (int64_t c = 0; c < part; ++c) da[c] = direct[c] + rstd * (d[c] - mean - x[c] * rate);
+    for (int64_t c = 0; c < walked; ++c) da[c] = direct[c] + rstd * (d[c] - mean - x[c] * rate);
   }
 }
 
@@ -185,18 +212,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
     at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       Scratch scratch;
       const Row row(gate, scratch);
-      for (int64_t t = first * kRows; t < std::min(last * kRows, u.size(0)); ++t) {
+      const int64_t end = std::min(last * kRows, u.size(0));
+      for (int64_t t = first * kRows; t < end; ++t) {
+        const bool exact = t + 1 == end;
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
-                row);
+                kAhead * u.stride(0), row, t + 1 == u.size(0));
         const scalar_t* from = dy.const_data_ptr<scalar_t>() + t * gate.columns();
         for (int64_t p = gate.concat ? 0 : 2; p < 3; ++p) {
           const int64_t first = gate.concat ? p * gate.width : 0;
-          read(from + first, row.y[p], gate.width);
+          read(from + first, row, row.y[p], gate, t + 1 == u.size(0));
           gate.drop(t, first, row.y[p]);
         }
         backward_row(gate, row, weight ? sums.mutable_data_ptr<float>() + t / kRows * 2 * gate.width : nullptr);
-        write(row.u, du.mutable_data_ptr<scalar_t>() + t * gate.width, gate.width);
-        write(row.a, da.mutable_data_ptr<scalar_t>() + t * gate.width, gate.width);
+        write(row.u, du.mutable_data_ptr<scalar_t>() + t * gate.width, gate, exact);
+        write(row.a, da.mutable_data_ptr<scalar_t>() + t * gate.width, gate, exact);
       }
     });
   });
