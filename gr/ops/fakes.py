@@ -12,6 +12,9 @@ def register() -> None:
     torch.library.register_fake("gr::hstu_attention", _attention)
     torch.library.register_fake("gr::hstu_attention_cached", _attention)
     torch.library.register_fake("gr::norm_mul_dropout", _norm_mul_dropout)
+    torch.library.register_fake("gr::rms_norm", _rms_norm)
+    torch.library.register_fake("gr::rotate", _rotate)
+    torch.library.register_fake("gr::swiglu", _swiglu)
 
 
 def _attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, *others: object, **named: object) -> Tensor:
@@ -31,3 +34,15 @@ def _norm_mul_dropout(
     seed: int,
 ) -> Tensor:
     return u_TU.new_empty(u_TU.shape[0], u_TU.shape[1] * (3 if concat else 1))
+
+
+def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD), x_TD.new_empty(x_TD.shape[0])
+
+
+def _rotate(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, back: bool) -> Tensor:
+    return torch.empty_like(x_THQ, memory_format=torch.contiguous_format)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gr.ops.backend import backend_for
+
 __all__ = ["rms_norm"]
 
 
@@ -17,7 +19,28 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if x_TD.device.type != "cpu" or x_TD.dtype not in (torch.float32, torch.float64) or weight_D.dtype != x_TD.dtype:
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    if x_TD.dtype == torch.float32 and backend_for(x_TD.device) == "native":
+        return _NativeRMSNorm.apply(x_TD, weight_D, eps)
     return _RMSNorm.apply(x_TD, weight_D, eps)
+
+
+class _NativeRMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row, in the C++ of rms_norm.cpp."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        rows_TD, weight_D = x_TD.reshape(-1, x_TD.shape[-1]).contiguous(), weight_D.contiguous()
+        out_TD, scale_T = torch.ops.gr.rms_norm(rows_TD, weight_D, eps)
+        ctx.save_for_backward(rows_TD, weight_D, scale_T)
+        return out_TD.view(x_TD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_TD, weight_D, scale_T = ctx.saved_tensors
+        rows_grad_TD = grad.reshape(rows_TD.shape).contiguous()
+        dx_TD, dweight_D = torch.ops.gr.rms_norm_backward(rows_grad_TD, rows_TD, weight_D, scale_T)
+        return dx_TD.view(grad.shape), dweight_D, None
 
 
 class _RMSNorm(torch.autograd.Function):

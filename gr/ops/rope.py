@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gr.ops.backend import backend_for
+
 
 def places(offsets_B1: Tensor, tokens: int, num_targets_B: Tensor | None = None) -> Tensor:
     """int64 [T]: the place of each token in its sequence, from 0; T = tokens.
@@ -43,6 +45,11 @@ def rotate(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
 
 
 def _turned(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, sign: int) -> Tensor:
+    native = x_THQ.device.type == "cpu" and x_THQ.dtype == cos_T1P.dtype == torch.float32
+    if native and backend_for(x_THQ.device) == "native":
+        if x_THQ.stride()[1:] != (x_THQ.shape[2], 1):
+            x_THQ = x_THQ.contiguous()
+        return torch.ops.gr.rotate(x_THQ, cos_T1P, sin_T1P, sign < 0)
     real, imaginary = x_THQ.chunk(2, dim=-1)
     turned = x_THQ.new_empty(x_THQ.shape, dtype=torch.promote_types(x_THQ.dtype, cos_T1P.dtype))
     turned_real, turned_imaginary = turned.chunk(2, dim=-1)

@@ -18,6 +18,7 @@ from gr.ops.hstu_attention import AttentionMask
 from gr.ops.rms_norm import rms_norm
 from gr.ops.rope import places, rope_tables, rotate
 from gr.ops.softmax_attention import softmax_attention
+from gr.ops.swiglu import swiglu
 from gr.sequence import JaggedSequence
 
 INIT_STD = 0.02
@@ -180,4 +181,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))

@@ -2,6 +2,7 @@
 
 import torch
 
+from gr.ops.backend import force_backend
 from gr.ops.rope import places, rope_tables, rotate
 
 THETA = 100.0
@@ -34,3 +35,23 @@ def test_places_restart_in_each_sequence_and_candidates_share_one() -> None:
     offsets = torch.tensor([0, 3, 3, 7])
     assert places(offsets, 7).tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert places(offsets, 7, torch.tensor([0, 0, 2])).tolist() == [0, 1, 2, 0, 1, 2, 2]
+
+
+def test_the_cpp_turns_as_the_reference_and_its_gradient_turns_back() -> None:
+    """float32, of heads that are a part of wider rows, as a joint product of q, k and v makes them."""
+    rows_THQ = torch.randn(70, 5, 6)
+    place_T, grad_THQ = torch.randint(0, 300, (70,)), torch.randn(70, 2, 6)
+    tables = rope_tables(place_T, 6, THETA, torch.float32)
+    results = []
+    for backend in ("native", "torch"):
+        x_THQ = rows_THQ.clone().requires_grad_()
+        with force_backend(backend):
+            turned = rotate(x_THQ[:, 1:3], *tables)
+            results.append((turned, *torch.autograd.grad(turned, x_THQ, grad_THQ)))
+    for native, composed in zip(*results, strict=True):
+        torch.testing.assert_close(native, composed, rtol=1e-6, atol=1e-6)
+    spread_TQH = torch.randn(7, 6, 2)
+    with force_backend("native"):
+        turned = rotate(spread_TQH.transpose(1, 2), *(table[:7] for table in tables))
+    with force_backend("torch"):
+        torch.testing.assert_close(turned, rotate(spread_TQH.transpose(1, 2), *(table[:7] for table in tables)))
