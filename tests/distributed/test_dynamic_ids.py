@@ -16,9 +16,11 @@ from gr.checkpoint.metadata import SafeReader
 from gr.config.click import ClickConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
+from gr.errors import ConfigError
 from gr.experiment import predict, recommend, train
+from gr.models.saved import load
 from gr.recipes.base import Request
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RankError, run_ranks
 from tests.support.raw_ids import ITEM, TAGS, raw_click_config, write_raw_clicks, write_raw_histories
 from tests.support.tiny import tiny_config
 
@@ -120,6 +122,19 @@ def test_predicts_rows_of_raw_ids(folder: Path, one: ClickConfig) -> None:
         run_ranks(_predict, ranks, one, checkpoint, folder / "strange.parquet", folder / f"scores-{ranks}.parquet")
         scores.append(pq.read_table(folder / f"scores-{ranks}.parquet")["score"].to_numpy())
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_what_reads_no_map_says_so(one: ClickConfig) -> None:
+    checkpoint = CheckpointFolder(Path(one.run_dir) / "checkpoints").final(STEPS)
+    with pytest.raises(
+        ConfigError, match=r"embeddings\.tables\.item has dynamic ids, whose rows models in one process"
+    ):
+        load(checkpoint)
+    changed = one.model_dump()
+    changed["embeddings"]["tables"]["item"]["ids"]["ways"] = 16
+    with pytest.raises(RankError, match=r"tables\.item\.ids is kind=dynamic rows=128 ways=8 .* there, .* ways=16"):
+        run_ranks(run, 1, ClickConfig.model_validate(changed))
 
 
 def _predict(world: World, config: ClickConfig, checkpoint: Path, file: Path, out: Path) -> None:

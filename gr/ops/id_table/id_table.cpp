@@ -18,7 +18,7 @@
 namespace gr::id_table {
 namespace {
 
-constexpr int64_t kBlock = 16, kUsesPerPart = 1024;
+constexpr int64_t kBlock = 16, kUsesPerPart = 1024, kAhead = 6;
 constexpr int kMostCount = 255, kMostBits = 11;
 
 inline uint64_t splitmix64(uint64_t x) {
@@ -182,7 +182,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const Table<Score>& t, const
   // A set's contenders come with falling scores and its ways with rising ones: after one that loses, all others do.
   std::vector<int64_t> entered, evicted;
   int64_t lost = -1;
-  for (const Contender& each : contenders) {
+  for (size_t n = 0; n < contenders.size(); ++n) {
+    const Contender& each = contenders[n];
+    if (n + kAhead < contenders.size())
+      for (int64_t way = 0; way < std::min<int64_t>(t.ways, 64); way += 16)
+        __builtin_prefetch(t.score + contenders[n + kAhead].set * t.ways + way, 1);
     if (each.set == lost) continue;
     const int64_t base = each.set * t.ways;
     const Score gained = entry_score<Score>(each.uses, stamp);

@@ -9,10 +9,12 @@ from gr.config import ClickConfig, RankingConfig, dump_config, load_config
 from gr.config.features import TableOptions, chosen_columns, chosen_features, columns_by_table
 from gr.config.optim import Adam, RowWiseAdagrad
 from gr.errors import ConfigError
+from gr.planner.estimate_tables import optimizer_states
+from gr.schema import RAW_IDS, SparseColumn
 from tests.support import ROOT
 from tests.support.schemas import tabular_schema
 from tests.support.tiny_histories import SCHEMA
-from tests.support.tiny_tabular import COLUMNS, DENSE
+from tests.support.tiny_tabular import COLUMNS, DENSE, tiny_click_config
 
 RANKING = """\
 run_dir: runs/x
@@ -134,3 +136,30 @@ def test_a_table_that_cannot_be_shared_is_one_line(options: dict, said: str) -> 
     with pytest.raises(ConfigError) as caught:
         columns_by_table({"a": 5, "b": 5, "category": 6}, {k: TableOptions(**own) for k, own in options.items()})
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ids_of_a_table() -> None:
+    """The rows are those of the ids, whatever the largest id; raw ids cannot be rows."""
+    columns = (SparseColumn(name="c1", cardinality=RAW_IDS), *COLUMNS[1:])
+    schema = tabular_schema(columns, DENSE)
+    config = tiny_click_config(Path("unused"), Path("unused"))
+    with pytest.raises(ConfigError, match=r"c1 has raw ids .* set embeddings\.tables\.c1\.ids to \{kind: dynamic"):
+        config.tables(schema)
+    ids = {"c1": {"ids": {"kind": "dynamic", "rows": 128}}, "c2": {"ids": {"kind": "hashed", "rows": 9}}}
+    tables = tiny_click_config(Path("unused"), Path("unused"), embeddings={"tables": ids}).tables(schema)
+    assert [(table.rows, table.ids) for table in tables] == [(128, "dynamic"), (9, "hashed"), (23, "dense")]
+    states = [optimizer_states(table)[1] for table in tables]
+    assert states == [4, 0, 0], "16 bytes a row, as four numbers"
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ({"kind": "dynamic", "rows": 100}, "rows=100 is no multiple of ways=64: set rows=128"),
+        ({"kind": "dynamic", "rows": 128, "min_count": 256}, "less than or equal to 255"),
+        ({"kind": "hashed", "rows": 128, "ways": 2}, "Extra inputs"),
+    ],
+)
+def test_ids_that_cannot_be_are_one_line(ids: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TableOptions.model_validate({"ids": ids})
