@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.serving_http PACKAGE --checkpoint RUN --input FILE [--connections 64]
 
-Connections ask for --seconds as fast as they are answered, each the next request of FILE when it has its answer, so
-every core that the server gets is used. Processor time depends on other work much less than rates do; the number that
-one core can answer a second is its inverse, where no other work is on that core.
+Connections ask for --seconds as fast as they are answered, each the next request of FILE when it has its answer; the
+servers take turns, --rounds times, and the median is shown. Processor time depends on other work much less than rates
+do; the number that one core can answer a second is its inverse, where no other work is on that core.
 """
 
 import argparse
@@ -15,8 +15,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import uvloop
@@ -75,25 +78,31 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(
-    name: str,
-    open_version: Callable[[], ServedVersion],
-    inputs: Sequence[TensorSpec],
-    requests: Sequence[Columns],
-    options: argparse.Namespace,
-    **limits: float,
-) -> None:
-    """Prints a row of the table."""
-    given = ServeConfig(port=0, **limits)  # type: ignore[arg-type]
-    with server(open_version, given) as address:
-        (process,) = multiprocessing.active_children()
-        sent = [http_request(address[0], MODEL, columns, inputs) for columns in requests]
-        uvloop.run(ask(address, sent, options.connections, options.seconds / 4))  # to begin with
-        before = processor_seconds(process.pid or 0)
-        statuses = uvloop.run(ask(address, sent, options.connections, options.seconds))
-        used = processor_seconds(process.pid or 0) - before
-    answers = ", ".join(f"{count:,} of {status}" for status, count in sorted(statuses.items()))
-    print(f"| {name} | {1e6 * used / statuses.total():.0f} | {answers} |", flush=True)
+@dataclass
+class Side:
+    """A server that is measured, and what it is asked. microseconds: of processor time a request, by round."""
+
+    name: str
+    open_version: Callable[[], ServedVersion]
+    inputs: Sequence[TensorSpec]
+    columns: Sequence[Columns]
+    limits: ServeConfig
+    address: tuple[str, int] = ("", 0)
+    process: int = 0
+    microseconds: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    def start(self, stack: ExitStack) -> None:
+        others = {process.pid for process in multiprocessing.active_children()}
+        self.address = stack.enter_context(server(self.open_version, self.limits))
+        (self.process,) = {process.pid or 0 for process in multiprocessing.active_children()} - others
+
+    def ask(self, connections: int, seconds: float) -> None:
+        requests = [http_request(self.address[0], MODEL, each, self.inputs) for each in self.columns]
+        before = processor_seconds(self.process)
+        statuses = uvloop.run(ask(self.address, requests, connections, seconds))
+        self.microseconds.append(1e6 * (processor_seconds(self.process) - before) / statuses.total())
+        self.statuses += statuses
 
 
 def main() -> None:
@@ -103,22 +112,34 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--connections", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     version = Version.open(options.package)
     inputs = version.verbs["score"].inputs
     requests = read_requests(options.input, inputs, options.rows)[:100]
     package, eager = partial(Version.open, options.package), partial(EagerClick.of, options.checkpoint, options.package)
-    patient = {"deadline_ms": 1e7}
-    print(f"{options.rows} rows a request, {options.connections} connections, load {os.getloadavg()[0]:.1f}")
-    print("| | processor us a request | answers |\n|---|---|---|")
-    measure("package, with its queue", package, inputs, requests, options, **patient)
-    measure("package, each request alone", package, inputs, requests, options, batch_rows=1, **patient)
-    measure("torchrec, each request alone", eager, inputs, requests, options, batch_rows=1, **patient)
-    # A batch of this one takes half a second and no processor time, and the deadline is the shorter one.
+    limits = partial(ServeConfig, port=0, deadline_ms=1e7)
+    # A batch of the last one takes half a second and no processor time, and the deadline is the shorter one.
     toy = [{"x": np.ones(options.rows, np.float32)}]
-    slow = partial(ToyVersion, 1, fixed=0.5)
-    measure("what is refused, nearly all", slow, ToyServable.inputs, toy, options, deadline_ms=100)
+    sides = [
+        Side("package, with its queue", package, inputs, requests, limits()),
+        Side("package, each request alone", package, inputs, requests, limits(batch_rows=1)),
+        Side("torchrec, each request alone", eager, inputs, requests, limits(batch_rows=1)),
+        Side("refused", partial(ToyVersion, 1, fixed=0.5), ToyServable.inputs, toy, limits(deadline_ms=100)),
+    ]
+    with ExitStack() as stack:
+        for side in sides:
+            side.start(stack)
+        for _ in range(1 + options.rounds):
+            for side in sides:
+                side.ask(options.connections, options.seconds)
+    print(f"{options.rows} rows a request, {options.connections} connections, load {os.getloadavg()[0]:.1f}")
+    print("| | processor us a request | in rounds | answers |\n|---|---|---|---|")
+    for side in sides:
+        measured = sorted(side.microseconds[1:])  # the first round is to begin with
+        answers = ", ".join(f"{count:,} of {status}" for status, count in sorted(side.statuses.items()))
+        print(f"| {side.name} | {median(measured):.0f} | {measured[0]:.0f} to {measured[-1]:.0f} | {answers} |")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,8 +17,11 @@ Headers = Sequence[tuple[bytes, bytes]]  # names in lower case
 
 
 class Admission(Protocol):
-    def __call__(self, path: bytes, headers: Headers, arrived: float) -> tuple[int, Mapping[str, str], bytes] | None:
-        """The answer to a POST that is refused before its body is read: status, headers and body; None: it is not."""
+    def __call__(self, path: bytes, headers: Headers, begins: float) -> tuple[int, Mapping[str, str], bytes] | None:
+        """The answer to a POST that is refused before its body is read: status, headers and body; None: it is not.
+
+        begins: when the time of its deadline begins, by time.monotonic().
+        """
         ...
 
 
@@ -102,17 +106,20 @@ class Connection(HttpToolsProtocol):
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > self._limits.header_bytes:
             self._too_long()
             raise HttpParserError("headers")  # nothing of it reaches the application
-        self.scope["state"]["arrived"] = arrived = self.config.lateness.arrived(self.loop)
-        self._refused = self._refuse_early(arrived)
+        late = self.config.lateness.seconds(self.loop)
+        self.scope["state"]["arrived"] = arrived = time.monotonic() - late
+        # Its answer will wait as long again until it is written, so the engine has so much less time.
+        self.scope["state"]["begins"] = begins = arrived - late
+        self._refused = self._refuse_early(begins)
         if not self._refused:
             super().on_headers_complete()
 
-    def _refuse_early(self, arrived: float) -> bool:
+    def _refuse_early(self, begins: float) -> bool:
         """Answers what is refused now, without a task, a route or its body: under overload most requests are."""
         is_first = self.cycle is None or self.cycle.response_complete  # and none before it is still answered
         if not is_first or self.parser.get_method() != b"POST" or not self._has_short_body():
             return False
-        if (answer := self.config.refusal(self.url, self.headers, arrived)) is None:
+        if (answer := self.config.refusal(self.url, self.headers, begins)) is None:
             return False
         self._write(*answer, close=not self.parser.should_keep_alive())
         return True

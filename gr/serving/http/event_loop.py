@@ -57,15 +57,15 @@ class Lateness:
         self._due: float | None = None
         self._seconds = 0.0
 
-    def arrived(self, loop: asyncio.AbstractEventLoop) -> float:
-        """When what is read now has arrived, by time.monotonic()."""
+    def seconds(self, loop: asyncio.AbstractEventLoop) -> float:
+        """Of what is read now."""
         now = time.monotonic()
         if self._due is None:
             self._due = now + _LOOK
             loop.call_later(_LOOK, self._look)
         else:
             self._seconds = max(self._seconds, now - self._due)
-        return now - self._seconds
+        return self._seconds
 
     def _look(self) -> None:
         assert self._due is not None

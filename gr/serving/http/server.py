@@ -71,16 +71,16 @@ class Served:
         """Path of a POST, without a version -> verb."""
         return {f"/v2/models/{model}/infer".encode(): verb for model, verb in self.models.items()}
 
-    def refusal(self, path: bytes, headers: Headers, arrived: float) -> tuple[int, dict[str, str], bytes] | None:
+    def refusal(self, path: bytes, headers: Headers, begins: float) -> tuple[int, dict[str, str], bytes] | None:
         """The answer to a POST for which there is no room, before anything else is spent on it; None: there is room."""
         if (verb := self.verbs.get(path)) is None:
             return None
         try:
-            self.engine.require_room(verb, arrived)
+            self.engine.require_room(verb, begins)
         except Unavailable as error:
             given = next((value for name, value in headers if name == _REQUEST_ID), b"").decode("latin-1")
             status, message, headers_of_error = _error(error, request_id := id_of(given))
-            self.record("infer", request_id, status, time.monotonic() - arrived, {})
+            self.record("infer", request_id, status, time.monotonic() - begins, {})
             head = {"content-type": "application/json", **headers_of_error, REQUEST_ID: request_id}
             return status, head, json.dumps({"error": message}).encode()
         return None
@@ -226,15 +226,15 @@ async def _model_ready(served: Served, request: Request, line: dict[str, Any]) -
 
 async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Response:
     verb = served.verb(request)
-    arrived = request.state.arrived
+    begins = request.state.begins
     with _Body(served) as body:
         await body.read(request)
         line["bytes"] = len(body.data)
         json_bytes = _json_bytes(request, len(body.data))
         if len(body.data) > _LONG_BODY:
-            asked, future = await asyncio.to_thread(_submit, served.engine, verb, body.data, json_bytes, arrived)
+            asked, future = await asyncio.to_thread(_submit, served.engine, verb, body.data, json_bytes, begins)
         else:
-            asked, future = _submit(served.engine, verb, body.data, json_bytes, arrived)
+            asked, future = _submit(served.engine, verb, body.data, json_bytes, begins)
         answer = await served.answers.of(future)
     line |= {"model": request.path_params["model"], "version": answer.version}
     line |= {"queue_ms": round(1e3 * answer.queue_seconds, 3), "run_ms": round(1e3 * answer.run_seconds, 3)}
@@ -248,11 +248,11 @@ async def _infer(served: Served, request: Request, line: dict[str, Any]) -> Resp
 
 
 def _submit(
-    engine: Engine, verb: str, body: bytes, json_bytes: int, arrived: float
+    engine: Engine, verb: str, body: bytes, json_bytes: int, begins: float
 ) -> "tuple[InferRequest, Future[Answer]]":
     servable = engine.servable(verb)
     asked = read_request(body, json_bytes, servable.inputs, servable.outputs)
-    return asked, engine.submit(verb, asked.columns, deadline_ms=asked.deadline_ms, arrived=arrived)
+    return asked, engine.submit(verb, asked.columns, deadline_ms=asked.deadline_ms, arrived=begins)
 
 
 def _json_bytes(request: Request, body_bytes: int) -> int:

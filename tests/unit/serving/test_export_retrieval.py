@@ -15,6 +15,8 @@ from gr.config.export import load_export_config
 from gr.errors import ConfigError
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.serving.export import export, publish
+from gr.serving.gate.accuracy_gate import Limits
+from gr.serving.gate.calibration import calibration
 from gr.serving.index.approximate import ApproximateIndex
 from gr.serving.package.version import Version
 from gr.serving.passes import retrieval_build
@@ -151,6 +153,8 @@ def test_a_preference_run_is_served_by_the_code_of_its_retrieval_model(tmp_path:
         saved = loaded(Path(run.run_dir))
         forms.append(exporting._form(saved, exporting._build(saved, kinds, config), config))
     assert forms[0] == forms[1] and forms[0]["kind"] == "retrieval"
+    rows = calibration(saved)
+    assert rows.gate(rows.predict(saved.model), Limits()).verdict == "pass"
 
 
 def test_dense_is_fp32(run: Path) -> None:

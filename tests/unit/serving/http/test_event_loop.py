@@ -38,12 +38,12 @@ def test_answers_of_another_thread_come_by_one_wake_up(monkeypatch):
 def test_a_loop_that_stood_still_read_late():
     async def read():
         loop, lateness = asyncio.get_running_loop(), Lateness()
-        assert time.monotonic() - lateness.arrived(loop) < 0.05
-        time.sleep(0.2)
-        assert time.monotonic() - lateness.arrived(loop) == pytest.approx(0.2, abs=0.1)
+        assert lateness.seconds(loop) < 0.05
+        time.sleep(0.3)
+        assert lateness.seconds(loop) == pytest.approx(0.3, abs=0.15)
         await asyncio.sleep(0.02)  # its timer tells how late the turn was that has ended
-        assert time.monotonic() - lateness.arrived(loop) > 0.1
+        assert lateness.seconds(loop) > 0.15
         await asyncio.sleep(0.05)  # and then that it is in time again
-        assert time.monotonic() - lateness.arrived(loop) < 0.1
+        assert lateness.seconds(loop) < 0.15
 
     asyncio.run(read())
