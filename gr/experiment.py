@@ -236,6 +236,13 @@ def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str
         log.info("begins at step 0 with %s of %s", ", ".join(parts), chosen)
         return {"step": 0}
     recipe.check_saved(saved, str(chosen))
+    assert isinstance(state.tables, TableOptimizer)
+    state.tables.grow_from(saved.embeddings)
+    if state.tables.growing and chosen.is_relative_to(config.run_dir):
+        raise CheckpointError(
+            f"{chosen} has fewer ways (embeddings.tables.COLUMN.ids) than this run, which would leave its run_dir with "
+            "checkpoints of two sizes: set another run_dir, with checkpoint.load_from"
+        )
     if saved.kind != config.kind:
         trained = {name: parameter for name, parameter in state.dense.items() if parameter.requires_grad}
         load_state(chosen, ModelState(trained, None, state.tables), world)

@@ -28,8 +28,8 @@ Features = Annotated[tuple[str, ...], AfterValidator(_distinct)]
 
 class _Ids(Section):
     def layout(self) -> dict[str, Any]:
-        """What the rows of a checkpoint depend on: all but how ids are admitted."""
-        return {name: value for name, value in self if name not in ("half_life", "min_count")}
+        """What the rows of a checkpoint depend on, but for their number in dynamic sets, which may grow."""
+        return dict(self)
 
 
 class DenseIds(_Ids):
@@ -65,6 +65,13 @@ class DynamicIds(_Ids):
     min_count: Annotated[int, Field(ge=1, le=255)] = Field(
         1, description="Uses after which an id may have a row; above 1 they are estimated, in 4 bytes a row."
     )
+
+    @property
+    def sets(self) -> int:
+        return self.rows // self.ways
+
+    def layout(self) -> dict[str, Any]:
+        return {"kind": self.kind, "sets": self.sets, "eviction": self.eviction, "counts": self.min_count > 1}
 
     @model_validator(mode="after")
     def _whole_sets(self):

@@ -66,7 +66,7 @@ class DynamicTable:
     """The id table of one table with dynamic ids: this rank's sets of it."""
 
     def __init__(self, name: str, ids: DynamicIds, world: World) -> None:
-        sets = ids.rows // ids.ways
+        sets = ids.sets
         if not world.size <= sets <= MOST_SETS:
             raise ConfigError(
                 f"embeddings.tables.{name}.ids: rows={ids.rows} in ways of {ids.ways} are {sets} sets; the "

@@ -15,6 +15,7 @@ from gr.config.features import Rounding
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
+from gr.embeddings.growth import GrownEntry, grown
 from gr.embeddings.huge_pages import advise_huge_pages
 from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import Kernel, TableShard, local_shards
@@ -55,6 +56,7 @@ class TableOptimizer:
         self.ids = id_map_of(model)
         self.factor = 1.0
         self.steps = 0
+        self.growing: list[TableEntry | IdEntry | GrownEntry] = []
         self.shards: list[TableShard] = list(local_shards(model))
         for shard in self.shards:
             for tensor in (shard.weight, *shard.states.values()):
@@ -82,8 +84,24 @@ class TableOptimizer:
         for shard in self.shards:
             if shard.is_fused:
                 shard.kernel.emb_module.set_optimizer_step(steps)
+        for entry in self.growing:
+            if isinstance(entry, GrownEntry):
+                entry.deal_out()
+        self.growing = []
         if self.ids is not None:
             self.ids.set_steps(steps)
+
+    def grow_from(self, saved: EmbeddingsConfig) -> None:
+        """The next checkpoint to be loaded, up to set_steps(), is of `saved`, whose sets may have fewer ways."""
+        ids = {} if self.ids is None else self.ids.dynamic
+        ways = {name: (saved.ids_of(name), table.config.ways) for name, table in ids.items()}
+        fewer = {name: (old.ways, now) for name, (old, now) in ways.items() if old.kind == "dynamic" and old.ways < now}
+        entries = self.entries() if fewer else []
+        owners = [entry.name.split(".")[0].removesuffix("/ids") for entry in entries]
+        self.growing = [
+            grown(entry, *fewer[owner]) if owner in fewer and not isinstance(entry, GrownEntry) else entry
+            for owner, entry in zip(owners, entries, strict=True)
+        ]
 
     @torch.no_grad()
     def hand_over(self, handed: Sequence[HandedOver]) -> None:
@@ -112,8 +130,10 @@ class TableOptimizer:
     def _fused_kernels(self) -> list[Kernel]:
         return list({id(shard.kernel): shard.kernel for shard in self.shards if shard.is_fused}.values())
 
-    def entries(self) -> list[TableEntry | IdEntry]:
+    def entries(self) -> list[TableEntry | IdEntry | GrownEntry]:
         """Weights, states and the rows of dynamic ids as a checkpoint keeps them."""
+        if self.growing:
+            return self.growing
         self.flush()
         return [*table_entries(self.shards, self.states), *(self.ids.entries() if self.ids is not None else ())]
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from gr.config import differences
+from gr.config.features import DynamicIds
 from gr.config.load import RECIPES
 from gr.config.run import RunConfig
 from gr.data.parquet import decoding
@@ -190,12 +191,13 @@ class Recipe(ABC, Generic[Config]):
             shown = "; ".join(f"{key} is {before} there, {now} now" for key, (before, now) in changed.items())
             raise CheckpointError(f"{path} is of another {' or '.join(sections)}: {shown}. Use another run_dir")
         for table in self.config.columns_by_table(self.schema):
-            ids = [each.embeddings.ids_of(table) for each in (saved, self.config)]
-            shown, wanted = (" ".join(f"{name}={value}" for name, value in each.layout().items()) for each in ids)
-            if shown != wanted:
+            before, now = (each.embeddings.ids_of(table) for each in (saved, self.config))
+            shown = [" ".join(f"{name}={value}" for name, value in each.layout().items()) for each in (before, now)]
+            fewer = isinstance(before, DynamicIds) and isinstance(now, DynamicIds) and now.ways < before.ways
+            if shown[0] != shown[1] or fewer:
                 raise CheckpointError(
-                    f"{path} is of another model: embeddings.tables.{table}.ids is {shown} there, {wanted} now. Use "
-                    "another run_dir"
+                    f"{path} is of another model: embeddings.tables.{table}.ids has {shown[0]} there, {shown[1]} now"
+                    f"{' (ways may grow, rows with them)' if fewer else ''}. Use another run_dir"
                 )
         before, now = saved.columns_by_table(self.schema), self.config.columns_by_table(self.schema)
         for table in {**before, **now}:

@@ -111,6 +111,27 @@ def test_resumes_on_two_ranks_from_the_map_of_the_saved_step(folder: Path, one: 
 
 
 @pytest.mark.slow
+def test_a_table_grows_by_ways(folder: Path, one: ClickConfig) -> None:
+    """On two ranks, from one: ids keep their rows, so the next step has the same loss, and evicts nobody."""
+    first = CheckpointFolder(Path(one.run_dir) / "checkpoints").final(HALF)
+    config = raw_click_config(
+        folder / "train",
+        folder / "grown",
+        trainer={"steps": HALF + 2},
+        checkpoint={"load_from": str(first)},
+        planner={"tables": {"tags": "table_wise"}, "sharding": "row_wise"},
+        tables={"item": {"ids": {**ITEM, "rows": 192, "ways": 12}}},
+    )
+    run_ranks(run, 2, config)
+    assert records(config, "train")[HALF + 1]["loss"] == pytest.approx(
+        records(one, "train")[HALF + 1]["loss"], abs=LOSS
+    )
+    counts, before = records(config, "ids")[HALF + 1], records(one, "ids")[HALF + 1]
+    assert counts["item/hits"] == before["item/hits"] > 0
+    assert before["item/evicted"] > counts["item/evicted"] == 0
+
+
+@pytest.mark.slow
 def test_predicts_rows_of_raw_ids(folder: Path, one: ClickConfig) -> None:
     """An id that has no row counts as any other without one; more ranks say the same."""
     rows = pq.read_table(folder / "later" / "part-00000.parquet")
@@ -133,7 +154,7 @@ def test_what_reads_no_map_says_so(one: ClickConfig) -> None:
         load(checkpoint)
     changed = one.model_dump()
     changed["embeddings"]["tables"]["item"]["ids"]["ways"] = 16
-    with pytest.raises(RankError, match=r"tables\.item\.ids is kind=dynamic rows=128 ways=8 .* there, .* ways=16"):
+    with pytest.raises(RankError, match=r"tables\.item\.ids has kind=dynamic sets=16 .* there, .* sets=8"):
         run_ranks(run, 1, ClickConfig.model_validate(changed))
 
 
