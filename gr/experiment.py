@@ -233,6 +233,7 @@ def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str
     saved = _saved_config(chosen, config, recipe.starts_from)
     if parts is not None and chosen.parent != own:
         load_parts(chosen, state, parts, world)
+        state.tables.set_steps(0)
         log.info("begins at step 0 with %s of %s", ", ".join(parts), chosen)
         return {"step": 0}
     recipe.check_saved(saved, str(chosen))

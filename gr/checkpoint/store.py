@@ -250,12 +250,13 @@ def load_state(path: Path, state: ModelState, world: World) -> dict[str, Any]:
 
 
 def load_parts(path: Path, state: ModelState, parts: Collection[str], world: World) -> None:
-    """Loads the weights of some tables, and of the dense part where `dense` is named, without optimizer states.
+    """Loads the weights of some tables, with the maps of their ids, and of the dense part where `dense` is named.
 
     Raises CheckpointError on every rank where one does not fit, or the checkpoint cannot be read.
     """
     read_progress(path)
-    tables = {e.name: e.value for e in state.tables.entries() if e.name in {f"{name}.weight" for name in parts}}
+    prefixes = tuple(prefix for name in parts for prefix in (f"{name}.weight", f"{name}/"))
+    tables = {entry.name: entry.value for entry in state.tables.entries() if entry.name.startswith(prefixes)}
     expected: dict[str, dict[str, Any]] = {"tables": tables}
     if DENSE in parts:
         expected[DENSE] = {name: p.detach() for name, p in state.dense.items()}

@@ -12,7 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gr.checkpoint import CheckpointFolder
+from gr.checkpoint.apply import apply_deltas
+from gr.checkpoint.delta import publish_delta
 from gr.checkpoint.metadata import SafeReader
+from gr.checkpoint.saved_rows import SavedRows, octets
 from gr.config.click import ClickConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
@@ -57,6 +60,17 @@ def one(folder: Path) -> ClickConfig:
 
 def run(world: World, config: ClickConfig) -> None:
     train(config, world)
+
+
+def test_full_and_delta_is_full(one: ClickConfig, tmp_path: Path) -> None:
+    """Rows changed hands meanwhile, so the map of ids changed too."""
+    checkpoints = CheckpointFolder(Path(one.run_dir) / "checkpoints")
+    delta, manifest = publish_delta(checkpoints.final(STEPS), HALF, tmp_path / "deltas")
+    assert any("/ids" in table for table in manifest.rows)
+    apply_deltas(checkpoints.final(HALF), [delta], tmp_path / "full")
+    applied, last = SavedRows(tmp_path / "full"), SavedRows(checkpoints.final(STEPS))
+    assert applied.tensors.keys() == last.tensors.keys()
+    assert all(octets(applied.read(name)) == octets(last.read(name)) for name in last.tensors)
 
 
 def records(config: ClickConfig, kind: str) -> dict[int, dict[str, float]]:
