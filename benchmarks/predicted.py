@@ -113,7 +113,7 @@ def _predicted(built: Built, batch: RetrievalBatch, world: World) -> dict[str, f
     tokens, examples = len(batch.target_ids_T), batch.features.stride()
     inventory = at_mean_length(config.inventory(built.recipe.schema), max(1.0, tokens / examples))
     memory_MR = estimate(replace(plan, inventory=inventory)).memory_MR
-    of_kind = {kind: float(memory_MR[row, world.rank]) for row, kind in enumerate(MEMORY)}
+    of_kind = {kind: float(memory_MR[row, world.rank % memory_MR.shape[1]]) for row, kind in enumerate(MEMORY)}
     return {name: sum(of_kind[kind] for kind in kinds) for name, kinds in COMPARED.items()}
 
 

@@ -44,24 +44,30 @@ def all_to_all(ready_R: np.ndarray, gives_R: np.ndarray, takes_R: np.ndarray, to
     ranks, local = len(ready_R), topology.ranks_per_host
     if ranks == 1:
         return ready_R
-    host_R = np.arange(ranks) // local
     ready_R = ready_R + _latency(topology)
-    sends = [ready_R.copy(), ready_R.copy()]  # when a rank's link to its own host, and to others, is free to send
-    receives = [ready_R.copy(), ready_R.copy()]
-    bandwidths = topology.intra_bandwidth, topology.inter_bandwidth
-    last_R = ready_R.copy()
+    host_R = np.arange(ranks) // local
+    # When the links of a rank to its own host, and to others, are free to send and to receive.
+    sends, receives = [ready_R, ready_R], [ready_R, ready_R]
+    seconds = [gives_R / topology.intra_bandwidth, gives_R / topology.inter_bandwidth]
     for k in range(1, ranks):
-        to_R = np.roll(takes_R, -k)
-        near_R = host_R == np.roll(host_R, -k)
-        for link, on_R in ((0, near_R), (1, ~near_R)):
-            if not on_R.any():
-                continue
-            receiver = np.roll(receives[link], -k)
-            end_R = np.maximum(sends[link], receiver) + MESSAGE_SECONDS + gives_R * to_R / bandwidths[link]
-            sends[link] = np.where(on_R, end_R, sends[link])
-            receives[link] = np.roll(np.where(on_R, end_R, receiver), k)
-            last_R = np.maximum(last_R, receives[link])
-    return last_R
+        to_R = _rotated(takes_R, k)
+        near_R = host_R == _rotated(host_R, k) if k < local or ranks - k < local else None
+        for link in (0, 1) if near_R is not None else (1,):
+            receiver_R = _rotated(receives[link], k)
+            end_R = np.maximum(sends[link], receiver_R) + (MESSAGE_SECONDS + seconds[link] * to_R)
+            if near_R is not None:
+                on_R = near_R if link == 0 else ~near_R
+                receiver_R = np.where(on_R, end_R, receiver_R)
+                end_R = np.where(on_R, end_R, sends[link])
+            else:
+                receiver_R = end_R
+            sends[link], receives[link] = end_R, _rotated(receiver_R, ranks - k)
+    return np.maximum(*receives)
+
+
+def _rotated(values_R: np.ndarray, by: int) -> np.ndarray:
+    """values_R[a + by] in place a, around the ranks."""
+    return np.concatenate((values_R[by:], values_R[:by]))
 
 
 def _latency(topology: Topology) -> float:

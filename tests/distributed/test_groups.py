@@ -7,7 +7,10 @@ import pytest
 
 from gr.checkpoint import CheckpointFolder
 from gr.dist import World
-from gr.experiment import evaluate
+from gr.embeddings import TableOptimizer
+from gr.experiment import build, evaluate
+from gr.planner.estimate import MEMORY, estimate
+from gr.recipes.base import open_recipe
 from tests.distributed.test_parity import (
     LOSS,
     SHARDING,
@@ -96,3 +99,23 @@ def test_groups_agree_before_they_save_and_resume_bitwise(data, tmp_path):  # no
     assert again["model"] == whole["model"]
     checkpoint = CheckpointFolder(full / "checkpoints").final(12)
     assert run_ranks(tried, 1, configs[0], checkpoint)[0] == whole["model"]["hr@10"]
+
+
+def held(world: World, config) -> tuple[list[float], list[float]]:
+    """Bytes of (tables, states) that this rank has, and that the planner says it has."""
+    built = build(open_recipe(config), world)
+    tables = TableOptimizer(built.model, config.embeddings, config.seed)
+    states = [state.nbytes for own in tables.states for state in own.values()]
+    own = [float(sum(shard.weight.nbytes for shard in tables.shards)), float(sum(states))]
+    memory_MR = estimate(built.plan).memory_MR
+    place = world.rank % memory_MR.shape[1]
+    return own, [float(memory_MR[MEMORY.index(kind), place]) for kind in ("tables", "table_optimizer")]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adamw"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_rank_holds_the_bytes_that_are_planned(data, optimizer, dtype):  # noqa: F811
+    config = in_groups(data, "row_wise", optimizer)
+    embeddings = config.embeddings.model_copy(update={"dtype": dtype})
+    for own, planned in run_ranks(held, 4, config.model_copy(update={"embeddings": embeddings})):
+        assert own == planned
