@@ -18,7 +18,13 @@ from gr.ops.jagged import jagged_to_padded
 from gr.sequence import JaggedSequence
 from gr.towers.llama import Llama
 
-TESTS = ("tests/ops/test_softmax_attention.py", "tests/ops/test_rope.py", "tests/unit/towers/test_llama.py")
+TESTS = (
+    "tests/ops/test_softmax_attention.py",
+    "tests/ops/test_rms_norm.py",
+    "tests/ops/test_rope.py",
+    "tests/ops/test_swiglu.py",
+    "tests/unit/towers/test_llama.py",
+)
 _LONGEST = 200
 _SHAPES = ((64, 1, 1, 128), (256, 4, 2, 64))  # D, heads, key heads, sequences
 

@@ -15,11 +15,11 @@ from gr.data.loader import ResumableLoader
 from gr.data.text import TextDataset, TextPass
 from gr.data.vocabulary import check_digest
 from gr.dist import World
-from gr.errors import ConfigError, DataError
+from gr.errors import DataError
 from gr.planner.estimate_dense import sequence_flops
-from gr.recipes.base import Evaluation, Recipe, ReportTable, Split, Training
+from gr.recipes.base import Evaluation, ReportTable, Training
+from gr.recipes.folder import FolderRecipe
 from gr.schema import SCHEMA_FILE, TOKENIZER_FILE, TextSchema
-from gr.training import callbacks
 from gr.training.module import Inputs
 from gr.training.trainer import Callback
 
@@ -45,7 +45,7 @@ class CausalLMObjective:
         return model(inputs.batch)
 
 
-class CausalLMRecipe(Recipe[CausalLMConfig]):
+class CausalLMRecipe(FolderRecipe[CausalLMConfig]):
     """Trains on the documents of data.path; evaluates on those of evaluation.path, where it is set."""
 
     schema: TextSchema
@@ -106,46 +106,22 @@ class CausalLMRecipe(Recipe[CausalLMConfig]):
         return lambda batch: float(sequence_flops(inventory, batch.offsets_B1.diff().numpy()).sum())
 
     def callbacks(self, training: Training) -> list[Callback]:
-        settings = self.config.evaluation
-        if not settings.every:
-            return []
-        assert self.evaluation_data is not None, "the configuration asks for it"
-        return [
-            callbacks.Evaluation(
-                lambda: self.evaluate(training.model, training.world, "test").metrics,
-                training.checkpointing,
-                training.writer,
-                every=settings.every,
-                select_by=None,  # it is scored on at the end
-                shown=("loss", "perplexity"),
-                over=f"{self.evaluation_data.schema.tokens:,} tokens",
-            )
-        ]
+        tokens = self.evaluation_data.schema.tokens if self.evaluation_data is not None else 0
+        return self.evaluation_callbacks(training, ("loss", "perplexity"), f"{tokens:,} tokens")
 
-    def check_split(self, split: Split) -> None:
-        """evaluation.path holds the documents of either split."""
-        if self.config.evaluation.path is None:
-            raise ConfigError("evaluation.path is unset: name the text folder to evaluate on, evaluation.path=PATH")
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
-        """The mean loss of every scored token of the evaluation data, in nats; none where there is no such data."""
-        data, details = self.evaluation_data, {"data": self.config.evaluation.path}
-        if data is None:
-            return Evaluation({}, details)
-        was_training = model.training
-        model.eval()
+    def measure(self, model: nn.Module, world: World) -> Evaluation:
+        """The mean loss of every scored token, in nats."""
+        assert self.evaluation_data is not None, "FolderRecipe measures what there is"
         total, tokens = 0.0, 0
-        documents = self._pass(data, world, self.config.evaluation.global_batch_size, drop_last=False)
+        documents = self._pass(self.evaluation_data, world, self.config.evaluation.global_batch_size, drop_last=False)
         with ResumableLoader(documents) as loader:
             for batch in loader:
                 tokens += int(batch.scored_T.sum())
                 total += float(model(batch.to(world.device)).double())
-        model.train(was_training)
         total, counted = world.all_reduce_sum([total, float(tokens)])
         loss = total / counted if counted else None
         perplexity = None if loss is None else math.exp(min(loss, 700.0))
-        return Evaluation({"loss": loss, "perplexity": perplexity, "tokens": counted}, details)
+        return Evaluation({"loss": loss, "perplexity": perplexity, "tokens": counted})
 
     @classmethod
     def tables(cls, report: Mapping[str, Any]) -> list[ReportTable] | str:

@@ -17,12 +17,12 @@ from gr.data.loader import ResumableLoader, rank_batch_size
 from gr.data.tabular import TabularDataset, check_rows_alike
 from gr.data.tabular_pass import TabularPass
 from gr.dist import World
-from gr.errors import ConfigError
 from gr.metrics.prequential import PrequentialMetrics
 from gr.metrics.ranking import OneClassError, RankingMetrics
 from gr.planner.estimate_dense import dense_work
 from gr.recipes.answers import read_rows, scored_schema, with_scores
-from gr.recipes.base import Answers, Evaluation, Recipe, ReportTable, Split, Training
+from gr.recipes.base import Answers, Evaluation, ReportTable, Training
+from gr.recipes.folder import FolderRecipe
 from gr.schema import TabularSchema
 from gr.tasks import click_loss
 from gr.training import callbacks
@@ -56,7 +56,7 @@ class ClickObjective:
         return click_loss(logits_B, batch.labels_B, self.loss).sum()
 
 
-class ClickRecipe(Recipe[ClickConfig]):
+class ClickRecipe(FolderRecipe[ClickConfig]):
     """Trains DLRM; evaluates on the rows of evaluation.path, where it is set."""
 
     schema: TabularSchema
@@ -109,34 +109,14 @@ class ClickRecipe(Recipe[ClickConfig]):
         chosen: list[Callback] = [
             callbacks.Prequential(training.objective, metrics, training.writer, every=self.config.trainer.log_every)
         ]
-        if settings.every:
-            assert self.evaluation_data is not None, "the configuration asks for it"
-            chosen.append(
-                callbacks.Evaluation(
-                    lambda: self.evaluate(training.model, world, "test").metrics,
-                    training.checkpointing,
-                    training.writer,
-                    every=settings.every,
-                    select_by=None,  # it is scored on at the end, and one pass has nothing to select
-                    shown=("auc", "ne", "log_loss", "calibration"),
-                    over=f"{self.evaluation_data.rows:,} examples",
-                )
-            )
-        return chosen
+        examples = self.evaluation_data.rows if self.evaluation_data is not None else 0
+        shown = "auc", "ne", "log_loss", "calibration"
+        return chosen + self.evaluation_callbacks(training, shown, f"{examples:,} examples")
 
-    def check_split(self, split: Split) -> None:
-        """evaluation.path holds the rows of either split."""
-        if self.config.evaluation.path is None:
-            raise ConfigError("evaluation.path is unset: name the data folder to evaluate on, evaluation.path=PATH")
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
-        """Metrics over every row of the evaluation data; none where there is no such data."""
-        data, details = self.evaluation_data, {"data": self.config.evaluation.path}
-        if data is None:
-            return Evaluation({}, details)
-        was_training = model.training
-        model.eval()
+    def measure(self, model: nn.Module, world: World) -> Evaluation:
+        """Metrics over every row."""
+        data = self.evaluation_data
+        assert data is not None, "FolderRecipe measures what there is"
         metrics = RankingMetrics("evaluation", world)
         size = self.config.evaluation.global_batch_size
         all_rows = TabularPass(data, global_batch_size=size, rank=world.rank, world_size=world.size, drop_last=False)
@@ -148,11 +128,10 @@ class ClickRecipe(Recipe[ClickConfig]):
                 batch = batch.to(world.device)
                 logits_B = model(batch.dense_BN, batch.sparse)
                 metrics.update(logits_B[:own], batch.labels_B[:own])
-        model.train(was_training)
         try:
-            return Evaluation(metrics.compute(), details)
+            return Evaluation(metrics.compute())
         except OneClassError as error:
-            return Evaluation(error.metrics, {**details, "unmeasured": {"label": str(error)}})
+            return Evaluation(error.metrics, {"unmeasured": {"label": str(error)}})
 
     def predict(self, model: nn.Module, world: World, file: Path) -> Answers:
         """Column score: the probability of the label. Columns of the file: those of the training data."""

@@ -127,17 +127,21 @@ class PreferenceRecipe(RetrievalRecipe):
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """As retrieval does, with liked_hr@10, liked_ndcg@10 and liked_mrr over the users with a liked target.
 
+        level_of_top@10 is how much users liked, later, what is in their top 10: a user's held-out event is all that is
+        known of later, so that it is the mean level of the targets that are there.
+
         On the test split the reference is evaluated too: details and arrays have the same of it, and the differences.
         """
         evaluated = super().evaluate(model, world, split)
-        is_liked = self._target_levels(split) >= self.config.task.liked
-        metrics = self._with_liked(evaluated.arrays["ranks"], is_liked)
+        levels = self._target_levels(split)
+        is_liked = levels >= self.config.task.liked
+        metrics = self._with_levels(evaluated.arrays["ranks"], levels)
         if split == "validation":
             return Evaluation(metrics, evaluated.details, evaluated.arrays)
         inner = _plain(model)
         batches = self.user_batches(world, target_from_end=TARGET_FROM_END[split])
         ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world, inner.reference)
-        reference = self._with_liked(ranks, is_liked)
+        reference = self._with_levels(ranks, levels)
         own, before = user_metrics(evaluated.arrays["ranks"])["hr@10"], user_metrics(ranks)["hr@10"]
         change = {
             name: paired_difference(own[chosen], before[chosen]) if chosen.sum() > 1 else None
@@ -153,10 +157,16 @@ class PreferenceRecipe(RetrievalRecipe):
             details["held_out_pairs"] = self._held_out_pairs(inner, world)
         return Evaluation(metrics, details, evaluated.arrays | {"ranks-reference": ranks, "is-liked": is_liked})
 
-    @staticmethod
-    def _with_liked(ranks: np.ndarray, is_liked: np.ndarray) -> dict[str, float | None]:
+    def _with_levels(self, ranks: np.ndarray, levels: np.ndarray) -> dict[str, float | None]:
+        """The metrics of all users, those over liked targets, and the mean level of the targets in the top 10."""
+        is_liked, in_top = levels >= self.config.task.liked, ranks <= 10
         liked = retrieval_metrics(ranks[is_liked]) if is_liked.any() else {}
-        return {**retrieval_metrics(ranks), **{f"liked_{name}": liked.get(name) for name in LIKED}}
+        of_top = float(levels[in_top].mean()) if in_top.any() else None
+        return {
+            **retrieval_metrics(ranks),
+            **{f"liked_{name}": liked.get(name) for name in LIKED},
+            "level_of_top@10": of_top,
+        }
 
     @cache  # noqa: B019  a recipe lives as long as its run
     def _target_levels(self, split: Split) -> np.ndarray:
@@ -220,7 +230,7 @@ class PreferenceRecipe(RetrievalRecipe):
             rows = {"model": report["model"], "reference": report["reference"]}
             title = f"liked targets, {report['liked_users']:,} users"
             tables[0].rows["reference"] = report["reference"]  # type: ignore[index]
-            tables.append(ReportTable(title, rows, [f"liked_{name}" for name in LIKED]))
+            tables.append(ReportTable(title, rows, [*(f"liked_{name}" for name in LIKED), "level_of_top@10"]))
         return tables
 
 

@@ -66,6 +66,9 @@ def test_the_report_compares_the_model_with_its_reference(tuned):
     is_liked = np.load(run_dir / "test-is-liked.npy")
     assert report["liked_users"] == is_liked.sum()
     assert after["liked_hr@10"] == pytest.approx((ranks[is_liked] <= 10).mean())
+    # Levels are 0 to 4, from 3 on they are liked.
+    share = is_liked[ranks <= 10].mean()
+    assert 3 * share <= after["level_of_top@10"] <= 2 + 2 * share
     change = report["change_and_standard_error"]["liked_hr@10"][0]
     assert change == pytest.approx((ranks[is_liked] <= 10).mean() - (reference[is_liked] <= 10).mean())
     assert report["held_out_pairs"]["implicit_reward_accuracy"] > 0.6  # taste is learnable
