@@ -7,7 +7,8 @@ from gr.schema import DataSchema
 
 _EVENTS_TO_TRAIN_ON = 50_000_000  # over all epochs
 _FULL_SOFTMAX = 20_000  # items up to which scoring all of them costs less than drawing negatives
-_SPARSE = 50  # events a user, below which a recipe for sparse data holds
+_SPARSE = 20  # events a user, below which the recipe for sparse data holds
+_SHORT = 50  # events a user, below which dropout is .5
 _TOKENS_OF_A_STEP = 2048  # of sparse data, by the mean history
 SIZED = (
     "data.max_length",
@@ -44,7 +45,8 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
     most = 75 if sparse else 60
     epochs = min(most, max(5, _EVENTS_TO_TRAIN_ON // max(events, 1)))
     few = f"{mean:.1f} events a user, {'below' if sparse else 'not below'} {_SPARSE}"
-    dropout = Size(0.5 if sparse else 0.2, few)
+    short = mean < _SHORT
+    dropout = Size(0.5 if short else 0.2, f"{mean:.1f} events a user, {'below' if short else 'not below'} {_SHORT}")
     rate = Size(2e-3 if sparse else 1e-3, few)
     dim = Size(128 if sparse or events >= 5_000_000 else 64, f"{few}, {events:,} events")
     if sparse:
