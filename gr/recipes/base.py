@@ -191,12 +191,12 @@ class Recipe(ABC, Generic[Config]):
             shown = "; ".join(f"{key} is {before} there, {now} now" for key, (before, now) in changed.items())
             raise CheckpointError(f"{path} is of another {' or '.join(sections)}: {shown}. Use another run_dir")
         for table in self.config.columns_by_table(self.schema):
-            before, now = (each.embeddings.ids_of(table) for each in (saved, self.config))
-            shown = [" ".join(f"{name}={value}" for name, value in each.layout().items()) for each in (before, now)]
-            fewer = isinstance(before, DynamicIds) and isinstance(now, DynamicIds) and now.ways < before.ways
-            if shown[0] != shown[1] or fewer:
+            old, new = (each.embeddings.ids_of(table) for each in (saved, self.config))
+            rows = [" ".join(f"{name}={value}" for name, value in each.layout().items()) for each in (old, new)]
+            fewer = isinstance(old, DynamicIds) and isinstance(new, DynamicIds) and new.ways < old.ways
+            if rows[0] != rows[1] or fewer:
                 raise CheckpointError(
-                    f"{path} is of another model: embeddings.tables.{table}.ids has {shown[0]} there, {shown[1]} now"
+                    f"{path} is of another model: embeddings.tables.{table}.ids has {rows[0]} there, {rows[1]} now"
                     f"{' (ways may grow, rows with them)' if fewer else ''}. Use another run_dir"
                 )
         before, now = saved.columns_by_table(self.schema), self.config.columns_by_table(self.schema)
