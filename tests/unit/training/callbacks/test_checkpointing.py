@@ -79,7 +79,7 @@ class TestCheckpointing:
     def test_progress(self, tmp_path: Path, alone: World) -> None:
         store = self.run(tmp_path, alone, 4)
         progress = json.loads((store.folder.final(4) / "progress.json").read_text())
-        assert progress == {"format": FORMAT, "step": 4, "data": {"position": 40}, "stopped": False}
+        assert progress == {"format": FORMAT, "step": 4, "ranks": 1, "data": {"position": 40}, "stopped": False}
 
 
 class TestEvaluation:
