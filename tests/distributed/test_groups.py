@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from gr.checkpoint import CheckpointFolder
 from gr.dist import World
 from gr.embeddings import TableOptimizer
 from gr.experiment import build, evaluate
+from gr.ops.row_update import StochasticRounding
+from gr.parallel.groups import TableCopies
 from gr.planner.estimate import MEMORY, estimate
 from gr.recipes.base import open_recipe
 from tests.distributed.test_parity import (
@@ -119,3 +123,26 @@ def test_a_rank_holds_the_bytes_that_are_planned(data, optimizer, dtype):  # noq
     embeddings = config.embeddings.model_copy(update={"dtype": dtype})
     for own, planned in run_ranks(held, 4, config.model_copy(update={"embeddings": embeddings})):
         assert own == planned
+
+
+def mean_of(world: World, values: list[float], dtype: torch.dtype, draws: StochasticRounding | None) -> np.ndarray:
+    assert dist.group.WORLD is not None
+    tensor = torch.full((512, 16), values[world.rank], dtype=dtype)
+    TableCopies(None, dist.group.WORLD, 1)._average(tensor, draws)
+    return tensor.double().numpy()
+
+
+class TestMeans:
+    def test_equal_copies_stay_as_they_are(self):
+        """A third of three times a number is another number in float32."""
+        for mean in run_ranks(mean_of, 3, [0.1] * 3, torch.float32, None):
+            assert (mean == np.float32(0.1)).all()
+
+    def test_half_copies_have_an_exact_mean(self):
+        """One of two moved by the least there is in fp16: half of the elements move, by draws that all ranks share."""
+        values, least = [1.0, 1.0 + 2**-10], 2**-10
+        nearest = run_ranks(mean_of, 2, values, torch.float16, None)
+        assert len(np.unique(nearest[0])) == 1, "rounded to nearest, all elements are the same"
+        first, second = run_ranks(mean_of, 2, values, torch.float16, StochasticRounding(7, 3, 0, 0, 16))
+        assert (first == second).all()
+        assert abs((first.mean() - 1) / least - 0.5) < 3 * 0.5 / np.sqrt(first.size)

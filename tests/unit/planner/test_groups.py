@@ -15,8 +15,9 @@ from gr.planner.constraints import constrained
 from gr.planner.estimate import MEMORY, PHASES, estimate
 from gr.planner.groups import one_group
 from gr.planner.inventory import load_inventory
-from gr.planner.plan import search
+from gr.planner.plan import DoesNotFit, search
 from gr.planner.planfile import check_plan, dump_plan, parse_plan
+from gr.planner.remedies import explanation
 from gr.planner.sharding_plan import to_sharding_plan
 from gr.planner.topology import parse_topology
 from tests.support.plans import machine
@@ -54,6 +55,22 @@ class TestGroups:
     def test_they_are_equal_parts_of_hosts_or_whole_hosts(self, groups, ranks, local):
         with pytest.raises(PlanError, match=f"groups={groups} of {ranks} ranks, {local} a host"):
             one_group(grouped(groups), machine(ranks, local))
+
+    def test_a_run_has_a_multiple_of_them(self):
+        config = tiny_config("unused", "unused", planner={"groups": 2})
+        config.check_ranks(4)
+        with pytest.raises(ConfigError, match=r"planner\.groups=2 does not divide the 1 ranks of this run"):
+            config.check_ranks(1)
+
+    def test_fewer_are_a_remedy_and_so_are_states_on_the_host(self):
+        tables = tuple(table.model_copy(update={"rows": 4 * 10**8}) for table in TABLES)
+        job = grouped(2, tables=tables)
+        topology = parse_topology("h100x2")
+        with pytest.raises(DoesNotFit) as error:
+            search(job, topology)
+        remedies = explanation(job, topology, error.value)
+        assert "fewer groups: groups=1: fits, " in remedies
+        assert "optimizer states on the host (state: host, state_dtype: fp32): fits, " in remedies
 
     def test_each_has_the_tables_whole(self):
         one, two = (estimate(search(grouped(groups), machine(8, 4, "cuda"))) for groups in (1, 2))
