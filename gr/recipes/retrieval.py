@@ -288,7 +288,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         error = math.sqrt(value * (1 - value) / users)
         return (
             f"below a baseline: {baseline} has {name} {value:.4f}, the model {own[name]:.4f} (one standard error is "
-            f"{error:.4f} at most); train longer, or set task, model.dim and dropout by validation"
+            f"{error:.4f} at most); choose epochs, model.dim, dropout and task by validation, or use it"
         )
 
 

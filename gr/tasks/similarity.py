@@ -70,7 +70,7 @@ class MixtureOfLogits(nn.Module, Similarity):
 
     P = query_vectors * item_vectors logits, one for each pair of a vector of the query and one of the item. The gates
     pi are a softmax of SiLU(gate of the query * gate of the item + gate of the logits), so a score lies between the
-    least and the greatest of its logits (arXiv 2306.04039; arXiv 2407.15462, section 2). A query and an item become one
+    least and the greatest of its logits (arXiv 2306.04039; arXiv 2407.15462). A query and an item become one
     vector each: their vectors one after another, then their gate, [P].
     """
 
@@ -135,7 +135,7 @@ class MixtureOfLogits(nn.Module, Similarity):
         """Scores of S items for each of N queries, float [N, S], and the load-balance loss of each query, [N].
 
         That loss is minus the mutual information, in nats, of component and item among a query's items (arXiv
-        2407.15462, section 4.2, has it over a batch; over one query it is the same at every world size): gates that are
+        2407.15462 has it over a batch; over one query it is the same at every world size): gates that are
         sharp for an item, and differ between items.
         """
         config = self.config
