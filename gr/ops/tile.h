@@ -148,15 +148,19 @@ inline float reciprocal(float d) {
   return r + r * (1.f - d * r);
 }
 
-// 1 / (1 + exp(-x)); exp(-x) = 2^(n + f) with |f| <= 1/2, and 2^f by its degree-5 Chebyshev interpolant (1e-7).
-inline float sigmoid(float x) {
-  const float t = std::min(std::max(x * -1.44269504f, -100.f), 100.f);
+// 2^t for t cut to [-100, 100]: t = n + f with |f| <= 1/2, and 2^f by its degree-5 Chebyshev interpolant (1e-7).
+inline float power_of_two(float t) {
+  t = std::min(std::max(t, -100.f), 100.f);
   const float n = std::nearbyint(t), f = t - n;
   const float p =
       1.00000008f +
       f * (0.693147188f + f * (0.240221075f + f * (0.0555035711f + f * (0.00967603192f + f * 0.00133908634f))));
-  const float exp_minus_x = p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  return reciprocal(1.f + exp_minus_x);
+  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
+
+constexpr float kLog2E = 1.44269504f;
+
+// 1 / (1 + exp(-x))
+inline float sigmoid(float x) { return reciprocal(1.f + power_of_two(x * -kLog2E)); }
 
 }  // namespace gr

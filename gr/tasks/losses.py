@@ -17,11 +17,9 @@ from gr.config.ranking import ActionTask, ValueTask
 from gr.config.retrieval import LOSS_CHUNK
 from gr.ops.linear_cross_entropy import linear_cross_entropy
 from gr.ops.sampled_logits import sampled_logits
+from gr.ops.sampled_logits.softmax import sampled_softmax, softmax_of_first
 from gr.tasks.negatives import Candidates
 from gr.tasks.similarity import PAIR_FLOATS, MixtureOfLogits, Similarity
-
-# What a negative that happens to be the target gets for a logit (generative-recommenders, sampled_softmax.py).
-HIT_LOGIT = -5e4
 
 
 def retrieval_loss(queries_TD: Tensor, items_KD: Tensor, candidates: Candidates, similarity: Similarity) -> Tensor:
@@ -36,14 +34,12 @@ def retrieval_loss(queries_TD: Tensor, items_KD: Tensor, candidates: Candidates,
     if isinstance(similarity, MixtureOfLogits):
         return _mixture_loss(queries_TD, items_KD, candidates, similarity)
     if candidates.negative_TS is not None:
-        index = torch.cat([positive_T[:, None], candidates.negative_TS], dim=1)
-        logits = sampled_logits(queries_TD, items_KD, index) * similarity.scale
-        return _sampled_softmax(logits, candidates.negative_TS == positive_T[:, None])
+        return sampled_softmax(queries_TD, items_KD, positive_T, candidates.negative_TS, scale=similarity.scale)
     if candidates.shared_S is not None:
         shared = queries_TD @ items_KD[candidates.shared_S].T
         own = sampled_logits(queries_TD, items_KD, positive_T[:, None])
         logits = torch.cat([own, shared], dim=1) * similarity.scale
-        return _sampled_softmax(logits, candidates.shared_S == positive_T[:, None])
+        return softmax_of_first(logits, candidates.shared_S == positive_T[:, None])
     bias = None if candidates.log_q_K is None else -candidates.log_q_K
     return linear_cross_entropy(queries_TD, items_KD, positive_T, scale=similarity.scale, bias_K=bias, chunk=LOSS_CHUNK)
 
@@ -62,7 +58,7 @@ def _mixture_loss(queries_TC: Tensor, items_KC: Tensor, candidates: Candidates, 
             negative_tS = negative.expand(len(queries_tC), -1)
             index_tS = torch.cat([positive_t[:, None], negative_tS], dim=1)
             scores_tS, balance_t = similarity.pairs(queries_tC, items_KC[index_tS])
-            loss_t = _sampled_softmax(scores_tS, negative_tS == positive_t[:, None])
+            loss_t = softmax_of_first(scores_tS, negative_tS == positive_t[:, None])
         return loss_t + similarity.config.balance * balance_t
 
     at_once = max(1, PAIR_FLOATS // (compared * similarity.pair_floats))
@@ -72,13 +68,6 @@ def _mixture_loss(queries_TC: Tensor, items_KC: Tensor, candidates: Candidates, 
         negative = own if candidates.negative_TS is None else candidates.negative_TS[part]
         losses.append(checkpoint(loss_of, queries_TC[part], candidates.positive_T[part], negative, use_reentrant=False))
     return torch.cat(losses)
-
-
-def _sampled_softmax(logits_T1S: Tensor, hit_TS: Tensor) -> Tensor:
-    """logits_T1S: the target's logit first, then the negatives'. hit_TS: negatives that are the target."""
-    masked = logits_T1S[:, 1:].float().masked_fill(hit_TS, HIT_LOGIT)
-    positive = logits_T1S[:, 0].float()
-    return torch.logaddexp(masked.logsumexp(dim=1), positive) - positive
 
 
 def click_loss(logits_B: Tensor, labels_B: Tensor, loss: ClickLoss) -> Tensor:

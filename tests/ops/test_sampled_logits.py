@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from gr.ops.backend import Backend, force_backend
 from gr.ops.sampled_logits import chunked, sampled_logits
 from gr.ops.sampled_logits.reference import sampled_logits_reference
+from gr.ops.sampled_logits.softmax import sampled_softmax
 from tests.support.tolerances import assert_near
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -125,3 +127,43 @@ def test_wrong_arguments() -> None:
         sampled_logits(queries, items, index.int())
     with pytest.raises(ValueError, match="queries_TD"):
         sampled_logits(queries[0], items, index)
+
+
+def softmax_run(
+    queries: Tensor, items: Tensor, positive: Tensor, negative: Tensor, dtype: torch.dtype, backend: Backend
+) -> list[Tensor]:
+    queries, items = (x.to(dtype).requires_grad_() for x in (queries, items))
+    with force_backend(backend):
+        losses = sampled_softmax(queries, items, positive, negative, scale=20.0)
+        grad = torch.arange(1.0, len(losses) + 1, dtype=losses.dtype)
+        return [losses.detach(), *torch.autograd.grad(losses, [queries, items], grad)]
+
+
+@pytest.mark.parametrize("shape", [(40, 33, 12, 50), (20, 9, 100, 16), (9, 1, 3, 128), (7, 130, 5, 300), (4, 0, 3, 8)])
+def test_softmax_against_cross_entropy_without_the_hits(backend: Backend, shape: tuple[int, int, int, int]) -> None:
+    tokens, samples, items, width = shape
+    queries = normalize(torch.randn(tokens, width)).double().requires_grad_()
+    table = normalize(torch.randn(items, width)).double().requires_grad_()
+    positive, negative = torch.randint(0, items, (tokens,)), torch.randint(0, items, (tokens, samples))
+    losses = []
+    for query, target, drawn in zip(queries, positive, negative, strict=True):
+        counted = torch.cat([target[None], drawn[drawn != target]])
+        losses.append(-(20.0 * table[counted] @ query).log_softmax(0)[0])
+    expected = torch.stack(losses)
+    wanted = torch.autograd.grad(expected, [queries, table], torch.arange(1.0, tokens + 1).double())
+    actual = softmax_run(queries.detach(), table.detach(), positive, negative, torch.float32, backend)
+    for name, value, exact in zip(("loss", "dqueries", "ditems"), actual, (expected.detach(), *wanted), strict=True):
+        assert torch.allclose(value.double(), exact, rtol=1e-5, atol=2e-5 * float(exact.abs().max())), name
+
+
+def test_softmax_has_the_same_bits_on_two_threads_and_shows_nan() -> None:
+    queries, table = torch.randn(500, 50), torch.randn(9000, 50)
+    positive, negative = torch.randint(0, 9000, (500,)), torch.randint(0, 9000, (500, 20))
+    torch.set_num_threads(1)
+    first = softmax_run(queries, table, positive, negative, torch.float32, "native")
+    torch.set_num_threads(2)
+    assert all(map(torch.equal, first, softmax_run(queries, table, positive, negative, torch.float32, "native")))
+    table = table.detach().index_fill(0, negative[3, 4], float("nan"))
+    assert softmax_run(queries, table, positive, negative, torch.float32, "native")[0][3].isnan()
+    with pytest.raises(IndexError, match="index_TS must lie in"):
+        softmax_run(queries, table, positive, negative - 9000, torch.float32, "native")

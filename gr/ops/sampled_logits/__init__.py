@@ -25,7 +25,7 @@ def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Te
     Raises ValueError if shapes or dtypes do not fit, IndexError if an index lies outside [0, K).
     Source: the sampled softmax of arXiv 2402.17152, as in the public research code (uniform negatives per position).
     """
-    _check(queries_TD, items_KD, index_TS)
+    check_arguments(queries_TD, items_KD, index_TS)
     if queries_TD.dtype == torch.float64:
         return sampled_logits_reference(queries_TD, items_KD, index_TS)
     match backend_for(queries_TD.device):
@@ -39,7 +39,7 @@ def sampled_logits(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> Te
             return sampled_logits_chunked(queries_TD, items_KD, index_TS)
 
 
-def _check(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> None:
+def check_arguments(queries_TD: Tensor, items_KD: Tensor, index_TS: Tensor) -> None:
     if queries_TD.dim() != 2 or queries_TD.shape[1] == 0:
         raise ValueError(f"queries_TD must be [T, D] with D > 0, not {list(queries_TD.shape)}")
     if items_KD.dim() != 2 or items_KD.shape[1] != queries_TD.shape[1]:

@@ -1,4 +1,4 @@
-"""Sampled logits by the C++ operator, with its gradients. Letters as in reference.py."""
+"""Sampled logits and their softmax by the C++ operators, with their gradients. Letters as in reference.py."""
 
 from typing import Any
 
@@ -24,3 +24,26 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dqueries, ditems = torch.ops.gr.sampled_logits_backward(grad.contiguous(), *ctx.saved_tensors)
         return dqueries, ditems, None
+
+
+def sampled_softmax_native(
+    queries_TD: Tensor, items_KD: Tensor, positive_T: Tensor, negative_TS: Tensor, scale: float
+) -> Tensor:
+    """sampled_softmax on CPU, computed in float32; the same bits on any number of threads."""
+    return _Softmax.apply(
+        queries_TD.float(), items_KD.float(), positive_T.contiguous(), negative_TS.contiguous(), scale
+    )
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, items: Tensor, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        queries, items = queries.contiguous(), items.contiguous()
+        losses, weights, index = torch.ops.gr.sampled_softmax(queries, items, positive, negative, scale)
+        ctx.save_for_backward(weights, queries, items, index)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *torch.ops.gr.sampled_softmax_backward(grad, *ctx.saved_tensors), None, None, None

@@ -1,16 +1,22 @@
-// logits[t, s] = queries[t] . items[index[t, s]] without the gathered [T, S, D] tensor, and its two gradients.
+// logits[t, s] = queries[t] . items[index[t, s]] without the gathered [T, S, D] tensor, and its two gradients; and the
+// sampled softmax of these logits, which keeps the weights of its gradient instead of the logits.
 //
-// Rows are read as vectors of kLanes floats; where the width is no multiple of that they are copied once, zero padded, so
-// that every loop below has whole vectors. The gradient of an item adds up its pairs in the order of the tokens, whoever
-// adds them, so results are the same bits on any number of threads.
+// Rows are read as vectors of kLanes floats; where the width is no multiple of that they are copied once, zero padded,
+// so that every loop below has whole vectors. The gradient of an item adds up its pairs in the order of the tokens,
+// whoever adds them, so results are the same bits on any number of threads.
+#include "../tile.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -86,11 +92,8 @@ template <typename F> void by_vectors(int64_t vectors, F f) {
   switch (vectors) {
     case 1: return f.template operator()<1>();
     case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
     case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
-    case 6: return f.template operator()<6>();
-    case 7: return f.template operator()<7>();
+    case 7: return f.template operator()<7>();  // width 50, the research models', where a vector has 8 floats
     case 8: return f.template operator()<8>();
     default: return f.template operator()<0>();
   }
@@ -103,45 +106,107 @@ void check_row(const int64_t* index, int64_t samples, int64_t items) {
                     low < 0 ? low : high);
 }
 
+void check_items(const at::Tensor& items) {
+  TORCH_CHECK(items.size(0) < INT32_MAX, "sampled logits take fewer than 2^31 items, not ", items.size(0));
+}
+
+// logits[s] = a . table[ids[s]]
+template <int kVectors>
+void dots(const Lanes* a, const Padded& table, const int32_t* ids, int64_t samples, float* logits) {
+  const int64_t vectors = kVectors ? kVectors : table.vectors;
+  for (int64_t s = 0; s < samples; s += kLanes) {
+    const int64_t have = std::min(kLanes, samples - s);
+    Lanes products[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      prefetch<kVectors>(table.data + ids[std::min(s + i + kAhead, samples - 1)] * vectors, vectors);
+      const Lanes* b = table.data + ids[s + std::min(i, have - 1)] * vectors;
+      Lanes sum = a[0] * b[0];
+      for (int64_t v = 1; v < vectors; ++v) sum += a[v] * b[v];
+      products[i] = sum;
+    }
+    const Lanes sums = sum_each(products);
+    // A copy of fixed size is one store, a copy of variable size is a call.
+    if (have == kLanes) std::memcpy(logits + s, &sums, sizeof(sums));
+    else std::memcpy(logits + s, &sums, have * sizeof(float));
+  }
+}
+
 at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at::Tensor& index) {
+  check_items(items);
   const int64_t tokens = index.size(0), samples = index.size(1);
   auto out = at::empty({tokens, samples}, queries.options());
   const Padded q(queries), table(items);
   const int64_t* ids = index.const_data_ptr<int64_t>();
   float* logits = out.mutable_data_ptr<float>();
   by_vectors(q.vectors, [&]<int kVectors>() {
-    const int64_t vectors = kVectors ? kVectors : q.vectors;
     at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> row(samples);
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t* row = ids + t * samples;
-        check_row(row, samples, items.size(0));
-        const Lanes* a = q.data + t * vectors;
-        for (int64_t s = 0; s < samples; s += kLanes) {
-          const int64_t have = std::min(kLanes, samples - s);
-          Lanes products[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i) {
-            prefetch<kVectors>(table.data + row[std::min(s + i + kAhead, samples - 1)] * vectors, vectors);
-            const Lanes* b = table.data + row[s + std::min(i, have - 1)] * vectors;
-            Lanes sum = a[0] * b[0];
-            for (int64_t v = 1; v < vectors; ++v) sum += a[v] * b[v];
-            products[i] = sum;
-          }
-          const Lanes sums = sum_each(products);
-          float* to = logits + t * samples + s;
-          // A copy of fixed size is one store, a copy of variable size is a call.
-          if (have == kLanes) std::memcpy(to, &sums, sizeof(sums));
-          else std::memcpy(to, &sums, have * sizeof(float));
-        }
+        check_row(ids + t * samples, samples, items.size(0));
+        std::copy(ids + t * samples, ids + (t + 1) * samples, row.begin());
+        dots<kVectors>(q.data + t * q.vectors, table, row.data(), samples, logits + t * samples);
       }
     });
   });
   return out;
 }
 
+// The loss of one token from its logits, the target's first; a negative that is the target does not count. The logits
+// become the weights, d loss / d product: scale (p - 1) for the target, scale p for a negative.
+inline float softmax_row(float* __restrict x, const int32_t* __restrict ids, int64_t samples, float scale) {
+  const int32_t target = ids[0];
+  float most = x[0] *= scale;
+  for (int64_t s = 1; s < samples; ++s) {
+    x[s] *= scale;
+    const float counted = ids[s] == target ? -std::numeric_limits<float>::max() : x[s];
+    most = counted > most ? counted : most;
+  }
+  const float own = x[0] - most;
+  float others = 0.f;
+  for (int64_t s = 1; s < samples; ++s) {
+    x[s] = ids[s] == target ? 0.f : power_of_two((x[s] - most) * kLog2E);
+    others += x[s];
+  }
+  const float total = others + std::exp(own), rate = scale / total;
+  for (int64_t s = 1; s < samples; ++s) x[s] *= rate;
+  x[0] = -others * rate;
+  return std::log(total) - own;
+}
+
+// losses [T], and for the gradient: weights [T, 1 + S], and int32 ids [T, 1 + S] with the target's first.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_forward(const at::Tensor& queries, const at::Tensor& items,
+                                                               const at::Tensor& positive, const at::Tensor& negative,
+                                                               double scale) {
+  check_items(items);
+  const int64_t tokens = negative.size(0), samples = 1 + negative.size(1);
+  auto losses = at::empty({tokens}, queries.options()), weights = at::empty({tokens, samples}, queries.options());
+  auto index = at::empty({tokens, samples}, positive.options().dtype(at::kInt));
+  const Padded q(queries), table(items);
+  const int64_t *targets = positive.const_data_ptr<int64_t>(), *drawn = negative.const_data_ptr<int64_t>();
+  float *to_losses = losses.mutable_data_ptr<float>(), *to_weights = weights.mutable_data_ptr<float>();
+  int32_t* to_index = index.mutable_data_ptr<int32_t>();
+  by_vectors(q.vectors, [&]<int kVectors>() {
+    at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t* from = drawn + t * (samples - 1);
+        check_row(targets + t, 1, items.size(0));
+        check_row(from, samples - 1, items.size(0));
+        int32_t* ids = to_index + t * samples;
+        float* row = to_weights + t * samples;
+        ids[0] = static_cast<int32_t>(targets[t]);
+        for (int64_t s = 1; s < samples; ++s) ids[s] = static_cast<int32_t>(from[s - 1]);
+        dots<kVectors>(q.data + t * q.vectors, table, ids, samples, row);
+        to_losses[t] = softmax_row(row, ids, samples, static_cast<float>(scale));
+      }
+    });
+  });
+  return {losses, weights, index};
+}
+
 struct Pairs {
   int64_t tokens, samples;
   const float* weights;  // d loss / d logits
-  const int64_t* ids;
+  const int32_t* ids;
 };
 
 // d queries[t] = sum_s g[t, s] items[index[t, s]]; with kBoth, in the same pass over the pairs, also
@@ -156,7 +221,7 @@ void one_pass(const Pairs& pairs, const Padded& q, const Padded& table, Padded* 
     Lanes* sum = kVectors ? registers : reinterpret_cast<Lanes*>(wide.data());
     for (int64_t v = 0; v < vectors; ++v) sum[v] = Lanes{};
     const Lanes* a = q.data + t * vectors;
-    const int64_t* row = pairs.ids + t * pairs.samples;
+    const int32_t* row = pairs.ids + t * pairs.samples;
     const float* weights = pairs.weights + t * pairs.samples;
     for (int64_t s = 0; s < pairs.samples; ++s) {
       const int64_t soon = row[std::min(s + kAhead, pairs.samples - 1)] * vectors;
@@ -177,8 +242,8 @@ struct Pair {
   float weight;
 };
 
-// d items[k] = sum over the pairs of k of g queries[t]: the pairs are sorted by blocks of items, and a block, whose sums
-// stay in the cache, has one owner.
+// d items[k] = sum over the pairs of k of g queries[t]: the pairs are sorted by blocks of items, and a block, whose
+// sums stay in the cache, has one owner.
 template <int kVectors>
 void by_blocks(const Pairs& pairs, const Padded& q, int64_t rows, float* ditems, int64_t width) {
   constexpr int64_t kBlockBytes = 128 << 10, kPairsPerTask = 1 << 15, kMostBlocks = 1024;
@@ -231,13 +296,14 @@ void by_blocks(const Pairs& pairs, const Padded& q, int64_t rows, float* ditems,
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tensor& queries, const at::Tensor& items,
-                                            const at::Tensor& index) {
+// index: int32, as the forward pass has checked it.
+std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& g, const at::Tensor& queries, const at::Tensor& items,
+                                             const at::Tensor& index) {
   constexpr int64_t kMostBytes = 8 << 20;  // of sums that one thread scatters to at random: they stay near the core
   const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1);
   TORCH_CHECK(tokens < INT32_MAX, "sampled_logits takes fewer than 2^31 tokens, not ", tokens);
   const Padded q(queries), table(items);
-  const Pairs pairs{tokens, index.size(1), g.const_data_ptr<float>(), index.const_data_ptr<int64_t>()};
+  const Pairs pairs{tokens, index.size(1), g.const_data_ptr<float>(), index.const_data_ptr<int32_t>()};
   auto dqueries = at::empty(queries.sizes(), queries.options());
   auto ditems = at::zeros(items.sizes(), items.options());
   float *to_queries = dqueries.mutable_data_ptr<float>(), *to_items = ditems.mutable_data_ptr<float>();
@@ -259,15 +325,34 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tenso
   return {dqueries, ditems};
 }
 
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tensor& queries, const at::Tensor& items,
+                                            const at::Tensor& index) {
+  return gradients(g, queries, items, index.to(at::kInt));
+}
+
+std::tuple<at::Tensor, at::Tensor> softmax_backward(const at::Tensor& g, const at::Tensor& weights,
+                                                    const at::Tensor& queries, const at::Tensor& items,
+                                                    const at::Tensor& index) {
+  return gradients(at::mul(weights, g.unsqueeze(1)), queries, items, index);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gr, m) {
   m.def("sampled_logits(Tensor queries, Tensor items, Tensor index) -> Tensor");
   m.def("sampled_logits_backward(Tensor grad, Tensor queries, Tensor items, Tensor index) -> (Tensor, Tensor)");
+  m.def(
+      "sampled_softmax(Tensor queries, Tensor items, Tensor positive, Tensor negative, float scale) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "sampled_softmax_backward(Tensor grad, Tensor weights, Tensor queries, Tensor items, Tensor index) -> "
+      "(Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("sampled_logits", &forward);
   m.impl("sampled_logits_backward", &backward);
+  m.impl("sampled_softmax", &softmax_forward);
+  m.impl("sampled_softmax_backward", &softmax_backward);
 }
 
 }  // namespace gr::sampled_logits
