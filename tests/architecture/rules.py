@@ -17,8 +17,8 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 3.9,
-    "data": 3.3,
+    "config": 4.0,
+    "data": 3.4,
     "ops": 5.9,
     "embeddings": 1.4,
     "parallel": 0.7,
