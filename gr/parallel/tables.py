@@ -50,9 +50,11 @@ def shard_tables(
     """Shards the tables by `plan`, with storage on `device`; the dense part stays as it is, see parallelise_dense.
 
     Table weights are left as TorchRec's random start (see initialise_tables). Raises PlanError, on every rank, for a
-    sharding type that is not valid for its table, and on CPU for a fused shard without rows.
+    sharding type that is not valid for its table, for dynamic ids under fused_uvm_caching, and on CPU for a fused
+    shard without rows.
     """
     _refuse_invalid_types(model, plan)
+    _refuse_cached_ids(model, plan, config)
     if device.type == "cpu":
         _refuse_shards_without_rows(model, plan)
     compat.quiet_known_warnings()
@@ -96,6 +98,15 @@ def _refuse_invalid_types(model: nn.Module, plan: ShardingPlan) -> None:
             raise PlanError(
                 f"table {table.name}: {sharding.sharding_type} is not valid for a {kind} table"
                 f"{' of means' if pooling == PoolingType.MEAN else ''} in torchrec 1.8; use {', '.join(valid)}"
+            )
+
+
+def _refuse_cached_ids(model: nn.Module, plan: ShardingPlan, config: EmbeddingsConfig) -> None:
+    for _, table, sharding in _sharded(model, plan):
+        if sharding.compute_kernel == "fused_uvm_caching" and config.ids_of(table.name).kind == "dynamic":
+            raise PlanError(
+                f"table {table.name}: rows of dynamic ids change hands in memory, which the cache of fused_uvm_caching "
+                "would not see; let its kernel be fused or fused_uvm"
             )
 
 
