@@ -60,10 +60,11 @@ def shard_tables(
 
     planner: its groups and types of communication; None: one group, fp32. Table weights are left as TorchRec's random
     start (see initialise_tables). Raises PlanError, on every rank, for a sharding type that is not valid for its table
-    or for the type it is sent in, and on CPU for a fused shard without rows.
+    or for the type it is sent in, for dynamic ids under fused_uvm_caching, and on CPU for a fused shard without rows.
     """
     planner = planner or PlannerConfig()
     _refuse_invalid_types(model, plan, planner.comm_dtype)
+    _refuse_cached_ids(model, plan, config)
     if device.type == "cpu":
         _refuse_shards_without_rows(model, plan)
     compat.quiet_known_warnings()
@@ -120,6 +121,15 @@ def _shard_widths(table: BaseEmbeddingConfig, sharding: ParameterSharding) -> se
     if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
         return {shard.shard_sizes[1] for shard in sharding.sharding_spec.shards}
     return {table.embedding_dim}
+
+
+def _refuse_cached_ids(model: nn.Module, plan: ShardingPlan, config: EmbeddingsConfig) -> None:
+    for _, table, sharding in _sharded(model, plan):
+        if sharding.compute_kernel == "fused_uvm_caching" and config.ids_of(table.name).kind == "dynamic":
+            raise PlanError(
+                f"table {table.name}: rows of dynamic ids change hands in memory, which the cache of fused_uvm_caching "
+                "would not see; let its kernel be fused or fused_uvm"
+            )
 
 
 def _refuse_shards_without_rows(model: nn.Module, plan: ShardingPlan) -> None:

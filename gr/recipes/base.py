@@ -190,6 +190,16 @@ class Recipe(ABC, Generic[Config]):
         if changed:
             shown = "; ".join(f"{key} is {before} there, {now} now" for key, (before, now) in changed.items())
             raise CheckpointError(f"{path} is of another {' or '.join(sections)}: {shown}. Use another run_dir")
+        self._check_ids(saved, path)
+        before, now = saved.columns_by_table(self.schema), self.config.columns_by_table(self.schema)
+        for table in {**before, **now}:
+            if before.get(table) != now.get(table):
+                columns = (", ".join(each.get(table, ())) or "no column" for each in (before, now))
+                shown = f"table {table} is read by {next(columns)} there, by {next(columns)} now"
+                raise CheckpointError(f"{path} is of another model: {shown} (embeddings.tables). Use another run_dir")
+
+    def _check_ids(self, saved: Config, path: str) -> None:
+        """Raises CheckpointError where the raw ids of a table have other rows, but for sets that have grown."""
         for table in self.config.columns_by_table(self.schema):
             old, new = (each.embeddings.ids_of(table) for each in (saved, self.config))
             rows = [" ".join(f"{name}={value}" for name, value in each.layout().items()) for each in (old, new)]
@@ -199,12 +209,6 @@ class Recipe(ABC, Generic[Config]):
                     f"{path} is of another model: embeddings.tables.{table}.ids has {rows[0]} there, {rows[1]} now"
                     f"{' (ways may grow, rows with them)' if fewer else ''}. Use another run_dir"
                 )
-        before, now = saved.columns_by_table(self.schema), self.config.columns_by_table(self.schema)
-        for table in {**before, **now}:
-            if before.get(table) != now.get(table):
-                columns = (", ".join(each.get(table, ())) or "no column" for each in (before, now))
-                shown = f"table {table} is read by {next(columns)} there, by {next(columns)} now"
-                raise CheckpointError(f"{path} is of another model: {shown} (embeddings.tables). Use another run_dir")
 
     @abstractmethod
     def objective(self, world: World) -> Objective:

@@ -65,3 +65,12 @@ def test_other_kernels_are_not(kernel: str, rows: dict[str, int]) -> None:
     """How they train: tests/distributed/test_pooled_parity.py."""
     model, _, plan = sharding_plan(kernel, rows, "sum")
     _refuse_shards_without_rows(model, plan)
+
+
+def test_dynamic_ids_are_refused_where_a_cache_would_not_see_them() -> None:
+    model, _, plan = sharding_plan("fused", {"big": 99}, "sum")
+    plan.plan["tables"]["big"].compute_kernel = "fused_uvm_caching"
+    ids = {"big": {"ids": {"kind": "dynamic", "rows": 99, "ways": 9}}}
+    config = EmbeddingsConfig.model_validate({"optimizer": {"kind": "sgd"}, "tables": ids})
+    with pytest.raises(PlanError, match="table big: rows of dynamic ids change hands in memory"):
+        shard_tables(model, plan, config, torch.device("cpu"))
