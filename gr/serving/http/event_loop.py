@@ -55,12 +55,14 @@ class Lateness:
 
     def __init__(self) -> None:
         self._due: float | None = None
-        self._seconds = 0.0
+        self._seconds = self._until = 0.0  # what was found last, and when that is too old
 
     def seconds(self, loop: asyncio.AbstractEventLoop) -> float:
         """Of what is read now."""
         now = time.monotonic()
         if self._due is None:
+            if now > self._until:
+                self._seconds = 0.0
             self._due = now + _LOOK
             loop.call_later(_LOOK, self._look)
         else:
@@ -69,4 +71,6 @@ class Lateness:
 
     def _look(self) -> None:
         assert self._due is not None
-        self._seconds, self._due = max(0.0, time.monotonic() - self._due), None
+        now = time.monotonic()
+        self._seconds, self._due = max(0.0, now - self._due), None
+        self._until = now + self._seconds
