@@ -95,6 +95,11 @@ class BatchQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a request would be run at once."""
+        return not self._waiting and len(self._running) < self._workers
+
     def put(self, request: Request) -> None:
         """Raises Overloaded, and Unavailable where the engine is closed."""
         rows = request.encoded.rows
@@ -112,9 +117,9 @@ class BatchQueue:
     def _admit(self, rows: int, deadline: float) -> None:
         if self._closed:
             raise Unavailable("the engine is closed")
-        busy = len(self._running) >= self._workers
-        if not self._waiting and not busy:
+        if self.is_idle:
             return
+        busy = len(self._running) >= self._workers
         now = time.monotonic()
         ends = max(0.0, min(self._running.values()) - now) if busy else 0.0
         wait = ends + self.time.of(self.rows + rows, self._most_rows()) / self._workers

@@ -138,6 +138,10 @@ class Engine:
         """The best items for a history, of a retrieval model: history=, k=."""
         return self.ask("retrieve", columns)
 
+    def is_idle(self, verb: str) -> bool:
+        """Whether a request would be run at once."""
+        return self._queues[verb].is_idle
+
     def require_room(self, verb: str, arrived: float | None = None) -> None:
         """Raises Overloaded where a request would be refused now, so that its body need not be read.
 

@@ -9,6 +9,7 @@ from functools import partial
 from gr.serving.engine import Answer
 
 _LOOK = 0.005  # seconds from what is read until the loop is asked how late it is
+_HALF_LIFE = 1.0  # seconds in which lateness that was found counts half
 
 
 class Answers:
@@ -50,23 +51,29 @@ class Answers:
 class Lateness:
     """How long requests have lain in their sockets when they are read, about: as long as the loop is behind its timers.
 
-    A timer is set whenever something is read and none is running.
+    A timer is set whenever something is read and none is running. The longest time counts, and the less the longer ago
+    it was found: what is late once is mostly late again soon.
     """
 
     def __init__(self) -> None:
         self._due: float | None = None
-        self._seconds = 0.0
+        self._seconds = self._found = 0.0
 
     def seconds(self, loop: asyncio.AbstractEventLoop) -> float:
         """Of what is read now."""
         now = time.monotonic()
+        self._add(0.0 if self._due is None else now - self._due, now)
         if self._due is None:
             self._due = now + _LOOK
             loop.call_later(_LOOK, self._look)
-        else:
-            self._seconds = max(self._seconds, now - self._due)
         return self._seconds
 
     def _look(self) -> None:
         assert self._due is not None
-        self._seconds, self._due = max(0.0, time.monotonic() - self._due), None
+        now = time.monotonic()
+        self._add(now - self._due, now)
+        self._due = None
+
+    def _add(self, seconds: float, now: float) -> None:
+        self._seconds = max(seconds, self._seconds * 0.5 ** ((now - self._found) / _HALF_LIFE))
+        self._found = now

@@ -10,6 +10,7 @@ import pytest
 
 from gr.config.serving import ServeConfig
 from gr.errors import ServingError
+from gr.serving.http.event_loop import Lateness
 from gr.serving.http.server import listen
 from gr.serving.servable import Unavailable
 from tests.support.toy_server import answer_of, exchange, get, post, running
@@ -103,6 +104,12 @@ def test_what_is_refused_is_refused_before_its_body_and_leaves_the_connection_op
         assert served.responses[503] == 1 and served.engine.metrics.verbs["score"].outcomes["overloaded"] == 1
     last = json.loads(lines[-2])
     assert (last["request"], last["route"], last["status"]) == ("mine", "infer", 503)
+
+
+def test_a_lone_request_is_answered_however_late_it_was_read(monkeypatch):
+    monkeypatch.setattr(Lateness, "seconds", lambda self, loop: 100.0)
+    with running(ToyVersion(1)) as (_, address):
+        assert exchange(address, post(question(1)))[0] == 200
 
 
 def test_an_answer_in_json(address):
