@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gr.config.features import Rounding
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
-from gr.embeddings.huge_pages import advise_huge_pages
+from gr.embeddings.huge_pages import take_huge_pages
 from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import Kernel, TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
@@ -53,9 +53,6 @@ class TableOptimizer:
         self.factor = 1.0
         self.steps = 0
         self.shards: list[TableShard] = list(local_shards(model))
-        for shard in self.shards:
-            for tensor in (shard.weight, *shard.states.values()):
-                advise_huge_pages(tensor)
         self.configs = [embeddings.optimizer_of(shard.table) for shard in self.shards]
         self.states = [
             shard.states if shard.is_fused else _dense_states(shard.weight, config)
@@ -133,5 +130,5 @@ def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Ten
         for name, shape in config.states.items()
     }
     for state in states.values():
-        advise_huge_pages(state)
+        take_huge_pages(state)
     return states
