@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from gr.config.optim import TABLE_OPTIMIZERS
-from gr.embeddings.huge_pages import advise_huge_pages
+from gr.embeddings.huge_pages import take_huge_pages
 from gr.ops.row_update import StochasticRounding, row_update
 from gr.ops.row_update.reference import adam
 
@@ -44,7 +44,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """As gr.embeddings holds tables and states."""
     tensor = torch.zeros(shape, dtype=dtype)
     if not SMALL_PAGES:
-        advise_huge_pages(tensor)
+        take_huge_pages(tensor)
     return tensor
 
 

@@ -9,19 +9,19 @@ import ctypes
 from torch import Tensor
 
 PAGE_BYTES = 1 << 21
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # constants of madvise(2); the second since Linux 6.1
+_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14  # constants of madvise(2)
 
 
-def advise_huge_pages(tensor: Tensor) -> None:
-    """Asks the kernel for huge pages under a tensor on CPU, also where it has been written to.
+def take_huge_pages(tensor: Tensor) -> None:
+    """Gives the pages of a tensor on CPU back, and asks for huge ones when it is next written to.
 
-    It is advice: a kernel that has none, or no room for them, leaves the pages as they are, and nothing but the speed
-    of a step tells.
+    tensor: new, its values zeros or of no use: they are zeros afterwards wherever pages were given back. The huge pages
+    are advice: a kernel that has none, or no room for them, takes small ones, and only the speed of a step tells.
     """
     first = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
     count = (tensor.data_ptr() + tensor.nbytes - first) // PAGE_BYTES
     libc = ctypes.CDLL(None)
     if count <= 0 or tensor.device.type != "cpu" or not hasattr(libc, "madvise"):
         return
-    for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+    for advice in (_MADV_DONTNEED, _MADV_HUGEPAGE):
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(count * PAGE_BYTES), advice)

@@ -16,7 +16,7 @@ from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
 from gr.embeddings.growth import GrownEntry, grown
-from gr.embeddings.huge_pages import advise_huge_pages
+from gr.embeddings.huge_pages import take_huge_pages
 from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import Kernel, TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
@@ -58,9 +58,6 @@ class TableOptimizer:
         self.steps = 0
         self.growing: list[TableEntry | IdEntry | GrownEntry] = []
         self.shards: list[TableShard] = list(local_shards(model))
-        for shard in self.shards:
-            for tensor in (shard.weight, *shard.states.values()):
-                advise_huge_pages(tensor)
         self.configs = [embeddings.optimizer_of(shard.table) for shard in self.shards]
         self.states = [
             shard.states if shard.is_fused else _dense_states(shard.weight, config)
@@ -172,5 +169,5 @@ def _dense_states(weight: Tensor, config: TableOptimizerConfig) -> dict[str, Ten
         for name, shape in config.states.items()
     }
     for state in states.values():
-        advise_huge_pages(state)
+        take_huge_pages(state)
     return states

@@ -17,7 +17,8 @@ from gr.config.inventory import SHARDING_TYPES, CommDtype, sharding_types_of
 from gr.config.planner import PlannerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
-from gr.embeddings.local_shards import take_rows
+from gr.embeddings.huge_pages import take_huge_pages
+from gr.embeddings.local_shards import local_shards, take_rows
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
 from gr.parallel.communication import codecs
@@ -58,9 +59,9 @@ def shard_tables(
 ) -> DistributedModelParallel:
     """Shards the tables by `plan`, with storage on `device`; the dense part stays as it is, see parallelise_dense.
 
-    planner: its groups and types of communication; None: one group, fp32. Table weights are left as TorchRec's random
-    start (see initialise_tables). Raises PlanError, on every rank, for a sharding type that is not valid for its table
-    or for the type it is sent in, for dynamic ids under fused_uvm_caching, and on CPU for a fused shard without rows.
+    planner: its groups and types of communication; None: one group, fp32. The weights are still to be filled (see
+    initialise_tables). Raises PlanError, on every rank, for a sharding type that is not valid for its table or for the
+    type it is sent in, for dynamic ids under fused_uvm_caching, and on CPU for a fused shard without rows.
     """
     planner = planner or PlannerConfig()
     _refuse_invalid_types(model, plan, planner.comm_dtype)
@@ -85,6 +86,9 @@ def shard_tables(
         data_parallel_wrapper=PlainDataParallel(),
     )
     take_rows(sharded)
+    for shard in local_shards(sharded):
+        for tensor in (shard.weight, *shard.states.values()):
+            take_huge_pages(tensor)
     return sharded
 
 

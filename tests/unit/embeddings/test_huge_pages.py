@@ -1,12 +1,11 @@
-"""Huge pages under a tensor: values stay, and Linux has marked what lies under it."""
+"""Huge pages under a tensor: what is marked, and what becomes of its values."""
 
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
-from gr.embeddings.huge_pages import PAGE_BYTES, advise_huge_pages
+from gr.embeddings.huge_pages import PAGE_BYTES, take_huge_pages
 
 
 def flags_at(address: int) -> str:
@@ -20,15 +19,24 @@ def flags_at(address: int) -> str:
     raise AssertionError(f"no mapping has {address:#x}")
 
 
-@pytest.mark.parametrize("touched", [True, False])
-def test_a_table_is_marked_and_keeps_its_values(touched: bool) -> None:
-    table = torch.arange(4 * PAGE_BYTES // 4, dtype=torch.float32) if touched else torch.zeros(4 * PAGE_BYTES // 4)
-    before = table.clone()
-    advise_huge_pages(table)
-    assert torch.equal(table, before)
+def test_whole_pages_are_given_back_and_marked() -> None:
+    table = torch.ones(4 * PAGE_BYTES // 4)
+    take_huge_pages(table)
     assert " hg" in flags_at(table.data_ptr() + table.nbytes // 2)
+    # A page may begin and end within it, so at least two of four lie in it whole.
+    assert 2 * PAGE_BYTES // 4 <= int((table == 0).sum()) <= 4 * PAGE_BYTES // 4
+    assert (table.fill_(2.0) == 2).all()
+
+
+def test_zeros_stay_zeros_and_the_neighbours_as_they_are() -> None:
+    whole = torch.full((6 * PAGE_BYTES // 4,), 3.0)
+    inner = whole[PAGE_BYTES // 8 : -PAGE_BYTES // 8].zero_()
+    take_huge_pages(inner)
+    assert not inner.any() and (whole[: PAGE_BYTES // 8] == 3).all() and (whole[-PAGE_BYTES // 8 :] == 3).all()
 
 
 def test_a_small_one_is_left_alone() -> None:
-    advise_huge_pages(torch.zeros(1000))
-    advise_huge_pages(torch.zeros(0, 8))
+    small = torch.ones(1000)
+    take_huge_pages(small)
+    take_huge_pages(torch.zeros(0, 8))
+    assert (small == 1).all()
