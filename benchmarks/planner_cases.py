@@ -30,7 +30,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Case:
-    """parameters: of all tables; None: as drawn. limits: None where only TorchRec's costs are compared."""
+    """parameters: of all tables; None: as drawn. giant: parameters of the first table, whatever those of the others.
+
+    limits: None where only TorchRec's costs are compared.
+    """
 
     sizes: Literal["criteo", "zipf", "lognormal"]
     tables: int
@@ -40,6 +43,7 @@ class Case:
     parameters: float | None = None
     limits: Limits | None = None
     torchrec_costs: bool = True
+    giant: float | None = None
 
 
 _SMALL = Limits(process_cpu_seconds=None, planning_cpu_seconds=1.0, gap=0.02)
@@ -52,6 +56,10 @@ CASES = {
     "100x256": Case("zipf", 100, 256, 2048, _WIDE, 1e12, _SMALL),
     "856x128": Case("lognormal", 856, 128, 1024, _NARROW, None, _SMALL),
     "1000x1024": Case("lognormal", 1000, 1024, 1024, _WIDE, 1.5e12, Limits(5.0, None, gap=0.05), torchrec_costs=False),
+    # Memory nearly full; one table that only all ranks together can hold; many tables and ranks.
+    "200x128": Case("lognormal", 200, 128, 1024, _WIDE, 2.1e12, Limits(None, 2.0, gap=0.1), torchrec_costs=False),
+    "20x4096": Case("lognormal", 20, 4096, 1024, _WIDE, None, Limits(None, 5.0, gap=0.02), False, giant=1e13),
+    "5000x4096": Case("lognormal", 5000, 4096, 1024, _WIDE, 5e12, Limits(60.0, None, gap=0.05), torchrec_costs=False),
 }
 
 
@@ -76,6 +84,8 @@ def inventory(name: str) -> InventoryConfig:
         parameters_T = drawn_T * dims_T if case.sizes == "lognormal" else np.arange(1, case.tables + 1) ** -1.2
         if case.parameters is not None:
             parameters_T = parameters_T * (case.parameters / parameters_T.sum())
+        if case.giant is not None:
+            parameters_T[0] = case.giant
         rows_T = np.maximum(parameters_T / dims_T, 1)
     tables = tuple(
         TableConfig(

@@ -17,6 +17,8 @@ from gr.planner.candidates import Capacity, Options, Scope
 OVERLOAD_WEIGHT = 20.0
 MEMORY_WEIGHT = 0.05
 RUINED = 12  # tables removed at once, at most
+TIGHT = 0.5  # share of all memory above which shards are placed by their bytes as well as by their seconds
+EVERYWHERE = 0.2  # share of the target above which tables on all ranks leave the others no more than the rest of it
 # Options that are tried: among those with room for all their shards, and among all where none has room.
 FITTING, OTHERS = 3, 9
 COUNTS = 10  # smallest counts of shards that are all tried
@@ -72,6 +74,7 @@ class Packing:
         self._choices_T: list[Focused] = []
         self._chosen_T = [every[0] for every in choices.every_T]
         self._urgency_T = np.zeros(len(choices.every_T))
+        self._is_tight = False
         self._random = np.random.default_rng(0)
 
     def put(self, table: int, option: Option, ranks: np.ndarray) -> None:
@@ -94,14 +97,23 @@ class Packing:
         then tables on whole hosts, because later there may be no room on every rank; then the largest first.
         """
         self._choices_T = [Focused(every, targets.seconds) for every in self._every_T]
+        hints = [
+            next((one for one in choices.all if one.index == option), choices.all[0])
+            for choices, option in zip(self._choices_T, relaxed_T, strict=True)
+        ]
+        memory = self.capacity.hbm_bytes
+        self._is_tight = sum(hint.hbm * hint.shards for hint in hints) > TIGHT * memory * self.capacity.ranks
+        everywhere = sum(hint.seconds for hint in hints if hint.scope is Scope.ALL)
         urgency_T = np.zeros(len(self._every_T))
-        for table, (choices, option) in enumerate(zip(self._choices_T, relaxed_T, strict=True)):
-            hint = next((one for one in choices.all if one.index == option), choices.all[0])
+        for table, hint in enumerate(hints):
             if hint.scope is Scope.ALL:
                 self._choices_T[table] = Focused([hint], targets.seconds)
+            elif everywhere > EVERYWHERE * targets.seconds:
+                self._choices_T[table] = Focused(self._every_T[table], targets.seconds - everywhere)
             # A shard takes at most the whole target, or twice that where memory or the finest cut force it.
             rank = {Scope.ALL: 8.0, Scope.HOST: 4.0, Scope.HOST_RANKS: 4.0}.get(hint.scope, 0.0)
-            urgency_T[table] = rank + min(hint.seconds / targets.seconds, 2.0)
+            share = max(hint.seconds / targets.seconds, hint.hbm / memory if self._is_tight else 0.0)
+            urgency_T[table] = rank + min(share, 2.0)
         self._urgency_T = urgency_T
         return all(self._insert(int(table), targets) for table in np.argsort(-urgency_T, kind="stable"))
 
@@ -195,6 +207,9 @@ class Packing:
             return choices.all
         free_R = np.sort(targets.seconds - self.seconds_R)
         room = len(free_R) - np.searchsorted(free_R, choices.alone_seconds)
+        if self._is_tight:
+            free_R = np.sort(self.capacity.hbm_bytes - self.hbm_R)
+            room = np.minimum(room, len(free_R) - np.searchsorted(free_R, choices.alone_hbm))
         fitting = np.flatnonzero(room >= choices.alone_wide)
         if len(fitting):
             alone = [choices.alone[i] for i in fitting[:FITTING]]
@@ -223,11 +238,15 @@ class Packing:
     def _keys(self, table: int, option: Option, targets: Targets, shard: tuple[float, float]) -> np.ndarray:
         """A key for each rank, smallest where a shard of (seconds, bytes) goes best, infinite where it does not fit.
 
-        The best rank is the fullest one that the shard leaves within the target, or else the least loaded.
+        The best rank is the fullest one that the shard leaves within the target, or else the least loaded. Where memory
+        is tight, bytes make a rank full as seconds do.
         """
         seconds, bytes_ = shard
         beyond_R = self.seconds_R > targets.seconds - seconds
-        key_R = np.where(beyond_R, self.seconds_R + FAR, -self.seconds_R)
+        fullness_R = self.seconds_R
+        if self._is_tight:
+            fullness_R = self.seconds_R + self.hbm_R * (targets.seconds / self.capacity.hbm_bytes)
+        key_R = np.where(beyond_R, self.seconds_R + FAR, -fullness_R)
         if targets.hbm < self.capacity.hbm_bytes:
             key_R[self.hbm_R > targets.hbm - bytes_] += FAR / 2
         full_R = self.hbm_R > self.capacity.hbm_bytes - bytes_
@@ -305,6 +324,7 @@ class Focused:
         self.alone.sort(key=lambda o: (o.shards, o.total, -o.seconds))
         self.all = sorted([*self.alone, *self.wide], key=lambda o: o.total)
         self.alone_seconds = np.array([option.seconds for option in self.alone])
+        self.alone_hbm = np.array([option.hbm for option in self.alone])
         self.alone_wide = np.array([option.shards - (option.odd_seconds < 0) for option in self.alone])
 
 

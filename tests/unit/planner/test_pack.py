@@ -201,3 +201,17 @@ class TestImprove:
             packing.improve(Targets(1e-6, ROOMY), 30)
             ends.append((packing.option_T.tolist(), [ranks.tolist() for ranks in packing.ranks_T]))
         assert ends[0] == ends[1]
+
+
+def test_where_memory_is_tight_the_largest_shards_come_first() -> None:
+    """Three tables of 60 % of a rank and three of 35 %, on three ranks. The small ones take longer, and by seconds two
+    of them would share a rank, beside which no large one has room.
+    """
+    wide = described(sharding_types=("table_wise",), kernels=("fused",), ids_per_example=0.1)
+    large = [wide.model_copy(update={"name": f"large{i}", "rows": 6000}) for i in range(3)]
+    small = [wide.model_copy(update={"name": f"small{i}", "rows": 3500, "ids_per_example": 4.0}) for i in range(3)]
+    options = options_of(*small, *large, ranks=3, local=3)
+    capacity = Capacity(3, 3, 1.05 * (options.hbm_O[0] + options.hbm_O[-1]), 0.0)
+    packing = filled(options, capacity, Targets(2.5 * float(options.seconds_O.max()), capacity.hbm_bytes))
+    assert packing is not None and packing.hbm_R.max() <= capacity.hbm_bytes
+    assert sorted(int(ranks[0]) for ranks in packing.ranks_T[:3]) == [0, 1, 2]
