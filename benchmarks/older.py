@@ -47,7 +47,7 @@ def worker(config_path: str, data: str, isa: str) -> None:
             objective = module.forward(module.prepare(batches[number % BATCHES], number))
             module.backward(objective, number)
             seconds = time.process_time() - started
-            print(json.dumps([seconds, float(objective.loss)]), flush=True)
+            print(json.dumps([seconds, float(objective.loss.detach())]), flush=True)
 
 
 @contextmanager

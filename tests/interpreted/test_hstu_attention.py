@@ -34,7 +34,7 @@ TARGETS = [40, 0, 1, 5, 0, 64]
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, outer: int, inner: int) -> None:
-    monkeypatch.setattr(kernels, "tiles_of", lambda kernel, dtype, width, biased: Tiles(outer, inner, 4, 1))
+    monkeypatch.setattr(kernels, "tiles_of", lambda kernel, dtype, width, biased, capability: Tiles(outer, inner, 4, 1))
 
 
 @pytest.fixture
