@@ -27,7 +27,7 @@ CEILINGS = {
     "models": 1.6,
     "metrics": 1.0,
     "checkpoint": 1.5,
-    "planner": 5.0,
+    "planner": 5.1,
     "cluster": 0.5,
     "training": 1.4,
     "serving": 7.3,
