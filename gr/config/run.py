@@ -214,15 +214,13 @@ class CheckpointConfig(Section):
         False, description="Write while training goes on, from a copy of tables, parameters and states in host memory."
     )
     load_from: PathText | None = Field(None, description="Checkpoint to continue from when run_dir has none.")
-    load_parts: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None,
-        description="What to take of load_from: `dense` and names of tables. Their weights start another run, at step "
-        "0; all else starts afresh. Unset: everything, and that run goes on.",
+    load_parts: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Parts of load_from to begin another run with: `dense`, tables by name."
     )
 
     @model_validator(mode="after")
     def _parts_are_of_a_checkpoint(self):
-        if self.load_parts is not None and self.load_from is None:
+        if self.load_parts and self.load_from is None:
             raise ValueError("load_parts needs load_from: the checkpoint to take them of")
         return self
 
