@@ -137,7 +137,8 @@ def estimate(plan: Plan) -> Estimate:
     totals |= {"host": host, "intra_bytes": intra, "inter_bytes": inter}
     seconds_T = np.zeros(len(inventory.tables))
     for indices in _alike(plan.placements):
-        tables, placements = ([each[index] for index in indices] for each in (inventory.tables, plan.placements))
+        tables = [inventory.tables[index] for index in indices]
+        placements = [plan.placements[index] for index in indices]
         costs, t_S = _costs(traffic_T[np.array(indices)], tables, placements, inventory, topology)
         rank_S = np.concatenate([placement.ranks for placement in placements])
         for name, total in totals.items():
@@ -198,7 +199,8 @@ def _alike(placements: Sequence[Placement]) -> Iterator[list[int]]:
     for index, placement in enumerate(placements):
         kinds.setdefault((placement.sharding_type, placement.kernel), []).append(index)
     for indices in kinds.values():
-        part, shards = [], 0
+        part: list[int] = []
+        shards = 0
         for index in indices:
             if part and shards + len(placements[index].ranks) > SHARDS:
                 yield part

@@ -35,7 +35,7 @@ CEILINGS = {
     "cli": 2.5,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 38.0
+WITHOUT_PREPARE = 38.1
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
