@@ -1,10 +1,12 @@
 """Whether this tree is slower than an older commit: both in one interleaved run, each in a process of its own.
 
-    python -m benchmarks.guard [COMMIT] [--rounds 7] [--case NAME] [--tolerance 0.05]
+    python -m benchmarks.guard [COMMIT] [--rounds 7] [--case NAME] [--tolerance 0.05] [--data FOLDER] [--isa avx2]
 
 COMMIT (HEAD): checked out into a temporary folder. Both trees do the same small work in turns, on one thread and in CPU
 seconds; a round gives one ratio, old over new. The exit code is 1 where a case is slower by more than the tolerance in
-three quarters of the rounds. A case that the older commit cannot do is named and not compared.
+three quarters of the rounds. A case that the older commit cannot do is named and not compared. train_step says how far
+the losses of the trees are apart. --data: histories that `gr prepare` wrote, instead of generated ones.
+--isa avx2 builds the C++ operators without AVX-512, and forbids it to torch, MKL and oneDNN.
 """
 
 import argparse
@@ -20,8 +22,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-Work = Callable[[], object]
+Work = Callable[[], object]  # a float is a loss
 ROUND_SECONDS = 0.3
+BATCHES = 8
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 ROWS, USERS = 1 << 16, 4096
 TREE = Path(__file__).parent.parent
 _open = ExitStack()  # the process group lives as long as the process
@@ -54,15 +58,24 @@ def sampled_logits(folder: Path) -> Work:
 
 
 def train_step(folder: Path) -> Work:
-    from benchmarks.retrieval import do_step, first_batches, training
+    from itertools import count
+
+    from benchmarks.retrieval import first_batches, training
     from gr.config import load_config
     from gr.dist import world
 
-    overrides = [f"data.path={folder / 'users'}", "trainer.global_batch_size=32", "device=cpu"]
+    overrides = [f"data.path={folder / 'users'}", "device=cpu"]
     config: Any = load_config("configs/retrieval/ml-1m-hstu.yaml", overrides)
     here = _open.enter_context(world("cpu"))
-    (_, module), batches = training(config, here), first_batches(config, here, 1)
-    return lambda: do_step(module, batches[0], 0)
+    (_, module), batches, steps = training(config, here), first_batches(config, here, BATCHES), count()
+
+    def step() -> float:
+        number = next(steps)
+        objective = module.forward(module.prepare(batches[number % BATCHES], number))
+        module.backward(objective, number)
+        return float(objective.loss.detach())
+
+    return step
 
 
 def corpus_ranks(folder: Path) -> Work:
@@ -139,48 +152,55 @@ WORK: dict[str, Callable[[Path], Work]] = {
 # --- one process a tree ----------------------------------------------------------------------------------------------
 
 
-def serve(folder: Path) -> None:
-    """Answers each name on stdin by the CPU seconds of a call, or by why there are none."""
+def serve(folder: Path, isa: str) -> None:
+    """Answers each name on stdin by the CPU seconds of a call and all losses so far, or by why there are none."""
     import torch
 
     import gr
+    from gr.ops import cpp_extension
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the work prints is no answer
     torch.set_num_threads(1)
+    if isa == "avx2":
+        flags = [flag for flag in cpp_extension._COMPILE_FLAGS if not flag.startswith(("-march", "-mprefer"))]
+        cpp_extension._COMPILE_FLAGS = (*flags, "-march=x86-64-v3", "-mprefer-vector-width=256")
     print(f"tree: {Path(gr.__file__).parent.parent}", file=sys.stderr)
-    built: dict[str, tuple[Work, int]] = {}
+    built: dict[str, tuple[Work, int, list[float]]] = {}
     for line in sys.stdin:
         name = line.strip()
         try:
             if name not in built:
-                work = WORK[name](folder)
-                work()
-                built[name] = work, max(1, int(ROUND_SECONDS / max(_seconds(work, 1), 1e-6)))
-            answer: dict[str, Any] = {"seconds": _seconds(*built[name])}
+                work, losses = WORK[name](folder), list[float]()
+                _seconds(work, 1, losses)
+                built[name] = work, max(1, int(ROUND_SECONDS / max(_seconds(work, 1, losses), 1e-6))), losses
+            answer: dict[str, Any] = {"seconds": _seconds(*built[name]), "losses": built[name][2]}
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             answer = {"failure": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _seconds(work: Work, calls: int) -> float:
+def _seconds(work: Work, calls: int, losses: list[float]) -> float:
     began = time.process_time()
     for _ in range(calls):
-        work()
+        if isinstance(loss := work(), float):
+            losses.append(loss)
     return (time.process_time() - began) / calls
 
 
 class Answering(Protocol):
     def do(self, name: str) -> dict[str, Any]:
-        """The CPU seconds of a call of this case, or the failure."""
+        """The CPU seconds of a call of this case and its losses, or the failure."""
 
 
 class Tree:
     """A process that works with the code of one tree."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, isa: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), "--serve", str(folder)]
+        environment |= AVX2 if isa == "avx2" else {}
+        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), "--isa", isa]
+        command += ["--serve", str(folder)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  read when the process has failed
         self._process = subprocess.Popen(
             command,
@@ -223,10 +243,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--case", action="append", choices=WORK, help="again for more; all without it")
     parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--data", type=Path, help="folder of histories")
+    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve)
+        serve(options.serve, options.isa)
         return 0
     from benchmarks.loader import write_rows, write_users
     from benchmarks.machine import describe
@@ -236,8 +258,11 @@ def main() -> int:
     with checked_out(options.commit) as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_rows(folder / "rows", ROWS)
-        write_users(folder / "users", USERS)
-        old, new = Tree(path, folder), Tree(TREE, folder)
+        if options.data is None:
+            write_users(folder / "users", USERS)
+        else:
+            (folder / "users").symlink_to(options.data.resolve())
+        old, new = (Tree(each, folder, options.isa) for each in (path, TREE))
         print(f"\n| | {options.commit}, ms | this tree, ms | times faster |\n|---|---|---|---|", flush=True)
         for name in options.case or WORK:
             if compared(name, old, new, options.rounds) < 1 - options.tolerance:
@@ -265,7 +290,9 @@ def compared(name: str, old: Answering, new: Answering, rounds: int) -> float:
     before, after = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
     ratios = [old_seconds / new_seconds for old_seconds, new_seconds in times]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else 3 * ratios
-    print(f"| {name} | {before:,.1f} | {after:,.1f} | {median:.2f} [{low:.2f}, {high:.2f}] |", flush=True)
+    losses = list(zip(pairs[-1][0]["losses"], pairs[-1][1]["losses"], strict=False))
+    apart = f", losses within {max(abs(x - y) / abs(x) for x, y in losses):.1e}" if losses else ""
+    print(f"| {name} | {before:,.1f} | {after:,.1f} | {median:.2f} [{low:.2f}, {high:.2f}]{apart} |", flush=True)
     return high
 
 

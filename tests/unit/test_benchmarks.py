@@ -34,7 +34,9 @@ def test_the_guard_compares_two_trees(capsys: pytest.CaptureFixture[str]) -> Non
     assert compared("planner", lacking, fast, 3) == float("inf")
     with pytest.raises(SystemExit, match="planner: this tree cannot do it: ImportError"):
         compared("planner", fast, lacking, 3)
-    assert "| planner | 1,000.0 | 500.0 | 2.00 [2.00, 2.00] |" in capsys.readouterr().out
+    assert compared("train_step", slow, fast, 3) == 2.0
+    rows = capsys.readouterr().out
+    assert "| planner | 1,000.0 | 500.0 | 2.00 [2.00, 2.00] |" in rows and "2.00], losses within 0.0e+00 |" in rows
 
 
 class Answers:
@@ -44,4 +46,6 @@ class Answers:
         self.seconds = seconds
 
     def do(self, name: str) -> dict[str, Any]:
-        return {"failure": "ImportError: no planner"} if self.seconds is None else {"seconds": self.seconds}
+        if self.seconds is None:
+            return {"failure": "ImportError: no planner"}
+        return {"seconds": self.seconds, "losses": [2.0, 1.0] if name == "train_step" else []}
