@@ -39,7 +39,8 @@ from tests.support.tiny_histories import tiny_ranking_config, write_histories
 from tests.support.tiny_tabular import tiny_click_config, write_tiny_tabular
 
 STEPS = 5
-LOSS = 2e-6  # absolute; losses are 1 to 4 nats
+LOSS = 2e-6  # absolute, of losses of 1 to 4 nats
+ULPS = 3e-7  # relative, of larger ones: sasrec's are 10 nats, where float32 has steps of 1e-6
 COMMON: dict = {
     "embeddings": {"optimizer": {"kind": "rowwise_adagrad", "lr": 0.05}},
     "optimizer": {"kind": "adamw", "lr": 3e-3, "clip_grad_norm": 1.0, "weight_decay": 0.1},
@@ -186,7 +187,7 @@ DDP, TENSOR = {"strategy": "ddp"}, {"tensor_parallel": 2}
 def test_a_strategy_trains_what_one_process_trains(config, alone, kind: str, dense: dict, size: int) -> None:
     ranks, expected = run_ranks(trained, size, config(kind, dense=dense)), alone(kind)
     for outcome in ranks:
-        assert outcome.losses == pytest.approx(expected.losses, abs=LOSS)
+        assert outcome.losses == pytest.approx(expected.losses, rel=ULPS, abs=LOSS)
         assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
         assert outcome.initial.keys() == expected.initial.keys()
         for name, value in outcome.initial.items():
