@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from gr.checkpoint.metadata import SafeReader, read_metadata
-from gr.checkpoint.streaming import BLOCK_BYTES
+from gr.checkpoint.streaming import BLOCK_BYTES, octets
 from gr.errors import CheckpointError
 
 
@@ -98,7 +98,7 @@ class StateDigest:
 
     def add(self, name: str, rows: Tensor) -> None:
         """The next rows of a tensor."""
-        self._digests[name].update(octets(rows))
+        self._digests[name].update(octets(rows).numpy().data)
 
     def hexdigest(self) -> str:
         lines = (
@@ -106,8 +106,3 @@ class StateDigest:
             for name, entry in self._saved.tensors.items()
         )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def octets(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

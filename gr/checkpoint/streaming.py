@@ -92,10 +92,16 @@ def _is_finite(block: Tensor) -> bool:
     return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
 
 
+def octets(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as bytes, uint8 [N]; a copy where its rows do not lie together."""
+    whole = tensor.contiguous()
+    # A dimension of one element is contiguous whatever its stride, which view(-1) would keep.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
 def with_own_storage(block: Tensor) -> Tensor:
     """The block as a tensor whose storage is its memory and no more; a copy where its rows do not lie together."""
-    octets = block.contiguous().view(-1).view(torch.uint8)
-    return torch.from_numpy(octets.numpy()).view(block.dtype).view(block.size())
+    return torch.from_numpy(octets(block).numpy()).view(block.dtype).view(block.size())
 
 
 class SummingWriter(dcp.FileSystemWriter):

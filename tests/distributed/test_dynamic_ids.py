@@ -15,7 +15,8 @@ from gr.checkpoint import CheckpointFolder
 from gr.checkpoint.apply import apply_deltas
 from gr.checkpoint.delta import publish_delta
 from gr.checkpoint.metadata import SafeReader
-from gr.checkpoint.saved_rows import SavedRows, octets
+from gr.checkpoint.saved_rows import SavedRows
+from gr.checkpoint.streaming import octets
 from gr.config.click import ClickConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.dist import World
@@ -70,7 +71,7 @@ def test_full_and_delta_is_full(one: ClickConfig, tmp_path: Path) -> None:
     apply_deltas(checkpoints.final(HALF), [delta], tmp_path / "full")
     applied, last = SavedRows(tmp_path / "full"), SavedRows(checkpoints.final(STEPS))
     assert applied.tensors.keys() == last.tensors.keys()
-    assert all(octets(applied.read(name)) == octets(last.read(name)) for name in last.tensors)
+    assert all(octets(applied.read(name)).equal(octets(last.read(name))) for name in last.tensors)
 
 
 def records(config: ClickConfig, kind: str) -> dict[int, dict[str, float]]:

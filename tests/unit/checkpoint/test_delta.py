@@ -15,6 +15,7 @@ from gr.checkpoint import CheckpointStore, ModelState, saved_rows, streaming
 from gr.checkpoint.apply import apply_deltas
 from gr.checkpoint.delta import deltas_in, publish_delta
 from gr.checkpoint.saved_rows import SavedRows
+from gr.checkpoint.streaming import octets
 from gr.cli import main
 from gr.dist import World
 from gr.errors import CheckpointError
@@ -96,7 +97,7 @@ def deltas(run: Path, tmp_path: Path) -> list[Path]:
 
 def bits(path: Path) -> dict[str, bytes]:
     saved = SavedRows(path)
-    return {name: bytes(saved_rows.octets(saved.read(name).contiguous())) for name in saved.tensors}
+    return {name: bytes(octets(saved.read(name)).numpy()) for name in saved.tensors}
 
 
 def others(path: Path) -> dict[str, bytes]:

@@ -112,3 +112,11 @@ def test_a_sum_that_overflows_is_no_fault(tmp_path: Path, alone: World) -> None:
     store = CheckpointStore(tmp_path, state, "config: 1\n", alone, asynchronous=False)
     store.save({"step": 1, "data": {}}, keep_last=2)
     assert store.folder.steps() == [1]
+
+
+@pytest.mark.parametrize("stride", [0, 1, 7])
+def test_one_element_is_saved_whatever_its_stride(stride: int) -> None:
+    """A rank's part of a split parameter may be one element, of a stride that says nothing."""
+    one = torch.as_strided(torch.tensor([2.5, 3.0]), (1,), (stride,))
+    owned = streaming.with_own_storage(one)
+    assert owned.tolist() == [2.5] and owned.untyped_storage().nbytes() == 4

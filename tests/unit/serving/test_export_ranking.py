@@ -22,7 +22,7 @@ from gr.serving.verbs.ranking import RankServable
 from tests.support.history_folder import histories_by_user
 from tests.support.toy_server import exchange, get, post, running
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranking_package")]  # one worker compiles what several open
 ITEMS, CATEGORIES = [1, 2, 39, 7, 40], [1, 2, 42, 0, 11]
 Answer = Mapping[str, np.ndarray]
 

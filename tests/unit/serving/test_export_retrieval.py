@@ -26,7 +26,7 @@ from tests.support.tiny import tiny_config
 from tests.support.tiny_preference import tiny_preference, write_rated
 from tests.support.toy_server import exchange, get, post, running
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("retrieval_package")]  # one worker compiles what several open
 HISTORIES = [["item 03", "item 07"], ["item 11"], ["item 05"] * 3 + ["item 09", "item 21"] * 8]
 
 

@@ -33,7 +33,7 @@ from gr.serving.tables.place_tables import place, write_cards
 from tests.support.served_click import train_click
 from tests.support.tiny_tabular import DENSE, tiny_click_config, write_tiny_tabular
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("card_package")]  # one worker compiles what several open
 SIZES = (41, 64, 23, 300, 7, 129, 90)
 COLUMNS = tuple(
     SparseColumn(name=f"c{place}", cardinality=size, hots=3 if place == 1 else 1) for place, size in enumerate(SIZES)
