@@ -101,6 +101,8 @@ def octets(tensor: Tensor) -> Tensor:
 
 def with_own_storage(block: Tensor) -> Tensor:
     """The block as a tensor whose storage is its memory and no more; a copy where its rows do not lie together."""
+    if not block.numel():  # numpy gives an empty array a stride of which no view can be made
+        return torch.empty(block.size(), dtype=block.dtype)
     return torch.from_numpy(octets(block).numpy()).view(block.dtype).view(block.size())
 
 

@@ -120,3 +120,9 @@ def test_one_element_is_saved_whatever_its_stride(stride: int) -> None:
     one = torch.as_strided(torch.tensor([2.5, 3.0]), (1,), (stride,))
     owned = streaming.with_own_storage(one)
     assert owned.tolist() == [2.5] and owned.untyped_storage().nbytes() == 4
+
+
+def test_a_part_without_elements_is_saved() -> None:
+    """Of a parameter that has fewer rows than the ranks that share it."""
+    empty = torch.zeros(4)[4:]
+    assert streaming.with_own_storage(empty).shape == (0,) and streaming.octets(empty).numel() == 0
