@@ -1,5 +1,6 @@
 # make smoke: train a tiny model from nothing. make check: the quick checks (90 CPU seconds). make test: every check but
-# those of make test-cluster: whole jobs on several hosts, which are namespaces of this machine (root; Slurm's packages).
+# those of make test-cluster (whole jobs on several hosts, which are namespaces of this machine: root, Slurm's packages)
+# and of make test-full, which take minutes and repeat at length what a shorter test has.
 # Each creates .venv when it is missing or outdated; the checks add their tools to it.
 # On a machine with several Pythons: make test PYTHON=python3.11
 
@@ -13,7 +14,7 @@ DEV := $(VENV)/.installed-dev
 PACKAGES := -c constraints/cpu.txt ./packaging/fbgemm-gpu-cpu
 WORKERS ?= 2
 
-.PHONY: smoke check test test-cluster lint venv clean
+.PHONY: smoke check test test-cluster test-full lint venv clean
 
 # Through TorchX, which comes with the tools of the checks: torchx run -s local_cwd launch/components.py:smoke
 smoke: $(RUN)
@@ -24,11 +25,14 @@ check: lint
 	$(BIN)/pytest -q --hypothesis-profile=quick -m "not slow and not cluster" tests/architecture tests/unit
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not cluster"
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not cluster and not full"
 
 # One job at a time: there are few cores.
 test-cluster: $(DEV)
-	$(BIN)/pytest -m cluster tests/launcher
+	$(BIN)/pytest -m "cluster and not full" tests/launcher
+
+test-full: $(DEV)
+	$(BIN)/pytest -m full
 
 lint: $(DEV)
 	$(BIN)/ruff check .

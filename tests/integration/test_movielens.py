@@ -30,7 +30,10 @@ def test_two_epochs_of_hstu_learn_what_they_should(test_data, tmp_path):
         )
     config = load_config(
         str(ROOT / "configs/retrieval/ml-1m-hstu.yaml"),
-        [f"data.path={tmp_path}/ml-1m", f"run_dir={tmp_path}/run", "trainer.steps=94", "evaluation.every=94"],
+        [
+            *(f"data.path={tmp_path}/ml-1m", f"run_dir={tmp_path}/run", "trainer.steps=94", "evaluation.every=94"),
+            "evaluation.baselines=[popularity, markov]",
+        ],
     )
     report = run_ranks(run, 1, config)[0]
     assert report["users"] == 6040

@@ -17,6 +17,7 @@ def run(world, config) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_time_bias_learns_what_the_gap_says(tmp_path):
     oracle = write_time_stream(OPTIONS, tmp_path / "data")
     reached = {}
