@@ -1,6 +1,6 @@
 # make smoke: train a tiny model from nothing. make check: the quick checks (90 CPU seconds). make test: every check but
 # those of make test-cluster (whole jobs on several hosts, which are namespaces of this machine: root, Slurm's packages)
-# and of make test-full, which take minutes and repeat at length what a shorter test has.
+# and of make test-full, each of which takes minutes.
 # Each creates .venv when it is missing or outdated; the checks add their tools to it.
 # On a machine with several Pythons: make test PYTHON=python3.11
 

@@ -107,7 +107,7 @@ def test_preempted_job_saves_and_resumes(cluster, workspace, experiment, whole, 
     assert job.losses(ours.run_dir) == list(whole.items()), "every step once, and its loss that of the whole run"
 
 
-@pytest.mark.parametrize(("host", "fault"), [("n1", "power"), ("n2", "link")])
+@pytest.mark.parametrize(("host", "fault"), [("n1", "power"), pytest.param("n2", "link", marks=pytest.mark.full)])
 def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, tmp_path, host, fault):
     """n1 has rank 0 and the rendezvous. Slurm hears nothing of a lost host, and finds out after SlurmdTimeout."""
     ours = Submission(cluster, workspace, experiment, tmp_path / "run", held=[HELD])
@@ -128,6 +128,7 @@ def test_job_outlives_the_loss_of_a_host(cluster, workspace, experiment, whole, 
     assert losses[-(STEPS - saved) :] == [(step, whole[step]) for step in range(saved + 1, STEPS + 1)]
 
 
+@pytest.mark.full
 def test_two_jobs_at_their_time_limits(cluster, workspace, experiment, whole, tmp_path):
     """One saves in time, goes on, is cancelled and stays so. A save of the other never ends: that costs it steps, and
     not the job. Both limits are waited for at the same time."""
