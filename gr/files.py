@@ -33,6 +33,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a folder and the folders in it, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
 def sync(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on disk: they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)

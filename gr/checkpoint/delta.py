@@ -28,7 +28,7 @@ from gr.checkpoint.layout import METADATA, SHARED, CheckpointFolder, read_progre
 from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks
 from gr.checkpoint.streaming import BLOCK_BYTES
 from gr.errors import CheckpointError, DamagedCheckpointError, TransientError
-from gr.files import sha256_of, sync, write_text
+from gr.files import digests, sync, write_text
 
 MANIFEST = "manifest.json"
 FILES = "files"
@@ -254,10 +254,10 @@ def require_whole(checkpoint: Path) -> None:
 
 def finish(draft: Path, final: Path) -> None:
     """Gives a folder its sums and its name, with all that is in it on disk."""
-    files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
-    write_sums(draft, [sum_lines({path.relative_to(draft).as_posix(): sha256_of(path) for path in files})])
-    for path in [*files, draft]:
-        sync(path)
+    sums = digests(draft)
+    write_sums(draft, [sum_lines(sums)])
+    for name in (*sums, "."):
+        sync(draft / name)
     draft.rename(final)
     sync(final.parent)
 

@@ -117,7 +117,7 @@ class TableConfig(Section):
         valid = self.valid_sharding_types()
         if wrong := sorted(set(self.sharding_types or ()) - set(valid)):
             raise ValueError(f"{', '.join(wrong)} {self.why_invalid(wrong[0])}; use {', '.join(valid)}")
-        if fault := self._optimizer.state_fault(self.optimizer, self.state, self.state_dtype):
+        if fault := self.optimizer_config.state_fault(self.optimizer, self.state, self.state_dtype):
             raise ValueError(fault)
         if self.max_shards is not None and self.max_shards < self.min_shards:
             raise ValueError(f"max_shards={self.max_shards} is below min_shards={self.min_shards}")
@@ -129,10 +129,11 @@ class TableConfig(Section):
 
     def is_fused_on_cpu(self) -> bool:
         """Whether fbgemm updates the table in backward on CPU, too, where it rounds fp16 to nearest and has no bf16."""
-        return self._optimizer.fused_on_cpu and (self.dtype, self.rounding) in _FUSED_ON_CPU
+        return self.optimizer_config.fused_on_cpu and (self.dtype, self.rounding) in _FUSED_ON_CPU
 
     @property
-    def _optimizer(self) -> type[TableOptimizerConfig]:
+    def optimizer_config(self) -> type[TableOptimizerConfig]:
+        """The class of its optimizer's section, which says what states that keeps."""
         return cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(self.optimizer))
 
     @property

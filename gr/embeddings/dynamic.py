@@ -14,9 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
@@ -25,6 +24,7 @@ from gr.config.features import DynamicIds, HashedIds
 from gr.dist import World
 from gr.embeddings.collection import is_candidate
 from gr.embeddings.init import InitialRows
+from gr.embeddings.state import sharded
 from gr.errors import ConfigError
 from gr.ops.id_table import EMPTY, MOST_SETS, IdTable, count_ids, id_table_step, set_of, tag_of
 from gr.ops.splitmix64 import shift_right, splitmix64
@@ -146,13 +146,7 @@ class DynamicTable:
             ShardMetadata([first, 0], [stop - first, width], f"rank:{rank}/cpu")
             for rank, (first, stop) in enumerate(pairwise(bounds))
         ]
-        own = next(each for each in everywhere if each.shard_offsets[0] == self.table.first)
-        metadata = ShardedTensorMetadata(
-            everywhere, torch.Size((self.table.sets, width)), TensorProperties(dtype=tensor.dtype)
-        )
-        return ShardedTensor._init_from_local_shards_and_global_metadata(
-            [Shard(tensor, own)], metadata, process_group=dist.group.WORLD
-        )
+        return sharded(everywhere, [tensor])
 
 
 class IdMap:

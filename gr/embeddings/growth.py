@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from gr.embeddings.dynamic import IdEntry
-from gr.embeddings.state import TableEntry
+from gr.embeddings.state import TableEntry, as_matrix, sharded
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def _grown_sets(entry: IdEntry, before: int, ways: int) -> GrownEntry:
         if not entry.name.endswith(".seen"):
             own.tensor[:, :before] = loaded
 
-    return GrownEntry(entry.name, _sharded(whole, [loaded]), deal_out)
+    return GrownEntry(entry.name, sharded(whole, [loaded]), deal_out)
 
 
 def _grown_rows(entry: TableEntry, before: int, ways: int) -> GrownEntry:
@@ -61,7 +60,7 @@ def _grown_rows(entry: TableEntry, before: int, ways: int) -> GrownEntry:
         saved = torch.arange(old(first), old(first + len(tensor)), device=tensor.device)
         return tensor.new_empty(len(saved), *tensor.shape[1:]), saved // before * ways + saved % before - first
 
-    tensors = [tensor if tensor.dim() == 2 else tensor.unsqueeze(1) for _, tensor in entry.shards]
+    tensors = [as_matrix(tensor) for _, tensor in entry.shards]
     parts = [saved_part(shard.row_offset, tensor) for (shard, _), tensor in zip(entry.shards, tensors, strict=True)]
 
     def deal_out() -> None:
@@ -75,18 +74,9 @@ def _grown_rows(entry: TableEntry, before: int, ways: int) -> GrownEntry:
         first, stop = each.shard_offsets[0], each.shard_offsets[0] + each.shard_sizes[0]
         moved = ShardMetadata([old(first), each.shard_offsets[1]], list(each.shard_sizes), each.placement)
         whole.append(_resized(moved, 0, old(stop) - old(first)))
-    return GrownEntry(entry.name, _sharded(whole, [loaded for loaded, _ in parts]), deal_out, entry.column_widths)
+    return GrownEntry(entry.name, sharded(whole, [loaded for loaded, _ in parts]), deal_out, entry.column_widths)
 
 
 def _resized(metadata: ShardMetadata, dim: int, size: int) -> ShardMetadata:
     sizes = [size if each == dim else old for each, old in enumerate(metadata.shard_sizes)]
     return ShardMetadata(list(metadata.shard_offsets), sizes, metadata.placement)
-
-
-def _sharded(whole: list[ShardMetadata], own: list[Tensor]) -> ShardedTensor:
-    """own: this rank's shards, in the order in which `whole` has them."""
-    mine = [each for each in whole if each.placement is not None and each.placement.rank() == dist.get_rank()]
-    size = [max(each.shard_offsets[dim] + each.shard_sizes[dim] for each in whole) for dim in (0, 1)]
-    metadata = ShardedTensorMetadata(whole, torch.Size(size), TensorProperties(dtype=own[0].dtype))
-    shards = [Shard(tensor, each) for tensor, each in zip(own, mine, strict=True)]
-    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=dist.group.WORLD)

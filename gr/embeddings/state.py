@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
@@ -56,7 +57,7 @@ def _entry(name: str, shards: tuple[tuple[TableShard, Tensor], ...]) -> TableEnt
     first, tensor = shards[0]
     is_rowwise = tensor.dim() == 1
     if first.replicated:
-        return TableEntry(name, is_rowwise, first.column_widths, _matrix(tensor), shards)
+        return TableEntry(name, is_rowwise, first.column_widths, as_matrix(tensor), shards)
     everywhere = first.kernel.config.embedding_tables[first.index].global_metadata.shards_metadata
     columns = sorted({m.shard_offsets[1] for m in everywhere})
     shape = (first.shape[0], len(columns)) if is_rowwise else first.shape
@@ -65,7 +66,7 @@ def _entry(name: str, shards: tuple[tuple[TableShard, Tensor], ...]) -> TableEnt
     for shard, part in shards:
         # Not found by its offset: shards without rows all start below the last row.
         own = shard.kernel.config.embedding_tables[shard.index].local_metadata
-        local.append(Shard(_matrix(part), _state_shard(own, columns) if is_rowwise else own))
+        local.append(Shard(as_matrix(part), _state_shard(own, columns) if is_rowwise else own))
     value = ShardedTensor._init_from_local_shards_and_global_metadata(
         local,
         ShardedTensorMetadata(metadata, torch.Size(shape), TensorProperties(dtype=tensor.dtype)),
@@ -74,7 +75,7 @@ def _entry(name: str, shards: tuple[tuple[TableShard, Tensor], ...]) -> TableEnt
     return TableEntry(name, is_rowwise, first.column_widths, value, shards)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
     """A view with 2 dimensions of a weight or state, which may have no rows."""
     return tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
 
@@ -85,3 +86,12 @@ def _state_shard(weight: ShardMetadata, columns: list[int]) -> ShardMetadata:
         shard_sizes=[weight.shard_sizes[0], 1],
         placement=weight.placement,
     )
+
+
+def sharded(whole: list[ShardMetadata], own: Sequence[Tensor]) -> ShardedTensor:
+    """The tensor of two dimensions whose shards over all ranks are `whole`. own: this rank's, in their order there."""
+    mine = [each for each in whole if each.placement is not None and each.placement.rank() == dist.get_rank()]
+    size = [max(each.shard_offsets[dim] + each.shard_sizes[dim] for each in whole) for dim in (0, 1)]
+    metadata = ShardedTensorMetadata(whole, torch.Size(size), TensorProperties(dtype=own[0].dtype))
+    shards = [Shard(tensor, each) for tensor, each in zip(own, mine, strict=True)]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=dist.group.WORLD)

@@ -1,9 +1,6 @@
 """The choices that a run's configuration and device leave to the planner. No torch."""
 
-from typing import cast
-
 from gr.config.inventory import InventoryConfig, TableConfig
-from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.planner import PlannerConfig
 from gr.errors import ConfigError
 
@@ -32,7 +29,7 @@ def sharding_type_of(planner: PlannerConfig, table: str) -> str:
 
 def check_state(planner: PlannerConfig, table: TableConfig, sharding_type: str) -> None:
     """Raises ConfigError where column shards would train another model, and the configuration does not allow it."""
-    if sharding_type in BY_COLUMNS and _optimizer(table).states_a("row") and not planner.allow_state_per_shard:
+    if sharding_type in BY_COLUMNS and table.optimizer_config.states_a("row") and not planner.allow_state_per_shard:
         raise ConfigError(
             f"planner: {sharding_type} of {table.name}: {table.optimizer} keeps one number a row over all columns, and "
             "each column shard would keep its own, which trains another model than one rank does: use auto, table_wise "
@@ -54,15 +51,11 @@ def _check_host_memory(table: TableConfig) -> None:
         )
 
 
-def _optimizer(table: TableConfig) -> type[TableOptimizerConfig]:
-    return cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
-
-
 def _allowed(table: TableConfig, chosen: str, device: str) -> TableConfig:
     valid = table.valid_sharding_types()
     if chosen not in ("auto", *valid):
         raise ConfigError(f"planner: {chosen} {table.why_invalid(chosen)}: {table.name}; use auto, {', '.join(valid)}")
-    optimizer = _optimizer(table)
+    optimizer = table.optimizer_config
     types: list[str] = [chosen]
     if chosen == "auto":
         types = [name for name in ("table_wise", "row_wise", "table_row_wise") if name in valid]

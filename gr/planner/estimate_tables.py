@@ -9,12 +9,11 @@ B examples a rank, R ranks, G = B R examples a step, L ranks a host, H hosts.
 """
 
 from dataclasses import dataclass, fields
-from typing import Self, TypeVar, cast
+from typing import Self, TypeVar
 
 import numpy as np
 
 from gr.config.inventory import INT8_BLOCK, ROW_TYPES, CommDtype, InventoryConfig, TableConfig
-from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.planner.id_distribution import distinct_ids, hottest_share, miss_rate
 from gr.planner.placement import Shard
 from gr.planner.topology import Topology
@@ -43,9 +42,9 @@ GROUP_COLLECTIVES = 4
 
 def optimizer_states(table: TableConfig) -> tuple[int, int]:
     """The states of a table, with those of dynamic ids: (numbers for each element, numbers for each row)."""
-    optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
     of_ids = ID_TABLE_BYTES // STATE_BYTES if table.ids == "dynamic" else 0
-    return optimizer.states_a("element"), optimizer.states_a("row") + of_ids
+    states_a = table.optimizer_config.states_a
+    return states_a("element"), states_a("row") + of_ids
 
 
 def table_bytes(table: TableConfig, shard: Shard) -> tuple[int, int]:

@@ -3,12 +3,10 @@
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import cast
 
 import numpy as np
 
 from gr.config.inventory import InventoryConfig
-from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.errors import PlanError, printable
 from gr.planner.dense_strategies import changed_keys, strategies, with_layers_again
 from gr.planner.enumerate import search_space, without_option
@@ -151,7 +149,7 @@ def _states_at_host(inventory: InventoryConfig, topology: Topology) -> Iterator[
     """Optimizer states of every element on the host, bf16 where that is offered, of the tables that have any."""
     changed, dtypes = [], set()
     for table in inventory.tables:
-        optimizer = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(table.optimizer))
+        optimizer = table.optimizer_config
         update: dict[str, str] = {"state": "host"}
         if not optimizer.state_fault(table.optimizer, "host", "bf16"):
             update["state_dtype"] = "bf16"

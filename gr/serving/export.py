@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr.checkpoint.checksums import find_damage, write_sums
+from gr.checkpoint.checksums import find_damage, sum_lines, write_sums
 from gr.checkpoint.layout import read_progress
 from gr.config.base import import_target
 from gr.config.export import ExportConfig
 from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
-from gr.files import sha256_of
+from gr.files import digests, sha256_of
 from gr.models.saved import Saved, load
 from gr.serving.gate.accuracy_gate import GateReport, Limits
 from gr.serving.gate.calibration import Calibration, calibration
@@ -43,7 +43,7 @@ from gr.serving.package.layout import (
 from gr.serving.package.machine import cpu, versions
 from gr.serving.package.version import Version, golden_name
 from gr.serving.package.weights import write_tensors
-from gr.serving.package.writer import PackageWriter, digests, writing
+from gr.serving.package.writer import PackageWriter, writing
 from gr.serving.passes.build import Built, Pass, served_kind
 from gr.serving.tables.card_tables import IDS, VECTORS
 from gr.serving.tables.place_tables import Placement, place, write_cards
@@ -105,7 +105,7 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
             draft = package.draft(CODE)
             for name, each in built.passes.items():
                 _compile(each, draft / f"{name}.pt2")
-            write_sums(draft, [f"{digest}  {name}\n" for name, digest in digests(draft).items()])
+            write_sums(draft, [sum_lines(digests(draft))])
             package.commit(CODE, code)
         stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate, placement))
         package.serve(stored, config.keep)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gr.errors import ServingError, TransientError
-from gr.files import sha256_of, sync, write_text
+from gr.files import digests, sync, write_text
 from gr.serving.package.layout import (
     CODE,
     CURRENT,
@@ -72,12 +72,6 @@ class PackageWriter:
             for folder in (self.path / part).iterdir():
                 if folder.name not in names:
                     shutil.rmtree(folder)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 @contextmanager
