@@ -28,7 +28,7 @@ Features = Annotated[tuple[str, ...], AfterValidator(_distinct)]
 
 class _Ids(Section):
     def layout(self) -> dict[str, Any]:
-        """What the rows of a checkpoint depend on, but for their number in dynamic sets, which may grow."""
+        """The values on which the rows of a checkpoint depend, without the ways of dynamic sets, which may grow."""
         return dict(self)
 
 

@@ -140,7 +140,7 @@ class SimilarityConfig(Section):
     l2_norm: bool = Field(True, description="Cosine similarity; false is a plain dot product.")
 
     def mixture_parameters(self, dim: int) -> int:
-        """Of a learned similarity, which only retrieval has."""
+        """The parameters of a learned similarity, which only retrieval has."""
         return 0
 
     @abstractmethod

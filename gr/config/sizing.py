@@ -75,6 +75,6 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
 
 
 def _batch(users: int, mean: float) -> int:
-    """Of few events a user, the power of two nearest to 2,048 tokens; else 128. An eighth of the users at most."""
+    """Users a step: with few events each, the power of two nearest to 2,048 tokens; else 128; an eighth at most."""
     wanted = 1 << round(math.log2(_TOKENS_OF_A_STEP / mean)) if mean < _SPARSE else 128
     return min(wanted, 1 << (users // 8).bit_length() - 1) if users < 8 * wanted else wanted

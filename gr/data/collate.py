@@ -142,7 +142,7 @@ def collate_train(
 def collate_positions(
     rows: Rows, draws: Draws, first_example: int, config: HistoryDataConfig
 ) -> tuple[RetrievalBatch, Counts, Events, np.ndarray]:
-    """What collate_train returns, the events that are the targets, and the place of each example's last one [B]."""
+    """The results of collate_train, the events that are the targets, and the place of each example's last one [B]."""
     inputs_B = np.maximum(rows.lengths_B() - config.train_holdout - 1, 0)
     empty_examples = int((inputs_B < 1).sum())
     if config.cut == "uniform":

@@ -100,7 +100,7 @@ class SavedRetrieval(Saved):
         return self._queries(histories, times)
 
     def _queries(self, histories: Sequence[Sequence[Any]], times: Sequence[Sequence[int]] | None) -> Tensor:
-        """What the similarity compares, [B, C]."""
+        """The vectors that the similarity compares with those of items, [B, C]."""
         if not len(histories):
             return self._ranker.items[:0]
         return self.model.user_vectors(self._batch(histories, times, "none"))

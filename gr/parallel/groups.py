@@ -21,7 +21,7 @@ BLOCK = 1 << 22  # elements that are averaged at once
 
 
 def sharding_env(groups: int, device: torch.device) -> ShardingEnv:
-    """What TorchRec shards tables over: all ranks, or those of this rank's group of neighbours. Collective."""
+    """The ranks over which TorchRec shards tables: all, or this rank's group of neighbours. Collective."""
     world = dist.group.WORLD
     assert world is not None, "gr.dist.world makes the process group"
     if groups == 1:

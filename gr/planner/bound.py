@@ -150,7 +150,7 @@ class Relaxation:
 
     @cached_property
     def _least_seconds_O(self) -> np.ndarray:
-        """What the rank with the smallest shard has: shards are alike but for rows that the last ones may lack."""
+        """The costs of the rank with the smallest shard: shards are alike but for rows that the last ones may lack."""
         alike_O = self.options.seconds_O * self.options.shards_O + self.options.extra_seconds_O
         return np.maximum(self.options.seconds_O - np.maximum(alike_O - self.options.total_seconds_O, 0), 0)
 

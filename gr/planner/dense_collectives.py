@@ -25,7 +25,7 @@ DENSE_COLLECTIVES = "weight_all_gather", "tensor_all_reduce", "gradient_all_redu
 
 @dataclass(frozen=True)
 class Collectives:
-    """Those of a rank and step in one phase of estimate.PHASES. beside: the phase that they run beside, if any."""
+    """The collectives of a rank and step in one phase of estimate.PHASES. beside: the phase beside which they run."""
 
     phase: str
     count: int
@@ -89,7 +89,7 @@ def _layers(inventory: InventoryConfig) -> int:
 
 
 def _pieces(inventory: InventoryConfig) -> int:
-    """What FSDP2 gathers of a tower in one forward pass: each layer, and what the tower has beside its layers."""
+    """The gathers of FSDP2 in one forward pass of a tower: one for each layer, and one for what is beside layers."""
     if not isinstance(inventory.dense, TowerDense):
         return 0
     dense = inventory.dense

@@ -72,7 +72,7 @@ def with_layers_again(inventory: InventoryConfig) -> Iterator[InventoryConfig]:
 
 
 def changed_keys(before: InventoryConfig, after: InventoryConfig) -> str:
-    """What turns one strategy into another, as overrides of an experiment: dense.strategy=fsdp dense.gathered=bf16."""
+    """The overrides that turn one strategy into another, such as dense.strategy=fsdp dense.gathered=bf16."""
     return " ".join(
         f"dense.{key}={getattr(after, field)}"
         for key, field in _KEYS.items()

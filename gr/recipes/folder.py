@@ -1,4 +1,4 @@
-"""What the kinds of experiments share that evaluate on a folder, evaluation.path, and not on held-out events."""
+"""The base of recipes that evaluate on a folder, evaluation.path, and not on held-out events."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

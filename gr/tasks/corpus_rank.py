@@ -116,7 +116,7 @@ class CorpusRanker:
     def _mixture_counts(
         self, queries: Tensor, target_Q: Tensor, seen: tuple[Tensor, Tensor], column: Tensor, mine: Tensor
     ) -> Tensor:
-        """As gr.ops.corpus_counts of mixtures: items above the target, equal to it, and NaN, float64 [Q, 3]."""
+        """Counts of mixtures, as gr.ops.corpus_counts has them of products: above, equal, NaN; float64 [Q, 3]."""
         counts = torch.zeros(len(queries), 3, dtype=torch.float64, device=queries.device)
         for first, score in self._score_blocks(queries, seen, target_Q):
             # The target's own score is as it is compared: other sums of the same numbers differ in last bits.

@@ -26,7 +26,7 @@ def target_scores(queries_QD: Tensor, items_CD: Tensor, column_Q: Tensor) -> Ten
 def corpus_counts(
     queries_QD: Tensor, items_CD: Tensor, target_Q: Tensor, seen_query_S: Tensor, seen_column_S: Tensor
 ) -> Tensor:
-    """Of the items' scores for each query: those above target_Q, equal to it, and not a number; int64 [Q, 3].
+    """Counts the items whose scores are above target_Q, equal to it, and not a number, by query; int64 [Q, 3].
 
     queries_QD, items_CD, target_Q: float32. seen_query_S, seen_column_S: int64, pairs of a query and an item, whose
     score is taken for minus infinity. On CPU equal items have equal bits, at any number of threads and whatever part of

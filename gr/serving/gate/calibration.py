@@ -51,7 +51,7 @@ class Calibration(ABC):
 
     @cached_property
     def reference(self) -> np.ndarray:
-        """What the model itself gives, computed once: ask for it while its weights are as they were trained."""
+        """The answers of the model itself, computed once: ask for them while its weights are as they were trained."""
         return self.predict(self.saved.model)
 
     @abstractmethod

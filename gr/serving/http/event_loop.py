@@ -1,4 +1,4 @@
-"""What a server under load needs of its event loop: answers of other threads by one wake-up, and how late it reads."""
+"""A loaded server's part of the event loop: answers of other threads by one wake-up, and how late requests are read."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ class Answers:
         self._awake = False
 
     def of(self, future: "Future[Answer]") -> "asyncio.Future[Answer]":
-        """What `future` will have. Call it in the event loop."""
+        """A future of the event loop for the result of `future`. Call it in the loop."""
         loop = asyncio.get_running_loop()
         own: asyncio.Future[Answer] = loop.create_future()
         future.add_done_callback(partial(self._add, loop, own))
@@ -60,7 +60,7 @@ class Lateness:
         self._seconds = self._found = 0.0
 
     def seconds(self, loop: asyncio.AbstractEventLoop) -> float:
-        """Of what is read now."""
+        """The lateness of a request that is read now."""
         now = time.monotonic()
         self._add(0.0 if self._due is None else now - self._due, now)
         if self._due is None:

@@ -57,7 +57,7 @@ class Run:
 
 
 class Target(Protocol):
-    """What load is put on."""
+    """An engine or a server under load."""
 
     def run(self, arrivals: np.ndarray) -> Run:
         """Sends a request at each of `arrivals`, seconds from now, ascending, and waits for all answers."""

@@ -1,4 +1,4 @@
-"""What load is put on: an engine in this process, or a server. Requests are due at times that are given beforehand."""
+"""The engine or server under load. Requests are due at times that are given beforehand."""
 
 import asyncio
 import math
@@ -24,7 +24,7 @@ from gr.serving.servable import TensorSpec
 
 
 class _Outcomes:
-    """What became of each request of a run. started: by time.monotonic(). Threads may add to it."""
+    """The outcomes of the requests of a run. started: by time.monotonic(). Threads may add to it."""
 
     def __init__(self, arrivals: np.ndarray, started: float) -> None:
         self.started, self.due = started, arrivals.tolist()
@@ -109,7 +109,7 @@ def _counts(pipe: int, last: int) -> Iterator[int]:
 
 
 def _some(pipe: int, most: int) -> bytes:
-    """What is written, whole writes of 4 or 8 bytes. Raises ServingError where the sender has ended."""
+    """The bytes of the sender, whole writes of 4 or 8. Raises ServingError where it has ended."""
     if not (data := os.read(pipe, most)):
         raise ServingError("the process that says when requests are due has ended; its lines say why")
     return data

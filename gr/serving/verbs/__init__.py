@@ -1,1 +1,1 @@
-"""What can be asked of each kind of model: a request encoded, run and answered."""
+"""The verbs of each kind of model: how a request is encoded, run and answered."""
