@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its metadata alone: no tensor is read."""
+"""The contents of a checkpoint, read from its metadata alone: no tensor is read."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -23,7 +23,7 @@ _PATIENCE_MS = 1e7  # of the scenario offline, where every request waits for the
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured. p99_ms: the bound, and the deadline of requests. seconds: of each run."""
+    """One measurement. p99_ms: the bound, and the deadline of requests. seconds: of each run."""
 
     package: Path
     file: Path

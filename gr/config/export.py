@@ -23,7 +23,7 @@ class ExportTables(Section):
 
 
 class GateConfig(Section):
-    """What a package may differ in from its checkpoint, measured on rows that were not trained on."""
+    """The largest differences allowed between a package and its checkpoint, on rows that were not trained on."""
 
     data: PathText | None = Field(None, description="Folder of these rows; unset: evaluation.path of the checkpoint.")
     rows: CountOrNone = Field(200_000, description="Rows that are measured, at most; 0: nothing is measured.")
@@ -41,7 +41,7 @@ class ExportIndex(Section):
 
 
 class ExportConfig(Section):
-    """What `gr export` writes; each value may be given on its command line, as tables.dtype=int8."""
+    """Options of `gr export`; each value may be given on its command line, as tables.dtype=int8."""
 
     tables: ExportTables = Field(ExportTables(), description="The rows of the embedding tables.")
     gate: GateConfig = Field(GateConfig(), description="The accuracy that is asked for.")

@@ -138,7 +138,7 @@ class PreferenceTaskConfig(SimilarityConfig):
 
     @property
     def compared_items(self) -> int:
-        """Of a position at most: the chosen one, the rejected ones and those drawn."""
+        """The most items that a position compares: the chosen one, the rejected ones and those drawn."""
         return 1 + self.rejected + self.drawn
 
     def scores(self, compared: Comparison) -> LossInventory:

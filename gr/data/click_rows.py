@@ -70,7 +70,7 @@ class ClickRows:
         return TabularRows(np.zeros(table.num_rows, dtype=np.float32), dense_BN, ids_BH), unseen
 
     def read_plain(self, columns: Mapping[str, np.ndarray]) -> tuple[TabularRows, dict[str, int]] | None:
-        """What `read` gives for columns of plain numbers, [B] or [B, hots], without a fault; None for any others.
+        """The result of `read` for columns of plain numbers, [B] or [B, hots], without a fault; None for any others.
 
         A small request spends most of its time in Arrow, so a server tries this first.
         """

@@ -79,7 +79,7 @@ class Vocabulary:
         return self.values_V.to_numpy()
 
     def ids_of_numbers(self, numbers: np.ndarray) -> tuple[np.ndarray, int]:
-        """What `lookup` gives for whole numbers of any shape, where has_numbers: ids, and how many have none.
+        """The result of `lookup` for whole numbers of any shape, where has_numbers: ids, and how many have none.
 
         The id of these is 0.
         """

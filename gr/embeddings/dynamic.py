@@ -265,13 +265,13 @@ class IdMap:
         return [entry for table in self.dynamic.values() for entry in table.entries()]
 
     def read_counts(self) -> dict[str, float]:
-        """Of each table since the last call, over all ranks: uses of ids that had a row (hits), ids admitted, ids
-        evicted, uses of the shared rows. Collective.
+        """Counts of each table since the last call, over all ranks: uses of ids that had a row (hits), ids admitted,
+        ids evicted, uses of the shared rows. Collective.
         """
         return self._total({name: table.counts for name, table in self.dynamic.items()}, USES)
 
     def read_lookups(self) -> dict[str, float]:
-        """Of each table since the last call, over all ranks, where the map was only read: ids that were looked up, and
+        """Counts of each table since the last call, over all ranks, where the map was only read: ids looked up, and
         those among them that have no row (shared). Collective.
         """
         return self._total(self.looked_up, ("ids", "shared"))

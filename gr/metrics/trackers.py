@@ -42,7 +42,7 @@ def check_installed(config: RunConfig) -> None:
 
 
 def open_trackers(config: RunConfig, steps_done: int) -> list[Tracker]:
-    """Those of trainer.writers, for a run that starts after `steps_done` steps. Raises ConfigError."""
+    """The trackers of trainer.writers, for a run that starts after `steps_done` steps. Raises ConfigError."""
     return [WRITERS.target(each)(each, config, steps_done) for each in config.trainer.writers]
 
 

@@ -63,7 +63,7 @@ def load() -> None:
 
 
 def fingerprint() -> str:
-    """Of the operators as they are built on this machine; raises InstallError without a compiler."""
+    """The fingerprint of the operators as they are built on this machine; raises InstallError without a compiler."""
     return _fingerprint(_find_compiler())
 
 

@@ -1,4 +1,4 @@
-"""What a model takes to serve: bytes by card, the latency of a batch, the smallest number of cards. It knows no torch.
+"""The resources that serve a model: bytes by card, a batch's latency, the smallest number of cards. It knows no torch.
 
 An estimate from published or measured figures of the topology: lookups read rows at the memory's bandwidth; each card
 sends the vectors that were asked for, in fp16, to the card that runs the dense part; that card computes. Queues, kernel

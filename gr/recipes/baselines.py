@@ -107,7 +107,7 @@ def item_knn(histories: Histories, shrink: float) -> Matrix:
 
 
 def markov(histories: Histories, reach: float) -> Matrix:
-    """Of an item's successors up to `reach` events later, the share that each item is."""
+    """The share that each item has among an item's successors up to `reach` events later."""
     counts = sp.csr_array((histories.items, histories.items))
     for items_T, length_B in histories:
         user_T = np.repeat(np.arange(len(length_B)), length_B)

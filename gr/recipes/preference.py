@@ -125,7 +125,7 @@ class PreferenceRecipe(RetrievalRecipe):
         return lambda events_N: trained(events_N) * (4 / 3)
 
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
-        """As retrieval does, with liked_hr@10, liked_ndcg@10 and liked_mrr over the users with a liked target.
+        """Retrieval's metrics, with liked_hr@10, liked_ndcg@10 and liked_mrr over the users with a liked target.
 
         level_of_top@10 is how much users liked, later, what is in their top 10: a user's held-out event is all that is
         known of later, so that it is the mean level of the targets that are there.

@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def verbs(self) -> list[str]:
-        """What can be asked; the same for every version."""
+        """The verbs that requests may name; every version has the same."""
         return list(self._queues)
 
     def waiting(self) -> dict[str, int]:

@@ -72,7 +72,7 @@ _COMPILER_OPTIONS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. stored: the version. compiled: whether the code is new. choice: of auto."""
+    """The package as it was written. stored: the version. compiled: whether the code is new. choice: of auto."""
 
     stored: Stored
     manifest: Manifest
@@ -176,7 +176,7 @@ def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportCo
 
 
 def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
-    """What compiled code depends on, as JSON has it: two checkpoints of the same form can take the same code."""
+    """All that compiled code depends on, as JSON has it: two checkpoints of the same form can take the same code."""
     modules = {type(module).__module__ for each in built.passes.values() for module in each.module.modules()}
     sources = {name: inspect.getsourcefile(sys.modules[name]) for name in sorted(modules) if name.startswith("gr.")}
     own = cpu()
@@ -231,7 +231,7 @@ def _compile(each: Pass, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Decided:
-    """What of a manifest was decided before anything is written."""
+    """The part of a manifest that is decided before anything is written."""
 
     config: ExportConfig
     form: dict[str, Any]
@@ -294,7 +294,7 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
 def _tensors(
     built: Built, outputs: Mapping[str, tuple[Tensor, ...]]
 ) -> tuple[dict[str, PassRecord], dict[str, Tensor]]:
-    """What each pass reads, and all tensors to be written. A tensor that several passes share is written once.
+    """The tensors that each pass reads, and all tensors to be written. A tensor that passes share is written once.
 
     outputs: of the golden rows, by pass.
     """

@@ -33,7 +33,7 @@ class VerbMetrics:
 
 
 class EngineMetrics:
-    """What an engine counts, by verb. Threads may add to it and read it at any time."""
+    """The counters of an engine, by verb. Threads may add to it and read it at any time."""
 
     def __init__(self, verbs: Iterable[str]) -> None:
         self.verbs = {verb: VerbMetrics() for verb in verbs}

@@ -67,7 +67,7 @@ class Servable(Protocol):
 
 
 class UnknownCounts(Protocol):
-    """What requests had that training did not see."""
+    """Counts of values in requests that training did not see."""
 
     def by_column(self) -> Mapping[str, int]:
         """Values so far, by input."""
@@ -75,7 +75,7 @@ class UnknownCounts(Protocol):
 
 
 class ServedVersion(Protocol):
-    """What the engine serves: weights behind compiled passes. It never changes. name: what answers say they are of."""
+    """One version that the engine serves: weights behind compiled passes. It never changes. name: of it, in answers."""
 
     name: str
     kind: str

@@ -64,7 +64,7 @@ class HSTU(nn.Module):
         )
 
     def divisor(self, max_length: int) -> float:
-        """What attention is divided by, where all sequences have the same. max_length: tokens of the longest one."""
+        """The divisor of attention, where all sequences have the same. max_length: tokens of the longest one."""
         if self.config.divisor == "max_len":
             return float(max_length)
         return float(self.config.divisor_value or max_length + GENERATED_LENGTH + 1)

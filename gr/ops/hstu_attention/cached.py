@@ -42,7 +42,7 @@ def hstu_attention_cached(
     time_bias: Tensor | None = None,
     bucket_ids: Tensor | None = None,
 ) -> Tensor:
-    """What hstu_attention gives for the newest M tokens of a sequence, [M, H, V] in the dtype of q.
+    """The output of hstu_attention for the newest M tokens of a sequence, [M, H, V] in the dtype of q.
 
     q_MHQ, k_MHQ, v_MHV: float32 or bfloat16, of the new tokens. cache: of those before them.
     candidates: the new tokens are candidates, each of which sees the cached ones and itself. Otherwise they are the

@@ -56,7 +56,7 @@ class IdTable:
 
 
 class Step(NamedTuple):
-    """What a step did with its ids. row_U: int64, of the whole table; way 0 of the set for an id without a row.
+    """The outcome of a step for its ids. row_U: int64, of the whole table; way 0 of the set for an id without a row.
 
     entered_N: int64, indices into U of the ids that were given a row. evicted_N: int64, whose row it was; EMPTY for
     none.

@@ -87,7 +87,7 @@ class Measure(_Frozen):
 
 
 class TaskReport(_Frozen):
-    """What the gate measured of one task.
+    """The gate's measurements of one task.
 
     mean, mean_square, largest: of the changes of outputs (logits, numbers, the log2 of places), without their signs.
     calibration: mean prediction over mean label, of the reference and of the candidate; None where labels are not of
@@ -105,7 +105,7 @@ class TaskReport(_Frozen):
 
     @property
     def sensitivity(self) -> float:
-        """What independent roundings add up in: the divergence, or the mean square where the task has none."""
+        """The measure in which independent roundings add up: the divergence, or where there is none the mean square."""
         divergence = [measure.change for measure in self.measures if measure.name == "divergence"]
         return divergence[0] if divergence else self.mean_square
 

@@ -42,11 +42,11 @@ class Calibration(ABC):
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
-        """What the model's last layer gives for a batch."""
+        """The output of the model's last layer for a batch."""
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> np.ndarray:
-        """What is compared of all rows: outputs [P, C], or places [P]."""
+        """The values compared of all rows: outputs [P, C], or places [P]."""
         return torch.cat([self.forward(model, batch).float() for batch in self.batches]).cpu().numpy()
 
     @cached_property

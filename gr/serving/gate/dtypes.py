@@ -25,7 +25,7 @@ log = get_logger(__name__)
 
 
 class Sensitivity(BaseModel):
-    """What one kind of rows of one table does, all other tables being as trained.
+    """The effect of one kind of rows of one table, all other tables being as trained.
 
     sensitivity: the divergence relative to the loss, summed over tasks. change, error: of the first measure of the
     first task. clipped: values outside the range of fp16.
@@ -97,7 +97,7 @@ def measure(calibration: Calibration, kinds: Mapping[str, RowKind], limits: Limi
 
 
 def sensitivities(calibration: Calibration, limits: Limits, kinds: Sequence[RowKind] = ROW_KINDS) -> list[Sensitivity]:
-    """Of each table and each kind that its width can have, but fp32, table by table."""
+    """The sensitivity of each table to each kind that its width can have, but fp32, table by table."""
     measured = []
     for table, weight in table_weights(calibration.saved.model).items():
         for kind in kinds:

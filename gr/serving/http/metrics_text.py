@@ -1,4 +1,4 @@
-"""What an engine and its server count, in the text format of Prometheus."""
+"""The counters of an engine and its server, in the text format of Prometheus."""
 
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -72,7 +72,7 @@ class _Collector:
 
 
 def _of_cache(cache: KVCache) -> Iterator[Metric]:
-    """Of this version's cache: a version that is swapped in begins with none of another's keys and values."""
+    """The counters of this version's cache: a version swapped in begins with none of another's keys and values."""
     outcomes = CounterMetricFamily(
         "gr_kv_cache", "Requests by what was cached, and entries that left.", labels=["outcome"]
     )

@@ -47,7 +47,7 @@ _LONG_BODY = 1 << 16  # bytes; above, a body is read in a thread, so that other 
 
 @dataclass
 class Served:
-    """What the routes share. name: of the model; one verb is the model NAME, several are NAME.VERB each.
+    """The state that all routes share. name: of the model; one verb is the model NAME, several are NAME.VERB each.
 
     write_access: takes the line of a request. bodies: bytes of bodies that are being read or answered.
     """

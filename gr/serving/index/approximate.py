@@ -61,7 +61,7 @@ class ApproximateIndex:
 
     @torch.inference_mode()
     def top(self, queries_BD: Tensor, k: int, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
-        """As ExactIndex.top, of the items in the lists searched; scores are exact. Raises ServingError as it does."""
+        """The same as ExactIndex.top, errors too, among the items in the lists searched; scores are exact."""
         self.exact.check(queries_BD, k)
         if not len(queries_BD):
             return self.exact.top(queries_BD, k)

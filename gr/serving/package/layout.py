@@ -67,7 +67,7 @@ class PassRecord(_Record):
 
 
 class VerbRecord(_Record):
-    """What a verb is asked with and answers with."""
+    """The inputs and outputs of one verb."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -98,7 +98,7 @@ class TablesLayout(_Record):
 
 
 class CardRecord(_Record):
-    """What one card holds. file: its rows. bytes: of its tables. cost: of their lookups, the sum of those measured."""
+    """The tables of one card. file: its rows. bytes: of its tables. cost: the measured sum of their lookups."""
 
     file: Name
     tables: tuple[str, ...]
@@ -127,12 +127,12 @@ class CardsRecord(_Record):
 
     @property
     def bytes_over_bound(self) -> float:
-        """Of the fullest card; 1.0 is the best that any partition can do."""
+        """Bytes of the fullest card over their bound; 1.0 is the best that any partition can do."""
         return max(card.bytes for card in self.cards) / self.bytes_bound
 
     @property
     def cost_over_bound(self) -> float:
-        """Of the dearest card; 1.0 is the best that any partition can do."""
+        """Cost of the dearest card over its bound; 1.0 is the best that any partition can do."""
         return max(card.cost for card in self.cards) / self.cost_bound
 
 
@@ -184,7 +184,7 @@ def dumped(record: _Record) -> str:
 
 
 def read_current(folder: Path) -> Current:
-    """What a package serves. Raises ServingError where the folder is no package or current.json is not gr's."""
+    """The version that a package serves. Raises ServingError for a folder without a package or a foreign current.json."""
     path = folder / CURRENT
     if not path.is_file():
         raise ServingError(f"{folder}: is no package, since it has no {CURRENT}; `gr export --out {folder}` writes one")

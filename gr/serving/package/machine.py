@@ -1,4 +1,4 @@
-"""What compiled code depends on beside the model: versions of packages and the instruction set of the CPU."""
+"""The conditions of compiled code beside the model: versions of packages and the instruction set of the CPU."""
 
 import platform
 import re
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu() -> CPU:
-    """That of this machine."""
+    """The instruction set of this machine."""
     source = Path("/proc/cpuinfo")
     lines = source.read_text().splitlines() if source.exists() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])

@@ -1,4 +1,4 @@
-"""What a kind of model hands to `gr export`: a builder, in gr/serving/passes.
+"""The protocol between `gr export` and a kind of model, which hands it a builder in gr/serving/passes.
 
 A builder is a function(saved, kinds, config) -> Built. kinds: the type of each table's rows, by name. It makes modules
 without data-dependent shapes over the model's own dense part and packed tables, and says what the verbs of the kind

@@ -87,7 +87,7 @@ class ClickPass(nn.Module):
         return dict(zip(self.tables.features, looked_up.split(self.tables.widths, dim=1), strict=True))
 
     def _row_weighted(self, looked_up: Tensor, B: int) -> dict[str, Tensor]:
-        """As gr.embeddings.row_weighted_vectors, of bags of equal lengths."""
+        """The same as gr.embeddings.row_weighted_vectors, for bags of equal lengths."""
         hots = [self.hots[name] for name in self.tables.features]
         weighted = looked_up[:, : self.dim] * (1 + looked_up[:, self.dim : self.dim + 1])
         bags = weighted.split([B * count for count in hots])
@@ -98,7 +98,7 @@ class ClickPass(nn.Module):
 
 
 class PassOfCards(ClickPass):
-    """As a pass whose tables are on cards answers, with the tables here: vectors come from cards in fp16."""
+    """A pass with its own tables that answers as one with tables on cards does: vectors come from cards in fp16."""
 
     def look_up(self, ids_BH: Tensor) -> Tensor:
         """float32 [B, F, D], with the values of fp16."""

@@ -56,7 +56,7 @@ class FloatTables(nn.Module):
 
 
 class _Places(nn.Module):
-    """What is added to a token for its position and its time."""
+    """The vectors added to a token for its position and its time."""
 
     def __init__(self, tokens: SequencePreprocessor) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def ranking_passes(
 def ranking_form(
     config: RankingConfig, schema: DataSchema, *, microbatch: int, cache_dtype: torch.dtype
 ) -> RankingForm:
-    """What the passes of a model of this configuration are asked with."""
+    """The inputs of the passes of a model of this configuration."""
     model, time = config.model, config.model.time
     tower, scope = model.tower, cache_scope(config)
     assert isinstance(tower, STUConfig | HSTUConfig), "ranking_passes refuses others"

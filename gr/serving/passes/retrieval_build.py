@@ -109,7 +109,7 @@ def _index(
     query: QueryPass,
     corpus: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, bytes | Callable[[Path], None]]:
-    """What says how items are searched, and the inverted file where one is asked for. corpus: ids and counts, [E]."""
+    """The record of how items are searched, and the inverted file if there is one. corpus: ids and counts, [E]."""
     if config.index.kind == "exact":
         return {FORM: StoredRetrieval(form=form, probes=None).model_dump_json(indent=2).encode()}
     features = cast(PackedTables, query.tables).features

@@ -44,7 +44,7 @@ class RowWeightedSums(nn.Module):
 
 
 def pooling(tables: StoredTables, dim: int, row_weights: bool) -> StoredTables | RowWeightedSums:
-    """What a card runs."""
+    """The pooling that a card runs."""
     return RowWeightedSums(tables, dim) if row_weights else tables
 
 
@@ -113,5 +113,5 @@ class PassOnCards:
         self._cards, self._run = cards, run
 
     def __call__(self, dense_BN: Tensor, ids_BH: Tensor) -> list[Tensor]:
-        """As the pass that has its tables inside. Raises ServingError where a card has ended."""
+        """The answer of the pass that has its tables inside. Raises ServingError where a card has ended."""
         return self._run(dense_BN, self._cards(ids_BH))

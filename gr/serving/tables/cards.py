@@ -110,7 +110,7 @@ class Cards:
         return answers
 
     def _replies(self) -> list[bytes]:
-        """What each card says when it is done, in their order."""
+        """The reply of each card when it is done, in the order of the cards."""
         pending = {card.connection: card for card in self._cards}
         replies: dict[int, bytes] = {}
         while pending:

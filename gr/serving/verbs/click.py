@@ -153,7 +153,7 @@ def _as_arrow(name: str, values: np.ndarray) -> pa.Array:
 
 
 def score_record(schema: TabularSchema, vocabularies: Mapping[str, Vocabulary]) -> VerbRecord:
-    """What `score` is asked with, and what it answers with."""
+    """The inputs and outputs of `score`."""
     dense = [TensorSpec(name, "FP32", (-1,)) for name in schema.dense]
     sparse = [
         TensorSpec(

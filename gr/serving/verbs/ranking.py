@@ -37,7 +37,7 @@ Run = Callable[..., Sequence[Tensor]]
 
 
 class RankingForm(BaseModel):
-    """What the passes of a ranking model are asked with; a file of the package.
+    """The inputs of a ranking model's passes; a file of the package.
 
     items: cardinality of the item; event_features, contextual: of the other ids, by name. max_events: of a history that
     the model sees, the newest. scale, buckets: of its encoding of time; None: it has none. absolute: positions count
@@ -113,7 +113,7 @@ class RankRequest:
         return self.candidates_FM.shape[1]
 
     def digest(self, events: int) -> bytes:
-        """Of the user's features and the first so many events: what their keys and values are computed from."""
+        """The digest of what keys and values are computed from: the user's features and the first so many events."""
         hashed = hashlib.blake2b(digest_size=16)
         for part in (self.ids_G, self.numbers_K, self.events_EC[:events]):
             hashed.update(np.ascontiguousarray(part).tobytes())
@@ -239,7 +239,7 @@ class RankServable:
         return answer
 
     def _keys_and_values(self, request: RankRequest, positions_E: Tensor, buckets_E: Tensor) -> Entry:
-        """Those of the whole history: from the cache, extended by its newest events, or computed anew."""
+        """Keys and values of the whole history: from the cache, extended by its newest events, or computed anew."""
         E, entry = len(request.events_EC), None
         if self.cache is not None and request.user is not None:
             entry = self.cache.take(request.user, self._version, E, request.digest)

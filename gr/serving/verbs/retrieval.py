@@ -49,7 +49,7 @@ class RetrieveRequest:
 
 @dataclass(frozen=True)
 class RetrievalForm:
-    """What of a model's configuration its requests depend on."""
+    """The part of a model's configuration on which its requests depend."""
 
     max_length: int
     item_cardinality: int
