@@ -184,7 +184,7 @@ def dumped(record: _Record) -> str:
 
 
 def read_current(folder: Path) -> Current:
-    """The version that a package serves. Raises ServingError for a folder without a package or a foreign current.json."""
+    """The version that a package serves. Raises ServingError for a folder without a package or a foreign record."""
     path = folder / CURRENT
     if not path.is_file():
         raise ServingError(f"{folder}: is no package, since it has no {CURRENT}; `gr export --out {folder}` writes one")
