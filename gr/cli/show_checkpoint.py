@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gr.cli.out import dump, say
+from gr.planner.report.units import size
 
 if TYPE_CHECKING:
     from gr.checkpoint.contents import Contents, SavedTensor
@@ -45,11 +46,11 @@ def describe(contents: "Contents") -> list[str]:
     lines = [
         f"{contents.path}: step {contents.step}{by}",
         f"data        {place or 'not begun'}",
-        f"files       {len(contents.files)}, {_size(sum(contents.files.values()))}",
+        f"files       {len(contents.files)}, {size(sum(contents.files.values()))}",
         f"tables      {len(contents.tables)}, {_bytes(of_tables)}",
     ]
     for name, tensors in contents.tables.items():
-        shown = (f"{kind} {'x'.join(map(str, t.shape))} {t.dtype} {_size(t.bytes)}" for kind, t in tensors.items())
+        shown = (f"{kind} {'x'.join(map(str, t.shape))} {t.dtype} {size(t.bytes)}" for kind, t in tensors.items())
         lines.append(f"  {name}: {', '.join(shown)}")
     states = f", optimizer {_bytes(contents.dense_optimizer.values())}" if contents.dense_optimizer else ""
     lines.append(f"dense       {len(contents.dense)} parameters, {_bytes(contents.dense.values())}{states}")
@@ -57,9 +58,4 @@ def describe(contents: "Contents") -> list[str]:
 
 
 def _bytes(tensors: Iterable["SavedTensor"]) -> str:
-    return _size(sum(tensor.bytes for tensor in tensors))
-
-
-def _size(count: int) -> str:
-    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    return next((f"{count / unit:.3g} {name}" for unit, name in units if count >= unit), f"{count} B")
+    return size(sum(tensor.bytes for tensor in tensors))

@@ -31,7 +31,7 @@ def test_what_a_person_reads(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert rest == [
         "tables      1, 800 B",
         "  items: weight 50x8 float16 800 B",
-        "dense       1 parameters, 4 kB, optimizer 4 kB",
+        "dense       1 parameters, 4.00 kB, optimizer 4.00 kB",
     ]
 
 
