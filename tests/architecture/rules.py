@@ -30,7 +30,7 @@ CEILINGS = {
     "planner": 5.1,
     "cluster": 0.5,
     "training": 1.4,
-    "serving": 7.3,
+    "serving": 7.6,
     "recipes": 2.2,
     "cli": 2.6,
     "prepare": 5.0,
