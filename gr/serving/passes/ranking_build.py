@@ -4,6 +4,7 @@ E events, M candidates, F features.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from gr.models.saved import Saved
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops import cpp_extension
 from gr.schema import SCHEMA_FILE, DataSchema, vocabulary_file
+from gr.serving.gate.cached_keys import rounded_keys
 from gr.serving.package.layout import VerbRecord
 from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.ranking import ranking_form, ranking_passes
@@ -98,6 +100,7 @@ def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> B
             FORM_FILE: form.model_dump_json(indent=2).encode(),
             **{name: (saved.folder / name).read_bytes() for name in names},
         },
+        rounding=partial(rounded_keys, model, _DTYPES[config.cache]),
     )
 
 
