@@ -40,26 +40,66 @@ _COMPILE_FLAGS = (
 _LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-ltorch_cpu")
 
 
+# Of the library that a package brought into this process, which has one for all its life.
+_brought: str | None = None
+
+
 @functools.cache
 def load() -> None:
     """Makes torch.ops.gr.* available, after building the library if this machine has none.
 
-    Raises InstallError if there is no C++20 compiler, the build fails or the library does not work on this CPU.
+    Raises InstallError if there is no C++20 compiler, the build fails or the library does not work on this CPU, or a
+    package of another release brought its own.
+    """
+    if _brought is not None:
+        if _brought != fingerprint():
+            raise InstallError("this process runs the C++ operators of a package of another release; start another")
+        return
+    _load(library())
+
+
+def load_library(path: Path, name: str) -> None:
+    """Makes torch.ops.gr.* available from a library that another process built. name: its fingerprint.
+
+    The caller has checked what the file is and who can write it. Raises InstallError where this process has other
+    operators, or the library does not work on this CPU.
+    """
+    global _brought
+    current = fingerprint() if load.cache_info().currsize else _brought
+    if current == name:
+        return
+    if current is not None:
+        raise InstallError("this process runs other C++ operators already: open it in a process of its own")
+    _load(path)
+    _brought = name
+
+
+def _load(path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+        fakes.register()
+    except OSError as error:
+        raise InstallError(f"the C++ operators cannot be loaded: {error}") from error
+    _check_runs()
+
+
+def library() -> Path:
+    """The library of this release in the user's cache directory, built if there is none.
+
+    Raises InstallError where it cannot be built, or others can write it.
     """
     compiler = _find_compiler()
     try:
-        library = _cache_directory() / f"ops-{_fingerprint(compiler)}.so"
-        with _locked(library.with_suffix(".lock")):
-            if not library.exists():
-                _build(compiler, library)
-        _require_own(library)
-        if library.stat().st_mode & _WRITABLE_BY_OTHERS:
-            raise InstallError(f"{library} can be written by other users, so it is not loaded. Remove it.")
-        torch.ops.load_library(str(library))
-        fakes.register()
+        path = _cache_directory() / f"ops-{_fingerprint(compiler)}.so"
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _build(compiler, path)
+        _require_own(path)
+        if path.stat().st_mode & _WRITABLE_BY_OTHERS:
+            raise InstallError(f"{path} can be written by other users, so it is not loaded. Remove it.")
     except OSError as error:
-        raise InstallError(f"the C++ operators cannot be stored or loaded: {error}") from error
-    _check_runs()
+        raise InstallError(f"the C++ operators cannot be stored: {error}") from error
+    return path
 
 
 def fingerprint() -> str:

@@ -22,6 +22,7 @@ from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
 from gr.files import digests, sha256_of
 from gr.models.saved import Saved, load
+from gr.ops import cpp_extension
 from gr.serving.gate.accuracy_gate import GateReport, Limits
 from gr.serving.gate.calibration import Calibration, calibration
 from gr.serving.gate.dtypes import DtypeChoice, choose, measure
@@ -29,6 +30,7 @@ from gr.serving.package.layout import (
     CODE,
     GOLDEN,
     MANIFEST,
+    OPERATORS,
     TENSORS,
     WEIGHTS,
     Manifest,
@@ -100,11 +102,14 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
         form = _form(saved, built, config)
         code = sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
         folder = package.path / CODE / code
-        compiled = bool(find_damage(folder, [f"{name}.pt2" for name in built.passes], 0, 1))
+        operators = [OPERATORS] * ("operators" in built.form)
+        compiled = bool(find_damage(folder, [*(f"{name}.pt2" for name in built.passes), *operators], 0, 1))
         if compiled:
             draft = package.draft(CODE)
             for name, each in built.passes.items():
                 _compile(each, draft / f"{name}.pt2")
+            for name in operators:
+                shutil.copyfile(cpp_extension.library(), draft / name)
             write_sums(draft, [sum_lines(digests(draft))])
             package.commit(CODE, code)
         stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate, placement))
@@ -168,7 +173,9 @@ def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportCo
     if rows is None:
         return None
     if built.served is None:
-        report = measure(rows, {name: kind for name, (_, _, kind) in built.tables.items()}, _limits(config))
+        _ = rows.reference  # of the model as it was trained
+        with built.rounding():
+            report = measure(rows, {name: kind for name, (_, _, kind) in built.tables.items()}, _limits(config))
     else:
         report = rows.gate(rows.predict(built.served), _limits(config))
     report.require()

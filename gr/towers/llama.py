@@ -164,11 +164,19 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        # As many heads as the columns make: under tensor parallelism a rank has some of them.
-        q, k, v = (linear(x_TD).unflatten(-1, (-1, self.width)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q_THQ = self._heads(self.q_proj, x_TD)
+        k_TGQ, v_TGQ = self.keys(x_TD, turn)
+        return self.o_proj(attend(rotate(q_THQ, *turn).to(v_TGQ.dtype), k_TGQ, v_TGQ).flatten(1))
+
+    def keys(self, x_TD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys, turned, and values, [T, G, Q] each."""
+        k_TGQ, v_TGQ = self._heads(self.k_proj, x_TD), self._heads(self.v_proj, x_TD)
         # Under autocast the tables are float32, and q and k as v.
-        q_THQ, k_TGQ = (rotate(x, *turn).to(v.dtype) for x in (q, k))
-        return self.o_proj(attend(q_THQ, k_TGQ, v).flatten(1))
+        return rotate(k_TGQ, *turn).to(v_TGQ.dtype), v_TGQ
+
+    def _heads(self, linear: nn.Module, x_TD: Tensor) -> Tensor:
+        """As many heads as the columns make: under tensor parallelism a rank has some of them."""
+        return linear(x_TD).unflatten(-1, (-1, self.width))
 
 
 class SwiGLU(nn.Module):

@@ -2,7 +2,8 @@
 
     current.json                   what is served: code, weights, the SHA-256 of their manifest; replaced by one rename
     code/HASH/PASS.pt2             compiled passes, the same for all weights of one form; HASH is that of the form
-    code/HASH/SHA256SUMS           of the passes, in the form of sha256sum
+    code/HASH/operators.so         gr's C++ operators, where the passes call them
+    code/HASH/SHA256SUMS           of these, in the form of sha256sum
     weights/STEP-DIGEST/           one version: manifest.json, tensors.safetensors (mapped), golden.safetensors,
                                    tables-CARD.safetensors where the tables are on cards, schema.json,
                                    vocabulary/ and what else of the checkpoint the kind needs
@@ -29,6 +30,7 @@ from gr.serving.servable import TensorSpec
 CURRENT, MANIFEST = "current.json", "manifest.json"
 CODE, WEIGHTS, DRAFT = "code", "weights", ".draft"
 TENSORS, GOLDEN = "tensors.safetensors", "golden.safetensors"
+OPERATORS = "operators.so"
 _LARGEST_CURRENT, _LARGEST_MANIFEST = 1 << 16, 1 << 24  # bytes
 _WRITABLE_BY_OTHERS = 0o022
 _PART = r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"
@@ -215,7 +217,8 @@ def verify(folder: Path, stored: Stored, manifest: Manifest) -> None:
         require_private(folder / place)
     listed = {*manifest.code_files, *manifest.files}
     cards = manifest.cards.cards if manifest.cards else ()
-    for needed in (*(f"{name}.pt2" for name in manifest.passes), TENSORS, GOLDEN, *(card.file for card in cards)):
+    code = [*(f"{name}.pt2" for name in manifest.passes), *[OPERATORS] * ("operators" in manifest.form)]
+    for needed in (*code, TENSORS, GOLDEN, *(card.file for card in cards)):
         if needed not in listed:
             raise ServingError(f"{folder / WEIGHTS / stored.weights}: no SHA-256 of {needed} is known; export again")
     for name, digest in manifest.paths(stored):

@@ -6,6 +6,7 @@ need when a package is opened: gr/serving/verbs/KIND.py has them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Built:
 
     form: what else than the tables and the passes' source the compiled code depends on, as JSON has it. artifacts:
     files of the version for the verbs to read, path -> content, or what writes it; written in this order. cards: the
-    tables that no pass has, where the configuration asks for cards.
+    tables that no pass has, where the configuration asks for cards. rounding: where served is None, what else than the
+    tables the passes round, done to the model while it is open.
     """
 
     passes: Mapping[str, Pass]
@@ -68,6 +70,7 @@ class Built:
     form: Mapping[str, Any]
     artifacts: Mapping[str, bytes | Callable[[Path], None]]
     cards: CardTables | None = None
+    rounding: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def served_kind(config: RunConfig) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gr.config.ranking import RankingConfig
-from gr.config.towers import HSTUConfig, STUConfig, TowerConfig
+from gr.config.towers import HSTUConfig, LlamaConfig, SASRecConfig, STUConfig, TowerConfig
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,7 @@ def _tower_changes(tower: TowerConfig) -> Iterator[str]:
                 yield "model.tower.time_bias: the newest event is biased by the time of the next one"
             if tower.divisor == "actual_len":
                 yield "model.tower.divisor=actual_len: all sums are divided by the length"
+        case SASRecConfig() | LlamaConfig():
+            yield f"model.tower.kind={tower.kind}: the sums of softmax change in their last bits with the length"
         case _:
             yield f"model.tower.kind={tower.kind}: is not known to leave earlier events as they were"

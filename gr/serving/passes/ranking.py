@@ -5,31 +5,23 @@
     Score     cached keys and values, candidates -> outputs
 
 No shape depends on a value, so torch.export takes them. What depends on lengths comes as a tensor.
-E events, M candidates, T tokens of a call, N rows of the cache, L layers, H heads, Q and V widths of keys and values,
-W = Q + V, F features of an event, G and K features of the user (ids, numbers), D width, C tasks.
+E events, M candidates, T tokens of a call, N rows of the cache, L layers, H heads of keys and values, W widths of both
+together, F features of an event, G and K features of the user (ids, numbers), D width, C tasks.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr.config.ranking import ActionTask, InterleavedInput, RankingConfig
-from gr.config.towers import HSTUConfig, STUConfig
-from gr.errors import ServingError
 from gr.models.preprocessor import SequencePreprocessor
 from gr.models.sequence_ranking import Head, SequenceRanker
-from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.schema import DataSchema
 from gr.serving.passes.cache_scope import cache_scope
+from gr.serving.passes.ranking_layers import Layers, cache_heads, layers_of
 from gr.serving.verbs.ranking import RankingForm
-from gr.towers.attend import Attend
-from gr.towers.hstu import HSTU, HSTULayer
-from gr.towers.stu import STU, STULayer
 
 # features -> the module that looks their ids up: forward([ids of each feature]) -> [vectors of each feature]
 TablesOf = Callable[[Sequence[str]], nn.Module]
@@ -119,72 +111,8 @@ class ContextTokens(nn.Module):
         return torch.cat(parts) + self.position
 
 
-class _Layers(nn.Module):
-    """The layers of a tower, and what their attention has in common."""
-
-    layers: nn.ModuleList
-    mask: AttentionMask
-    settings: dict[str, Any]
-
-    def __init__(self, model: SequenceRanker, *, prefix: bool, whole: bool) -> None:
-        """prefix: context sees the whole history. whole: False where nothing reads the last layer but keys, values."""
-        super().__init__()
-        tower = _served(model.tower)
-        self.layers = nn.ModuleList(tower.layers if whole else [*tower.layers[:-1], _without_output(tower.layers[-1])])
-        self.qk_dim = tower.config.qk_dim
-        if isinstance(tower, STU):
-            self.mask = tower.mask(model.tokens.contextual if prefix else 0)
-            self.settings = {"divisor": tower.divisor, "alpha": tower.alpha}
-        else:
-            self.mask, self.settings = AttentionMask(), {"divisor": tower.divisor(model.tokens.max_length)}
-
-    def keys_and_values(self, x_TD: Tensor, attend: Callable[[int], Attend], dtype: torch.dtype) -> Tensor:
-        """[T, L, H, W] in `dtype`, to which they are rounded before anything sees them. attend: of a layer."""
-        kept: list[Tensor] = []
-
-        def keep(k_THQ: Tensor, v_THV: Tensor) -> tuple[Tensor, Tensor]:
-            kept.append(torch.cat([k_THQ, v_THV], dim=-1).to(dtype))
-            return k_THQ.to(dtype).to(k_THQ.dtype), v_THV.to(dtype).to(v_THV.dtype)
-
-        for place, layer in enumerate(self.layers[:-1]):
-            inner = attend(place)
-
-            def seen(q: Tensor, k: Tensor, v: Tensor, /, inner: Attend = inner, **named: Tensor | None) -> Tensor:
-                return inner(q, *keep(k, v), **named)
-
-            x_TD = layer(x_TD, seen)
-        _, _, k_THQ, v_THV = cast(STULayer | HSTULayer, self.layers[-1]).project(x_TD)
-        keep(k_THQ, v_THV)
-        return torch.stack(kept, dim=1)
-
-    def cached(self, kv_NLHW: Tensor, length_1: Tensor, place: int) -> CachedKeys:
-        return CachedKeys(kv_NLHW[:, place, :, : self.qk_dim], kv_NLHW[:, place, :, self.qk_dim :], length_1)
-
-
-def _served(tower: nn.Module) -> STU | HSTU:
-    """The tower. Raises ServingError for one whose attention has no form against a cache."""
-    if isinstance(tower, STU):
-        return tower
-    if isinstance(tower, HSTU):
-        config = tower.config
-        if config.attention == "pointwise" and not config.time_bias and config.divisor != "actual_len":
-            return tower
-    raise ServingError(
-        f"a {type(tower).__name__} tower is not served as it is configured: attention against a cache is that of stu, "
-        "and of hstu with attention=pointwise, time_bias=false and a divisor other than actual_len"
-    )
-
-
-def _without_output(layer: nn.Module) -> nn.Module:
-    """The layer with the weights that its keys and values need, which it shares with the whole one."""
-    part = copy.copy(layer)
-    part._modules = {name: each for name, each in layer._modules.items() if not name.startswith("output")}
-    part._parameters = {name: each for name, each in layer._parameters.items() if not name.endswith("_bias")}
-    return part
-
-
 class Prefill(nn.Module):
-    def __init__(self, context: ContextTokens | None, events: EventTokens, layers: _Layers, dtype: torch.dtype) -> None:
+    def __init__(self, context: ContextTokens | None, events: EventTokens, layers: Layers, dtype: torch.dtype) -> None:
         super().__init__()
         self.context, self.events, self.layers, self.dtype = context, events, layers, dtype
 
@@ -197,18 +125,33 @@ class Prefill(nn.Module):
         length_1: Tensor,
         ids_G: Tensor,
         numbers_K: Tensor,
+        times_2E: Tensor | None = None,
     ) -> Tensor:
-        """Keys and values, [T, L, H, W]. length_1: int64, the tokens that count; events after them fill the call up."""
+        """Keys and values, [T, L, H, W]. length_1: int64, the tokens that count; events after them fill the call up.
+
+        times_2E: where the tower reads times, int64 seconds of each event, and of the event after it or the request.
+        """
         x_TD = self.events(ids_FE, actions_E, position_E, bucket_E)
+        context = 0
         if self.context is not None:
-            x_TD = torch.cat([self.context(ids_G, numbers_K), x_TD])
-        layers = self.layers
-        attend = partial(hstu_attention_start, length=length_1, mask=layers.mask, **layers.settings)
-        return layers.keys_and_values(x_TD, lambda place: attend, self.dtype)
+            context_GD = self.context(ids_G, numbers_K)
+            context, x_TD = context_GD.shape[0], torch.cat([context_GD, x_TD])
+        times_2T = None if times_2E is None else self._times(times_2E, context)
+        attend = self.layers.attention.start(length_1, times_2T)
+        return self.layers.keys_and_values(x_TD, lambda layer: attend, torch.arange(x_TD.shape[0]), self.dtype)
+
+    def _times(self, times_2E: Tensor, context: int) -> Tensor:
+        """Those of tokens: each is asked for the one after it, and context is as old as the first event."""
+        own_E, next_E = times_2E
+        times_2T = times_2E
+        if self.events.interleaved:  # an item is asked for its action
+            asked_T = torch.stack([own_E, next_E], dim=1).flatten()
+            times_2T = torch.stack([own_E[:, None].expand(-1, 2).flatten(), asked_T])
+        return torch.cat([own_E[:1].expand(2, context), times_2T], dim=1)
 
 
 class Append(nn.Module):
-    def __init__(self, events: EventTokens, layers: _Layers, dtype: torch.dtype) -> None:
+    def __init__(self, events: EventTokens, layers: Layers, dtype: torch.dtype) -> None:
         super().__init__()
         self.events, self.layers, self.dtype = events, layers, dtype
 
@@ -223,55 +166,58 @@ class Append(nn.Module):
     ) -> Tensor:
         """Keys and values of the events that follow the first length_1 rows of the cache, [T, L, H, W]."""
         layers = self.layers
-
-        def attend(place: int) -> Attend:
-            return partial(
-                hstu_attention_cached,
-                cache=layers.cached(kv_NLHW, length_1, place),
-                candidates=False,
-                mask=layers.mask,
-                **layers.settings,
-            )
-
         x_TD = self.events(ids_FE, actions_E, position_E, bucket_E)
-        return layers.keys_and_values(x_TD, attend, self.dtype)
+        place_T = length_1 + torch.arange(x_TD.shape[0])
+        return layers.keys_and_values(
+            x_TD,
+            lambda layer: layers.attention.append(layers.cached(kv_NLHW, length_1, layer)),
+            place_T,
+            self.dtype,
+        )
 
 
 class Score(nn.Module):
-    def __init__(self, candidates: CandidateTokens, layers: _Layers, head: Head) -> None:
+    def __init__(self, candidates: CandidateTokens, layers: Layers, head: Head) -> None:
         super().__init__()
         self.candidates, self.layers, self.head = candidates, layers, head
 
     def forward(
-        self, kv_NLHW: Tensor, length_1: Tensor, ids_FM: Tensor, position_1: Tensor, bucket_1: Tensor
+        self,
+        kv_NLHW: Tensor,
+        length_1: Tensor,
+        ids_FM: Tensor,
+        position_1: Tensor,
+        bucket_1: Tensor,
+        ages_N: Tensor | None = None,
     ) -> Tensor:
-        """Outputs of the tasks, [M, C]: logits, or numbers."""
-        x_MD = self.candidates(ids_FM, position_1, bucket_1)
-        for place, layer in enumerate(self.layers.layers):
-            attend = partial(
-                hstu_attention_cached,
-                cache=self.layers.cached(kv_NLHW, length_1, place),
-                candidates=True,
-                mask=self.layers.mask,
-                **self.layers.settings,
+        """Outputs of the tasks, [M, C]: logits, or numbers.
+
+        ages_N: where the tower reads times, int64 seconds from each token in the cache to the request.
+        """
+        x_MD, layers = self.candidates(ids_FM, position_1, bucket_1), self.layers
+        place_M = length_1.expand(x_MD.shape[0])  # all stand at the place after the history
+        return self.head(
+            layers(
+                x_MD,
+                lambda layer: layers.attention.candidates(layers.cached(kv_NLHW, length_1, layer), ages_N),
+                place_M,
             )
-            x_MD = layer(x_MD, attend)
-        return self.head(x_MD)
+        )
 
 
 def ranking_passes(
     model: SequenceRanker, tables_of: TablesOf, *, cache_dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
-    """prefill and score, and append where no token sees what comes after it. Raises ServingError for other towers."""
+    """prefill and score, and append where it has the bits of prefill. Raises ServingError for towers without passes."""
     tokens = model.tokens
-    prefix = model.uses_candidates and tokens.place == "request" and tokens.contextual > 0
+    prefix = tokens.contextual if model.uses_candidates and tokens.place == "request" else 0
     events = EventTokens(tokens, tables_of(model.event_features))
     context = None
     if tokens.contextual:
         context = ContextTokens(tokens, tables_of(model.contextual) if model.contextual else None)
-    keys, whole = (_Layers(model, prefix=prefix, whole=whole) for whole in (False, True))
+    keys, whole = (layers_of(model, prefix=prefix, whole=whole) for whole in (False, True))
     passes: dict[str, nn.Module] = {"prefill": Prefill(context, events, keys, cache_dtype)}
-    if not (keys.mask.contextual_len or keys.mask.min_full_attn_seq_len):
+    if whole.attention.appends:
         passes["append"] = Append(events, keys, cache_dtype)
     candidates = CandidateTokens(tokens, tables_of(model.event_features))
     passes["score"] = Score(candidates, whole, model.head)
@@ -284,7 +230,7 @@ def ranking_form(
     """The inputs of the passes of a model of this configuration."""
     model, time = config.model, config.model.time
     tower, scope = model.tower, cache_scope(config)
-    assert isinstance(tower, STUConfig | HSTUConfig), "ranking_passes refuses others"
+    heads, width = cache_heads(tower, model.dim)
     return RankingForm(
         items=schema.item_cardinality,
         event_features=dict(schema.event_features),
@@ -300,9 +246,10 @@ def ranking_form(
         tasks={task.name: isinstance(task, ActionTask) for task in config.task.tasks},
         lifetime=scope.lifetime,
         reason=scope.reason,
+        times=tower.uses_time,
         layers=tower.layers,
-        heads=tower.heads,
-        width=tower.qk_dim + tower.v_dim,
+        heads=heads,
+        width=width,
         cache_dtype="float32" if cache_dtype == torch.float32 else "bfloat16",
         microbatch=microbatch,
     )

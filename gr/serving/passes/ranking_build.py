@@ -4,6 +4,7 @@ E events, M candidates, F features.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from gr.models.saved import Saved
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops import cpp_extension
 from gr.schema import SCHEMA_FILE, DataSchema, vocabulary_file
+from gr.serving.gate.cached_keys import rounded_keys
 from gr.serving.package.layout import VerbRecord
 from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.ranking import ranking_form, ranking_passes
@@ -98,6 +100,7 @@ def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> B
             FORM_FILE: form.model_dump_json(indent=2).encode(),
             **{name: (saved.folder / name).read_bytes() for name in names},
         },
+        rounding=partial(rounded_keys, model, _DTYPES[config.cache]),
     )
 
 
@@ -119,13 +122,21 @@ def _with_golden_rows(passes: Mapping[str, nn.Module], form: RankingForm) -> dic
     length = torch.tensor([form.tokens(ROWS)])
     ids_G = torch.cat([below(size, 1, torch.int32) for size in form.contextual.values()] or [below(1, 1, torch.int32)])
     numbers_K = torch.randn(max(1, len(form.contextual_numeric)), generator=random)
-    first = (*events, length, ids_G, numbers_K)
+    first: tuple[Tensor, ...] = (*events, length, ids_G, numbers_K)
+    ages: tuple[Tensor, ...] = ()
+    if form.times:
+        hours_E1 = 3600 * torch.arange(ROWS + 1)
+        first += (torch.stack([hours_E1[:-1], hours_E1[1:]]),)
+        ages = (3600 * torch.arange(form.tokens(ROWS)).flip(0),)
     with torch.no_grad():
         kv_NLHW = passes["prefill"](*first)
     cached: tuple[Mapping[int, str], ...] = ({0: "rows"}, {})
     inputs = {
-        "prefill": (first, (*_EVENT, {}, {}, {})),
+        "prefill": (first, (*_EVENT, {}, {}, {}, *[{1: "events"}] * form.times)),
         "append": ((kv_NLHW, length, *events), (*cached, *_EVENT)),
-        "score": ((kv_NLHW, length, ids_FM, events[2][:1], events[3][:1]), (*cached, {1: "candidates"}, {}, {})),
+        "score": (
+            (kv_NLHW, length, ids_FM, events[2][:1], events[3][:1], *ages),
+            (*cached, {1: "candidates"}, {}, {}, *[{0: "rows"}] * form.times),
+        ),
     }
     return {name: Pass(module, *inputs[name]) for name, module in passes.items()}

@@ -1,7 +1,8 @@
 """The forward pass of a retrieval model for a package: one history in, the vector that items are compared with out.
 
 One history a call, so that no shape depends on a value, and attention as plain matrix products; the last layer computes
-its newest token only. T tokens, F features of an item, D width, H heads, Q and V widths per head, R rows of the output.
+its newest token only. T tokens, F features of an item, D width, H heads, G heads of keys and values, Q and V widths per
+head, R rows of the output.
 """
 
 import copy
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from gr.errors import ServingError
 from gr.models.retrieval import RetrievalModel
 from gr.ops.hstu_attention.time_buckets import bucket_edges
+from gr.ops.rope import rope_tables
 from gr.towers.hstu import GENERATED_LENGTH, HSTU, HSTULayer
 from gr.towers.hstu import NORM_EPS as HSTU_EPS
+from gr.towers.llama import Llama, LlamaLayer
 from gr.towers.sasrec import SASRec, SASRecLayer
+from gr.towers.stu import STU, STULayer
 
 
 class QueryPass(nn.Module):
@@ -142,9 +146,86 @@ class _SASRecQuery(nn.Module):
         return y_RD + layer.ffn_out(F.relu(layer.ffn_in(y_RD)))
 
 
+class _STUQuery(nn.Module):
+    """gr.towers.stu on one history; the newest token's output, [1, D]."""
+
+    def __init__(self, tower: STU, max_length: int) -> None:
+        super().__init__()
+        self.config, self.layers = tower.config, tower.layers
+        self.mask, self.alpha, self.divisor = tower.mask(0), tower.alpha, tower.divisor
+
+    def forward(self, x_TD: Tensor, times_T: Tensor) -> Tensor:
+        T = x_TD.shape[0]
+        seen_TT = self.mask.seen(T, times_T.new_full((), T))
+        for index, layer in enumerate(self.layers):
+            rows = _rows(index, len(self.layers))
+            assert isinstance(layer, STULayer)
+            x_TD = self._layer(layer, x_TD, rows, seen_TT[rows])
+        return x_TD
+
+    def _layer(self, layer: STULayer, x_TD: Tensor, rows: slice, seen_RT: Tensor) -> Tensor:
+        """The outputs of the tokens in `rows`, [R, D]."""
+        u, v, q, k = layer.uvqk(layer.input_norm(x_TD)).split(layer.splits, dim=-1)
+        q_HRQ, k_HTQ, v_HTV = (t.unflatten(-1, (self.config.heads, -1)).transpose(0, 1) for t in (q[rows], k, v))
+        weights_HRT = F.silu(self.alpha * (q_HRQ @ k_HTQ.transpose(1, 2))) / self.divisor * seen_RT
+        a_RHV, u = (weights_HRT @ v_HTV).transpose(0, 1), F.silu(u[rows])
+        # A group norm has one weight a head; a layer norm has one a column.
+        normed = layer.output_norm(a_RHV if self.config.group_norm else a_RHV.flatten(1)).view(u.shape)
+        return x_TD[rows] + layer.output(torch.cat([u, a_RHV.flatten(1), u * normed], dim=-1))
+
+
+class _LlamaQuery(nn.Module):
+    """gr.towers.llama on one history; the newest token's output, [1, D]."""
+
+    def __init__(self, tower: Llama, max_length: int) -> None:
+        super().__init__()
+        self.config, self.width, self.layers, self.norm = tower.config, tower.width, tower.layers, tower.norm
+
+    def forward(self, x_TD: Tensor, times_T: Tensor) -> Tensor:
+        place_T = torch.arange(x_TD.shape[0])
+        turn = rope_tables(place_T, self.width, self.config.rope_theta, x_TD.dtype)
+        hidden_TT = place_T[None, :] > place_T[:, None]
+        for index, layer in enumerate(self.layers):
+            rows = _rows(index, len(self.layers))
+            assert isinstance(layer, LlamaLayer)
+            x_TD = self._layer(layer, x_TD, rows, turn, hidden_TT[rows])
+        return _rms_norm(self.norm, x_TD)
+
+    def _layer(
+        self, layer: LlamaLayer, x_TD: Tensor, rows: slice, turn: tuple[Tensor, Tensor], hidden_RT: Tensor
+    ) -> Tensor:
+        """The outputs of the tokens in `rows`, [R, D]."""
+        own, normed_TD = layer.self_attn, _rms_norm(layer.input_layernorm, x_TD)
+        q_RHQ = _turned(own.q_proj(normed_TD[rows]), self.width, turn[0][rows], turn[1][rows])
+        k_TGQ = _turned(own.k_proj(normed_TD), self.width, *turn)
+        v_TGQ = own.v_proj(normed_TD).unflatten(-1, (-1, self.width))
+        shared = self.config.heads // self.config.key_heads  # heads of queries that read one of keys and values
+        k_HTQ, v_HTQ = (each.transpose(0, 1).repeat_interleave(shared, dim=0) for each in (k_TGQ, v_TGQ))
+        scores_HRT = q_RHQ.transpose(0, 1) @ k_HTQ.transpose(1, 2) * self.width**-0.5
+        a_HRQ = scores_HRT.masked_fill(hidden_RT, -torch.inf).softmax(-1) @ v_HTQ
+        y_RD = x_TD[rows] + own.o_proj(a_HRQ.transpose(0, 1).flatten(1))
+        normed_RD, mlp = _rms_norm(layer.post_attention_layernorm, y_RD), layer.mlp
+        return y_RD + mlp.down_proj(F.silu(mlp.gate_proj(normed_RD)) * mlp.up_proj(normed_RD))
+
+
+def _rms_norm(norm: nn.RMSNorm, x_TD: Tensor) -> Tensor:
+    return F.rms_norm(x_TD, norm.normalized_shape, norm.weight, norm.eps)
+
+
+def _turned(x_TC: Tensor, width: int, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """[T, heads, width], each token's pairs of columns turned by its angles, as gr.ops.rope.rotate does."""
+    real, imaginary = x_TC.unflatten(-1, (-1, width)).chunk(2, dim=-1)
+    return torch.cat([real * cos_T1P - imaginary * sin_T1P, imaginary * cos_T1P + real * sin_T1P], dim=-1)
+
+
 def _rows(index: int, layers: int) -> slice:
     """The tokens whose output of a layer is read: of the last layer, the newest."""
     return slice(-1, None) if index == layers - 1 else slice(None)
 
 
-_TOWERS: dict[type[nn.Module], Callable[..., nn.Module]] = {HSTU: _HSTUQuery, SASRec: _SASRecQuery}
+_TOWERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    HSTU: _HSTUQuery,
+    SASRec: _SASRecQuery,
+    STU: _STUQuery,
+    Llama: _LlamaQuery,
+}

@@ -42,7 +42,8 @@ class RankingForm(BaseModel):
     items: cardinality of the item; event_features, contextual: of the other ids, by name. max_events: of a history that
     the model sees, the newest. scale, buckets: of its encoding of time; None: it has none. absolute: positions count
     from the oldest event. tasks: name -> whether its output is a logit. lifetime: of cached keys and values; reason:
-    what makes it so. layers, heads, width: their shape. microbatch: candidates of one call.
+    what makes it so. times: whether the passes take times. layers, heads, width: of cached keys and values. microbatch:
+    candidates of one call.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +62,7 @@ class RankingForm(BaseModel):
     tasks: dict[str, bool]
     lifetime: Literal["request", "user"]
     reason: str
+    times: bool
     layers: int
     heads: int
     width: int
@@ -222,11 +224,12 @@ class RankServable:
         positions_E1, buckets_E1 = self._places(request)
         entry = self._keys_and_values(request, positions_E1[:-1], buckets_E1[:-1])
         cached = (entry.kv_NLHW, torch.tensor([entry.tokens]))
+        ages = self._ages(request, len(entry.kv_NLHW))
         outputs = []
         for start in range(0, request.rows, self.form.microbatch):
             ids_FM = request.candidates_FM[:, start : start + self.form.microbatch]
             ids = torch.from_numpy(_filled(ids_FM, axis=1))
-            (scored_MC,) = self._passes["score"](*cached, ids, positions_E1[-1:], buckets_E1[-1:])
+            (scored_MC,) = self._passes["score"](*cached, ids, positions_E1[-1:], buckets_E1[-1:], *ages)
             outputs.append(scored_MC[: ids_FM.shape[1]])
         if self.cache is not None and request.user is not None:
             self.cache.put(request.user, entry)
@@ -249,7 +252,8 @@ class RankServable:
                 return Entry(self._version, request.digest(0), 0, 0, empty)
             length = torch.tensor([self.form.tokens(E)])
             context = (torch.from_numpy(request.ids_G), torch.from_numpy(request.numbers_K))
-            (kv_TLHW,) = self._passes["prefill"](*self._events(request, 0, positions_E, buckets_E), length, *context)
+            events = self._events(request, 0, positions_E, buckets_E)
+            (kv_TLHW,) = self._passes["prefill"](*events, length, *context, *self._times_of(request, len(events[1])))
             return Entry(self._version, request.digest(E), E, int(length), kv_TLHW)
         if (added := E - entry.events) > 0:
             events = self._events(request, entry.events, positions_E, buckets_E)
@@ -279,6 +283,25 @@ class RankServable:
             seconds_E1 = times_E1.diff(prepend=times_E1[:1])
             return places, time_bucket(seconds_E1, form.scale, form.buckets)
         return E - places, time_bucket(request.time - times_E1, form.scale, form.buckets)
+
+    def _times_of(self, request: RankRequest, rows: int) -> list[Tensor]:
+        """[2, rows] where the passes take times: seconds of each event, and of the one after it or the request."""
+        if not self.form.times:
+            return []
+        times = torch.full((rows + 1,), request.time)
+        times[: len(request.events_EC)] = torch.from_numpy(request.events_EC[:, -1])
+        return [torch.stack([times[:-1], times[1:]])]
+
+    def _ages(self, request: RankRequest, rows: int) -> list[Tensor]:
+        """[rows] where the passes take times: seconds from each token of the history to the request."""
+        if not self.form.times:
+            return []
+        times_E = torch.from_numpy(request.events_EC[:, -1].copy())
+        tokens_T = times_E.repeat_interleave(2) if self.form.interleaved else times_E
+        first = times_E[:1].expand(self.form.context_tokens * (len(times_E) > 0))
+        ages_N = torch.zeros(rows, dtype=torch.int64)
+        ages_N[: len(first) + len(tokens_T)] = request.time - torch.cat([first, tokens_T])
+        return [ages_N]
 
     @cached_property
     def _cache_dtype(self) -> torch.dtype:

@@ -1,6 +1,9 @@
 """A ranking model from checkpoint to answers, compiled: cold, cached, appended, over HTTP, and after `gr publish`."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import gr
 from gr.cli import main
 from gr.config import RunConfig
 from gr.config.export import load_export_config
+from gr.errors import ServingError
 from gr.models.saved_ranking import SavedRanking
 from gr.serving import Engine
 from gr.serving.export import export, publish
@@ -126,6 +130,30 @@ def test_over_http(package: Path, histories: dict[int, dict[str, list]]) -> None
     for line in ('gr_kv_cache_total{outcome="hit"} 1.0', 'gr_kv_cache_total{outcome="missed"} 1.0', "_users 1.0"):
         assert line in text.decode()
     assert 'gr_unknown_values_total{input="candidates.item_id"} 2.0' in text.decode()
+
+
+def test_it_opens_where_there_is_no_compiler(package: Path, tmp_path: Path) -> None:
+    """Its own operators are loaded, none are built, and a flipped bit of them is refused by name."""
+    (library,) = package.glob("code/*/operators.so")
+    program = (
+        "import sys; from gr.errors import ServingError; from gr.serving.package.version import Version\n"
+        "try: print(list(Version.open(sys.argv[1]).verbs))\n"
+        "except ServingError as error: print(error)"
+    )
+
+    def opened() -> str:
+        environment = {**os.environ, "PATH": "/nowhere", "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", program, package], env=environment, capture_output=True, text=True)
+        return done.stdout or done.stderr
+
+    assert opened() == "['rank']\n" and not (tmp_path / "gr").exists()
+    whole = library.read_bytes()
+    try:
+        library.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ServingError, match=r"operators\.so: is not what gr wrote"):
+            Version.open(package)
+    finally:
+        library.write_bytes(whole)
 
 
 def test_other_weights_take_the_same_code(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gr
-import gr.serving.export as exporting
 from gr.config.export import load_export_config
+from gr.config.retrieval import RetrievalConfig
 from gr.errors import ConfigError
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.serving.export import export, publish
@@ -23,7 +23,7 @@ from gr.serving.passes import retrieval_build
 from gr.serving.passes.retrieval_build import build
 from tests.support.own_log import prepared, random_log
 from tests.support.tiny import tiny_config
-from tests.support.tiny_preference import tiny_preference, write_rated
+from tests.support.tiny_preference import tiny_preference
 from tests.support.toy_server import exchange, get, post, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("retrieval_package")]  # one worker compiles what several open
@@ -35,17 +35,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that reads time and a feature of items, in a log's own ids."""
     folder = tmp_path_factory.mktemp("retrieval")
     makers = pd.DataFrame({"item": [f"item {i:02}" for i in range(43)], "maker": [f"maker {i % 5}" for i in range(43)]})
-    columns = {"user": "user", "item": "item", "time": "when", "time_unit": "s"}
+    columns = {"user": "user", "item": "item", "time": "when", "time_unit": "s", "actions": ("like", "share")}
     data = prepared(folder / "data", random_log(), **columns, item_features=makers)
     tower = {"kind": "hstu", "layers": 2, "heads": 2, "qk_dim": 4, "v_dim": 4, "time_bias": True}
     model = {"dim": 10, "tower": tower, "features": ["maker"]}
-    config = tiny_config(data, folder / "run", trainer={"steps": 2}, model=model)
+    trained(tiny_config(data, folder / "run", trainer={"steps": 2}, model=model))
+    return folder / "run"
+
+
+def trained(config: RetrievalConfig) -> RetrievalConfig:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         patch.setenv("LOCAL_WORLD_SIZE", "1")
         gr.train(config)
-    return folder / "run"
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +140,37 @@ def test_an_inverted_file_and_its_recall(run: Path, package: Path, caplog: pytes
     assert len({each.item for each in expected} & set(answer["items"].tolist())) >= 4
 
 
-def test_a_preference_run_is_served_by_the_code_of_its_retrieval_model(tmp_path: Path) -> None:
-    data = write_rated(tmp_path / "data")
-    retrieval = tiny_config(data, tmp_path / "retrieval", trainer={"steps": 1})
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            patch.delenv(name, raising=False)
-        patch.setenv("LOCAL_WORLD_SIZE", "1")
-        gr.train(retrieval)
-        preference = tiny_preference(data, tmp_path / "preference", tmp_path / "retrieval", trainer={"steps": 1})
-        gr.train(preference)
-    config = load_export_config(["tables.dtype=fp32", "gate.rows=0"])
-    kinds = {"item_id": "fp32"}
-    forms = []
-    for run in (retrieval, preference):
-        saved = loaded(Path(run.run_dir))
-        forms.append(exporting._form(saved, exporting._build(saved, kinds, config), config))
-    assert forms[0] == forms[1] and forms[0]["kind"] == "retrieval"
+def test_a_preference_run_is_exported_and_served(run: Path, package: Path) -> None:
+    """By the code of the retrieval model that it fine-tunes: nothing is compiled, and its own answers come back."""
+    base = loaded(run)
+    config = base.config
+    assert isinstance(config, RetrievalConfig)
+    levels = {"kind": "actions", "order": ["like", "share"]}
+    task = {"levels": levels, "chosen": 1, "liked": 1, "loss": {"kind": "sdpo"}}
+    preference = tiny_preference(
+        Path(config.data.path), run.parent / "preference", run, model=config.model.model_dump(), trainer={"steps": 3},
+        task=task,
+    )  # fmt: skip
+    trained(preference)
+    saved = loaded(run.parent / "preference")
     rows = calibration(saved)
     assert rows.gate(rows.predict(saved.model), Limits()).verdict == "pass"
+    try:
+        exported = export(saved.folder, package, load_export_config(["tables.dtype=fp32", "gate.rows=0"]))
+        assert not exported.compiled and exported.manifest.kind == "retrieval"
+        times = [asked(history, 6)["times"].tolist() for history in HISTORIES]
+        expected, before = (each.recommend(HISTORIES, 6, times=times) for each in (saved, base))
+        with running(Version.open(package)) as (served, _):
+            answers = [
+                served.engine.retrieve(history=history, times=own, k=6)
+                for history, own in zip(HISTORIES, times, strict=True)
+            ]
+        for answer, own, other in zip(answers, expected, before, strict=True):
+            assert answer["items"].tolist() == [each.item for each in own]
+            np.testing.assert_allclose(answer["scores"], [each.score for each in own], atol=1e-4)
+            assert not np.allclose(answer["scores"], [each.score for each in other], atol=1e-3)
+    finally:
+        publish(run, package)
 
 
 def test_dense_is_fp32(run: Path) -> None:

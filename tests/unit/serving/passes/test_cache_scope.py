@@ -15,7 +15,7 @@ from gr.sequence import JaggedSequence
 from gr.serving.passes.cache_scope import cache_scope
 from tests.support.tiny_histories import SCHEMA, tiny_ranking_config
 from tests.unit.models.test_sequence_ranking import batch_of
-from tests.unit.serving.passes.test_ranking import HSTU, STU
+from tests.unit.serving.passes.test_ranking import HSTU, LLAMA, SASREC, STU
 
 HISTORY, MORE = 70, 80
 PLAIN_HSTU = {**HSTU, "position_bias": False}
@@ -30,7 +30,8 @@ TOWERS: dict[str, tuple[dict[str, Any], str]] = {
     "hstu actual_len": ({**HSTU, "divisor": "actual_len"}, "request"),
     "hstu time_bias": ({**HSTU, "time_bias": True}, "request"),
     "hstu softmax": ({**PLAIN_HSTU, "attention": "softmax"}, "request"),
-    "sasrec": ({"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 8, "dropout": 0.0}, "request"),
+    "sasrec": (SASREC, "request"),
+    "llama": (LLAMA, "request"),
 }
 
 
@@ -79,7 +80,7 @@ def test_the_tower_does_what_the_scope_says(form: str) -> None:
 
     unchanged = torch.equal(run(HISTORY), run(MORE)[:HISTORY])
     assert unchanged or lifetime == "request"
-    if form not in ("hstu softmax", "sasrec"):  # their last bits may or may not differ
+    if form not in ("hstu softmax", "sasrec", "llama"):  # their last bits may or may not differ
         assert unchanged == (lifetime == "user")
 
 

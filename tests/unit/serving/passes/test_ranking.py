@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gr.batch import ITEM_FEATURE, RankingBatch
+from gr.config.towers import TOWERS
 from gr.errors import ServingError
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.time_encoding import time_bucket
@@ -16,16 +17,32 @@ from tests.unit.models.test_sequence_ranking import batch_of
 
 STU = {"kind": "stu", "layers": 3, "heads": 2, "qk_dim": 4, "v_dim": 6, "dropout": 0.0}
 HSTU = {"kind": "hstu", "layers": 2, "heads": 2, "qk_dim": 4, "v_dim": 4, "dropout": 0.0}
-FORMS: dict[str, dict[str, Any]] = {
+# Of these keys and values may be kept from one request to the next.
+APPENDED: dict[str, dict[str, Any]] = {
     "additive, absolute": {"input": {"kind": "additive"}, "place": "absolute", "tower": STU},
     "interleaved, absolute, window": {"place": "absolute", "tower": {**STU, "max_attn_len": 5}},
     "group norm": {"place": "absolute", "tower": {**STU, "group_norm": True, "divisor": 7.0}},
-    "request": {"place": "request", "tower": STU},
-    "request, full attention": {"tower": {**STU, "max_attn_len": 3, "min_full_attn_seq_len": 2}},
     "all": {"all": True, "tower": STU},
     "all, hstu": {"all": True, "tower": HSTU},
     "all, hstu, max_len": {"all": True, "tower": {**HSTU, "divisor": "max_len", "concat_ua": True}},
 }
+SOFTMAX = {"attention": "softmax", "position_bias": False}
+SASREC = {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 8, "dropout": 0.0}
+LLAMA = {"kind": "llama", "layers": 2, "heads": 2, "ffn_dim": 12}
+# Of these no keys and values outlive a request, so that nothing is appended.
+WITHIN_A_REQUEST: dict[str, dict[str, Any]] = {
+    "request": {"place": "request", "tower": STU},
+    "request, full attention": {"tower": {**STU, "max_attn_len": 3, "min_full_attn_seq_len": 2}},
+    "request, llama": {"place": "request", "tower": LLAMA},
+    "llama, shared keys": {"input": {"kind": "additive"}, "place": "absolute", "tower": {**LLAMA, "kv_heads": 1}},
+    "all, llama": {"all": True, "tower": LLAMA},
+    "all, sasrec": {"all": True, "tower": SASREC},
+    "all, sasrec of one layer": {"all": True, "tower": {**SASREC, "layers": 1}},
+    "all, hstu, softmax": {"all": True, "tower": {**HSTU, **SOFTMAX, "v_dim": 6}},
+    "all, hstu, time": {"all": True, "tower": {**HSTU, "time_bias": True, "time_buckets": 30}},
+    "all, hstu, time alone": {"all": True, "tower": {**HSTU, "layers": 1, "time_bias": True, "position_bias": False}},
+}
+FORMS = APPENDED | WITHIN_A_REQUEST
 
 
 def model_of(form: dict[str, Any]) -> SequenceRanker:
@@ -64,6 +81,22 @@ class OneUser:
         self.context = (batch.features["country"].values(), batch.numeric_BK[0])
         self.per_event = 2 if tokens.interleaved else 1
         self.first = tokens.contextual
+        self.seconds = times if getattr(model.tower, "config", None) and model.tower.config.uses_time else None
+
+    def times(self, rows: int) -> list[Tensor]:
+        """[2, rows] where the tower reads times."""
+        if self.seconds is None:
+            return []
+        times = torch.cat([self.seconds, self.seconds[-1:].expand(rows - self.history)])
+        return [torch.stack([times[:-1], times[1:]])]
+
+    def ages(self, rows: int) -> list[Tensor]:
+        """[rows] where the tower reads times."""
+        if self.seconds is None:
+            return []
+        ages = self.seconds[-1] - self.seconds[:-1]
+        tokens = torch.cat([ages[:1].expand(self.first), ages.repeat_interleave(self.per_event)])
+        return [torch.nn.functional.pad(tokens, (0, rows - len(tokens)), value=999)]
 
     def tokens(self, events: int) -> Tensor:
         return torch.tensor([self.first + events * self.per_event])
@@ -104,19 +137,25 @@ def test_equal_the_full_forward_pass(form: str) -> None:
     model = model_of(FORMS[form])
     passes = ranking_passes(model, lambda features: FloatTables(model, features))
     user, batch = example(model, 9, 5)
-    kv = passes["prefill"](*user.events, user.tokens(9), *user.context)
-    scored = passes["score"](kv, user.tokens(9), *user.candidates)
+    kv = passes["prefill"](*user.events, user.tokens(9), *user.context, *user.times(9))
+    scored = passes["score"](kv, user.tokens(9), *user.candidates, *user.ages(len(kv)))
     torch.testing.assert_close(scored, full(model, batch), rtol=1e-5, atol=5e-6)
-    # Events that only fill the call up, and room in the cache, change nothing.
+    # Events that only fill the call up, and room in the cache, change nothing: no bit where keys outlive a request.
+    exact = {"rtol": 0, "atol": 0} if form in APPENDED else {"rtol": 1e-5, "atol": 5e-6}
     ids, *others = user.events
     padded = (torch.nn.functional.pad(ids, (0, 7), value=1), *(torch.nn.functional.pad(x, (0, 7)) for x in others))
-    wide = passes["prefill"](*padded, user.tokens(9), *user.context)
-    assert torch.equal(wide[: len(kv)], kv)
+    wide = passes["prefill"](*padded, user.tokens(9), *user.context, *user.times(16))
+    torch.testing.assert_close(wide[: len(kv)], kv, **exact)
     wide[len(kv) :] = torch.nan
-    assert torch.equal(passes["score"](wide, user.tokens(9), *user.candidates), scored)
+    again = passes["score"](wide, user.tokens(9), *user.candidates, *user.ages(len(wide)))
+    torch.testing.assert_close(again, scored, **exact)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("request")])
+def test_every_registered_tower_has_a_form_here() -> None:
+    assert {form["tower"]["kind"] for form in FORMS.values()} == set(TOWERS)
+
+
+@pytest.mark.parametrize("form", APPENDED)
 @torch.no_grad()
 def test_append_has_the_bits_of_prefill(form: str) -> None:
     model = model_of(FORMS[form])
@@ -152,10 +191,8 @@ def test_a_bfloat16_cache_is_close() -> None:
     torch.testing.assert_close(scored, model(batch), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "tower", [{**HSTU, "time_bias": True}, {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 8, "dropout": 0.0}]
-)
-def test_other_towers_are_refused(tower: dict[str, Any]) -> None:
-    model = model_of({"all": True, "tower": tower})
-    with pytest.raises(ServingError, match="is not served as it is configured"):
+def test_other_towers_are_refused() -> None:
+    model = model_of({"all": True, "tower": HSTU})
+    model.tower = torch.nn.Identity()
+    with pytest.raises(ServingError, match="a Identity tower is not served as it is configured"):
         ranking_passes(model, lambda features: FloatTables(model, features))

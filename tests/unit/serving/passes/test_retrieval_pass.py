@@ -1,5 +1,6 @@
 """The query pass of every form of the towers, beside the model's own user vectors. T tokens, D width."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,14 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from gr.batch import EvaluationBatch
+from gr.config.towers import TOWERS
+from gr.data.dataset import Dataset
+from gr.data.history_batches import evaluation_batches
 from gr.embeddings import table_weights
 from gr.errors import ServingError
 from gr.models.retrieval import RetrievalModel
+from gr.prepare.movielens import prepare_movielens
+from gr.prepare.source import Source
 from gr.serving.passes.retrieval import QueryPass
 from tests.support.schemas import item_schema
 from tests.support.tiny import tiny_config
@@ -27,6 +33,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "softmax": {**HSTU, "attention": "softmax", "position_bias": False},
     "sasrec": {"kind": "sasrec", "layers": 2, "heads": 2, "ffn_dim": 24},
     "sasrec of one layer": {"kind": "sasrec", "layers": 1, "heads": 1, "ffn_dim": 8},
+    "stu": {"kind": "stu", "layers": 2, "heads": 2, "qk_dim": 8, "v_dim": 4},
+    "stu, window, group norm": {
+        **{"kind": "stu", "layers": 3, "heads": 2, "qk_dim": 4, "v_dim": 6, "group_norm": True, "divisor": 5.0},
+        **{"max_attn_len": 5, "min_full_attn_seq_len": 2},
+    },
+    "llama": {"kind": "llama", "layers": 2, "heads": 2, "ffn_dim": 12},
+    "llama, shared keys": {"kind": "llama", "layers": 1, "heads": 4, "kv_heads": 1, "ffn_dim": 12, "rope_theta": 50.0},
 }
 
 
@@ -45,11 +58,14 @@ def model_of(tower: dict[str, Any], l2_norm: bool = True) -> RetrievalModel:
     config = tiny_config("unused", "unused", model={"dim": D}, task={"l2_norm": l2_norm})
     tree = config.model_dump()
     tree["model"]["tower"] = tower
-    model = RetrievalModel(type(config).model_validate(tree), item_schema(ROWS))
+    return filled(RetrievalModel(type(config).model_validate(tree), item_schema(ROWS)), std=0.3)
+
+
+def filled(model: RetrievalModel, std: float) -> RetrievalModel:
     model.tables.to_empty(device="cpu")
     random = torch.Generator().manual_seed(4)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=random) * 0.3
+        parameter.data = torch.randn(parameter.shape, generator=random) * std
     return model.eval()
 
 
@@ -83,8 +99,39 @@ def test_as_the_model(tower: dict[str, Any]) -> None:
     _compare(model, query_of(model))
 
 
+def test_every_registered_tower_has_a_form_here() -> None:
+    assert {tower["kind"] for tower in FORMS.values()} == set(TOWERS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["time", "max_len and concat_ua", "softmax", "sasrec"])
+@pytest.mark.data
+@torch.no_grad()
+def test_the_histories_of_movielens(test_data: Path, tmp_path: Path) -> None:
+    """Every registered tower, as it is configured by default, on the histories of all test users."""
+    prepare_movielens("movielens-100k", Source(test_data / "ml-100k"), tmp_path)
+    dataset = Dataset.open(tmp_path)
+    for kind in TOWERS:
+        config = tiny_config(tmp_path, tmp_path, model={"dim": 32}, data={"max_length": 200}, task={"temperature": 1.0})
+        tree = config.model_dump()
+        tree["model"]["tower"] = {"kind": kind}
+        model = filled(RetrievalModel(type(config).model_validate(tree), dataset.schema), std=0.1)
+        query, furthest, users = query_of(model), 0.0, 0
+        batches = evaluation_batches(dataset, config.data, target_from_end=1, global_batch_size=128, filter_seen="none")
+        for batch in batches:
+            vectors_BD, history = model.user_vectors(batch), batch.features["item_id"]
+            for start, stop, vector_D in zip(history.offsets(), history.offsets()[1:], vectors_BD, strict=False):
+                if stop == start:
+                    continue
+                own = slice(int(start), int(stop))
+                answer_D = query(history.values()[own].int()[None], batch.timestamps_T[own])
+                furthest, users = max(furthest, float((answer_D - vector_D).abs().max())), users + 1
+        assert users == 943 and furthest <= 5e-6, (kind, users, furthest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form", ["time", "max_len and concat_ua", "softmax", "sasrec", "stu, window, group norm", "llama, shared keys"]
+)
 @torch.no_grad()
 def test_traced_for_every_length_from_one(form: str) -> None:
     model = model_of(FORMS[form])
@@ -110,5 +157,7 @@ def _compare(model: RetrievalModel, query: nn.Module) -> None:
 def test_a_tower_without_a_pass_is_refused() -> None:
     model = model_of(HSTU)
     model.tower = nn.Identity()
-    with pytest.raises(ServingError, match="tower Identity cannot be exported; towers that can: HSTU, SASRec"):
+    with pytest.raises(
+        ServingError, match="tower Identity cannot be exported; towers that can: HSTU, Llama, SASRec, STU"
+    ):
         QueryPass(model, nn.Identity(), features=1)
