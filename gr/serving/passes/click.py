@@ -41,10 +41,8 @@ class DensePass(nn.Module):
 
     def forward(self, dense_BN: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits, float32 [B]. vectors_BFD: float32, in the order of the model's features."""
-        vectors = [vector_BD.to(self.dtype) for vector_BD in vectors_BFD.unbind(1)]
-        if self.bottom is not None:
-            vectors.insert(0, self.bottom(dense_BN.to(self.dtype)))
-        return self.top(self.interaction(torch.stack(vectors, dim=1))).squeeze(1).float()
+        dense_BD = None if self.bottom is None else self.bottom(dense_BN.to(self.dtype))
+        return self.top(self.interaction(dense_BD, vectors_BFD.to(self.dtype))).squeeze(1).float()
 
 
 class ClickPass(nn.Module):
