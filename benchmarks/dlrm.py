@@ -270,7 +270,8 @@ def _next(step: Step, batches: Iterator[TabularBatch]) -> None:
 def _print_difference(a: Step, b: Step, batches: list[TabularBatch]) -> None:
     """The two train as one: the same weights, optimizers and batches, which come twice so that updates are read."""
     apart = [abs(a.run(batch) - b.run(batch)) for batch in 2 * batches]
-    print(f"losses of gr and of the plain model differ by {apart[0]:.1e} in the first step, {max(apart):.1e} in {len(apart)}")
+    first, most = apart[0], max(apart)
+    print(f"losses of gr and of the plain model differ by {first:.1e} in step 1, {most:.1e} at most in {len(apart)}")
 
 
 if __name__ == "__main__":
