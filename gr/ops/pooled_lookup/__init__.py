@@ -72,6 +72,6 @@ class _PooledLookup(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         update: BagUpdate = ctx.update
         change = pooled_update_native if backend_for(gradient.device) == "native" else pooled_update_reference
-        bags = ctx.tables, *ctx.saved_tensors
-        change(gradient, ctx.weights, update.states, *bags, update.rule, update.numbers)
+        ids_T, offsets = ctx.saved_tensors
+        change(gradient, ctx.weights, update.states, ctx.tables, ids_T, offsets, update.rule, update.numbers)
         return (None,) * 6

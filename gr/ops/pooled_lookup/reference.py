@@ -1,6 +1,6 @@
 """Sums of the rows of bags and the update of these rows, in plain PyTorch: the definition. Letters as in __init__."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def pooled_update_reference(
         if own:
             ids = torch.cat([ids for ids, _, _ in own])
             gradients = torch.cat([g.repeat_interleave(lengths, dim=0) for _, g, lengths in own])
-            row_update(rule, weight, states[table], ids, gradients, **numbers)
+            row_update(rule, weight, states[table], ids, gradients, None, **numbers)
 
 
 def _sums(weight_ED: Tensor, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _sums(weight_ED: Tensor, ids_T: Tensor, offsets_B1: Tensor) -> Tensor:
     return rows_TD.new_zeros(len(offsets_B1) - 1, weight_ED.shape[1]).index_add_(0, bag_T, rows_TD)
 
 
-def _features(tables: Sequence[int], ids_T: Tensor, offsets: Tensor):
+def _features(tables: Sequence[int], ids_T: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(table, ids, offsets of the bags [B + 1]) of each feature."""
     B = (len(offsets) - 1) // len(tables)
     for feature, table in enumerate(tables):
