@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.config.dlrm import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, ProjectionInteraction
-from gr.ops.dot_interaction import dot_interaction
+from gr.ops.dot_interaction import dot_interaction, dot_interaction_reference
 
 
 class NormalLinear(nn.Linear):
@@ -38,7 +38,10 @@ class Dot(nn.Module):
     """[x, <v_i, v_j> for i < j], row by row of the upper triangle; `self_interaction` takes the diagonal too.
 
     torchrec has the same order. facebookresearch/dlrm goes through the lower one (gr.models.convert.facebook_dlrm).
+    portable: set where the module is exported; torch alone computes it then, compiled or not, to the same bits.
     """
+
+    portable = False
 
     def __init__(self, vectors: int, dim: int, *, self_interaction: bool, dense: bool) -> None:
         super().__init__()
@@ -46,6 +49,8 @@ class Dot(nn.Module):
         self.width = dense * dim + vectors * (vectors + 1 - 2 * self.diagonal) // 2
 
     def forward(self, dense_BD: Tensor | None, vectors_BFD: Tensor) -> Tensor:
+        if self.portable:
+            return dot_interaction_reference(dense_BD, vectors_BFD, self.diagonal)
         return dot_interaction(dense_BD, vectors_BFD, diagonal=self.diagonal)
 
 
