@@ -3,6 +3,7 @@
 fbgemm still owns the tables, their states and the learning rate, so checkpoints are what they were. Means stay with it.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gr.ops.pooled_lookup import BagUpdate, pooled_lookup
 from gr.ops.row_update import reference
-from gr.ops.row_update.reference import RowRule, States
+from gr.ops.row_update.reference import RowRule
 
 _RULES: dict[EmbOptimType, RowRule] = {
     EmbOptimType.EXACT_SGD: reference.sgd,
@@ -27,25 +28,22 @@ def take_bags(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
         rule = _RULES[tables.optimizer]
         plain = rule is reference.sgd
         states = [{} for _ in tables.embedding_specs] if plain else tables.get_optimizer_state()
-        numbers = {} if plain else {"eps": tables.optimizer_args.eps}
-        weights = tables.split_embedding_weights()
-        tables.forward = partial(_lookup, tables, weights, tables.feature_table_map, rule, states, numbers)
+        # None of these rules counts steps.
+        numbers = {"steps": 0.0} if plain else {"steps": 0.0, "eps": tables.optimizer_args.eps}
+        update = BagUpdate(rule, states, numbers)
+        tables.forward = partial(_lookup, tables, tables.split_embedding_weights(), update)
 
 
 def _lookup(
     tables: SplitTableBatchedEmbeddingBagsCodegen,
     weights: list[Tensor],
-    of_feature: list[int],
-    rule: RowRule,
-    states: list[States],
-    numbers: dict[str, float],
+    update: BagUpdate,
     indices: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """fbgemm's forward: float32 [B, columns of all features]."""
+    """fbgemm's forward: float32 [B, columns of all features]. update: without the learning rate, which may change."""
     if per_sample_weights is not None:
         raise ValueError("fused kernels on CPU take no weights of ids")
-    # None of these rules counts steps.
-    update = BagUpdate(rule, states, {"lr": float(tables.learning_rate_tensor), "steps": 0, **numbers})
-    return pooled_lookup(weights, of_feature, indices.long(), offsets.long(), update)
+    update = replace(update, numbers={**update.numbers, "lr": float(tables.learning_rate_tensor)})
+    return pooled_lookup(weights, tables.feature_table_map, indices.long(), offsets.long(), update)
