@@ -1,11 +1,13 @@
 """One training step of DLRM through TorchRec and fbgemm against the same model written plainly in PyTorch.
 
-    python -m benchmarks.dlrm [--rows 100000] [--batch 2048]
+    python -m benchmarks.dlrm [--rows 100000] [--shape 2048x1] [--shape 512x20]
 
-26 tables of 100,000 rows x 64, one id each, 13 dense features, bottom MLP 512-256-64, dot products, top MLP 512-256-1.
-The plain model is torch.nn.EmbeddingBag(sparse=True) and nn.Linear. gr's tables have SGD, or row-wise Adagrad, which
-PyTorch has not; its dense parameters have AdamW, so the plain model is also timed with that. That the two train
-alike is checked first: the same weights, optimizers and batches. World size 1, fp32, one thread, CPU time, in turns.
+26 tables of 100,000 rows x 64, 13 dense features, bottom MLP 512-256-64, dot products, top MLP 512-256-1. A shape is
+examples a batch x ids a bag. The plain model is torch.nn.EmbeddingBag(sparse=True) and nn.Linear. gr's tables have SGD,
+or row-wise Adagrad, which PyTorch has not; its dense parameters have AdamW, so the plain model is also timed with that.
+The MLPs alone are the limit: their forward and backward passes and AdamW, with the tables and the products for nothing.
+That gr and the plain model train alike is checked first: the same weights, optimizers and batches. World size 1, fp32,
+one thread, CPU time, in turns.
 """
 
 import argparse
@@ -93,7 +95,16 @@ class Ours:
     step: Step
 
 
-def ours(kind: str, rows: int, batch: int, here: World, folder: str) -> Ours:
+@dataclass(frozen=True)
+class Shape:
+    """rows: of each table. batch: examples of a step. ids: in each bag."""
+
+    rows: int
+    batch: int
+    ids: int
+
+
+def ours(kind: str, shape: Shape, here: World, folder: str) -> Ours:
     """gr's model, planned and sharded as `gr train` does. kind: the tables' optimizer.
 
     folder: gets the schema of the rows, which are made as they are needed.
@@ -106,7 +117,7 @@ def ours(kind: str, rows: int, batch: int, here: World, folder: str) -> Ours:
             "model": {"dim": DIM, "bottom": BOTTOM, "top": TOP},
             "task": {"kind": "click"},
             "embeddings": {"init": "uniform_rows", "optimizer": {"kind": kind, "lr": LR}},
-            "trainer": {"steps": 1, "global_batch_size": batch},
+            "trainer": {"steps": 1, "global_batch_size": shape.batch},
         }
     )
     schema = TabularSchema(
@@ -116,10 +127,10 @@ def ours(kind: str, rows: int, batch: int, here: World, folder: str) -> Ours:
         labels=["label"],
         dense=[f"i{n}" for n in range(DENSE)],
         transform=DenseTransform(name="log1p_clip", version=1),
-        sparse=[SparseColumn(name=f"c{n}", cardinality=rows) for n in range(TABLES)],
-        rows=batch,
+        sparse=[SparseColumn(name=f"c{n}", cardinality=shape.rows, hots=shape.ids) for n in range(TABLES)],
+        rows=shape.batch,
         threshold=1,
-        files=[SourceRows(name="generated", rows=batch, minimum=0)],
+        files=[SourceRows(name="generated", rows=shape.batch, minimum=0)],
         source="benchmarks",
     )
     schema.save(folder)
@@ -150,7 +161,9 @@ def plain(model: Plain, dense: type[torch.optim.Optimizer]) -> Step:
     def forward(batch: TabularBatch) -> Tensor:
         size = len(batch.labels_B)
         if id(batch) not in inputs:
-            inputs[id(batch)] = (list(batch.sparse.values().split(size)), torch.arange(size))
+            values = batch.sparse.values().split(batch.sparse.length_per_key())
+            hots = len(values[0]) // size
+            inputs[id(batch)] = (list(values), torch.arange(0, size * hots, hots))
         return F.binary_cross_entropy_with_logits(model(batch.dense_BN, *inputs[id(batch)]), batch.labels_B)
 
     def update() -> None:
@@ -175,18 +188,37 @@ def copied(source: Ours, rows: int) -> Plain:
     return model
 
 
-def random_batch(size: int, rows: int, number: int) -> TabularBatch:
+def mlps_alone(model: Plain, size: int) -> Step:
+    """The passes of both MLPs and AdamW: what a step costs whose tables and products are free."""
+    mlps = nn.ModuleList([model.bottom, model.top])
+    optimizer = torch.optim.AdamW(mlps.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    pairs = torch.randn(size, TABLES * (TABLES + 1) // 2, requires_grad=True)
+
+    def forward(batch: TabularBatch) -> Tensor:
+        logits_B = model.top(torch.cat([model.bottom(batch.dense_BN), pairs], dim=1)).squeeze(1)
+        return F.binary_cross_entropy_with_logits(logits_B, batch.labels_B)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        pairs.grad = None
+
+    return Step(forward, update)
+
+
+def random_batch(shape: Shape, number: int) -> TabularBatch:
     """Ids drawn evenly from all rows."""
     random = torch.Generator().manual_seed(number)
+    bags = TABLES * shape.batch
     return TabularBatch(
-        dense_BN=torch.randn(size, DENSE, generator=random),
+        dense_BN=torch.randn(shape.batch, DENSE, generator=random),
         sparse=KeyedJaggedTensor(
             keys=[f"c{n}" for n in range(TABLES)],
-            values=torch.randint(0, rows, (TABLES * size,), generator=random),
-            lengths=torch.ones(TABLES * size, dtype=torch.int64),
-            stride=size,
+            values=torch.randint(0, shape.rows, (bags * shape.ids,), generator=random),
+            lengths=torch.full((bags,), shape.ids),
+            stride=shape.batch,
         ),
-        labels_B=torch.randint(0, 2, (size,), generator=random).float(),
+        labels_B=torch.randint(0, 2, (shape.batch,), generator=random).float(),
         first_example=0,
     )
 
@@ -194,16 +226,23 @@ def random_batch(size: int, rows: int, number: int) -> TabularBatch:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dlrm")
     parser.add_argument("--rows", type=int, default=100_000, help="Of each table.")
-    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--shape", action="append", help="Examples a batch x ids a bag; several are run in turn.")
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print_machine()
     print(", ".join(f"{name} {version(name)}" for name in ("torchrec", "fbgemm-gpu-cpu")))
-    batches = [random_batch(arguments.batch, arguments.rows, number) for number in range(BATCHES)]
-    with world("cpu") as here, TemporaryDirectory() as folder:
-        kinds = ("sgd", "rowwise_adagrad")
-        sgd, adagrad = (ours(kind, arguments.rows, arguments.batch, here, folder) for kind in kinds)
-        model = copied(sgd, arguments.rows)
+    with world("cpu") as here:
+        for text in arguments.shape or ["2048x1"]:
+            batch, ids = (int(part) for part in text.split("x"))
+            _run(Shape(arguments.rows, batch, ids), arguments.rounds, here)
+
+
+def _run(shape: Shape, rounds: int, here: World) -> None:
+    batches = [random_batch(shape, number) for number in range(BATCHES)]
+    with TemporaryDirectory() as folder:
+        sgd, adagrad = (ours(kind, shape, here, folder) for kind in ("sgd", "rowwise_adagrad"))
+        model = copied(sgd, shape.rows)
         adamw = plain(model, torch.optim.AdamW)
         _print_difference(sgd.step, adamw, batches)
         steps = {
@@ -211,16 +250,17 @@ def main() -> None:
             "EmbeddingBag(sparse) + SGD, AdamW": adamw,
             "gr, SGD, AdamW": sgd.step,
             "gr, row-wise Adagrad, AdamW": adagrad.step,
+            "the MLPs alone": mlps_alone(copied(sgd, shape.rows), shape.batch),
         }
         numbers = {name: itertools.cycle(batches) for name in steps}
         variants = {name: partial(_next, step, numbers[name]) for name, step in steps.items()}
-        timings = compare(variants, rounds=9, round_seconds=0.5)
-    title = f"training step, {TABLES} tables of {arguments.rows} x {DIM}, batch {arguments.batch}"
+        timings = compare(variants, rounds=rounds, round_seconds=0.5)
+    title = f"training step, {TABLES} tables of {shape.rows} x {DIM}, batch {shape.batch}, {shape.ids} ids a bag"
     report(title, timings, baseline=PLAIN)
-    print("\nits stages, ms (gr's and fbgemm's fused table update is part of backward)")
+    print("\nits stages, ms (gr's fused table update is part of backward)")
     for name, step in steps.items():
         shown = "  ".join(f"{stage} {median(seconds) * 1e3:7.1f}" for stage, seconds in step.stages.items())
-        print(f"  {name:34s} {shown}  {arguments.batch / timings[name].median:9.0f} examples per CPU second")
+        print(f"  {name:34s} {shown}  {shape.batch / timings[name].median:9.0f} examples per CPU second", flush=True)
 
 
 def _next(step: Step, batches: Iterator[TabularBatch]) -> None:
@@ -230,7 +270,8 @@ def _next(step: Step, batches: Iterator[TabularBatch]) -> None:
 def _print_difference(a: Step, b: Step, batches: list[TabularBatch]) -> None:
     """The two train as one: the same weights, optimizers and batches, which come twice so that updates are read."""
     apart = [abs(a.run(batch) - b.run(batch)) for batch in 2 * batches]
-    print(f"losses of {len(apart)} steps of gr and of the plain model differ by {max(apart):.1e} at most")
+    first, most = apart[0], max(apart)
+    print(f"losses of gr and of the plain model differ by {first:.1e} in step 1, {most:.1e} at most in {len(apart)}")
 
 
 if __name__ == "__main__":

@@ -149,24 +149,26 @@ def pooled_lookup(collection: torch.nn.Module, features: KeyedJaggedTensor, name
 
     Models go by name, as here: the order of the columns in the collection's own output depends on the plan.
     """
-    return pooled_vectors(collection(features), names)
-
-
-def pooled_vectors(pooled: KeyedTensor, names: Sequence[str]) -> list[Tensor]:
-    """The vectors of `names` in a collection's output, [B, dim] each.
-
-    All columns are split at once: taken by name, each would have a gradient as wide as all of them.
-    """
-    by_name = pooled.to_dict()
+    by_name = collection(features).to_dict()
     return [by_name[name] for name in names]
 
 
-def row_weighted_vectors(rows: Mapping[str, JaggedTensor], names: Sequence[str], dim: int) -> list[Tensor]:
-    """The sum over each bag of its rows times their weights, [B, dim] each, from a row-weighted collection's output.
+def pooled_vectors(pooled: KeyedTensor, names: Sequence[str], dim: int) -> Tensor:
+    """The vectors of `names` in a collection's output, float [B, F, dim]: where it has them in this order, no copy."""
+    vectors_BFD = pooled.values().unflatten(1, (-1, dim))
+    keys = pooled.keys()
+    if list(names) == keys:
+        return vectors_BFD
+    by_name = dict(zip(keys, vectors_BFD.unbind(1), strict=True))
+    return torch.stack([by_name[name] for name in names], dim=1)
+
+
+def row_weighted_vectors(rows: Mapping[str, JaggedTensor], names: Sequence[str], dim: int) -> Tensor:
+    """The sum over each bag of its rows times their weights, [B, F, dim], from a row-weighted collection's output.
 
     As facebookresearch/dlrm --weighted-pooling learned, whose weights start at one.
     """
-    return [_weighted_sum(rows[name], dim) for name in names]
+    return torch.stack([_weighted_sum(rows[name], dim) for name in names], dim=1)
 
 
 def _weighted_sum(bag: JaggedTensor, dim: int) -> Tensor:

@@ -18,6 +18,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingEnv2D
 
+from gr.embeddings.fused_bags import take_bags
 from gr.embeddings.row_gradients import LocalRows, ReplicatedRows
 
 # TorchRec's kernel classes share an interface but no public base.
@@ -95,15 +96,23 @@ def _kernels(model: nn.Module) -> Iterator[tuple[Kernel, dist.ProcessGroup]]:
         if isinstance(collection, ShardedEmbeddingCollection | ShardedEmbeddingBagCollection):
             env = collection._env
             group = env.sharding_pg if isinstance(env, ShardingEnv2D) else env.process_group
-            # TorchRec keeps the lookups in a list, out of sight of modules().
-            for lookup in collection._lookups:
-                yield from ((m, group) for m in lookup.modules() if isinstance(m, Kernel))
+            yield from ((kernel, group) for kernel in kernels_of(collection))
 
 
-def take_rows(model: nn.Module) -> None:
-    """Has the dense kernels of a model that was just sharded look up rows as gr.embeddings.row_gradients says."""
+def kernels_of(collection: ShardedEmbeddingCollection | ShardedEmbeddingBagCollection) -> Iterator[Kernel]:
+    """The kernels of a sharded collection. TorchRec keeps the lookups in a list, out of sight of modules()."""
+    for lookup in collection._lookups:
+        yield from (module for module in lookup.modules() if isinstance(module, Kernel))
+
+
+def take_lookups(model: nn.Module) -> None:
+    """Has the kernels of a model that was just sharded look up as gr.embeddings says: the dense ones as row_gradients,
+    the fused ones of pooled tables as fused_bags.
+    """
     for kernel, _ in _kernels(model):
-        if not isinstance(kernel, FusedKernel):
+        if isinstance(kernel, BatchedFusedEmbeddingBag):
+            take_bags(kernel.emb_module)
+        elif not isinstance(kernel, FusedKernel):
             replicated = kernel.config.embedding_tables[0].local_metadata is None
             kernel.row_gradients = (ReplicatedRows if replicated else LocalRows)(kernel.emb_module)
 

@@ -1,13 +1,12 @@
 """DLRM (arXiv 1906.00091): pooled tables and a bottom MLP -> interaction -> top MLP. Single device; sharding is
 applied beside it.
 
-B examples, N dense features, F categorical features, T = F + 1 vectors an example (F without dense features), D width.
+B examples, N dense features, F categorical features, D width.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -69,13 +68,10 @@ class DLRM(nn.Module):
         MLP runs beside their all-to-all.
         """
         looked_up = self.tables(sparse) if looked_up is None else looked_up
-        dense = [] if self.bottom is None else [self.bottom(dense_BN)]
-        if self.config.row_weights:
-            pooled = row_weighted_vectors(looked_up, self.features, self.config.dim)
-        else:
-            pooled = pooled_vectors(looked_up, self.features)
-        vectors_BTD = torch.stack([*dense, *pooled], dim=1)
-        return self.top(self.interaction(vectors_BTD)).squeeze(1)
+        dense_BD = None if self.bottom is None else self.bottom(dense_BN)
+        vectors = row_weighted_vectors if self.config.row_weights else pooled_vectors
+        vectors_BFD = vectors(looked_up, self.features, self.config.dim)
+        return self.top(self.interaction(dense_BD, vectors_BFD)).squeeze(1)
 
 
 def build_dlrm(config: ClickConfig, schema: TabularSchema) -> DLRM:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -56,10 +57,14 @@ def parallelise_dense(model: nn.Module, mesh: DeviceMesh, config: DenseConfig, d
 
 
 class PlainDataParallel(DataParallelWrapper):
-    """DDP over the parameters of a DistributedModelParallel that are neither the tables' nor FSDP's."""
+    """DDP over the parameters of a DistributedModelParallel that are neither the tables' nor FSDP's.
+
+    A rank alone has none: nobody shares its gradients, and DDP's hooks cost a small step some of its time.
+    """
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        DefaultDataParallelWrapper(params_to_ignore=_distributed(dmp)).wrap(dmp, env, device)
+        if dist.get_world_size() > 1:
+            DefaultDataParallelWrapper(params_to_ignore=_distributed(dmp)).wrap(dmp, env, device)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -148,9 +153,9 @@ def _shard(model: nn.Module, mesh: DeviceMesh, config: DenseConfig) -> None:
 
 
 def _replicate(model: nn.Module) -> nn.Module:
-    """DDP over the plain parameters of a model without tables; the model as it is where it has none."""
+    """DDP over the plain parameters of a model without tables; the model as it is where it has none, or one rank."""
     sharded = _distributed(model)
-    if len(sharded) == sum(1 for _ in model.parameters()):
+    if dist.get_world_size() == 1 or len(sharded) == sum(1 for _ in model.parameters()):
         return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     return DistributedDataParallel(

@@ -18,7 +18,7 @@ from gr.config.planner import PlannerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
 from gr.embeddings.huge_pages import take_huge_pages
-from gr.embeddings.local_shards import local_shards, take_rows
+from gr.embeddings.local_shards import local_shards, take_lookups
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
 from gr.parallel.communication import codecs
@@ -85,7 +85,7 @@ def shard_tables(
         init_parameters=False,
         data_parallel_wrapper=PlainDataParallel(),
     )
-    take_rows(sharded)
+    take_lookups(sharded)
     for shard in local_shards(sharded):
         for tensor in (shard.weight, *shard.states.values()):
             take_huge_pages(tensor)

@@ -1,7 +1,7 @@
 """The dense parts of DLRM (arXiv 1906.00091): MLPs and feature interactions.
 
-B examples, F tables, T = F + 1 vectors an example (the dense one x first; F and no x without dense features), D their
-width.
+B examples, F vectors of tables an example, T = F + 1 with the dense one x, which is the first (F without dense
+features), D their width. An interaction takes x, [B, D] or None, and the others, [B, F, D].
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.config.dlrm import CatInteraction, DCNInteraction, DLRMConfig, DotInteraction, ProjectionInteraction
+from gr.ops.dot_interaction import dot_interaction, dot_interaction_reference
 
 
 class NormalLinear(nn.Linear):
@@ -37,20 +38,20 @@ class Dot(nn.Module):
     """[x, <v_i, v_j> for i < j], row by row of the upper triangle; `self_interaction` takes the diagonal too.
 
     torchrec has the same order. facebookresearch/dlrm goes through the lower one (gr.models.convert.facebook_dlrm).
+    portable: set where the module is exported; torch alone computes it then, compiled or not, to the same bits.
     """
+
+    portable = False
 
     def __init__(self, vectors: int, dim: int, *, self_interaction: bool, dense: bool) -> None:
         super().__init__()
-        self.dense, self.diagonal = dense, 0 if self_interaction else 1
+        self.diagonal = 0 if self_interaction else 1
         self.width = dense * dim + vectors * (vectors + 1 - 2 * self.diagonal) // 2
 
-    def forward(self, vectors_BTD: Tensor) -> Tensor:
-        T = vectors_BTD.shape[1]
-        products_BTT = torch.bmm(vectors_BTD, vectors_BTD.mT)
-        # Not a buffer: TorchRec fills buffers that were built on meta with zeros.
-        i, j = torch.triu_indices(T, T, self.diagonal, device=vectors_BTD.device)
-        pairs = products_BTT.flatten(1).index_select(1, i * T + j)
-        return torch.cat([vectors_BTD[:, 0], pairs], dim=1) if self.dense else pairs
+    def forward(self, dense_BD: Tensor | None, vectors_BFD: Tensor) -> Tensor:
+        if self.portable:
+            return dot_interaction_reference(dense_BD, vectors_BFD, self.diagonal)
+        return dot_interaction(dense_BD, vectors_BFD, diagonal=self.diagonal)
 
 
 class Cat(nn.Module):
@@ -60,8 +61,8 @@ class Cat(nn.Module):
         super().__init__()
         self.width = vectors * dim
 
-    def forward(self, vectors_BTD: Tensor) -> Tensor:
-        return vectors_BTD.flatten(1)
+    def forward(self, dense_BD: Tensor | None, vectors_BFD: Tensor) -> Tensor:
+        return _flat(dense_BD, vectors_BFD)
 
 
 class CrossLayer(nn.Module):
@@ -91,8 +92,8 @@ class CrossNet(nn.Module):
         self.width = vectors * dim
         self.layers = nn.ModuleList(CrossLayer(self.width, config.rank) for _ in range(config.layers))
 
-    def forward(self, vectors_BTD: Tensor) -> Tensor:
-        x = x_0 = vectors_BTD.flatten(1)
+    def forward(self, dense_BD: Tensor | None, vectors_BFD: Tensor) -> Tensor:
+        x = x_0 = _flat(dense_BD, vectors_BFD)
         for layer in self.layers:
             x = layer(x_0, x)
         return x
@@ -105,17 +106,23 @@ class Projection(nn.Module):
         self, vectors: int, dim: int, config: ProjectionInteraction, *, linear: type[nn.Linear], dense: bool
     ) -> None:
         super().__init__()
-        self.dim, self.dense = dim, dense
+        self.dim = dim
         self.branch1 = MLP(vectors * dim, config.branch1, linear=linear)
         self.branch2 = MLP(vectors * dim, config.branch2, linear=linear)
         self.width = dense * dim + (config.branch1[-1] // dim) * (config.branch2[-1] // dim)
 
-    def forward(self, vectors_BTD: Tensor) -> Tensor:
-        flat = vectors_BTD.flatten(1)
+    def forward(self, dense_BD: Tensor | None, vectors_BFD: Tensor) -> Tensor:
+        flat = _flat(dense_BD, vectors_BFD)
         left = self.branch1(flat).unflatten(1, (-1, self.dim))
         right = self.branch2(flat).unflatten(1, (self.dim, -1))
         products = torch.bmm(left, right).flatten(1)
-        return torch.cat([vectors_BTD[:, 0], products], dim=1) if self.dense else products
+        return products if dense_BD is None else torch.cat([dense_BD, products], dim=1)
+
+
+def _flat(dense_BD: Tensor | None, vectors_BFD: Tensor) -> Tensor:
+    """All vectors side by side, [B, T x D]."""
+    flat = vectors_BFD.flatten(1)
+    return flat if dense_BD is None else torch.cat([dense_BD, flat], dim=1)
 
 
 def mlp_linear(config: DLRMConfig) -> type[nn.Linear]:
@@ -124,7 +131,7 @@ def mlp_linear(config: DLRMConfig) -> type[nn.Linear]:
 
 
 def build_interaction(config: DLRMConfig, vectors: int) -> Dot | Cat | CrossNet | Projection:
-    """float [B, vectors, D] -> float [B, width], on the default device. The dense vector is first, if there is one."""
+    """The interaction of `vectors` vectors in all: x and float [B, F, D] -> float [B, width], on the default device."""
     dense = config.bottom is not None
     match config.interaction:
         case DotInteraction(self_interaction=self_interaction):

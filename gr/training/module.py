@@ -147,18 +147,26 @@ class TrainModule:
 
         A GPU is not waited for.
         """
-        self.model.train()
+        if not self.model.training:  # hundreds of modules are gone through
+            self.model.train()
         # A fused update takes its rate along at the lookup, though it runs in backward.
         self.table_optimizer.scale_learning_rates(self._rate_factor(prepared.step))
         self.phases.start()
         self.table_optimizer.hand_over(prepared.handed_over)
         looked_up = None if prepared.lookup is None else prepared.lookup.rows()
-        torch.manual_seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
+        self._seed(_step_seed(self.config.seed, prepared.step, self.world.rank))
         total = self.objective.total(self.model, prepared.inputs, looked_up)
         # DDP and TorchRec average gradients over ranks; this makes the average the mean over all tokens.
         loss = total * (self.world.size / max(1, prepared.tokens))
         self.phases.end("forward")
         return StepLoss(loss, total.detach(), prepared.tokens, prepared.examples)
+
+    def _seed(self, seed: int) -> None:
+        if self.world.device.type == "cpu":
+            # torch.manual_seed writes down the call stack for each kind of device that it finds not started.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def backward(self, loss: StepLoss, step: int) -> None:
         """Gradients and updates; fused tables are updated inside backward."""

@@ -33,7 +33,7 @@ from gr.config.retrieval import RetrievalConfig
 from gr.config.run import EmbeddingsConfig
 from gr.dist import World
 from gr.embeddings import TableOptimizer
-from gr.embeddings.local_shards import take_rows
+from gr.embeddings.local_shards import take_lookups
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
 from gr.experiment import build
@@ -206,7 +206,7 @@ def distributed(
         plan=to_sharding_plan(plan, model, CPU),
         sharders=[sharder],
     )
-    take_rows(dmp)
+    take_lookups(dmp)
     if weights is not None:
         with torch.no_grad():
             for _, mine, given in parts(dmp, weights):

@@ -20,6 +20,11 @@ RULES: dict[RowRule, tuple[int, tuple[str, ...]]] = {
 _NUMBERS = ("lr", "eps", "beta1", "beta2", "weight_decay", "steps")
 
 
+def numbers_of(numbers: Mapping[str, float]) -> list[float]:
+    """The numbers of a rule, in the order of the C++ operators; 0 for those that it has not."""
+    return [float(numbers.get(name, 0.0)) for name in _NUMBERS]
+
+
 def row_update_native(
     rule: RowRule,
     weight_ED: Tensor,
@@ -41,6 +46,6 @@ def row_update_native(
         order,
         gradient_TD.contiguous(),
         number,
-        [float(numbers.get(name, 0.0)) for name in _NUMBERS],
+        numbers_of(numbers),
         draws,
     )

@@ -1,208 +1,23 @@
-// An optimizer's update of the rows that a batch looked up, in place: reference.py beside it is the definition.
-//
-// Each row is one piece of work, summed in the order of the batch, so results are the same bits on any number of
-// threads. The gradients of a row are summed in float64, the update is in float32 (float64 for a table of it).
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+// The operator of row_update.h.
 #include <torch/library.h>
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
-#include <type_traits>
-#include <vector>
+#include "row_update.h"
 
 namespace gr::row_update {
 namespace {
-
-enum Rule : int64_t { kSgd, kRowwiseAdagrad, kAdagrad, kAdam, kRowwiseAdamW };
-constexpr int64_t kRowsPerTask = 128, kAhead = 4, kIdsAhead = 8;
-
-struct Numbers {
-  double lr, eps, beta1, beta2, weight_decay, steps;
-};
-
-// The draws of stochastic rounding, as rounding.py defines them; `on` is false for nearest rounding.
-struct Draws {
-  bool on;
-  uint64_t start, row, column, columns;
-  uint32_t noise(uint64_t shard_row, uint64_t shard_column) const {
-    uint64_t x = (shard_row + row) * columns + column + shard_column + start + 0x9E3779B97F4A7C15;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-    return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
-  }
-};
-
-// As rounding.py: x up or down to a neighbour in W, by `noise`.
-template <typename W> W round_stochastic(float x, uint32_t noise) {
-  constexpr int kCut = std::is_same_v<W, c10::Half> ? 13 : 16, kLeast = std::is_same_v<W, c10::Half> ? 113 : 1;
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const int exponent = bits >> 23 & 0xFF;
-  if (exponent == 0xFF) return static_cast<W>(x);
-  const int cut = kCut + std::max(kLeast - exponent, 0);
-  if (cut > 23) {
-    const double least = std::ldexp(1.0, kLeast - 127 + kCut - 23);
-    const bool up = noise * 0x1p-32 < std::abs(static_cast<double>(x)) / least;
-    return static_cast<W>(std::copysign(up ? static_cast<float>(least) : 0.0f, x));
-  }
-  const uint32_t mask = (uint32_t{1} << cut) - 1;
-  return static_cast<W>(std::bit_cast<float>((bits + (noise & mask)) & ~mask));
-}
-
-// One row of D columns. A: the type of the arithmetic and of the states. first, second: as in RULES of native.py.
-template <Rule kRule, typename A>
-void step(A* __restrict weight, const A* __restrict g, A* __restrict first, A* __restrict second, int64_t D, const Numbers& n) {
-  const A lr = n.lr, eps = n.eps;
-  if constexpr (kRule == kSgd) {
-    for (int64_t d = 0; d < D; ++d) weight[d] -= lr * g[d];
-    return;
-  }
-  A square = 0;
-  if constexpr (kRule == kRowwiseAdagrad || kRule == kRowwiseAdamW) {
-    for (int64_t d = 0; d < D; ++d) square += g[d] * g[d];
-    square /= D;
-  }
-  if constexpr (kRule == kRowwiseAdagrad) {
-    *first += square;
-    const A rate = lr / (std::sqrt(*first) + eps);
-    for (int64_t d = 0; d < D; ++d) weight[d] -= rate * g[d];
-  } else if constexpr (kRule == kAdagrad) {
-    for (int64_t d = 0; d < D; ++d) {
-      first[d] += g[d] * g[d];
-      weight[d] -= lr * g[d] / (std::sqrt(first[d]) + eps);
-    }
-  } else {
-    const A keep = n.beta2, fresh1 = 1 - n.beta1, fresh2 = 1 - n.beta2;
-    const A rate = n.lr / (1 - std::pow(n.beta1, n.steps)), correction = 1 / (1 - std::pow(n.beta2, n.steps));
-    const A shrink = 1 - n.lr * n.weight_decay;
-    if constexpr (kRule == kRowwiseAdamW) *second = keep * *second + fresh2 * square;
-    const A of_row = kRule == kRowwiseAdamW ? rate / (std::sqrt(*second * correction) + eps) : A(0);
-    for (int64_t d = 0; d < D; ++d) {
-      first[d] += fresh1 * (g[d] - first[d]);
-      if constexpr (kRule == kAdam) {
-        second[d] = keep * second[d] + fresh2 * g[d] * g[d];
-        weight[d] = weight[d] * shrink - rate * first[d] / (std::sqrt(second[d] * correction) + eps);
-      } else {
-        weight[d] = weight[d] * shrink - of_row * first[d];
-      }
-    }
-  }
-}
-
-template <typename A> struct State {
-  A* data = nullptr;
-  int64_t width = 0;
-  A* row(int64_t r) const { return data + r * width; }
-};
-
-template <typename A> State<A> state_of(const std::vector<at::Tensor>& states, size_t index) {
-  if (index >= states.size()) return {};
-  const at::Tensor& state = states[index];
-  return {state.mutable_data_ptr<A>(), state.dim() == 2 ? state.size(1) : 1};
-}
-
-template <typename T> void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 1);
-}
-
-template <typename A> void add(double* __restrict sum, const A* __restrict from, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) sum[d] += from[d];
-}
-
-struct Batch {
-  const at::Tensor &weight, &ids, &order, &gradient;
-  const std::vector<at::Tensor>& states;
-  std::vector<int64_t> starts;  // of the runs of equal ids, and their end
-};
-
-template <Rule kRule, typename W, typename A> void update(const Batch& batch, const Numbers& numbers, const Draws& draws) {
-  const int64_t count = batch.ids.numel(), D = batch.weight.size(1), rows = static_cast<int64_t>(batch.starts.size()) - 1;
-  W* weights = batch.weight.mutable_data_ptr<W>();
-  const int64_t *ids = batch.ids.const_data_ptr<int64_t>(), *order = batch.order.const_data_ptr<int64_t>();
-  const A* gradients = batch.gradient.const_data_ptr<A>();
-  const State<A> first = state_of<A>(batch.states, 0), second = state_of<A>(batch.states, 1);
-  at::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(D);
-    std::vector<A> g(D), wide(D);
-    for (int64_t r = begin; r < end; ++r) {
-      if (r + kAhead < end) {
-        const int64_t next = ids[batch.starts[r + kAhead]];
-        prefetch(weights + next * D, D);
-        prefetch(first.row(next), first.width);
-        prefetch(second.row(next), second.width);
-      }
-      const int64_t start = batch.starts[r], stop = batch.starts[r + 1], id = ids[start];
-      const A* from = gradients + order[start] * D;
-      if (stop - start > 1) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t i = start; i < stop; ++i) {
-          if (i + kIdsAhead < count) prefetch(gradients + order[i + kIdsAhead] * D, D);
-          add(sum.data(), gradients + order[i] * D, D);
-        }
-        for (int64_t d = 0; d < D; ++d) g[d] = static_cast<A>(sum[d]);
-        from = g.data();
-      }
-      W* weight = weights + id * D;
-      if constexpr (std::is_same_v<W, A>) {
-        step<kRule, A>(weight, from, first.row(id), second.row(id), D, numbers);
-      } else {
-        for (int64_t d = 0; d < D; ++d) wide[d] = static_cast<A>(weight[d]);
-        step<kRule, A>(wide.data(), from, first.row(id), second.row(id), D, numbers);
-        if (draws.on)
-          for (int64_t d = 0; d < D; ++d) weight[d] = round_stochastic<W>(wide[d], draws.noise(id, d));
-        else
-          for (int64_t d = 0; d < D; ++d) weight[d] = static_cast<W>(wide[d]);
-      }
-    }
-  });
-}
-
-template <typename W, typename A> void by_rule(int64_t rule, const Batch& batch, const Numbers& numbers, const Draws& draws) {
-  switch (rule) {
-    case kSgd: return update<kSgd, W, A>(batch, numbers, draws);
-    case kRowwiseAdagrad: return update<kRowwiseAdagrad, W, A>(batch, numbers, draws);
-    case kAdagrad: return update<kAdagrad, W, A>(batch, numbers, draws);
-    case kAdam: return update<kAdam, W, A>(batch, numbers, draws);
-    case kRowwiseAdamW: return update<kRowwiseAdamW, W, A>(batch, numbers, draws);
-    default: TORCH_CHECK_VALUE(false, "no rule ", rule);
-  }
-}
-
-std::vector<int64_t> runs_of(const at::Tensor& ids, int64_t rows) {
-  const int64_t count = ids.numel();
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  std::vector<int64_t> starts;
-  if (count) {
-    TORCH_CHECK_INDEX(id[0] >= 0 && id[count - 1] < rows, "ids_T must lie in [0, ", rows, "), the rows of the table; found ",
-                      id[0] < 0 ? id[0] : id[count - 1]);
-    for (int64_t i = 0; i < count; ++i)
-      if (!i || id[i] != id[i - 1]) starts.push_back(i);
-  }
-  starts.push_back(count);
-  return starts;
-}
 
 void row_update(const at::Tensor& weight, const std::vector<at::Tensor>& states, const at::Tensor& ids, const at::Tensor& order,
                 const at::Tensor& gradient, int64_t rule, at::ArrayRef<double> numbers, at::IntArrayRef draws) {
   TORCH_CHECK_VALUE(weight.is_contiguous() && gradient.is_contiguous(), "weight and gradient must be contiguous");
   for (const at::Tensor& state : states)
     TORCH_CHECK_VALUE(state.is_contiguous() && state.size(0) == weight.size(0), "states must be contiguous, with the rows of the table");
-  const Batch batch{weight, ids, order, gradient, states, runs_of(ids, weight.size(0))};
-  const Numbers own{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
-  Draws draw{!draws.empty(), 0, 0, 0, 0};
-  if (draw.on)
+  const int64_t *id = ids.const_data_ptr<int64_t>(), *place = order.const_data_ptr<int64_t>(), count = ids.numel();
+  const Batch batch{weight, gradient, states, id, place, count, weight.size(1), runs_of(id, count, weight.size(0))};
+  Draws draw;
+  if (!draws.empty())
     draw = {true, static_cast<uint64_t>(draws[0]), static_cast<uint64_t>(draws[1]), static_cast<uint64_t>(draws[2]),
             static_cast<uint64_t>(draws[3])};
-  switch (weight.scalar_type()) {
-    case at::kFloat: return by_rule<float, float>(rule, batch, own, draw);
-    case at::kDouble: return by_rule<double, double>(rule, batch, own, draw);
-    case at::kHalf: return by_rule<c10::Half, float>(rule, batch, own, draw);
-    case at::kBFloat16: return by_rule<c10::BFloat16, float>(rule, batch, own, draw);
-    default: TORCH_CHECK_VALUE(false, "no update of a table of ", weight.scalar_type());
-  }
+  update_rows(rule, batch, Numbers(numbers), draw);
 }
 
 }  // namespace

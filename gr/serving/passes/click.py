@@ -20,6 +20,7 @@ from gr.serving.passes.build import Built, CardTables, Pass
 from gr.serving.tables.packed import PackedTables
 from gr.serving.tables.quantize import RowKind
 from gr.serving.verbs.click import score_record
+from gr.towers.dlrm import Dot
 
 GOLDEN_ROWS = 32
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,13 +39,13 @@ class DensePass(nn.Module):
         self.dtype = dtype
         dense = (model.bottom, model.interaction, model.top)
         self.bottom, self.interaction, self.top = (part and copy.deepcopy(part).to(dtype) for part in dense)  # type: ignore[assignment]
+        if isinstance(self.interaction, Dot):
+            self.interaction.portable = True
 
     def forward(self, dense_BN: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits, float32 [B]. vectors_BFD: float32, in the order of the model's features."""
-        vectors = [vector_BD.to(self.dtype) for vector_BD in vectors_BFD.unbind(1)]
-        if self.bottom is not None:
-            vectors.insert(0, self.bottom(dense_BN.to(self.dtype)))
-        return self.top(self.interaction(torch.stack(vectors, dim=1))).squeeze(1).float()
+        dense_BD = None if self.bottom is None else self.bottom(dense_BN.to(self.dtype))
+        return self.top(self.interaction(dense_BD, vectors_BFD.to(self.dtype))).squeeze(1).float()
 
 
 class ClickPass(nn.Module):

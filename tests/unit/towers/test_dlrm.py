@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from gr.config.dlrm import (
     CatInteraction,
@@ -36,26 +36,31 @@ def build(interaction: Interaction, **changes: object) -> nn.Module:
     return build_interaction(config, T)
 
 
+def parts(vectors_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """The dense vectors and those of tables."""
+    return vectors_BTD[:, 0], vectors_BTD[:, 1:]
+
+
 def test_dot_takes_the_upper_triangle_row_by_row() -> None:
     vectors = torch.tensor([[[1.0, 0, 0, 0], [2, 3, 0, 0], [5, 7, 11, 0]]])
-    assert build(DotInteraction())(vectors).tolist() == [[1, 0, 0, 0, 2, 5, 31]]
-    with_self = build(DotInteraction(self_interaction=True))(vectors)
+    assert build(DotInteraction())(*parts(vectors)).tolist() == [[1, 0, 0, 0, 2, 5, 31]]
+    with_self = build(DotInteraction(self_interaction=True))(*parts(vectors))
     assert with_self.tolist() == [[1, 0, 0, 0, 1, 2, 5, 13, 31, 195]]
 
 
 def test_without_a_dense_vector_the_products_stand_alone() -> None:
     vectors = torch.tensor([[[1.0, 0, 0, 0], [2, 3, 0, 0], [5, 7, 11, 0]]])
-    assert build(DotInteraction(), bottom=None)(vectors).tolist() == [[2, 5, 31]]
+    assert build(DotInteraction(), bottom=None)(None, vectors).tolist() == [[2, 5, 31]]
     projection = ProjectionInteraction(branch1=(5, 2 * D), branch2=(3 * D,))
     alone, beside = build(projection, bottom=None), build(projection)
     alone.load_state_dict(beside.state_dict())
     assert (alone.width, beside.width) == (6, 6 + D)
-    assert torch.equal(alone(vectors), beside(vectors)[:, D:])
+    assert torch.equal(alone(None, vectors), beside(*parts(vectors))[:, D:])
 
 
 def test_cat_keeps_every_vector_in_order() -> None:
     vectors = torch.arange(2.0 * T * D).view(2, T, D)
-    assert torch.equal(build(CatInteraction())(vectors), vectors.view(2, T * D))
+    assert torch.equal(build(CatInteraction())(*parts(vectors)), vectors.view(2, T * D))
 
 
 def test_cross_layer_by_hand() -> None:
@@ -70,7 +75,7 @@ def test_cross_layer_by_hand() -> None:
 def test_width_is_that_of_the_output_also_of_no_examples(interaction: Interaction) -> None:
     module = build(interaction)
     for batch in (2, 0):
-        assert module(torch.randn(batch, T, D)).shape == (batch, module.width)
+        assert module(*parts(torch.randn(batch, T, D))).shape == (batch, module.width)
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS, ids=IDS)
@@ -82,7 +87,7 @@ def test_built_on_meta_it_computes_the_same_once_filled(interaction: Interaction
     assert not list(filled.buffers())
     filled.to_empty(device="cpu").load_state_dict(real.state_dict())
     vectors = torch.randn(3, T, D)
-    assert torch.equal(filled(vectors), real(vectors))
+    assert torch.equal(filled(*parts(vectors)), real(*parts(vectors)))
 
 
 def test_the_mlp_ends_with_relu_or_with_a_logit() -> None:

@@ -1,0 +1,49 @@
+"""Lookups of fused kernels on CPU, by gr.ops.pooled_lookup: the sums of fbgemm-gpu-cpu and its updates in less time.
+
+fbgemm still owns the tables, their states and the learning rate, so checkpoints are what they were. Means stay with it.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor
+
+from gr.ops.pooled_lookup import BagUpdate, pooled_lookup
+from gr.ops.row_update import reference
+from gr.ops.row_update.reference import RowRule
+
+_RULES: dict[EmbOptimType, RowRule] = {
+    EmbOptimType.EXACT_SGD: reference.sgd,
+    EmbOptimType.EXACT_ADAGRAD: reference.adagrad,
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: reference.rowwise_adagrad,
+}
+
+
+def take_bags(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    """Has fused tables look up bags and update their rows here, where they are on CPU and pooled by sums."""
+    if tables.use_cpu and tables.pooling_mode == PoolingMode.SUM:
+        rule = _RULES[tables.optimizer]
+        plain = rule is reference.sgd
+        states = [{} for _ in tables.embedding_specs] if plain else tables.get_optimizer_state()
+        # None of these rules counts steps.
+        numbers = {"steps": 0.0} if plain else {"steps": 0.0, "eps": tables.optimizer_args.eps}
+        update = BagUpdate(rule, states, numbers)
+        tables.forward = partial(_lookup, tables, tables.split_embedding_weights(), update)
+
+
+def _lookup(
+    tables: SplitTableBatchedEmbeddingBagsCodegen,
+    weights: list[Tensor],
+    update: BagUpdate,
+    indices: Tensor,
+    offsets: Tensor,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """fbgemm's forward: float32 [B, columns of all features]. update: without the learning rate, which may change."""
+    if per_sample_weights is not None:
+        raise ValueError("fused kernels on CPU take no weights of ids")
+    update = replace(update, numbers={**update.numbers, "lr": float(tables.learning_rate_tensor)})
+    return pooled_lookup(weights, tables.feature_table_map, indices.long(), offsets.long(), update)
