@@ -17,25 +17,25 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 4.3,
+    "config": 4.25,
     "data": 3.5,
     "ops": 6.7,
     "embeddings": 1.4,
     "parallel": 0.7,
     "towers": 1.0,
-    "tasks": 0.9,
-    "models": 1.7,
+    "tasks": 0.86,
+    "models": 1.65,
     "metrics": 1.0,
     "checkpoint": 1.5,
     "planner": 5.1,
     "cluster": 0.5,
     "training": 1.4,
     "serving": 7.3,
-    "recipes": 2.4,
+    "recipes": 2.35,
     "cli": 2.6,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 43.1
+WITHOUT_PREPARE = 43.0
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
