@@ -1,7 +1,7 @@
 """Measures gr and its alternatives in turns, in one run, and reports it.
 
-    python -m benchmarks.run hstu_attention|layer|llama|loss|mixture|train_step|all [--device cpu|cuda] [--data DIR]
-        [--peer DIR] [--case NAME] [--rounds N]
+    python -m benchmarks.run hstu_attention|layer|llama|loss|mixture|towers|train_step|all [--device cpu|cuda]
+        [--data DIR] [--peer DIR] [--case NAME] [--rounds N]
 
 --data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
 measured beside the rest. A benchmark whose correctness tests fail is not measured. On CPU everything is one thread and
@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import attention, layer, llama, loss, mixture, train_step
+from benchmarks import attention, layer, llama, loss, mixture, towers, train_step
 from benchmarks.case import Case, Options
 from benchmarks.compare import Timing, Variant, compare
 from benchmarks.machine import Peaks, describe, peak_kib, peaks, reset_peak
@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "llama": llama,
     "loss": loss,
     "mixture": mixture,
+    "towers": towers,
     "train_step": train_step,
 }
 

@@ -122,6 +122,22 @@ class PreferenceBatch(RetrievalBatch):
         return replace(unpacked, rejected_TK=rejected_TK, gap_TK=gap_TK)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch(RetrievalBatch):
+    """A RetrievalBatch of histories after which a policy lists items: it is asked at the newest token of each.
+
+    number_B: int64, the place of each example in the training order, which names its draws.
+    """
+
+    number_B: Tensor
+
+    def pack(self) -> Packed:
+        return super().pack()._replace(examples_BG=self.number_B[:, None])
+
+    def unpack(self, packed: Packed) -> Self:
+        return replace(super().unpack(packed), number_B=packed.examples_BG[:, 0])
+
+
 @dataclass(frozen=True)
 class EvaluationBatch(Movable):
     """Histories, each with its one held-out item, or with none: the item that comes next is asked for.

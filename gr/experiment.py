@@ -245,10 +245,14 @@ def _resume(built: Built, state: ModelState, loader: TrainingLoader) -> dict[str
             "checkpoints of two sizes: set another run_dir, with checkpoint.load_from"
         )
     if saved.kind != config.kind:
-        trained = {name: parameter for name, parameter in state.dense.items() if parameter.requires_grad}
+        trained = {
+            name: parameter
+            for name, parameter in state.dense.items()
+            if parameter.requires_grad and not name.startswith(recipe.added)
+        }
         load_state(chosen, ModelState(trained, None, state.tables), world)
         state.tables.set_steps(0)
-        recipe.begin(built.model)
+        recipe.begin(built.model, world)
         log.info("begins from %s", chosen)
         return {"step": 0}
     progress = load_state(chosen, state, world)

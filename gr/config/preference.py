@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gr.config.base import Count, CountOrNone, PositiveFloat, Section
+from gr.config.base import Count, CountOrNone, PathText, PositiveFloat, Section
 from gr.config.inventory import LossInventory, TowerDense
 from gr.config.retrieval import METRICS, Comparison, RetrievalConfig, RetrievalEvaluationConfig, SimilarityConfig
 from gr.errors import ConfigError
@@ -72,7 +72,13 @@ class ActionLevels(LevelsConfig):
         return "actions"
 
 
-class RewardLoss(Section):
+class PreferenceLoss(Section):
+    """The loss of a preference run."""
+
+    frozen_copies: ClassVar[int] = 1  # of the dense part, the reference among them
+
+
+class RewardLoss(PreferenceLoss):
     """-log sigmoid(r(chosen) - r(rejected) - margin), the reward model of Llama 2 (arXiv 2307.09288, Eq. 2)."""
 
     kind: Literal["reward"] = "reward"
@@ -83,26 +89,80 @@ class RewardLoss(Section):
     )
 
 
-class DPOLoss(Section):
+class DPOLoss(PreferenceLoss):
     """-log sigmoid(beta x (gain of the chosen item - gain of the rejected one)) (arXiv 2305.18290, Eq. 7)."""
 
     kind: Literal["dpo"] = "dpo"
     beta: PositiveFloat = Field(0.1, description="The larger, the nearer the model stays to the reference.")
 
 
-class SDPOLoss(Section):
+class SDPOLoss(PreferenceLoss):
     """DPO against several rejected items at once by a softmax over them (arXiv 2406.09215, Eq. 11)."""
 
     kind: Literal["sdpo"] = "sdpo"
     beta: PositiveFloat = Field(1.0, description="The larger, the nearer the model stays to the reference.")
 
 
+class ListLoss(PreferenceLoss):
+    """The loss of lists that a policy draws and a reward model scores, in place of pairs from the data."""
+
+    kind: str
+    reward: PathText = Field(
+        description="Run or checkpoint of the reward model: a preference run of task.loss.kind=reward that began where "
+        "this one begins."
+    )
+    candidates: Count = Field(
+        200, description="Items not in the history that the policy ranks highest after it: lists are drawn of them."
+    )
+
+    @property
+    @abstractmethod
+    def drawn(self) -> int:
+        """The items that are drawn after a history."""
+
+
+class RejectionLoss(ListLoss):
+    """-log p(the best of several drawn items), by a reward model: rejection sampling (arXiv 2307.09288, 3.2.3)."""
+
+    frozen_copies = 2  # the reward model
+    kind: Literal["rejection"] = "rejection"
+    samples: Annotated[int, Field(ge=2)] = Field(
+        8, description="Items drawn from the policy that the run begins from, of which the best is trained on."
+    )
+
+    @property
+    def drawn(self) -> int:
+        return self.samples
+
+
+class PPOLoss(ListLoss):
+    """PPO on drawn lists, with the reward of Llama 2 (arXiv 2307.09288, Eq. 4; arXiv 1707.06347)."""
+
+    frozen_copies = 3  # the reward model, and the policy that draws
+    kind: Literal["ppo"] = "ppo"
+    length: Count = Field(10, description="Items of a list.")
+    beta: PositiveFloat = Field(0.01, description="Weight of the KL penalty: of log p(list) - log p of the reference.")
+    clip: PositiveFloat = Field(
+        0.2, description="The ratio to the policy that drew counts within 1 - clip to 1 + clip."
+    )
+    steps_per_policy: Count = Field(
+        8, description="Steps whose lists one policy draws: the paper's 512 lists, in minibatches of 64."
+    )
+    value_weight: PositiveFloat = Field(0.1, description="Weight of the value head's squared error.")
+
+    @property
+    def drawn(self) -> int:
+        return self.length
+
+
 class PreferenceTaskConfig(SimilarityConfig):
     """Preference: of two items that a user met soon after one another, the better liked one."""
 
     kind: Literal["preference"] = "preference"
-    loss: Annotated[RewardLoss | DPOLoss | SDPOLoss, Field(discriminator="kind")] = Field(
-        SDPOLoss(), description="What each chosen item is trained by; reward and dpo average over its rejected items."
+    loss: Annotated[RewardLoss | DPOLoss | SDPOLoss | RejectionLoss | PPOLoss, Field(discriminator="kind")] = Field(
+        SDPOLoss(),
+        description="What each chosen item is trained by; reward and dpo average over its rejected items. rejection "
+        "and ppo train on lists of their own, and read no pairs: chosen, window, rejected and drawn are not for them.",
     )
     levels: Annotated[RatingLevels | ActionLevels, Field(discriminator="kind")] = Field(
         RatingLevels(), description="How much an event was liked."
@@ -129,6 +189,11 @@ class PreferenceTaskConfig(SimilarityConfig):
                     f"{name}={getattr(self, name)}, but the highest of task.levels is {self.levels.highest}: set "
                     f"{name} up to that"
                 )
+        if isinstance(self.loss, ListLoss) and self.loss.drawn > self.loss.candidates:
+            raise ValueError(
+                f"loss.candidates={self.loss.candidates}, of which loss.{self.loss.kind} draws {self.loss.drawn}: set "
+                "candidates to that or more"
+            )
         if self.rejected >= self.window:
             raise ValueError(
                 f"rejected={self.rejected}, but a window of {self.window} events has {self.window - 1} after the "
@@ -142,15 +207,25 @@ class PreferenceTaskConfig(SimilarityConfig):
         return 1 + self.rejected + self.drawn
 
     def scores(self, compared: Comparison) -> LossInventory:
+        if isinstance(self.loss, ListLoss):  # the corpus once, and candidates by each dense part
+            of_parts = (1 + self.loss.frozen_copies) * self.loss.candidates
+            return LossInventory(scores_per_example=compared.corpus + of_parts)
         return LossInventory(scores_per_example=2 * compared.targets * self.compared_items)  # policy and reference
 
     def lookups(self, compared: Comparison) -> tuple[float, float]:
+        if isinstance(self.loss, ListLoss):
+            return float(self.loss.candidates), 0.0
         return compared.targets * self.compared_items, 0.0
 
 
 class PreferenceEvaluationConfig(RetrievalEvaluationConfig):
     select_by: Literal[(*METRICS, *PREFERENCE_METRICS)] = Field(  # type: ignore[valid-type]
         "liked_hr@10", description="Validation metric that picks the best checkpoint."
+    )
+    later: PositiveInt | None = Field(
+        None,
+        description="Newest events of each user, hidden from the model, whose ratings later_rating_of_top@10 averages; "
+        "unset: all that training leaves out (data.train_holdout), or 10 of users who are not trained on.",
     )
 
 
@@ -164,13 +239,25 @@ class PreferenceConfig(RetrievalConfig):
         PreferenceEvaluationConfig(), description="On which users, how often, without which items."
     )
 
+    @property
+    def later_events(self) -> int:
+        """Events of each user that a final report hides to see how its top 10 were rated later."""
+        return self.evaluation.later or (self.data.train_holdout if self.evaluates_training_users else 10)
+
+    @model_validator(mode="after")
+    def _later_is_held_out(self):
+        if self.evaluates_training_users and self.later_events > self.data.train_holdout:
+            raise ValueError(
+                f"evaluation.later={self.later_events} events, of which training reads all but "
+                f"data.train_holdout={self.data.train_holdout}: set later up to that, or evaluate on other users"
+            )
+        return self
+
     def dense_part(self, schema: DataSchema) -> TowerDense:
-        """The tower, its positions, and the reference's copy of both, which no rank trains."""
+        """The tower, its positions, their frozen copies, and PPO's value head."""
         dense = super().dense_part(schema)
         N, D = self.data.max_length, self.model.dim
         tower = self.model.tower.cost(D, N, 4).parameters
-        reference = {
-            "other_parameters": dense.other_parameters + tower + N * D,
-            "replicated_parameters": dense.replicated_parameters + tower + N * D,
-        }
-        return dense.model_copy(update=reference)
+        more = self.task.loss.frozen_copies * (tower + N * D) + 2 * isinstance(self.task.loss, PPOLoss)
+        names = ("other_parameters", "replicated_parameters")
+        return dense.model_copy(update={name: getattr(dense, name) + more for name in names})

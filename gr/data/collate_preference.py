@@ -7,10 +7,10 @@ the index of an event in the history of its example.
 import numpy as np
 import torch
 
-from gr.batch import PreferenceBatch
+from gr.batch import PreferenceBatch, PromptBatch
 from gr.config.histories import HistoryDataConfig
 from gr.config.preference import ActionLevels, PreferenceTaskConfig, RatingLevels
-from gr.data.collate import Counts, Events, Rows, collate_positions, item_ids, times
+from gr.data.collate import Counts, Events, Rows, collate_positions, collate_train, item_ids, times
 from gr.data.stochastic_length import COMPARE, Draws
 from gr.schema import DataSchema
 
@@ -54,6 +54,11 @@ class PreferenceCollate:
             gap_TK=torch.from_numpy(np.concatenate([gaps, drawn_gap_TS], 1)),
         )
         return compared, counts
+
+    def prompts(self, rows: Rows, draws: Draws, first_example: int) -> tuple[PromptBatch, Counts]:
+        """The examples of collate_train, each with its number."""
+        batch, counts = collate_train(rows, draws, first_example, self.data)
+        return PromptBatch(**vars(batch), number_B=torch.from_numpy(draws.number_B)), counts
 
     def _drawn(self, number_T: np.ndarray, next_T: np.ndarray, draws: Draws) -> np.ndarray:
         """Items for each position, int64 [T, S], by its example's number in the training order and its place in it."""

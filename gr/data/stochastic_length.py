@@ -26,7 +26,7 @@ class Draws:
         return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-CUT, KEEP_ALL, PICK, COMPARE, DROP = range(5)
+CUT, KEEP_ALL, PICK, COMPARE, DROP, LIST = range(6)
 
 
 def random_ends(count_B: np.ndarray, draws: Draws) -> np.ndarray:

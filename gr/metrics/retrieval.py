@@ -41,3 +41,19 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
         raise ValueError(f"a and b must be vectors over the same users, at least 2, not {a.shape} and {b.shape}")
     difference = a - b
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def mean_difference(values_UW: np.ndarray, of_a_UW: np.ndarray, of_b_UW: np.ndarray) -> tuple[float, float] | None:
+    """The mean of the values that are a's minus the mean of those that are b's, and its standard error over users.
+
+    values_UW: W values of each user. of_a_UW, of_b_UW: bool. The error is that of the means linearised (delta method),
+    paired by user. None where a or b has no value, or there are fewer than 2 users.
+    """
+    if len(values_UW) < 2 or not of_a_UW.any() or not of_b_UW.any():
+        return None
+    means = [float(values_UW[of_UW].mean()) for of_UW in (of_a_UW, of_b_UW)]
+    shares_U = [
+        ((values_UW - mean) * of_UW).sum(1) / (of_UW.sum() / len(of_UW))
+        for mean, of_UW in zip(means, (of_a_UW, of_b_UW), strict=True)
+    ]
+    return means[0] - means[1], paired_difference(*shares_U)[1]

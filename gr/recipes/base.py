@@ -117,11 +117,13 @@ class Recipe(ABC, Generic[Config]):
     """One kind of experiment. `config` and `schema` determine the model; everything else reads data.
 
     corpus_files: what else of the data folder a model needs to be used. starts_from: the kinds of experiments from
-    whose weights a run begins, at step 0, where it has no checkpoint of its own; none: from initial values.
+    whose weights a run begins, at step 0, where it has no checkpoint of its own; none: from initial values. added: what
+    the names of the dense parameters begin with that such an experiment does not have.
     """
 
     corpus_files: tuple[str, ...] = ()
     starts_from: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         """folder: has the artifacts: a checkpoint; None: the training data. Raises DataError."""
@@ -179,7 +181,7 @@ class Recipe(ABC, Generic[Config]):
         """Raises CheckpointError where a checkpoint of configuration `saved` is of another model."""
         self._check_same(saved, path, "model")
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, world: World) -> None:
         """Fills the frozen parameters, once those that are trained have the weights of a checkpoint of starts_from.
         Collective.
         """

@@ -1,35 +1,44 @@
 """Preference: a retrieval model fine-tuned on graded feedback, beside a frozen reference of itself.
 
-Reward with a margin (arXiv 2307.09288), DPO (arXiv 2305.18290), S-DPO (arXiv 2406.09215).
+On pairs: reward with a margin (arXiv 2307.09288), DPO (arXiv 2305.18290), S-DPO (arXiv 2406.09215). On lists that a
+reward model scores: rejection sampling, PPO (arXiv 2307.09288).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gr.batch import PreferenceBatch, move_ids
-from gr.config.preference import PreferenceConfig
+from gr.batch import PreferenceBatch, PromptBatch, move_ids
+from gr.checkpoint import resolve, verify
+from gr.checkpoint.layout import CONFIG
+from gr.checkpoint.plain import load_weights
+from gr.config import load_config
+from gr.config.preference import ListLoss, PreferenceConfig, RewardLoss
 from gr.config.retrieval import RetrievalConfig
 from gr.data.collate_preference import PreferenceCollate
 from gr.data.history_batches import HistoryEpochs, UserBatches
 from gr.data.loader import ResumableLoader
 from gr.dist import World
 from gr.embeddings import with_candidates
-from gr.errors import CheckpointError, DataError
-from gr.metrics.retrieval import paired_difference, retrieval_metrics, user_metrics
+from gr.errors import CheckpointError, ConfigError, DataError
+from gr.metrics.retrieval import mean_difference, paired_difference, retrieval_metrics, user_metrics
 from gr.models.preference import PreferenceModel
+from gr.models.retrieval import Weights
+from gr.ops.sampled_logits import sampled_logits
 from gr.parallel.dense import unwrapped
 from gr.recipes.base import Evaluation, ReportTable, Split
+from gr.recipes.policy import PolicyObjective
 from gr.recipes.retrieval import TARGET_FROM_END, RetrievalRecipe, corpus_ranks
 from gr.tasks import CorpusRanker, Pairs, kl_divergence
 from gr.training.module import Inputs
 
 LIKED = ("hr@10", "ndcg@10", "mrr")
-PAIRED = ("hr@10", "liked_hr@10")
 
 
 class PreferenceObjective:
@@ -53,11 +62,20 @@ class PreferenceObjective:
         return model(inputs.batch, inputs.candidates, looked_up)
 
 
+@dataclass(frozen=True)
+class LaterTop:
+    """A top 10 and the W later events of each user. is_there_UW: bool, those whose item is in it."""
+
+    metrics: dict[str, float | None]
+    is_there_UW: np.ndarray
+
+
 class PreferenceRecipe(RetrievalRecipe):
     """Trains PreferenceModel from a retrieval checkpoint; evaluates as retrieval does, liked targets by themselves."""
 
     config: PreferenceConfig
     starts_from = ("retrieval",)
+    added = ("value.",)
 
     @cached_property
     def collate(self) -> PreferenceCollate:
@@ -66,6 +84,12 @@ class PreferenceRecipe(RetrievalRecipe):
     def check_data(self) -> None:
         super().check_data()
         self.config.task.levels.column(self.evaluation_data.schema)
+        loss, length, items = self.config.task.loss, self.config.data.max_length, len(self.corpus[0])
+        if isinstance(loss, ListLoss) and loss.candidates + length > items:
+            raise ConfigError(
+                f"task.loss.candidates={loss.candidates} and data.max_length={length}, of a history, are more than all "
+                f"{items} items: set them to {items} together, or less"
+            )
 
     def check_saved(self, saved: RetrievalConfig, path: str) -> None:
         super().check_saved(saved, path)
@@ -81,16 +105,40 @@ class PreferenceRecipe(RetrievalRecipe):
                 "of vectors: begin from a run without it"
             )
 
-    def begin(self, model: nn.Module) -> None:
-        _plain(model).keep_reference()
+    def begin(self, model: nn.Module, world: World) -> None:
+        inner = _plain(model)
+        inner.keep(inner.reference)
+        if isinstance(self.config.task.loss, ListLoss):
+            path = resolve(self.config.task.loss.reward)
+            verify(path, world)
+            self._load_reward(inner, path)
 
-    def objective(self, world: World) -> PreferenceObjective:  # type: ignore[override]
+    def _load_reward(self, model: PreferenceModel, path: Path) -> None:
+        """The dense part of a reward model, whose tables are this model's if it began from the same weights."""
+        saved = load_config(path / CONFIG, plugins=self.config.plugins)
+        if not isinstance(saved, PreferenceConfig) or not isinstance(saved.task.loss, RewardLoss):
+            raise CheckpointError(f"{path} is no reward model: set task.loss.reward to a run of task.loss.kind=reward")
+        self.check_saved(saved, str(path))
+        began = {name: torch.empty_like(parameter) for name, parameter in model.reference.named_parameters()}
+        reward = {name: parameter.detach() for name, parameter in model.reward.named_parameters()}
+        load_weights(path, reward | {f"reference.{name}": value for name, value in began.items()}, {})
+        for name, parameter in model.reference.named_parameters():
+            if not torch.equal(parameter, began[name]):
+                raise CheckpointError(
+                    f"{path} began from other weights than this run ({name} differs), so that its tables are others: "
+                    "begin both from one checkpoint (checkpoint.load_from)"
+                )
+
+    def objective(self, world: World) -> PreferenceObjective | PolicyObjective:  # type: ignore[override]
+        if isinstance(self.config.task.loss, ListLoss):
+            return PolicyObjective(self.config, self.corpus[0], self.item_features, world)
         return PreferenceObjective(self.item_features)
 
-    def loader(self, world: World) -> ResumableLoader[PreferenceBatch]:  # type: ignore[override]
-        """Raises DataError where no user has a pair: nothing would be trained."""
+    def loader(self, world: World) -> ResumableLoader[PreferenceBatch | PromptBatch]:  # type: ignore[override]
+        """Raises DataError where no user has a pair that the loss needs: nothing would be trained."""
         self.check_targets()
-        if not self._some_user_has_a_pair():
+        is_of_lists = isinstance(self.config.task.loss, ListLoss)
+        if not is_of_lists and not self._some_user_has_a_pair():
             raise DataError(
                 f"{self.train_data.path}: no event of level task.chosen={self.config.task.chosen} or more is followed "
                 "by one of a lower level, so there is no pair to train on: choose other task.levels"
@@ -98,8 +146,8 @@ class PreferenceRecipe(RetrievalRecipe):
         epochs = HistoryEpochs(
             self.train_data,
             self.config.data,
-            self.collate,
-            columns=self.collate.columns,
+            self.collate.prompts if is_of_lists else self.collate,
+            columns=None if is_of_lists else self.collate.columns,
             seed=self.config.seed,
             global_batch_size=self.config.trainer.global_batch_size,
             rank=world.rank,
@@ -120,17 +168,18 @@ class PreferenceRecipe(RetrievalRecipe):
         return False
 
     def _sequence_flops(self) -> Callable[[np.ndarray], np.ndarray]:
-        """A step runs the tower forward and backward, three times its forward pass, and the reference forward."""
-        trained = super()._sequence_flops()
-        return lambda events_N: trained(events_N) * (4 / 3)
+        """A step runs the tower forward and backward, three times its forward pass, and each frozen copy forward."""
+        trained, passes = super()._sequence_flops(), 3 + self.config.task.loss.frozen_copies
+        return lambda events_N: trained(events_N) * (passes / 3)
 
     def evaluate(self, model: nn.Module, world: World, split: Split) -> Evaluation:
         """Retrieval's metrics, with liked_hr@10, liked_ndcg@10 and liked_mrr over the users with a liked target.
 
-        level_of_top@10 is how much users liked, later, what is in their top 10: a user's held-out event is all that is
-        known of later, so that it is the mean level of the targets that are there.
+        level_of_top@10 is the mean level of the targets that are in their user's top 10.
 
         On the test split the reference is evaluated too: details and arrays have the same of it, and the differences.
+        There both have what _later() measures: later_rating_of_top@10, the mean of what users rated items of their top
+        10 in the evaluation.later events after it, and later_in_top@10, how many events that were.
         """
         evaluated = super().evaluate(model, world, split)
         levels = self._target_levels(split)
@@ -141,15 +190,20 @@ class PreferenceRecipe(RetrievalRecipe):
         inner = _plain(model)
         batches = self.user_batches(world, target_from_end=TARGET_FROM_END[split])
         ranks = corpus_ranks(inner, batches, torch.tensor(self.corpus[0]), world, inner.reference)
-        reference = self._with_levels(ranks, levels)
+        _, ratings_UW, about_later = self._later_events()
+        later, later_before = (self._later(inner, world, weights) for weights in (inner, inner.reference))
+        reference = self._with_levels(ranks, levels) | later_before.metrics
+        metrics |= later.metrics
         own, before = user_metrics(evaluated.arrays["ranks"])["hr@10"], user_metrics(ranks)["hr@10"]
         change = {
             name: paired_difference(own[chosen], before[chosen]) if chosen.sum() > 1 else None
             for name, chosen in (("hr@10", np.ones_like(is_liked)), ("liked_hr@10", is_liked))
         }
+        change["later_rating_of_top@10"] = mean_difference(ratings_UW, later.is_there_UW, later_before.is_there_UW)
         details = evaluated.details | {
             "liked_users": int(is_liked.sum()),
             "reference": reference,
+            "later": about_later,
             "change_and_standard_error": change,
             "kl_to_reference": self._kl_to_reference(inner, world, split),
         }
@@ -178,6 +232,52 @@ class PreferenceRecipe(RetrievalRecipe):
             target_P = group.offsets[1:][group.lengths_B > from_end] - from_end
             levels.append(collate.levels(group.columns[collate.level_column][target_P]))
         return np.concatenate(levels)
+
+    @cache  # noqa: B019  as above
+    def _later_events(self) -> tuple[np.ndarray, np.ndarray, dict[str, float | None]]:
+        """The newest W events of the users that have a history before them: items, int64 [U, W], and how they were
+        rated, float64 [U, W], their level where task.levels has no ratings. And their number, W, and the mean of all.
+        """
+        data, collate, W = self.evaluation_data, self.collate, self.config.later_events
+        items, ratings = [np.empty((0, W), np.int64)], [np.empty((0, W))]
+        for index in range(len(data.row_groups)):
+            group = data.read_row_group(index, [collate.level_column], self.config.data.on_bad_row)
+            place_UW = group.offsets[1:][group.lengths_B > W][:, None] - np.arange(W, 0, -1)
+            values_UW = group.columns[collate.level_column][place_UW]
+            items.append(group.columns["item_ids"][place_UW])
+            is_rated = collate.level_column == "ratings"
+            ratings.append(values_UW if is_rated else collate.levels(values_UW.ravel()).reshape(-1, W))
+        items_UW, ratings_UW = np.concatenate(items), np.concatenate(ratings).astype(np.float64)
+        mean = float(ratings_UW.mean()) if ratings_UW.size else None
+        return items_UW, ratings_UW, {"events_of_a_user": W, "events": ratings_UW.size, "mean_rating": mean}
+
+    @torch.no_grad()
+    def _later(self, model: PreferenceModel, world: World, weights: Weights) -> LaterTop:
+        """later_rating_of_top@10 and later_in_top@10 of a dense part, after the history before those events; and
+        reward_of_top@10, the mean of what the reward model of lists gives the items of that top 10.
+        """
+        items_UW, ratings_UW, _ = self._later_events()
+        ranker = CorpusRanker(torch.tensor(self.corpus[0]), model.item_vectors, model.similarity, world)
+        top, rewards = [], []
+        for batch in self.user_batches(world, target_from_end=self.config.later_events):
+            moved = batch.to(world.device)
+            ids_BK, _ = ranker.top(model.user_vectors(moved, weights), moved, 10)
+            top.append(ids_BK[moved.valid_B].flatten())
+            if isinstance(model.loss, ListLoss):
+                ids_N, item_BK = ids_BK.unique(return_inverse=True)
+                items_ND = model.similarity.items(model.item_vectors(ids_N).float())
+                rewards_BK = sampled_logits(model.user_vectors(moved, model.reward), items_ND, item_BK)
+                rewards.append(float(rewards_BK[moved.valid_B].double().sum()))
+        top_UK = torch.cat(world.all_gather_variable(torch.cat(top))).view(-1, 10).cpu().numpy()
+        is_there_UW = (items_UW[:, :, None] == top_UK[:, None, :]).any(2)
+        mean = float(ratings_UW[is_there_UW].mean()) if is_there_UW.any() else None
+        measured: dict[str, float | None] = {
+            "later_rating_of_top@10": mean,
+            "later_in_top@10": float(is_there_UW.sum()),
+        }
+        if isinstance(model.loss, ListLoss):
+            measured["reward_of_top@10"] = world.all_reduce_sum([sum(rewards)])[0] / max(1, top_UK.size)
+        return LaterTop(measured, is_there_UW)
 
     @torch.no_grad()
     def _kl_to_reference(self, model: PreferenceModel, world: World, split: Split) -> float:
@@ -230,7 +330,7 @@ class PreferenceRecipe(RetrievalRecipe):
             rows = {"model": report["model"], "reference": report["reference"]}
             title = f"liked targets, {report['liked_users']:,} users"
             tables[0].rows["reference"] = report["reference"]  # type: ignore[index]
-            tables.append(ReportTable(title, rows, [*(f"liked_{name}" for name in LIKED), "level_of_top@10"]))
+            tables.append(ReportTable(title, rows, [*(f"liked_{name}" for name in LIKED), "later_rating_of_top@10"]))
         return tables
 
 

@@ -228,9 +228,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         named = len(listed.ids_N) + len(listed.unknown_N)
         return corpus_C[allowed_C], counts_C[allowed_C], named - int(allowed_C.sum())
 
-    def user_batches(
-        self, world: World, *, target_from_end: Literal[0, 1, 2], rows_N: np.ndarray | None = None
-    ) -> UserBatches:
+    def user_batches(self, world: World, *, target_from_end: int, rows_N: np.ndarray | None = None) -> UserBatches:
         """The users of the evaluation data, of this rank. rows_N: those in these rows of it; None: all."""
         settings = self.config.evaluation
         return evaluation_batches(

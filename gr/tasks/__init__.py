@@ -3,6 +3,7 @@
 from gr.tasks.corpus_rank import CorpusRanker
 from gr.tasks.losses import click_loss, multitask_loss, retrieval_loss
 from gr.tasks.negatives import Candidates, CandidateSampler
+from gr.tasks.policy import Prompts, Rollout
 from gr.tasks.preference import Pairs, kl_divergence, preference_loss
 from gr.tasks.similarity import Cosine, DotProduct, MixtureOfLogits, Similarity, build_similarity, require_product
 
@@ -14,6 +15,8 @@ __all__ = [
     "DotProduct",
     "MixtureOfLogits",
     "Pairs",
+    "Prompts",
+    "Rollout",
     "Similarity",
     "build_similarity",
     "click_loss",

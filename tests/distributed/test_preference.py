@@ -72,6 +72,10 @@ def test_the_report_compares_the_model_with_its_reference(tuned):
     change = report["change_and_standard_error"]["liked_hr@10"][0]
     assert change == pytest.approx((ranks[is_liked] <= 10).mean() - (reference[is_liked] <= 10).mean())
     assert report["held_out_pairs"]["implicit_reward_accuracy"] > 0.6  # taste is learnable
+    later = report["change_and_standard_error"]["later_rating_of_top@10"]
+    rise = after["later_rating_of_top@10"] - before["later_rating_of_top@10"]
+    assert later[0] == pytest.approx(rise) and later[1] > 0
+    assert report["later"]["events_of_a_user"] == 2 and after["later_in_top@10"] > 0
 
 
 def test_the_reference_is_the_run_that_it_began_from(data, retrieval, tuned):
@@ -103,16 +107,53 @@ def test_a_resumed_run_is_the_uninterrupted_one(data, retrieval, tuned, tmp_path
     assert report["model"] == tuned[1]["model"] and report["reference"] == tuned[1]["reference"]
 
 
-@pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_the_other_losses_train(data, retrieval, tmp_path, kind):
-    epoch, config = 6, configured(data, tmp_path / "run", retrieval, task={"loss": {"kind": kind}})
-    trainer = config.trainer.model_copy(update={"steps": 3 * epoch})
-    run_ranks(run, 1, config.model_copy(update={"trainer": trainer}))
-    every = losses(tmp_path / "run")
-    assert sum(every[-epoch:]) < sum(every[:epoch])
+EPOCH = 6  # steps
 
 
-def test_a_users_mistake_is_one_line(data, retrieval, tmp_path):
+def longer(config):
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": 3 * EPOCH})})
+
+
+@pytest.fixture(scope="module")
+def reward(data, retrieval, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "reward"
+    run_ranks(run, 1, longer(configured(data, run_dir, retrieval, task={"loss": {"kind": "reward"}})))
+    return run_dir
+
+
+def test_dpo_and_the_reward_model_train(data, retrieval, reward, tmp_path):
+    run_ranks(run, 1, longer(configured(data, tmp_path / "run", retrieval, task={"loss": {"kind": "dpo"}})))
+    for run_dir in (reward, tmp_path / "run"):
+        every = losses(run_dir)
+        assert sum(every[-EPOCH:]) < sum(every[:EPOCH])
+
+
+LISTS = {
+    "rejection": {"kind": "rejection", "candidates": 12, "samples": 4},
+    "ppo": {"kind": "ppo", "candidates": 12, "length": 4, "steps_per_policy": 3},
+}
+
+
+def of_lists(data, run_dir, retrieval, reward, kind, **sections):
+    task = {"loss": LISTS[kind] | {"reward": str(reward)}}
+    return configured(data, run_dir, retrieval, task=task, **sections)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_that_a_reward_model_scores(data, retrieval, reward, tmp_path, kind):
+    report = run_ranks(run, 1, longer(of_lists(data, tmp_path / "one", retrieval, reward, kind)))[0]
+    assert report["model"]["reward_of_top@10"] > report["reference"]["reward_of_top@10"]
+    run_ranks(run, 2, of_lists(data, tmp_path / "two", retrieval, reward, kind))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one")[:STEPS], abs=LOSS)
+    # Resumed within the steps of one drawing policy, without the run of the reward model.
+    name = CheckpointFolder(tmp_path / "two/checkpoints").final(HALF).name
+    shutil.copytree(tmp_path / "two/checkpoints" / name, tmp_path / "part/checkpoints" / name)
+    run_ranks(run, 2, of_lists(data, tmp_path / "part", retrieval, tmp_path / "gone", kind))
+    assert losses(tmp_path / "part") == losses(tmp_path / "two")[HALF:]
+
+
+def test_a_users_mistake_is_one_line(data, retrieval, reward, tuned, tmp_path):
     def fault(config) -> str:
         with pytest.raises((ConfigError, CheckpointError, DataError, RankError)) as raised:
             run_ranks(run, 1, config)
@@ -128,3 +169,10 @@ def test_a_users_mistake_is_one_line(data, retrieval, tmp_path):
         data, tmp_path / "c", retrieval, task={"levels": {"kind": "ratings", "thresholds": (9.0,)}, **first}
     )
     assert "there is no pair to train on" in fault(equal)
+    lists = of_lists(data, tmp_path / "d", retrieval, tuned[0], "ppo")
+    assert "is no reward model: set task.loss.reward to a run of task.loss.kind=reward" in fault(lists)
+    run_ranks(run, 1, tiny_config(data, tmp_path / "other", seed=7))
+    lists = of_lists(data, tmp_path / "e", tmp_path / "other", reward, "rejection")
+    assert "began from other weights than this run (position differs)" in fault(lists)
+    many = lists.task.model_copy(update={"loss": lists.task.loss.model_copy(update={"candidates": 99})})
+    assert "task.loss.candidates=99 and data.max_length" in fault(lists.model_copy(update={"task": many}))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gr.metrics.retrieval import paired_difference, retrieval_metrics, user_metrics
+from gr.metrics.retrieval import mean_difference, paired_difference, retrieval_metrics, user_metrics
 
 
 def test_hand_values() -> None:
@@ -32,3 +32,16 @@ def test_paired_difference() -> None:
     assert mean == 0.5 and error == pytest.approx(math.sqrt(1 / 3) / 2)
     with pytest.raises(ValueError, match="same users"):
         paired_difference(np.array([1.0]), np.array([1.0]))
+
+
+def test_a_difference_of_means_has_its_error_over_users():
+    random = np.random.default_rng(0)
+    values = random.integers(1, 6, (40, 3)).astype(float) + random.random((40, 1))
+    a, b = random.random((2, 40, 3)) < 0.6
+    difference, error = mean_difference(values, a, b)
+    assert difference == pytest.approx(values[a].mean() - values[b].mean())
+    drawn = random.integers(0, 40, (4000, 40))
+    resampled = [values[users][a[users]].mean() - values[users][b[users]].mean() for users in drawn]
+    assert error == pytest.approx(np.std(resampled), rel=0.1)
+    assert mean_difference(values, a, a) == (0.0, 0.0)
+    assert mean_difference(values, a, np.zeros_like(a)) is None

@@ -1,0 +1,69 @@
+"""One training step on MovieLens-1M with HSTU, SASRec and Llama of as many FLOPs a token.
+
+Forward, loss, backward and update of configs/retrieval/ml-1m-{hstu,sasrec,llama}.yaml, on the same batches:
+`gr prepare movielens-1m` wrote them, --data names the folder. HSTU is wider than in its file, for as many FLOPs.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+from benchmarks.case import Case, Options
+from benchmarks.retrieval import do_step, first_batches, training
+from gr.config import load_config
+from gr.config.retrieval import RetrievalConfig
+from gr.dist import World, world
+
+TESTS = ("tests/unit/towers/test_hstu.py", "tests/unit/towers/test_sasrec.py", "tests/unit/towers/test_llama.py")
+TOWERS = {"hstu": ["model.tower.qk_dim=56", "model.tower.v_dim=56"], "sasrec": [], "llama": []}
+BATCHES = 8
+
+
+def cases(options: Options) -> list[Case]:
+    variants = {tower: _lazy(functools.partial(_steps, _config(tower, options), options)) for tower in TOWERS}
+    return [Case("training step, batch 128, N 200", variants, "hstu", rounds=3)]
+
+
+def notes(options: Options) -> Iterator[str]:
+    """The FLOPs of each tower, by the formula that the planner and the load balance use."""
+    for tower in TOWERS:
+        config = _config(tower, options)
+        N = config.data.max_length
+        cost = config.model.tower.cost(config.model.dim, N, 4)
+        flops = cost.token_flops + cost.score_flops * (N + 1) / 2
+        yield f"{tower}: {flops:,.0f} FLOPs a token forward at {N} tokens, {cost.parameters:,} parameters."
+
+
+def _config(tower: str, options: Options) -> RetrievalConfig:
+    if options.data is None:
+        raise SystemExit("towers needs --data FOLDER, as `gr prepare movielens-1m --out FOLDER` writes it")
+    overrides = [f"data.path={options.data}", f"device={options.device}", *TOWERS[tower]]
+    config = load_config(f"configs/retrieval/ml-1m-{tower}.yaml", overrides)
+    assert isinstance(config, RetrievalConfig)
+    return config
+
+
+def _lazy(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    built = functools.cache(build)
+    return lambda: built()()
+
+
+_open = ExitStack()  # the process group lives as long as the process
+
+
+@functools.cache
+def _world(device: str) -> World:
+    return _open.enter_context(world("cpu" if device == "cpu" else "cuda"))
+
+
+def _steps(config: RetrievalConfig, options: Options) -> Callable[[], object]:
+    _, module = training(config, _world(options.device))
+    batches = first_batches(config, _world(options.device), BATCHES)
+    numbers = itertools.count()
+
+    def step() -> None:
+        number = next(numbers)
+        do_step(module, batches[number % BATCHES], number)
+
+    return step
