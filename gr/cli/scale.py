@@ -60,8 +60,9 @@ def run(grid: str, overrides: tuple[str, ...], shard: str, plan: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--oracle", type=click.Path(path_type=Path), help="oracle.json of the data: its loss is E.")
 @click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--min-steps", type=click.IntRange(1), default=1, help="Leave out finished cells of fewer steps.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw it as this .png, .pdf or .svg.")
-def fit(out: Path, oracle: Path | None, resamples: int, picture: Path | None) -> None:
+def fit(out: Path, oracle: Path | None, resamples: int, min_steps: int, picture: Path | None) -> None:
     """Fit the finished cells of OUT, tower by tower; writes cells.parquet, cells.csv and fit.json there."""
     if picture is not None:
         check_picture(picture)
@@ -69,7 +70,10 @@ def fit(out: Path, oracle: Path | None, resamples: int, picture: Path | None) ->
     from gr.scaling.grid import finished
     from gr.scaling.report import draw, lines, write
 
-    rows, floor = finished(out), None if oracle is None else _floor(oracle)
+    every, floor = finished(out), None if oracle is None else _floor(oracle)
+    rows = [row for row in every if row["steps"] >= min_steps]
+    if len(rows) < len(every):
+        say(f"left out: {len(every) - len(rows)} of fewer than {min_steps} steps")
     towers = {row["tower"]: [each for each in rows if each["tower"] == row["tower"]] for row in rows}
     fits = [fit_tower(name, Cells.of(own), floor, resamples) for name, own in towers.items()]
     write(out, rows, fits, floor)

@@ -64,6 +64,7 @@ def _draw_budgets(axis: Any, fit: Fit, colours: Any) -> None:
     inside = [each for each in fit.optima if each.inside]
     axis.plot([o.N for o in inside], [o.loss for o in inside], "k*", markersize=9, label="optimum")
     axis.set(title=fit.tower, xlabel="parameters of the dense part", ylabel="nats an event", xscale="log")
+    axis.xaxis.set_minor_formatter("")  # whose labels would overlap
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
 
