@@ -189,7 +189,7 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         model.eval()
         for batch in batches:
             inputs = objective.inputs(batch, 0, 0, world.device)
-            looked_up = unwrapped(model).tables(inputs.lookups)
+            looked_up = _plain(model).tables(inputs.lookups)
             total += float(objective.total(model, inputs, looked_up))
             events += objective.losses(batch)
         model.train(was_training)

@@ -46,6 +46,7 @@ def draw(fits: Sequence[Fit], floor: float | None, path: Path) -> None:
     if floor is not None:
         losses.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="exact inference")
     for axis in (losses, hits):
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
