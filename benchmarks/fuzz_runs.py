@@ -24,7 +24,7 @@ STEPS = 4
 @target("configuration")
 def configuration(random: np.random.Generator, folder: Path) -> Trial:
     """A configuration with all its values. What is accepted is what PyYAML and pydantic make of the same text."""
-    path = str(random.choice(("dlrm/clicks", "ranking/dlrm-v3", "retrieval/smoke", "retrieval/ml-1m-sasrec")))
+    path = str(random.choice(("dlrm/clicks", "ranking/streaming-hstu", "retrieval/smoke", "retrieval/ml-1m-sasrec")))
     text, mutation = changed(random, dump_config(load_config(CONFIGS / f"{path}.yaml")).encode(), b": ")
     file = folder / "x.yaml"
     file.write_bytes(text)

@@ -35,7 +35,7 @@ CASES = (
     Case("synthetic-time", "synthetic-time/train", (), "synthetic-time/test"),
     Case("smoke", "synthetic/train", (), "synthetic/test"),
     Case("movielens-hstu", "ml-100k"),
-    Case("dlrm-v3-debug", "streaming"),
+    Case("streaming-hstu-debug", "streaming"),
     Case("dlrm-v4-hstu-debug", "streaming"),
     Case("clicks", "clicks/train", (), "clicks/test"),
     Case("criteo-debug", "criteo/train", (), "criteo/test"),

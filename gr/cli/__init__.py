@@ -44,6 +44,7 @@ _COMMANDS = {
     "data": ("gr.cli.data:command", "Look at data folders: what is in one, and what is wrong with it."),
     "compare": ("gr.cli.compare:command", "Compare runs: configurations, metrics, a paired test, curves."),
     "baselines": ("gr.cli.baselines:command", "Score popularity, item-kNN, Markov and EASE^R on the same split."),
+    "scale": ("gr.cli.scale:command", "Run a grid of sizes and budgets; fit scaling laws to it."),
     "smoke": ("gr.cli.smoke:command", "Train, evaluate and resume on generated data."),
     "config": ("gr.cli.config:command", "List, show, check, compare or explain configurations."),
     "doctor": ("gr.cli.doctor:command", "Check that the installed packages fit together."),

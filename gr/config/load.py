@@ -62,6 +62,8 @@ def load_config(
     tree = reader.read(path, overrides)
     if "tables" in tree.value and "trainer" not in tree.value:
         raise ConfigError(f"{path}: an inventory, which names no data and no training: use gr plan {path}")
+    if "towers" in tree.value and "budgets" in tree.value:
+        raise ConfigError(f"{path}: a grid of experiments: use gr scale {path}")
     _import_plugins(tree.find(("plugins",)), plugins)
     written = tree.find(("task", "kind"))
     kind = DEFAULT_RECIPE if written is None else written.value

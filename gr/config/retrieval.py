@@ -197,6 +197,11 @@ class RetrievalEvaluationConfig(UserEvaluationConfig):
         description="Scored on the same split and candidates in the final report, with settings chosen on the event "
         "before.",
     )
+    loss: bool = Field(
+        False,
+        description="Adds `loss`: the mean over all events of the users of path of -log p(event | those before it), a "
+        "softmax over all items, in nats.",
+    )
 
 
 class RetrievalConfig(HistoryRunConfig):
@@ -224,6 +229,14 @@ class RetrievalConfig(HistoryRunConfig):
                 + (", or unset evaluation.every (validation)" if needed == 2 else "")
                 + ", or evaluate on other users with evaluation.path"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_is_of_other_users(self):
+        if self.evaluation.loss and self.evaluates_training_users:
+            raise ValueError("evaluation.loss=true takes all events of its users: name others with evaluation.path")
+        if self.evaluation.loss and self.task.similarity is not None:
+            raise ValueError("evaluation.loss=true is of scores that are products: leave task.similarity out")
         return self
 
     def load_schema(self, folder: Path | None = None) -> DataSchema:

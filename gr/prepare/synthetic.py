@@ -4,7 +4,8 @@ The generator, all of it from one seed (and numpy's sampling methods, which a ne
 
 1.  Items are ids 1..items. Each is in one category, drawn uniformly; the first `categories` ids are one of each, so
     that no category is empty at any time.
-2.  Record r of R sees items 1..floor((0.4 + 0.6 r / R) items): 40 % at the start, the rest at equal intervals.
+2.  Record r of R sees items 1..floor((s + (1 - s) r / R) items): a share s (0.4 in the paper) at the start, the rest
+    at equal intervals. With s = 1 the stream is stationary.
 3.  A record has k categories, k uniform on 1..5, distinct, drawn uniformly; a prior H over them, Dirichlet(1, ..., 1);
     and a strength alpha, uniform on [1, 500).
 4.  Event n = 1, 2, ... has category c with probability (alpha H_c + n_c) / (alpha + n - 1), where n_c counts the
@@ -13,12 +14,14 @@ The generator, all of it from one seed (and numpy's sampling methods, which a ne
 5.  The item is uniform over the available items of its category, with replacement. The paper does not say how items
     are chosen, so its absolute numbers are not promised; compare with the oracle and with other models on this stream.
 
-The first 90 % of the records are train/, the last 10 % test/, file order is time order; without timestamps.
+The last records, a tenth unless test_records says how many, are test/, the others train/; file order is time order;
+without timestamps.
 Train with data.shuffle=false, data.train_holdout=0 for one pass, and evaluate on the newest event of test/.
 
 B records of a chunk, N events of a record, G = 5 slots for the categories of a record.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +31,9 @@ import numpy as np
 from gr.errors import ConfigError
 from gr.prepare import generate
 from gr.prepare.oracle import stream_oracle
+from gr.prepare.stream_loss import LARGEST_ALPHA, LEAST_ALPHA, SLOTS, mean_losses
 from gr.schema import HistoryColumns
 
-SLOTS = 5
-_AVAILABLE_AT_START = 0.4
 _TRAIN_TENTHS = 9
 
 
@@ -41,8 +43,10 @@ class StreamOptions:
 
     items: int = generate.size(20_000, "Item ids 1..items.", at_least=1)
     categories: int = generate.size(100, "Groups of items.", at_least=1)
-    records: int = generate.size(1_000_000, "Users; the last tenth is test.", at_least=1)
+    records: int = generate.size(1_000_000, "Users, those of test included.", at_least=1)
     length: int = generate.size(128, "Events of each record.", at_least=1)
+    test_records: int = generate.size(0, "Users of test, the last of all. 0: a tenth.", at_least=0)
+    at_start: float = generate.size(0.4, "Share of the items that are there from the first record.")
     seed: int = generate.size(1, at_least=0)
 
     def __post_init__(self) -> None:
@@ -50,17 +54,21 @@ class StreamOptions:
             raise ConfigError(
                 f"categories={self.categories}: a record has up to {SLOTS} categories, so at least {SLOTS}"
             )
-        if int(_AVAILABLE_AT_START * self.items) < self.categories:
+        if not 0 < self.at_start <= 1:
+            raise ConfigError(f"at_start={self.at_start}: a share of the items, above 0 and up to 1")
+        if int(self.at_start * self.items) < self.categories:
             raise ConfigError(
-                f"items={self.items}: the 40 % there at the start must hold each of {self.categories} categories; "
-                f"set items to at least {-(-self.categories * 5 // 2)}"
+                f"items={self.items}: the {100 * self.at_start:g} % there at the start must hold each of "
+                f"{self.categories} categories; set items to at least {math.ceil(self.categories / self.at_start)}"
             )
+        if self.test_records >= self.records:
+            raise ConfigError(f"test_records={self.test_records}: all of records={self.records} and none to train on")
         if self.length < 2 or self.records < 10:
             raise ConfigError(f"length={self.length} must be at least 2 and records={self.records} at least 10")
 
     @property
     def train_records(self) -> int:
-        return self.records * _TRAIN_TENTHS // 10
+        return self.records - self.test_records if self.test_records else self.records * _TRAIN_TENTHS // 10
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,10 @@ class Stream:
         category_BG = np.where(used_BG, _distinct(random, generate.HISTORY_CHUNK, options.categories), 0)
         weight_BG = random.standard_exponential((generate.HISTORY_CHUNK, SLOTS)) * used_BG
         prior_BG = weight_BG / weight_BG.sum(axis=1, keepdims=True)
-        alpha_B = random.uniform(1.0, 500.0, generate.HISTORY_CHUNK)
+        alpha_B = random.uniform(LEAST_ALPHA, LARGEST_ALPHA, generate.HISTORY_CHUNK)
         slot_BN, count_BG = _categories_of_events(random, prior_BG, alpha_B, options.length)
-        later_B = (1 - _AVAILABLE_AT_START) * np.minimum(record_B, options.records - 1) / options.records
-        limit_B = ((_AVAILABLE_AT_START + later_B) * options.items).astype(np.int64)
+        later_B = (1 - options.at_start) * np.minimum(record_B, options.records - 1) / options.records
+        limit_B = ((options.at_start + later_B) * options.items).astype(np.int64)
         ends = np.searchsorted(self._keys, category_BG * (options.items + 1) + limit_B[:, None], side="right")
         available_BG = ends - self._start[category_BG]
         pick_BN = random.random(slot_BN.shape) * np.take_along_axis(available_BG, slot_BN, axis=1)
@@ -138,7 +146,8 @@ def bayes_oracle(stream: Stream) -> dict:
     infer), the category of every item, which items are available, and the history. It does not know the last event.
     It scores an available item of category c with its exact probability (alpha H_c + n_c) / (alpha + N - 1) /
     available_c; items of one category tie, so metrics are expected values over random order of ties. Protocols:
-    gr/prepare/oracle.py by_protocol.
+    gr/prepare/oracle.py by_protocol. `loss` knows less: the generator and the category of every item, and of a record
+    its history alone (gr/prepare/stream_loss.py).
     """
     about, metrics = stream_oracle(
         stream.options,
@@ -146,7 +155,19 @@ def bayes_oracle(stream: Stream) -> dict:
         stream.category_of_item,
         _scored(stream),
     )
-    return about | metrics["oracle"]
+    options = stream.options
+    tested = stream.chunks(options.train_records, options.records)
+    loss = float(np.concatenate([_least_losses(stream, chunk) for chunk in tested]).mean())
+    return about | {"loss": loss} | metrics["oracle"]
+
+
+def _least_losses(stream: Stream, chunk: Chunk) -> np.ndarray:
+    """The mean loss of exact inference on each record, nats an event, [B]."""
+    own_BG = np.where(chunk.prior_BG > 0, chunk.category_BG, -1)
+    ends_B2 = stream.category_of_item[chunk.items_BN[:, [0, -1]]]
+    first_B, last_B = ((own_BG == ends_B2[:, [end]]).argmax(axis=1) for end in (0, 1))
+    count_BG = chunk.count_BG + (np.arange(SLOTS) == last_B[:, None])
+    return mean_losses(count_BG, first_B, chunk.available_BG, stream.options.categories)
 
 
 def _scored(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:

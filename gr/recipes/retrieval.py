@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gr.batch import ITEM_FEATURE, EvaluationBatch, RetrievalBatch, move_ids
-from gr.config.retrieval import RetrievalConfig
+from gr.config.histories import HistoryDataConfig
+from gr.config.retrieval import FullSoftmax, RetrievalConfig
+from gr.data.collate import Counts, collate_train
 from gr.data.dataset import read_corpus, read_item_features
 from gr.data.history_batches import HistoryEpochs, UserBatches, evaluation_batches
 from gr.data.loader import ResumableLoader, checksums
+from gr.data.stochastic_length import Draws
 from gr.data.vocabulary import Vocabulary
 from gr.dist import World
 from gr.embeddings import with_candidates
@@ -161,7 +164,37 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
             "evaluation_data": checksums(self.evaluation_data.row_counts, self.evaluation_data.schema),
             "baselines": {},
         }
-        return Evaluation(retrieval_metrics(ranks), details, {"ranks": ranks})
+        metrics = retrieval_metrics(ranks)
+        if self.config.evaluation.loss:
+            metrics["loss"] = self._mean_loss(model, world)
+        return Evaluation(metrics, details, {"ranks": ranks})
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module, world: World) -> float:
+        """The loss of evaluation.loss, in nats; NaN where no user has two events. Collective."""
+        whole = HistoryDataConfig(
+            path=self.config.data.path, max_length=self.config.data.max_length, train_holdout=0
+        )  # every event but the first is a target
+        batches = UserBatches(
+            self.evaluation_data,
+            whole,
+            lambda rows: (collate_train(rows, Draws(0, np.arange(len(rows.row_B))), 0, whole)[0], Counts()),
+            global_batch_size=self.config.evaluation.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        task = self.config.task.model_copy(update={"negatives": FullSoftmax()})
+        objective = RetrievalObjective(CandidateSampler(task, *self.corpus, 0), world, self.item_features)
+        was_training, total, events = model.training, 0.0, 0
+        model.eval()
+        for batch in batches:
+            inputs = objective.inputs(batch, 0, 0, world.device)
+            looked_up = _plain(model).tables(inputs.lookups)
+            total += float(objective.total(model, inputs, looked_up))
+            events += objective.losses(batch)
+        model.train(was_training)
+        total, count = world.all_reduce_sum([total, float(events)])
+        return total / count if count else math.nan
 
     def recommend(self, model: nn.Module, world: World, request: Request) -> Answers:
         """Items that evaluation.filter_seen allows, by batches of users. The same at every world size.

@@ -33,6 +33,7 @@ def programs_of(page: str) -> dict[str, str]:
         ("serving.md", 10),
         ("dynamic-ids.md", 3),
         ("checkpoints.md", 7),
+        ("scaling.md", 5),
     ],
 )
 def test_every_command_of_the_page_runs(tmp_path, page, least):

@@ -11,7 +11,7 @@ from tests.support import ROOT
 pytestmark = pytest.mark.slow
 # Parameters of the tables.
 CLICK = {"criteo-kaggle": 541e6, "criteo-terabyte": 24.0e9, "mlperf-dlrm-v2": 26.15e9}
-RANKING = {"dlrm-v3": 514.6e9, "dlrm-v4-hstu": 7.7e9}
+RANKING = {"streaming-hstu": 514.6e9, "dlrm-v4-hstu": 7.7e9}
 PUBLISHED = {f"dlrm/{name}": size for name, size in CLICK.items()} | {f"ranking/{n}": s for n, s in RANKING.items()}
 
 

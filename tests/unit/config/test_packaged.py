@@ -25,7 +25,10 @@ def test_names_are_those_of_the_folder():
 @pytest.mark.parametrize("name", packaged.names())
 def test_each_is_read_from_any_folder_and_has_a_title(name):
     assert len(packaged.title(name)) > 10
-    if is_inventory(name):
+    if name.startswith("scaling/"):  # tests/unit/scaling reads those, beside their data
+        with pytest.raises(ConfigError, match=f"{name}: a grid of experiments: use gr scale {name}"):
+            load_config(name)
+    elif is_inventory(name):
         assert load_inventory(name).tables
     else:
         # Where sizes follow from the data there has to be some.
