@@ -317,7 +317,8 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
 
 def _raw_ids(saved: Saved) -> tuple[dict[str, IdsRecord], dict[str, Tensor]]:
     """How each column's raw ids become rows, and the tensors of their maps."""
-    records, maps = {}, {}
+    records: dict[str, IdsRecord] = {}
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
     for table, columns in saved.config.columns_by_table(saved.schema).items():
         ids = saved.config.embeddings.ids_of(table)
         if isinstance(ids, DenseIds):
