@@ -253,17 +253,18 @@ class TabularBatch(Movable):
     first_example: int
 
     def padded(self, size: int, hots: Sequence[int]) -> "TabularBatch":
-        """The batch with rows of zeros up to `size`: pooled tables need equal batches. hots: ids of a row, by key."""
-        rows, keys = len(self.labels_B), self.sparse.keys()
+        """The batch with rows of zeros, without ids, up to `size`: pooled tables need equal batches. hots: ids of a row
+        that is there, by key.
+        """
+        rows, sparse = len(self.labels_B), self.sparse
         added = size - rows
         if not added:
             return self
-        parts = self.sparse.values().split([rows * width for width in hots])
-        ids = [torch.cat([part, part.new_zeros(added * width)]) for part, width in zip(parts, hots, strict=True)]
-        lengths = torch.tensor(hots, device=self.labels_B.device).repeat_interleave(size)
+        lengths_FB = torch.tensor(hots, device=self.labels_B.device)[:, None].expand(-1, rows)
+        lengths = F.pad(lengths_FB, (0, added)).flatten()
         return TabularBatch(
             dense_BN=F.pad(self.dense_BN, (0, 0, 0, added)),
-            sparse=KeyedJaggedTensor(keys=keys, values=torch.cat(ids), lengths=lengths, stride=size),
+            sparse=KeyedJaggedTensor(sparse.keys(), sparse.values(), lengths=lengths, stride=size),
             labels_B=F.pad(self.labels_B, (0, added)),
             first_example=self.first_example,
         )

@@ -63,7 +63,7 @@ def publish_delta(checkpoint: Path, since: int, out: Path) -> tuple[Path, Manife
     damaged, where they are of different models, or where `since` is not the step at which the last delta ends.
     """
     step = read_progress(checkpoint)["step"]
-    base = _checkpoint_before(checkpoint, since, step)
+    base = checkpoint_before(checkpoint, since, step)
     with _writing(out):
         earlier = deltas_in(out)
         previous = read_manifest(earlier[-1]) if earlier else None
@@ -77,7 +77,7 @@ def publish_delta(checkpoint: Path, since: int, out: Path) -> tuple[Path, Manife
         draft, final = out / f".{number:06d}", out / f"{number:06d}"
         draft.mkdir()
         old, new = SavedRows(base), SavedRows(checkpoint)
-        _require_same_model(old, new)
+        require_same_model(old, new)
         changes = _Changes(draft)
         before, after = StateDigest(old), StateDigest(new)
         _compare(old, new, changes, before, after)
@@ -135,7 +135,8 @@ def check_chain(base: Path, deltas: Sequence[Path]) -> list[Manifest]:
     return manifests
 
 
-def _checkpoint_before(checkpoint: Path, since: int, step: int) -> Path:
+def checkpoint_before(checkpoint: Path, since: int, step: int) -> Path:
+    """The checkpoint of step `since` of the run that `checkpoint`, of a later `step`, is of. Raises CheckpointError."""
     folder = CheckpointFolder(checkpoint.parent)
     if since >= step:
         raise CheckpointError(f"--since {since}: {checkpoint} is step {step}, name a step before it")
@@ -148,7 +149,8 @@ def _checkpoint_before(checkpoint: Path, since: int, step: int) -> Path:
     return folder.final(since)
 
 
-def _require_same_model(old: SavedRows, new: SavedRows) -> None:
+def require_same_model(old: SavedRows, new: SavedRows) -> None:
+    """Raises CheckpointError where two checkpoints have other tensors."""
     for name in sorted(old.tensors.keys() | new.tensors.keys()):
         shapes = [
             f"{tuple(each.tensors[name].size)} {each.dtype(name)}" if name in each.tensors else "none"
@@ -199,6 +201,16 @@ def _compare(old: SavedRows, new: SavedRows, changes: "_Changes", before: StateD
         if not torch.equal(_bits(was), _bits(value)):
             changes.add({name: value})
     changes.flush()
+
+
+def changed_weights(old: SavedRows, new: SavedRows, table: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of a table of which a bit of the weights changed: ids, int64 [N], and weights [N, D], block by block."""
+    name = f"tables.{table}.weight"
+    for first, last in blocks(new.tensors[name].size[0], new.row_bytes(name)):
+        was, now = old.read(name, first, last), new.read(name, first, last)
+        ids = (_bits(was) != _bits(now)).any(1).nonzero().squeeze(1)
+        if len(ids):
+            yield ids + first, now[ids]
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -11,14 +11,18 @@ from gr.checkpoint.metadata import SafeReader, first_faults, misfits, read_metad
 from gr.errors import CheckpointError
 
 
-def load_weights(path: Path, dense: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
+def load_weights(
+    path: Path, dense: Mapping[str, Tensor], tables: Mapping[str, Tensor], raw_ids: Mapping[str, Tensor]
+) -> None:
     """Fills the tensors in place from the checkpoint at `path`, whatever plan and world size it was saved under.
 
-    dense: parameters by name. tables: weights [rows, columns] by the table's name. Checksums are not compared here.
+    dense: parameters by name. tables: weights [rows, columns] by the table's name. raw_ids: the ids of tables with
+    dynamic ids, by the checkpoint's names (IdMap.raw_ids). Checksums are not compared here.
     Raises CheckpointError where a tensor is missing or has another shape, or the checkpoint cannot be read.
     """
     saved = read_metadata(path)
-    expected = {"dense": dict(dense), "tables": {f"{name}.weight": weight for name, weight in tables.items()}}
+    weights = {f"{name}.weight": weight for name, weight in tables.items()}
+    expected = {"dense": dict(dense), "tables": {**weights, **raw_ids}}
     if faults := misfits(saved, expected):
         raise CheckpointError(f"{path} is of another model: {first_faults(faults)}")
     tensors_of_groups = {group: tensors for group, tensors in expected.items() if tensors}

@@ -27,6 +27,8 @@ def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, p
 
     saved = load(checkpoint, plugins=plugins)
     tensors = {name: tensor.contiguous() for name, tensor in saved.model.state_dict().items()}
+    if saved.id_map is not None:
+        tensors |= saved.id_map.raw_ids()
     header = {"format": "pt", "schema": saved.schema.model_dump_json(), "config": dump_config(saved.config)}
     try:
         save_file(tensors, out, metadata=header)

@@ -13,8 +13,8 @@ from gr.cli.out import say
     help="Write the weights of CHECKPOINT as a further version of the package --to, in the types that the package was "
     "exported with, and serve it. Nothing is compiled; a checkpoint of another form is refused.\n\nWith --watch, each "
     "further checkpoint that becomes the best of the run, or else its latest, is published as it comes, until Ctrl-C."
-    "\n\nWith --since, write what changed since that step of the run as the next delta of the folder --out; `gr apply` "
-    "puts it on a checkpoint."
+    "\n\nWith --since, write what changed since that step of the run: into the package, which must serve that step, or "
+    "as the next delta of the folder --out, which `gr apply` puts on a checkpoint."
 )
 @click.option("--to", type=click.Path(path_type=Path), help="Folder of the package.")
 @click.option(
@@ -40,8 +40,10 @@ def command(
 ) -> None:
     if overrides:
         raise click.UsageError(f"{overrides[0]}: values are those of `gr export`, and stay as they are in the package")
-    if (to is None) == (since is None) or (since is None) != (out is None):
-        raise click.UsageError("give --to PACKAGE for a whole version, or --since STEP with --out FOLDER for a delta")
+    if (to is None) == (out is None) or (out is not None and since is None):
+        raise click.UsageError("give --to PACKAGE for a version of it, or --since STEP with --out FOLDER for a delta")
+    if watch and since is not None:
+        raise click.UsageError("--watch publishes whole versions, and --since one that follows a step: leave one out")
     if to is None:
         if watch:
             raise click.UsageError("--watch goes with --to PACKAGE")
@@ -61,4 +63,4 @@ def command(
     else:
         from gr.serving.export import publish
 
-        report(to, publish(checkpoint, to, plugins=plugins))
+        report(to, publish(checkpoint, to, plugins=plugins, since=since))

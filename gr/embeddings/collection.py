@@ -87,6 +87,13 @@ def table_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
+def move_tables_to_meta(model: nn.Module) -> None:
+    """Gives back the storage of the tables of a model that is not sharded."""
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection | EmbeddingBagCollection):
+            module.to("meta")
+
+
 def candidate_feature(column: str) -> str:
     """The feature of the candidates' ids of a column; the history's has the column's name."""
     return CANDIDATE_FEATURE if column == ITEM_FEATURE else f"candidate/{column}"

@@ -26,8 +26,8 @@ from gr.embeddings.collection import is_candidate
 from gr.embeddings.init import InitialRows
 from gr.embeddings.state import sharded
 from gr.errors import ConfigError
-from gr.ops.id_table import EMPTY, MOST_SETS, IdTable, count_ids, id_table_step, set_of, tag_of
-from gr.ops.splitmix64 import shift_right, splitmix64
+from gr.ops.id_table import EMPTY, MOST_SETS, IdTable, count_ids, find_rows, id_table_step, set_of, tag_of
+from gr.ops.splitmix64 import hashed_rows
 
 # Half-lives after which the scores of LFU are written in another unit, so that they stay within float32.
 _UNIT = 64
@@ -103,7 +103,8 @@ class DynamicTable:
 
     def find(self, ids_U: Tensor) -> Tensor:
         """The rows of ids of this rank's sets, int64 [U]; the map stays as it is."""
-        return id_table_step(self.table, ids_U, torch.zeros_like(ids_U), 1.0).row_U
+        table = self.table
+        return find_rows(table.key_SA, table.tag_SA, ids_U, first=table.first, sets=table.sets)
 
     def _stamp(self, step: int) -> float:
         """Under LRU the step, from 1. Under LFU what a use of the step counts, in the unit of the scores."""
@@ -131,6 +132,11 @@ class DynamicTable:
         self.table.tag_SA.copy_(tag_of(self.table.key_SA))
         if not steps:
             self.table.score_SA.clamp_(max=0)
+
+    @property
+    def raw_id_name(self) -> str:
+        """What a checkpoint calls the ids of all ways, int64 [sets, ways], among its tables."""
+        return f"{self.name}/ids.raw_id"
 
     def entries(self) -> Iterator[IdEntry]:
         """The tensors of the map as a checkpoint keeps them, each [sets, ...] over all ranks."""
@@ -186,7 +192,7 @@ class IdMap:
         ids = dict(zip(keys, features.values().cpu().split(features.length_per_key()), strict=True))
         for table, hashed in self.hashed.items():
             for name in self.features[table]:
-                ids[name] = _hashed(ids[name], hashed.rows)
+                ids[name] = hashed_rows(ids[name], hashed.rows)
         distinct = {table: _distinct([ids[name] for name in self.features[table]]) for table in self.dynamic}
         uses = {table: self._uses(table, ids, distinct[table], step) for table in self.dynamic}
         rows, handed = self._exchange({table: (distinct[table][0], uses[table]) for table in self.dynamic}, step)
@@ -255,6 +261,19 @@ class IdMap:
         row_U, entered = dynamic.use(ids_U, uses_U, step)
         return row_U, HandedOver(table, row_U[entered], ids_U[entered])
 
+    def rows_of(self, table: str, ids_N: Tensor) -> Tensor:
+        """The row of each of a table's raw ids, int64 [N]: they are rows themselves where its ids are dense.
+
+        It reads the map alone, of one rank that has all sets.
+        """
+        if table in self.hashed:
+            return hashed_rows(ids_N, self.hashed[table].rows)
+        return self.dynamic[table].find(ids_N) if table in self.dynamic else ids_N
+
+    def raw_ids(self) -> dict[str, Tensor]:
+        """The ids of all ways of each dynamic table, int64 [sets, ways], by their names in a checkpoint, to be read."""
+        return {each.raw_id_name: each.table.key_SA for each in self.dynamic.values()}
+
     def set_steps(self, steps: int) -> None:
         """Steps done, after a checkpoint was loaded."""
         for table in self.dynamic.values():
@@ -306,10 +325,6 @@ def id_map_of(model: nn.Module) -> IdMap | None:
     """The map of raw ids of a model's tables; None where they read rows."""
     maps = (getattr(module, "id_map", None) for module in model.modules())
     return next((each for each in maps if isinstance(each, IdMap)), None)
-
-
-def _hashed(ids_T: Tensor, rows: int) -> Tensor:
-    return shift_right(splitmix64(ids_T), 1) % rows
 
 
 def _distinct(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

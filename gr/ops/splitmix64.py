@@ -14,3 +14,8 @@ def splitmix64(counters: Tensor) -> Tensor:
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def hashed_rows(ids: Tensor, rows: int) -> Tensor:
+    """The row of each hashed id (embeddings.tables.COLUMN.ids), int64 in [0, rows)."""
+    return shift_right(splitmix64(ids), 1) % rows

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr.checkpoint.checksums import find_damage, sum_lines, write_sums
+from gr.checkpoint import resolve
+from gr.checkpoint.checksums import SUMS, find_damage, sum_lines, write_sums
 from gr.checkpoint.layout import read_progress
 from gr.config.base import import_target
 from gr.config.export import ExportConfig
+from gr.config.features import DenseIds, DynamicIds
 from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
 from gr.files import digests, sha256_of
+from gr.logging import get_logger
 from gr.models.saved import Saved, load
 from gr.ops import cpp_extension
 from gr.serving.gate.accuracy_gate import GateReport, Limits
@@ -31,8 +34,10 @@ from gr.serving.package.layout import (
     GOLDEN,
     MANIFEST,
     OPERATORS,
+    RAW_ID_FILE,
     TENSORS,
     WEIGHTS,
+    IdsRecord,
     Manifest,
     PassRecord,
     Stored,
@@ -48,8 +53,10 @@ from gr.serving.package.weights import write_tensors
 from gr.serving.package.writer import PackageWriter, writing
 from gr.serving.passes.build import Built, Pass, served_kind
 from gr.serving.tables.card_tables import IDS, VECTORS
+from gr.serving.tables.id_rows import id_tensors
 from gr.serving.tables.place_tables import Placement, place, write_cards
 from gr.serving.tables.quantize import RowKind, bytes_of
+from gr.serving.tables.served_rows import base_of, take_served_rows
 
 # kind of a model -> its builder, as gr/serving/passes/build.py says: function(saved, kinds, config) -> Built
 BUILDERS = {
@@ -70,6 +77,8 @@ _COMPILER_OPTIONS = {
     "aot_inductor.precompile_headers": False,
     "cpp_cache_precompile_headers": False,
 }
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,15 +122,19 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
             write_sums(draft, [sum_lines(digests(draft))])
             package.commit(CODE, code)
         stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate, placement))
-        package.serve(stored, config.keep)
+        package.serve(stored, config.keep, sha256_of(saved.folder / SUMS))
     return Exported(stored, manifest, compiled, choice)
 
 
-def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] = ()) -> Exported:
+def publish(
+    checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] = (), since: int | None = None
+) -> Exported:
     """Writes the weights of a checkpoint as a version of a package and makes it the served one, without compiling.
 
-    The types of the rows and all else are as the package was exported. Raises ServingError where the checkpoint is of
-    another form than the package's code.
+    The types of the rows and all else are as the package was exported. since: the step that is served, whose checkpoint
+    is still there: rows that are the same bits in both are taken from the version that is served. It is the same
+    version either way. Raises ServingError where the checkpoint is of another form than the package's code, or does not
+    follow what is served.
     """
     to = Path(to)
     read_current(to)  # that there is a package
@@ -129,8 +142,10 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
         current = read_current(to)
         served = read_manifest(to, current)
         verify(to, current, served)
-        saved = load(checkpoint, plugins=plugins)
+        base = None if since is None else base_of(resolve(checkpoint), since, package, current, served)
         config = served.export
+        patched = base is not None and not config.gate.rows
+        saved = load(checkpoint, plugins=plugins, with_tables=not patched)
         kinds = {name: table.dtype for name, table in served.tables.items()}
         built = _build(saved, kinds, config)
         form = _form(saved, built, config)
@@ -139,12 +154,17 @@ def publish(checkpoint: str | Path, to: str | Path, *, plugins: Collection[str] 
                 f"{saved.folder} is of another form than {to}: {difference}; gr export --checkpoint {checkpoint} "
                 f"--out {to} compiles it"
             )
+        if base is not None:
+            if patched:
+                take_served_rows(built, base, saved.folder, to / WEIGHTS / current.weights / TENSORS, served)
+            else:
+                log.info("%s: the accuracy gate compares with the model itself, so its tables were read whole", to)
         gate = _gate(saved, built, _gate_rows(saved, config), config)
         # As they were measured for such tables, so that the same weights make the same version again.
         costs = served.cards.costs if served.cards else None
         placement = place(built.cards, kinds, config, costs) if built.cards else None
         stored, manifest = _write_version(package, saved, built, _Decided(config, form, current.code, gate, placement))
-        package.serve(stored, config.keep)
+        package.serve(stored, config.keep, sha256_of(saved.folder / SUMS))
     return Exported(stored, manifest, compiled=False)
 
 
@@ -260,6 +280,9 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
         assert decided.placement is not None, "tables for cards were placed"
         cards = write_cards(draft, built.cards, kinds, decided.placement)
     write_tensors(draft / GOLDEN, golden)
+    ids, maps = _raw_ids(saved)
+    if maps:
+        write_tensors(draft / RAW_ID_FILE, maps)
     for name, content in built.artifacts.items():
         (draft / name).parent.mkdir(exist_ok=True)
         if isinstance(content, bytes):
@@ -277,6 +300,7 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
             name: TableRecord(rows=rows, dim=dim, dtype=dtype, bytes=bytes_of(rows, dim, dtype))
             for name, (rows, dim, dtype) in built.tables.items()
         },
+        ids=ids,
         cards=cards,
         dense=decided.config.dense,
         tolerance=_TOLERANCES[decided.config.dense],
@@ -296,6 +320,23 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
         shutil.rmtree(folder)
         raise
     return stored, manifest
+
+
+def _raw_ids(saved: Saved) -> tuple[dict[str, IdsRecord], dict[str, Tensor]]:
+    """How each column's raw ids become rows, and the tensors of their maps."""
+    records: dict[str, IdsRecord] = {}
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    for table, columns in saved.config.columns_by_table(saved.schema).items():
+        ids = saved.config.embeddings.ids_of(table)
+        if isinstance(ids, DenseIds):
+            continue
+        ways = ids.ways if isinstance(ids, DynamicIds) else None
+        records |= {name: IdsRecord(kind=ids.kind, table=table, rows=ids.rows, ways=ways) for name in columns}
+        if ways is not None:
+            assert saved.id_map is not None, "a model with raw ids has their map"
+            own = saved.id_map.dynamic[table].table
+            maps[table] = own.key_SA, own.tag_SA
+    return records, id_tensors(maps)
 
 
 def _tensors(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gr.ops.backend import Backend, force_backend
-from gr.ops.id_table import EMPTY, IdTable, count_ids, id_table_step, set_of
+from gr.ops.id_table import EMPTY, IdTable, count_ids, find_rows, id_table_step, set_of
 from gr.ops.splitmix64 import splitmix64
 
 BACKENDS: tuple[Backend, ...] = ("native", "torch")
@@ -142,3 +142,25 @@ def test_refuses_ids_of_another_ranks_sets() -> None:
 def test_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match="one length"):
         id_table_step(new_table(4, 4), torch.arange(3), torch.ones(2, dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ways", [2, 8, 13])
+def test_rows_that_are_only_read_are_those_of_a_step(backend: Backend, ways: int) -> None:
+    """Of ids with and without a row, given more than once, by one rank of two; the first way is of those without."""
+    table = IdTable.empty(5, 11, 11, ways, torch.int32, counted=False)
+    ids = torch.arange(400)
+    own = ids[set_of(ids, 11) >= 5]
+    id_table_step(table, own[::2], torch.ones_like(own[::2]), 1.0)
+    expected = id_table_step(table, own, torch.zeros_like(own), 1.0).row_U
+    with force_backend(backend):
+        rows = find_rows(table.key_SA, table.tag_SA, own.repeat(2), first=5, sets=11)
+    assert torch.equal(rows, expected.repeat(2))
+    assert 0 < int((rows % ways > 0).sum()) < len(rows)
+
+
+def test_reading_refuses_ids_of_other_sets() -> None:
+    table = IdTable.empty(0, 1, 2, 4, torch.int32, counted=False)
+    other = torch.arange(20)[set_of(torch.arange(20), 2) == 1]
+    with force_backend("native"), pytest.raises(ValueError, match="is of another rank's sets"):
+        find_rows(table.key_SA, table.tag_SA, other, sets=2)

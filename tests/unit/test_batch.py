@@ -82,3 +82,14 @@ def test_packed_and_unpacked(batch: RetrievalBatch | RankingBatch, times: Tensor
     if isinstance(last, RankingBatch):
         assert last.features["country"].values().tolist() == [42] and last.scored == 1
         assert torch.equal(last.labels_TC, HISTORIES.labels_TC[2:]) and last.user_B.tolist() == [102]
+
+
+def test_padded_rows_look_nothing_up() -> None:
+    """So they are no lookups of id 0, which a counter of ids would count."""
+    sparse = KeyedJaggedTensor(["a", "b"], torch.arange(1, 7), lengths=torch.tensor([1, 1, 2, 2]))
+    batch = TabularBatch(torch.ones(2, 3), sparse, torch.ones(2), 0)
+    padded = batch.padded(4, [1, 2])
+    assert padded.sparse.values().tolist() == [1, 2, 3, 4, 5, 6]
+    assert padded.sparse.lengths().tolist() == [1, 1, 0, 0, 2, 2, 0, 0]
+    assert padded.dense_BN[2:].eq(0).all() and padded.dense_BN.shape == (4, 3)
+    assert batch.padded(2, [1, 2]) is batch

@@ -12,12 +12,24 @@ from gr.ops.id_table.reference import (
     IdTable,
     Step,
     count_ids_reference,
+    find_reference,
     id_table_reference,
     set_of,
     tag_of,
 )
 
-__all__ = ["EMPTY", "MOST_COUNT", "MOST_SETS", "IdTable", "Step", "count_ids", "id_table_step", "set_of", "tag_of"]
+__all__ = [
+    "EMPTY",
+    "MOST_COUNT",
+    "MOST_SETS",
+    "IdTable",
+    "Step",
+    "count_ids",
+    "find_rows",
+    "id_table_step",
+    "set_of",
+    "tag_of",
+]
 
 
 def count_ids(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,3 +52,16 @@ def id_table_step(table: IdTable, ids_U: Tensor, uses_U: Tensor, stamp: float, m
         raise ValueError(f"score_SA must be int32 or float32, and sets within 1..{MOST_SETS}")
     native = backend_for(ids_U.device) == "native"
     return (id_table_native if native else id_table_reference)(table, ids_U, uses_U, stamp, min_count)
+
+
+def find_rows(key_SA: Tensor, tag_SA: Tensor, ids_T: Tensor, *, first: int = 0, sets: int | None = None) -> Tensor:
+    """The row of each id, int64 [T], in a table that stays as it is; way 0 of its set for an id without a row.
+
+    key_SA, tag_SA: as in IdTable, of the sets from `first` on, of all of them unless `sets` says how many there are.
+    ids_T: int64 on the CPU, distinct or not. Raises ValueError for tensors of other shapes, and for an id of other
+    sets.
+    """
+    sets = len(key_SA) if sets is None else sets
+    if backend_for(ids_T.device) == "native":
+        return torch.ops.gr.id_table_find(key_SA, tag_SA, first, sets, ids_T)
+    return find_reference(key_SA, first, sets, ids_T)

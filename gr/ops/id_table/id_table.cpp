@@ -226,10 +226,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> id_table_step(const at::Tensor& k
   return run(key, score, tag, seen, first, sets, ids, uses, stamp, min_count);
 }
 
+// Rows of ids, for reading alone: the table may be a file that is mapped, and several threads may ask at once.
+at::Tensor id_table_find(const at::Tensor& key, const at::Tensor& tag, int64_t first, int64_t sets, const at::Tensor& ids) {
+  TORCH_CHECK_VALUE(key.is_contiguous() && tag.is_contiguous() && key.sizes() == tag.sizes() && key.dim() == 2 && key.size(1) > 1,
+                    "key and tag must be contiguous [S, A], A > 1");
+  const at::Tensor asked = ids.contiguous();
+  const int64_t T = asked.numel(), own = key.size(0), ways = key.size(1);
+  const int64_t *id = asked.const_data_ptr<int64_t>(), *keys = key.const_data_ptr<int64_t>();
+  const uint8_t* tags = tag.const_data_ptr<uint8_t>();
+  at::Tensor row = at::empty({T}, asked.options());
+  int64_t* rows = row.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < T; ++i) {
+    if (i + kAhead < T) {
+      const int64_t later = scaled(splitmix64(id[i + kAhead]) >> 32, sets) - first;
+      if (later >= 0 && later < own) __builtin_prefetch(tags + later * ways);
+    }
+    const uint64_t h = splitmix64(id[i]);
+    const int64_t set = scaled(h >> 32, sets) - first, base = set * ways;
+    TORCH_CHECK_VALUE(set >= 0 && set < own, "id ", id[i], " is of another rank's sets");
+    int64_t way = next_match(tags + base, ways, h & 0xFF, 1);
+    while (way && keys[base + way] != id[i]) way = next_match(tags + base, ways, h & 0xFF, way + 1);
+    rows[i] = first * ways + base + way;
+  }
+  return row;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gr, m) {
   m.def("count_ids(Tensor ids) -> (Tensor, Tensor, Tensor)");
+  m.def("id_table_find(Tensor key, Tensor tag, int first, int sets, Tensor ids) -> Tensor");
   m.def(
       "id_table_step(Tensor(a!) key, Tensor(b!) score, Tensor(c!) tag, Tensor(d!)? seen, int first, int sets, Tensor ids, "
       "Tensor uses, float stamp, int min_count) -> (Tensor, Tensor, Tensor)");
@@ -237,6 +263,7 @@ TORCH_LIBRARY_FRAGMENT(gr, m) {
 TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("count_ids", &count_ids);
   m.impl("id_table_step", &id_table_step);
+  m.impl("id_table_find", &id_table_find);
 }
 
 }  // namespace gr::id_table

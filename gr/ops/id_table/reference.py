@@ -83,6 +83,13 @@ def count_ids_reference(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids_U, uses_U, place_T
 
 
+def find_reference(key_SA: Tensor, first: int, sets: int, ids_T: Tensor) -> Tensor:
+    """The row of each id, int64 [T], way 0 of its set for one without a row; key_SA: of the sets from `first` on."""
+    set_T = set_of(ids_T, sets) - first
+    way_T = (key_SA[set_T] == ids_T[:, None]).int().argmax(1)
+    return (set_T + first) * key_SA.shape[1] + way_T
+
+
 def id_table_reference(table: IdTable, ids_U: Tensor, uses_U: Tensor, stamp: float, min_count: int) -> Step:
     """One step: changes the table in place. ids_U: distinct, of this table's sets. uses_U: of each in the step.
 

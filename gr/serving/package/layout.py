@@ -1,11 +1,13 @@
 """A package: the folder from which a model is served.
 
     current.json                   what is served: code, weights, the SHA-256 of their manifest; replaced by one rename
+    sources.json                   of each version, the SHA-256 of the checksums of the checkpoint that it is made of
     code/HASH/PASS.pt2             compiled passes, the same for all weights of one form; HASH is that of the form
     code/HASH/operators.so         gr's C++ operators, where the passes call them
     code/HASH/SHA256SUMS           of these, in the form of sha256sum
     weights/STEP-DIGEST/           one version: manifest.json, tensors.safetensors (mapped), golden.safetensors,
-                                   tables-CARD.safetensors where the tables are on cards, schema.json,
+                                   tables-CARD.safetensors where the tables are on cards, ids.safetensors (mapped)
+                                   where raw ids have rows of their own, schema.json,
                                    vocabulary/ and what else of the checkpoint the kind needs
     weights/.draft/, code/.draft/  being written: never looked at, gone at the next export
 
@@ -31,6 +33,7 @@ CURRENT, MANIFEST = "current.json", "manifest.json"
 CODE, WEIGHTS, DRAFT = "code", "weights", ".draft"
 TENSORS, GOLDEN = "tensors.safetensors", "golden.safetensors"
 OPERATORS = "operators.so"
+RAW_ID_FILE = "ids.safetensors"
 _LARGEST_CURRENT, _LARGEST_MANIFEST = 1 << 16, 1 << 24  # bytes
 _WRITABLE_BY_OTHERS = 0o022
 _PART = r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"
@@ -82,6 +85,15 @@ class TableRecord(_Record):
     dim: int
     dtype: RowKind
     bytes: int
+
+
+class IdsRecord(_Record):
+    """How the raw ids of a column become rows of a table. ways: of a dynamic table; None for hashed ids."""
+
+    kind: Literal["hashed", "dynamic"]
+    table: str
+    rows: int
+    ways: Annotated[int, Field(ge=2)] | None = None
 
 
 class TablesLayout(_Record):
@@ -150,8 +162,9 @@ class Manifest(_Record):
 
     form: what the compiled code depends on; another checkpoint of the same form takes the same code. tolerance: how far
     the passes may be from the golden rows, relative to 1 + the golden value. gate: the report on the accuracy; None
-    where none was made. cards: None where the tables are among the tensors of a pass. code_files, files: SHA-256 of
-    every file of the code's folder and of the version's own, by its path there; of all but this one.
+    where none was made. ids: of the columns with raw ids. cards: None where the tables are among the tensors of a pass.
+    code_files, files: SHA-256 of every file of the code's folder and of the version's own, by its path there; of all
+    but this one.
     """
 
     format: Literal[1] = 1
@@ -162,6 +175,7 @@ class Manifest(_Record):
     passes: dict[Name, PassRecord]
     verbs: dict[Name, VerbRecord]
     tables: dict[str, TableRecord]
+    ids: dict[str, IdsRecord] = {}
     cards: CardsRecord | None = None
     dense: DenseDtype
     tolerance: Annotated[float, Field(gt=0)]
@@ -218,7 +232,8 @@ def verify(folder: Path, stored: Stored, manifest: Manifest) -> None:
     listed = {*manifest.code_files, *manifest.files}
     cards = manifest.cards.cards if manifest.cards else ()
     code = [*(f"{name}.pt2" for name in manifest.passes), *[OPERATORS] * ("operators" in manifest.form)]
-    for needed in (*code, TENSORS, GOLDEN, *(card.file for card in cards)):
+    maps = [RAW_ID_FILE] if any(each.kind == "dynamic" for each in manifest.ids.values()) else []
+    for needed in (*code, TENSORS, GOLDEN, *maps, *(card.file for card in cards)):
         if needed not in listed:
             raise ServingError(f"{folder / WEIGHTS / stored.weights}: no SHA-256 of {needed} is known; export again")
     for name, digest in manifest.paths(stored):

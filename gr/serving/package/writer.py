@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from gr.errors import ServingError, TransientError
-from gr.files import digests, sync, write_text
+from gr.files import digests, sync, write_json, write_text
 from gr.serving.package.layout import (
     CODE,
     CURRENT,
@@ -22,7 +24,8 @@ from gr.serving.package.layout import (
 )
 
 _LOCK = ".lock"
-_OWN = {CODE, WEIGHTS, CURRENT, f".{CURRENT}", _LOCK}
+SOURCES = "sources.json"  # of each version, the SHA-256 of the list of checksums of the checkpoint that it is made of
+_OWN = {CODE, WEIGHTS, CURRENT, f".{CURRENT}", SOURCES, f".{SOURCES}", _LOCK}
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,28 @@ class PackageWriter:
         sync(final.parent)
         return final
 
-    def serve(self, stored: Stored, keep: int) -> None:
-        """Makes a version the one that is served, and removes all but the `keep` that were served before it."""
+    def sources(self) -> dict[str, str]:
+        """What each version is made of. Raises ServingError where the file is not gr's."""
+        path = self.path / SOURCES
+        if not path.exists():
+            return {}
+        try:
+            return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
+        except ValidationError:
+            raise ServingError(f"{path}: is not what gr wrote; remove it, and publish whole") from None
+
+    def serve(self, stored: Stored, keep: int, source: str) -> None:
+        """Makes a version the one that is served, and removes all but the `keep` that were served before it.
+
+        source: the SHA-256 of the list of checksums of its checkpoint.
+        """
         before = self.current
         earlier = (
             () if before is None else (Stored(**before.model_dump(include=set(Stored.model_fields))), *before.previous)
         )
         kept = tuple(each for each in dict.fromkeys(earlier) if each.weights != stored.weights)[:keep]
+        sources = self.sources() | {stored.weights: source}
+        write_json(self.path / SOURCES, {each.weights: sources.get(each.weights, "") for each in (stored, *kept)})
         write_text(self.path / CURRENT, dumped(Current(**stored.model_dump(), previous=kept)))
         sync(self.path)
         versions = (stored, *kept)

@@ -12,7 +12,7 @@ from torchrec import KeyedJaggedTensor
 
 from gr.config.click import ClickConfig
 from gr.config.export import ExportConfig
-from gr.embeddings import table_weights
+from gr.embeddings import IdMap, table_weights
 from gr.models.dlrm import DLRM
 from gr.models.saved_click import SavedClick
 from gr.schema import SCHEMA_FILE, TabularSchema, vocabulary_file
@@ -109,12 +109,14 @@ class PassOfCards(ClickPass):
 class Served(nn.Module):
     """A pass that is called as DLRM is."""
 
-    def __init__(self, click_pass: ClickPass, columns: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, click_pass: ClickPass, columns: Sequence[tuple[str, int]], id_map: IdMap | None) -> None:
+        """id_map: the rows of raw ids, where there are any."""
         super().__init__()
-        self.click_pass, self.columns = click_pass, columns
+        self.click_pass, self.columns, self.id_map = click_pass, columns, id_map
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits, float32 [B]. sparse: the columns in their order, as tabular_batch makes it."""
+        sparse = sparse if self.id_map is None else self.id_map.find(sparse)
         parts = sparse.values().split([len(dense_BN) * hots for _, hots in self.columns])
         ids_BH = torch.cat([part.view(-1, hots) for part, (_, hots) in zip(parts, self.columns, strict=True)], dim=1)
         return self.click_pass(dense_BN, ids_BH.int())
@@ -129,7 +131,8 @@ def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig)
     columns = [(column.name, column.hots) for column in schema.sparse]
     dense = DensePass(model, _TORCH_DTYPES[config.dense]).eval()
     whole = (PassOfCards if config.cards else ClickPass)(model, tables, columns, dense).eval()
-    golden, cards = _golden_rows(schema), None
+    rows = {name: len(weights[table]) for table, names in model.columns.items() for name in names}
+    golden, cards = _golden_rows(schema, rows), None
     dense_BN, ids_BH = golden
     if config.cards:
         with torch.no_grad():
@@ -147,7 +150,7 @@ def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig)
     vocabularies = [vocabulary_file(name) for name in schema.input_vocabularies]
     return Built(
         passes={"score": Pass(dense if config.cards else whole, golden, ({0: "rows"}, {0: "rows"}))},
-        served=Served(whole, columns),
+        served=Served(whole, columns, saved.id_map),
         verbs={"score": score_record(schema, saved.vocabularies)},
         tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
         form={
@@ -164,12 +167,13 @@ def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig)
     )
 
 
-def _golden_rows(schema: TabularSchema) -> tuple[Tensor, Tensor]:
-    """Dense numbers and ids at random, over all rows of the tables."""
+def _golden_rows(schema: TabularSchema, rows: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Dense numbers and ids at random, over all rows of the tables. rows: that the ids of each column may be."""
     generator = torch.Generator().manual_seed(0)
     dense_BN = torch.randn(GOLDEN_ROWS, len(schema.dense), generator=generator)
     ids = [
-        torch.randint(column.cardinality, (GOLDEN_ROWS, column.hots), generator=generator, dtype=torch.int32)
+        torch.randint(limit, (GOLDEN_ROWS, column.hots), generator=generator, dtype=torch.int32)
         for column in schema.sparse
+        for limit in [min(column.cardinality, rows[column.name])]
     ]
     return dense_BN, torch.cat(ids, dim=1)

@@ -22,7 +22,7 @@ from gr.serving.package.layout import VerbRecord
 from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.ranking import ranking_form, ranking_passes
 from gr.serving.tables.packed import PackedTables
-from gr.serving.verbs.ranking import FORM_FILE, ROWS, RankingForm
+from gr.serving.verbs.ranking import FORM_FILE, ITEM, ROWS, RankingForm
 
 MICROBATCH = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,8 +85,9 @@ def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> B
     names = [
         name for name in (vocabulary_file(column) for column in saved.vocabularies) if (saved.folder / name).exists()
     ]
+    rows = {name: len(weights[table]) for table, names in columns.items() for name in names}
     return Built(
-        passes=_with_golden_rows(passes, form),
+        passes=_with_golden_rows(passes, form, rows),
         served=None,
         verbs={"rank": VerbRecord(inputs=form.inputs(types), outputs=form.outputs())},
         tables={name: (*weight.shape, kinds[name]) for name, weight in weights.items()},
@@ -104,14 +105,14 @@ def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> B
     )
 
 
-def _with_golden_rows(passes: Mapping[str, nn.Module], form: RankingForm) -> dict[str, Pass]:
-    """Events and candidates at random, over all rows of the tables."""
+def _with_golden_rows(passes: Mapping[str, nn.Module], form: RankingForm, rows: Mapping[str, int]) -> dict[str, Pass]:
+    """Events and candidates at random, over all rows of the tables. rows: of the table of each column."""
     random = torch.Generator().manual_seed(0)
 
     def below(size: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(size, (count,), generator=random, dtype=dtype)
 
-    cardinalities = [form.items, *form.event_features.values()]
+    cardinalities = [min(size, rows[name]) for name, size in {ITEM: form.items, **form.event_features}.items()]
     ids_FE, ids_FM = (torch.stack([below(size, ROWS, torch.int32) for size in cardinalities]) for _ in range(2))
     events = (
         ids_FE,
@@ -120,7 +121,8 @@ def _with_golden_rows(passes: Mapping[str, nn.Module], form: RankingForm) -> dic
         below(max(1, form.buckets), ROWS),
     )
     length = torch.tensor([form.tokens(ROWS)])
-    ids_G = torch.cat([below(size, 1, torch.int32) for size in form.contextual.values()] or [below(1, 1, torch.int32)])
+    own = [below(min(size, rows[name]), 1, torch.int32) for name, size in form.contextual.items()]
+    ids_G = torch.cat(own or [below(1, 1, torch.int32)])
     numbers_K = torch.randn(max(1, len(form.contextual_numeric)), generator=random)
     first: tuple[Tensor, ...] = (*events, length, ids_G, numbers_K)
     ages: tuple[Tensor, ...] = ()

@@ -98,7 +98,7 @@ def _shards(saved: SavedRetrieval, corpus_E: np.ndarray) -> dict[str, Callable[[
         vectors_ED = saved.model.similarity.items(saved.model.item_vectors(ids_E).float())
         write_tensors(path, {"vectors": vectors_ED})
 
-    parts = torch.from_numpy(corpus_E).split(SHARD_ROWS)
+    parts = torch.tensor(corpus_E).split(SHARD_ROWS)
     return {shard_file(place): partial(write, ids_E) for place, ids_E in enumerate(parts)}
 
 
@@ -117,7 +117,7 @@ def _index(
 
     @torch.no_grad()
     def write_lists(path: Path) -> None:
-        exact = open_exact(path.parent.parent, torch.from_numpy(corpus[0]))
+        exact = open_exact(path.parent.parent, torch.tensor(corpus[0]))
         k = min(config.index.k, len(exact))
         queries_BD = torch.stack([query(*_history(saved, features, ids_T)) for ids_T in _popular(corpus, form)])
         index, measured = build_lists(exact, queries_BD, recall=config.index.recall, k=k)
@@ -148,5 +148,6 @@ def _history(saved: SavedRetrieval, features: list[str], ids_T: np.ndarray) -> t
     """The inputs of the query pass for these items, an hour apart."""
     items_T = torch.from_numpy(ids_T)
     by_item = saved.model.item_features
-    ids_FT = torch.stack([items_T if name == ITEM else by_item[name][items_T] for name in features]).int()
+    ids_by_feature = {name: items_T if name == ITEM else by_item[name][items_T] for name in features}
+    ids_FT = torch.stack([saved.rows_of(name, ids_T).int() for name, ids_T in ids_by_feature.items()])
     return ids_FT, _HOUR * torch.arange(len(ids_T))

@@ -5,7 +5,7 @@ compares ids with the padded number of rows, so of a table of 100 rows it serves
 checks ids against the table, as the servables' `encode` does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import fbgemm_gpu  # noqa: F401  registers the operators
 import torch
@@ -70,7 +70,8 @@ class PackedTables(StoredTables):
     ) -> None:
         """weights: float [E, D] by table. kinds: of its rows. features: that read each table, in the order of the ids.
 
-        Without pooling all tables have the same width. Raises ServingError, as gr.serving.tables.quantize.pack does.
+        Where the weights are on meta the rows are left to `take_rows`. Without pooling all tables have the same width.
+        Raises ServingError, as gr.serving.tables.quantize.pack does.
         """
         # Imported here: reading a package needs the operator only, and not the classes that lay tables out.
         from fbgemm_gpu.split_embedding_configs import SparseType
@@ -89,7 +90,8 @@ class PackedTables(StoredTables):
             device="cpu",
         )
         packed.initialize_weights()
-        packed.assign_embedding_weights([pack(weight, kinds[name]) for name, weight in weights.items()])
+        if not any(weight.is_meta for weight in weights.values()):
+            packed.assign_embedding_weights([pack(weight, kinds[name]) for name, weight in weights.items()])
         layout = TablesLayout(
             features=tuple(feature for name in names for feature in features[name]),
             widths=tuple(weights[name].shape[1] for name in names for _ in features[name]),
@@ -103,3 +105,18 @@ class PackedTables(StoredTables):
         )
         places = {name: getattr(packed, name).clone() for name in _PLACES}
         super().__init__(layout, {_ROWS: packed.weights_host, **places})
+        self._kinds = kinds
+        self._parts = dict(zip(names, packed.split_embedding_weights(), strict=True))  # views of the rows of each table
+
+    def take_rows(self, stored: Tensor, changed: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Takes the rows of another module of this layout, but for those that changed.
+
+        stored: its buffer `rows`. changed: of each table, ids int64 [N] and weights, float [N, D]. Raises ServingError,
+        as pack does.
+        """
+        self.rows.copy_(stored)
+        for name, blocks in changed.items():
+            for ids_N, weights_ND in blocks:
+                for part, values in zip(self._parts[name], pack(weights_ND, self._kinds[name]), strict=True):
+                    if values is not None:
+                        part[ids_N] = values

@@ -1,5 +1,6 @@
 """`score`: the probability of the label for rows that have the columns of a click model's training data. B rows."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from gr.schema import TabularSchema
 from gr.serving.package.layout import Manifest, VerbRecord
 from gr.serving.package.version import Unseen
 from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
+from gr.serving.tables.id_rows import IdRows
 from gr.serving.verbs.request_ids import warm_up
 
 Run = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]  # a pass: dense_BN, ids_BH -> logits_B
 
 
 class ReadRows(NamedTuple):
-    """Rows as the pass reads them. dense_BN: float32. ids_BH: int32, within their tables."""
+    """Rows as the pass reads them. dense_BN: float32. ids_BH: int32, rows of their tables."""
 
     dense_BN: np.ndarray
     ids_BH: np.ndarray
@@ -45,10 +47,20 @@ class PlainRows:
 class ClickServable:
     """The verb `score`. inputs: one tensor a column of the training data, of equal lengths."""
 
-    def __init__(self, rows: ClickRows, record: VerbRecord, run: Run, unknown: UnknownPolicy, unseen: Unseen) -> None:
+    def __init__(
+        self,
+        rows: ClickRows,
+        id_rows: IdRows,
+        record: VerbRecord,
+        run: Run,
+        *,
+        unknown: UnknownPolicy,
+        unseen: Unseen,
+    ) -> None:
         self.inputs: Sequence[TensorSpec] = record.inputs
         self.outputs: Sequence[TensorSpec] = record.outputs
-        self._rows, self.compiled_pass, self._unknown, self._unseen = rows, run, unknown, unseen
+        self._rows, self._id_rows = rows, id_rows
+        self.compiled_pass, self._unknown, self._unseen = run, unknown, unseen
         self._hots = {column.name: column.hots for column in rows.schema.sparse}
         self._plain = {name: np.dtype(np.float32) for name in rows.schema.dense} | {
             name: np.dtype(np.int64) for name in self._hots if rows.vocabularies[name].has_numbers
@@ -76,9 +88,22 @@ class ClickServable:
 
     def read(self, columns: Mapping[str, np.ndarray]) -> ReadRows:
         """The rows of one request, or of several one behind the other. Raises RequestError, as encode does."""
-        read, unseen = self._rows.read_plain(columns) or self._read_any(columns)
+        read, unseen = self._by_rows(*(self._rows.read_plain(columns) or self._read_any(columns)))
         self._count(unseen)
-        return ReadRows(read.dense_BN, read.ids_BH.astype(np.int32))
+        return read
+
+    def _by_rows(self, read: TabularRows, unseen: Mapping[str, int]) -> tuple[ReadRows, dict[str, int]]:
+        """The rows with raw ids as rows of their tables; those that have none are counted with unseen values."""
+        counts = Counter(unseen)
+        if self._id_rows:
+            first = 0
+            for name, hots in self._hots.items():
+                ids_Bh = read.ids_BH[:, first : first + hots]
+                ids_Bh[:], shared_Bh = self._id_rows.rows(name, ids_Bh)
+                if shared := int(shared_Bh.sum()):
+                    counts[name] += shared
+                first += hots
+        return ReadRows(read.dense_BN, read.ids_BH.astype(np.int32)), dict(counts)
 
     def _count(self, unseen: Mapping[str, int]) -> None:
         self._unseen.add(unseen)
@@ -106,9 +131,11 @@ class ClickServable:
             read = self._rows.read_plain(
                 {name: np.concatenate([r.columns[name] for r in plain]) for name in self._plain}
             )
-            if read is not None and not (read[1] and self._unknown == "reject"):
-                self._count(read[1])
-                return ReadRows(read[0].dense_BN, read[0].ids_BH.astype(np.int32)), {}
+            if read is not None:
+                rows, unseen = self._by_rows(*read)
+                if not (unseen and self._unknown == "reject"):
+                    self._count(unseen)
+                    return rows, {}
         blocks, faults = [], {}
         for place, request in enumerate(requests):
             assert isinstance(request, PlainRows | ReadRows), "requests are encoded by the verb that runs them"
@@ -170,9 +197,16 @@ def open_verbs(folder: Path, manifest: Manifest, passes: Mapping[str, Run], unse
     """The verbs of a click model. folder: of the version, which has schema.json and the vocabularies."""
     schema = TabularSchema.load(folder)
     vocabularies = {name: Vocabulary.open(folder, schema, name) for name in _names(schema)}
-    rows = ClickRows(schema, vocabularies)
     warm_up(vocabularies.values())
-    return {"score": ClickServable(rows, manifest.verbs["score"], passes["score"], manifest.export.unknown, unseen)}
+    score = ClickServable(
+        ClickRows(schema, vocabularies),
+        IdRows.open(folder, manifest),
+        manifest.verbs["score"],
+        passes["score"],
+        unknown=manifest.export.unknown,
+        unseen=unseen,
+    )
+    return {"score": score}
 
 
 def _names(schema: TabularSchema) -> Iterable[str]:

@@ -24,6 +24,7 @@ from gr.schema import DataSchema
 from gr.serving.package.layout import Manifest
 from gr.serving.package.version import Unseen
 from gr.serving.servable import Encoded, RequestError, Servable, TensorSpec, require_finite
+from gr.serving.tables.id_rows import ALL_DENSE, IdRows
 from gr.serving.verbs.kv_cache import Entry, KVCache, no_entry
 from gr.serving.verbs.request_ids import ids_of, warm_up
 
@@ -99,7 +100,7 @@ class RankingForm(BaseModel):
 
 @dataclass(frozen=True)
 class RankRequest:
-    """events_EC: int64, a row an event: the ids of its features, its actions, its second. candidates_FM: int32.
+    """events_EC: int64, a row an event: the rows of its features, its actions, its second. candidates_FM: int32.
     known_M: bool, whether the model knows the item. time: the second of the request. user: None for no cache."""
 
     user: str | None
@@ -133,6 +134,7 @@ def open_verbs(folder: Path, manifest: Manifest, passes: Mapping[str, Run], unse
         form,
         passes,
         vocabularies,
+        id_rows=IdRows.open(folder, manifest),
         version=folder.name,
         cache=KVCache(manifest.export.cache_mib << 20),
         unknown=manifest.export.unknown,
@@ -151,15 +153,16 @@ class RankServable:
         vocabularies: Mapping[str, Vocabulary],
         *,
         version: str,
+        id_rows: IdRows = ALL_DENSE,
         cache: KVCache | None = None,
         unknown: UnknownPolicy = "zero",
         count_unseen: Callable[[Mapping[str, int]], None] = lambda counts: None,
     ) -> None:
-        """cache: of users, if any; it is used where the form allows. unknown: what becomes of values that training did
-        not see. count_unseen: takes, by field, their number."""
+        """id_rows: of raw ids. cache: of users, if any; it is used where the form allows. unknown: what becomes of
+        values that training did not see. count_unseen: takes, by field, their number."""
         self.form, self._passes, self._vocabularies, self._version = form, passes, vocabularies, version
         self.cache = cache if form.lifetime == "user" else None
-        self._unknown, self._count_unseen = unknown, count_unseen
+        self._id_rows, self._unknown, self._count_unseen = id_rows, unknown, count_unseen
         self.inputs: Sequence[TensorSpec] = form.inputs(
             {name: vocabulary.type for name, vocabulary in vocabularies.items()}
         )
@@ -180,11 +183,13 @@ class RankServable:
                 raise RequestError(name, f"the model has no such field; {nearest(name, known, 'it has')}")
         features = {ITEM: self.form.items, **self.form.event_features}
         unseen: dict[str, int] = {}
-        history = {name: self._ids(given, f"{HISTORY}.{name}", name, size, unseen) for name, size in features.items()}
-        candidates = {
-            name: self._ids(given, f"{CANDIDATES}.{name}", name, size, unseen) for name, size in features.items()
-        }
-        own = [self._ids(given, f"{CONTEXT}.{name}", name, size, unseen) for name, size in self.form.contextual.items()]
+        events, offered = (
+            {name: self._ids(given, f"{group}.{name}", name, size, unseen) for name, size in features.items()}
+            for group in (HISTORY, CANDIDATES)
+        )
+        context = self.form.contextual.items()
+        own = [self._ids(given, f"{CONTEXT}.{name}", name, size, unseen)[0] for name, size in context]
+        history, candidates = ({name: rows for name, (rows, _) in each.items()} for each in (events, offered))
         self._count_unseen(unseen)
         if unseen and self._unknown == "reject":
             field, values = next(iter(unseen.items()))
@@ -207,7 +212,7 @@ class RankServable:
             np.concatenate(own or [np.zeros(1)]).astype(np.int32),
             np.concatenate(numeric or [np.zeros(1)]).astype(np.float32),
             np.stack(list(candidates.values())).astype(np.int32),
-            candidates[ITEM] > 0,
+            offered[ITEM][1],
             time,
         )
 
@@ -309,17 +314,20 @@ class RankServable:
 
     def _ids(
         self, given: Mapping[str, np.ndarray], field: str, column: str, size: int, unseen: dict[str, int]
-    ) -> np.ndarray:
-        """int64, 0 for a value that the model does not know; these are counted in `unseen`."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The row of each value, int64, and whether it is an id above 0. Counts in `unseen` those that the model does
+        not know, which are id 0, and raw ids without a row of their own.
+        """
         values = np.atleast_1d(_required(given, field))
         vocabulary = self._vocabularies[column]
         ids = ids_of(field, values, vocabulary, size)
         unknown = ids == 0
         if column != ITEM and vocabulary.ids_V is None:
             unknown &= values != 0  # where ids stand for themselves, a feature may be 0
-        if count := int(unknown.sum()):
+        rows, shared = self._id_rows.rows(column, ids)
+        if count := int((unknown | shared).sum()):
             unseen[field] = count
-        return ids
+        return rows, ids > 0
 
     def _times(self, given: Mapping[str, np.ndarray], E: int) -> tuple[np.ndarray, int]:
         """Seconds of the events, and of the request."""

@@ -16,9 +16,11 @@ from gr.data.vocabulary import Vocabulary
 from gr.errors import nearest
 from gr.serving.index.exact import Seen
 from gr.serving.servable import Encoded, RequestError, TensorSpec
+from gr.serving.tables.id_rows import ALL_DENSE, IdRows
 from gr.serving.verbs.request_ids import ids_of
 
 FilterSeen = Literal["window", "all", "none"]
+ITEM = "item_id"
 HISTORY, TIMES, K, ITEMS, SCORES = "history", "times", "k", "items", "scores"
 DEFAULT_K = 100
 _NO_SCORES = np.empty(0, np.float32)
@@ -34,9 +36,12 @@ class Index(Protocol):
 
 @dataclass(frozen=True)
 class RetrieveRequest:
-    """ids_T: int64, the newest known events, oldest first. times_T: int64. seen_S: int64, items that are left out."""
+    """ids_T: int64, the newest known events, oldest first; rows_T: the rows of their items. times_T: int64. seen_S:
+    int64, items that are left out.
+    """
 
     ids_T: np.ndarray
+    rows_T: np.ndarray
     times_T: np.ndarray
     seen_S: np.ndarray
     k: int
@@ -69,13 +74,14 @@ class RetrieveServable:
         index: Index,
         query: Callable[[Tensor, Tensor], Sequence[Tensor]],
         count_unknown: Callable[[Mapping[str, int]], None],
+        id_rows: IdRows = ALL_DENSE,
     ) -> None:
-        """item_features: the ids of each feature by item, in the order in which the pass reads them after the item's
-        own. query: QueryPass, compiled or not, in a sequence of one.
+        """item_features: the rows of each feature by item, in the order in which the pass reads them after the item's
+        own. query: QueryPass, compiled or not, in a sequence of one. id_rows: of raw item ids.
         """
         self.form, self._items, self._index, self._query = form, items, index, query
         self._features_FE = [torch.from_numpy(ids_E).int() for ids_E in item_features]
-        self._count_unknown = count_unknown
+        self._count_unknown, self._id_rows = count_unknown, id_rows
         self.inputs: Sequence[TensorSpec]
         self.outputs: Sequence[TensorSpec]
         self.inputs, self.outputs = tensors(items, form)
@@ -83,7 +89,8 @@ class RetrieveServable:
     def encode(self, columns: Mapping[str, np.ndarray]) -> RetrieveRequest:
         """columns: history, oldest first; times, whole seconds, where the tower reads time; k, 100 unless given.
 
-        Events of items that the model does not know are left out and counted. Raises RequestError.
+        Events of items that the model does not know are left out and counted; those of raw ids that have no row read a
+        shared one and are counted. Raises RequestError.
         """
         known = [spec.name for spec in self.inputs]
         for name in columns:
@@ -94,15 +101,17 @@ class RetrieveServable:
                 raise RequestError(name, "is missing")
         ids_T = ids_of(HISTORY, np.asarray(columns[HISTORY]), self._items, self.form.item_cardinality)
         known_T = ids_T > 0
-        if unknown := int((~known_T).sum()):
+        rows_T, shared_T = self._id_rows.rows(ITEM, ids_T)
+        if unknown := int((~known_T | shared_T).sum()):
             self._count_unknown({HISTORY: unknown})
             if self.form.unknown == "reject":
                 raise RequestError(HISTORY, f"{unknown} of its items were not seen in training, which is refused here")
         times_T = self._times(columns, len(ids_T))[known_T]
-        ids_T = ids_T[known_T]
-        window_T = ids_T[-self.form.max_length :]
+        ids_T, rows_T = ids_T[known_T], rows_T[known_T]
+        newest = slice(-self.form.max_length, None)
+        window_T = ids_T[newest]
         seen = {"all": ids_T, "window": window_T, "none": ids_T[:0]}[self.form.filter_seen]
-        return RetrieveRequest(window_T, times_T[-self.form.max_length :], np.unique(seen), self._k(columns))
+        return RetrieveRequest(window_T, rows_T[newest], times_T[newest], np.unique(seen), self._k(columns))
 
     def run(self, requests: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
         """Items and scores of each request, best first; fewer than k where fewer are left, none without history."""
@@ -127,7 +136,7 @@ class RetrieveServable:
 
     def _query_of(self, request: RetrieveRequest) -> Sequence[Tensor]:
         ids_T = torch.from_numpy(request.ids_T)
-        ids_FT = torch.stack([ids_T.int(), *(ids_E[ids_T] for ids_E in self._features_FE)])
+        ids_FT = torch.stack([torch.from_numpy(request.rows_T).int(), *(ids_E[ids_T] for ids_E in self._features_FE)])
         return self._query(ids_FT, torch.from_numpy(request.times_T))
 
     def _answer(self, ids_K: np.ndarray, scores_K: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from gr.serving.package.layout import Manifest
 from gr.serving.package.version import CompiledPass, Unseen
 from gr.serving.package.weights import map_tensors
 from gr.serving.servable import Servable
+from gr.serving.tables.id_rows import IdRows
 from gr.serving.verbs.request_ids import warm_up
 from gr.serving.verbs.retrieval import Index, RetrievalForm, RetrieveServable
 
@@ -59,12 +60,14 @@ def open_verbs(
     except (OSError, ValidationError) as error:
         raise ServingError(f"{folder / FORM}: cannot be read ({str(error).splitlines()[0]}); export again") from None
     corpus_E, _ = read_corpus(folder, schema)
-    exact = open_exact(folder, torch.from_numpy(corpus_E))
+    exact = open_exact(folder, torch.tensor(corpus_E))
     index: Index = exact if stored.probes is None else load(exact, folder / LISTS, stored.probes)
     by_item = read_item_features(folder, schema)
     features = [name for name in manifest.form["features"] if name != schema.item_feature]
     items = Vocabulary.open(folder, schema, schema.item_feature)
     warm_up([items])
     query = passes["query"]
-    verb = RetrieveServable(stored.form, items, [by_item[name] for name in features], index, query, unseen.add)
+    id_rows = IdRows.open(folder, manifest)
+    feature_rows = [id_rows.rows(name, by_item[name])[0] for name in features]
+    verb = RetrieveServable(stored.form, items, feature_rows, index, query, unseen.add, id_rows)
     return {"retrieve": verb}

@@ -201,4 +201,4 @@ def test_the_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert main(["apply", base, delta, delta, "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["publish", str(checkpoint), "--since", "10"]) == 2
-    assert "give --to PACKAGE for a whole version, or --since STEP with --out" in capsys.readouterr().err
+    assert "give --to PACKAGE for a version of it, or --since STEP with --out" in capsys.readouterr().err
