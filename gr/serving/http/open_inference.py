@@ -141,7 +141,7 @@ class _Layout:
     """Where the tensors of a request lie in its binary part, for requests without a fault.
 
     tensors: name, type, first byte and shape of each. floats: first byte, type and count of numbers that lie side by
-    side. bytes: of all tensors together.
+    side. size: bytes of all tensors together.
     """
 
     id: str | None
@@ -149,11 +149,11 @@ class _Layout:
     asked: dict[str, bool]
     tensors: tuple[tuple[str, np.dtype, int, tuple[int, ...]], ...]
     floats: tuple[tuple[int, np.dtype, int], ...]
-    bytes: int
+    size: int
 
     def columns(self, body: bytes, json_bytes: int) -> dict[str, np.ndarray] | None:
         """The tensors of a body, without a copy of each; None where one has a fault, which is then looked for."""
-        if len(body) - json_bytes != self.bytes:
+        if len(body) - json_bytes != self.size:
             return None
         binary = np.frombuffer(body, np.uint8, offset=json_bytes).copy()  # aligned, and the body can go
         for start, dtype, count in self.floats:
