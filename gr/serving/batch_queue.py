@@ -119,13 +119,17 @@ class BatchQueue:
             raise Unavailable("the engine is closed")
         if self.is_idle:
             return
-        busy = len(self._running) >= self._workers
+        waiting_rows = self.rows + rows
+        is_full = waiting_rows > self._queue_rows
+        if not is_full and len(self._waiting) < self._workers:
+            return
         now = time.monotonic()
+        busy = len(self._running) >= self._workers
         ends = max(0.0, min(self._running.values()) - now) if busy else 0.0
-        wait = ends + self.time.of(self.rows + rows, self._most_rows()) / self._workers
-        if self.rows + rows > self._queue_rows:
+        wait = ends + self.time.of(waiting_rows, self._most_rows()) / self._workers
+        if is_full:
             raise Overloaded(f"{self.rows:,} rows wait, at most {self._queue_rows:,}; try again later", wait)
-        if now + _MARGIN * wait > deadline and len(self._waiting) >= self._workers:
+        if now + _MARGIN * wait > deadline:
             left = 1e3 * max(0.0, deadline - now)
             raise Overloaded(
                 f"{self.rows:,} rows wait, so an answer takes about {1e3 * wait:.0f} ms, and the deadline is in "

@@ -4,9 +4,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ from gr.serving.servable import RequestError, Servable, ServedVersion, Unavailab
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """version: the name of the one version that encoded the request and computed all of `outputs`."""
 
     version: str
@@ -46,9 +44,9 @@ class _Held:
             self._requests += not self._retired
             return not self._retired
 
-    def release(self) -> None:
+    def release(self, requests: int = 1) -> None:
         with self._lock:
-            self._requests -= 1
+            self._requests -= requests
             last = self._retired and not self._requests
         if last:
             self.version.close()
@@ -220,9 +218,11 @@ class Engine:
         queue = self._queues[verb]
         while any(taken := queue.take()):
             batch, late = taken
+            now = time.monotonic()
             for request in late:
-                waited = 1e3 * (time.monotonic() - request.arrived)
-                self._finish(verb, request, Overloaded(f"not answered in its {waited:.0f} ms; try again later", 0.0))
+                waited = 1e3 * (now - request.arrived)
+                error = Overloaded(f"not answered in its {waited:.0f} ms; try again later", 0.0)
+                self._finish(verb, [request], [error])
             if batch:
                 self._answer(verb, queue, batch)
 
@@ -238,7 +238,7 @@ class Engine:
                     log.error(f"{failed[0]}: %s", *failed[1:], error)
                 else:
                     log.exception(*failed)
-                self._finish(verb, batch[0], error)
+                self._finish(verb, batch, [error])
                 return
             for request in batch:  # so that the one at fault fails alone
                 self._answer(verb, queue, [request])
@@ -246,22 +246,33 @@ class Engine:
         ended = time.monotonic()
         queue.time.add(rows, ended - started)
         self.metrics.batch(verb, len(batch), rows, ended - started)
-        for request, columns in zip(batch, outputs, strict=True):
-            if not isinstance(columns, RequestError):
-                columns = Answer(held.version.name, columns, started - request.arrived, ended - started)
-            self._finish(verb, request, columns)
+        name, run_seconds = held.version.name, ended - started
+        self._finish(
+            verb,
+            batch,
+            [
+                columns
+                if isinstance(columns, RequestError)
+                else Answer(name, columns, started - request.arrived, run_seconds)
+                for request, columns in zip(batch, outputs, strict=True)
+            ],
+        )
 
-    def _finish(self, verb: str, request: Request, result: Answer | Exception) -> None:
-        seconds = time.monotonic() - request.arrived
-        request.version.release()
-        if request.future.cancelled():
-            self.metrics.cancelled(verb)
-        elif isinstance(result, Answer):
-            self.metrics.answered(verb, seconds, None)
-            request.future.set_result(result)
-        else:
-            self.metrics.answered(verb, seconds, result)
-            request.future.set_exception(result)
+    def _finish(self, verb: str, requests: Sequence[Request], results: Sequence[Answer | Exception]) -> None:
+        """Gives requests of one version their results, all of them by one look at each lock."""
+        now = time.monotonic()
+        requests[0].version.release(len(requests))
+        kept = [each for each in zip(requests, results, strict=True) if not each[0].future.cancelled()]
+        self.metrics.cancelled(verb, len(requests) - len(kept))
+        self.metrics.answered(
+            verb,
+            [(now - request.arrived, None if isinstance(result, Answer) else result) for request, result in kept],
+        )
+        for request, result in kept:
+            if isinstance(result, Answer):
+                request.future.set_result(result)
+            else:
+                request.future.set_exception(result)
 
     def close(self) -> None:
         """Answers what waits, then gives the version back. Requests after it are refused."""

@@ -3,7 +3,7 @@
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gr.serving.batch_queue import Overloaded
 from gr.serving.servable import RequestError
@@ -44,9 +44,10 @@ class EngineMetrics:
         with self._lock:
             self.verbs[verb].outcomes[outcome(error)] += 1
 
-    def cancelled(self, verb: str) -> None:
-        with self._lock:
-            self.verbs[verb].outcomes["cancelled"] += 1
+    def cancelled(self, verb: str, requests: int) -> None:
+        if requests:
+            with self._lock:
+                self.verbs[verb].outcomes["cancelled"] += requests
 
     def batch(self, verb: str, requests: int, rows: int, seconds: float) -> None:
         with self._lock:
@@ -55,12 +56,14 @@ class EngineMetrics:
             metrics.batch_rows.add(rows)
             metrics.batch_seconds.add(seconds)
 
-    def answered(self, verb: str, seconds: float, error: BaseException | None) -> None:
-        """seconds: from its arrival to its answer."""
+    def answered(self, verb: str, results: Sequence[tuple[float, BaseException | None]]) -> None:
+        """results: of each request, the seconds from its arrival to its answer, and its error."""
         with self._lock:
-            self.verbs[verb].outcomes[outcome(error)] += 1
-            if error is None:
-                self.verbs[verb].request_seconds.add(seconds)
+            metrics = self.verbs[verb]
+            for seconds, error in results:
+                metrics.outcomes[outcome(error)] += 1
+                if error is None:
+                    metrics.request_seconds.add(seconds)
 
     def swapped(self) -> None:
         with self._lock:

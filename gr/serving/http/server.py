@@ -1,6 +1,7 @@
 """The HTTP server: Open Inference Protocol, health and metrics in front of an engine. See docs/serving.md."""
 
 import asyncio
+import gc
 import json
 import math
 import os
@@ -300,6 +301,8 @@ def serve(served: Served, listener: socket.socket) -> None:
     log.info("%s", describe(served, listener))
     server = uvicorn.Server(LimitedConfig(application(served), served.limits, served.refusal))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered, for handlers before
+    gc.collect()
+    gc.freeze()  # what libraries and the model hold is never garbage, and to look through it takes a tenth of a second
     server.run(sockets=[listener])
 
 

@@ -62,8 +62,9 @@ class ClickServable:
         self._rows, self._id_rows = rows, id_rows
         self.compiled_pass, self._unknown, self._unseen = run, unknown, unseen
         self._hots = {column.name: column.hots for column in rows.schema.sparse}
-        self._plain = {name: np.dtype(np.float32) for name in rows.schema.dense} | {
-            name: np.dtype(np.int64) for name in self._hots if rows.vocabularies[name].has_numbers
+        # Type and ids of a row of each column that a batch of requests reads as one array.
+        self._plain = {name: (np.dtype(np.float32), 1) for name in rows.schema.dense} | {
+            name: (np.dtype(np.int64), hots) for name, hots in self._hots.items() if rows.vocabularies[name].has_numbers
         }
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> PlainRows | ReadRows:
@@ -73,6 +74,8 @@ class ClickServable:
         finite number or no id; and, where the package says so, a value that training did not see. What is wrong with
         values of plain columns is what `run` answers.
         """
+        if rows := self._plain_rows(columns):
+            return PlainRows(columns, rows)
         known = [spec.name for spec in self.inputs]
         for name in columns:
             if name not in known:
@@ -81,10 +84,23 @@ class ClickServable:
             if name not in columns:
                 raise RequestError(name, "is missing; the model reads it")
         arrays = {name: np.asarray(columns[name]) for name in known}
-        rows = self._check_shapes(arrays)
-        if all(array.dtype == self._plain.get(name) for name, array in arrays.items()):
-            return PlainRows(arrays, rows)
+        self._check_shapes(arrays)
         return self.read(arrays)
+
+    def _plain_rows(self, columns: Mapping[str, np.ndarray]) -> int:
+        """The number of rows where these are all plain columns, of the right types and shapes; 0 where they are not."""
+        if len(columns) != len(self._plain) or len(self._plain) != len(self.inputs):
+            return 0
+        first = columns.get(self.inputs[0].name)
+        rows = len(first) if isinstance(first, np.ndarray) and first.ndim else 0
+        shapes = {1: (rows,)}
+        for name, (dtype, hots) in self._plain.items():
+            array = columns.get(name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype:
+                return 0
+            if array.shape != (shapes.get(hots) or (rows, hots)):
+                return 0
+        return rows
 
     def read(self, columns: Mapping[str, np.ndarray]) -> ReadRows:
         """The rows of one request, or of several one behind the other. Raises RequestError, as encode does."""
@@ -120,9 +136,15 @@ class ClickServable:
             require_finite(scores_B)
         else:
             scores_B = np.empty(0, dtype=np.float32)
-        stops = np.cumsum([request.rows for place, request in enumerate(requests) if place not in faults])[:-1]
-        parts = iter(np.split(scores_B, stops))
-        return [faults[place] if place in faults else {"score": next(parts)} for place in range(len(requests))]
+        answers: list[dict[str, np.ndarray] | RequestError] = []
+        start = 0
+        for place, request in enumerate(requests):
+            if (fault := faults.get(place)) is not None:
+                answers.append(fault)
+            else:
+                answers.append({"score": scores_B[start : start + request.rows]})
+                start += request.rows
+        return answers
 
     def _read_batch(self, requests: Sequence[Encoded]) -> tuple[ReadRows, dict[int, RequestError]]:
         """The rows of all requests but those at fault, and what is wrong with these, by their places."""
@@ -147,8 +169,8 @@ class ClickServable:
             return ReadRows(np.empty((0, 0), np.float32), np.empty((0, 0), np.int32)), faults
         return ReadRows(*(np.concatenate(parts) for parts in zip(*blocks, strict=True))), faults
 
-    def _check_shapes(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """The number of rows. Raises RequestError."""
+    def _check_shapes(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises RequestError."""
         first = next(iter(arrays.values()))
         rows = len(first) if first.ndim else -1
         for name, values in arrays.items():
@@ -158,7 +180,6 @@ class ClickServable:
                 raise RequestError(
                     name, f"has shape {list(values.shape)}, wanted {shape} with the same rows in all columns"
                 )
-        return rows
 
     def _read_any(self, arrays: Mapping[str, np.ndarray]) -> tuple[TabularRows, dict[str, int]]:
         """Columns of any kind. Raises RequestError."""

@@ -8,7 +8,7 @@ import pytest
 
 from gr.errors import ServingError
 from gr.serving import RequestError, TensorSpec
-from gr.serving.http.open_inference import DATATYPES, read_request, write_response
+from gr.serving.http.open_inference import DATATYPES, read_request, write_request, write_response
 
 INPUTS = [TensorSpec(datatype.lower(), datatype, (-1,)) for datatype in DATATYPES]
 INPUTS += [TensorSpec("m", "INT64", (-1, 3)), TensorSpec("s", "FP32", ())]
@@ -160,3 +160,31 @@ def test_answers():
     assert json.loads(text)["outputs"][0]["data"] == [0.5, None]
     with pytest.raises(ServingError, match="not finite"):
         write_response({}, {"y": np.array([np.inf], np.float32)}, OUTPUTS, {"y": False})
+
+
+SPECS = [TensorSpec("a", "FP32", (-1,)), TensorSpec("b", "FP32", (-1,)), TensorSpec("c", "INT64", (-1, 2))]
+
+
+def body_of(a, b, c):
+    return write_request({"a": np.float32(a), "b": np.float32(b), "c": np.int64(c)}, SPECS)
+
+
+def test_json_that_is_repeated_is_compared_with_the_inputs_of_each_version():
+    body, json_bytes = body_of([1, 2], [3, 4], [[5, 6], [7, 8]])
+    for _ in range(3):
+        columns = read_request(body, json_bytes, SPECS, []).columns
+        assert columns["b"].tolist() == [3, 4] and columns["c"].tolist() == [[5, 6], [7, 8]]
+        assert all(each.flags.aligned and each.flags.writeable for each in columns.values())
+    with pytest.raises(RequestError, match=r"c: datatype is 'INT64', expected INT32"):
+        read_request(body, json_bytes, [*SPECS[:2], TensorSpec("c", "INT32", (-1, 2))], [])
+    with pytest.raises(RequestError, match=r"inputs\[2\].name: there is no 'c'"):
+        read_request(body, json_bytes, SPECS[:2], [])
+
+
+def test_numbers_in_repeated_json_are_checked_each_time():
+    read_request(*body_of([1, 2], [3, 4], [[5, 6], [7, 8]]), SPECS, [])
+    body, json_bytes = body_of([1, 2], [3, np.inf], [[5, 6], [7, 8]])
+    with pytest.raises(RequestError, match="b: element 1 is no finite FP32"):
+        read_request(body, json_bytes, SPECS, [])
+    with pytest.raises(RequestError, match="c: binary_data_size is 32 bytes, and 31 are left"):
+        read_request(body_of([1, 2], [3, 4], [[5, 6], [7, 8]])[0][:-1], json_bytes, SPECS, [])
