@@ -121,7 +121,7 @@ class PreferenceRecipe(RetrievalRecipe):
         self.check_saved(saved, str(path))
         began = {name: torch.empty_like(parameter) for name, parameter in model.reference.named_parameters()}
         reward = {name: parameter.detach() for name, parameter in model.reward.named_parameters()}
-        load_weights(path, reward | {f"reference.{name}": value for name, value in began.items()}, {})
+        load_weights(path, reward | {f"reference.{name}": value for name, value in began.items()}, {}, {})
         for name, parameter in model.reference.named_parameters():
             if not torch.equal(parameter, began[name]):
                 raise CheckpointError(

@@ -85,6 +85,14 @@ def test_tokens_of_one_task_and_of_many(backend: Backend, tokens: int) -> None:
     assert_gate(replace(GATE, concat=True, dropout=0.5), tokens, 50, True, torch.float32, backend)
 
 
+@pytest.mark.parametrize("concat", [False, True], ids=["", "concat"])
+@pytest.mark.parametrize("width", [1, 3, 4, 7, 12, 17])
+def test_rows_narrower_than_a_vector(backend: Backend, width: int, concat: bool) -> None:
+    """Rows are written in whole vectors, which must not reach beyond the tensor: that would damage the heap."""
+    for tokens in (1, 2, 5, 65):
+        assert_gate(replace(GATE, concat=concat, dropout=0.5), tokens, width, True, torch.float32, backend)
+
+
 def test_gate_is_the_formula_written_out() -> None:
     u, a, weight, bias = torch.randn(2, 4), torch.randn(2, 4), torch.randn(4), torch.randn(4)
     y = norm_mul_dropout_reference(u, a, weight, bias, replace(GATE, groups=2, silu=True, concat=True))

@@ -39,6 +39,8 @@ struct Gate {
   // Elements to walk for a group: whole vectors where there is one group, whose padding is zero.
   int64_t walked() const { return groups == 1 ? padded() : part(); }
   int64_t columns() const { return concat ? 3 * width : width; }
+  // Whether whole vectors that begin at the last part of a row would go beyond the end of this and the rows after it.
+  bool at_end(int64_t rows, int64_t row_columns) const { return rows * row_columns < row_columns - width + padded(); }
   // x <- x / (1 - dropout) or 0, for the columns [first, first + width) of a row.
   void drop(int64_t row, int64_t first, float* __restrict x) const {
     if (dropout == 0) return;
@@ -75,8 +77,9 @@ struct Row {
 };
 
 // A row is read and written in whole vectors, since a vector that is loaded after its last elements were stored one by
-// one waits for them. What lies behind the row is masked away when read; when written, the next row is yet to come. Only
-// the last row of a tensor is read, and the last row of a task written, to its own end: `exact`.
+// one waits for them. What lies behind the row is masked away when read; when written, the next rows are yet to come.
+// Where a vector would leave the tensor (read) or the rows of the task (written), a row is read or written to its own
+// end: `exact`. With rows of less than half a vector that is more than the last one.
 template <typename S> void read(const S* __restrict in, const Row& row, float* __restrict out, const Gate& gate,
                                 bool exact) {
   const int64_t n = gate.padded() / kLanes * kLanes;
@@ -155,9 +158,9 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
       const Row row(gate, scratch);
       for (int64_t t = begin; t < end; ++t) {
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
-                kAhead * u.stride(0), row, t + 1 == u.size(0));
+                kAhead * u.stride(0), row, gate.at_end(u.size(0) - t, gate.width));
         gate_row(row, gate.padded());
-        const bool exact = t + 1 == end;
+        const bool exact = gate.at_end(end - t, gate.columns());
         scalar_t* to = out.mutable_data_ptr<scalar_t>() + t * gate.columns();
         if (gate.concat) {
           gate.drop(t, 0, row.u);
@@ -214,13 +217,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
       const Row row(gate, scratch);
       const int64_t end = std::min(last * kRows, u.size(0));
       for (int64_t t = first * kRows; t < end; ++t) {
-        const bool exact = t + 1 == end;
+        const bool exact = gate.at_end(end - t, gate.width);
+        const bool last_of_dy = gate.at_end(u.size(0) - t, gate.columns());
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
-                kAhead * u.stride(0), row, t + 1 == u.size(0));
+                kAhead * u.stride(0), row, gate.at_end(u.size(0) - t, gate.width));
         const scalar_t* from = dy.const_data_ptr<scalar_t>() + t * gate.columns();
         for (int64_t p = gate.concat ? 0 : 2; p < 3; ++p) {
           const int64_t first = gate.concat ? p * gate.width : 0;
-          read(from + first, row, row.y[p], gate, t + 1 == u.size(0));
+          read(from + first, row, row.y[p], gate, last_of_dy);
           gate.drop(t, first, row.y[p]);
         }
         backward_row(gate, row, weight ? sums.mutable_data_ptr<float>() + t / kRows * 2 * gate.width : nullptr);
