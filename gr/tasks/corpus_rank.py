@@ -93,7 +93,10 @@ class CorpusRanker:
         if self.world.any(not finite):
             raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
         if self.world.size > 1:
-            scores_QK, ids_QK = self._best_of_ranks(scores_QK, ids_QK, len(queries_BD), k)
+            B, first_query = len(queries_BD), self.world.rank * len(queries_BD)
+            # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
+            parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
+            scores_QK, ids_QK = best(*(part.transpose(0, 1).flatten(1) for part in parts), k)
         return ids_QK.masked_fill(scores_QK == -torch.inf, 0), scores_QK
 
     def _top_of_slice(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -106,14 +109,6 @@ class CorpusRanker:
                 of_block = best(torch.cat([scores_QK, of_block[0]], 1), torch.cat([ids_QK, of_block[1]], 1), k)
             scores_QK, ids_QK = of_block
         return scores_QK, ids_QK
-
-    def _best_of_ranks(self, scores_QK: Tensor, ids_QK: Tensor, B: int, k: int) -> tuple[Tensor, Tensor]:
-        """The k best of this rank's B queries among those that each rank found in its slice: scores and ids, [B, k]."""
-        first_query = self.world.rank * B
-        # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
-        parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
-        scores_BC, ids_BC = (part.transpose(0, 1).flatten(1) for part in parts)
-        return best(scores_BC, ids_BC, k)
 
     def _floor(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> Tensor | None:
         """A score that the k-th best item of each query reaches, [Q]; None where scores are no mixtures."""

@@ -35,7 +35,7 @@ CEILINGS = {
     "cli": 2.6,
     "prepare": 5.0,
 }
-WITHOUT_PREPARE = 42.5
+WITHOUT_PREPARE = 42.51
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
