@@ -60,8 +60,15 @@ class Vocabulary:
             return pa.array(ids_N, type=pa.int64())
         if not len(self.ids_V):
             return pa.nulls(len(ids_N), self.type)
-        place_N = np.minimum(np.searchsorted(self.ids_V, ids_N), len(self.ids_V) - 1)
+        place_N = ids_N - self.ids_V[0] if self._is_dense else np.searchsorted(self.ids_V, ids_N)
+        place_N = np.clip(place_N, 0, len(self.ids_V) - 1)
         return self.values_V.take(pa.array(place_N, mask=self.ids_V[place_N] != ids_N))
+
+    @cached_property
+    def _is_dense(self) -> bool:
+        """Whether no id between the first and the last is missing, so that a place is a difference, not a search."""
+        assert self.ids_V is not None
+        return int(self.ids_V[-1]) - int(self.ids_V[0]) == len(self.ids_V) - 1
 
     def ids(self, values_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """The id of each value, int64; 0 for a null and for one that is not in the vocabulary."""

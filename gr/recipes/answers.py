@@ -22,6 +22,7 @@ from gr.errors import ConfigError, DataError
 from gr.files import is_transient
 
 _MAGIC = b"PAR1"
+_ROW_GROUP = 16 << 20  # bytes in memory of the rows of a row group
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,9 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
     try:
         world.on_all(part.touch)
         with pq.ParquetWriter(part, schema) as writer:
-            for table in tables:
-                if table.num_rows:
-                    writer.write_table(table)
-                    rows += table.num_rows
+            for table in _in_row_groups(tables):
+                writer.write_table(table)
+                rows += table.num_rows
         (total,) = world.all_reduce_sum([float(rows)])
         # No rank removes its part, or returns, before the file has its name.
         world.on_all(lambda: _join(out, schema, world.size) if world.is_main else None)
@@ -124,6 +124,19 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
             if left.exists():
                 left.unlink()
     return int(total)
+
+
+def _in_row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of about _ROW_GROUP bytes: a row group a batch would repeat its dictionary each time."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        if table.num_rows:
+            pending.append(table)
+        if sum(each.nbytes for each in pending) >= _ROW_GROUP:
+            yield pa.concat_tables(pending)
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending)
 
 
 def _opened(path: Path) -> pq.ParquetFile:

@@ -20,6 +20,7 @@ from gr.tasks.similarity import MixtureOfLogits, Similarity
 
 LOOKUP_CHUNK = 1 << 16
 SCORE_BLOCK = 1 << 15
+QUERY_BLOCK = 1 << 7  # with a block of items, scores of 16 MiB: up to 32 MiB, the C library hands out used pages again
 
 
 class CorpusRanker:
@@ -82,24 +83,32 @@ class CorpusRanker:
         Every rank passes as many queries. Raises TrainingError where scores are not finite.
         """
         queries = self._gather(queries_BD.float())
+        owner, place = self._seen_places(batch)
+        blocks = []
+        for first in range(0, max(len(queries), 1), QUERY_BLOCK):
+            own = (owner >= first) & (owner < first + QUERY_BLOCK)
+            blocks.append(self._top_of_slice(queries[first : first + QUERY_BLOCK], (owner[own] - first, place[own]), k))
+        scores_QK, ids_QK = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        finite = not bool(scores_QK.isnan().any())
+        if self.world.any(not finite):
+            raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
+        if self.world.size > 1:
+            B, first_query = len(queries_BD), self.world.rank * len(queries_BD)
+            # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
+            parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
+            scores_QK, ids_QK = best(*(part.transpose(0, 1).flatten(1) for part in parts), k)
+        return ids_QK.masked_fill(scores_QK == -torch.inf, 0), scores_QK
+
+    def _top_of_slice(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+        """What `top` gives of the items of this rank alone: scores, where NaN is best, and ids."""
         scores_QK = queries.new_full((len(queries), k), -torch.inf)
         ids_QK = torch.zeros_like(scores_QK, dtype=torch.int64)
-        finite = True
-        seen = self._seen_places(batch)
         for first, score in self._score_blocks(queries, seen, self._floor(queries, seen, k)):
             of_block = best(score, self.ids[first : first + score.shape[1]].expand_as(score), min(k, score.shape[1]))
-            finite = finite and not bool(of_block[0].isnan().any())  # a NaN comes before all numbers
             if first or score.shape[1] < k:
                 of_block = best(torch.cat([scores_QK, of_block[0]], 1), torch.cat([ids_QK, of_block[1]], 1), k)
             scores_QK, ids_QK = of_block
-        if self.world.any(not finite):
-            raise TrainingError("scores are not finite: the model has diverged, there is nothing to rank")
-        B, first_query = len(queries_BD), self.world.rank * len(queries_BD)
-        # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
-        parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
-        scores_BC, ids_BC = (part.transpose(0, 1).flatten(1) for part in parts)
-        scores_BK, ids_BK = best(scores_BC, ids_BC, k)
-        return ids_BK.masked_fill(scores_BK == -torch.inf, 0), scores_BK
+        return scores_QK, ids_QK
 
     def _floor(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> Tensor | None:
         """A score that the k-th best item of each query reaches, [Q]; None where scores are no mixtures."""

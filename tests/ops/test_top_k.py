@@ -11,9 +11,7 @@ SCORES = st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, 2.0])
 
 
 @given(
-    st.lists(
-        st.lists(st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, 2.0]), min_size=6, max_size=6), min_size=1, max_size=4
-    ),
+    st.lists(st.lists(SCORES, min_size=6, max_size=6), min_size=1, max_size=4),
     st.integers(1, 6),
     st.permutations(range(10, 16)),
 )
@@ -29,3 +27,11 @@ def test_best_first_and_of_equal_scores_the_smaller_id(rows: list[list[float]], 
 def test_an_empty_batch(k: int) -> None:
     scores_QK, ids_QK = best(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), k)
     assert scores_QK.shape == ids_QK.shape == (0, k)
+
+
+def test_a_nan_is_the_best_also_beside_ties() -> None:
+    scores_QK, ids_QK = best(
+        torch.tensor([[1.0, torch.nan, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0]]), torch.arange(8).view(2, 4), 2
+    )
+    assert scores_QK.isnan().tolist() == [[True, False], [False, False]]
+    assert ids_QK.tolist() == [[1, 0], [5, 6]]

@@ -30,6 +30,8 @@ def test_text(kind: pa.DataType) -> None:
         assert TEXT.ids(each).tolist() == [9, 2, 0, 0, 5, 9]
     assert TEXT.lookup(values)[1].tolist() == [True, True, False, False, True, True]
     assert TEXT.values(np.array([9, 2, 0, 3, 100])).to_pylist() == ["é", "", None, None, None]
+    without_gaps = Vocabulary("shop", np.array([2, 3, 4]), pa.array(["", "7", "é"]))
+    assert without_gaps.values(np.array([4, 2, 0, 3, 100, 5, 1])).to_pylist() == ["é", "", None, "7", None, None, None]
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.int8(), pa.float64(), pa.string()])
