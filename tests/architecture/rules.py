@@ -17,25 +17,25 @@ TERMINAL = "gr/cli/out.py"
 # Thousand lines of Python and C++ of each room, as docs/design/architecture.md has them.
 CEILINGS = {
     "ground": 1.1,
-    "config": 4.2,
+    "config": 4.3,
     "data": 3.5,
     "ops": 7.3,
     "embeddings": 1.5,
     "parallel": 0.7,
     "towers": 1.0,
-    "tasks": 0.8,
-    "models": 1.6,
+    "tasks": 0.9,
+    "models": 1.7,
     "metrics": 1.0,
-    "checkpoint": 1.5,
+    "checkpoint": 1.6,
     "planner": 5.1,
     "cluster": 0.5,
     "training": 1.4,
-    "serving": 7.7,
-    "recipes": 2.2,
-    "cli": 2.6,
-    "prepare": 5.0,
+    "serving": 8.1,
+    "recipes": 2.4,
+    "cli": 2.7,
+    "prepare": 5.1,
 }
-WITHOUT_PREPARE = 43.7
+WITHOUT_PREPARE = 45.4
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

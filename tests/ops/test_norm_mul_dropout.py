@@ -18,7 +18,7 @@ from gr.ops.norm_mul_dropout.reference import (
     norm_mul_dropout_reference,
 )
 from tests.support.operators import draw, gradients
-from tests.support.tolerances import assert_near
+from tests.support.tolerances import assert_near, relative_error
 
 GATE = Gate(groups=1, eps=1e-6, silu=False, concat=False, dropout=0.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,9 +88,16 @@ def test_tokens_of_one_task_and_of_many(backend: Backend, tokens: int) -> None:
 @pytest.mark.parametrize("concat", [False, True], ids=["", "concat"])
 @pytest.mark.parametrize("width", [1, 3, 4, 7, 12, 17])
 def test_rows_narrower_than_a_vector(backend: Backend, width: int, concat: bool) -> None:
-    """Rows are written in whole vectors, which must not reach beyond the tensor: that would damage the heap."""
+    """Rows are written in whole vectors, which must not reach beyond the tensor: that would damage the heap.
+
+    The norm of so few elements loses digits on every path.
+    """
+    gate = replace(GATE, concat=concat, dropout=0.5)
     for tokens in (1, 2, 5, 65):
-        assert_gate(replace(GATE, concat=concat, dropout=0.5), tokens, width, True, torch.float32, backend)
+        inputs, grad = gate_case(gate, tokens, width, True, torch.float32)
+        expected = run_gate(gate, [x.detach() for x in inputs], grad, torch.float64, "torch")
+        for value, exact in zip(run_gate(gate, inputs, grad, torch.float32, backend), expected, strict=True):
+            assert relative_error(value, exact) < 1e-5
 
 
 def test_gate_is_the_formula_written_out() -> None:

@@ -163,9 +163,8 @@ class RankServable:
         self.form, self._passes, self._vocabularies, self._version = form, passes, vocabularies, version
         self.cache = cache if form.lifetime == "user" else None
         self._id_rows, self._unknown, self._count_unseen = id_rows, unknown, count_unseen
-        self.inputs: Sequence[TensorSpec] = form.inputs(
-            {name: vocabulary.type for name, vocabulary in vocabularies.items()}
-        )
+        types = {name: vocabulary.type for name, vocabulary in vocabularies.items()}
+        self.inputs: Sequence[TensorSpec] = form.inputs(types)
         self.outputs: Sequence[TensorSpec] = form.outputs()
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> RankRequest:
