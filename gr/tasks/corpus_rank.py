@@ -96,7 +96,8 @@ class CorpusRanker:
             B, first_query = len(queries_BD), self.world.rank * len(queries_BD)
             # [ranks, queries of all ranks, k] -> the candidates of this rank's queries.
             parts = [self._gather_parts(part)[:, first_query : first_query + B] for part in (scores_QK, ids_QK)]
-            scores_QK, ids_QK = best(*(part.transpose(0, 1).flatten(1) for part in parts), k)
+            all_scores, all_ids = (part.transpose(0, 1).flatten(1) for part in parts)
+            scores_QK, ids_QK = best(all_scores, all_ids, k)
         return ids_QK.masked_fill(scores_QK == -torch.inf, 0), scores_QK
 
     def _top_of_slice(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
