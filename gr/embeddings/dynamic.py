@@ -135,7 +135,7 @@ class DynamicTable:
 
     @property
     def raw_id_name(self) -> str:
-        """What a checkpoint calls the ids of all ways, int64 [sets, ways], among its tables."""
+        """A checkpoint's name for the ids of all ways, int64 [sets, ways], among its tables."""
         return f"{self.name}/ids.raw_id"
 
     def entries(self) -> Iterator[IdEntry]:

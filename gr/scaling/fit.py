@@ -119,7 +119,7 @@ class Optimum:
 
 
 def optima(cells: Cells) -> list[Optimum]:
-    """Of each budget with three sizes or more; means over seeds."""
+    """The optimum of each budget with three sizes or more; means over seeds."""
     chosen = []
     for budget in np.unique(cells.budget):
         own = cells.take(cells.budget == budget)
@@ -199,7 +199,7 @@ class Fit:
     prediction: Prediction | None
 
     def summary(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fit as JSON has it."""
         held_out = None
         if self.prediction is not None:
             arrays = {name: getattr(self.prediction, name).tolist() for name in ("N", "measured", "errors")}

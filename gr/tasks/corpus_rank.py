@@ -101,7 +101,7 @@ class CorpusRanker:
         return ids_QK.masked_fill(scores_QK == -torch.inf, 0), scores_QK
 
     def _top_of_slice(self, queries: Tensor, seen: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-        """What `top` gives of the items of this rank alone: scores, where NaN is best, and ids."""
+        """The result of `top` among the items of this rank alone: scores, where NaN is best, and ids."""
         scores_QK = queries.new_full((len(queries), k), -torch.inf)
         ids_QK = torch.zeros_like(scores_QK, dtype=torch.int64)
         for first, score in self._score_blocks(queries, seen, self._floor(queries, seen, k)):

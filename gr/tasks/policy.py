@@ -75,7 +75,7 @@ def list_score(rewards_PS: Tensor, order_PL: Tensor) -> Tensor:
 
 
 def mean_and_deviation(score_P: Tensor, world: World) -> tuple[float, float]:
-    """Those over the histories of all ranks, by which scores are whitened. Collective."""
+    """The mean and deviation over the histories of all ranks, by which scores are whitened. Collective."""
     count, total = world.all_reduce_sum([float(len(score_P)), float(score_P.double().sum())])
     mean = total / max(count, 1.0)
     (squares,) = world.all_reduce_sum([float((score_P.double() - mean).square().sum())])

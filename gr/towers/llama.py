@@ -175,7 +175,7 @@ class LlamaAttention(nn.Module):
         return rotate(k_TGQ, *turn).to(v_TGQ.dtype), v_TGQ
 
     def _heads(self, linear: nn.Module, x_TD: Tensor) -> Tensor:
-        """As many heads as the columns make: under tensor parallelism a rank has some of them."""
+        """The tensor split into as many heads as its columns make: under tensor parallelism a rank has some of them."""
         return linear(x_TD).unflatten(-1, (-1, self.width))
 
 

@@ -62,7 +62,7 @@ class PackageWriter:
         return final
 
     def sources(self) -> dict[str, str]:
-        """What each version is made of. Raises ServingError where the file is not gr's."""
+        """The checkpoint that each version is made of. Raises ServingError where the file is not gr's."""
         path = self.path / SOURCES
         if not path.exists():
             return {}

@@ -141,7 +141,7 @@ class Prefill(nn.Module):
         return self.layers.keys_and_values(x_TD, lambda layer: attend, torch.arange(x_TD.shape[0]), self.dtype)
 
     def _times(self, times_2E: Tensor, context: int) -> Tensor:
-        """Those of tokens: each is asked for the one after it, and context is as old as the first event."""
+        """Times of tokens: each is asked for the one after it, and context is as old as the first event."""
         own_E, next_E = times_2E
         times_2T = times_2E
         if self.events.interleaved:  # an item is asked for its action

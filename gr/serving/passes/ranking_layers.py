@@ -27,7 +27,7 @@ from gr.towers.stu import STU, STULayer
 
 
 class Attention(Protocol):
-    """What a tower's attention does, in all its layers.
+    """The attention of a tower, in all its layers.
 
     start: the first length_1 of T tokens. append: the tokens after a cache; appends says whether there is such a form,
     which has the bits of start. candidates: each sees a cache and itself. times_2T, ages_N: as Prefill and Score of
@@ -107,7 +107,7 @@ class _Timed(nn.Module):
 
 
 def _biases(named: dict[str, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Those of time and of place."""
+    """The biases of time and of place."""
     time_bias = named["time_bias"]
     assert time_bias is not None, "a tower that reads times has their bias"
     return time_bias, named.get("position_bias")
@@ -199,7 +199,7 @@ class Layers(nn.Module):
         return CachedKeys(kv_NLGW[:, place, :, : self.key_width], kv_NLGW[:, place, :, self.key_width :], length_1)
 
     def shared(self, place_T: Tensor, dtype: torch.dtype) -> Any:
-        """What all layers read beside the tokens."""
+        """The inputs of all layers beside the tokens."""
         return None
 
     def run(self, layer: nn.Module, x_TD: Tensor, attend: Attend, shared: Any) -> Tensor:
@@ -214,7 +214,7 @@ class Layers(nn.Module):
 
 
 class _GatedLayers(Layers):
-    """Those of HSTU and STU."""
+    """The layers of HSTU and STU."""
 
     def __init__(self, tower: HSTU | STU, attention: nn.Module, *, whole: bool) -> None:
         super().__init__(tower.layers, whole=whole, read=("uvqk", "input_norm"))

@@ -49,7 +49,7 @@ class IdRows:
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest) -> "IdRows":
-        """Those of a version. Raises ServingError where the file is not as the manifest says."""
+        """The rows of a version. Raises ServingError where the file is not as the manifest says."""
         dynamic = any(record.kind == "dynamic" for record in manifest.ids.values())
         return cls(manifest.ids, map_tensors(folder / RAW_ID_FILE) if dynamic else {})
 
