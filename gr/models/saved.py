@@ -59,7 +59,7 @@ class Saved:
         return self.id_map.rows_of(table, ids_N.long())
 
     def read_lookups(self) -> dict[str, float]:
-        """Counts of each table with dynamic ids since the last call: TABLE/ids, those looked up, and TABLE/shared, those
+        """Counts of each table with dynamic ids since the last call: TABLE/ids, those looked up; TABLE/shared, those
         among them that have no row of their own and read the one that such ids share.
         """
         return {} if self.id_map is None else self.id_map.read_lookups()
