@@ -4,6 +4,7 @@ A benchmark module has TESTS (the correctness tests that must pass before its fi
 cases(options) -> list[Case].
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ class Case:
     series: str = ""
     at: int = 0
     memory: bool = False
+
+
+def lazy(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A variant that is built when it is called first."""
+    built = functools.cache(build)
+    return lambda: built()()
 
 
 def on_backend(name: Backend, run: Callable[[], object]) -> Callable[[], object]:

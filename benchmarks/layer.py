@@ -3,7 +3,6 @@
 MovieLens-1M lengths, D = 64. The padded layer is the one of naive.py.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.attention import lognormal_lengths
-from benchmarks.case import Case, Options, on_backend, own_backend
+from benchmarks.case import Case, Options, lazy, on_backend, own_backend
 from benchmarks.naive import NaiveLayer
 from gr.config.towers import HSTUConfig, STUConfig
 from gr.ops.jagged import jagged_to_padded
@@ -60,21 +59,16 @@ def _padded(device: str) -> Callable[[], object]:
     return _step(module, padded_BND, lambda: module(padded_BND))
 
 
-def _lazy(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    built = functools.cache(build)
-    return lambda: built()()
-
-
 def cases(options: Options) -> list[Case]:
     own, device = own_backend(options.device), options.device
     hstu = HSTUConfig(layers=1, qk_dim=_WIDTH, v_dim=_WIDTH, dropout=_DROPOUT)
     stu = STUConfig(layers=1, heads=1, qk_dim=_WIDTH, v_dim=_WIDTH, dropout=_DROPOUT)
 
     def ours(tower: HSTUConfig | STUConfig, dtype: torch.dtype) -> Callable[[], object]:
-        return _lazy(lambda: _ours(tower, device, dtype))
+        return lazy(lambda: _ours(tower, device, dtype))
 
     variants: dict[str, Callable[[], object]] = {
-        "naive padded PyTorch": _lazy(lambda: _padded(device)),
+        "naive padded PyTorch": lazy(lambda: _padded(device)),
         "gr without a kernel float32": on_backend("torch", ours(hstu, torch.float32)),
         f"gr {own} float32": on_backend(own, ours(hstu, torch.float32)),
         f"gr {own} bfloat16": on_backend(own, ours(hstu, torch.bfloat16)),

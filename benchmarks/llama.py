@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.attention import lognormal_lengths
-from benchmarks.case import Case, Options
+from benchmarks.case import Case, Options, lazy
 from gr.config.towers import LlamaConfig
 from gr.ops.jagged import jagged_to_padded
 from gr.sequence import JaggedSequence
@@ -92,14 +92,9 @@ def cases(options: Options) -> list[Case]:
         ):
             arguments = lengths, options.device, dim, heads, kv_heads
             variants: dict[str, Callable[[], object]] = {
-                "transformers, padded": _lazy(functools.partial(_padded, *arguments)),
-                "gr": _lazy(functools.partial(_ours, *arguments)),
+                "transformers, padded": lazy(functools.partial(_padded, *arguments)),
+                "gr": lazy(functools.partial(_ours, *arguments)),
             }
             title = f"D {dim}, {heads} heads, {kv_heads} of keys, {len(lengths)} sequences, {name}"
             chosen.append(Case(title, variants, "transformers, padded", memory=True))
     return chosen
-
-
-def _lazy(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    built = functools.cache(build)
-    return lambda: built()()

@@ -5,15 +5,12 @@ Forward, loss, backward and update of configs/retrieval/ml-1m-{hstu,sasrec,llama
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
-from benchmarks.case import Case, Options
-from benchmarks.retrieval import do_step, first_batches, training
+from benchmarks.case import Case, Options, lazy
+from benchmarks.retrieval import alone, first_batches, steps
 from gr.config import load_config
 from gr.config.retrieval import RetrievalConfig
-from gr.dist import World, world
 
 TESTS = ("tests/unit/towers/test_hstu.py", "tests/unit/towers/test_sasrec.py", "tests/unit/towers/test_llama.py")
 TOWERS = {"hstu": ["model.tower.qk_dim=56", "model.tower.v_dim=56"], "sasrec": [], "llama": []}
@@ -21,7 +18,7 @@ BATCHES = 8
 
 
 def cases(options: Options) -> list[Case]:
-    variants = {tower: _lazy(functools.partial(_steps, _config(tower, options), options)) for tower in TOWERS}
+    variants = {tower: lazy(functools.partial(_steps, _config(tower, options), options)) for tower in TOWERS}
     return [Case("training step, batch 128, N 200", variants, "hstu", rounds=3)]
 
 
@@ -44,26 +41,5 @@ def _config(tower: str, options: Options) -> RetrievalConfig:
     return config
 
 
-def _lazy(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    built = functools.cache(build)
-    return lambda: built()()
-
-
-_open = ExitStack()  # the process group lives as long as the process
-
-
-@functools.cache
-def _world(device: str) -> World:
-    return _open.enter_context(world("cpu" if device == "cpu" else "cuda"))
-
-
 def _steps(config: RetrievalConfig, options: Options) -> Callable[[], object]:
-    _, module = training(config, _world(options.device))
-    batches = first_batches(config, _world(options.device), BATCHES)
-    numbers = itertools.count()
-
-    def step() -> None:
-        number = next(numbers)
-        do_step(module, batches[number % BATCHES], number)
-
-    return step
+    return steps(config, alone(options.device), first_batches(config, alone(options.device), BATCHES))

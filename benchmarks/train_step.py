@@ -6,19 +6,17 @@ Forward, loss, backward and update, on the same batches: `gr prepare movielens-1
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.case import Case, Options, on_backend, own_backend
+from benchmarks.case import Case, Options, lazy, on_backend, own_backend
 from benchmarks.naive import NaiveRetriever
-from benchmarks.retrieval import do_step, first_batches, training
+from benchmarks.retrieval import alone, first_batches, steps
 from gr.batch import RetrievalBatch
 from gr.config import load_config
 from gr.config.retrieval import PerPositionNegatives, RetrievalConfig
-from gr.dist import World, world
 from gr.ops.jagged import jagged_to_padded
 
 TESTS = (
@@ -36,10 +34,10 @@ def cases(options: Options) -> list[Case]:
     config = _config(options)
     own = own_backend(options.device)
     variants: dict[str, Callable[[], object]] = {
-        "naive padded PyTorch": _lazy(lambda: _naive(config, _batches(options))),
-        "gr without a kernel float32": on_backend("torch", _lazy(lambda: _ours(config, options))),
-        f"gr {own} float32": on_backend(own, _lazy(lambda: _ours(config, options))),
-        f"gr {own} bfloat16": on_backend(own, _lazy(lambda: _ours(_config(options, "bf16"), options))),
+        "naive padded PyTorch": lazy(lambda: _naive(config, _batches(options))),
+        "gr without a kernel float32": on_backend("torch", lazy(lambda: _ours(config, options))),
+        f"gr {own} float32": on_backend(own, lazy(lambda: _ours(config, options))),
+        f"gr {own} bfloat16": on_backend(own, lazy(lambda: _ours(_config(options, "bf16"), options))),
     }
     name = f"training step, batch {config.trainer.global_batch_size}, N {config.data.max_length}"
     return [Case(name, variants, "naive padded PyTorch", rounds=9, memory=True)]
@@ -53,7 +51,7 @@ def notes(options: Options) -> Iterator[str]:
     tokens = lengths.sum() / (len(lengths) * N)
     pairs = (lengths * (lengths + 1) / 2).sum() / (len(lengths) * N * N)
     yield f"Of the padded batch {tokens:.0%} of the tokens are real, and {pairs:.0%} of the attention scores."
-    step = _lazy(lambda: _ours(config, options))
+    step = lazy(lambda: _ours(config, options))
     step()
     with profile(activities=[ProfilerActivity.CPU]) as recording:
         for _ in range(BATCHES):
@@ -73,34 +71,13 @@ def _config(options: Options, precision: str = "fp32") -> RetrievalConfig:
     return config
 
 
-def _lazy(build_step: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    built = functools.cache(build_step)
-    return lambda: built()()
-
-
-_open = ExitStack()  # the process group lives as long as the process
-
-
-@functools.cache
-def _world(device: str) -> World:
-    return _open.enter_context(world("cpu" if device == "cpu" else "cuda"))
-
-
 @functools.cache
 def _batches(options: Options) -> list[RetrievalBatch]:
-    return first_batches(_config(options), _world(options.device), BATCHES)
+    return first_batches(_config(options), alone(options.device), BATCHES)
 
 
 def _ours(config: RetrievalConfig, options: Options) -> Callable[[], object]:
-    _, module = training(config, _world(options.device))
-    batches = _batches(options)
-    steps = itertools.count()
-
-    def step() -> None:
-        number = next(steps)
-        do_step(module, batches[number % BATCHES], number)
-
-    return step
+    return steps(config, alone(options.device), _batches(options))
 
 
 def _naive(config: RetrievalConfig, batches: list[RetrievalBatch]) -> Callable[[], object]:
