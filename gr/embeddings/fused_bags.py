@@ -5,27 +5,32 @@ fbgemm still owns the tables, their states and the learning rate, so checkpoints
 
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 
+from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.ops.pooled_lookup import BagUpdate, pooled_lookup
 from gr.ops.row_update import reference
 from gr.ops.row_update.reference import RowRule
 
-_RULES: dict[EmbOptimType, RowRule] = {
-    EmbOptimType.EXACT_SGD: reference.sgd,
-    EmbOptimType.EXACT_ADAGRAD: reference.adagrad,
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: reference.rowwise_adagrad,
-}
+
+def _rule(optimizer: EmbOptimType) -> RowRule:
+    """The rule of the table optimizer that fbgemm fuses on CPU under this name."""
+    for kind in TABLE_OPTIMIZERS:
+        config = cast(type[TableOptimizerConfig], TABLE_OPTIMIZERS.config(kind))
+        if config.fused_on_cpu and EmbOptimType[config.fused_type] == optimizer:
+            return TABLE_OPTIMIZERS.target_of(kind)
+    raise AssertionError(f"{optimizer} is not fused on CPU")
 
 
 def take_bags(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
     """Has fused tables look up bags and update their rows here, where they are on CPU and pooled by sums."""
     if tables.use_cpu and tables.pooling_mode == PoolingMode.SUM:
-        rule = _RULES[tables.optimizer]
+        rule = _rule(tables.optimizer)
         plain = rule is reference.sgd
         states = [{} for _ in tables.embedding_specs] if plain else tables.get_optimizer_state()
         # None of these rules counts steps.

@@ -128,13 +128,14 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
 
 def _in_row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in tables of about _ROW_GROUP bytes: a row group a batch would repeat its dictionary each time."""
-    pending: list[pa.Table] = []
+    pending, size = list[pa.Table](), 0
     for table in tables:
         if table.num_rows:
             pending.append(table)
-        if sum(each.nbytes for each in pending) >= _ROW_GROUP:
+            size += table.nbytes
+        if size >= _ROW_GROUP:
             yield pa.concat_tables(pending)
-            pending = []
+            pending, size = [], 0
     if pending:
         yield pa.concat_tables(pending)
 
