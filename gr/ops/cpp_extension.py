@@ -39,8 +39,7 @@ _COMPILE_FLAGS = (
 )
 _LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-ltorch_cpu")
 
-
-# Of the library that a package brought into this process, which has one for all its life.
+# The fingerprint of the library that a package brought into this process, which has one for all its life.
 _brought: str | None = None
 
 

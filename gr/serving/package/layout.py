@@ -29,7 +29,7 @@ from gr.errors import ServingError
 from gr.files import sha256_of
 from gr.serving.servable import TensorSpec
 
-CURRENT, MANIFEST = "current.json", "manifest.json"
+CURRENT, SOURCES, MANIFEST = "current.json", "sources.json", "manifest.json"
 CODE, WEIGHTS, DRAFT = "code", "weights", ".draft"
 TENSORS, GOLDEN = "tensors.safetensors", "golden.safetensors"
 OPERATORS = "operators.so"

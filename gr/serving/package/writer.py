@@ -15,6 +15,7 @@ from gr.serving.package.layout import (
     CODE,
     CURRENT,
     DRAFT,
+    SOURCES,
     WEIGHTS,
     Current,
     Stored,
@@ -24,7 +25,6 @@ from gr.serving.package.layout import (
 )
 
 _LOCK = ".lock"
-SOURCES = "sources.json"  # of each version, the SHA-256 of the list of checksums of the checkpoint that it is made of
 _OWN = {CODE, WEIGHTS, CURRENT, f".{CURRENT}", SOURCES, f".{SOURCES}", _LOCK}
 
 

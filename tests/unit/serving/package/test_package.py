@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from gr.errors import ServingError
 from gr.files import sha256_of
-from gr.serving.package.layout import CURRENT, MANIFEST, TENSORS, WEIGHTS, Current, dumped, read_current
+from gr.serving.package.layout import CURRENT, MANIFEST, SOURCES, TENSORS, WEIGHTS, Current, dumped, read_current
 from gr.serving.package.version import Version
 from gr.serving.package.weights import ALIGNMENT, map_tensors, write_tensors
-from gr.serving.package.writer import SOURCES
 
 Change = Callable[[dict[str, Any]], None]
 
