@@ -58,6 +58,35 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, with the line where there is one, for any other text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path: Path, fault: type[Exception], remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises `fault` with the file, the cause and the remedy for any other content, OSError where another try may help.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("holds no JSON object")
+    except UnicodeDecodeError as error:
+        raise fault(f"{path}: cannot be read: not UTF-8 text (byte {error.start}); {remedy}") from None
+    except (OSError, ValueError) as error:
+        if is_transient(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise fault(f"{path}: cannot be read: {reason}; {remedy}") from None
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces the file at `path` atomically, as write_text does."""
     write_text(path, json.dumps(value, indent=2) + "\n")

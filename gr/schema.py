@@ -23,7 +23,6 @@ A tabular folder is
                          int64: whole numbers, or text) ascending, id int32 from 1, count (occurrences in the source)
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -31,7 +30,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gr.errors import DataError
-from gr.files import is_transient
+from gr.files import read_json
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
@@ -67,28 +66,9 @@ class _SchemaFile(BaseModel):
                 f"{folder}: no such folder; `gr prepare ... --out {folder}` writes one, of your own log with "
                 "`gr prepare events`"
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            if is_transient(error):
-                raise
-            inside = sorted(found.parent.name for found in path.parent.glob(f"*/{SCHEMA_FILE}"))
-            if inside:
-                raise DataError(f"{folder}: is no data folder, but has {', '.join(inside)}: name one of them") from None
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); `gr prepare` writes it, of your own log with "
-                "`gr prepare events`"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-        except (ValueError, RecursionError) as error:  # an integer of too many digits; nested too deep
-            raise DataError(f"{path}: is not usable JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}: must be a JSON object, is a {type(fields).__name__}")
+        if not path.exists() and (inside := sorted(each.parent.name for each in path.parent.glob(f"*/{SCHEMA_FILE}"))):
+            raise DataError(f"{folder}: is no data folder, but has {', '.join(inside)}: name one of them")
+        fields = read_json(path, DataError, "`gr prepare` writes it, of your own log with `gr prepare events`")
         if (kind := fields.get("kind", "histories")) != cls._kind:
             raise DataError(f"{path}: describes a {kind} folder, this reads {cls._kind} folders; choose another folder")
         try:

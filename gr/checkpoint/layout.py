@@ -10,7 +10,6 @@
 A folder gets its final name by one rename, after every rank has written.
 """
 
-import json
 import math
 import re
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from gr.config.load import PROGRESS
 from gr.errors import CheckpointError
-from gr.files import is_transient, sync, write_json
+from gr.files import read_json, sync, write_json
 from gr.logging import get_logger, log_once
 
 log = get_logger(__name__)
@@ -66,16 +65,12 @@ class CheckpointFolder:
         path = self.path / BEST
         if not path.is_file():
             return None
-        try:
-            best = json.loads(path.read_text())
-            number = type(best["step"]) is int and type(best["value"]) in (int, float) and math.isfinite(best["value"])
-            if not (number and isinstance(best["metric"], str)):
-                raise ValueError("step, metric or value is of another type")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: is not what gr wrote ({error}): remove it, and the latest checkpoint takes the place of the "
-                "best"
-            ) from error
+        remedy = "remove it, and the latest checkpoint takes the place of the best"
+        best = read_json(path, CheckpointError, remedy)
+        step, value, metric = best.get("step"), best.get("value"), best.get("metric")
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if type(step) is not int or not finite or not isinstance(metric, str):
+            raise CheckpointError(f"{path}: has no step, value or metric that gr wrote; {remedy}")
         return best
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
@@ -132,19 +127,12 @@ def resolve(path: str | Path) -> Path:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """progress.json of a checkpoint. Raises CheckpointError for a checkpoint of another format or without progress."""
-    try:
-        progress = json.loads((path / PROGRESS).read_text())
-        if not isinstance(progress, dict) or not {"step", "data"} <= progress.keys():
-            raise ValueError(f"{PROGRESS} has no step or no data")
-        numbers = [progress["step"], *(value for value in progress["data"].values() if value is not None)]
-        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-            raise ValueError(f"{PROGRESS} has a step or a place in the data that is no number")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        if is_transient(error):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint: {error}; remove it to use the one before"
-        ) from error
+    remedy = "remove its folder to use the checkpoint before"
+    progress = read_json(path / PROGRESS, CheckpointError, remedy)
+    step, data = progress.get("step"), progress.get("data")
+    numbers = [step, *(value for value in data.values() if value is not None)] if isinstance(data, dict) else [None]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise CheckpointError(f"{path / PROGRESS}: has no step or place in the data that is a number; {remedy}")
     if progress.get("format", 1) != FORMAT:
         raise CheckpointError(
             f"{path} has format {progress.get('format', 1)}, this release reads format {FORMAT}: train again, or use "

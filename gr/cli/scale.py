@@ -1,6 +1,5 @@
 """`gr scale`: a grid of runs, and the scaling laws that fit them. Imports no torch before a cell runs."""
 
-import json
 from pathlib import Path
 
 import click
@@ -9,6 +8,7 @@ from gr.cli.lazy import StrictGroup
 from gr.cli.out import check_picture, say
 from gr.environment import whole_number
 from gr.errors import ConfigError, DataError
+from gr.files import read_json
 
 
 class _RunByDefault(StrictGroup):
@@ -86,9 +86,8 @@ def fit(out: Path, oracle: Path | None, resamples: int, min_steps: int, picture:
 
 
 def _floor(path: Path) -> float:
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["loss"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"--oracle={path}: has no loss ({error!r}): name the oracle.json of a synthetic stream"
-        ) from None
+    remedy = "name the oracle.json of a synthetic stream"
+    loss = read_json(path, DataError, remedy).get("loss")
+    if not isinstance(loss, float):
+        raise DataError(f"--oracle={path}: its loss is {loss!r}: {remedy}")
+    return loss

@@ -13,6 +13,7 @@ from scipy import stats
 from gr.config import load_config
 from gr.config.run import RunConfig
 from gr.errors import ConfigError, DataError
+from gr.files import read_json
 from gr.logging import get_logger
 from gr.metrics.retrieval import paired_difference, user_metrics
 
@@ -158,12 +159,10 @@ def _report(path: Path) -> Mapping[str, Any]:
     file = path / "report.json"
     if not file.exists():
         return {}
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not JSON ({error}); `gr evaluate --checkpoint {path}` measures again") from None
-    if not isinstance(report, dict) or not isinstance(report.get("model"), dict):
-        raise DataError(f"{file}: is not the report of a run; `gr evaluate --checkpoint {path}` measures again")
+    remedy = f"`gr evaluate --checkpoint {path}` measures again"
+    report = read_json(file, DataError, remedy)
+    if not isinstance(report.get("model"), dict):
+        raise DataError(f"{file}: is not the report of a run; {remedy}")
     return report
 
 

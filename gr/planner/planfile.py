@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gr.config.dlrm import ROW_MULTIPLE
 from gr.config.inventory import AnyShardingType, InventoryConfig, Kernel, TableConfig
 from gr.errors import PlanError
-from gr.files import is_transient
+from gr.files import is_transient, parse_json
 from gr.planner.enumerate import COLUMN_TYPES, row_parts
 from gr.planner.estimate import estimate
 from gr.planner.groups import one_group
@@ -111,7 +111,10 @@ def load_plan(path: Path) -> Plan:
 
 def parse_plan(text: str, origin: str = "plan") -> Plan:
     """The plan of `dump_plan`, checked: every table is placed once, wholly, on ranks that exist. Raises PlanError."""
-    content = _json(text, origin)
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise PlanError(f"{origin}: {error}; make the plan again with `gr plan --json`") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{origin}: not a plan of this version ({FORMAT}); make it again with `gr plan --json`")
     try:
@@ -135,17 +138,6 @@ def parse_plan(text: str, origin: str = "plan") -> Plan:
             )
     _, group = one_group(file.inventory, topology)
     return Plan(file.inventory, topology, _placements(file, group, origin), file.bound_seconds)
-
-
-def _json(text: str, origin: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{origin}: line {error.lineno} is not JSON: {error.msg}") from error
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise PlanError(f"{origin}: not a usable number: {error}") from error
-    except RecursionError as error:
-        raise PlanError(f"{origin}: nested too deep to be a plan; make it again with `gr plan --json`") from error
 
 
 def _placements(file: _File, topology: Topology, origin: str) -> tuple[Placement, ...]:

@@ -1,6 +1,5 @@
 """A grid of towers, widths, lengths, FLOPs and seeds, and its cells: runs of `gr train`. No torch before one runs."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from gr.config import RetrievalConfig, load_config
 from gr.config.base import Count, PositiveFloat, Section
 from gr.config.load import load_section
 from gr.errors import ConfigError, DataError
-from gr.files import write_json
+from gr.files import read_json, write_json
 from gr.planner.estimate_dense import dense_work, sequence_flops
 
 CELL, REPORT = "cell.json", "report.json"
@@ -199,10 +198,4 @@ def finished(out: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}): remove its folder and run the cell again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds no JSON object: remove its folder and run the cell again")
-    return value
+    return read_json(path, DataError, "remove its folder and run the cell again")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gr.files import is_transient, write_json
+from gr.errors import DataError
+from gr.files import is_transient, read_json, write_json
 
 
 def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
@@ -14,6 +15,35 @@ def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "best.json", {"step": object()})
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "No such file or directory"),
+        (b"", "line 1 is not JSON"),
+        (b'{"step": 1,\n', "line 2 is not JSON"),
+        (b"[1]", "holds no JSON object"),
+        (b"\xff{}", r"not UTF-8 text \(byte 0\)"),
+        (b"[" * 99_999, "nested too deep"),
+        (b'{"step": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+    ],
+)
+def test_a_json_file_that_gr_did_not_write_is_one_line(tmp_path: Path, content: bytes | None, cause: str) -> None:
+    path = tmp_path / "note.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read: {cause}.*; write it again$"):
+        read_json(path, DataError, "write it again")
+
+
+def test_a_disk_that_fails_for_now_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_json(tmp_path / "note.json", DataError, "write it again")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ The names are Hugging Face's own below `model.`. Meta's own files interleave the
 Q width of a head.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,18 +18,19 @@ from torch import Tensor, nn
 from gr.config.causal_lm import CausalLMConfig
 from gr.config.towers import LLAMA_SIZES, LlamaConfig
 from gr.errors import CheckpointError, ConfigError
-from gr.files import is_transient, write_json
+from gr.files import is_transient, read_json, write_json
 from gr.schema import FORMAT_VERSION, TOKENIZER_FILE, TextSchema
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TURNED = ("q_proj.weight", "k_proj.weight")
 NOT_WEIGHTS = "rotary_emb.inv_freq"  # a constant that older releases saved
 NAMES_SHOWN = 5
+SOURCE = "name a folder of save_pretrained()"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises CheckpointError where it is not there, or is of a model that gr's Llama is not."""
-    fields = _read_json(folder / CONFIG)
+    fields = read_json(folder / CONFIG, CheckpointError, SOURCE)
     expected = {
         "model_type": ("llama", None),
         "hidden_act": ("silu", "silu"),
@@ -205,14 +205,14 @@ def tokenizer_of(folder: Path) -> bytes | None:
 def _weight_map(folder: Path) -> dict[str, str]:
     """The file of each tensor, by the tensor's name."""
     if (folder / INDEX).is_file():
-        names = _read_json(folder / INDEX).get("weight_map")
+        names = read_json(folder / INDEX, CheckpointError, SOURCE).get("weight_map")
         if not isinstance(names, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in names.values()
         ):
             raise CheckpointError(f"{folder / INDEX}: has no weight_map of tensors and files in its folder")
         return names
     if not (folder / SINGLE).is_file():
-        raise CheckpointError(f"{folder}: has neither {INDEX} nor {SINGLE}: name a folder of save_pretrained()")
+        raise CheckpointError(f"{folder}: has neither {INDEX} nor {SINGLE}: {SOURCE}")
     with _opened(folder / SINGLE) as file:
         return dict.fromkeys(file.keys(), SINGLE)
 
@@ -226,18 +226,6 @@ def _opened(path: Path) -> Any:
         if is_transient(error):
             raise
         raise CheckpointError(f"{path}: is no whole safetensors file: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if is_transient(error):
-            raise
-        raise CheckpointError(f"{path}: cannot be read: {error}; name a folder of save_pretrained()") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
-    return fields
 
 
 def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:

@@ -119,14 +119,14 @@ def test_progress_that_is_none(folder: CheckpointFolder, step: object) -> None:
     assert read_progress(folder.final(9)) == good
     for bad in (good | {"step": step}, good | {"data": {"position": step or "x"}}):
         (folder.final(9) / PROGRESS).write_text(json.dumps(bad))
-        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"progress\.json: "):
             read_progress(folder.final(9))
 
 
 @pytest.mark.parametrize("value", [True, None, "0.5", float("nan"), [1]])
 def test_a_best_value_that_is_none(folder: CheckpointFolder, value: object) -> None:
     (folder.path / "best.json").write_text(json.dumps({"step": 20, "metric": "mrr", "value": value}))
-    with pytest.raises(CheckpointError, match=r"best\.json: is not what gr wrote"):
+    with pytest.raises(CheckpointError, match=r"best\.json: has no step, value or metric"):
         folder.best()
 
 
@@ -162,7 +162,7 @@ def test_best_is_replaced(folder: CheckpointFolder) -> None:
 )
 def test_a_best_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -> None:
     (tmp_path / BEST).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"best.json: is not what gr wrote .*: remove it, and the latest"):
+    with pytest.raises(CheckpointError, match=r"best.json: .*; remove it, and the latest"):
         CheckpointFolder(tmp_path).best()
 
 
@@ -171,7 +171,7 @@ def test_a_best_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -> No
 )
 def test_a_progress_json_that_gr_did_not_write(tmp_path: Path, content: bytes) -> None:
     (tmp_path / PROGRESS).write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"progress\.json: "):
         read_progress(tmp_path)
 
 

@@ -133,12 +133,12 @@ class TestUnreadable:
             load_plan(tmp_path / "p.json")
 
     def test_no_json(self):
-        assert refusal('{\n "format": oops}') == "p.json: line 2 is not JSON: Expecting value"
+        assert refusal('{\n "format": oops}').startswith("p.json: line 2 is not JSON: Expecting value")
         assert refusal("").startswith("p.json: line 1 is not JSON")
 
     def test_what_python_does_not_convert(self):
-        assert refusal("1" * 5000).startswith("p.json: not a usable number: Exceeds the limit")
-        assert refusal("[" * 100_000).startswith("p.json: nested too deep to be a plan")
+        assert refusal("1" * 5000).startswith("p.json: Exceeds the limit")
+        assert refusal("[" * 100_000).startswith("p.json: nested too deep")
         nested = edited(lambda c: c.update(predicted={"a": "HERE"})).replace('"HERE"', "[" * 800 + "]" * 800)
         assert refusal(nested).endswith(AGAIN)
         assert refusal(dump_plan(PLAN).replace('"by hand"', '"\\ud800"')).startswith("p.json: invalid json: ")

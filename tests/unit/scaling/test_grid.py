@@ -79,7 +79,7 @@ def test_a_finished_cell_is_skipped_and_another_grids_is_refused(tmp_path: Path)
     with pytest.raises(ConfigError, match=rf"has steps=7, the grid {cell.steps}: set another out, or remove it"):
         list(share(grid, 0, 1))
     (folder / CELL).write_text("{")
-    with pytest.raises(DataError, match=r"cell\.json: cannot be read as JSON"):
+    with pytest.raises(DataError, match=r"cell\.json: cannot be read: line"):
         finished(tmp_path)
 
 
