@@ -41,6 +41,7 @@ from gr.config.towers import STUConfig
 from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention.triton import capability_of
+from gr.ops.softmax_attention import softmax_attention
 from gr.planner.estimate_dense import dense_work
 from gr.sequence import JaggedSequence
 from gr.towers.stu import STU
@@ -182,6 +183,7 @@ def attention(run: Run) -> None:
                 return both_ways(run, call, [q, k, v], grad, shape.work)
 
         run.row("attention", f"{shape.name}, {heads} x {width}", measure)
+        packed_softmax(run, shape, dtype)
         if not run.small and len(set(lengths)) == 1:
             softmax(run, shape.name, len(lengths), lengths[0], heads, width)
 
@@ -191,6 +193,17 @@ def both_ways(run: Run, call: Callable[[], Tensor], inputs: list[Tensor], grad: 
     ms = run.time({"forward": call, "backward": back})
     rates = f"{4 * work / ms['forward'] / 1e9:.0f} and {10 * work / ms['backward'] / 1e9:.0f} TFLOP/s"
     return f"forward {ms['forward']:.3f} ms, backward {ms['backward']:.3f} ms; {rates}"
+
+
+def packed_softmax(run: Run, shape: gpu_tiles.Shape, dtype: torch.dtype) -> None:
+    """The softmax attention of the Llama tower on the same packed sequences."""
+
+    def measure() -> str:
+        q, k, v, grad, offsets = inputs(list(shape.lengths), shape.heads, shape.width, dtype, run.device)
+        call = functools.partial(softmax_attention, q, k, v, offsets, max_length=max(shape.lengths))
+        return both_ways(run, call, [q, k, v], grad, shape.work)
+
+    run.row("softmax", f"{shape.name}, {shape.heads} x {shape.width}, packed", measure)
 
 
 def softmax(run: Run, name: str, count: int, length: int, heads: int, width: int) -> None:

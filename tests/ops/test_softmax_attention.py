@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import gr.ops.softmax_attention as attention
 from gr.ops.hstu_attention import AttentionMask
 from gr.ops.softmax_attention import softmax_attention
 from tests.support.tolerances import assert_near
@@ -57,6 +58,37 @@ def test_matches_definition(dtype: torch.dtype, widths: tuple[int, int, int, int
 def test_masks_are_those_of_hstu_attention(targets: list[int] | None, prefix: int, window: int) -> None:
     num_targets = None if targets is None else torch.tensor(targets)
     check_against_definition(torch.float32, (4, 2, 16, 16), AttentionMask(num_targets, window, prefix))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(4, 4, 64), (4, 2, 64), (8, 1, 128)], ids=str)
+def test_the_kernel_for_packed_sequences(widths: tuple[int, int, int]) -> None:
+    """On CUDA in bfloat16, beside the padded computation in float32 on CPU, values and gradients."""
+    heads, groups, width = widths
+    offsets = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0))
+    values = [torch.randn(132, each, width).bfloat16() for each in (heads, groups, groups)]
+    grad = torch.randn(132, heads, width).bfloat16()
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        own = [x.to(device, dtype).requires_grad_() for x in values]
+        assert attention._packed_kernel_computes(tuple(own), None, 0.0) == (device == "cuda")
+        out = softmax_attention(*own, offsets.to(device), max_length=100)
+        results.append([out, *torch.autograd.grad(out, own, grad.to(device, dtype))])
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual.cpu(), expected.double(), torch.bfloat16, "varlen_attn")
+
+
+def test_what_the_kernel_for_packed_sequences_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the kernel is replaced by one that computes what torch's documentation says of its arguments."""
+
+    def documented(q, k, v, starts_q, starts_k, max_q, max_k, *, window_size, enable_gqa):
+        assert starts_q.dtype == starts_k.dtype == torch.int32 and (max_q, max_k) == (100, 100)
+        assert window_size == (-1, 0) and enable_gqa
+        return definition(q, k, v, starts_q.diff().tolist())
+
+    monkeypatch.setattr(attention, "_packed_kernel_computes", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", documented)
+    check_against_definition(torch.float32, (4, 2, 16, 16))
 
 
 def test_a_sequence_does_not_depend_on_its_batch_mates() -> None:

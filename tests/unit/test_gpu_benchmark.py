@@ -45,7 +45,7 @@ def test_it_runs_whole_with_few_packages(tmp_path: Path) -> None:
     assert "correctness: 2 ok, wrong: none" in summary
     assert "tiles: key_gradient, width 64, biased: " in summary
     rows = json.loads(out.read_text())["rows"]
-    assert rows.keys() == {"ceilings", "correctness", "tiles", "attention", "fixed shape"}
+    assert rows.keys() == {"ceilings", "correctness", "tiles", "attention", "softmax", "fixed shape"}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ T packed tokens, B sequences, H query heads, G key and value heads, Q and V widt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from gr.ops.dropout import dropout as dropout_op
 from gr.ops.hstu_attention.mask import AttentionMask
@@ -36,7 +37,8 @@ def softmax_attention(
     dropout: probability that an attention weight is zeroed.
     Returns [T, H, V]. Gradients: q, k, v.
     The computation is on padded tensors, by torch's scaled_dot_product_attention if there is no dropout; on CPU,
-    sequences of similar lengths are padded together.
+    sequences of similar lengths are padded together. On CUDA, half precision over the past alone is computed by torch's
+    kernel for packed sequences (torch.nn.attention.varlen), which pads nothing.
     Raises ValueError if shapes or lengths do not fit.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), Eq. 1, masked to the past; Ainslie et al. 2023 (arXiv 2305.13245).
     """
@@ -50,6 +52,12 @@ def softmax_attention(
         # Empty, but connected to the graph: DDP waits for the gradient of every parameter, also without tokens.
         return v_TGV.new_zeros(0, q_THQ.shape[1], v_TGV.shape[2]) + (q_THQ.sum() + k_TGQ.sum() + v_TGV.sum())
     values = (q_THQ, k_TGQ, v_TGV)
+    if _packed_kernel_computes(values, mask, dropout):
+        # A window that reaches back without end, and not ahead, is the causal rule.
+        cumulative = offsets_B1.int()
+        out = varlen_attn(*values, cumulative, cumulative, max_length, max_length, window_size=(-1, 0), enable_gqa=True)
+        assert isinstance(out, Tensor)  # the pair with the sums of exponentials was not asked for
+        return out
     if offsets_B1.device.type != "cpu":  # reading lengths from a device would stop its queue
         return _padded(values, offsets_B1, max_length, mask, dropout)
     return _by_length(values, offsets_B1, mask, dropout)
@@ -65,6 +73,15 @@ def _check(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> None:
         raise ValueError(f"k_TGQ has {groups} heads, which do not divide the {heads} of q_THQ")
     if v_TGV.dim() != 3 or v_TGV.shape[:2] != k_TGQ.shape[:2]:
         raise ValueError(f"v_TGV must be [T, G, V] with [T, G] = {list(k_TGQ.shape[:2])}, not {list(v_TGV.shape)}")
+
+
+def _packed_kernel_computes(values: tuple[Tensor, ...], mask: AttentionMask | None, dropout: float) -> bool:
+    """Whether torch's kernel for packed sequences, FlashAttention, has this device, dtype and these widths."""
+    q_THQ, _, v_TGV = values
+    width = q_THQ.shape[2]
+    plain = mask is None and not dropout and q_THQ.dtype in (torch.float16, torch.bfloat16)
+    fits = width == v_TGV.shape[2] and width <= 256 and width % 8 == 0
+    return q_THQ.is_cuda and plain and fits and torch.cuda.get_device_capability(q_THQ.device) >= (8, 0)
 
 
 def _by_length(
