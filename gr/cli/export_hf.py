@@ -6,6 +6,7 @@ import click
 
 from gr.cli.checkpoint import on_checkpoint, writing
 from gr.cli.out import say
+from gr.units import size
 
 
 @click.command(
@@ -42,10 +43,10 @@ def command(
     fields = hf_llama.hf_config(saved.config, saved.schema, written_as)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        size = hf_llama.save_weights(saved.model, out, dtype=written_as, shard_bytes=shard_mb * 1_000_000)
+        written = hf_llama.save_weights(saved.model, out, dtype=written_as, shard_bytes=shard_mb * 1_000_000)
         write_json(out / hf_llama.CONFIG, fields)
         if (tokenizer := hf_llama.tokenizer_of(saved.folder)) is not None:
             (out / TOKENIZER_FILE).write_bytes(tokenizer)
     except OSError as error:
         raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
-    say(f"{out}: {size / 1e6:,.1f} MB")
+    say(f"{out}: {size(written)}")

@@ -6,6 +6,7 @@ import click
 
 from gr.cli.checkpoint import on_checkpoint, writing
 from gr.cli.out import say
+from gr.units import size
 
 
 @click.command(
@@ -34,5 +35,5 @@ def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, p
         save_file(tensors, out, metadata=header)
     except OSError as error:
         raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    say(f"{out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+    written = sum(tensor.nbytes for tensor in tensors.values())
+    say(f"{out}: {len(tensors)} tensors, {size(written)}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from gr.cli.out import say
+from gr.units import size
 
 
 @click.command(
@@ -20,4 +21,4 @@ def command(folder: Path, out: Path, interleaved: bool) -> None:
     from gr.models.imported import import_llama
 
     path, read = import_llama(folder, out, interleaved=interleaved)
-    say(f"{path}: {read / 1e6:,.1f} MB read")
+    say(f"{path}: {size(read)} read")

@@ -14,6 +14,7 @@ from gr.cli.plan_serving import DOES_NOT_FIT, plan_package, plan_serving
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
 from gr.planner.topology import Topology
+from gr.units import duration, size
 
 MOVES_SHOWN = 20
 
@@ -130,21 +131,21 @@ def _diff(before: Path, after: Path) -> None:
     comparison = compare(load_plan(before), load_plan(after))
     for what, old, new in comparison.others:
         say(f"the plans are for another {what}: {old} before, {new} after")
-    columns = ("table", "before", "after", Column("moved GB", justify="right"))
+    columns = ("table", "before", "after", Column("moved", justify="right"))
     table = Table(*columns, title=cell(f"from {before} to {after}"))
     changes = sorted(comparison.changes, key=lambda change: -change.moved_bytes)
     for change in changes[:MOVES_SHOWN]:
         row = [_placed(placement) for placement in (change.before, change.after)]
-        table.add_row(cell(change.table), *row, f"{change.moved_bytes / 1e9:.3f}")
+        table.add_row(cell(change.table), *row, size(change.moved_bytes))
     if changes:
         show(table)
     if len(changes) > MOVES_SHOWN:
         say(f"and {len(changes) - MOVES_SHOWN} tables more")
     step, hbm = comparison.step_seconds, comparison.hbm_bytes
     counted = _counted(comparison.new, comparison.gone, comparison.moved)
-    say(f"{counted}; {comparison.moved_bytes / 1e9:.3f} GB move to another rank")
-    say(f"step: {step[0] * 1e3:.3f} ms -> {step[1] * 1e3:.3f} ms ({step[1] / step[0] - 1:+.1%})")
-    say(f"fullest rank: {hbm[0] / 1e9:.2f} GB -> {hbm[1] / 1e9:.2f} GB")
+    say(f"{counted}; {size(comparison.moved_bytes)} move to another rank")
+    say(f"step: {duration(step[0])} -> {duration(step[1])} ({step[1] / step[0] - 1:+.1%})")
+    say(f"fullest rank: {size(hbm[0])} -> {size(hbm[1])}")
 
 
 def _counted(new: int, gone: int, moved: int) -> str:

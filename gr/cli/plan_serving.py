@@ -10,8 +10,8 @@ from gr.cli.out import cell, say, show
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError, ServingError, nearest
 from gr.planner.estimate_serving import SERVED_DTYPES, ServingEstimate, estimate_serving, smallest_serving
-from gr.planner.report.units import duration, size
 from gr.planner.topology import Topology
+from gr.units import duration, size
 
 if TYPE_CHECKING:
     from gr.serving.package.layout import Manifest
@@ -77,13 +77,13 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _table(estimated: ServingEstimate, title: str) -> Table:
-    right = [Column(head, justify="right") for head in ("card", "tables of GB", "lookups", "sends")]
+    right = [Column(head, justify="right") for head in ("card", "tables of", "lookups", "sends")]
     table = Table(*right, "tables", title=cell(title))
     done = estimated.partition
     rows = zip(done.tables_K, done.bytes_K, estimated.lookup_seconds_K, estimated.sent_bytes_K, strict=True)
     for card, (tables, stored, seconds, sent) in enumerate(rows):
         listed = cell(_first([part.shown for part in sorted(tables, key=lambda part: -part.bytes)]))
-        table.add_row(str(card), f"{stored / 1e9:,.3f}", duration(seconds), size(sent), listed)
+        table.add_row(str(card), size(stored), duration(seconds), size(sent), listed)
     return table
 
 

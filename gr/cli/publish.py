@@ -7,6 +7,7 @@ import click
 from gr.cli.checkpoint import on_checkpoint
 from gr.cli.export import report
 from gr.cli.out import say
+from gr.units import size
 
 
 @click.command(
@@ -52,9 +53,9 @@ def command(
 
         assert since is not None and out is not None
         delta, manifest = publish_delta(resolve(checkpoint), since, out)
-        size = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
+        stored = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
         rows = ", ".join(f"{count:,} rows of {table}" for table, count in manifest.rows.items()) or "no rows"
-        say(f"{delta}: steps {since} to {manifest.step}, {rows}, {size / 1e6:,.1f} MB")
+        say(f"{delta}: steps {since} to {manifest.step}, {rows}, {size(stored)}")
     elif watch:
         from gr.serving.follow import follow
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gr.cli.out import dump, say
-from gr.planner.report.units import size
+from gr.units import size
 
 if TYPE_CHECKING:
     from gr.checkpoint.contents import Contents, SavedTensor

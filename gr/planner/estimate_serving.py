@@ -15,6 +15,7 @@ from gr.planner.estimate_dense import dense_work
 from gr.planner.memory import PARAMETER_BYTES
 from gr.planner.partition import Partition, ServedTable, cut, partition
 from gr.planner.topology import Topology
+from gr.units import size
 
 ServedDtype = Literal["fp32", "fp16", "int8", "int4", "int2"]
 SERVED_DTYPES: tuple[ServedDtype, ...] = get_args(ServedDtype)
@@ -69,7 +70,7 @@ def estimate_serving(
     cap_bytes = topology.hbm_bytes - topology.reserve_bytes - dense_bytes
     if cap_bytes <= 0:
         raise ServingError(
-            f"the dense part needs {dense_bytes / 1e9:,.3f} GB on every card, {-cap_bytes / 1e9:,.3f} GB more than "
+            f"the dense part needs {size(dense_bytes)} on every card, {size(-cap_bytes)} more than "
             f"{topology.name} has beside its reserve"
         )
     near = cards <= topology.ranks_per_host

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
 from gr.errors import ServingError
+from gr.units import size
 
 BIG = 0.25  # of a card's fair share of all bytes: a unit of that size is placed by size
 COLUMNS = 4  # a table is cut between columns of which so many belong together
@@ -84,14 +85,14 @@ def partition(tables: Sequence[ServedTable], cards: int, cap_bytes: float) -> Pa
     for unit in units:
         if unit.bytes > cap_bytes:
             raise ServingError(
-                f"{_named(unit)} needs {_gb(unit.bytes)}, {_gb(unit.bytes - cap_bytes)} more than the {_gb(cap_bytes)} "
-                "that a card has for tables: use a smaller dtype, or cut it by columns"
+                f"{_named(unit)} needs {size(unit.bytes)}, {size(unit.bytes - cap_bytes)} more than the "
+                f"{size(cap_bytes)} that a card has for tables: use a smaller dtype, or cut it by columns"
             )
     total = sum(unit.bytes for unit in units)
     if total > cards * cap_bytes:
         raise ServingError(
-            f"the tables need {_gb(total)}, {_gb(total - cards * cap_bytes)} more than {cards} card"
-            f"{'s' * (cards > 1)} of {_gb(cap_bytes)} for tables: use {-int(-total // cap_bytes)} or more, or a "
+            f"the tables need {size(total)}, {size(total - cards * cap_bytes)} more than {cards} card"
+            f"{'s' * (cards > 1)} of {size(cap_bytes)} for tables: use {-int(-total // cap_bytes)} or more, or a "
             "smaller dtype"
         )
     placed_K = _by_rule(units, cards, cap_bytes) or _by_size(units, cards, cap_bytes)
@@ -122,7 +123,7 @@ def cut(tables: Sequence[ServedTable], cap_bytes: float) -> list[ServedTable]:
             narrowest = replace(table, columns=min(COLUMNS, table.columns))
             raise ServingError(
                 f"table {table.name} with {table.rows:,} rows: {narrowest.columns} of its columns alone need "
-                f"{_gb(narrowest.bytes)}, {_gb(narrowest.bytes - cap_bytes)} more than a card has for tables"
+                f"{size(narrowest.bytes)}, {size(narrowest.bytes - cap_bytes)} more than a card has for tables"
             )
         count = -(-units // room)
         bounds = [min(table.columns, COLUMNS * (units * block // count)) for block in range(count)] + [table.columns]
@@ -179,7 +180,7 @@ def _by_size(units: list[_Unit], cards: int, cap_bytes: float) -> list[list[_Uni
         roomy = [card for card in range(cards) if free_K[card] >= unit.bytes]
         if not roomy:
             raise ServingError(
-                f"{_named(unit)} needs {_gb(unit.bytes)}, {_gb(unit.bytes - max(free_K))} more than the emptiest of "
+                f"{_named(unit)} needs {size(unit.bytes)}, {size(unit.bytes - max(free_K))} more than the emptiest of "
                 f"{cards} cards has left: use more cards, or a smaller dtype"
             )
         card = min(roomy, key=lambda card: free_K[card])
@@ -225,7 +226,3 @@ def _named(unit: _Unit) -> str:
     if group is None:
         return f"table {unit.tables[0].shown}"
     return f"the group {group} of {len(unit.tables)} tables ({unit.tables[0].shown}, ...)"
-
-
-def _gb(value: float) -> str:
-    return f"{value / 1e9:,.3f} GB"

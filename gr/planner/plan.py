@@ -9,6 +9,7 @@ from gr.planner.memory import fixed_memory
 from gr.planner.placement import Placement, Plan
 from gr.planner.solve import DoesNotFit, solve_balanced
 from gr.planner.topology import Topology
+from gr.units import size
 
 
 def search(inventory: InventoryConfig, topology: Topology) -> Plan:
@@ -43,8 +44,8 @@ def table_capacity(inventory: InventoryConfig, topology: Topology) -> Capacity:
     if left <= 0:
         largest = max(fixed, key=lambda kind: fixed[kind])
         raise DoesNotFit(
-            f"without any table a rank needs {sum(fixed.values()) / 1e9:.1f} GB of {topology.hbm_bytes / 1e9:.1f} GB, "
-            f"most of it {largest} ({fixed[largest] / 1e9:.1f} GB); "
+            f"without any table a rank needs {size(sum(fixed.values()))} of {size(topology.hbm_bytes)}, "
+            f"most of it {largest} ({size(fixed[largest])}); "
             + ("dense.strategy=fsdp shares it" if largest.startswith("dense") else "lower the batch size")
         )
     _, group = one_group(inventory, topology)

@@ -18,6 +18,7 @@ from gr.planner.placement import Plan
 from gr.planner.plan import DoesNotFit, search, table_capacity
 from gr.planner.smallest import in_steps, smallest, smallest_by_strategy
 from gr.planner.topology import Topology
+from gr.units import duration, size
 
 NAMED = 5
 GROWTH, MOST_GROWTH = 1.05, 100  # of memory, until there is a plan
@@ -65,32 +66,32 @@ def _shortfall(inventory: InventoryConfig, topology: Topology) -> Iterator[str]:
         widest = int(host_T.argmax())
         yield (
             f"shortfall: {int(host_T[widest] - topology.host_bytes):,} bytes of host memory on a rank: the smallest "
-            f"shard of {inventory.tables[widest].name} takes {_gb(host_T[widest])}, and a rank has "
-            f"{_gb(topology.host_bytes)}"
+            f"shard of {inventory.tables[widest].name} takes {size(host_T[widest])}, and a rank has "
+            f"{size(topology.host_bytes)}"
         )
     table_T = options.minimum_T(options.total_hbm_O)
     shard_T = options.minimum_T(options.hbm_O + np.maximum(options.extra_hbm_O, 0))
     missing = float(table_T.sum()) - left * ranks
     if missing > 0:
         yield (
-            f"shortfall: {int(missing):,} bytes: the tables take at least {_gb(table_T.sum())}, and {ranks} "
-            f"ranks have {_gb(left * ranks)} for them"
+            f"shortfall: {int(missing):,} bytes: the tables take at least {size(table_T.sum())}, and {ranks} "
+            f"ranks have {size(left * ranks)} for them"
         )
     wide = np.flatnonzero(shard_T > left)
     if len(wide):
         worst = wide[np.argsort(-shard_T[wide], kind="stable")][:NAMED]
         yield (
             f"shortfall: {int(shard_T[worst[0]] - left):,} bytes on a rank: the smallest shard of "
-            + ", ".join(f"{inventory.tables[t].name} takes {_gb(shard_T[t])}" for t in worst)
-            + f", and a rank has {_gb(left)} for tables"
+            + ", ".join(f"{inventory.tables[t].name} takes {size(shard_T[t])}" for t in worst)
+            + f", and a rank has {size(left)} for tables"
         )
     elif missing <= 0:
         yield (
-            f"shortfall: none in total ({_gb(table_T.sum())} of {_gb(left * ranks)}), but no packing of the "
+            f"shortfall: none in total ({size(table_T.sum())} of {size(left * ranks)}), but no packing of the "
             "shards was found"
         )
     largest = np.argsort(-table_T, kind="stable")[:NAMED]
-    yield "largest tables: " + ", ".join(f"{inventory.tables[t].name} {_gb(table_T[t])}" for t in largest)
+    yield "largest tables: " + ", ".join(f"{inventory.tables[t].name} {size(table_T[t])}" for t in largest)
 
 
 def _remedies(inventory: InventoryConfig, topology: Topology, divides: int) -> Iterator[str]:
@@ -236,9 +237,5 @@ def _outcome(inventory: InventoryConfig, topology: Topology) -> tuple[bool, str]
         return False, f"does not fit: {error}"
     if not estimated.fits:
         return False, "does not fit"
-    fullest, step = _gb(float(estimated.total_memory_R.max())), estimated.step_seconds
-    return True, f"fits, {fullest} on the fullest rank, {step * 1e3:.1f} ms a step"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+    fullest, step = size(float(estimated.total_memory_R.max())), estimated.step_seconds
+    return True, f"fits, {fullest} on the fullest rank, {duration(step)} a step"

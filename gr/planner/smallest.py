@@ -12,6 +12,7 @@ from gr.planner.estimate import estimate
 from gr.planner.memory_bound import MemoryBound
 from gr.planner.plan import search
 from gr.planner.topology import Topology, with_ranks
+from gr.units import size
 
 MOST_RANKS = 1 << 16
 ONE_BY_ONE, STEP = 64, 1.125  # after so many failures the numbers that are tried grow by this factor
@@ -109,10 +110,8 @@ def trial(inventory: InventoryConfig, topology: Topology) -> Trial:
         estimated = estimate(search(inventory, topology))
     except PlanError as error:  # a constraint may exclude every option on a part of a host
         return Trial(topology.ranks, False, str(error))
-    used = float(estimated.total_memory_R.max()) / 1e9
-    return Trial(
-        topology.ranks, estimated.fits, f"the fullest rank holds {used:,.1f} GB of {topology.hbm_bytes / 1e9:,.1f} GB"
-    )
+    used = float(estimated.total_memory_R.max())
+    return Trial(topology.ranks, estimated.fits, f"the fullest rank holds {size(used)} of {size(topology.hbm_bytes)}")
 
 
 def _not_excluded(

@@ -10,6 +10,7 @@ from gr.errors import PlanError
 from gr.planner.bound import FAR_OFF, Group, Relaxation
 from gr.planner.candidates import Capacity, Options, Solution
 from gr.planner.pack import Choices, Packing, Targets
+from gr.units import size
 
 CLOSE = 1.001  # ratio to the bound at which the search ends
 FIRST_TARGETS = (1.005, 1.04, 1.1, 1.3, 1.8, 3.0, 6.0, 20.0)
@@ -97,14 +98,14 @@ def too_large(options: Options, capacity: Capacity) -> str | None:
     host = options.minimum_T(options.host_O).max()
     if host > capacity.host_bytes:
         return (
-            f"the largest shard offloaded to the host takes at least {host / 1e9:,.1f} GB there, and a rank has "
-            f"{capacity.host_bytes / 1e9:,.1f} GB of host memory"
+            f"the largest shard offloaded to the host takes at least {size(host)} there, and a rank has "
+            f"{size(capacity.host_bytes)} of host memory"
         )
     if total <= capacity.hbm_bytes * capacity.ranks and shard <= capacity.hbm_bytes:
         return None
     return (
-        f"the tables take at least {total / 1e9:,.1f} GB of {capacity.hbm_bytes * capacity.ranks / 1e9:,.1f} GB, and "
-        f"the largest shard at least {shard / 1e9:,.1f} GB of {capacity.hbm_bytes / 1e9:,.1f} GB on a rank"
+        f"the tables take at least {size(total)} of {size(capacity.hbm_bytes * capacity.ranks)}, and "
+        f"the largest shard at least {size(shard)} of {size(capacity.hbm_bytes)} on a rank"
     )
 
 

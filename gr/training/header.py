@@ -9,8 +9,8 @@ from gr.config.run import RunConfig
 from gr.dist import World
 from gr.ops.backend import backend_for
 from gr.planner.placement import Plan
-from gr.planner.report.units import count
 from gr.training.module import TrainModule
+from gr.units import count
 
 
 def header(

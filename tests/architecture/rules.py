@@ -36,7 +36,7 @@ CEILINGS = {
     "prepare": 5.1,
 }
 WITHOUT_PREPARE = 45.4
-GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
+GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema", "units"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from gr.planner.estimate import MEMORY, Estimate
 from gr.planner.report import page
-from gr.planner.report.units import size
+from gr.units import size
 from tests.support.estimates import estimate_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,7 +7,7 @@ import numpy as np
 from gr.planner.estimate import PHASES, Estimate, TableShare, table_costs
 from gr.planner.estimate_dense import dense_work
 from gr.planner.estimate_tables import TABLE_PHASES
-from gr.planner.report.units import count, duration, flops, percent, size
+from gr.units import count, duration, flops, percent, size
 
 EVEN = 0.02  # a straggler less than this share above the mean is not explained
 LARGEST_TABLES = 3

@@ -12,7 +12,7 @@ from gr.config.inventory import TableConfig
 from gr.planner.estimate import MEMORY, PHASES, Estimate, TableShare
 from gr.planner.estimate_tables import TABLE_PHASES
 from gr.planner.report.figures import headline, imbalance, schedule, straggler, verdict, words, world
-from gr.planner.report.units import percent, size, spans
+from gr.units import percent, size, spans
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DIGITS = 5  # digits of every duration in the page

@@ -14,7 +14,7 @@ from gr.planner.dense_collectives import DENSE_COLLECTIVES
 from gr.planner.dense_strategies import compare_strategies, strategy_words
 from gr.planner.estimate import MEMORY, PHASES, Estimate, TableShare
 from gr.planner.report.figures import headline, imbalance, straggler, verdict, words, world
-from gr.planner.report.units import duration, percent, size
+from gr.units import duration, percent, size
 
 TOP = 10
 # TorchRec's abbreviations.

@@ -114,10 +114,10 @@ def test_diff(inventory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     # One rank of eight keeps its part of the rows and their state.
     moved = 200_000_000 * (64 * 4 + 4) * 7 / 8 / 1e9
-    assert f"1 table changes place; {moved:.3f} GB move to another rank" in shown
+    assert f"1 table changes place; {moved:.1f} GB move to another rank" in shown
     assert "step: " in shown and "fullest rank: " in shown
     assert main(["plan", "--diff", plans[0], plans[0]]) == 0
-    assert "0 tables change place; 0.000 GB" in capsys.readouterr().out
+    assert "0 tables change place; 0 B" in capsys.readouterr().out
 
 
 def test_diff_of_other_models_and_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +248,7 @@ def test_cards_that_serve(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", CRITEO, "--topology", "t4", "--serve", "int8", "--smallest"]) == 0
     assert "smallest: 3 cards of t4" in capsys.readouterr().out
     assert main(["plan", CRITEO, "--topology", "t4x2", "--serve", "fp16"]) == 3
-    assert "24.303 GB more than 2 cards" in capsys.readouterr().err
+    assert "24.3 GB more than 2 cards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_nothing_travels_on_one_card_and_tables_of_the_user_stay_together() -> N
 
 def test_a_dense_part_larger_than_a_card_is_refused() -> None:
     given = {"kind": "given", "parameters": 10**10}
-    with pytest.raises(ServingError, match=r"dense part needs 40.000 GB on every card, 25.952 GB more than t4"):
+    with pytest.raises(ServingError, match=r"dense part needs 40.0 GB on every card, 26.0 GB more than t4"):
         estimate_serving(inventory(POOLED, dense=given), T4, "int8", cards=2, examples=8)
 
 

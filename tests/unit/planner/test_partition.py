@@ -80,18 +80,18 @@ def test_tight_packing_where_the_rule_finds_no_room() -> None:
 @pytest.mark.parametrize(
     ("tables", "cards", "message"),
     [
-        ([table("big", 12)], 2, r"table big needs 0.012 GB, 0.002 GB more than the 0.010 GB that a card has"),
+        ([table("big", 12)], 2, r"table big needs 12.0 MB, 2.00 MB more than the 10.0 MB that a card has"),
         (
             [table(f"t{i}", 9) for i in range(3)],
             2,
-            r"need 0.027 GB, 0.007 GB more than 2 cards of 0.010 GB.*use 3 or more",
+            r"need 27.0 MB, 7.00 MB more than 2 cards of 10.0 MB.*use 3 or more",
         ),
         (
             [table(f"t{i}", 6) for i in range(3)],
             2,
-            r"table t2 needs 0.006 GB, 0.002 GB more than the emptiest of 2 cards",
+            r"table t2 needs 6.00 MB, 2.00 MB more than the emptiest of 2 cards",
         ),
-        ([table("a", 6, group="user"), table("b", 6, group="user")], 2, "group user of 2 tables .*0.002 GB more"),
+        ([table("a", 6, group="user"), table("b", 6, group="user")], 2, "group user of 2 tables .*2.00 MB more"),
         ([table("a", 6)], 0, "at least 1 card"),
     ],
 )

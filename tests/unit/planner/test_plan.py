@@ -203,7 +203,7 @@ class TestRefusals:
         with pytest.raises(DoesNotFit) as error:
             search(inventory, machine(2))
         assert str(error.value) == (
-            "without any table a rank needs 16.0 GB of 10.0 GB, most of it dense_optimizer (8.0 GB); "
+            "without any table a rank needs 16.0 GB of 10.0 GB, most of it dense_optimizer (8.00 GB); "
             "dense.strategy=fsdp shares it"
         )
 

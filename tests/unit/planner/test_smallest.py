@@ -139,7 +139,7 @@ class TestFittingIsNotMonotone:
         assert found.ranks is None
         assert found.reason.startswith(
             "nothing up to 65,536 ranks fits: each of the 8,199 numbers of ranks has less memory than any plan takes; "
-            "closest to a fit is 1, where the tables take at least 516.0 GB of 77.9 GB"
+            "closest to a fit is 1, where the tables take at least 516 GB of 77.9 GB"
         )
 
 

@@ -13,7 +13,7 @@ from gr.planner.estimate import MEMORY, Estimate
 from gr.planner.report import summary
 from gr.planner.report.figures import words
 from gr.planner.report.terminal import ABBREVIATIONS
-from gr.planner.report.units import duration, size
+from gr.units import duration, size
 from tests.support.estimates import estimate_of
 
 

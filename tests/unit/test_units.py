@@ -2,7 +2,7 @@
 
 import pytest
 
-from gr.planner.report.units import count, duration, flops, percent, size, spans
+from gr.units import count, duration, flops, percent, size, spans
 
 
 @pytest.mark.parametrize(
