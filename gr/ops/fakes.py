@@ -14,6 +14,7 @@ def register() -> None:
     torch.library.register_fake("gr::norm_mul_dropout", _norm_mul_dropout)
     torch.library.register_fake("gr::rms_norm", _rms_norm)
     torch.library.register_fake("gr::rotate", _rotate)
+    torch.library.register_fake("gr::softmax_attention", _softmax_attention)
     torch.library.register_fake("gr::swiglu", _swiglu)
 
 
@@ -42,6 +43,11 @@ def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 def _rotate(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, back: bool) -> Tensor:
     return torch.empty_like(x_THQ, memory_format=torch.contiguous_format)
+
+
+def _softmax_attention(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    T, H, _ = q_THQ.shape
+    return v_TGV.new_empty(T, H, v_TGV.shape[2]), v_TGV.new_empty(T, H)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

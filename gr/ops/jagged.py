@@ -60,16 +60,6 @@ def padded_to_jagged(padded: Tensor, offsets_B1: Tensor, tokens: int) -> Tensor:
     return _Pick.apply(padded.flatten(0, 1), padded_rows(offsets_B1, tokens, padded.shape[1]))
 
 
-def spread(values: Tensor, rows_T: Tensor, size: int) -> Tensor:
-    """[size, ...] with values[t] in row rows_T[t], and zeros elsewhere. Rows are distinct. Differentiable."""
-    return _Spread.apply(values, rows_T, size)
-
-
-def pick(values: Tensor, rows_T: Tensor) -> Tensor:
-    """values[rows_T] for distinct rows, whose gradient is therefore no sum. Differentiable."""
-    return _Pick.apply(values, rows_T)
-
-
 class _Spread(torch.autograd.Function):
     """out[rows[t]] = values[t], zero elsewhere. Rows are distinct, so the gradient is a plain pick and no sum."""
 

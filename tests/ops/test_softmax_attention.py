@@ -1,19 +1,34 @@
 """Softmax attention on packed sequences against a loop over them in float64."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import gr.ops.softmax_attention as attention
+from gr.ops.backend import force_backend
 from gr.ops.hstu_attention import AttentionMask
+from gr.ops.norm_mul_dropout.reference import Gate, keep_mask
 from gr.ops.softmax_attention import softmax_attention
 from tests.support.tolerances import assert_near
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], mask: AttentionMask | None = None) -> Tensor:
-    """Sequence by sequence, every query head with its own copy of the keys and values that it shares."""
+def definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    mask: AttentionMask | None = None,
+    factors_THN: Tensor | None = None,
+) -> Tensor:
+    """Sequence by sequence, every query head with its own copy of the keys and values that it shares.
+
+    factors_THN: what dropout multiplies the weights by, of each query, its head and the key's place.
+    """
     outputs = []
+    factors = [None] * len(lengths) if factors_THN is None else factors_THN.split(lengths)
     for index, parts in enumerate(zip(*(x.split(lengths) for x in (q, k, v)), strict=True)):
         a, b, c = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in parts)
         n = a.shape[0]
@@ -21,7 +36,10 @@ def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], mask: Attent
         targets_B = None if mask is None else mask.num_targets_B
         history = torch.tensor(n if targets_B is None else n - int(targets_B[index]))
         scores = scores.masked_fill(~(mask or AttentionMask()).seen(n, history), float("-inf"))
-        outputs.append(torch.einsum("hij,jhd->ihd", F.softmax(scores, dim=-1), c))
+        weights = F.softmax(scores, dim=-1)
+        if (factor := factors[index]) is not None:
+            weights = weights * factor[:, :, :n].transpose(0, 1)
+        outputs.append(torch.einsum("hij,jhd->ihd", weights, c))
     return torch.cat(outputs)
 
 
@@ -91,12 +109,51 @@ def test_what_the_kernel_for_packed_sequences_is_given(monkeypatch: pytest.Monke
     check_against_definition(torch.float32, (4, 2, 16, 16))
 
 
-def test_a_sequence_does_not_depend_on_its_batch_mates() -> None:
-    """Sequences of like lengths are padded together on CPU; the others of the batch change nothing of one."""
-    q, k, v = (torch.randn(40, 2, 8) for _ in range(3))
-    alone = softmax_attention(q[:9], k[:9], v[:9], torch.tensor([0, 9]), max_length=40)
-    beside = softmax_attention(q, k, v, torch.tensor([0, 9, 9, 13, 40]), max_length=40)
-    torch.testing.assert_close(beside[:9], alone, rtol=0, atol=5e-7)
+@pytest.mark.parametrize("mask", [None, AttentionMask(torch.tensor([60, 0, 0, 1, 5, 0]), 7, 1)], ids=["past", "mask"])
+def test_dropout_of_the_operator_is_a_hash_of_the_query_its_head_and_the_key(mask: AttentionMask | None) -> None:
+    offsets = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0))
+    H, probability = 4, 0.3
+    references = [torch.randn(132, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (H, 2, 2)]
+    torch.manual_seed(7)
+    gate = Gate(1, 1e-6, False, False, probability, seed=int(torch.randint(1 << 31, ())))
+    kept_THN = keep_mask(gate, 132 * H, max(LENGTHS), torch.device("cpu")).unflatten(0, (132, H))
+    assert 0.69 < kept_THN.double().mean() < 0.71
+    expected = definition(*references, LENGTHS, mask, kept_THN / (1 - probability))
+    values = [x.detach().float().requires_grad_() for x in references]
+    torch.manual_seed(7)
+    with force_backend("native"):
+        out = softmax_attention(*values, offsets, max_length=100, mask=mask, dropout=probability)
+    grad = torch.randn(132, H, 16)
+    actual = [out, *torch.autograd.grad(out, values, grad)]
+    for value, reference in zip(
+        actual, [expected, *torch.autograd.grad(expected, references, grad.double())], strict=True
+    ):
+        assert_near(value, reference, torch.float32, "softmax attention")
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_both_ways_of_a_cpu_equal_the_definition(backend: Literal["native", "torch"]) -> None:
+    with force_backend(backend):
+        check_against_definition(torch.float32, (6, 2, 12, 20), AttentionMask(torch.tensor([60, 0, 0, 1, 5, 0]), 7, 1))
+
+
+def test_a_sequence_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() -> None:
+    q, k, v = (torch.randn(240, 2, 8) for _ in range(3))
+    grad = torch.randn(240, 2, 8)
+
+    def run(stop: int, offsets: list[int]) -> list[Tensor]:
+        own = [x[:stop].clone().requires_grad_() for x in (q, k, v)]
+        out = softmax_attention(*own, torch.tensor(offsets), max_length=200)
+        return [out, *torch.autograd.grad(out, own, grad[:stop])]
+
+    alone, threads = run(70, [0, 70]), torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for one, beside in zip(alone, run(240, [0, 70, 70, 75, 240]), strict=True):
+                assert torch.equal(one, beside[:70])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +182,14 @@ def test_too_long() -> None:
         softmax_attention(x, x, x, torch.tensor([0, 5]), max_length=4)
 
 
-def test_dropout_zero_weight_path_equals_the_fused_one() -> None:
-    """A probability that rounds to zero takes the unfused path and gives the same numbers as no dropout."""
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_dropout_of_almost_nothing_changes_nothing(backend: Literal["native", "torch"]) -> None:
+    """A probability that rounds to zero takes the path with dropout and gives the same numbers as no dropout."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
     offsets = torch.tensor([0, 3, 3, 9])
-    plain = softmax_attention(q, k, v, offsets, max_length=8)
-    unfused = softmax_attention(q, k, v, offsets, max_length=8, dropout=1e-9)
-    torch.testing.assert_close(unfused, plain)
-    assert not torch.allclose(softmax_attention(q, k, v, offsets, max_length=8, dropout=0.5), plain)
+    with force_backend(backend):
+        plain = softmax_attention(q, k, v, offsets, max_length=8)
+        dropped = softmax_attention(q, k, v, offsets, max_length=8, dropout=1e-10)
+        torch.testing.assert_close(dropped, plain)
+        assert not torch.allclose(softmax_attention(q, k, v, offsets, max_length=8, dropout=0.5), plain)

@@ -5,16 +5,14 @@
 // bias tables, which are added up in task order afterwards: results do not depend on the number of threads.
 // Tiles that are hidden entirely are skipped, and only the inputs are kept for the backward pass.
 #include "forward.h"
+#include "sequences.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <numeric>
 #include <optional>
 
 namespace gr::hstu_attention {
@@ -104,17 +102,6 @@ template <typename S> struct BackwardBuffers {
   }
 };
 
-// Writes columns [0, rows) of the transposed tile x_t [width, kTile] as rows of the output.
-template <typename S>
-void store_transposed(const float* x_t, int64_t rows, const Width<S>& width, float* turned, S* out, int64_t stride) {
-  transpose(x_t, width.real, kTile, kTile, turned, width.ld);
-  for (int64_t r = 0; r < rows; ++r) cast(turned + r * width.ld, out + r * stride, width.real);
-}
-
-inline void scale(float* x, int64_t count, float by) {
-  for (int64_t i = 0; i < count; ++i) x[i] *= by;
-}
-
 // Queries outer, keys inner: S = Q K^T, dP = G V^T, then dV^T += G^T P, dK^T += Q^T dS, dQ += dS K. Five products a
 // tile, and no computed tile is ever transposed: P and dS are right operands of the transposed sums.
 template <typename S, typename M>
@@ -161,40 +148,18 @@ void backward_task(const Head<S, M>& head, Scratch& scratch, const Gradients<S>&
 // The arguments shared by both directions. The Python caller checks shapes, offsets, dtypes and the unit stride of the
 // last dimension.
 struct Arguments {
-  const at::Tensor &q, &k, &v, &offsets, &scale;
+  const at::Tensor &q, &k, &v, &scale;
   const std::optional<at::Tensor>&position, &time, &buckets, &pair_offsets;
   float alpha;
-  const std::optional<at::Tensor>& num_targets;
-  int64_t max_attn_len, contextual_len, min_full_attn_seq_len;
-  bool masked() const { return num_targets || max_attn_len > 0 || contextual_len > 0; }
+  Sequences sequences;
   // A sequence uses the past side of the position table; with a contextual prefix it uses the future side too.
-  int64_t sides() const { return contextual_len > 0 ? 2 : 1; }
+  int64_t sides() const { return sequences.contextual_len > 0 ? 2 : 1; }
   int64_t heads() const { return q.size(1); }
-  int64_t sequences() const { return offsets.numel() - 1; }
 };
-
-template <typename S> Rows<S> rows_of(const at::Tensor& x, int64_t first, int64_t count, int64_t head) {
-  return {x.const_data_ptr<S>() + first * x.stride(0) + head * x.stride(1), x.stride(0), count};
-}
-template <typename S> S* row_in(at::Tensor& x, int64_t first, int64_t head) {
-  return x.mutable_data_ptr<S>() + first * x.stride(0) + head * x.stride(1);
-}
-
-template <typename M> M mask_of(const Arguments& a, int64_t sequence, int64_t count) {
-  if constexpr (M::kCausal) {
-    return {};
-  } else {
-    const int64_t targets = a.num_targets ? a.num_targets->const_data_ptr<int64_t>()[sequence] : 0;
-    const int64_t window = a.max_attn_len > 0 ? a.max_attn_len : count;
-    // The contextual prefix of an empty sequence is empty.
-    return {count - targets, std::min(a.contextual_len, count), window, a.min_full_attn_seq_len};
-  }
-}
 
 template <typename S, typename M>
 Head<S, M> head_of(const Arguments& a, int64_t sequence, int64_t head, const at::Tensor* g) {
-  const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
-  const int64_t first = offsets[sequence], count = offsets[sequence + 1] - first;
+  const int64_t first = a.sequences.first(sequence), count = a.sequences.length(sequence);
   const int64_t scale_step = a.scale.numel() == 1 ? 0 : 1;
   Bias bias{nullptr, nullptr, nullptr};
   if (a.position) bias.position = a.position->const_data_ptr<float>() + a.position->numel() / 2;
@@ -214,34 +179,17 @@ Head<S, M> head_of(const Arguments& a, int64_t sequence, int64_t head, const at:
           (count + kTile - 1) / kTile,
           a.alpha,
           bias,
-          mask_of<M>(a, sequence, count)};
-}
-
-// Calls task(sequence, head, scratch) for every non-empty sequence and head, longest first, on all threads.
-template <typename F> void for_each_task(const Arguments& a, F task) {
-  const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
-  std::vector<int64_t> order(a.sequences());
-  std::iota(order.begin(), order.end(), 0);
-  const auto length = [&](int64_t b) { return offsets[b + 1] - offsets[b]; };
-  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return length(x) > length(y); });
-  const int64_t tasks = a.sequences() * a.heads();
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-    Scratch scratch;
-    for (int64_t t = next++; t < tasks; t = next++)
-      if (const int64_t b = order[t / a.heads()]; length(b) > 0) task(b, t % a.heads(), scratch);
-    at::native::cpublas::brgemm_release();
-  });
+          a.sequences.mask<M>(sequence)};
 }
 
 // Calls f<element type, mask>().
 template <typename F> void by_type(const Arguments& a, F f) {
   AT_DISPATCH_SWITCH(
       a.q.scalar_type(), "hstu_attention",
-      AT_DISPATCH_CASE(at::kFloat, [&] { a.masked() ? f.template operator()<float, Masked>()
-                                                    : f.template operator()<float, Causal>(); })
-          AT_DISPATCH_CASE(at::kBFloat16, [&] { a.masked() ? f.template operator()<at::BFloat16, Masked>()
-                                                           : f.template operator()<at::BFloat16, Causal>(); }));
+      AT_DISPATCH_CASE(at::kFloat, [&] { a.sequences.masked() ? f.template operator()<float, Masked>()
+                                                              : f.template operator()<float, Causal>(); })
+          AT_DISPATCH_CASE(at::kBFloat16, [&] { a.sequences.masked() ? f.template operator()<at::BFloat16, Masked>()
+                                                                     : f.template operator()<at::BFloat16, Causal>(); }));
 }
 
 using Optional = std::optional<at::Tensor>;
@@ -250,12 +198,12 @@ at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    const at::Tensor& scale, const Optional& position, const Optional& time, const Optional& buckets,
                    const Optional& pair_offsets, double alpha, const Optional& num_targets, int64_t max_attn_len,
     int64_t contextual_len, int64_t min_full_attn_seq_len) {
-  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets, static_cast<float>(alpha),
-                    num_targets, max_attn_len, contextual_len, min_full_attn_seq_len};
+  const Arguments a{q, k, v, scale, position, time, buckets, pair_offsets, static_cast<float>(alpha),
+                    {offsets, num_targets, max_attn_len, contextual_len, min_full_attn_seq_len}};
   auto out = at::empty(v.sizes(), v.options());
   by_type(a, [&]<typename S, typename M>() {
-    for_each_task(a, [&](int64_t b, int64_t h, Scratch& scratch) {
-      const int64_t first = offsets.const_data_ptr<int64_t>()[b];
+    for_each_task(a.sequences, a.heads(), [&](int64_t b, int64_t h, Scratch& scratch) {
+      const int64_t first = a.sequences.first(b);
       forward_task(head_of<S, M>(a, b, h, nullptr), scratch, row_in<S>(out, first, h), out.stride(0));
     });
   });
@@ -265,11 +213,11 @@ at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 // Adds up the tasks' private sums, sequence by sequence and head by head, in double.
 void sum_bias_gradients(const Arguments& a, const at::Tensor& position_sums, const at::Tensor& time_sums,
                         at::Tensor& dposition, at::Tensor& dtime) {
-  const int64_t *offsets = a.offsets.const_data_ptr<int64_t>(), heads = a.heads(), size = dtime.numel();
+  const int64_t heads = a.heads(), size = dtime.numel();
   const float *position = position_sums.const_data_ptr<float>(), *time = time_sums.const_data_ptr<float>();
   double *position_out = dposition.mutable_data_ptr<double>(), *time_out = dtime.mutable_data_ptr<double>();
-  for (int64_t b = 0; b < a.sequences(); ++b) {
-    const int64_t first = offsets[b], count = offsets[b + 1] - first, entries = a.sides() * count;
+  for (int64_t b = 0; b < a.sequences.count(); ++b) {
+    const int64_t first = a.sequences.first(b), count = a.sequences.length(b), entries = a.sides() * count;
     for (int64_t h = 0; h < heads; ++h) {
       const float* from = position + first * heads * a.sides() + h * entries;
       double* to = position_out + dposition.numel() / 2 + 1 - count;
@@ -284,17 +232,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& scale, const Optional& position, const Optional& time, const Optional& buckets,
     const Optional& pair_offsets, double alpha, const Optional& num_targets, int64_t max_attn_len,
     int64_t contextual_len, int64_t min_full_attn_seq_len) {
-  const Arguments a{q, k, v, offsets, scale, position, time, buckets, pair_offsets, static_cast<float>(alpha),
-                    num_targets, max_attn_len, contextual_len, min_full_attn_seq_len};
+  const Arguments a{q, k, v, scale, position, time, buckets, pair_offsets, static_cast<float>(alpha),
+                    {offsets, num_targets, max_attn_len, contextual_len, min_full_attn_seq_len}};
   const int64_t heads = a.heads(), time_size = time ? time->numel() : 0;
   auto dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
   auto dv = at::empty(v.sizes(), v.options());
   auto position_sums = at::zeros({position ? q.size(0) * heads * a.sides() : 0}, scale.options());
-  auto time_sums = at::zeros({a.sequences() * heads, time_size}, scale.options());
+  auto time_sums = at::zeros({a.sequences.count() * heads, time_size}, scale.options());
   by_type(a, [&]<typename S, typename M>() {
-    for_each_task(a, [&](int64_t b, int64_t h, Scratch& scratch) {
+    for_each_task(a.sequences, a.heads(), [&](int64_t b, int64_t h, Scratch& scratch) {
       const auto head = head_of<S, M>(a, b, h, &g);
-      const int64_t first = offsets.const_data_ptr<int64_t>()[b];
+      const int64_t first = a.sequences.first(b);
       std::vector<float> lanes(kLanes * time_size);
       BiasGradient sums{nullptr, time ? lanes.data() : nullptr, time_size};
       if (position)

@@ -1,6 +1,7 @@
 // The element-wise part of the right half of an HSTU layer, forward and backward: y = dropout([u, a, u norm(a)]), or
 // dropout(u norm(a)) without concat. One pass over the rows; nothing is kept between the passes, since the dropout mask
 // is a hash.
+#include "../dropout.h"
 #include "../tile.h"
 
 #include <ATen/Dispatch.h>
@@ -20,13 +21,6 @@ namespace {
 constexpr int64_t kAhead = 8;  // rows between a prefetch and its use
 constexpr int64_t kRows = 64;  // rows a task: the gradients of the norm are summed by task, then in the order of tasks
 
-// The mask of reference.py: element c of row t is dropped if mix(mix(mix(t) ^ seed) + c step) < dropped.
-inline uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x21f0aaadu;
-  x = (x ^ (x >> 15)) * 0x735a2d97u;
-  return x ^ (x >> 15);
-}
-
 struct Gate {
   int64_t width, groups;
   float eps;
@@ -44,13 +38,10 @@ struct Gate {
   // x <- x / (1 - dropout) or 0, for the columns [first, first + width) of a row.
   void drop(int64_t row, int64_t first, float* __restrict x) const {
     if (dropout == 0) return;
-    const uint32_t key = mix(mix(static_cast<uint32_t>(row)) ^ seed);
-    const uint32_t start = key + static_cast<uint32_t>(first) * 0x9e3779b1u;
-    const uint32_t dropped = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
-    const float scale = static_cast<float>(1.0 / (1.0 - dropout));
+    const DropoutMask mask(dropout, seed);
+    const uint32_t key = mask.key(row);
     const int64_t n = padded();
-    for (int64_t c = 0; c < n; ++c)
-      x[c] = mix(start + static_cast<uint32_t>(c) * 0x9e3779b1u) >= dropped ? x[c] * scale : 0.f;
+    for (int64_t c = 0; c < n; ++c) x[c] = mask.kept(key, first + c) ? x[c] * mask.scale : 0.f;
   }
 };
 

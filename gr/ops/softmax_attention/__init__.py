@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from gr.ops.backend import backend_for
 from gr.ops.dropout import dropout as dropout_op
 from gr.ops.hstu_attention.mask import AttentionMask
-from gr.ops.jagged import check_offsets, jagged_to_padded, padded_to_jagged, pick, spread
+from gr.ops.jagged import check_offsets, jagged_to_padded, padded_to_jagged
+from gr.ops.softmax_attention.native import softmax_attention_native
 
 __all__ = ["softmax_attention"]
-
-# Sequences whose lengths round up to the same multiple are padded together: 16 took least time of 1, 8, 16 and 32.
-LENGTH_STEP = 16
 
 
 def softmax_attention(
@@ -36,9 +35,10 @@ def softmax_attention(
     mask: the keys that a query sees, where these are not all j <= i; as hstu_attention takes it.
     dropout: probability that an attention weight is zeroed.
     Returns [T, H, V]. Gradients: q, k, v.
-    The computation is on padded tensors, by torch's scaled_dot_product_attention if there is no dropout; on CPU,
-    sequences of similar lengths are padded together. On CUDA, half precision over the past alone is computed by torch's
-    kernel for packed sequences (torch.nn.attention.varlen), which pads nothing.
+    On CPU C++ computes it, with the same bits on any number of threads, whatever the other sequences of the batch. On
+    CUDA, half precision over the past alone is computed by torch's kernel for packed sequences
+    (torch.nn.attention.varlen). All else, and float64, is computed on padded tensors, by torch's
+    scaled_dot_product_attention if there is no dropout.
     Raises ValueError if shapes or lengths do not fit.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), Eq. 1, masked to the past; Ainslie et al. 2023 (arXiv 2305.13245).
     """
@@ -58,9 +58,9 @@ def softmax_attention(
         out = varlen_attn(*values, cumulative, cumulative, max_length, max_length, window_size=(-1, 0), enable_gqa=True)
         assert isinstance(out, Tensor)  # the pair with the sums of exponentials was not asked for
         return out
-    if offsets_B1.device.type != "cpu":  # reading lengths from a device would stop its queue
-        return _padded(values, offsets_B1, max_length, mask, dropout)
-    return _by_length(values, offsets_B1, mask, dropout)
+    if q_THQ.dtype != torch.float64 and backend_for(q_THQ.device) == "native":
+        return softmax_attention_native(values, offsets_B1, mask, dropout)
+    return _padded(values, offsets_B1, max_length, mask, dropout)
 
 
 def _check(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> None:
@@ -84,50 +84,22 @@ def _packed_kernel_computes(values: tuple[Tensor, ...], mask: AttentionMask | No
     return q_THQ.is_cuda and plain and fits and torch.cuda.get_device_capability(q_THQ.device) >= (8, 0)
 
 
-def _by_length(
-    values: tuple[Tensor, Tensor, Tensor], offsets_B1: Tensor, mask: AttentionMask | None, dropout: float
-) -> Tensor:
-    """_attend for each set of sequences of similar lengths, so that short ones are not padded to the longest."""
-    lengths_B, order_B = offsets_B1.diff().sort(stable=True)
-    _, counts = torch.unique_consecutive(-(-lengths_B // LENGTH_STEP), return_counts=True)
-    ends = counts.cumsum(0)
-    longest = lengths_B[ends - 1]  # of each set, to which its sequences are padded
-    # Row of each sequence's first token in the padded sets, which lie one behind another; then of each token.
-    padded_B = longest.repeat_interleave(counts)
-    first_B = padded_B.cumsum(0) - padded_B
-    tokens = values[0].shape[0]
-    shift_B = torch.empty_like(first_B)
-    shift_B[order_B] = first_B - offsets_B1[order_B]
-    rows_T = torch.arange(tokens) + shift_B.repeat_interleave(offsets_B1.diff(), output_size=tokens)
-    sizes = (longest * counts).tolist()
-    sets = zip(*(spread(x, rows_T, sum(sizes)).split(sizes) for x in values), strict=True)
-    outputs = []
-    for own, stop, count, length in zip(sets, ends.tolist(), counts.tolist(), longest.tolist(), strict=True):
-        if length:
-            sequences_B = order_B[stop - count : stop]
-            padded = tuple(x.unflatten(0, (count, length)) for x in own)
-            outputs.append(_attend(padded, _seen(mask, offsets_B1, sequences_B, length), dropout).flatten(0, 1))
-    return pick(outputs[0] if len(outputs) == 1 else torch.cat(outputs), rows_T)
-
-
 def _padded(
     values: tuple[Tensor, Tensor, Tensor], offsets_B1: Tensor, longest: int, mask: AttentionMask | None, dropout: float
 ) -> Tensor:
     """_attend for all sequences, padded to `longest` tokens."""
     padded = tuple(jagged_to_padded(x, offsets_B1, longest) for x in values)
-    return padded_to_jagged(
-        _attend(padded, _seen(mask, offsets_B1, None, longest), dropout), offsets_B1, len(values[0])
-    )
+    return padded_to_jagged(_attend(padded, _seen(mask, offsets_B1, longest), dropout), offsets_B1, len(values[0]))
 
 
-def _seen(mask: AttentionMask | None, offsets_B1: Tensor, chosen: Tensor | None, longest: int) -> Tensor | None:
-    """bool [B, 1, N, N] of the chosen sequences, None for the causal rule. chosen: int64 [B]; None: all."""
+def _seen(mask: AttentionMask | None, offsets_B1: Tensor, longest: int) -> Tensor | None:
+    """bool [B, 1, N, N], None for the causal rule."""
     if mask is None:
         return None
     history_B = offsets_B1.diff()
     if mask.num_targets_B is not None:
         history_B = history_B - mask.num_targets_B
-    return mask.seen(longest, history_B if chosen is None else history_B[chosen])[:, None]
+    return mask.seen(longest, history_B)[:, None]
 
 
 def _attend(padded: tuple[Tensor, ...], seen_B1NN: Tensor | None, dropout: float) -> Tensor:
