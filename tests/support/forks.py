@@ -28,7 +28,8 @@ from pathlib import Path
 from tests.support import ROOT
 
 # What most commands load, and torchrun.
-MODULES = ("torch.distributed.run", "gr.experiment", "gr.cli.train", "gr.cli.evaluate")
+MODULES = ("torch.distributed.run", "torch.utils.tensorboard", "gr.experiment", "gr.cli.train", "gr.cli.evaluate")
+MODULES += ("gr.recipes.retrieval", "gr.recipes.ranking", "gr.recipes.click", "gr.recipes.baselines")
 Program = Callable[[], object]
 
 _CLIENT = """#!{python} -IS
