@@ -48,7 +48,7 @@ def file_size(module: Module) -> Iterator[str]:
 
 
 def functions(module: Module) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, Function):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > FUNCTION_LINES:
@@ -74,13 +74,13 @@ def _is_kernel(node: Function) -> bool:
 def names(module: Module) -> Iterator[str]:
     if module.path.name in VAGUE_FILES:
         yield f"{module}: name the file for what is in it"
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.ClassDef) and node.name.endswith(VAGUE_CLASSES):
             yield f"{module}:{node.lineno}: class {node.name}: name it for what it does"
 
 
 def exceptions(module: Module) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else ""
             silent = all(isinstance(each, ast.Pass | ast.Continue) for each in node.body)
@@ -103,7 +103,7 @@ def prints(module: Module) -> Iterator[str]:
 
 
 def unsafe_loads(module: Module) -> Iterator[str]:
-    for line, name in imported(module.tree):
+    for line, name in imported(module):
         if name in PICKLES and str(module.path) != RESTRICTED_UNPICKLER:
             yield f"{module}:{line}: {name} runs code from the file it reads"
     for call in _calls(module):
@@ -113,7 +113,7 @@ def unsafe_loads(module: Module) -> Iterator[str]:
 
 
 def imports(module: Module) -> Iterator[str]:
-    for line, name in imported(module.tree):
+    for line, name in imported(module):
         if name == "triton" and module.path.name != "triton.py":
             yield f"{module}:{line}: triton imported outside a file called triton.py"
         if name in ("launch", "tests", "benchmarks"):
@@ -121,7 +121,7 @@ def imports(module: Module) -> Iterator[str]:
 
 
 def _calls(module: Module) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(module.tree) if isinstance(node, ast.Call))
+    return (node for node in module.nodes if isinstance(node, ast.Call))
 
 
 def room_sizes(files: Mapping[str, int]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import ast
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,6 +13,11 @@ class Module:
     path: Path  # relative to the repository
     text: str
     tree: ast.Module
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """Of the whole tree: each rule reads them, and to walk a tree takes longer than that."""
+        return list(ast.walk(self.tree))
 
     def __str__(self) -> str:
         return str(self.path)
@@ -28,10 +33,10 @@ def parse(path: Path, text: str) -> Module:
     return Module(path, text, ast.parse(text, filename=str(path)))
 
 
-def imported(tree: ast.AST) -> list[tuple[int, str]]:
+def imported(module: Module) -> list[tuple[int, str]]:
     """Line and top-level name of every absolute import, also those inside functions."""
     found: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name.split(".")[0]) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -30,9 +30,7 @@ def test_everything_else_keeps_the_budgets(rule):
 
 def test_launch_imports_no_gr():
     """A launcher runs where gr need not be installed, and TorchX executes components.py by itself."""
-    found = [
-        (str(module), line) for module in modules("launch") for line, name in imported(module.tree) if name == "gr"
-    ]
+    found = [(str(module), line) for module in modules("launch") for line, name in imported(module) if name == "gr"]
     assert found == []
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -36,7 +35,7 @@ def programs_of(page: str) -> dict[str, str]:
         ("scaling.md", 5),
     ],
 )
-def test_every_command_of_the_page_runs(tmp_path, page, least):
+def test_every_command_of_the_page_runs(tmp_path, python, page, least):
     if page == "launch.md":
         pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     if page == "data.md":
@@ -55,13 +54,14 @@ def test_every_command_of_the_page_runs(tmp_path, page, least):
     programs.mkdir()
     modules = {"python": "", "gr": "-m gr", "torchrun": "-m torch.distributed.run", "torchx": "-m torchx.cli.main"}
     for name, module in modules.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        (programs / name).write_text(f'#!/bin/sh\nexec "{python}" {module} "$@"\n')
         (programs / name).chmod(0o755)
     environment = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "PYTHON_EXEC": str(python),
     }
     try:
         for command in commands(page):

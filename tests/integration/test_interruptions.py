@@ -47,22 +47,24 @@ def config(tmp_path_factory) -> Path:
 class Run:
     """`gr train` in a process, or under torchrun in several. What it prints is beside run_dir."""
 
-    def __init__(self, config: Path, run_dir: Path, ranks: int, *overrides: str, program=("-m", "gr", "train")) -> None:
-        self.run_dir, self.ranks = run_dir, ranks
+    def __init__(
+        self, python: Path, config: Path, run_dir: Path, ranks: int, *overrides: str, program=("-m", "gr", "train")
+    ) -> None:
+        self.python, self.run_dir, self.ranks = python, run_dir, ranks
         self._log = run_dir.with_suffix(".txt")
         # A file a rank: what two ranks print may arrive in pieces.
         apart = ["--redirects=3", f"--log-dir={run_dir.with_suffix('.logs')}"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *apart]
-        launcher = torchrun if ranks > 1 else []
-        self._command = [sys.executable, *launcher, *program, str(config), f"run_dir={run_dir}", *overrides]
+        launcher = [sys.executable, *torchrun] if ranks > 1 else [python]  # the ranks of torchrun are its children
+        self._command = [*launcher, *program, str(config), f"run_dir={run_dir}", *overrides]
         self.start()
 
     def start(self) -> None:
         """The same command, also after an end."""
         shutil.rmtree(self.run_dir.with_suffix(".logs"), ignore_errors=True)
         with self._log.open("w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
+            ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": str(self.python)}
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env={**os.environ, **ours})
 
     @property
     def outputs(self) -> list[str]:
@@ -111,11 +113,11 @@ def uninterrupted(config, tmp_path_factory) -> dict[int, dict[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def stopped(config, tmp_path_factory) -> Path:
+def stopped(python, config, tmp_path_factory) -> Path:
     """The run folder of 2 ranks whose torchrun got a SIGTERM: it passes that on and then exits with 1, whatever its
     ranks return."""
     folder = tmp_path_factory.mktemp("stopped")
-    run = Run(config, folder / "run", 2, *gates(folder, STOPPED))
+    run = Run(python, config, folder / "run", 2, *gates(folder, STOPPED))
     run.until_step(STOPPED)
     run.process.send_signal(signal.SIGTERM)
     run.end()
@@ -124,11 +126,13 @@ def stopped(config, tmp_path_factory) -> Path:
     return run.run_dir
 
 
-def test_kill_9_of_a_rank_loses_only_the_steps_since_the_last_checkpoint(config, tmp_path, stopped, uninterrupted):
+def test_kill_9_of_a_rank_loses_only_the_steps_since_the_last_checkpoint(
+    python, config, tmp_path, stopped, uninterrupted
+):
     """The run had been stopped by a SIGTERM to torchrun before, and resumes from there first."""
     run_dir = tmp_path / "killed"
     shutil.copytree(stopped, run_dir)
-    run = Run(config, run_dir, 2, *gates(tmp_path, KILLED))
+    run = Run(python, config, run_dir, 2, *gates(tmp_path, KILLED))
     run.until_step(KILLED)
     assert losses(run_dir) == [(step, uninterrupted[2][step]) for step in range(1, KILLED + 1)], "no step ran twice"
     os.kill(workers_of(run.process)[-1], signal.SIGKILL)
@@ -144,8 +148,8 @@ def test_kill_9_of_a_rank_loses_only_the_steps_since_the_last_checkpoint(config,
     assert dict(losses(run_dir)) == uninterrupted[2]
 
 
-def test_sigterm_saves_and_exits_0_and_the_same_command_resumes(config, tmp_path, uninterrupted):
-    run = Run(config, tmp_path / "stopped", 1, *gates(tmp_path, STOPPED))
+def test_sigterm_saves_and_exits_0_and_the_same_command_resumes(python, config, tmp_path, uninterrupted):
+    run = Run(python, config, tmp_path / "stopped", 1, *gates(tmp_path, STOPPED))
     run.until_step(STOPPED)
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 0, run.output
@@ -177,10 +181,10 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
-def test_a_stop_while_rank_0_plans_and_the_others_wait(config, tmp_path):
+def test_a_stop_while_rank_0_plans_and_the_others_wait(python, config, tmp_path):
     """A rank in a collective hears the signal when the rank that it waits for has left."""
     (tmp_path / "train.py").write_text(SLOW_PLAN)
-    run = Run(config, tmp_path / "planning", 2, program=[str(tmp_path / "train.py")])
+    run = Run(python, config, tmp_path / "planning", 2, program=[str(tmp_path / "train.py")])
     run.until("planning", lambda: all((tmp_path / f"planning-{rank}").exists() for rank in range(2)))
     run.process.send_signal(signal.SIGTERM)
     run.end()
@@ -202,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     assert "Traceback" not in shown
 
 
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(config, tmp_path, stopped, uninterrupted):
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(python, config, tmp_path, stopped, uninterrupted):
     run_dir = tmp_path / "damaged"
     shutil.copytree(stopped, run_dir)
     folder = CheckpointFolder(run_dir / "checkpoints")
@@ -211,7 +215,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(config, tmp_path, 
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    run = Run(config, run_dir, 2, *gates(tmp_path))
+    run = Run(python, config, run_dir, 2, *gates(tmp_path))
     assert run.end() == 0, run.output
     assert f"warning: {file}: is not what was written (checksum)" in run.output
     assert f"resumed from {folder.final(before)}" in run.output
