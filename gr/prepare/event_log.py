@@ -88,6 +88,11 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def folder_of(con: duckdb.DuckDBPyConnection) -> str:
+    """The temporary folder of a connection of `database`."""
+    return str(one(con, "SELECT current_setting('temp_directory')"))
+
+
 def load_log(
     con: duckdb.DuckDBPyConnection, source: Any, columns: Mapping[str, str], table: str = "log"
 ) -> dict[str, Column]:
