@@ -16,7 +16,8 @@ from gr.files import sha256_of
 from gr.prepare.event_log import WHOLE, Column, literal, one
 from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
-_EXACT_DOUBLE = 1 << 53  # up to here a float64 holds every whole number
+_EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # up to here a type holds every whole number
+_INT64 = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,16 @@ def value_expression(con: duckdb.DuckDBPyConnection, distinct: str, kind: Column
     if kind.is_whole:
         if kind.sql in ("UBIGINT", "HUGEINT", "UHUGEINT"):
             largest = one(con, f"SELECT max(raw) FROM {distinct}")
-            if largest is not None and largest >= 1 << 63:
+            if largest is not None and largest >= _INT64:
                 raise DataError(f"{title}: {largest} is beyond int64; write the column as text")
         return "raw::BIGINT"
     if kind.is_real:
-        odd = one(con, f"SELECT any_value(raw) FROM {distinct} WHERE raw <> floor(raw) OR abs(raw) > {_EXACT_DOUBLE}")
+        most = _EXACT.get(kind.sql, _INT64 - 1)  # decimals are exact
+        whole = f"raw = floor(raw) AND abs(raw) <= {most}"  # NaN is equal to itself, and above all numbers
+        odd = one(con, f"SELECT any_value(raw) FROM {distinct} WHERE NOT ({whole})")
         if odd is not None:
-            raise DataError(f"{title}: {odd} is no whole number up to 2^53; write ids as integers or text")
+            bits = most.bit_length() if kind.sql not in _EXACT else most.bit_length() - 1
+            raise DataError(f"{title}: {odd} is no whole number up to 2^{bits}; write ids as integers or text")
         return "raw::BIGINT"
     if kind.text:
         odd = one(con, f"SELECT count(*) FROM {distinct} WHERE NOT regexp_full_match(raw, '{WHOLE}')")
