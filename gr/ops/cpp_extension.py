@@ -1,41 +1,25 @@
-"""Builds and loads the C++ operators of gr.ops: one shared library, compiled once per machine with the user's g++.
+"""Builds and loads the C++ operators of gr.ops: one shared library, which gr.ops.compiler compiles with the user's g++.
 
-The library lies in the user's cache directory. Its name is a hash of the sources, the flags, the torch version, the
-compiler and the CPU, so a change of any of them builds a new library, and several versions live side by side.
+It is built anew when a source, the flags, the torch version, the compiler or the CPU is another.
 """
 
-import contextlib
-import fcntl
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from gr.errors import InstallError
-from gr.logging import get_logger
-from gr.ops import fakes
+from gr.ops import compiler, fakes
 
-_logger = get_logger(__name__)
 _SOURCE_ROOT = Path(__file__).parent
 _TORCH_ROOT = Path(torch.__file__).parent
-_COMPILERS = ("g++", "clang++")
-_WRITABLE_BY_OTHERS = 0o022
-_BUILD_TIMEOUT_S = 300
 
 # These are the parts of -ffast-math that vectorise sums. Linking with all of it makes GCC < 13 flush denormals in the
 # whole process, and its finite-math part would hide NaN.
 _COMPILE_FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-fno-strict-aliasing"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
-    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-isystem", str(_TORCH_ROOT / "include")),
 )
 _LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-ltorch_cpu")
 
@@ -87,106 +71,17 @@ def library() -> Path:
 
     Raises InstallError where it cannot be built, or others can write it.
     """
-    compiler = _find_compiler()
-    try:
-        path = _cache_directory() / f"ops-{_fingerprint(compiler)}.so"
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                _build(compiler, path)
-        _require_own(path)
-        if path.stat().st_mode & _WRITABLE_BY_OTHERS:
-            raise InstallError(f"{path} can be written by other users, so it is not loaded. Remove it.")
-    except OSError as error:
-        raise InstallError(f"the C++ operators cannot be stored: {error}") from error
-    return path
+    return compiler.library(f"ops-{fingerprint()}", _sources(), (*_COMPILE_FLAGS, *_LINK_FLAGS))
 
 
 def fingerprint() -> str:
     """The fingerprint of the operators as they are built on this machine; raises InstallError without a compiler."""
-    return _fingerprint(_find_compiler())
-
-
-def _find_compiler() -> str:
-    for name in _COMPILERS:
-        path = shutil.which(name)
-        if path is not None:
-            return path
-    raise InstallError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH. Install g++.")
-
-
-def _cache_directory() -> Path:
-    """The user's cache directory by the XDG convention, or a private temporary one if the home cannot be written."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = root / "gr"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        directory = Path(tempfile.gettempdir()) / f"gr-cache-{os.getuid()}"
-        directory.mkdir(mode=0o700, exist_ok=True)
-    _require_own(directory)
-    if directory.stat().st_mode & _WRITABLE_BY_OTHERS:
-        directory.chmod(0o700)  # a library that others have put there meanwhile is theirs, and so refused
-    return directory
-
-
-def _require_own(path: Path) -> None:
-    """Raises InstallError unless `path` is this user's, root's too: code of other users is not loaded."""
-    if path.stat().st_uid != os.getuid():
-        raise InstallError(f"{path} belongs to another user, so code in it is not loaded. Set XDG_CACHE_HOME.")
+    files = [*_sources(), *sorted(_SOURCE_ROOT.rglob("*.h"))]
+    return compiler.fingerprint(files, _COMPILE_FLAGS, _LINK_FLAGS, torch.__version__)
 
 
 def _sources() -> list[Path]:
     return sorted(_SOURCE_ROOT.rglob("*.cpp"))
-
-
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((compiler, version, _COMPILE_FLAGS, _LINK_FLAGS, torch.__version__)).encode())
-    digest.update(_cpu_description().encode())
-    for source in [*_sources(), *sorted(_SOURCE_ROOT.rglob("*.h"))]:
-        digest.update(str(source.relative_to(_SOURCE_ROOT)).encode() + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _cpu_description() -> str:
-    """The CPU features that -march=native depends on, since machines that differ may share a home directory."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    relevant = ("model name", "model\t", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(relevant)}))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock: one of several processes builds, the others wait. The lock ends with the process."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(compiler: str, library: Path) -> None:
-    _logger.info("building the C++ operators of gr with %s, about 15 seconds, once for this machine", compiler)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        # One translation unit of all sources: reading torch's headers takes 5 of the 7 seconds of a source by itself.
-        unit, draft = Path(directory, "ops.cpp"), Path(directory, "ops.so")
-        unit.write_text("".join(f'#include "{source}"\n' for source in _sources()))
-        include = ["-isystem", str(_TORCH_ROOT / "include")]
-        _run([compiler, *_COMPILE_FLAGS, *include, str(unit), *_LINK_FLAGS, "-o", str(draft)])
-        draft.chmod(0o755)  # whatever the umask
-        draft.replace(library)
-    _logger.info("built %s in %.0f seconds", library, time.perf_counter() - started)
-
-
-def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_BUILD_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise InstallError(f"building the C++ operators took more than {_BUILD_TIMEOUT_S} seconds") from error
-    if done.returncode:
-        raise InstallError(f"building the C++ operators failed: {' '.join(command)}\n{done.stdout[-2000:]}")
 
 
 def _check_runs() -> None:

@@ -13,10 +13,11 @@ from gr.data.parquet import decoding
 from gr.data.vocabulary import NO_LIMIT, check_entries
 from gr.errors import DataError
 from gr.files import sha256_of
-from gr.prepare.event_log import WHOLE, Column, literal, one, quoted
+from gr.prepare.event_log import WHOLE, Column, literal, one
 from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
-_EXACT_DOUBLE = 1 << 53  # up to here a float64 holds every whole number
+_EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # up to here a type holds every whole number
+_INT64 = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,21 @@ class Codes:
 
 
 def make_codes(
-    con: duckdb.DuckDBPyConnection, codes: str, column: tuple[str, str, Column], title: str, given: Path | None = None
+    con: duckdb.DuckDBPyConnection, codes: str, distinct: str, kind: Column, title: str, given: Path | None = None
 ) -> Codes:
-    """Ids by ascending value, as table `codes`. column: table, column and type. given: a vocabulary whose ids are used.
+    """Ids by ascending value, as table `codes`. distinct: SQL of a relation, whose column raw has each value once, of
+    type `kind`; its other columns are kept. given: a vocabulary whose ids are used.
 
     Raises DataError where values are neither whole numbers nor text, or of another kind than the vocabulary's.
     """
-    table, field, kind = column
-    distinct = f"(SELECT DISTINCT {quoted(field)} AS raw FROM {table} WHERE {quoted(field)} IS NOT NULL)"
     value = value_expression(con, distinct, kind, title)
     if given is None:
-        numbered = f"SELECT raw, {value} AS value, row_number() OVER (ORDER BY {value}) AS id FROM {distinct}"
+        numbered = f"SELECT *, {value} AS value, row_number() OVER (ORDER BY {value}) AS id FROM {distinct}"
     else:
         if pa.types.is_integer(pq.read_schema(given).field("value").type) != value.endswith("BIGINT"):
             raise DataError(f"{title}: its values and those of {given} are not both whole numbers or both text")
         numbered = (
-            f"SELECT raw, v.value, v.id FROM (SELECT raw, {value} AS value FROM {distinct}) "
+            f"SELECT d.*, v.id FROM (SELECT *, {value} AS value FROM {distinct}) d "
             f"JOIN read_parquet({literal(given)}) v USING (value)"
         )
     con.execute(f"CREATE TABLE {codes} AS {numbered}")
@@ -80,6 +80,14 @@ def make_codes(
             raise DataError(f"{title}: has no value; leave it out")
         return Codes(codes, count, False)
     return Codes(codes, int(one(con, f"SELECT coalesce(max(id), 0) FROM read_parquet({literal(given)})")), True)
+
+
+def column_of_values(con: duckdb.DuckDBPyConnection, name: str, kind: Column, title: str) -> tuple[str, Column]:
+    """SQL of a column of `log` as text or int64, and its type then. Raises DataError as value_expression does."""
+    if kind.text:
+        return name, kind
+    sql = value_expression(con, f"(SELECT {name} AS raw FROM log)", kind, title)
+    return sql.replace("raw", name), Column("BIGINT" if sql.endswith("BIGINT") else "VARCHAR", False)
 
 
 def save_vocabulary(con: duckdb.DuckDBPyConnection, folder: Path, name: str, query: str, given: Given | None) -> str:
@@ -112,13 +120,16 @@ def value_expression(con: duckdb.DuckDBPyConnection, distinct: str, kind: Column
     if kind.is_whole:
         if kind.sql in ("UBIGINT", "HUGEINT", "UHUGEINT"):
             largest = one(con, f"SELECT max(raw) FROM {distinct}")
-            if largest is not None and largest >= 1 << 63:
+            if largest is not None and largest >= _INT64:
                 raise DataError(f"{title}: {largest} is beyond int64; write the column as text")
         return "raw::BIGINT"
     if kind.is_real:
-        odd = one(con, f"SELECT any_value(raw) FROM {distinct} WHERE raw <> floor(raw) OR abs(raw) > {_EXACT_DOUBLE}")
+        most = _EXACT.get(kind.sql, _INT64 - 1)  # decimals are exact
+        whole = f"raw = floor(raw) AND abs(raw) <= {most}"  # NaN is equal to itself, and above all numbers
+        odd = one(con, f"SELECT any_value(raw) FROM {distinct} WHERE NOT ({whole})")
         if odd is not None:
-            raise DataError(f"{title}: {odd} is no whole number up to 2^53; write ids as integers or text")
+            bits = most.bit_length() if kind.sql not in _EXACT else most.bit_length() - 1
+            raise DataError(f"{title}: {odd} is no whole number up to 2^{bits}; write ids as integers or text")
         return "raw::BIGINT"
     if kind.text:
         odd = one(con, f"SELECT count(*) FROM {distinct} WHERE NOT regexp_full_match(raw, '{WHOLE}')")

@@ -5,11 +5,11 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 
 from gr.errors import DataError
 from gr.prepare.event_codes import Codes, Given, by_code, make_codes, value_expression
 from gr.prepare.event_log import Column, load_log, one
+from gr.prepare.write import plain_table
 
 _FRACTION = r"-?[0-9]*\.[0-9]+([eE][-+]?[0-9]+)?"
 
@@ -34,7 +34,7 @@ class Features:
         queries = {}
         for name, codes in self.categories.items():
             ids, counts = np.unique(self.by_code[name], return_counts=True)
-            con.register(f"{codes.table}_counts", pa.table({"id": ids, "count": counts}))
+            con.register(f"{codes.table}_counts", plain_table({"id": ids, "count": counts}))
             queries[name] = (
                 f"SELECT value, id, coalesce(n.count, 0) AS count FROM {codes.table} "
                 f"LEFT JOIN {codes.table}_counts n USING (id) ORDER BY id"
@@ -82,7 +82,8 @@ def join_features(
         else:
             title = f"--{key}-features, column {name}"
             file = None if given is None else given.file(name)
-            own = make_codes(con, f"codes_{key}_{place}", (table, f"f{place}", kind), title, file)
+            distinct = f"(SELECT DISTINCT f{place} AS raw FROM {table} WHERE f{place} IS NOT NULL)"
+            own = make_codes(con, f"codes_{key}_{place}", distinct, kind, title, file)
             ids = f"SELECT c.id, f.id AS value FROM {joined} JOIN {own.table} f ON t.f{place} = f.raw"
             by_id[name], categories[name] = by_code(con, ids, codes.count + 1), own
     return Features(by_id, categories)

@@ -32,6 +32,7 @@ _LONGEST_HEADER = 1 << 20
 _COMPRESSED = (".gz", ".zst")
 _JSON = {".json", ".jsonl", ".ndjson"}
 _DISK_FULL = ("No space left on device", "max_temp_directory_size")
+_SHOWN_COLUMNS, _LONGEST_MESSAGE = 20, 1000
 _PLAUSIBLE = (631_152_000, 4_102_444_800)  # seconds of 1990-01-01 and of 2100-01-01
 
 
@@ -86,6 +87,11 @@ def database(memory_gib: float, beside: Path) -> Iterator[duckdb.DuckDBPyConnect
         raise DataError(f"the log cannot be read: {_reason(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_of(con: duckdb.DuckDBPyConnection) -> str:
+    """The temporary folder of a connection of `database`."""
+    return str(one(con, "SELECT current_setting('temp_directory')"))
 
 
 def load_log(
@@ -203,9 +209,13 @@ def _time_expression(
     if column.sql == "VARCHAR":
         odd = r"SELECT any_value(time) FROM log WHERE NOT regexp_full_match(time, '-?[0-9]{1,19}(\.[0-9]*)?')"
         if one(con, odd) is not None:
-            bad = one(con, "SELECT any_value(time) FROM log WHERE TRY_CAST(time AS TIMESTAMPTZ) IS NULL")
+            # DuckDB takes words such as infinity for dates.
+            no_date = "coalesce(NOT isfinite(TRY_CAST(time AS TIMESTAMPTZ)), true)"
+            bad = one(con, f"{odd} AND {no_date}")
             if bad is not None:
                 raise DataError(f"{title}: {bad!r} is neither a number nor a date like 2026-11-28T12:00:00")
+            if (number := one(con, f"SELECT any_value(time) FROM log WHERE {no_date}")) is not None:
+                raise DataError(f"{title}: has dates and numbers, such as {number}; write all as one of them")
             return _milliseconds("time::TIMESTAMPTZ"), "ms", "dates, UTC where they name no zone"
         number = "time::DECIMAL(38, 9)"
     elif column.is_real:
@@ -234,8 +244,11 @@ def _milliseconds(date: str) -> str:
 
 def _confirmed_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) -> TimeUnit:
     """The unit. Raises DataError where it is missing, or another one is the only one that makes dates of the values."""
-    fitting = [u for u, n in PER_SECOND.items() if _PLAUSIBLE[0] * n <= first and last <= _PLAUSIBLE[1] * n]
+    fitting = [u for u, n in PER_SECOND.items() if _is_plausible(first, n) and _is_plausible(last, n)]
     span = f"{title}: values from {first} to {last}"
+    oldest, newest = ([u for u, n in PER_SECOND.items() if _is_plausible(value, n)] for value in (first, last))
+    if oldest and newest and not fitting:
+        raise DataError(f"{span} are dates of 1990 to 2100 in {oldest[0]} and in {newest[0]}; write all in one unit")
     if unit is None:
         guess = (
             f"look like {fitting[0]} (years 1990 to 2100)" if fitting else "are no dates of 1990 to 2100 in any unit"
@@ -248,6 +261,10 @@ def _confirmed_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) ->
     if max(abs(first), abs(last)) >= 9_000_000_000_000_000_000 // (1000 if unit == "s" else 1):
         raise DataError(f"{span} do not fit int64 milliseconds; correct the column")
     return unit
+
+
+def _is_plausible(value: Any, per_second: int) -> bool:
+    return bool(_PLAUSIBLE[0] * per_second <= value <= _PLAUSIBLE[1] * per_second)
 
 
 def number_expression(con: duckdb.DuckDBPyConnection, name: str, column: Column, title: str) -> str:
@@ -297,13 +314,19 @@ def _require(columns: Any, present: Sequence[str], place: str) -> None:
     for column in columns:
         if present.count(column) != 1:
             fault = "has more than one column" if column in present else "has no column"
-            raise DataError(f"{place}: {fault} {column}; it has {', '.join(present)}")
+            shown = [
+                *present[:_SHOWN_COLUMNS],
+                *([f"{len(present):,} in all"] if len(present) > _SHOWN_COLUMNS else []),
+            ]
+            raise DataError(f"{place}: {fault} {column}; it has {', '.join(shown)}"[:_LONGEST_MESSAGE])
 
 
 def _header(file: Path, delimiter: str) -> list[str]:
     """The fields of the first line of a text file."""
     with SourceFile(file).open() as stream:
         start = stream.read(_LONGEST_HEADER)
+    if not start.strip():
+        raise DataError(f"{file}: is empty, wanted a header line with the names of the columns")
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])

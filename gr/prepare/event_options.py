@@ -52,11 +52,6 @@ class EventOptions:
         """Whether events that are the same in all columns become one. Without times nothing tells which are repeats."""
         return self.time is not None and not self.keep_duplicates
 
-    @property
-    def order(self) -> str:
-        """The order of the table of events, in SQL."""
-        return "user, time, place" if self.time is not None else "user, place"
-
     def columns(self) -> dict[str, str]:
         """Name in the table `log` -> name in the source."""
         single = {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "label": self.label}

@@ -3,6 +3,7 @@
 I items.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import DataError
-from gr.prepare.event_codes import Codes, Given, make_codes, save_vocabulary
+from gr.prepare.event_codes import Codes, Given, by_code, column_of_values, make_codes, save_vocabulary
 from gr.prepare.event_features import Features, join_features
 from gr.prepare.event_log import (
     Column,
+    folder_of,
     literal,
     load_log,
     number_expression,
@@ -25,6 +27,8 @@ from gr.prepare.event_log import (
     time_expression,
 )
 from gr.prepare.event_options import EventOptions, check_names, moment, other_columns
+from gr.prepare.event_rows import CodedRows, RowChoice, code_rows, sorted_rows
+from gr.prepare.write import plain_array, plain_table
 from gr.schema import MAX_ACTIONS, USER_COLUMN, DataSchema, TabularSchema
 
 ITEM = "item_id"
@@ -32,8 +36,8 @@ ITEM = "item_id"
 
 @dataclass(frozen=True)
 class Log:
-    """An encoded log: table `events` of user, item, time, place and further columns in DuckDB, sorted by user, time and
-    place (that in the log).
+    """An encoded log: table `events` of user, item, time and further columns in DuckDB, by user, time and place in the
+    log, which is a column too where there is a label.
     """
 
     con: duckdb.DuckDBPyConnection
@@ -68,28 +72,29 @@ def encode(con: duckdb.DuckDBPyConnection, source: Any, options: EventOptions) -
         raise DataError(f"{_described(source)}: has no rows")
     notes = [f"{total:,} events read"]
     total -= _leave_out_missing(con, columns, options.on_bad_row, notes)
-    keys = {name: _key_codes(con, name, columns[name], types[name], options, given) for name in ("user", "item")}
-    # Two users, or items, that are not known are not the same one.
-    raw = {f"raw_{name}": f"log.{name}" for name in keys} if given is not None and options.label else {}
+    files = _vocabulary_files(options, given)
     chosen, unit = _expressions(con, types, options, notes)
-    chosen |= raw
     actions, chosen_actions = _actions(con, options)
-    features, joins = _feature_codes(con, types, options, given), ""
-    for place, codes in enumerate(features.values()):
-        joins += f" LEFT JOIN {codes.table} f{place} ON log.feature_{place} = f{place}.raw"
-        chosen[f"feature_{place}"] = f"coalesce(f{place}.id, 0)"
-    selected = ", ".join(f"{sql} AS {name}" for name, sql in (chosen | chosen_actions).items())
-    users, items = keys["user"], keys["item"]
-    # A row for a click model stays where its user or item is not known: they have id 0.
-    join = "LEFT JOIN" if options.label else "JOIN"
-    con.execute(
-        f"CREATE TABLE events AS SELECT {selected}, log.place FROM log {join} codes_user u ON log.user = u.raw "
-        f"{join} codes_item i ON log.item = i.raw{joins} WHERE {_between(options, chosen.get('time'), unit)} "
-        f"ORDER BY {options.order}"
-    )
+    coded = {
+        name: column_of_values(con, name, types[name], f"column {columns[name]}")
+        for name in columns
+        if name in ("user", "item") or name.startswith("feature_")
+    }
+    chosen = {name: sql for name, (sql, _) in coded.items()} | chosen | chosen_actions
+    if options.label:
+        chosen["place"] = "place"
+    if (between := _between(options, chosen.get("time"), unit)) is not None:
+        chosen["inside"] = f"coalesce(({between})::TINYINT, 0)"
+    with tempfile.TemporaryDirectory(dir=folder_of(con)) as folder:
+        rows = code_rows(con, chosen, list(coded), Path(folder))
+        codes = {
+            name: _codes(con, rows, name, (f"column {columns[name]}", kind), files.get(name))
+            for name, (_, kind) in coded.items()
+        }
+        users, items = codes.pop("user"), codes.pop("item")
+        features = dict(zip(options.features, codes.values(), strict=True))
+        _create_events(con, rows, options, given)
     _leave_out_repeats(con, options, total, notes)
-    for name in raw:
-        con.execute(f"ALTER TABLE events DROP COLUMN {name}")
     con.execute("DROP VIEW log; DROP VIEW IF EXISTS whole_log; DROP TABLE IF EXISTS log_rows")
     return Log(
         con,
@@ -112,7 +117,8 @@ def _expressions(
     con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions, notes: list[str]
 ) -> tuple[dict[str, str], Literal["s", "ms"]]:
     """SQL of the columns of `events`, by name, but for actions and features; and the unit of its times."""
-    chosen, columns = {"user": "coalesce(u.id, 0)", "item": "coalesce(i.id, 0)"}, options.columns()
+    chosen: dict[str, str] = {}
+    columns = options.columns()
     unit: Literal["s", "ms"] = "s"
     if options.time is not None:
         chosen["time"], unit, phrase = time_expression(con, types["time"], options.time_unit, f"column {options.time}")
@@ -133,26 +139,47 @@ def _given(options: EventOptions) -> Given | None:
     return Given(options.vocabulary, schema)
 
 
-def _key_codes(
-    con: duckdb.DuckDBPyConnection, key: str, column: str, kind: Column, options: EventOptions, given: Given | None
+def _vocabulary_files(options: EventOptions, given: Given | None) -> dict[str, Path]:
+    """The files of --vocabulary by the column whose ids they have.
+
+    Users of histories are no input of a model, so that they need not be known.
+    """
+    if given is None:
+        return {}
+    names = {f"feature_{place}": name for place, name in enumerate(options.features)}
+    names |= {"item": ITEM} if options.label is None else {"user": options.user, "item": options.item}
+    return {column: given.file(name) for column, name in names.items()}
+
+
+def _codes(
+    con: duckdb.DuckDBPyConnection, rows: CodedRows, column: str, described: tuple[str, Column], given: Path | None
 ) -> Codes:
-    """The ids of users or items. Users of histories are no input of a model, so that they need not be known."""
-    file = None
-    if given is not None and (key == "item" or options.label is not None):
-        file = given.file(ITEM if options.label is None else column)
-    return make_codes(con, f"codes_{key}", ("log", key, kind), f"column {column}", file)
+    """The ids of users, items or a feature of events, as table codes_<column>, which has the code of each value too.
 
-
-def _feature_codes(
-    con: duckdb.DuckDBPyConnection, types: dict[str, Column], options: EventOptions, given: Given | None
-) -> dict[str, Codes]:
-    """The ids of the categories of events, by column."""
-    codes = {}
-    for place, name in enumerate(options.features):
-        kind = ("log", f"feature_{place}", types[f"feature_{place}"])
-        file = None if given is None else given.file(name)
-        codes[name] = make_codes(con, f"codes_feature_{place}", kind, f"column {name}", file)
+    described: the column's title and type. given: a vocabulary whose ids are used.
+    """
+    title, kind = described
+    values = rows.codes[column].values()
+    code_V = plain_array(np.arange(len(values), dtype=np.int32))
+    con.register("values_of_codes", pa.Table.from_arrays([values, code_V], names=["raw", "code"]))
+    codes = make_codes(con, f"codes_{column}", "values_of_codes", kind, title, given)
+    con.unregister("values_of_codes")
     return codes
+
+
+def _create_events(con: duckdb.DuckDBPyConnection, rows: CodedRows, options: EventOptions, given: Given | None) -> None:
+    """Makes the table `events` of the rows."""
+    ids = {}
+    for column, codes in rows.codes.items():
+        query = f"SELECT code, id::INTEGER FROM codes_{column}"
+        ids[column] = by_code(con, query, len(codes.values()) + 1)
+    # A row for a click model stays where its user or item is not known: they have id 0. Two that are not known are not
+    # the same one, so repeats of them are told by their codes.
+    unknown = ["user", "item"] if options.label else []
+    choice = RowChoice(ids, [] if unknown else ["user", "item"], unknown if given is not None else [])
+    con.register("sorted_rows", sorted_rows(rows, choice))
+    con.execute("CREATE TABLE events AS SELECT * FROM sorted_rows")
+    con.unregister("sorted_rows")
 
 
 def _leave_out_repeats(con: duckdb.DuckDBPyConnection, options: EventOptions, total: int, notes: list[str]) -> None:
@@ -166,31 +193,34 @@ def _leave_out_repeats(con: duckdb.DuckDBPyConnection, options: EventOptions, to
         why = ", or ".join(name for name, given in reasons.items() if given)
         notes.append(f"{total - kept:,} events left out: {why}")
     if options.joins_repeats:
-        _join_repeats(con, bool(options.actions), notes)
+        _join_repeats(con, options, notes)
+    for column in ("raw_user", "raw_item"):
+        con.execute(f"ALTER TABLE events DROP COLUMN IF EXISTS {column}")
     for key in ("user", "item"):
         if unknown := one(con, f"SELECT count(*) FROM events WHERE {key} = 0"):
             notes.append(f"{unknown:,} events of {key}s that are not known have id 0")
 
 
-def _join_repeats(con: duckdb.DuckDBPyConnection, has_actions: bool, notes: list[str]) -> None:
+def _join_repeats(con: duckdb.DuckDBPyConnection, options: EventOptions, notes: list[str]) -> None:
     """Leaves the first of the events that are the same in all columns but actions, with the actions of all of them.
 
     Only events of the same user and time can be, and these stand side by side in `events`.
     """
+    but = "place, " if options.label else ""
     con.execute(
-        "CREATE TABLE tied AS SELECT * EXCLUDE (older_user, older_time, newer_user, newer_time) FROM (SELECT *, "
-        "lag(user) OVER () AS older_user, lag(time) OVER () AS older_time, "
+        f"CREATE TABLE tied AS SELECT * EXCLUDE ({but}older_user, older_time, newer_user, newer_time) FROM "
+        "(SELECT *, rowid AS row, lag(user) OVER () AS older_user, lag(time) OVER () AS older_time, "
         "lead(user) OVER () AS newer_user, lead(time) OVER () AS newer_time FROM events) "
         "WHERE (user = older_user AND time = older_time) OR (user = newer_user AND time = newer_time)"
     )
-    but, merged = ("place, actions", ", bit_or(actions) AS actions") if has_actions else ("place", "")
+    but, merged = ("row, actions", ", bit_or(actions) AS actions") if options.actions else ("row", "")
     con.execute(
-        f"CREATE TABLE first AS SELECT * EXCLUDE ({but}), min(place) AS place{merged}, count(*) AS copies FROM tied "
+        f"CREATE TABLE first AS SELECT * EXCLUDE ({but}), min(row) AS row{merged}, count(*) AS copies FROM tied "
         "GROUP BY ALL"
     )
-    con.execute("DELETE FROM events WHERE place IN (SELECT place FROM tied ANTI JOIN first USING (place))")
-    if has_actions:
-        con.execute("UPDATE events SET actions = f.actions FROM first f WHERE events.place = f.place AND f.copies > 1")
+    con.execute("DELETE FROM events WHERE rowid IN (SELECT row FROM tied ANTI JOIN first USING (row))")
+    if options.actions:
+        con.execute("UPDATE events SET actions = f.actions FROM first f WHERE events.rowid = f.row AND f.copies > 1")
     if repeats := one(con, "SELECT (SELECT count(*) FROM tied) - (SELECT count(*) FROM first)"):
         notes.append(f"{repeats:,} repeated events joined (the same user, item, time and values)")
     con.execute("DROP TABLE tied; DROP TABLE first")
@@ -258,12 +288,13 @@ def _number_of_flag(name: str) -> str:
     return f"coalesce(TRY_CAST({text} AS DOUBLE), TRY_CAST({text} AS BOOLEAN)::INT)"
 
 
-def _between(options: EventOptions, time: str | None, unit: str) -> str:
+def _between(options: EventOptions, time: str | None, unit: str) -> str | None:
+    """SQL of the rows of --since and --until; None for all."""
     bounds = [(">=", options.since, "--since"), ("<", options.until, "--until")]
     conditions = [f"{time} {sign} {moment(date, unit, flag)}" for sign, date, flag in bounds if date is not None]
     if conditions and time is None:
         raise DataError("--since and --until need --time")
-    return " AND ".join(conditions) or "true"
+    return " AND ".join(conditions) or None
 
 
 def leave_out_rare(log: Log) -> None:
@@ -334,7 +365,7 @@ def save_vocabularies(
     """
     con, queries = log.con, {}
     for name, (key, ids_V) in ids.items():
-        con.register(f"{key}_ids", pa.table({"code": np.flatnonzero(ids_V), "id": ids_V[ids_V > 0]}))
+        con.register(f"{key}_ids", plain_table({"code": np.flatnonzero(ids_V), "id": ids_V[ids_V > 0]}))
         queries[name] = (
             f"SELECT c.value, m.id, coalesce(n.count, 0) AS count FROM codes_{key} c JOIN {key}_ids m ON c.id = m.code "
             f"LEFT JOIN ({_occurrences(key, log.train)}) n ON n.id = c.id ORDER BY m.id"

@@ -13,7 +13,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from gr.prepare.event_table import (
     save_vocabularies,
     train_ids,
 )
-from gr.prepare.write import FolderWriter, Users
+from gr.prepare.write import FolderWriter, Users, plain_block
 from gr.schema import DataSchema, HistoryColumns, TabularSchema
 
 _BLOCK = 1 << 17  # events of a block
@@ -83,9 +82,9 @@ def _write_histories(log: Log, folder: Path, where: str, vocabularies: Given | N
     except ValidationError as error:
         raise DataError(f"columns of the folder: {error.errors()[0]['msg']}; rename the column") from None
     writer = FolderWriter(folder, columns, item_cardinality=int(ids_I.max()) + 1)
-    query = f"SELECT * EXCLUDE (place) FROM events WHERE {where}"
+    query = f"SELECT * FROM events WHERE {where}"
     if len(log.splits) > 1:  # of a filter that is a join, DuckDB promises no order
-        query += f" ORDER BY {options.order}"
+        query += " ORDER BY rowid"
     total = one(con, f"SELECT count(*) FROM events WHERE {where}")
     with tqdm(total=total, unit="event", unit_scale=True, desc=folder.name, disable=None) as bar:
         for table in _whole_users(con.sql(query)):
@@ -138,18 +137,15 @@ def _users(log: Log, table: dict[str, np.ndarray], ids_I: np.ndarray) -> Users:
 
 def _whole_users(events: duckdb.DuckDBPyRelation) -> Iterator[dict[str, np.ndarray]]:
     """The rows in blocks that end with a user."""
-    rest: pa.Table | None = None
-    for batch in events.to_arrow_reader(_BLOCK):
-        block = pa.table(batch)
-        block = block if rest is None else pa.concat_tables([rest, block])
-        user_T = block.column("user").to_numpy()
+    rest: dict[str, np.ndarray] = {}
+    for batch in filter(len, events.to_arrow_reader(_BLOCK)):
+        block = plain_block(batch)
+        if rest:
+            block = {name: np.concatenate([rest[name], values]) for name, values in block.items()}
+        user_T = block["user"]
         cut = int(np.searchsorted(user_T, user_T[-1]))
         if cut:
-            yield _numpy(block.slice(0, cut))
-        rest = block.slice(cut)
-    if rest is not None and rest.num_rows:
-        yield _numpy(rest)
-
-
-def _numpy(table: pa.Table) -> dict[str, np.ndarray]:
-    return {name: table.column(name).to_numpy() for name in table.column_names}
+            yield {name: values[:cut] for name, values in block.items()}
+        rest = {name: values[cut:] for name, values in block.items()}
+    if rest:
+        yield rest

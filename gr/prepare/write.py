@@ -192,13 +192,13 @@ class FolderWriter:
     def write(self, users: Users) -> None:
         """Append users, in row groups of ROWS_PER_GROUP."""
         np.add.at(self._counts, users.item_ids[_fitted(users.offsets)], 1)
-        offsets = pa.array(users.offsets.astype(np.int32))
-        arrays = {"user_id": pa.array(users.user_ids.astype(np.int64))}
+        offsets = plain_array(users.offsets.astype(np.int32))
+        arrays = {"user_id": plain_array(users.user_ids, pa.int64())}
         for name in self._columns.event_columns:
-            arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(users.column(name), type=self._types[name]))
+            arrays[name] = pa.ListArray.from_arrays(offsets, plain_array(users.column(name), self._types[name]))
         for name in self._columns.user_columns:
-            arrays[name] = pa.array(users.column(name), type=self._types[name])
-        self._parts.write(pa.table(arrays))
+            arrays[name] = plain_array(users.column(name), self._types[name])
+        self._parts.write(pa.Table.from_arrays(list(arrays.values()), names=list(arrays)))
         self._events += len(users.item_ids)
 
     def end_group(self) -> None:
@@ -223,8 +223,9 @@ class FolderWriter:
         if not self._parts.rows:
             raise DataError(f"{source}: no user is left to write")
         corpus = np.unique(corpus).astype(np.int64)
-        features = {name: pa.array(ids[corpus], type=self._types[name]) for name, ids in item_features.items()}
-        items = pa.table({"item_id": corpus, "count": self._counts[corpus], **features})
+        features = {name: plain_array(ids[corpus], self._types[name]) for name, ids in item_features.items()}
+        columns = {"item_id": plain_array(corpus), "count": plain_array(self._counts[corpus]), **features}
+        items = pa.Table.from_arrays(list(columns.values()), names=list(columns))
         pq.write_table(items, self._folder / ITEMS_FILE, write_page_checksum=True)
         schema = DataSchema(
             format_version=FORMAT_VERSION,
@@ -277,6 +278,36 @@ def write_folder(
     writer = FolderWriter(folder, columns, item_cardinality=int(corpus.max()) + 1)
     writer.write(users)
     return writer.close(name=name, order=order, source=source, corpus=corpus)
+
+
+def plain_array(values: np.ndarray, kind: pa.DataType | None = None) -> pa.Array:
+    """Numbers as an Arrow array, without a copy where `kind` is theirs; ValueError where an integer does not fit.
+
+    pyarrow.array and to_numpy import pandas wherever it is installed, which takes longer than to prepare a small log.
+    """
+    if kind is None:
+        kind = pa.from_numpy_dtype(values.dtype)
+    cast = np.ascontiguousarray(values, dtype=kind.to_pandas_dtype())
+    if values.dtype.kind in "iu" and cast.dtype != values.dtype and not np.array_equal(cast, values):
+        raise ValueError(f"values from {values.min()} to {values.max()} do not fit {kind}")
+    return pa.Array.from_buffers(kind, len(cast), [None, pa.py_buffer(cast)])
+
+
+def plain_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
+    """Numbers by name as a table."""
+    return pa.Table.from_arrays([plain_array(values) for values in columns.values()], names=list(columns))
+
+
+def plain_values(array: pa.Array) -> np.ndarray:
+    """The numbers of an Arrow array that has no null, without a copy."""
+    assert not array.null_count
+    kind = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], dtype=kind, count=len(array), offset=array.offset * kind.itemsize)
+
+
+def plain_block(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """The columns of a batch of numbers, by name."""
+    return {name: plain_values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
 def _fitted(offsets: np.ndarray) -> np.ndarray:

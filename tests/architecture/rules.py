@@ -33,7 +33,7 @@ CEILINGS = {
     "serving": 8.1,
     "recipes": 2.4,
     "cli": 2.7,
-    "prepare": 5.1,
+    "prepare": 5.65,
 }
 WITHOUT_PREPARE = 45.4
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema", "units"}

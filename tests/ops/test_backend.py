@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ import torch
 
 from gr.errors import InstallError
 from gr.ops import backend as backend_module
-from gr.ops import cpp_extension
+from gr.ops import compiler, cpp_extension
 from gr.ops.backend import Backend, backend_for, force_backend
 
 CPU = torch.device("cpu")
@@ -105,26 +105,24 @@ def test_fallback_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InstallError, match=r"g\+\+"):
-        cpp_extension._find_compiler()
+        compiler.find_compiler()
 
 
-def test_failed_build_shows_the_compiler_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_build_shows_the_compiler_message(tmp_path: Path) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("#error this is broken\n")
-    monkeypatch.setattr(cpp_extension, "_sources", lambda: [source])
     with pytest.raises(InstallError, match="this is broken"):
-        cpp_extension._build(cpp_extension._find_compiler(), tmp_path / "ops.so")
+        compiler.build(tmp_path / "ops.so", [source], [])
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_a_cache_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by root either; one's own folder that others can write into is closed, and what they left in it refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = cpp_extension._cache_directory()
+    folder = compiler.cache_directory()
     folder.chmod(0o777)
-    assert cpp_extension._cache_directory().stat().st_mode & 0o777 == 0o700
-    compiler = cpp_extension._find_compiler()
-    library = folder / f"ops-{cpp_extension._fingerprint(compiler)}.so"
+    assert compiler.cache_directory().stat().st_mode & 0o777 == 0o700
+    library = folder / f"ops-{cpp_extension.fingerprint()}.so"
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it was loaded"))
     library.touch()
     library.chmod(0o775)
@@ -142,13 +140,13 @@ def test_a_cache_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch: pyte
 
 
 def _load_with_a_slow_build(cache: Path) -> None:
-    def build(compiler: str, library: Path) -> None:
+    def build(library: Path, sources: Sequence[Path], flags: Sequence[str]) -> None:
         with (cache / "builds").open("a") as file:
             file.write("1")
         time.sleep(0.3)
         library.write_bytes(b"")
 
-    cpp_extension._build = build
+    compiler.build = build
     cpp_extension._check_runs = lambda: None
     setattr(torch.ops, "load_library", lambda path: None)  # noqa: B010 (mypy: it is a method)
     cpp_extension.load.cache_clear()

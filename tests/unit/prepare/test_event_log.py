@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pytest
 
 from gr.api import prepare_events
 from gr.cli import main
+from gr.data.vocabulary import Vocabulary
 from gr.errors import ConfigError, DataError
 from gr.prepare.event_log import find_files
+from gr.schema import DataSchema
 from tests.support.own_log import LOG, TIMED, decoded, prepared, refusal
 
 
@@ -108,10 +111,28 @@ def test_ids(tmp_path: Path, kind: str) -> None:
         (pd.to_datetime(LOG.t, unit="s"), "column i: has type TIMESTAMP, wanted whole numbers or text"),
         ([b"a"] * 5, "column i: has type BLOB, wanted whole numbers or text"),
         ([1, "x", 2, 3, 4], "the table: is of mixed kinds"),
+        (np.array([1, 2, 3, 4, 2**24 + 2], dtype=np.float32), "column i: 16777218.0 is no whole number up to 2^24"),
     ],
 )
 def test_values_that_are_no_ids(tmp_path: Path, raw: Any, fault: str) -> None:
     assert fault in refusal(tmp_path, LOG.assign(i=raw), **TIMED)
+
+
+def test_ids_that_arrow_has_and_pandas_lacks(tmp_path: Path) -> None:
+    """NaN, which is not null there, and decimals, which hold every whole number."""
+    log = pa.Table.from_pandas(LOG)
+
+    def with_items(values: pa.Array) -> pa.Table:
+        return log.set_column(1, "i", values)
+
+    fault = refusal(tmp_path, with_items(pa.array([1.0, float("nan"), 2.0, 3.0, 4.0])), **TIMED)
+    assert fault == "column i: nan is no whole number up to 2^53; write ids as integers or text"
+    most = pa.array([2**63 - 1, 2**53 + 1, 3, 4, 5]).cast(pa.decimal128(20, 0))
+    folder = prepared(tmp_path / "o", with_items(most), **TIMED)
+    items = Vocabulary.open(folder, DataSchema.load(folder), "item_id").values_V
+    assert items is not None and items.to_pylist() == [3, 4, 5, 2**53 + 1, 2**63 - 1]
+    beyond = pa.array([Decimal(2**63), Decimal(1), Decimal(2), Decimal(3), Decimal(4)])
+    assert f"column i: {2**63} is no whole number up to 2^63" in refusal(tmp_path, with_items(beyond), **TIMED)
 
 
 DATES = pd.to_datetime(LOG.t * 1000 + 7, unit="ms")
@@ -179,7 +200,12 @@ def test_relative_times_and_fractions(tmp_path: Path, as_text: bool) -> None:
     "raw, fault",
     [
         (["x", "1", "2", "3", "4"], "column t: 'x' is neither a number nor a date like 2026-11-28T12:00:00"),
-        (["2026-01-01", "1", "2", "3", "4"], "is neither a number nor a date"),
+        (["2026-01-01", "1", "2", "3", "4"], "column t: has dates and numbers, such as"),
+        (["infinity", "1", "2", "3", "4"], "column t: 'infinity' is neither a number nor a date"),
+        (
+            [1_700_000_000_000, 1_700_000_001, 3 * 10**9, 4 * 10**9, 4 * 10**9],
+            "are dates of 1990 to 2100 in s and in ms",
+        ),
         ([np.inf, 1, 2, 3, 4], "column t: has values that are not finite"),
         ([2**62, 1, 2, 3, 4], "do not fit int64 milliseconds"),
         ([True] * 5, "column t: has type BOOLEAN, wanted numbers or dates"),
@@ -269,7 +295,7 @@ BROKEN: dict[str, tuple[str, bytes | str, str]] = {
     "too few": ("a.csv", "u,i\na,1\nb\n", "Expected Number of Columns: 2 Found: 1"),
     "open quote": ("a.csv", 'u,i\na,1\n"b,2\n', "unterminated quote"),
     "not UTF-8": ("a.csv", "u,i\né,1\n".encode("latin1"), "a.csv: cannot be read as UTF-8 text"),
-    "no bytes": ("a.csv", "", "a.csv, line 1: has no column u; it has "),
+    "no bytes": ("a.csv", "", "a.csv: is empty, wanted a header line with the names of the columns"),
     "no rows": ("a.csv", HEADER, "a.csv: has no rows"),
     "a name of two lines": ("a.csv", '"u\nx",i\na,1\n', "line 1: has no column u; it has u\\nx, i"),
     "twice": ("a.csv", "u,i,u\na,1,b\n", "has more than one column u"),
