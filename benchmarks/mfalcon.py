@@ -38,11 +38,12 @@ from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.hstu_attention import CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.sequence import JaggedSequence
 from gr.serving.package.version import Version
-from gr.serving.passes.ranking import FloatTables, ranking_form, ranking_passes
+from gr.serving.passes.ranking import ranking_form, ranking_passes
 from gr.serving.passes.ranking_build import build
 from gr.serving.verbs.kv_cache import KVCache
 from gr.serving.verbs.ranking import RankRequest, RankServable
 from gr.towers.stu import STU
+from tests.support.float_tables import FloatTables
 
 D, H, LAYERS = 256, 4, 3
 Q = D // H

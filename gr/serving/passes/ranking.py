@@ -20,31 +20,11 @@ from gr.models.preprocessor import SequencePreprocessor
 from gr.models.sequence_ranking import Head, SequenceRanker
 from gr.schema import DataSchema
 from gr.serving.passes.cache_scope import cache_scope
-from gr.serving.passes.ranking_layers import Layers, cache_heads, layers_of
+from gr.serving.passes.tower_layers import Layers, cache_heads, layers_of
 from gr.serving.verbs.ranking import RankingForm
 
 # features -> the module that looks their ids up: forward([ids of each feature]) -> [vectors of each feature]
 TablesOf = Callable[[Sequence[str]], nn.Module]
-
-
-class FloatTables(nn.Module):
-    """Tables as they were trained."""
-
-    def __init__(self, model: SequenceRanker, features: Sequence[str]) -> None:
-        super().__init__()
-        configs = [config for config in model.tables.embedding_configs() if {*config.feature_names} & {*features}]
-        self.weights = nn.ParameterList(model.tables.embeddings[config.name].weight for config in configs)
-        self.places = [
-            next(place for place, config in enumerate(configs) if name in config.feature_names) for name in features
-        ]
-        self.dim = model.dim
-
-    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """ids: integers [n] of each feature. Returns float32 [n, D] of each."""
-        return [
-            F.embedding(own.long(), self.weights[place])[:, : self.dim]
-            for own, place in zip(ids, self.places, strict=True)
-        ]
 
 
 class _Places(nn.Module):
@@ -215,7 +195,9 @@ def ranking_passes(
     context = None
     if tokens.contextual:
         context = ContextTokens(tokens, tables_of(model.contextual) if model.contextual else None)
-    keys, whole = (layers_of(model, prefix=prefix, whole=whole) for whole in (False, True))
+    keys, whole = (
+        layers_of(model.tower, max_length=tokens.max_length, prefix=prefix, whole=whole) for whole in (False, True)
+    )
     passes: dict[str, nn.Module] = {"prefill": Prefill(context, events, keys, cache_dtype)}
     if whole.attention.appends:
         passes["append"] = Append(events, keys, cache_dtype)

@@ -21,41 +21,12 @@ from gr.serving.gate.cached_keys import rounded_keys
 from gr.serving.package.layout import VerbRecord
 from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.ranking import ranking_form, ranking_passes
-from gr.serving.tables.packed import PackedTables
+from gr.serving.tables.packed import PackedFeatures
 from gr.serving.verbs.ranking import FORM_FILE, ITEM, ROWS, RankingForm
 
 MICROBATCH = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EVENT = ({1: "events"}, {0: "events"}, {0: "events"}, {0: "events"})  # dynamic dims of an event's inputs
-
-
-class PackedFeatures(nn.Module):
-    """One vector an id, of features that have equally many ids."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        kinds: Mapping[str, RowKind],
-        columns: Mapping[str, Sequence[str]],
-        features: Sequence[str],
-        dim: int,
-    ) -> None:
-        """columns: the features of each table. features: those that are looked up, in this order. dim: D."""
-        super().__init__()
-        read = {table: [name for name in names if name in features] for table, names in columns.items()}
-        read = {table: names for table, names in read.items() if names}
-        self.packed = PackedTables({table: weights[table] for table in read}, kinds, read, pooled=False)
-        self.order = [features.index(name) for name in self.packed.features]
-        self.places = [self.packed.features.index(name) for name in features]
-        self.dim = dim
-
-    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """ids: int32 [n] of each feature, within its table, which is not checked. Returns float32 [n, D] of each."""
-        n = ids[0].shape[0]
-        offsets = torch.arange(len(self.order) * n + 1, dtype=torch.int32)
-        vectors = self.packed(torch.cat([ids[place] for place in self.order]), offsets)
-        vectors_FnD = vectors.view(len(self.order), n, -1)[..., : self.dim]
-        return [vectors_FnD[place] for place in self.places]
 
 
 def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:

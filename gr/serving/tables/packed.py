@@ -120,3 +120,32 @@ class PackedTables(StoredTables):
                 for part, values in zip(self._parts[name], pack(weights_ND, self._kinds[name]), strict=True):
                     if values is not None:
                         part[ids_N] = values
+
+
+class PackedFeatures(nn.Module):
+    """One vector an id, of features that have equally many ids."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        kinds: Mapping[str, RowKind],
+        columns: Mapping[str, Sequence[str]],
+        features: Sequence[str],
+        dim: int,
+    ) -> None:
+        """columns: the features of each table. features: those that are looked up, in this order. dim: D."""
+        super().__init__()
+        read = {table: [name for name in names if name in features] for table, names in columns.items()}
+        read = {table: names for table, names in read.items() if names}
+        self.packed = PackedTables({table: weights[table] for table in read}, kinds, read, pooled=False)
+        self.order = [features.index(name) for name in self.packed.features]
+        self.places = [self.packed.features.index(name) for name in features]
+        self.dim = dim
+
+    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """ids: int32 [n] of each feature, within its table, which is not checked. Returns float32 [n, D] of each."""
+        n = ids[0].shape[0]
+        offsets = torch.arange(len(self.order) * n + 1, dtype=torch.int32)
+        vectors = self.packed(torch.cat([ids[place] for place in self.order]), offsets)
+        vectors_FnD = vectors.view(len(self.order), n, -1)[..., : self.dim]
+        return [vectors_FnD[place] for place in self.places]

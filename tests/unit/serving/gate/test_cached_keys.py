@@ -12,8 +12,9 @@ from gr.errors import ServingError
 from gr.serving.gate.accuracy_gate import GateReport
 from gr.serving.gate.cached_keys import rounded_keys
 from gr.serving.gate.calibration import calibration
-from gr.serving.passes.ranking import FloatTables, ranking_passes
+from gr.serving.passes.ranking import ranking_passes
 from gr.serving.passes.ranking_build import build
+from tests.support.float_tables import FloatTables
 from tests.unit.serving.passes.test_ranking import APPENDED, FORMS, example, full, model_of
 
 

@@ -11,7 +11,8 @@ from gr.config.towers import TOWERS
 from gr.errors import ServingError
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.time_encoding import time_bucket
-from gr.serving.passes.ranking import FloatTables, ranking_passes
+from gr.serving.passes.ranking import ranking_passes
+from tests.support.float_tables import FloatTables
 from tests.support.tiny_histories import SCHEMA, tiny_ranking_config
 from tests.unit.models.test_sequence_ranking import batch_of
 
@@ -194,5 +195,5 @@ def test_a_bfloat16_cache_is_close() -> None:
 def test_other_towers_are_refused() -> None:
     model = model_of({"all": True, "tower": HSTU})
     model.tower = torch.nn.Identity()
-    with pytest.raises(ServingError, match="a Identity tower is not served as it is configured"):
+    with pytest.raises(ServingError, match="a Identity tower is not served: those of kind hstu, llama"):
         ranking_passes(model, lambda features: FloatTables(model, features))
