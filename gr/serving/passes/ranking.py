@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gr.config.export import CacheDtype
 from gr.config.ranking import ActionTask, InterleavedInput, RankingConfig
 from gr.models.preprocessor import SequencePreprocessor
 from gr.models.sequence_ranking import Head, SequenceRanker
 from gr.schema import DataSchema
 from gr.serving.passes.cache_scope import cache_scope
 from gr.serving.passes.tower_layers import Layers, cache_heads, layers_of
-from gr.serving.verbs.ranking import RankingForm
+from gr.serving.verbs.ranking import CACHE_DTYPES, RankingForm
 
 # features -> the module that looks their ids up: forward([ids of each feature]) -> [vectors of each feature]
 TablesOf = Callable[[Sequence[str]], nn.Module]
@@ -206,13 +207,11 @@ def ranking_passes(
     return {name: each.eval() for name, each in passes.items()}
 
 
-def ranking_form(
-    config: RankingConfig, schema: DataSchema, *, microbatch: int, cache_dtype: torch.dtype
-) -> RankingForm:
+def ranking_form(config: RankingConfig, schema: DataSchema, *, microbatch: int, cache: CacheDtype) -> RankingForm:
     """The inputs of the passes of a model of this configuration."""
     model, time = config.model, config.model.time
     tower, scope = model.tower, cache_scope(config)
-    heads, width = cache_heads(tower, model.dim)
+    heads, width = cache_heads(tower, model.dim, CACHE_DTYPES[cache])
     return RankingForm(
         items=schema.item_cardinality,
         event_features=dict(schema.event_features),
@@ -232,6 +231,6 @@ def ranking_form(
         layers=tower.layers,
         heads=heads,
         width=width,
-        cache_dtype="float32" if cache_dtype == torch.float32 else "bfloat16",
+        cache=cache,
         microbatch=microbatch,
     )

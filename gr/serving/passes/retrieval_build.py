@@ -15,7 +15,6 @@ from gr.config.export import ExportConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
 from gr.embeddings import table_weights
-from gr.errors import ConfigError
 from gr.logging import get_logger
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.ops import cpp_extension
@@ -43,13 +42,10 @@ log = get_logger(__name__)
 def build(saved: SavedRetrieval, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
     """The one pass of a retrieval model, `query`, and its index.
 
-    Raises ConfigError for a table that the model does not have, and where dense is not fp32; ServingError for a tower
-    that has no pass.
+    Raises ConfigError for a table that the model does not have; ServingError for a tower that has no pass.
     """
     run, schema = saved.config, saved.schema
     assert isinstance(run, RetrievalConfig)
-    if config.dense != "fp32":
-        raise ConfigError(f"dense={config.dense}: the query pass of a retrieval model is fp32; leave it out")
     require_product(saved.model.similarity, "an index of items")
     weights = {name: weight.detach() for name, weight in table_weights(saved.model).items()}
     features = _features(saved)

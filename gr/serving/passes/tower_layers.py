@@ -1,7 +1,7 @@
 """Towers in passes: their own layers, and attention of one history, which is whole or cached. One user a call.
 
 T tokens of a call, N rows of the cache, M candidates, L layers, H heads of queries, G heads of keys and values, Q and V
-widths of keys and values, W = Q + V, D width.
+widths of keys and values, W of both as they are cached, D width.
 """
 
 import copy
@@ -18,6 +18,7 @@ from gr.errors import ServingError
 from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.ops.hstu_attention.time_buckets import bucket_edges
 from gr.ops.rope import rope_tables
+from gr.serving.passes.cached_rows import SCALES, stored, widened
 from gr.towers.attend import Attend
 from gr.towers.hstu import HSTU, HSTULayer
 from gr.towers.llama import Llama, LlamaLayer
@@ -199,8 +200,9 @@ class Layers(nn.Module):
         kept: list[Tensor] = []
 
         def keep(k_TGQ: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
-            kept.append(torch.cat([k_TGQ, v_TGV], dim=-1).to(dtype))
-            return k_TGQ.to(dtype).to(k_TGQ.dtype), v_TGV.to(dtype).to(v_TGV.dtype)
+            kept.append(stored(k_TGQ, v_TGV, dtype))
+            k, v = widened(kept[-1], self.key_width)
+            return k.to(k_TGQ.dtype), v.to(v_TGV.dtype)
 
         shared = self.shared(place_T, x_TD.dtype)
         for place, layer in enumerate(self.layers[:-1]):
@@ -236,7 +238,7 @@ class Layers(nn.Module):
         return self.end(self.run(last, x_TD[-1:], against, self.shared(place_T[-1:], x_TD.dtype)))
 
     def cached(self, kv_NLGW: Tensor, length_1: Tensor, place: int) -> CachedKeys:
-        return CachedKeys(kv_NLGW[:, place, :, : self.key_width], kv_NLGW[:, place, :, self.key_width :], length_1)
+        return CachedKeys(*widened(kv_NLGW[:, place], self.key_width), length_1)
 
     def shared(self, place_T: Tensor, dtype: torch.dtype) -> Any:
         """The inputs of all layers beside the tokens."""
@@ -332,15 +334,16 @@ def layers_of(tower: nn.Module, *, max_length: int, prefix: int = 0, whole: bool
     raise ServingError(f"a {type(tower).__name__} tower is not served: those of kind hstu, llama, sasrec and stu are")
 
 
-def cache_heads(tower: TowerConfig, dim: int) -> tuple[int, int]:
-    """G and W of what is cached for a tower that layers_of takes. dim: D."""
+def cache_heads(tower: TowerConfig, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """G and W of what is cached, in `dtype`, for a tower that layers_of takes. dim: D."""
+    more = SCALES if dtype == torch.int8 else 0
     match tower:
         case STUConfig() | HSTUConfig():
-            return tower.heads, tower.qk_dim + tower.v_dim
+            return tower.heads, tower.qk_dim + tower.v_dim + more
         case SASRecConfig():
-            return tower.heads, 2 * dim // tower.heads
+            return tower.heads, 2 * dim // tower.heads + more
         case LlamaConfig():
-            return tower.key_heads, 2 * dim // tower.heads
+            return tower.key_heads, 2 * dim // tower.heads + more
     raise AssertionError("layers_of refuses others")
 
 

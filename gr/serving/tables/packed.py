@@ -19,7 +19,7 @@ _PLACES = ("weights_placements", "weights_offsets", "weights_tys", "D_offsets")
 
 
 class StoredTables(nn.Module):
-    """Looks ids up in rows that are packed already: pooled by sum, or one vector an id. CPU."""
+    """Looks ids up in rows that are packed already: pooled by sum, or one vector an id."""
 
     rows: Tensor
 
@@ -70,7 +70,8 @@ class PackedTables(StoredTables):
     ) -> None:
         """weights: float [E, D] by table. kinds: of its rows. features: that read each table, in the order of the ids.
 
-        Where the weights are on meta the rows are left to `take_rows`. Without pooling all tables have the same width.
+        They lie where the weights are. Where these are on meta they lie on CPU, and `take_rows` fills them. Without
+        pooling all tables have the same width.
         Raises ServingError, as gr.serving.tables.quantize.pack does.
         """
         # Imported here: reading a package needs the operator only, and not the classes that lay tables out.
@@ -78,19 +79,18 @@ class PackedTables(StoredTables):
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
         from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
-        names = list(weights)
+        names, empty = list(weights), any(weight.is_meta for weight in weights.values())
+        device = torch.device("cpu") if empty else next(iter(weights.values())).device
+        place = EmbeddingLocation.HOST if device.type == "cpu" else EmbeddingLocation.DEVICE
         packed = IntNBitTableBatchedEmbeddingBagsCodegen(
-            [
-                (name, *weight.shape, SparseType(kinds[name]), EmbeddingLocation.HOST)
-                for name, weight in weights.items()
-            ],
+            [(name, *weight.shape, SparseType(kinds[name]), place) for name, weight in weights.items()],
             feature_table_map=[table for table, name in enumerate(names) for _ in features[name]],
             pooling_mode=PoolingMode.SUM if pooled else PoolingMode.NONE,
             output_dtype=SparseType.FP32,
-            device="cpu",
+            device=device,
         )
         packed.initialize_weights()
-        if not any(weight.is_meta for weight in weights.values()):
+        if not empty:
             packed.assign_embedding_weights([pack(weight, kinds[name]) for name, weight in weights.items()])
         layout = TablesLayout(
             features=tuple(feature for name in names for feature in features[name]),
@@ -104,7 +104,8 @@ class PackedTables(StoredTables):
             row_alignment=packed.row_alignment,
         )
         places = {name: getattr(packed, name).clone() for name in _PLACES}
-        super().__init__(layout, {_ROWS: packed.weights_host, **places})
+        rows = packed.weights_host if device.type == "cpu" else packed.weights_dev
+        super().__init__(layout, {_ROWS: rows, **places})
         self._kinds = kinds
         self._parts = dict(zip(names, packed.split_embedding_weights(), strict=True))  # views of the rows of each table
 

@@ -179,14 +179,15 @@ def test_a_split_of_the_candidates_has_the_same_bits() -> None:
     assert torch.equal(torch.cat(parts), passes["score"](kv, user.tokens(9), ids, *when))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.no_grad()
-def test_a_bfloat16_cache_is_close() -> None:
+def test_a_cache_of_fewer_bits_is_close(dtype: torch.dtype) -> None:
     model = model_of(FORMS["additive, absolute"])
     user, batch = example(model, 11, 5)
-    passes = ranking_passes(model, lambda features: FloatTables(model, features), cache_dtype=torch.bfloat16)
+    passes = ranking_passes(model, lambda features: FloatTables(model, features), cache_dtype=dtype)
     kv = passes["prefill"](*user.part(0, 5), user.tokens(5), *user.context)
     kv = torch.cat([kv, passes["append"](kv, user.tokens(5), *user.part(5, 11))])
-    assert kv.dtype == torch.bfloat16
+    assert kv.dtype == dtype
     assert torch.equal(kv, passes["prefill"](*user.events, user.tokens(11), *user.context))
     scored = passes["score"](kv, user.tokens(11), *user.candidates)
     torch.testing.assert_close(scored, model(batch), rtol=0.05, atol=0.05)

@@ -32,7 +32,7 @@ def servable(form: str, cache: KVCache | None = None, **arguments: Any) -> tuple
         model={**base.model.model_dump(), **changes},
         task={**base.task.model_dump(), "supervision": "all" if "all" in FORMS[form] else "candidates"},
     )
-    shape = ranking_form(config, SCHEMA, microbatch=16, cache_dtype=torch.float32)
+    shape = ranking_form(config, SCHEMA, microbatch=16, cache="fp32")
     passes = ranking_passes(model, lambda features: FloatTables(model, features))
     vocabularies = {name: Vocabulary(name) for name in ("item_id", "category", "country")}
     run: dict[str, Callable[..., list[torch.Tensor]]] = {
