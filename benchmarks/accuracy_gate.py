@@ -16,8 +16,11 @@ from benchmarks.compare import print_machine
 from gr.embeddings import table_weights
 from gr.serving.gate.accuracy_gate import GateReport, Limits
 from gr.serving.gate.calibration import ROWS, calibration
-from gr.serving.gate.dtypes import choose, measure, table_bytes
+from gr.serving.gate.dense_layers import dense_layers
+from gr.serving.gate.dtypes import bytes_by_part, choose, measure
 from gr.serving.tables.quantize import ROW_KINDS, RowKind, has_kind
+
+DENSE = ("fp32", "bf16")
 
 
 def row(name: str, share: float, report: GateReport) -> str:
@@ -40,7 +43,7 @@ def measure_run(run: Path, limits: Limits, options: argparse.Namespace) -> None:
     rows = calibration(saved, data=options.data, rows=options.rows)
     weights = table_weights(saved.model)
     kinds: list[RowKind] = [kind for kind in ROW_KINDS if all(has_kind(w.shape[1], kind) for w in weights.values())]
-    fp32 = table_bytes(saved.model, dict.fromkeys(weights, "fp32"))
+    fp32 = sum(bytes_by_part(saved.model, dict.fromkeys(weights, "fp32")).values())
     for kind in kinds:
         every = dict.fromkeys(weights, kind)
         report = measure(rows, every, limits)
@@ -53,15 +56,16 @@ def measure_run(run: Path, limits: Limits, options: argparse.Namespace) -> None:
             print("| tables | bytes / fp32 | " + " | ".join(columns) + " |")
             print("|---" * (len(columns) + 2) + "|")
         else:
-            print(row(kind, table_bytes(saved.model, every) / fp32, report))
+            print(row(kind, sum(bytes_by_part(saved.model, every).values()) / fp32, report))
     began = time.process_time()
-    choice = choose(rows, limits)
+    layers = dict.fromkeys(dense_layers(saved.model), DENSE if options.dense else ("fp32",))
+    choice = choose(rows, limits, {**dict.fromkeys(weights, kinds), **layers})
     seconds = time.process_time() - began
     print(row("auto", choice.bytes / choice.fp32_bytes, choice.gate))
-    print(f"auto: {', '.join(f'{table} {kind}' for table, kind in choice.tables.items())}; {seconds:.1f} CPU-s")
+    print(f"auto: {', '.join(f'{part} {kind}' for part, kind in choice.kinds.items())}; {seconds:.1f} CPU-s")
     for each in choice.sensitivities:
         change = f"{each.measure} {100 * each.change:+.4f} % ({100 * each.error:.4f})"
-        print(f"  {each.table:12s} {each.kind}  sensitivity {100 * each.sensitivity:.2e} %  {change}  {each.verdict}")
+        print(f"  {each.part:16s} {each.kind}  sensitivity {100 * each.sensitivity:.2e} %  {change}  {each.verdict}")
     if options.pictures is not None:
         from gr.serving.gate.pictures import draw_sensitivities
 
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--dense", action="store_true", help="choose the types of dense layers too")
     options = parser.parse_args()
     print_machine()
     torch.set_num_threads(1)

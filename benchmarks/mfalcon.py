@@ -25,6 +25,7 @@ from torch import Tensor
 import gr
 from benchmarks.compare import print_machine
 from gr.batch import ITEM_FEATURE, RankingBatch
+from gr.config.export import CacheDtype
 from gr.config.ranking import RankingConfig
 from gr.config.towers import STUConfig
 from gr.data.collate_ranking import RankingCollate
@@ -38,11 +39,12 @@ from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.hstu_attention import CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.sequence import JaggedSequence
 from gr.serving.package.version import Version
-from gr.serving.passes.ranking import FloatTables, ranking_form, ranking_passes
+from gr.serving.passes.ranking import ranking_form, ranking_passes
 from gr.serving.passes.ranking_build import build
 from gr.serving.verbs.kv_cache import KVCache
-from gr.serving.verbs.ranking import RankRequest, RankServable
+from gr.serving.verbs.ranking import CACHE_DTYPES, RankRequest, RankServable
 from gr.towers.stu import STU
+from tests.support.float_tables import FloatTables
 
 D, H, LAYERS = 256, 4, 3
 Q = D // H
@@ -249,8 +251,10 @@ def agreement(checkpoint: Path, data: Path, users: int | None) -> None:
         raise SystemExit("a model with task.supervision=all predicts each event from those before it, not candidates")
     names = [task.name for task in config.task.tasks]
     ranks = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        form = ranking_form(config, saved.schema, microbatch=MICROBATCH, cache_dtype=dtype)
+    caches: tuple[CacheDtype, ...] = ("fp32", "bf16")
+    for cache in caches:
+        dtype = CACHE_DTYPES[cache]
+        form = ranking_form(config, saved.schema, microbatch=MICROBATCH, cache=cache)
         form = form.model_copy(update={"tasks": dict.fromkeys(names, False)})  # logits
         passes = ranking_passes(model, partial(FloatTables, model), cache_dtype=dtype)
         run = {name: lambda *inputs, each=each: [each(*inputs)] for name, each in passes.items()}

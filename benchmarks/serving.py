@@ -1,6 +1,7 @@
 """A package of a click model beside its checkpoint in torchrec, one thread, one batch at a time.
 
     OMP_NUM_THREADS=1 python -m benchmarks.serving PACKAGE --checkpoint RUN [--rounds 15]
+    python -m benchmarks.serving PACKAGE --checkpoint RUN --gpu       # minutes; --device cpu goes the same way
 
 Two rows of figures a batch: the pass alone on tensors, and a whole request from the columns of a log to probabilities.
 Both sides answer the same rows in turns; CPU milliseconds are medians over the rounds. `gr bench` measures rates.
@@ -18,6 +19,7 @@ import torch
 
 import gr
 from benchmarks.compare import Timing, compare, cpu_model
+from benchmarks.serving_device import measure
 from gr.data.collate_tabular import tabular_batch
 from gr.models.saved_click import SavedClick
 from gr.serving.package.version import Version
@@ -43,8 +45,15 @@ def main() -> None:
     parser.add_argument("package", type=Path)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="the pass alone, packed and compiled for a device")
+    parser.add_argument("--gpu", action="store_const", dest="device", const="cuda", help="--device cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.device is not None:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("--gpu: torch finds no CUDA device here, so nothing was measured")
+        measure(options.package, options.checkpoint, options.device, options.rounds)
+        return
     saved = gr.load(options.checkpoint)
     version = Version.open(options.package)
     score = version.verbs["score"]

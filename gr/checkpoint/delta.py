@@ -11,11 +11,9 @@ are in the delta too. The manifest has the SHA-256 of all tensors before and aft
 computes both, so full + deltas is full bit for bit, or it is refused.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,9 +23,10 @@ from torch import Tensor
 
 from gr.checkpoint.checksums import find_damage, read_sums, sum_lines, write_sums
 from gr.checkpoint.layout import METADATA, SHARED, CheckpointFolder, read_progress
+from gr.checkpoint.only_writer import only_writer
 from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks
 from gr.checkpoint.streaming import BLOCK_BYTES
-from gr.errors import CheckpointError, DamagedCheckpointError, TransientError
+from gr.errors import CheckpointError, DamagedCheckpointError
 from gr.files import digests, sync, write_text
 
 MANIFEST = "manifest.json"
@@ -64,7 +63,8 @@ def publish_delta(checkpoint: Path, since: int, out: Path) -> tuple[Path, Manife
     """
     step = read_progress(checkpoint)["step"]
     base = checkpoint_before(checkpoint, since, step)
-    with _writing(out):
+    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out, ".0*"):
         earlier = deltas_in(out)
         previous = read_manifest(earlier[-1]) if earlier else None
         if previous is not None and previous.step != since:
@@ -272,17 +272,3 @@ def finish(draft: Path, final: Path) -> None:
         sync(draft / name)
     draft.rename(final)
     sync(final.parent)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Nobody else writes deltas into the folder, and what was left half written is gone."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TransientError(f"{out}: another gr publish writes it; wait for its end") from None
-        for left in out.glob(".0*"):
-            shutil.rmtree(left)
-        yield

@@ -33,11 +33,19 @@ class Bench:
     seconds: float
     http: bool
 
+    @property
+    def loadgen(self) -> bool:
+        """Whether requests arrive as MLPerf's LoadGen says."""
+        from gr.serving.load.loadgen import installed
+
+        return installed() and self.scenario == "server" and not self.http
+
 
 @click.command(
     help="Find the most requests a second that PACKAGE answers with a p99 within --p99-ms, and what it answers in time "
     "of three times as many (server); or what it answers of all at once (offline). Requests arrive as a Poisson "
-    "process, and come from --input, whose columns are the model's inputs, in your own values."
+    "process, in process that of MLPerf's LoadGen where the extra loadgen is installed. They come from --input, whose "
+    "columns are the model's inputs, in your own values."
 )
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--input", "file", required=True, type=click.Path(path_type=Path), help="Parquet file of rows.")
@@ -62,6 +70,8 @@ def command(against: str | None, checkpoint: str | None, as_json: bool, **option
         if bench.scenario == "offline":
             raise ConfigError("--http measures the scenario server; leave --scenario out")
     results = {"package": _measure(bench, None, as_json)}
+    if not as_json:
+        say("arrivals: MLPerf LoadGen" if bench.loadgen else "arrivals: gr's own generator")
     if against is not None:
         results[against] = _measure(bench, against, as_json, checkpoint)
         first, second = (each["requests_per_second"] for each in results.values())
@@ -75,6 +85,7 @@ def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | N
     """Figures of the package, or of what it is compared with."""
     from gr.serving.engine import Engine
     from gr.serving.load.load_test import offline, read_requests
+    from gr.serving.load.loadgen import LoadGenTarget
     from gr.serving.load.server_process import MODEL, server
     from gr.serving.load.targets import EngineTarget, HttpTarget
     from gr.serving.package.version import Version
@@ -99,7 +110,8 @@ def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | N
     most = EngineConfig().queue_rows if bench.scenario == "server" else len(requests) * bench.rows
     with Engine(version, EngineConfig(batch_rows=batch_rows, deadline_ms=deadline_ms, queue_rows=most)) as engine:
         if bench.scenario == "server":
-            return _within(bench, name, EngineTarget(engine, verb, requests), quiet)
+            target = (LoadGenTarget if bench.loadgen else EngineTarget)(engine, verb, requests)
+            return _within(bench, name, target, quiet)
         rate, used = offline(engine, verb, requests, len(requests))
     if not quiet:
         say(f"{name}: {rate:,.0f} requests/s, all at once, {1e6 * used:,.0f} us of processor time each")

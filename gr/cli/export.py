@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.command(
     help="Write CHECKPOINT as a package to serve it from: compiled passes, packed tables, vocabularies, golden rows. "
     "Where OUT is a package already, it gets a further version.\n\nValues: tables.dtype=auto|fp32|fp16|int8|int4|int2, "
-    "tables.own.TABLE=..., gate.data=FOLDER, gate.rows=N, dense=fp32|bf16, unknown=zero|reject, keep=N; of click "
+    "tables.own.TABLE=..., gate.data=FOLDER, gate.rows=N, dense=fp32|bf16|auto, unknown=zero|reject, keep=N; of click "
     "models cards=K, card_bytes=N; of retrieval models index.kind=exact|approximate, index.recall=0.97."
 )
 @click.option(
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--picture",
     type=click.Path(path_type=Path),
-    help="With tables.dtype=auto: each table's sensitivity, as .png or .pdf.",
+    help="With auto: the sensitivity of each table and dense layer, as .png or .pdf.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the package.")
 @on_checkpoint
@@ -45,16 +45,16 @@ def command(
         overrides = (*overrides, f"gate.max_ne_increase={max_ne_increase}")
     config = load_export_config(overrides)
     if picture is not None:
-        if config.tables.dtype != "auto":
-            raise click.UsageError("--picture is of what tables.dtype=auto measures")
+        if "auto" not in (config.tables.dtype, config.dense):
+            raise click.UsageError("--picture is of what tables.dtype=auto or dense=auto measures")
         check_picture(picture)
     from gr.serving.export import export
 
     exported = export(checkpoint, out, config, plugins=plugins)
     if exported.choice is not None:
         for each in exported.choice.sensitivities:
-            chosen = " (chosen)" if exported.choice.tables[each.table] == each.kind else ""
-            say(f"{each.table} {each.kind}: {each.bytes:,} bytes, divergence {100 * each.sensitivity:.5f} %{chosen}")
+            chosen = " (chosen)" if exported.choice.kinds[each.part] == each.kind else ""
+            say(f"{each.part} {each.kind}: {each.bytes:,} bytes, divergence {100 * each.sensitivity:.5f} %{chosen}")
     if picture is not None and exported.choice is not None:
         from gr.serving.gate.pictures import draw_sensitivities
 

@@ -12,16 +12,19 @@ from gr.errors import ConfigError
 if TYPE_CHECKING:
     from gr.serving.gate.numerics import LayerDifference
 
+_DTYPES = ("fp16", "int8", "int4", "int2", "bf16")
+
 
 @click.command(
     help="Compare the layers of a saved model with those of the same model in the types that PACKAGE was exported "
-    "with, or with rows of --dtype in all tables, on rows that it was not trained on: signal-to-noise ratio, largest "
+    "with, or with rows of --dtype in all tables (bf16: all dense layers), on rows that it was not trained on: "
+    "signal-to-noise ratio, largest "
     "error, and the first layer that differs."
 )
 @click.argument("package", required=False, type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, help="Run folder (its best, or else its latest) or a checkpoint of one.")
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Allow this plugin of the checkpoint.")
-@click.option("--dtype", "kind", type=click.Choice(["fp16", "int8", "int4", "int2"]), help="Instead of a package.")
+@click.option("--dtype", "kind", type=click.Choice(_DTYPES), help="Instead of a package.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the rows, in place of what was held out.")
 @click.option("--rows", type=click.IntRange(min=1), default=1000, show_default=True, help="How many, at least.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the ratios as this .png, .pdf or .svg.")

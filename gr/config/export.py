@@ -1,7 +1,7 @@
 """The configuration of `gr export`: which numbers a package keeps of a checkpoint. No torch."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -10,6 +10,8 @@ from gr.errors import ConfigError, nearest
 
 RowKind = Literal["fp32", "fp16", "int8", "int4", "int2"]
 DenseDtype = Literal["fp32", "bf16"]
+CacheDtype = Literal["fp32", "bf16", "int8"]
+Kind = RowKind | DenseDtype  # of a table's rows, or of the products of a dense layer
 UnknownPolicy = Literal["zero", "reject"]
 
 
@@ -45,15 +47,20 @@ class ExportConfig(Section):
 
     tables: ExportTables = Field(ExportTables(), description="The rows of the embedding tables.")
     gate: GateConfig = Field(GateConfig(), description="The accuracy that is asked for.")
-    dense: DenseDtype = Field("fp32", description="Of the weights outside the tables, and of what they compute.")
+    dense: DenseDtype | Literal["auto"] = Field(
+        "fp32",
+        description="Of the matrices outside the tables, and of their products. auto: layer by layer, bf16 but for "
+        "those with which the accuracy gate would not pass.",
+    )
     unknown: UnknownPolicy = Field(
         "zero",
         description="A value that training did not see: zero takes the row of unknown values, reject refuses the "
         "request. Both are counted.",
     )
     index: ExportIndex = Field(ExportIndex(), description="The index of a retrieval model's items.")
-    cache: DenseDtype = Field(
-        "fp32", description="Of a ranking model's cached keys and values; bf16 holds twice as many users."
+    cache: CacheDtype = Field(
+        "fp32",
+        description="Of a ranking model's cached keys and values; bf16 holds twice as many users, int8 nearly four.",
     )
     cache_mib: NonNegativeInt = Field(
         1024,
@@ -72,10 +79,11 @@ class ExportConfig(Section):
 
     @model_validator(mode="after")
     def _auto_needs_rows(self):
-        if self.tables.dtype == "auto" and not self.gate.rows:
-            raise ValueError(
-                "tables.dtype=auto is chosen by the accuracy gate, and gate.rows=0 turns it off: name a type"
-            )
+        for key, dtype in (("tables.dtype", self.tables.dtype), ("dense", self.dense)):
+            if dtype == "auto" and not self.gate.rows:
+                raise ValueError(
+                    f"{key}=auto is chosen by the accuracy gate, and gate.rows=0 turns it off: name a type"
+                )
         return self
 
     @model_validator(mode="after")
@@ -84,18 +92,18 @@ class ExportConfig(Section):
             raise ValueError("card_bytes is the room of a card, and cards=0 means none: set cards, or leave it out")
         return self
 
-    def kinds(self, tables: Collection[str], chosen: Mapping[str, RowKind] | None = None) -> dict[str, RowKind]:
-        """The type of the rows of each table. chosen: where tables.dtype is auto.
+    def options(self, tables: Collection[str], layers: Collection[str]) -> dict[str, Sequence[Kind]]:
+        """The types that each table and dense layer may have, those of the most bytes first.
 
         Raises ConfigError where tables.own names another table.
         """
         for name in self.tables.own:
             if name not in tables:
                 raise ConfigError(f"tables.own: the model has no table {name}; {nearest(name, tables, 'it has')}")
-        if self.tables.dtype == "auto":
-            assert chosen is not None, "the gate has chosen"
-            return {**chosen, **self.tables.own}
-        return {name: self.tables.own.get(name, self.tables.dtype) for name in tables}
+        rows: Sequence[RowKind] = get_args(RowKind) if self.tables.dtype == "auto" else (self.tables.dtype,)
+        dense: Sequence[DenseDtype] = get_args(DenseDtype) if self.dense == "auto" else (self.dense,)
+        by_table = {name: (self.tables.own[name],) if name in self.tables.own else rows for name in tables}
+        return {**by_table, **dict.fromkeys(layers, dense)}
 
 
 def load_export_config(overrides: Sequence[str]) -> ExportConfig:

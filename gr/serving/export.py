@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from gr.checkpoint import resolve
 from gr.checkpoint.checksums import SUMS, find_damage, sum_lines, write_sums
 from gr.checkpoint.layout import read_progress
 from gr.config.base import import_target
-from gr.config.export import ExportConfig
+from gr.config.export import DenseDtype, ExportConfig, Kind
 from gr.config.features import DenseIds, DynamicIds
 from gr.embeddings import table_weights
 from gr.errors import InstallError, ServingError
@@ -28,6 +28,7 @@ from gr.models.saved import Saved, load
 from gr.ops import cpp_extension
 from gr.serving.gate.accuracy_gate import GateReport, Limits
 from gr.serving.gate.calibration import Calibration, calibration
+from gr.serving.gate.dense_layers import dense_layers, put_in_bf16
 from gr.serving.gate.dtypes import DtypeChoice, choose, measure
 from gr.serving.package.layout import (
     CODE,
@@ -55,7 +56,7 @@ from gr.serving.passes.build import Built, Pass, served_kind
 from gr.serving.tables.card_tables import IDS, VECTORS
 from gr.serving.tables.id_rows import id_tensors
 from gr.serving.tables.place_tables import Placement, place, write_cards
-from gr.serving.tables.quantize import RowKind, bytes_of
+from gr.serving.tables.quantize import bytes_of
 from gr.serving.tables.served_rows import base_of, take_served_rows
 
 # kind of a model -> its builder, as gr/serving/passes/build.py says: function(saved, kinds, config) -> Built
@@ -100,15 +101,16 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
     saved = load(checkpoint, plugins=plugins)
     with writing(Path(out)) as package:
         rows = _gate_rows(saved, config)
-        choice = None
-        if config.tables.dtype == "auto":
+        options = config.options(list(table_weights(saved.model)), list(dense_layers(saved.model)))
+        choice, kinds = None, {name: of_most_bytes for name, (of_most_bytes, *_) in options.items()}
+        if any(len(each) > 1 for each in options.values()):
             assert rows is not None, "auto has rows"
-            choice = choose(rows, _limits(config))
-        kinds = config.kinds(list(table_weights(saved.model)), choice.tables if choice else None)
-        built = _build(saved, kinds, config)
-        placement = place(built.cards, kinds, config) if built.cards else None
-        gate = _gate(saved, built, rows, config)
-        form = _form(saved, built, config)
+            choice = choose(rows, _limits(config), options)
+            kinds = choice.kinds
+        built, dense = _build(saved, kinds, config)
+        placement = place(built.cards, built.kinds, config) if built.cards else None
+        gate = _gate(built, rows, config)
+        form = _form(saved, built, dense)
         code = sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
         folder = package.path / CODE / code
         operators = [OPERATORS] * ("operators" in built.form)
@@ -121,7 +123,7 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
                 shutil.copyfile(cpp_extension.library(), draft / name)
             write_sums(draft, [sum_lines(digests(draft))])
             package.commit(CODE, code)
-        stored, manifest = _write_version(package, saved, built, _Decided(config, form, code, gate, placement))
+        stored, manifest = _write_version(package, saved, built, _Decided(config, dense, form, code, gate, placement))
         package.serve(stored, config.keep, sha256_of(saved.folder / SUMS))
     return Exported(stored, manifest, compiled, choice)
 
@@ -146,9 +148,9 @@ def publish(
         config = served.export
         patched = base is not None and not config.gate.rows
         saved = load(checkpoint, plugins=plugins, with_tables=not patched)
-        kinds = {name: table.dtype for name, table in served.tables.items()}
-        built = _build(saved, kinds, config)
-        form = _form(saved, built, config)
+        rows = _gate_rows(saved, config)
+        built, dense = _build(saved, served.kinds, config)
+        form = _form(saved, built, dense)
         if difference := _first_difference(served.form, form):
             raise ServingError(
                 f"{saved.folder} is of another form than {to}: {difference}; gr export --checkpoint {checkpoint} "
@@ -159,16 +161,19 @@ def publish(
                 take_served_rows(built, base, saved.folder, to / WEIGHTS / current.weights / TENSORS, served)
             else:
                 log.info("%s: the accuracy gate compares with the model itself, so its tables were read whole", to)
-        gate = _gate(saved, built, _gate_rows(saved, config), config)
+        gate = _gate(built, rows, config)
         # As they were measured for such tables, so that the same weights make the same version again.
         costs = served.cards.costs if served.cards else None
-        placement = place(built.cards, kinds, config, costs) if built.cards else None
-        stored, manifest = _write_version(package, saved, built, _Decided(config, form, current.code, gate, placement))
+        placement = place(built.cards, built.kinds, config, costs) if built.cards else None
+        stored, manifest = _write_version(
+            package, saved, built, _Decided(config, dense, form, current.code, gate, placement)
+        )
         package.serve(stored, config.keep, sha256_of(saved.folder / SUMS))
     return Exported(stored, manifest, compiled=False)
 
 
-def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
+def _build(saved: Saved, kinds: Mapping[str, Kind], config: ExportConfig) -> tuple[Built, dict[str, DenseDtype]]:
+    """What is served of a model, and the type of each of its dense layers, which are of that type from now on."""
     kind = served_kind(saved.config)
     if kind not in BUILDERS:
         raise ServingError(f"{saved.folder}: a {kind} model cannot be exported yet, only {', '.join(BUILDERS)}")
@@ -176,7 +181,11 @@ def _build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> 
         raise ServingError(
             f"cards={config.cards}: a {kind} model has no tables on cards, a click model has; leave it out"
         )
-    return import_target(BUILDERS[kind])(saved, kinds, config)
+    dense = {name: cast(DenseDtype, kinds[name]) for name in dense_layers(saved.model)}
+    for name, layer in dense_layers(saved.model).items():
+        if dense[name] == "bf16":
+            put_in_bf16(layer)
+    return import_target(BUILDERS[kind])(saved, kinds, config), dense
 
 
 def _limits(config: ExportConfig) -> Limits:
@@ -184,25 +193,28 @@ def _limits(config: ExportConfig) -> Limits:
 
 
 def _gate_rows(saved: Saved, config: ExportConfig) -> Calibration | None:
-    """The rows on which the accuracy is measured; None where it is not."""
-    return calibration(saved, config.gate.data, config.gate.rows) if config.gate.rows else None
+    """The rows on which the accuracy is measured, with the answers of the model as it was trained; None: it is not."""
+    if not config.gate.rows:
+        return None
+    rows = calibration(saved, config.gate.data, config.gate.rows)
+    _ = rows.reference
+    return rows
 
 
-def _gate(saved: Saved, built: Built, rows: Calibration | None, config: ExportConfig) -> GateReport | None:
+def _gate(built: Built, rows: Calibration | None, config: ExportConfig) -> GateReport | None:
     """The report on what is served, which passes. Raises ServingError where it does not."""
     if rows is None:
         return None
     if built.served is None:
-        _ = rows.reference  # of the model as it was trained
         with built.rounding():
-            report = measure(rows, {name: kind for name, (_, _, kind) in built.tables.items()}, _limits(config))
+            report = measure(rows, built.kinds, _limits(config))
     else:
         report = rows.gate(rows.predict(built.served), _limits(config))
     report.require()
     return report
 
 
-def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
+def _form(saved: Saved, built: Built, dense: Mapping[str, DenseDtype]) -> dict[str, Any]:
     """All that compiled code depends on, as JSON has it: two checkpoints of the same form can take the same code."""
     modules = {type(module).__module__ for each in built.passes.values() for module in each.module.modules()}
     sources = {name: inspect.getsourcefile(sys.modules[name]) for name in sorted(modules) if name.startswith("gr.")}
@@ -211,7 +223,7 @@ def _form(saved: Saved, built: Built, config: ExportConfig) -> dict[str, Any]:
         "kind": served_kind(saved.config),
         **built.form,
         "tables": built.tables,
-        "dense": config.dense,
+        "dense": dense,
         "source": {name: sha256_of(Path(path)) for name, path in sources.items() if path},
         "compiler options": _COMPILER_OPTIONS,
         "versions": versions(),
@@ -261,6 +273,7 @@ class _Decided:
     """The part of a manifest that is decided before anything is written."""
 
     config: ExportConfig
+    dense: dict[str, DenseDtype]
     form: dict[str, Any]
     code: str
     gate: GateReport | None
@@ -276,9 +289,8 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
     golden, cards = _golden(built, outputs), None
     if built.cards is not None:
         golden |= zip((IDS, VECTORS), built.cards.golden, strict=True)
-        kinds = {name: kind for name, (_, _, kind) in built.tables.items()}
         assert decided.placement is not None, "tables for cards were placed"
-        cards = write_cards(draft, built.cards, kinds, decided.placement)
+        cards = write_cards(draft, built.cards, built.kinds, decided.placement)
     write_tensors(draft / GOLDEN, golden)
     ids, maps = _raw_ids(saved)
     if maps:
@@ -302,8 +314,8 @@ def _write_version(package: PackageWriter, saved: Saved, built: Built, decided: 
         },
         ids=ids,
         cards=cards,
-        dense=decided.config.dense,
-        tolerance=_TOLERANCES[decided.config.dense],
+        dense=decided.dense,
+        tolerance=max(_TOLERANCES[kind] for kind in ("fp32", *decided.dense.values())),
         gate=decided.gate.model_dump(mode="json") if decided.gate else None,
         versions=versions(),
         cpu=cpu(),

@@ -30,7 +30,7 @@ CEILINGS = {
     "planner": 5.1,
     "cluster": 0.5,
     "training": 1.4,
-    "serving": 8.1,
+    "serving": 8.2,
     "recipes": 2.4,
     "cli": 2.7,
     "prepare": 5.65,

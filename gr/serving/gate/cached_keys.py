@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from gr.errors import ServingError
 from gr.models.sequence_ranking import SequenceRanker
+from gr.serving.passes.cached_rows import stored, widened
 
 
 @contextmanager
 def rounded_keys(model: SequenceRanker, dtype: torch.dtype) -> Iterator[None]:
-    """All keys and values of the model's tower rounded to `dtype` and back while it is open.
+    """All keys and values of the model's tower as a cache of `dtype` gives them back, while it is open.
 
     Those of candidates are rounded too, which a package keeps as they are, so a package is at least as close to the
     model. Raises ServingError for a tower whose layers do not say what their keys are.
@@ -22,7 +23,8 @@ def rounded_keys(model: SequenceRanker, dtype: torch.dtype) -> Iterator[None]:
     def rounded(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """values: of a layer; the last two are keys [T, G, Q] and values [T, G, V]."""
         *others, k_TGQ, v_TGV = values
-        return *others, k_TGQ.to(dtype).to(k_TGQ.dtype), v_TGV.to(dtype).to(v_TGV.dtype)
+        k, v = widened(stored(k_TGQ, v_TGV, dtype), k_TGQ.shape[-1])
+        return *others, k.to(k_TGQ.dtype), v.to(v_TGV.dtype)
 
     def patch(source: Any, name: str) -> None:
         own: Callable[..., tuple[Tensor, ...]] = getattr(source, name)

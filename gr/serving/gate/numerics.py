@@ -15,11 +15,12 @@ from torchrec import JaggedTensor, KeyedTensor
 from gr.checkpoint import resolve
 from gr.checkpoint.layout import CONFIG
 from gr.config import load_config
-from gr.config.export import DenseDtype, RowKind
+from gr.config.export import Kind
 from gr.embeddings import table_weights
 from gr.errors import ServingError
 from gr.models.saved import load
 from gr.serving.gate.calibration import calibration
+from gr.serving.gate.dense_layers import dense_layers
 from gr.serving.gate.dtypes import rounded
 from gr.serving.package.layout import read_current, read_manifest
 from gr.serving.passes.build import served_kind
@@ -79,30 +80,25 @@ class _Sums:
 
 def rounded_layers(
     checkpoint: str | Path,
-    kinds: Mapping[str, RowKind] | RowKind,
+    kinds: Mapping[str, Kind] | Kind,
     *,
     rows: int,
-    dense: DenseDtype = "fp32",
     data: str | Path | None = None,
     plugins: Collection[str] = (),
 ) -> list[LayerDifference]:
     """The differences that fewer bits make in the layers of a saved model, over calibration rows.
 
-    checkpoint, plugins: as in gr.load. kinds: of the rows of each table that is rounded, or of all. dense: what the
-    layers other than the tables compute in. rows, data: as in calibration.
+    checkpoint, plugins: as in gr.load. kinds: of each table and dense layer that is rounded; or of the rows of all
+    tables, and bf16 of all dense layers. rows, data: as in calibration.
     """
     saved = load(checkpoint, plugins=plugins)
     other = deepcopy(saved.model)
     if isinstance(kinds, str):
-        kinds = dict.fromkeys(table_weights(other), kinds)
+        parts = dense_layers(other) if kinds == "bf16" else table_weights(other)
+        kinds = dict.fromkeys(parts, kinds)
     own = calibration(saved, data, rows)
-
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        with torch.autocast(saved.device.type, torch.bfloat16, enabled=model is other and dense == "bf16"):
-            return own.forward(model, batch)
-
     with rounded(other, kinds):
-        return compare_layers(saved.model, other, own.batches, forward)
+        return compare_layers(saved.model, other, own.batches, own.forward)
 
 
 def package_layers(
@@ -120,8 +116,7 @@ def package_layers(
         raise ServingError(
             f"{package} serves a {manifest.kind} model, {path} is a {kind} model: name its own checkpoint"
         )
-    kinds = {name: table.dtype for name, table in manifest.tables.items()}
-    return rounded_layers(path, kinds, rows=rows, dense=manifest.dense, data=data, plugins=plugins)
+    return rounded_layers(path, manifest.kinds, rows=rows, data=data, plugins=plugins)
 
 
 @torch.no_grad()

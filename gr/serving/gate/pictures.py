@@ -14,23 +14,24 @@ from gr.serving.gate.dtypes import DtypeChoice
 from gr.serving.gate.numerics import LayerDifference
 
 _ROW = 0.28  # inches of a table or layer
-_MARKERS = {"fp16": "o", "int8": "s", "int4": "D", "int2": "^"}
+_MARKERS = {"fp16": "o", "int8": "s", "int4": "D", "int2": "^", "bf16": "v"}
 
 
 def draw_sensitivities(choice: DtypeChoice, path: Path) -> None:
-    """A line a table: the sensitivity of each kind of its rows, and the kind that was chosen. The suffix of `path`
-    chooses the format.
+    """A line a table or dense layer: the sensitivity of each of its types, and the one that was chosen.
+
+    The suffix of `path` chooses the format.
     """
-    tables = list(choice.tables)
-    figure, axes = plt.subplots(figsize=(7.5, 2.0 + _ROW * len(tables)), layout="constrained")
+    parts = list(dict.fromkeys(each.part for each in choice.sensitivities))
+    figure, axes = plt.subplots(figsize=(7.5, 2.0 + _ROW * len(parts)), layout="constrained")
     for kind, marker in _MARKERS.items():
         points = [each for each in choice.sensitivities if each.kind == kind and each.sensitivity > 0]
-        places = [tables.index(each.table) for each in points]
+        places = [parts.index(each.part) for each in points]
         axes.scatter([100 * each.sensitivity for each in points], places, marker=marker, s=28, label=kind)
-    chosen = [each for each in choice.sensitivities if choice.tables[each.table] == each.kind and each.sensitivity > 0]
+    chosen = [each for each in choice.sensitivities if choice.kinds[each.part] == each.kind and each.sensitivity > 0]
     axes.scatter(
         [100 * each.sensitivity for each in chosen],
-        [tables.index(each.table) for each in chosen],
+        [parts.index(each.part) for each in chosen],
         s=130,
         facecolors="none",
         edgecolors="black",
@@ -38,10 +39,10 @@ def draw_sensitivities(choice: DtypeChoice, path: Path) -> None:
     )
     axes.set(
         xscale="log",
-        xlabel="divergence over the loss, % (one table rounded, the others as trained)",
+        xlabel="divergence over the loss, % (one part rounded, the others as trained)",
         title=f"{choice.bytes / choice.fp32_bytes:.3f} of the bytes of fp32",
-        yticks=range(len(tables)),
-        yticklabels=tables,
+        yticks=range(len(parts)),
+        yticklabels=parts,
     )
     axes.invert_yaxis()
     axes.grid(alpha=0.3)

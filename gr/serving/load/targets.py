@@ -7,8 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -62,28 +61,25 @@ class EngineTarget:
             outcomes, sent = _Outcomes(arrivals, started), 0
             for count in counts:
                 for number in range(sent, count):
-                    self._ask(number, outcomes)
+                    columns = self._requests[number % len(self._requests)]
+                    ask(self._engine, self._verb, columns, partial(outcomes.add, number))
                 sent = count
             outcomes.all_there.wait()
         return outcomes.run()
 
-    def _ask(self, number: int, outcomes: _Outcomes) -> None:
-        try:
-            future = self._engine.submit(self._verb, self._requests[number % len(self._requests)])
-        except ServingError as error:
-            outcomes.add(number, _outcome(error))
-        else:
-            future.add_done_callback(partial(self._answered, number, outcomes))
 
-    @staticmethod
-    def _answered(number: int, outcomes: _Outcomes, future: Future) -> None:
-        outcomes.add(number, _outcome(future.exception()))
+def ask(engine: Engine, verb: str, columns: Columns, add: Callable[[str], None]) -> None:
+    """Submits a request. add: is called with its outcome, ok, refused or failed."""
 
+    def ended(error: BaseException | None) -> None:
+        add("ok" if error is None else "refused" if isinstance(error, Overloaded) else "failed")
 
-def _outcome(error: BaseException | None) -> str:
-    if error is None:
-        return "ok"
-    return "refused" if isinstance(error, Overloaded) else "failed"
+    try:
+        future = engine.submit(verb, columns)
+    except ServingError as error:
+        ended(error)
+    else:
+        future.add_done_callback(lambda answered: ended(answered.exception()))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gr.config.export import DenseDtype, ExportConfig, RowKind
+from gr.config.export import DenseDtype, ExportConfig, Kind, RowKind
 from gr.errors import ServingError
 from gr.files import sha256_of
 from gr.serving.servable import TensorSpec
@@ -162,7 +162,8 @@ class Manifest(_Record):
 
     form: what the compiled code depends on; another checkpoint of the same form takes the same code. tolerance: how far
     the passes may be from the golden rows, relative to 1 + the golden value. gate: the report on the accuracy; None
-    where none was made. ids: of the columns with raw ids. cards: None where the tables are among the tensors of a pass.
+    where none was made. dense: of the products of each dense layer. ids: of the columns with raw ids. cards: None where
+    the tables are among the tensors of a pass.
     code_files, files: SHA-256 of every file of the code's folder and of the version's own, by its path there; of all
     but this one.
     """
@@ -177,13 +178,18 @@ class Manifest(_Record):
     tables: dict[str, TableRecord]
     ids: dict[str, IdsRecord] = {}
     cards: CardsRecord | None = None
-    dense: DenseDtype
+    dense: dict[str, DenseDtype]
     tolerance: Annotated[float, Field(gt=0)]
     gate: dict[str, Any] | None
     versions: dict[str, str]
     cpu: CPU
     code_files: dict[RelativePath, Digest]
     files: dict[RelativePath, Digest]
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Of each table's rows, and of each dense layer."""
+        return {**{name: table.dtype for name, table in self.tables.items()}, **self.dense}
 
     def paths(self, stored: Stored) -> Iterator[tuple[str, str]]:
         """The path below the package, and the SHA-256, of every file of the version but the manifest."""

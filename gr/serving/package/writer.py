@@ -1,6 +1,5 @@
 """Writes packages: code, weights, and which of them are served. Whenever it is killed, what is served is whole."""
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from gr.errors import ServingError, TransientError
+from gr.checkpoint.only_writer import LOCK, only_writer
+from gr.errors import ServingError
 from gr.files import digests, sync, write_json, write_text
 from gr.serving.package.layout import (
     CODE,
@@ -24,8 +24,7 @@ from gr.serving.package.layout import (
     require_private,
 )
 
-_LOCK = ".lock"
-_OWN = {CODE, WEIGHTS, CURRENT, f".{CURRENT}", SOURCES, f".{SOURCES}", _LOCK}
+_OWN = {CODE, WEIGHTS, CURRENT, f".{CURRENT}", SOURCES, f".{SOURCES}", LOCK}
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,5 @@ def writing(path: Path) -> Iterator[PackageWriter]:
             folder.mkdir()
             folder.chmod(0o755)  # whatever the umask
         require_private(folder)
-    with (path / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TransientError(f"{path}: another gr export or gr publish writes it; wait for its end") from None
-        for part in (CODE, WEIGHTS):
-            if (left := path / part / DRAFT).exists():
-                shutil.rmtree(left)
+    with only_writer(path, f"*/{DRAFT}"):
         yield PackageWriter(path)

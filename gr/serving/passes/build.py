@@ -72,6 +72,11 @@ class Built:
     cards: CardTables | None = None
     rounding: Callable[[], AbstractContextManager[None]] = nullcontext
 
+    @property
+    def kinds(self) -> dict[str, RowKind]:
+        """Of the rows of each table."""
+        return {name: kind for name, (_, _, kind) in self.tables.items()}
+
 
 def served_kind(config: RunConfig) -> str:
     """The kind of package that a run's model makes: a preference run has trained a retrieval model further."""

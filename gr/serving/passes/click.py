@@ -23,7 +23,6 @@ from gr.serving.verbs.click import score_record
 from gr.towers.dlrm import Dot
 
 GOLDEN_ROWS = 32
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DensePass(nn.Module):
@@ -33,19 +32,16 @@ class DensePass(nn.Module):
     interaction: nn.Module
     top: nn.Module
 
-    def __init__(self, model: DLRM, dtype: torch.dtype) -> None:
-        """dtype: of its weights, and of what they compute."""
+    def __init__(self, model: DLRM) -> None:
         super().__init__()
-        self.dtype = dtype
-        dense = (model.bottom, model.interaction, model.top)
-        self.bottom, self.interaction, self.top = (part and copy.deepcopy(part).to(dtype) for part in dense)  # type: ignore[assignment]
+        self.bottom, self.interaction, self.top = model.bottom, copy.copy(model.interaction), model.top
         if isinstance(self.interaction, Dot):
             self.interaction.portable = True
 
     def forward(self, dense_BN: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits, float32 [B]. vectors_BFD: float32, in the order of the model's features."""
-        dense_BD = None if self.bottom is None else self.bottom(dense_BN.to(self.dtype))
-        return self.top(self.interaction(dense_BD, vectors_BFD.to(self.dtype))).squeeze(1).float()
+        dense_BD = None if self.bottom is None else self.bottom(dense_BN)
+        return self.top(self.interaction(dense_BD, vectors_BFD)).squeeze(1)
 
 
 class ClickPass(nn.Module):
@@ -129,7 +125,7 @@ def build(saved: SavedClick, kinds: Mapping[str, RowKind], config: ExportConfig)
     weights = {name: weight.detach() for name, weight in table_weights(model).items()}
     tables = PackedTables(weights, kinds, model.columns, pooled=not model.config.row_weights)
     columns = [(column.name, column.hots) for column in schema.sparse]
-    dense = DensePass(model, _TORCH_DTYPES[config.dense]).eval()
+    dense = DensePass(model).eval()
     whole = (PassOfCards if config.cards else ClickPass)(model, tables, columns, dense).eval()
     rows = {name: len(weights[table]) for table, names in model.columns.items() for name in names}
     golden, cards = _golden_rows(schema, rows), None

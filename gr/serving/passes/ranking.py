@@ -15,36 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gr.config.export import CacheDtype
 from gr.config.ranking import ActionTask, InterleavedInput, RankingConfig
 from gr.models.preprocessor import SequencePreprocessor
 from gr.models.sequence_ranking import Head, SequenceRanker
 from gr.schema import DataSchema
 from gr.serving.passes.cache_scope import cache_scope
-from gr.serving.passes.ranking_layers import Layers, cache_heads, layers_of
-from gr.serving.verbs.ranking import RankingForm
+from gr.serving.passes.tower_layers import Layers, cache_heads, layers_of
+from gr.serving.verbs.ranking import CACHE_DTYPES, RankingForm
 
 # features -> the module that looks their ids up: forward([ids of each feature]) -> [vectors of each feature]
 TablesOf = Callable[[Sequence[str]], nn.Module]
-
-
-class FloatTables(nn.Module):
-    """Tables as they were trained."""
-
-    def __init__(self, model: SequenceRanker, features: Sequence[str]) -> None:
-        super().__init__()
-        configs = [config for config in model.tables.embedding_configs() if {*config.feature_names} & {*features}]
-        self.weights = nn.ParameterList(model.tables.embeddings[config.name].weight for config in configs)
-        self.places = [
-            next(place for place, config in enumerate(configs) if name in config.feature_names) for name in features
-        ]
-        self.dim = model.dim
-
-    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """ids: integers [n] of each feature. Returns float32 [n, D] of each."""
-        return [
-            F.embedding(own.long(), self.weights[place])[:, : self.dim]
-            for own, place in zip(ids, self.places, strict=True)
-        ]
 
 
 class _Places(nn.Module):
@@ -215,7 +196,9 @@ def ranking_passes(
     context = None
     if tokens.contextual:
         context = ContextTokens(tokens, tables_of(model.contextual) if model.contextual else None)
-    keys, whole = (layers_of(model, prefix=prefix, whole=whole) for whole in (False, True))
+    keys, whole = (
+        layers_of(model.tower, max_length=tokens.max_length, prefix=prefix, whole=whole) for whole in (False, True)
+    )
     passes: dict[str, nn.Module] = {"prefill": Prefill(context, events, keys, cache_dtype)}
     if whole.attention.appends:
         passes["append"] = Append(events, keys, cache_dtype)
@@ -224,13 +207,11 @@ def ranking_passes(
     return {name: each.eval() for name, each in passes.items()}
 
 
-def ranking_form(
-    config: RankingConfig, schema: DataSchema, *, microbatch: int, cache_dtype: torch.dtype
-) -> RankingForm:
+def ranking_form(config: RankingConfig, schema: DataSchema, *, microbatch: int, cache: CacheDtype) -> RankingForm:
     """The inputs of the passes of a model of this configuration."""
     model, time = config.model, config.model.time
     tower, scope = model.tower, cache_scope(config)
-    heads, width = cache_heads(tower, model.dim)
+    heads, width = cache_heads(tower, model.dim, CACHE_DTYPES[cache])
     return RankingForm(
         items=schema.item_cardinality,
         event_features=dict(schema.event_features),
@@ -250,6 +231,6 @@ def ranking_form(
         layers=tower.layers,
         heads=heads,
         width=width,
-        cache_dtype="float32" if cache_dtype == torch.float32 else "bfloat16",
+        cache=cache,
         microbatch=microbatch,
     )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gr.config.export import ExportConfig, RowKind
 from gr.config.ranking import RankingConfig
 from gr.embeddings import table_weights
-from gr.errors import ServingError
 from gr.models.saved import Saved
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops import cpp_extension
@@ -21,52 +20,20 @@ from gr.serving.gate.cached_keys import rounded_keys
 from gr.serving.package.layout import VerbRecord
 from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.ranking import ranking_form, ranking_passes
-from gr.serving.tables.packed import PackedTables
-from gr.serving.verbs.ranking import FORM_FILE, ITEM, ROWS, RankingForm
+from gr.serving.tables.packed import PackedFeatures
+from gr.serving.verbs.ranking import CACHE_DTYPES, FORM_FILE, ITEM, ROWS, RankingForm
 
 MICROBATCH = 256
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EVENT = ({1: "events"}, {0: "events"}, {0: "events"}, {0: "events"})  # dynamic dims of an event's inputs
-
-
-class PackedFeatures(nn.Module):
-    """One vector an id, of features that have equally many ids."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        kinds: Mapping[str, RowKind],
-        columns: Mapping[str, Sequence[str]],
-        features: Sequence[str],
-        dim: int,
-    ) -> None:
-        """columns: the features of each table. features: those that are looked up, in this order. dim: D."""
-        super().__init__()
-        read = {table: [name for name in names if name in features] for table, names in columns.items()}
-        read = {table: names for table, names in read.items() if names}
-        self.packed = PackedTables({table: weights[table] for table in read}, kinds, read, pooled=False)
-        self.order = [features.index(name) for name in self.packed.features]
-        self.places = [self.packed.features.index(name) for name in features]
-        self.dim = dim
-
-    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """ids: int32 [n] of each feature, within its table, which is not checked. Returns float32 [n, D] of each."""
-        n = ids[0].shape[0]
-        offsets = torch.arange(len(self.order) * n + 1, dtype=torch.int32)
-        vectors = self.packed(torch.cat([ids[place] for place in self.order]), offsets)
-        vectors_FnD = vectors.view(len(self.order), n, -1)[..., : self.dim]
-        return [vectors_FnD[place] for place in self.places]
 
 
 def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
     """prefill, score, and append where a cache may outlive a request.
 
-    Raises ServingError for a tower that has no attention against a cache, and where the dense part is not fp32.
+    Raises ServingError for a tower that has no attention against a cache.
     """
     own, model, schema = saved.config, saved.model, saved.schema
     assert isinstance(own, RankingConfig) and isinstance(model, SequenceRanker) and isinstance(schema, DataSchema)
-    if config.dense != "fp32":
-        raise ServingError(f"dense={config.dense}: the dense part of a ranking model is served in fp32; leave it unset")
     weights = {name: weight.detach() for name, weight in table_weights(model).items()}
     columns = own.columns_by_table(schema)
     looked_up: dict[tuple[str, ...], nn.Module] = {}  # passes share what they read
@@ -77,8 +44,9 @@ def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> B
             looked_up[key] = PackedFeatures(weights, kinds, columns, features, model.dim)
         return looked_up[key]
 
-    form = ranking_form(own, schema, microbatch=MICROBATCH, cache_dtype=_DTYPES[config.cache])
-    passes = ranking_passes(model, tables_of, cache_dtype=_DTYPES[config.cache])
+    form = ranking_form(own, schema, microbatch=MICROBATCH, cache=config.cache)
+    dtype = CACHE_DTYPES[config.cache]
+    passes = ranking_passes(model, tables_of, cache_dtype=dtype)
     if form.lifetime == "request":
         passes.pop("append", None)
     types = {name: vocabulary.type for name, vocabulary in saved.vocabularies.items()}
@@ -101,7 +69,7 @@ def build(saved: Saved, kinds: Mapping[str, RowKind], config: ExportConfig) -> B
             FORM_FILE: form.model_dump_json(indent=2).encode(),
             **{name: (saved.folder / name).read_bytes() for name in names},
         },
-        rounding=partial(rounded_keys, model, _DTYPES[config.cache]),
+        rounding=partial(rounded_keys, model, dtype),
     )
 
 

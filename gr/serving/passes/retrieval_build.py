@@ -6,7 +6,6 @@ F features of an item, T events, E items, D width, B queries.
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -16,16 +15,16 @@ from gr.config.export import ExportConfig
 from gr.config.retrieval import RetrievalConfig
 from gr.data.dataset import read_corpus
 from gr.embeddings import table_weights
-from gr.errors import ConfigError
 from gr.logging import get_logger
 from gr.models.saved_retrieval import SavedRetrieval
+from gr.ops import cpp_extension
 from gr.schema import ITEMS_FILE, SCHEMA_FILE, vocabulary_file
 from gr.serving.index.approximate import build as build_lists
 from gr.serving.package.layout import VerbRecord
 from gr.serving.package.weights import write_tensors
 from gr.serving.passes.build import Built, Pass
 from gr.serving.passes.retrieval import QueryPass
-from gr.serving.tables.packed import PackedTables
+from gr.serving.tables.packed import PackedFeatures
 from gr.serving.tables.quantize import RowKind
 from gr.serving.verbs.retrieval import RetrievalForm, tensors
 from gr.serving.verbs.retrieval_package import FORM, LISTS, StoredRetrieval, open_exact, shard_file
@@ -43,21 +42,15 @@ log = get_logger(__name__)
 def build(saved: SavedRetrieval, kinds: Mapping[str, RowKind], config: ExportConfig) -> Built:
     """The one pass of a retrieval model, `query`, and its index.
 
-    Raises ConfigError for a table that the model does not have, and where dense is not fp32; ServingError for a tower
-    that has no pass.
+    Raises ConfigError for a table that the model does not have; ServingError for a tower that has no pass.
     """
     run, schema = saved.config, saved.schema
     assert isinstance(run, RetrievalConfig)
-    if config.dense != "fp32":
-        raise ConfigError(f"dense={config.dense}: the query pass of a retrieval model is fp32; leave it out")
     require_product(saved.model.similarity, "an index of items")
-    stored = table_weights(saved.model)
-    by_table = run.columns_by_table(schema)
-    # The ids of the item itself come first.
-    weights = {name: stored[name].detach() for name in sorted(by_table, key=lambda name: ITEM not in by_table[name])}
-    columns = {name: sorted(by_table[name], key=lambda column: column != ITEM) for name in weights}
-    tables = PackedTables(weights, kinds, columns, pooled=False)
-    module = QueryPass(saved.model, tables, len(tables.features)).eval()
+    weights = {name: weight.detach() for name, weight in table_weights(saved.model).items()}
+    features = _features(saved)
+    tables = PackedFeatures(weights, kinds, run.columns_by_table(schema), features, saved.model.dim)
+    module = QueryPass(saved.model, tables).eval()
     form = RetrievalForm(
         max_length=run.data.max_length,
         item_cardinality=schema.item_cardinality,
@@ -69,7 +62,7 @@ def build(saved: SavedRetrieval, kinds: Mapping[str, RowKind], config: ExportCon
     corpus_E, counts_E = read_corpus(saved.folder, schema)
     vocabularies = [vocabulary_file(ITEM)] if ITEM in schema.vocabularies else []
     draw = np.random.default_rng(0)
-    golden = _history(saved, tables.features, draw.choice(corpus_E, min(GOLDEN_EVENTS, form.max_length)))
+    golden = _history(saved, draw.choice(corpus_E, min(GOLDEN_EVENTS, form.max_length)))
     return Built(
         passes={"query": Pass(module, golden, ({1: "events"}, {0: "events"}))},
         served=None,  # though the index has the vectors of fp32 rows, which lie closer
@@ -79,7 +72,8 @@ def build(saved: SavedRetrieval, kinds: Mapping[str, RowKind], config: ExportCon
             "model": run.model.model_dump(mode="json"),
             "similarity": {"temperature": run.task.temperature, "l2_norm": run.task.l2_norm},
             "max_length": form.max_length,
-            "features": tables.features,
+            "features": features,
+            "operators": cpp_extension.fingerprint(),
         },
         artifacts={
             SCHEMA_FILE: schema.model_dump_json(indent=2).encode(),
@@ -112,14 +106,13 @@ def _index(
     """The record of how items are searched, and the inverted file if there is one. corpus: ids and counts, [E]."""
     if config.index.kind == "exact":
         return {FORM: StoredRetrieval(form=form, probes=None).model_dump_json(indent=2).encode()}
-    features = cast(PackedTables, query.tables).features
     probes: list[int] = []
 
     @torch.no_grad()
     def write_lists(path: Path) -> None:
         exact = open_exact(path.parent.parent, torch.tensor(corpus[0]))
         k = min(config.index.k, len(exact))
-        queries_BD = torch.stack([query(*_history(saved, features, ids_T)) for ids_T in _popular(corpus, form)])
+        queries_BD = torch.stack([query(*_history(saved, ids_T)) for ids_T in _popular(corpus, form)])
         index, measured = build_lists(exact, queries_BD, recall=config.index.recall, k=k)
         for each in measured:
             chosen = " (chosen)" if each.probes == index.probes else ""
@@ -144,10 +137,15 @@ def _popular(corpus: tuple[np.ndarray, np.ndarray], form: RetrievalForm) -> list
     return [draw.choice(ids_E, draw.integers(1, form.max_length + 1), p=weights_E) for _ in range(TUNING_QUERIES)]
 
 
-def _history(saved: SavedRetrieval, features: list[str], ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
+def _features(saved: SavedRetrieval) -> list[str]:
+    """The ids of an event in the order in which the pass takes them."""
+    return [ITEM, *saved.model.features]
+
+
+def _history(saved: SavedRetrieval, ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
     """The inputs of the query pass for these items, an hour apart."""
     items_T = torch.from_numpy(ids_T)
     by_item = saved.model.item_features
-    ids_by_feature = {name: items_T if name == ITEM else by_item[name][items_T] for name in features}
+    ids_by_feature = {name: items_T if name == ITEM else by_item[name][items_T] for name in _features(saved)}
     ids_FT = torch.stack([saved.rows_of(name, ids_T).int() for name, ids_T in ids_by_feature.items()])
     return ids_FT, _HOUR * torch.arange(len(ids_T))

@@ -19,7 +19,7 @@ _PLACES = ("weights_placements", "weights_offsets", "weights_tys", "D_offsets")
 
 
 class StoredTables(nn.Module):
-    """Looks ids up in rows that are packed already: pooled by sum, or one vector an id. CPU."""
+    """Looks ids up in rows that are packed already: pooled by sum, or one vector an id."""
 
     rows: Tensor
 
@@ -70,7 +70,8 @@ class PackedTables(StoredTables):
     ) -> None:
         """weights: float [E, D] by table. kinds: of its rows. features: that read each table, in the order of the ids.
 
-        Where the weights are on meta the rows are left to `take_rows`. Without pooling all tables have the same width.
+        They lie where the weights are. Where these are on meta they lie on CPU, and `take_rows` fills them. Without
+        pooling all tables have the same width.
         Raises ServingError, as gr.serving.tables.quantize.pack does.
         """
         # Imported here: reading a package needs the operator only, and not the classes that lay tables out.
@@ -78,19 +79,18 @@ class PackedTables(StoredTables):
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
         from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
-        names = list(weights)
+        names, empty = list(weights), any(weight.is_meta for weight in weights.values())
+        device = torch.device("cpu") if empty else next(iter(weights.values())).device
+        place = EmbeddingLocation.HOST if device.type == "cpu" else EmbeddingLocation.DEVICE
         packed = IntNBitTableBatchedEmbeddingBagsCodegen(
-            [
-                (name, *weight.shape, SparseType(kinds[name]), EmbeddingLocation.HOST)
-                for name, weight in weights.items()
-            ],
+            [(name, *weight.shape, SparseType(kinds[name]), place) for name, weight in weights.items()],
             feature_table_map=[table for table, name in enumerate(names) for _ in features[name]],
             pooling_mode=PoolingMode.SUM if pooled else PoolingMode.NONE,
             output_dtype=SparseType.FP32,
-            device="cpu",
+            device=device,
         )
         packed.initialize_weights()
-        if not any(weight.is_meta for weight in weights.values()):
+        if not empty:
             packed.assign_embedding_weights([pack(weight, kinds[name]) for name, weight in weights.items()])
         layout = TablesLayout(
             features=tuple(feature for name in names for feature in features[name]),
@@ -104,7 +104,8 @@ class PackedTables(StoredTables):
             row_alignment=packed.row_alignment,
         )
         places = {name: getattr(packed, name).clone() for name in _PLACES}
-        super().__init__(layout, {_ROWS: packed.weights_host, **places})
+        rows = packed.weights_host if device.type == "cpu" else packed.weights_dev
+        super().__init__(layout, {_ROWS: rows, **places})
         self._kinds = kinds
         self._parts = dict(zip(names, packed.split_embedding_weights(), strict=True))  # views of the rows of each table
 
@@ -120,3 +121,32 @@ class PackedTables(StoredTables):
                 for part, values in zip(self._parts[name], pack(weights_ND, self._kinds[name]), strict=True):
                     if values is not None:
                         part[ids_N] = values
+
+
+class PackedFeatures(nn.Module):
+    """One vector an id, of features that have equally many ids."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        kinds: Mapping[str, RowKind],
+        columns: Mapping[str, Sequence[str]],
+        features: Sequence[str],
+        dim: int,
+    ) -> None:
+        """columns: the features of each table. features: those that are looked up, in this order. dim: D."""
+        super().__init__()
+        read = {table: [name for name in names if name in features] for table, names in columns.items()}
+        read = {table: names for table, names in read.items() if names}
+        self.packed = PackedTables({table: weights[table] for table in read}, kinds, read, pooled=False)
+        self.order = [features.index(name) for name in self.packed.features]
+        self.places = [self.packed.features.index(name) for name in features]
+        self.dim = dim
+
+    def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """ids: int32 [n] of each feature, within its table, which is not checked. Returns float32 [n, D] of each."""
+        n = ids[0].shape[0]
+        offsets = torch.arange(len(self.order) * n + 1, dtype=torch.int32)
+        vectors = self.packed(torch.cat([ids[place] for place in self.order]), offsets)
+        vectors_FnD = vectors.view(len(self.order), n, -1)[..., : self.dim]
+        return [vectors_FnD[place] for place in self.places]

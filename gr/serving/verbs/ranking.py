@@ -6,7 +6,6 @@ E events of a history, M candidates, F features of an event.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from gr.config.export import UnknownPolicy
+from gr.config.export import CacheDtype, UnknownPolicy
 from gr.data.vocabulary import Vocabulary
 from gr.errors import nearest
 from gr.ops.time_encoding import time_bucket
@@ -34,6 +33,7 @@ HISTORY, CANDIDATES, CONTEXT = "history", "candidates", "context"
 # Of events and of candidates that a pass is given: a matrix product then sums a row in one order, however many there
 # are. With fewer rows than four, or with an odd number, its last bits differ.
 ROWS = 16
+CACHE_DTYPES: Mapping[CacheDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 Run = Callable[..., Sequence[Tensor]]
 
 
@@ -67,7 +67,7 @@ class RankingForm(BaseModel):
     layers: int
     heads: int
     width: int
-    cache_dtype: Literal["float32", "bfloat16"]
+    cache: CacheDtype
     microbatch: int
 
     @property
@@ -252,7 +252,7 @@ class RankServable:
             entry = self.cache.take(request.user, self._version, E, request.digest)
         if entry is None:
             if E == 0 and not self.form.context_tokens:
-                empty = no_entry(self.form.layers, self.form.heads, self.form.width, self._cache_dtype)
+                empty = no_entry(self.form.layers, self.form.heads, self.form.width, CACHE_DTYPES[self.form.cache])
                 return Entry(self._version, request.digest(0), 0, 0, empty)
             length = torch.tensor([self.form.tokens(E)])
             context = (torch.from_numpy(request.ids_G), torch.from_numpy(request.numbers_K))
@@ -306,10 +306,6 @@ class RankServable:
         ages_N = torch.zeros(rows, dtype=torch.int64)
         ages_N[: len(first) + len(tokens_T)] = request.time - torch.cat([first, tokens_T])
         return [ages_N]
-
-    @cached_property
-    def _cache_dtype(self) -> torch.dtype:
-        return torch.float32 if self.form.cache_dtype == "float32" else torch.bfloat16
 
     def _ids(
         self, given: Mapping[str, np.ndarray], field: str, column: str, size: int, unseen: dict[str, int]

@@ -12,7 +12,6 @@ import torch
 import gr
 from gr.config.export import load_export_config
 from gr.config.retrieval import RetrievalConfig
-from gr.errors import ConfigError
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.serving.export import export, publish
 from gr.serving.gate.accuracy_gate import Limits
@@ -20,7 +19,6 @@ from gr.serving.gate.calibration import calibration
 from gr.serving.index.approximate import ApproximateIndex
 from gr.serving.package.version import Version
 from gr.serving.passes import retrieval_build
-from gr.serving.passes.retrieval_build import build
 from tests.support.own_log import prepared, random_log
 from tests.support.tiny import tiny_config
 from tests.support.tiny_preference import tiny_preference
@@ -171,8 +169,3 @@ def test_a_preference_run_is_exported_and_served(run: Path, package: Path) -> No
             assert not np.allclose(answer["scores"], [each.score for each in other], atol=1e-3)
     finally:
         publish(run, package)
-
-
-def test_dense_is_fp32(run: Path) -> None:
-    with pytest.raises(ConfigError, match="dense=bf16: the query pass of a retrieval model is fp32"):
-        build(loaded(run), {}, load_export_config(["dense=bf16"]))

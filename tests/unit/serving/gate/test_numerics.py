@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import gr
 from gr.cli import main
 from gr.config import RunConfig
+from gr.config.export import ExportConfig
+from gr.embeddings import table_weights
 from gr.errors import ServingError
 from gr.serving.gate.accuracy_gate import Limits
 from gr.serving.gate.calibration import calibration
@@ -98,9 +100,10 @@ def test_pictures(click_run: RunConfig, tmp_path: Path) -> None:
     rows = calibration(saved, rows=100)
     with rounded(other.model, {"c1": "int8"}):
         draw_layers(compare_layers(saved.model, other.model, rows.batches, rows.forward), tmp_path / "layers.png")
-    draw_sensitivities(choose(rows, Limits(ne=0.01)), tmp_path / "tables.svg")
+    options = ExportConfig(dense="auto").options(list(table_weights(saved.model)), ["bottom.0"])
+    draw_sensitivities(choose(rows, Limits(ne=0.01), options), tmp_path / "tables.svg")
     assert (tmp_path / "layers.png").stat().st_size > 5_000
-    assert all(name in (tmp_path / "tables.svg").read_text() for name in ("<svg", "c2"))
+    assert all(name in (tmp_path / "tables.svg").read_text() for name in ("<svg", "c2", "bottom.0"))
 
 
 @pytest.mark.slow
@@ -127,7 +130,7 @@ def test_the_types_of_a_package(
     layers = package_layers(click_package, served_run, rows=64, data=data)
     by_hand = rounded_layers(served_run, {name: table.dtype for name, table in tables.items()}, rows=64, data=data)
     assert layers == by_hand and first_that_differs(layers) is not None
-    in_bf16 = {layer.layer: layer for layer in rounded_layers(served_run, {}, rows=64, dense="bf16", data=data)}
+    in_bf16 = {layer.layer: layer for layer in rounded_layers(served_run, "bf16", rows=64, data=data)}
     assert not in_bf16["tables"].differs and 30 < in_bf16["model"].snr < 70
     named = ["numerics", str(click_package), "--checkpoint"]
     assert main([*named, ranking_run.run_dir]) == 2

@@ -19,6 +19,7 @@ from gr.serving.load.load_test import (
     poisson,
     read_requests,
 )
+from gr.serving.load.loadgen import LoadGenTarget
 from gr.serving.load.targets import EngineTarget, HttpTarget
 from tests.support.toy_server import running
 from tests.support.toy_serving import ToyVersion
@@ -120,3 +121,14 @@ def test_a_file_that_has_no_requests(table, message, tmp_path):
         read_requests(tmp_path / "rows.parquet", INPUTS, 3)
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         read_requests(tmp_path / "none.parquet", INPUTS, 3)
+
+
+def test_mlperf_loadgen_says_when():
+    pytest.importorskip("mlperf_loadgen", reason="the extra loadgen is not installed")
+    with Engine(ToyVersion(1, fixed=0.01), EngineConfig(deadline_ms=10_000)) as engine:
+        run = LoadGenTarget(engine, "score", REQUESTS).run(poisson(500, 0.4, np.random.default_rng(0)))
+    assert (len(run.latencies), run.refused, run.failed) == (200, 0, 0)
+    assert run.offered == pytest.approx(500, rel=0.3) and 0.01 < run.percentile(50) < math.inf
+    with Engine(ToyVersion(1, fixed=0.05), EngineConfig(deadline_ms=60, batch_rows=3)) as engine:
+        over = LoadGenTarget(engine, "score", REQUESTS).run(poisson(500, 0.4, np.random.default_rng(0)))
+    assert over.refused > 100 and int(np.isinf(over.latencies).sum()) == over.refused

@@ -11,7 +11,8 @@ from gr.config.towers import TOWERS
 from gr.errors import ServingError
 from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.time_encoding import time_bucket
-from gr.serving.passes.ranking import FloatTables, ranking_passes
+from gr.serving.passes.ranking import ranking_passes
+from tests.support.float_tables import FloatTables
 from tests.support.tiny_histories import SCHEMA, tiny_ranking_config
 from tests.unit.models.test_sequence_ranking import batch_of
 
@@ -178,14 +179,15 @@ def test_a_split_of_the_candidates_has_the_same_bits() -> None:
     assert torch.equal(torch.cat(parts), passes["score"](kv, user.tokens(9), ids, *when))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.no_grad()
-def test_a_bfloat16_cache_is_close() -> None:
+def test_a_cache_of_fewer_bits_is_close(dtype: torch.dtype) -> None:
     model = model_of(FORMS["additive, absolute"])
     user, batch = example(model, 11, 5)
-    passes = ranking_passes(model, lambda features: FloatTables(model, features), cache_dtype=torch.bfloat16)
+    passes = ranking_passes(model, lambda features: FloatTables(model, features), cache_dtype=dtype)
     kv = passes["prefill"](*user.part(0, 5), user.tokens(5), *user.context)
     kv = torch.cat([kv, passes["append"](kv, user.tokens(5), *user.part(5, 11))])
-    assert kv.dtype == torch.bfloat16
+    assert kv.dtype == dtype
     assert torch.equal(kv, passes["prefill"](*user.events, user.tokens(11), *user.context))
     scored = passes["score"](kv, user.tokens(11), *user.candidates)
     torch.testing.assert_close(scored, model(batch), rtol=0.05, atol=0.05)
@@ -194,5 +196,5 @@ def test_a_bfloat16_cache_is_close() -> None:
 def test_other_towers_are_refused() -> None:
     model = model_of({"all": True, "tower": HSTU})
     model.tower = torch.nn.Identity()
-    with pytest.raises(ServingError, match="a Identity tower is not served as it is configured"):
+    with pytest.raises(ServingError, match="a Identity tower is not served: those of kind hstu, llama"):
         ranking_passes(model, lambda features: FloatTables(model, features))

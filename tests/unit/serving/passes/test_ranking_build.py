@@ -12,8 +12,8 @@ import gr
 from gr.config import RunConfig
 from gr.config.export import ExportConfig, RowKind
 from gr.embeddings import table_weights
-from gr.errors import ServingError
 from gr.models.saved_ranking import SavedRanking
+from gr.serving.gate.dense_layers import dense_layers, put_in_bf16
 from gr.serving.passes.build import Built
 from gr.serving.passes.ranking_build import build
 from gr.serving.verbs.kv_cache import KVCache
@@ -65,18 +65,16 @@ def test_answers_are_those_of_the_checkpoint(saved: SavedRanking) -> None:
 
 
 def test_what_the_package_says(saved: SavedRanking) -> None:
-    built = built_of(saved, cache="bf16")
+    built = built_of(saved, cache="int8")
     assert list(built.passes) == ["prefill", "append", "score"]
     for name, each in built.passes.items():  # compiled code has one name for a tensor
         assert len(list(each.module.parameters())) == len(list(each.module.named_parameters(remove_duplicate=False))), (
             name
         )
     form = RankingForm.model_validate_json(built.artifacts[FORM_FILE])
-    assert (form.lifetime, form.cache_dtype, form.max_events) == ("user", "bfloat16", 15)
-    assert built.passes["score"].golden[0].dtype == torch.bfloat16
+    assert (form.lifetime, form.cache, form.max_events) == ("user", "int8", 15)
+    assert built.passes["score"].golden[0].dtype == torch.int8
     assert {spec.name for spec in built.verbs["rank"].outputs} == {"score_like", "score_share", "score_watched"}
-    with pytest.raises(ServingError, match="served in fp32"):
-        built_of(saved, dense="bf16")
 
 
 def traced(built: Built) -> None:
@@ -99,7 +97,9 @@ def traced(built: Built) -> None:
 
 @pytest.mark.slow
 def test_every_pass_is_taken_by_torch_export(saved: SavedRanking) -> None:
-    traced(built_of(saved, "int8"))
+    for layer in dense_layers(saved.model).values():
+        put_in_bf16(layer)
+    traced(built_of(saved, "int8", cache="int8"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -13,12 +12,12 @@ from gr.batch import EvaluationBatch
 from gr.config.towers import TOWERS
 from gr.data.dataset import Dataset
 from gr.data.history_batches import evaluation_batches
-from gr.embeddings import table_weights
 from gr.errors import ServingError
 from gr.models.retrieval import RetrievalModel
 from gr.prepare.movielens import prepare_movielens
 from gr.prepare.source import Source
 from gr.serving.passes.retrieval import QueryPass
+from tests.support.float_tables import FloatTables
 from tests.support.schemas import item_schema
 from tests.support.tiny import tiny_config
 
@@ -28,6 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "hstu": HSTU,
     "time": {**HSTU, "time_bias": True, "time_buckets": 30},
     "actual_len without bias": {**HSTU, "position_bias": False, "divisor": "actual_len"},
+    "time and actual_len": {**HSTU, "time_bias": True, "time_buckets": 30, "divisor": "actual_len"},
     "max_len and concat_ua": {**HSTU, "divisor": "max_len", "concat_ua": True},
     "divisor value, three layers": {**HSTU, "divisor_value": 3.0, "layers": 3},
     "softmax": {**HSTU, "attention": "softmax", "position_bias": False},
@@ -41,17 +41,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama", "layers": 2, "heads": 2, "ffn_dim": 12},
     "llama, shared keys": {"kind": "llama", "layers": 1, "heads": 4, "kv_heads": 1, "ffn_dim": 12, "rope_theta": 50.0},
 }
-
-
-class Rows(nn.Module):
-    """A table that is not quantised, with the call of PackedTables."""
-
-    def __init__(self, weight_ED: Tensor) -> None:
-        super().__init__()
-        self.weight_ED = nn.Parameter(weight_ED.clone(), requires_grad=False)
-
-    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight_ED)
 
 
 def model_of(tower: dict[str, Any], l2_norm: bool = True) -> RetrievalModel:
@@ -142,8 +131,7 @@ def test_traced_for_every_length_from_one(form: str) -> None:
 
 
 def query_of(model: RetrievalModel) -> QueryPass:
-    (weight_ED,) = table_weights(model).values()
-    return QueryPass(model, Rows(weight_ED), features=1).eval()
+    return QueryPass(model, FloatTables(model, ["item_id"])).eval()
 
 
 def _compare(model: RetrievalModel, query: nn.Module) -> None:
@@ -157,7 +145,5 @@ def _compare(model: RetrievalModel, query: nn.Module) -> None:
 def test_a_tower_without_a_pass_is_refused() -> None:
     model = model_of(HSTU)
     model.tower = nn.Identity()
-    with pytest.raises(
-        ServingError, match="tower Identity cannot be exported; towers that can: HSTU, Llama, SASRec, STU"
-    ):
-        QueryPass(model, nn.Identity(), features=1)
+    with pytest.raises(ServingError, match="a Identity tower is not served: those of kind hstu, llama, sasrec and stu"):
+        QueryPass(model, nn.Identity())

@@ -12,10 +12,11 @@ from gr.batch import RankingBatch
 from gr.data.vocabulary import Vocabulary
 from gr.errors import ServingError
 from gr.models.sequence_ranking import SequenceRanker, predictions
-from gr.serving.passes.ranking import FloatTables, ranking_form, ranking_passes
+from gr.serving.passes.ranking import ranking_form, ranking_passes
 from gr.serving.servable import RequestError
 from gr.serving.verbs.kv_cache import KVCache
 from gr.serving.verbs.ranking import RankServable
+from tests.support.float_tables import FloatTables
 from tests.support.tiny_histories import SCHEMA, tiny_ranking_config
 from tests.unit.models.test_sequence_ranking import batch_of
 from tests.unit.serving.passes.test_ranking import FORMS, full, model_of
@@ -31,7 +32,7 @@ def servable(form: str, cache: KVCache | None = None, **arguments: Any) -> tuple
         model={**base.model.model_dump(), **changes},
         task={**base.task.model_dump(), "supervision": "all" if "all" in FORMS[form] else "candidates"},
     )
-    shape = ranking_form(config, SCHEMA, microbatch=16, cache_dtype=torch.float32)
+    shape = ranking_form(config, SCHEMA, microbatch=16, cache="fp32")
     passes = ranking_passes(model, lambda features: FloatTables(model, features))
     vocabularies = {name: Vocabulary(name) for name in ("item_id", "category", "country")}
     run: dict[str, Callable[..., list[torch.Tensor]]] = {

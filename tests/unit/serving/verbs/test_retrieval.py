@@ -6,16 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import gr
-from gr.embeddings import table_weights
 from gr.models.saved_retrieval import SavedRetrieval
 from gr.serving.index.exact import ExactIndex
 from gr.serving.passes.retrieval import QueryPass
 from gr.serving.servable import RequestError
 from gr.serving.verbs.retrieval import RetrievalForm, RetrieveServable
+from tests.support.float_tables import FloatTables
 from tests.support.own_log import prepared, random_log
 from tests.support.tiny import tiny_config
 
@@ -38,18 +37,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return loaded
 
 
-class Rows(nn.Module):
-    def __init__(self, weight_ED: Tensor) -> None:
-        super().__init__()
-        self.weight_ED = weight_ED
-
-    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight_ED)
-
-
 def servable(saved: SavedRetrieval, counts: Counter[str], **form: Any) -> RetrieveServable:
-    (weight_ED,) = table_weights(saved.model).values()
-    query = QueryPass(saved.model, Rows(weight_ED.detach()), features=1).eval()
+    query = QueryPass(saved.model, FloatTables(saved.model, ["item_id"])).eval()
 
     @torch.no_grad()
     def run(*inputs: Tensor) -> list[Tensor]:

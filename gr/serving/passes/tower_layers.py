@@ -1,7 +1,7 @@
-"""The towers of ranking models in passes: their layers, and attention against cached keys and values. One user a call.
+"""Towers in passes: their own layers, and attention of one history, which is whole or cached. One user a call.
 
 T tokens of a call, N rows of the cache, M candidates, L layers, H heads of queries, G heads of keys and values, Q and V
-widths of keys and values, W = Q + V, D width.
+widths of keys and values, W of both as they are cached, D width.
 """
 
 import copy
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from gr.config.towers import HSTUConfig, LlamaConfig, SASRecConfig, STUConfig, TowerConfig
 from gr.errors import ServingError
-from gr.models.sequence_ranking import SequenceRanker
 from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.ops.hstu_attention.time_buckets import bucket_edges
 from gr.ops.rope import rope_tables
+from gr.serving.passes.cached_rows import SCALES, stored, widened
 from gr.towers.attend import Attend
 from gr.towers.hstu import HSTU, HSTULayer
 from gr.towers.llama import Llama, LlamaLayer
@@ -30,8 +30,8 @@ class Attention(Protocol):
     """The attention of a tower, in all its layers.
 
     start: the first length_1 of T tokens. append: the tokens after a cache; appends says whether there is such a form,
-    which has the bits of start. candidates: each sees a cache and itself. times_2T, ages_N: as Prefill and Score of
-    ranking.py have them for tokens, where the tower reads times.
+    which has the bits of start. candidates: each sees a cache and itself. Where the tower reads times, int64 seconds:
+    times_2T, of each token and of the one that it is asked for; ages_N, from each token in the cache to the request.
     """
 
     appends: bool
@@ -106,6 +106,32 @@ class _Timed(nn.Module):
         return torch.bucketize(seconds.abs(), self.edges, right=True)
 
 
+class _ByLength(nn.Module):
+    """SiLU attention over the number of tokens, the newest one included. A candidate counts as that."""
+
+    appends = False  # another token changes the divisor of all
+
+    def __init__(self, undivided: _Pointwise | _Timed) -> None:
+        super().__init__()
+        self.undivided = undivided
+
+    def start(self, length_1: Tensor, times_2T: Tensor | None) -> Attend:
+        return self._over(length_1, self.undivided.start(length_1, times_2T))
+
+    def append(self, cache: CachedKeys) -> Attend:
+        raise AssertionError("nothing is appended")
+
+    def candidates(self, cache: CachedKeys, ages_N: Tensor | None) -> Attend:
+        return self._over(cache.length + 1, self.undivided.candidates(cache, ages_N))
+
+    @staticmethod
+    def _over(length_1: Tensor, attend: Attend) -> Attend:
+        def divided(q: Tensor, k: Tensor, v: Tensor, /, **named: Tensor | None) -> Tensor:
+            return attend(q, k, v, **named) / length_1
+
+        return divided
+
+
 def _biases(named: dict[str, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """The biases of time and of place."""
     time_bias = named["time_bias"]
@@ -174,8 +200,9 @@ class Layers(nn.Module):
         kept: list[Tensor] = []
 
         def keep(k_TGQ: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
-            kept.append(torch.cat([k_TGQ, v_TGV], dim=-1).to(dtype))
-            return k_TGQ.to(dtype).to(k_TGQ.dtype), v_TGV.to(dtype).to(v_TGV.dtype)
+            kept.append(stored(k_TGQ, v_TGV, dtype))
+            k, v = widened(kept[-1], self.key_width)
+            return k.to(k_TGQ.dtype), v.to(v_TGV.dtype)
 
         shared = self.shared(place_T, x_TD.dtype)
         for place, layer in enumerate(self.layers[:-1]):
@@ -195,8 +222,23 @@ class Layers(nn.Module):
             x_TD = self.run(layer, x_TD, attend(place), shared)
         return self.end(x_TD)
 
+    def newest(self, x_TD: Tensor, times_2T: Tensor | None) -> Tensor:
+        """The tower's output for the last of all T tokens, [1, D]: in the last layer it is a candidate, so that the
+        others are keys and values alone there. times_2T: as in Attention.
+        """
+        place_T = torch.arange(x_TD.shape[0])
+        length_1, shared = place_T[-1:] + 1, self.shared(place_T, x_TD.dtype)
+        attend = self.attention.start(length_1, times_2T)
+        for layer in self.layers[:-1]:
+            x_TD = self.run(layer, x_TD, attend, shared)
+        last = self.layers[-1]
+        others = CachedKeys(*self.keys(last, x_TD, shared), length_1 - 1)
+        ages_T = None if times_2T is None else times_2T[1, -1:] - times_2T[0]
+        against = self.attention.candidates(others, ages_T)
+        return self.end(self.run(last, x_TD[-1:], against, self.shared(place_T[-1:], x_TD.dtype)))
+
     def cached(self, kv_NLGW: Tensor, length_1: Tensor, place: int) -> CachedKeys:
-        return CachedKeys(kv_NLGW[:, place, :, : self.key_width], kv_NLGW[:, place, :, self.key_width :], length_1)
+        return CachedKeys(*widened(kv_NLGW[:, place], self.key_width), length_1)
 
     def shared(self, place_T: Tensor, dtype: torch.dtype) -> Any:
         """The inputs of all layers beside the tokens."""
@@ -265,43 +307,43 @@ class _LlamaLayers(Layers):
         return self.norm(x_TD)
 
 
-def layers_of(model: SequenceRanker, *, prefix: int, whole: bool) -> Layers:
-    """The layers of a model's tower. prefix: tokens of context that see the whole history. whole: as of Layers.
+def layers_of(tower: nn.Module, *, max_length: int, prefix: int = 0, whole: bool = True) -> Layers:
+    """The layers of a model's tower. max_length: as of the model. prefix: tokens of context that see the whole history.
+    whole: as of Layers.
 
     Raises ServingError for a tower that has no form here.
     """
-    tower = model.tower
     match tower:
         case STU():
             attention = _Pointwise(tower.mask(prefix), divisor=tower.divisor, alpha=tower.alpha)
             return _GatedLayers(tower, attention, whole=whole)
         case HSTU() if tower.config.attention == "softmax":
             return _GatedLayers(tower, _Softmax(AttentionMask()), whole=whole)
-        case HSTU() if tower.config.divisor != "actual_len":
-            divisor = tower.divisor(model.tokens.max_length)
+        case HSTU():
+            by_length = tower.config.divisor == "actual_len"
+            divisor = 1.0 if by_length else tower.divisor(max_length)
+            own: _Pointwise | _Timed = _Pointwise(AttentionMask(), divisor=divisor)
             # Where no layer attends, nothing may hold what attention reads: compiled code would have it nowhere.
             if tower.config.time_bias and (whole or tower.config.layers > 1):
-                return _GatedLayers(tower, _Timed(divisor, tower.config.time_buckets), whole=whole)
-            return _GatedLayers(tower, _Pointwise(AttentionMask(), divisor=divisor), whole=whole)
+                own = _Timed(divisor, tower.config.time_buckets)
+            return _GatedLayers(tower, _ByLength(own) if by_length else own, whole=whole)
         case SASRec():
             return _SASRecLayers(tower, whole=whole)
         case Llama():
             return _LlamaLayers(tower, prefix, whole=whole)
-    raise ServingError(
-        f"a {type(tower).__name__} tower is not served as it is configured: passes against a cache are there for stu, "
-        "sasrec, llama, and hstu with a divisor other than actual_len"
-    )
+    raise ServingError(f"a {type(tower).__name__} tower is not served: those of kind hstu, llama, sasrec and stu are")
 
 
-def cache_heads(tower: TowerConfig, dim: int) -> tuple[int, int]:
-    """G and W of what is cached for a tower that layers_of takes. dim: D."""
+def cache_heads(tower: TowerConfig, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """G and W of what is cached, in `dtype`, for a tower that layers_of takes. dim: D."""
+    more = SCALES if dtype == torch.int8 else 0
     match tower:
         case STUConfig() | HSTUConfig():
-            return tower.heads, tower.qk_dim + tower.v_dim
+            return tower.heads, tower.qk_dim + tower.v_dim + more
         case SASRecConfig():
-            return tower.heads, 2 * dim // tower.heads
+            return tower.heads, 2 * dim // tower.heads + more
         case LlamaConfig():
-            return tower.key_heads, 2 * dim // tower.heads
+            return tower.key_heads, 2 * dim // tower.heads + more
     raise AssertionError("layers_of refuses others")
 
 
