@@ -171,7 +171,8 @@ def _compare(old: SavedRows, new: SavedRows, changes: "_Changes", before: StateD
     tables = tables_of(new)
     for table in tables.values():
         for first, last in table.blocks(new):
-            changed, was, values = torch.zeros(last - first, dtype=torch.bool), {}, {}
+            changed = torch.zeros(last - first, dtype=torch.bool)
+            was, values = dict[str, Tensor](), dict[str, Tensor]()
             for name in table.in_one:
                 was[name], values[name] = (table.read(each, name, first, last) for each in (old, new))
                 before.add(name, was[name])
@@ -184,10 +185,10 @@ def _compare(old: SavedRows, new: SavedRows, changes: "_Changes", before: StateD
             if table.raw_id in was:
                 changes.add_deleted(table.name, was[table.raw_id][rows], values[table.raw_id][rows])
     for name in new.tensors.keys() - {name for table in tables.values() for name in table.in_one}:
-        was, value = old.read(name), new.read(name)
-        before.add(name, was)
+        earlier, value = old.read(name), new.read(name)
+        before.add(name, earlier)
         after.add(name, value)
-        if not torch.equal(_bits(was), _bits(value)):
+        if not torch.equal(_bits(earlier), _bits(value)):
             changes.add({name: value})
     changes.flush()
 
