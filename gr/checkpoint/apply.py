@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from gr.checkpoint.delta import FILES, IDS, Manifest, check_chain, finish, require_whole, tables_of
-from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks
+from gr.checkpoint.delta import FILES, ROWS, Manifest, check_chain, finish, require_whole
+from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks, tables_of
 from gr.checkpoint.streaming import SummingWriter, with_own_storage
 from gr.errors import CheckpointError, ConfigError
 
@@ -53,26 +53,26 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path) -> Manifest:
 
 
 class _Changed:
-    """The changes of one delta: rows by table, in the order of their ids, and whole tensors."""
+    """The changes of one delta: rows by table, in order, and whole tensors."""
 
     def __init__(self, delta: Path, manifest: Manifest) -> None:
         self.parts: dict[str, list[Any]] = {}  # files by the names of what is in them
         for file in (safe_open(delta / part, "pt") for part in manifest.parts):
             for name in file.keys():  # noqa: SIM118
                 self.parts.setdefault(name, []).append(file)
-        self.ids = {
-            table: [file.get_tensor(IDS + table) for file in self.parts[IDS + table]] for table in manifest.rows
+        self.rows = {
+            table: [file.get_tensor(ROWS + table) for file in self.parts[ROWS + table]] for table in manifest.rows
         }
 
     def whole(self, name: str) -> Tensor | None:
         return self.parts[name][0].get_tensor(name) if name in self.parts else None
 
-    def put_rows(self, table: str, name: str, rows: Tensor, first: int) -> None:
-        """Overwrites the changed ones of `rows`, of which the first is row `first` of the table."""
-        for file, ids in zip(self.parts.get(IDS + table, ()), self.ids.get(table, ()), strict=True):
-            low, high = torch.searchsorted(ids, torch.tensor([first, first + len(rows)])).tolist()
+    def put_rows(self, table: str, name: str, values: Tensor, first: int) -> None:
+        """Overwrites the changed ones of `values`, of which the first is of row `first` of the table."""
+        for file, rows in zip(self.parts.get(ROWS + table, ()), self.rows.get(table, ()), strict=True):
+            low, high = torch.searchsorted(rows, torch.tensor([first, first + len(values)])).tolist()
             if low < high:
-                rows[ids[low:high] - first] = file.get_slice(name)[low:high]
+                values[rows[low:high] - first] = file.get_slice(name)[low:high]
 
 
 class _Applied(dcp.DefaultSavePlanner):
@@ -82,7 +82,7 @@ class _Applied(dcp.DefaultSavePlanner):
         super().__init__()
         self.saved, self.changes = saved, changes
         self.before, self.after = StateDigest(saved), StateDigest(saved)
-        self.table_of = {name: table for table, names in tables_of(saved).items() for name in names}
+        self.table_of = {name: table for table in tables_of(saved).values() for name in table.in_one}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Everything comes from the checkpoint."""
@@ -120,9 +120,10 @@ class _Applied(dcp.DefaultSavePlanner):
             rows = [rows, *(whole for whole in wholes if whole is not None)][-1]
         else:
             first = chunk.offsets[0]
-            rows = self.saved.read(name, first, first + chunk.sizes[0])
+            rows, in_one = self.saved.read(name, first, first + chunk.sizes[0]), table.in_one[name]
             self.before.add(name, rows)
+            by_row = rows.view(len(rows) * in_one, -1)
             for changed in self.changes:
-                changed.put_rows(table, name, rows, first)
+                changed.put_rows(table.name, name, by_row, first * in_one)
         self.after.add(name, rows)
         return with_own_storage(rows)

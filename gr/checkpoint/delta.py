@@ -5,10 +5,10 @@
     deltas/.000003/  being written: never looked at, gone at the next `gr publish`
 
 A delta is computed by comparing two checkpoints by row blocks, so training keeps no account of what it touches, and a
-row is in it exactly if a bit of its weights or optimizer states differs. A row's id is its place in the table; where
-ids get rows as a run trains, their map is a tensor of the checkpoint, so its changes, with ids that lost their rows,
-are in the delta too. The manifest has the SHA-256 of all tensors before and after, which make the chain: `apply`
-computes both, so full + deltas is full bit for bit, or it is refused.
+row is in it exactly if a bit of its weights, its optimizer states or its raw id differs. A row has its place in the
+table; where ids get rows as a run trains, it has its raw id too, and the delta names the ids that have lost theirs. The
+manifest has the SHA-256 of all tensors before and after, which make the chain: `apply` computes both, so full + deltas
+is full bit for bit, or it is refused.
 """
 
 import json
@@ -24,23 +24,25 @@ from torch import Tensor
 from gr.checkpoint.checksums import find_damage, read_sums, sum_lines, write_sums
 from gr.checkpoint.layout import METADATA, SHARED, CheckpointFolder, read_progress
 from gr.checkpoint.only_writer import only_writer
-from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks
+from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks, tables_of
 from gr.checkpoint.streaming import BLOCK_BYTES
 from gr.errors import CheckpointError, DamagedCheckpointError
 from gr.files import digests, sync, write_text
 
 MANIFEST = "manifest.json"
 FILES = "files"
-DELTA_FORMAT = 1
-IDS = "ids."  # before the name of a table: the changed rows, in order
+DELTA_FORMAT = 2
+# Before the name of a table: its changed rows, in order; the raw ids that had a row before and have none now.
+ROWS, DELETED = "rows.", "deleted."
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Manifest(BaseModel):
     """number: place in the chain, from 1. since, step: of the checkpoints. before, after: SHA-256 of their tensors.
 
-    rows: changed ones by table. parts: files of changed rows, in the order of the ids of each table. names: of all
-    files of the checkpoint that are no tensors; those that changed are under files/.
+    rows: changed ones by table. deleted: raw ids that lost their row, by table with dynamic ids. parts: files of
+    changed rows, in the order of the rows of each table. names: of all files of the checkpoint that are no tensors;
+    those that changed are under files/.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +53,7 @@ class Manifest(BaseModel):
     before: str
     after: str
     rows: dict[str, int]
+    deleted: dict[str, int]
     parts: tuple[str, ...]
     names: tuple[str, ...]
 
@@ -90,6 +93,7 @@ def publish_delta(checkpoint: Path, since: int, out: Path) -> tuple[Path, Manife
             before=before.hexdigest(),
             after=after.hexdigest(),
             rows=changes.rows,
+            deleted=changes.deleted,
             parts=tuple(changes.parts),
             names=_copy_changed_files(base, checkpoint, draft / FILES),
         )
@@ -163,42 +167,28 @@ def require_same_model(old: SavedRows, new: SavedRows) -> None:
             )
 
 
-def tables_of(saved: SavedRows) -> dict[str, list[str]]:
-    """The tensors of each table that have a row for each row of it: its weight and its optimizer's states.
-
-    A tensor of a table that has other rows, such as the map of dynamic ids, is listed by itself, as `table.tensor`.
-    """
-    tables: dict[str, list[str]] = {}
-    for name, entry in saved.tensors.items():
-        group, _, rest = name.partition(".")
-        if group == "tables":
-            table = rest.rpartition(".")[0]
-            known = tables[table][0] if table in tables else f"tables.{table}.weight"
-            first = saved.tensors.get(known, entry)
-            tables.setdefault(table if first.size[0] == entry.size[0] else rest, []).append(name)
-    return tables
-
-
 def _compare(old: SavedRows, new: SavedRows, changes: "_Changes", before: StateDigest, after: StateDigest) -> None:
     tables = tables_of(new)
-    for table, names in tables.items():
-        rows, row_bytes = new.tensors[names[0]].size[0], sum(new.row_bytes(name) for name in names)
-        for first, last in blocks(rows, row_bytes):
-            changed, values = torch.zeros(last - first, dtype=torch.bool), {}
-            for name in names:
-                was, values[name] = old.read(name, first, last), new.read(name, first, last)
-                before.add(name, was)
+    for table in tables.values():
+        for first, last in table.blocks(new):
+            changed = torch.zeros(last - first, dtype=torch.bool)
+            was, values = dict[str, Tensor](), dict[str, Tensor]()
+            for name in table.in_one:
+                was[name], values[name] = (table.read(each, name, first, last) for each in (old, new))
+                before.add(name, was[name])
                 after.add(name, values[name])
-                if not torch.equal(_bits(was), _bits(values[name])):
-                    changed |= (_bits(was) != _bits(values[name])).any(1)
-            ids = changed.nonzero().squeeze(1)
-            if len(ids):
-                changes.add_rows(table, ids + first, {name: value[ids] for name, value in values.items()})
-    for name in new.tensors.keys() - {name for names in tables.values() for name in names}:
-        was, value = old.read(name), new.read(name)
-        before.add(name, was)
+                if not torch.equal(_bits(was[name]), _bits(values[name])):
+                    changed |= (_bits(was[name]) != _bits(values[name])).any(1)
+            rows = changed.nonzero().squeeze(1)
+            if len(rows):
+                changes.add_rows(table.name, rows + first, {name: value[rows] for name, value in values.items()})
+            if table.raw_id in was:
+                changes.add_deleted(table.name, was[table.raw_id][rows], values[table.raw_id][rows])
+    for name in new.tensors.keys() - {name for table in tables.values() for name in table.in_one}:
+        earlier, value = old.read(name), new.read(name)
+        before.add(name, earlier)
         after.add(name, value)
-        if not torch.equal(_bits(was), _bits(value)):
+        if not torch.equal(_bits(earlier), _bits(value)):
             changes.add({name: value})
     changes.flush()
 
@@ -224,13 +214,21 @@ class _Changes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: dict[str, int] = {}
+        self.deleted: dict[str, int] = {}
         self.parts: list[str] = []
         self._held: dict[str, list[Tensor]] = {}
         self._bytes = 0
 
-    def add_rows(self, table: str, ids: Tensor, values: dict[str, Tensor]) -> None:
-        self.rows[table] = self.rows.get(table, 0) + len(ids)
-        self.add({IDS + table: ids, **values})
+    def add_rows(self, table: str, rows: Tensor, values: dict[str, Tensor]) -> None:
+        self.rows[table] = self.rows.get(table, 0) + len(rows)
+        self.add({ROWS + table: rows, **values})
+
+    def add_deleted(self, table: str, was: Tensor, now: Tensor) -> None:
+        """was, now: raw ids of rows of whole sets, which ids never leave; below 0 where a row has none."""
+        gone = was[(was >= 0) & ~torch.isin(was, now)]
+        self.deleted[table] = self.deleted.get(table, 0) + len(gone)
+        if len(gone):
+            self.add({DELETED + table: gone})
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -3,6 +3,7 @@
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from gr.checkpoint.metadata import SafeReader, read_metadata
 from gr.checkpoint.streaming import BLOCK_BYTES, octets
+from gr.config.features import ID_MAP
 from gr.errors import CheckpointError
 
 
@@ -80,10 +82,54 @@ class SavedRows:
             return torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
 
 
-def blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and last row of each block of rows, in order."""
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+def blocks(rows: int, row_bytes: int, ways: int = 1) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of rows, in order; each has whole sets of `ways` rows."""
+    step = max(1, BLOCK_BYTES // max(1, ways * row_bytes)) * ways
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """The tensors of a checkpoint that have a part for each row of a table.
+
+    in_one: by the tensor's name, the rows of the table in one row of the tensor. That is 1, but for the map of dynamic
+    ids, which is saved by sets: there it is the ways of a set.
+    """
+
+    name: str
+    in_one: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def raw_id(self) -> str:
+        """The name of the tensor of raw ids, where the table has dynamic ids."""
+        return f"tables.{self.name}{ID_MAP}.raw_id"
+
+    def blocks(self, saved: SavedRows) -> Iterator[tuple[int, int]]:
+        """First and last row of each block of rows, in order; each has whole sets."""
+        name, in_one = next(iter(self.in_one.items()))
+        row_bytes = sum(saved.row_bytes(name) // in_one for name, in_one in self.in_one.items())
+        return blocks(saved.tensors[name].size[0] * in_one, row_bytes, max(self.in_one.values()))
+
+    def read(self, saved: SavedRows, name: str, first: int, last: int) -> Tensor:
+        """Rows first to last of the table, [last - first, columns], of one of its tensors."""
+        in_one = self.in_one[name]
+        return saved.read(name, first // in_one, last // in_one).view(last - first, -1)
+
+
+def tables_of(saved: SavedRows) -> dict[str, TableRows]:
+    """The tables of a checkpoint. The counters of ids without a row are a table by themselves, of as many rows."""
+    tables: dict[str, TableRows] = {}
+    for name in saved.tensors:
+        group, _, rest = name.partition(".")
+        if group != "tables":
+            continue
+        table, _, tensor = rest.rpartition(".")
+        in_one = 1
+        if table.endswith(ID_MAP):
+            in_one = saved.tensors[f"tables.{table}.raw_id"].size[1]
+            table = rest if tensor == "seen" else table.removesuffix(ID_MAP)
+        tables.setdefault(table, TableRows(table)).in_one[name] = in_one
+    return tables
 
 
 class StateDigest:

@@ -55,7 +55,8 @@ def command(
         delta, manifest = publish_delta(resolve(checkpoint), since, out)
         stored = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
         rows = ", ".join(f"{count:,} rows of {table}" for table, count in manifest.rows.items()) or "no rows"
-        say(f"{delta}: steps {since} to {manifest.step}, {rows}, {size(stored)}")
+        deleted = "".join(f", {count:,} ids of {table} deleted" for table, count in manifest.deleted.items())
+        say(f"{delta}: steps {since} to {manifest.step}, {rows}{deleted}, {size(stored)}")
     elif watch:
         from gr.serving.follow import follow
 

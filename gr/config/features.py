@@ -45,6 +45,10 @@ class HashedIds(_Ids):
     rows: Count = Field(description="Rows of the table.")
 
 
+# In a checkpoint the map of a table's dynamic ids is saved beside the table, under its name and this.
+ID_MAP = "/ids"
+
+
 class DynamicIds(_Ids):
     """Any ids from 0 to 2^63 - 2: training gives each a row of its own, and takes it back for others.
 

@@ -88,7 +88,9 @@ class TableConfig(Section):
         1.0, description="Mean ids an example reads, over all its features."
     )
     ids_per_step: Annotated[float, Field(ge=0.0, le=LARGEST)] = Field(
-        0.0, description="Ids a rank reads a step whatever its batch, such as shared negatives; beside the examples'."
+        0.0,
+        description="Ids a rank reads a step whatever its batch, such as shared negatives; beside the examples'. They "
+        "differ from one another, and lie evenly over the table.",
     )
     skew: Annotated[float, Field(ge=0.0, le=STEEPEST)] = Field(
         0.0, description="Zipf exponent of the ids; 0 is uniform."
@@ -280,7 +282,7 @@ class InventoryConfig(Section):
     groups: Count = Field(1, description="planner.groups of an experiment.")
     sync_interval: Count = Field(1, description="planner.sync_interval of an experiment.")
     index_dedup: bool = Field(
-        False, description="A rank asks for a row of a sequence table once (TorchRec, CUDA only)."
+        False, description="planner.index_dedup of an experiment: a rank asks for a row of a sequence table once."
     )
     dense_efficiency: Fraction = Field(
         0.5,

@@ -36,6 +36,11 @@ class PlannerConfig(Section):
     comm_dtype: CommDtype = Field(
         CommDtype(), description="Types in which vectors of tables and their gradients travel between ranks."
     )
+    index_dedup: bool = Field(
+        True,
+        description="A rank asks for a row of a sequence table once a step, however many of its ids read it. Ids, "
+        "vectors and gradients that travel are then the distinct ones.",
+    )
     topology: PathText | None = Field(
         None,
         description="Hardware, by name or as a YAML file; unset: cpu, or what the GPU is. The ranks are the run's.",

@@ -338,6 +338,7 @@ class RunConfig(Section):
             global_batch_size=self.trainer.global_batch_size,
             precision=self.trainer.precision,
             comm_dtype=self.planner.comm_dtype,
+            index_dedup=self.planner.index_dedup,
             groups=self.planner.groups,
             sync_interval=self.planner.sync_interval,
             dense_optimizer=self.optimizer.kind,

@@ -20,7 +20,7 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from gr.config.features import DynamicIds, HashedIds
+from gr.config.features import ID_MAP, DynamicIds, HashedIds
 from gr.dist import World
 from gr.embeddings.collection import is_candidate
 from gr.embeddings.init import InitialRows
@@ -136,7 +136,7 @@ class DynamicTable:
     @property
     def raw_id_name(self) -> str:
         """A checkpoint's name for the ids of all ways, int64 [sets, ways], among its tables."""
-        return f"{self.name}/ids.raw_id"
+        return f"{self.name}{ID_MAP}.raw_id"
 
     def entries(self) -> Iterator[IdEntry]:
         """The tensors of the map as a checkpoint keeps them, each [sets, ...] over all ranks."""
@@ -144,7 +144,7 @@ class DynamicTable:
         for name, tensor in tensors.items():
             if tensor is not None:
                 # Not under the table's own name: ranks that hold none of its rows have sets of its ids.
-                yield IdEntry(f"{self.name}/ids.{name}", self._sharded(tensor))
+                yield IdEntry(f"{self.name}{ID_MAP}.{name}", self._sharded(tensor))
 
     def _sharded(self, tensor: Tensor) -> ShardedTensor:
         bounds, width = self.bounds.tolist(), tensor.shape[1]

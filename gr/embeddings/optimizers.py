@@ -11,7 +11,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor, nn
 
-from gr.config.features import Rounding
+from gr.config.features import ID_MAP, Rounding
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
@@ -94,7 +94,7 @@ class TableOptimizer:
         ways = {name: (saved.ids_of(name), table.config.ways) for name, table in ids.items()}
         fewer = {name: (old.ways, now) for name, (old, now) in ways.items() if old.kind == "dynamic" and old.ways < now}
         entries = self.entries() if fewer else []
-        owners = [entry.name.split(".")[0].removesuffix("/ids") for entry in entries]
+        owners = [entry.name.split(".")[0].removesuffix(ID_MAP) for entry in entries]
         self.growing = [
             grown(entry, *fewer[owner]) if owner in fewer and not isinstance(entry, GrownEntry) else entry
             for owner, entry in zip(owners, entries, strict=True)

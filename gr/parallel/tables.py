@@ -1,7 +1,7 @@
 """Applies a sharding plan: a single-device model on meta becomes a DistributedModelParallel on this rank's device."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,11 +13,13 @@ from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from gr import compat
-from gr.config.inventory import SHARDING_TYPES, CommDtype, sharding_types_of
+from gr.config.features import ComputeKernel
+from gr.config.inventory import FUSED_KERNELS, SHARDING_TYPES, CommDtype, kernels_of, sharding_types_of
 from gr.config.planner import PlannerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
 from gr.embeddings.huge_pages import take_huge_pages
+from gr.embeddings.index_dedup import have_index_dedup_on_cpu
 from gr.embeddings.local_shards import local_shards, take_lookups
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
@@ -28,9 +30,11 @@ from gr.parallel.groups import sharding_env
 FP32 = CommDtype()
 
 
-def sequence_sharder(config: EmbeddingsConfig, comm_dtype: CommDtype = FP32) -> EmbeddingCollectionSharder:
+def sequence_sharder(
+    config: EmbeddingsConfig, comm_dtype: CommDtype = FP32, *, index_dedup: bool = False
+) -> EmbeddingCollectionSharder:
     """The sharder of the sequence tables, which also carries the fused optimizer of those without one of their own."""
-    return EmbeddingCollectionSharder(fused_params(config.optimizer), codecs(comm_dtype))
+    return EmbeddingCollectionSharder(fused_params(config.optimizer), codecs(comm_dtype), index_dedup)
 
 
 class PooledSharder(EmbeddingBagCollectionSharder):
@@ -59,9 +63,10 @@ def shard_tables(
 ) -> DistributedModelParallel:
     """Shards the tables by `plan`, with storage on `device`; the dense part stays as it is, see parallelise_dense.
 
-    planner: its groups and types of communication; None: one group, fp32. The weights are still to be filled (see
-    initialise_tables). Raises PlanError, on every rank, for a sharding type that is not valid for its table or for the
-    type it is sent in, for dynamic ids under fused_uvm_caching, and on CPU for a fused shard without rows.
+    planner: its groups, types of communication and index dedup; None: one group, fp32, as PlannerConfig has it. The
+    weights are still to be filled (see initialise_tables). Raises, on every rank, PlanError for a sharding type that is
+    not valid for its table or for the type it is sent in, and on CPU for a fused shard without rows; ConfigError for
+    dynamic ids under fused_uvm_caching.
     """
     planner = planner or PlannerConfig()
     _refuse_invalid_types(model, plan, planner.comm_dtype)
@@ -70,7 +75,10 @@ def shard_tables(
         _refuse_shards_without_rows(model, plan)
     compat.quiet_known_warnings()
     env = sharding_env(planner.groups, device)
-    comm_dtype = planner.comm_dtype if env.world_size > 1 else FP32  # a rank alone sends nothing
+    # A rank alone sends nothing.
+    comm_dtype, index_dedup = (planner.comm_dtype, planner.index_dedup) if env.world_size > 1 else (FP32, False)
+    if index_dedup and device.type == "cpu":
+        have_index_dedup_on_cpu()
     shared = fused_params(config.optimizer)
     for table, weight in table_weights(model).items():
         if (own := fused_params(config.optimizer_of(table), config.rounding_of(table))) != shared:
@@ -80,7 +88,10 @@ def shard_tables(
         env=env,
         device=device,
         plan=plan,
-        sharders=[sequence_sharder(config, comm_dtype), pooled_sharder(config, comm_dtype)],
+        sharders=[
+            sequence_sharder(config, comm_dtype, index_dedup=index_dedup),
+            pooled_sharder(config, comm_dtype),
+        ],
         init_data_parallel=False,
         init_parameters=False,
         data_parallel_wrapper=PlainDataParallel(),
@@ -129,11 +140,9 @@ def _shard_widths(table: BaseEmbeddingConfig, sharding: ParameterSharding) -> se
 
 def _refuse_cached_ids(model: nn.Module, plan: ShardingPlan, config: EmbeddingsConfig) -> None:
     for _, table, sharding in _sharded(model, plan):
-        if sharding.compute_kernel == "fused_uvm_caching" and config.ids_of(table.name).kind == "dynamic":
-            raise PlanError(
-                f"table {table.name}: rows of dynamic ids change hands in memory, which the cache of fused_uvm_caching "
-                "would not see; let its kernel be fused or fused_uvm"
-            )
+        kernel = sharding.compute_kernel
+        if kernel in FUSED_KERNELS:
+            kernels_of(table.name, config.ids_of(table.name), cast(ComputeKernel, kernel))
 
 
 def _refuse_shards_without_rows(model: nn.Module, plan: ShardingPlan) -> None:

@@ -166,11 +166,12 @@ def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
     batch, ranks = inventory.batch_on(ranks), ranks // inventory.groups
     rows, skew = _column(inventory, "rows").astype(float), _column(inventory, "skew").astype(float)
     pooled, features = _column(inventory, "kind") == "pooled", _column(inventory, "features")
-    own_ids = _column(inventory, "ids_per_example") * batch + _column(inventory, "ids_per_step")
+    drawn, of_step = _column(inventory, "ids_per_example") * batch, _column(inventory, "ids_per_step")
+    own_ids = drawn + of_step
     hottest = hottest_share(rows, skew)
-    # TorchRec's index dedup of sequence tables: a rank sends the id of a row once.
+    # TorchRec's index dedup of sequence tables: a rank sends the id of a row once. One rank sends none.
     if inventory.index_dedup:
-        own_ids[..., ~pooled] = distinct_ids(rows[~pooled], own_ids[..., ~pooled], skew[~pooled])
+        own_ids = np.where(~pooled & (np.asarray(ranks) > 1), _distinct(rows, drawn, of_step, skew), own_ids)
         hottest = np.where(pooled, hottest, np.minimum(hottest, 1 / own_ids))
     own_outputs = np.where(pooled, features * batch, own_ids)
     per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
@@ -192,16 +193,27 @@ def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
     )
 
 
+def _distinct(rows: np.ndarray, drawn: np.ndarray, of_step: np.ndarray, skew: np.ndarray) -> np.ndarray:
+    """The distinct rows that a step reads: `drawn` ids of examples, and those of the step, which are the same on all
+    ranks, differ from one another and lie evenly over the table.
+    """
+    of_step = np.minimum(of_step, rows)
+    return of_step + (1 - of_step / rows) * distinct_ids(rows, drawn, skew)
+
+
 def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
     """The traffic of every table of `inventory`, in its order."""
     ranks, own = topology.ranks, volume(inventory, topology.ranks)
     rows, skew = own.rows, _column(inventory, "skew").astype(float)
-    read = _column(inventory, "ids_per_example") * inventory.batch_on(ranks) + _column(inventory, "ids_per_step")
+    drawn, of_step = (
+        _column(inventory, "ids_per_example") * inventory.batch_on(ranks),
+        _column(inventory, "ids_per_step"),
+    )
     cacheability = _column(inventory, "cacheability").astype(float)
     return Traffic(
         **vars(own),
-        distinct=distinct_ids(rows, read * ranks, skew),
-        own_distinct=distinct_ids(rows, read, skew),
+        distinct=_distinct(rows, drawn * ranks, of_step, skew),
+        own_distinct=_distinct(rows, drawn, of_step, skew),
         missed=miss_rate(rows, skew, own.cache_load_factor, cacheability),
     )
 

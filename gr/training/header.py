@@ -21,12 +21,13 @@ def header(
     May build the C++ operators, as the first step of the run would.
     """
     dense = f"{count(sum(parameter.numel() for parameter in module.dense.values()))} dense parameters"
-    trainer, kernels = config.trainer, ""
+    trainer, kernels, rounded = config.trainer, "", ""
     if plan is not None:
         tables = plan.inventory.tables
         kinds = Counter(placement.sharding_type for placement in plan.placements)
         sharding = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         dense += f", {count(sum(table.rows * table.dim for table in tables))} in tables ({sharding})"
+        rounded = ", ".join(table.name for table in tables if table.dtype != "fp32" and table.rounding == "nearest")
         if isinstance(plan.inventory.dense, TowerDense):
             kernels = f", {backend_for(world.device)} kernels"
     epochs = f"an epoch is {epoch_steps:,}, so {steps / epoch_steps:.3g} epochs"
@@ -39,6 +40,11 @@ def header(
         lines.append(
             "precision: this CPU has no bf16 instructions, so bf16 steps take about twice as long as fp32 ones here; "
             "set trainer.precision=fp32"
+        )
+    if rounded:
+        lines.append(
+            f"rounding: to nearest, rows of {rounded} lose every update below half a step of fp16; set "
+            "embeddings.rounding=stochastic"
         )
     return lines
 

@@ -12,7 +12,7 @@ from gr.dist import World
 from gr.errors import PlanError
 from gr.experiment import build
 from gr.planner.constraints import constrained
-from gr.planner.estimate_tables import COMM_BYTES
+from gr.planner.estimate_tables import COMM_BYTES, volume
 from gr.planner.plan import search
 from gr.recipes.base import open_recipe
 from gr.training.module import TrainModule
@@ -88,9 +88,21 @@ def test_each_way_has_its_own_type(folder, forward, backward, sharding):
     (wide, sent), (losses, less) = (
         run(configured(folder, *dtypes, sharding, dim=64), steps) for dtypes in (("fp32", "fp32"), (forward, backward))
     )
-    # Without index dedup as many vectors come as gradients go back.
+    # As many vectors come as gradients go back.
     assert less == sent * (COMM_BYTES[forward] + COMM_BYTES[backward]) / (2 * COMM_BYTES["fp32"])
     assert losses == pytest.approx(wide, rel=2e-3)
+
+
+def test_index_dedup_sends_each_row_once_as_planned(folder):
+    """All 60 items are candidates, so a rank asks for each once, with and without users whose histories repeat them."""
+    config = configured(folder, "fp32", "fp32")
+    each_id = config.model_copy(update={"planner": config.planner.model_copy(update={"index_dedup": False})})
+    (losses, more), (expected, sent) = (run(each, 4) for each in (each_id, config))
+    assert losses == pytest.approx(expected, abs=1e-6)
+    predicted = volume(config.inventory(item_schema(ITEMS)), 2)
+    there_and_back = 2 * 4 * COMM_BYTES["fp32"]
+    assert sent == pytest.approx(float((predicted.outputs * predicted.dim).sum()) * there_and_back, rel=0.02)
+    assert sent < 0.5 * more
 
 
 def test_one_rank_sends_nothing_and_converts_nothing(folder):

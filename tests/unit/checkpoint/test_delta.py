@@ -8,20 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from gr.checkpoint import CheckpointStore, ModelState, saved_rows, streaming
 from gr.checkpoint.apply import apply_deltas
-from gr.checkpoint.delta import deltas_in, publish_delta
+from gr.checkpoint.delta import deltas_in, publish_delta, read_manifest
 from gr.checkpoint.saved_rows import SavedRows
 from gr.checkpoint.streaming import octets
 from gr.cli import main
 from gr.dist import World
 from gr.errors import CheckpointError
+from gr.ops.id_table import EMPTY
 from tests.support.ranks import run_ranks
 
-ROWS, DIM = 97, 4
+ROWS, DIM, WAYS = 96, 4, 8
 
 
 class Entry:
@@ -32,15 +34,17 @@ class Entry:
 
 
 class Tables:
-    """A table of half rows and its row-wise state, cut by rows over the ranks."""
+    """A table of half rows with its row-wise state and its map of dynamic ids, cut by rows over the ranks."""
 
     def __init__(self, world: World) -> None:
         random = torch.Generator().manual_seed(0)
         self.whole = {
             "items.weight": torch.randn(ROWS, DIM, generator=random).half(),
             "items.sum": torch.zeros(ROWS, 1),
-            "items.keys": torch.zeros(8, 16, dtype=torch.int64),  # as the map of dynamic ids is saved: by sets
+            "items/ids.raw_id": torch.arange(ROWS).view(-1, WAYS),
+            "items/ids.seen": torch.zeros(ROWS // WAYS, 3 * WAYS, dtype=torch.uint8),
         }
+        self.whole["items/ids.raw_id"][:, 0] = EMPTY
         self.values = {name: self._sharded(tensor, world) for name, tensor in self.whole.items()}
 
     def _sharded(self, tensor: torch.Tensor, world: World) -> ShardedTensor:
@@ -62,7 +66,7 @@ class Tables:
 
 
 def write_steps(world: World, folder: Path, seed: int, steps: int = 3) -> None:
-    """Checkpoints 10, 20, ... of a run that changes a few rows and its dense part each time."""
+    """Checkpoints 10, 20, ... of a run that gives a few rows to other ids and changes its dense part each time."""
     dense = torch.nn.Parameter(torch.zeros(5))
     tables = Tables(world)
     store = CheckpointStore(folder, ModelState({"w": dense}, None, tables), "config: 1\n", world, asynchronous=False)
@@ -70,9 +74,12 @@ def write_steps(world: World, folder: Path, seed: int, steps: int = 3) -> None:
     for step in range(1, steps + 1):
         store.save({"step": 10 * step, "data": {"position": step}}, keep_last=9)
         rows = torch.randperm(ROWS, generator=random)[:7]
-        for tensor in tables.whole.values():
-            changed = rows if len(tensor) == ROWS else torch.tensor([step])
-            tensor[changed] = torch.randn(len(changed), tensor.shape[1], generator=random).mul(99).to(tensor.dtype)
+        for name in ("items.weight", "items.sum"):
+            tensor = tables.whole[name]
+            tensor[rows] = torch.randn(len(rows), tensor.shape[1], generator=random).mul(99).to(tensor.dtype)
+        owned = rows[rows % WAYS > 0]
+        tables.whole["items/ids.raw_id"].view(-1)[owned] = 1000 * step + owned
+        tables.whole["items/ids.seen"][step, step] += 1
         dense.data[step] = step
 
 
@@ -122,9 +129,33 @@ def test_full_and_deltas_is_full(tmp_path: Path, size: int) -> None:
 
 def test_a_delta_has_the_changed_rows_and_no_others(run: Path, tmp_path: Path) -> None:
     _, manifest = publish_delta(run / "step-00000020", 10, tmp_path / "deltas")
-    assert manifest.rows == {"items": 7, "items.keys": 1} and manifest.number == 1
+    assert manifest.rows == {"items": 7, "items/ids.seen": 1} and manifest.number == 1
     again, manifest = publish_delta(run / "step-00000030", 20, tmp_path / "deltas")
     assert (again.name, manifest.number, manifest.since, manifest.step) == ("000002", 2, 20, 30)
+
+
+def test_rows_can_be_followed_by_raw_id(run: Path, deltas: list[Path]) -> None:
+    """Somebody who keeps vectors by raw id drops the deleted ids and takes the changed ones."""
+
+    def vectors(raw_id: torch.Tensor, weight: torch.Tensor) -> dict[int, list[float]]:
+        return {raw: row for raw, row in zip(raw_id.flatten().tolist(), weight.tolist(), strict=True) if raw != EMPTY}
+
+    def saved(step: int) -> dict[int, list[float]]:
+        rows = SavedRows(run / f"step-{step:08d}")
+        return vectors(rows.read("tables.items/ids.raw_id"), rows.read("tables.items.weight"))
+
+    kept = saved(10)
+    for delta in deltas:
+        deleted, changed = [], {}
+        for part in read_manifest(delta).parts:
+            tensors = load_file(delta / part)
+            if "deleted.items" in tensors:
+                deleted += tensors["deleted.items"].tolist()
+            if "rows.items" in tensors:
+                changed |= vectors(tensors["tables.items/ids.raw_id"], tensors["tables.items.weight"])
+        assert 0 < len(deleted) == read_manifest(delta).deleted["items"]
+        kept = {raw: row for raw, row in kept.items() if raw not in deleted} | changed
+    assert kept == saved(30)
 
 
 def refusal(base: Path, deltas: list[Path], out: Path) -> str:

@@ -9,7 +9,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from gr.config.inventory import SHARDING_TYPES, TableConfig
 from gr.config.run import EmbeddingsConfig
-from gr.errors import PlanError
+from gr.errors import ConfigError, PlanError
 from gr.parallel.tables import _refuse_shards_without_rows, pooled_sharder, shard_tables
 from gr.planner.placement import Placement
 from gr.planner.sharding_plan import to_sharding_plan
@@ -72,5 +72,5 @@ def test_dynamic_ids_are_refused_where_a_cache_would_not_see_them() -> None:
     plan.plan["tables"]["big"].compute_kernel = "fused_uvm_caching"
     ids = {"big": {"ids": {"kind": "dynamic", "rows": 99, "ways": 9}}}
     config = EmbeddingsConfig.model_validate({"optimizer": {"kind": "sgd"}, "tables": ids})
-    with pytest.raises(PlanError, match="table big: rows of dynamic ids change hands in memory"):
+    with pytest.raises(ConfigError, match=r"tables\.big: dynamic ids have no fused_uvm_caching: take"):
         shard_tables(model, plan, config, torch.device("cpu"))

@@ -9,12 +9,21 @@ import torch
 from gr.training import header as of_run
 
 
-def lines(precision: str, device: str) -> list[str]:
+def lines(precision: str, device: str, plan: Any = None) -> list[str]:
     trainer = SimpleNamespace(precision=precision, global_batch_size=8)
     config: Any = SimpleNamespace(trainer=trainer, model_phrase="HSTU")
     module: Any = SimpleNamespace(dense={"weight": torch.zeros(3)})
     world: Any = SimpleNamespace(size=1, device=torch.device(device))
-    return of_run.header(config, module, None, world, steps=4, epoch_steps=2)
+    return of_run.header(config, module, plan, world, steps=4, epoch_steps=2)
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("fp16", True), ("fp32", False)])
+def test_rounding_that_loses_small_updates_is_said(dtype: str, warned: bool) -> None:
+    table = SimpleNamespace(name="item_id", rows=2, dim=4, dtype=dtype, rounding="nearest")
+    other = SimpleNamespace(name="user_id", rows=2, dim=4, dtype="fp16", rounding="stochastic")
+    plan: Any = SimpleNamespace(inventory=SimpleNamespace(tables=(table, other), dense=None), placements=())
+    start = "rounding: to nearest, rows of item_id lose every update"
+    assert any(line.startswith(start) for line in lines("fp32", "cpu", plan)) == warned
 
 
 @pytest.mark.parametrize(
