@@ -1,7 +1,8 @@
 """Builds and loads the C++ operators of gr.ops: one shared library, compiled once per machine with the user's g++.
 
 The library lies in the user's cache directory. Its name is a hash of the sources, the flags, the torch version, the
-compiler and the CPU, so a change of any of them builds a new library, and several versions live side by side.
+compiler and the CPU, so a change of any of them builds a new library, and several versions live side by side. It is
+built for this CPU, within the instruction set that torch keeps to: ATEN_CPU_CAPABILITY=avx2 lowers both.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ _COMPILE_FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
 )
+# By what torch.backends.cpu.get_cpu_capability() says; there is nothing to forbid where torch uses all it knows.
+_FORBIDDING_FLAGS = {"AVX2": ("-mno-avx512f",), "NO AVX": ("-mno-avx",)}
 _LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-ltorch_cpu")
 
 # The fingerprint of the library that a package brought into this process, which has one for all its life.
@@ -139,9 +142,13 @@ def _sources() -> list[Path]:
     return sorted(_SOURCE_ROOT.rglob("*.cpp"))
 
 
+def _compile_flags() -> tuple[str, ...]:
+    return (*_COMPILE_FLAGS, *_FORBIDDING_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+
+
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((compiler, version, _COMPILE_FLAGS, _LINK_FLAGS, torch.__version__)).encode())
+    digest = hashlib.sha256(repr((compiler, version, _compile_flags(), _LINK_FLAGS, torch.__version__)).encode())
     digest.update(_cpu_description().encode())
     for source in [*_sources(), *sorted(_SOURCE_ROOT.rglob("*.h"))]:
         digest.update(str(source.relative_to(_SOURCE_ROOT)).encode() + source.read_bytes())
@@ -172,7 +179,7 @@ def _build(compiler: str, library: Path) -> None:
         unit, draft = Path(directory, "ops.cpp"), Path(directory, "ops.so")
         unit.write_text("".join(f'#include "{source}"\n' for source in _sources()))
         include = ["-isystem", str(_TORCH_ROOT / "include")]
-        _run([compiler, *_COMPILE_FLAGS, *include, str(unit), *_LINK_FLAGS, "-o", str(draft)])
+        _run([compiler, *_compile_flags(), *include, str(unit), *_LINK_FLAGS, "-o", str(draft)])
         draft.chmod(0o755)  # whatever the umask
         draft.replace(library)
     _logger.info("built %s in %.0f seconds", library, time.perf_counter() - started)
