@@ -96,7 +96,10 @@ def _summary(times: list[float]) -> Timing:
 
 
 def cpu_model() -> str:
-    """The model, the family numbers too, since virtual machines often hide the name, and the instruction sets."""
+    """The model, the family numbers too, since virtual machines often hide the name, and its instruction sets.
+
+    The last is the one in use, by torch and by gr's C++ operators: ATEN_CPU_CAPABILITY can lower it.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
@@ -106,6 +109,7 @@ def cpu_model() -> str:
         if fields.get(key.strip()) == "?":
             fields[key.strip()] = value.strip()
     sets = instruction_sets({*fields["flags"].split(), *fields["Features"].split()})
+    sets += f"; instruction set {torch.backends.cpu.get_cpu_capability()}"
     return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']}; {sets})"
 
 

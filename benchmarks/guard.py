@@ -162,7 +162,8 @@ def serve(folder: Path, isa: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the work prints is no answer
     torch.set_num_threads(1)
-    if isa == "avx2":
+    # Older trees do not build for the instruction set that torch keeps to.
+    if isa == "avx2" and not hasattr(cpp_extension, "_compile_flags"):
         flags = [flag for flag in cpp_extension._COMPILE_FLAGS if not flag.startswith(("-march", "-mprefer"))]
         cpp_extension._COMPILE_FLAGS = (*flags, "-march=x86-64-v3", "-mprefer-vector-width=256")
     print(f"tree: {Path(gr.__file__).parent.parent}", file=sys.stderr)

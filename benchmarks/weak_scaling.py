@@ -7,6 +7,9 @@ CPUs (GR_MORE_RANKS_THAN_CPUS): its wall time says how many CPUs there are, not 
 of the first number of ranks that share anything, with the messages (one to every other rank for each collective) and
 the bytes of this one in place of its own, at the cost of each that empty and large all-to-alls have in the same
 processes. Bytes are counted as they are given to collectives; bytes held are compared with the planner's.
+A second table says what a rank does over a lone rank's step, which has neither DDP nor TorchRec's exchange of ids:
+messages, bytes, the rest (Python of both, and tensors they make), and what the clock shows beside CPU time: waiting for
+other ranks, and for this machine's CPUs.
 """
 
 import argparse
@@ -96,12 +99,13 @@ def measured(config: RetrievalConfig, here: World) -> dict[str, float]:
     """Of this rank: CPU seconds and collectives of a step, and bytes it holds beside the planner's."""
     built, module = training(config, here)
     batches = first_batches(config, here, WARMUPS + STEPS)
-    counter, taken = Counter(), []
+    counter, taken, passed = Counter(), [], []
     for step, batch in enumerate(batches):
         counter.on = step >= WARMUPS
-        began = time.process_time()
+        began, clock = time.process_time(), time.perf_counter()
         do_step(module, batch, step)
         taken.append(time.process_time() - began)
+        passed.append(time.perf_counter() - clock)
     counter.on = False
     assert built.plan is not None, "retrieval has a table"
     memory_MR, shards = estimate(built.plan).memory_MR, module.table_optimizer.shards
@@ -111,6 +115,7 @@ def measured(config: RetrievalConfig, here: World) -> dict[str, float]:
     message, byte = message_costs(here.size)
     return {
         "cpu": sorted(taken[WARMUPS:])[STEPS // 2],
+        "clock": sorted(passed[WARMUPS:])[STEPS // 2],
         "calls": counter.calls / STEPS + (here.size > 1),  # DDP's bucket goes past torch.distributed's functions
         "bytes": counter.bytes / STEPS + 2 * dense * (here.size > 1),
         "message": message,
@@ -162,6 +167,7 @@ def main() -> None:
     names = ("ranks", "CPU ms a rank", "predicted", "error", "examples/CPU-s", "kB given", "held MB", "planned MB")
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     base = None  # CPU seconds of a step without its messages and bytes
+    alone, over = None, []
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory(prefix="gr-weak-") as folder:
             records = max(400, 2 * options.batch * ranks * (WARMUPS + STEPS))
@@ -169,14 +175,24 @@ def main() -> None:
             batch = f"trainer.global_batch_size={options.batch * ranks}"
             given = [f"data.path={folder}/train", f"evaluation.path={folder}/test", batch, *options.overrides]
             of_all = run(ranks, "configs/retrieval/smoke.yaml", given)
-        cpu, sent = mean(of_all, "cpu"), mean(of_all, "calls") * (ranks - 1) * mean(of_all, "message")
-        sent += mean(of_all, "bytes") * mean(of_all, "byte")
+        cpu, messages = mean(of_all, "cpu"), mean(of_all, "calls") * (ranks - 1) * mean(of_all, "message")
+        moved = mean(of_all, "bytes") * mean(of_all, "byte")
+        sent = messages + moved
         cells = [f"{ranks}", f"{1e3 * cpu:.1f}", *(["-"] * 2 if base is None else predicted_cells(base + sent, cpu))]
         if base is None and ranks > 1:
             base = cpu - sent
         cells += [f"{options.batch / cpu:.0f}", f"{mean(of_all, 'bytes') / 1e3:.0f}"]
         cells += [f"{max(each[name] for each in of_all) / 1e6:.3f}" for name in ("held", "planned")]
         print(f"| {' | '.join(cells)} |", flush=True)
+        alone = cpu if ranks == 1 else alone
+        if alone is not None and ranks > 1:
+            waits = mean(of_all, "clock") - cpu
+            parts = (cpu - alone, messages, moved, cpu - alone - sent, waits)
+            over.append(f"| {ranks} | {cpu / alone:.2f} | {' | '.join(f'{1e3 * part:.1f}' for part in parts)} |")
+    if over:
+        names = ("ranks", "a lone rank = 1", "ms over it", "messages", "bytes", "the rest", "clock beside CPU")
+        print(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
+        print("\n".join(over))
 
 
 if __name__ == "__main__":

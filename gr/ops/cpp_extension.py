@@ -1,6 +1,7 @@
 """Builds and loads the C++ operators of gr.ops: one shared library, which gr.ops.compiler compiles with the user's g++.
 
-It is built anew when a source, the flags, the torch version, the compiler or the CPU is another.
+It is built anew when a source, the flags, the torch version, the compiler or the CPU is another: for this CPU, within
+the instruction set that torch keeps to. ATEN_CPU_CAPABILITY=avx2 lowers both.
 """
 
 import functools
@@ -21,6 +22,8 @@ _COMPILE_FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
     *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-isystem", str(_TORCH_ROOT / "include")),
 )
+# By what torch.backends.cpu.get_cpu_capability() says; there is nothing to forbid where torch uses all it knows.
+_FORBIDDING_FLAGS = {"AVX2": ("-mno-avx512f",), "NO AVX": ("-mno-avx",)}
 _LINK_FLAGS = ("-shared", "-fopenmp", f"-L{_TORCH_ROOT / 'lib'}", "-lc10", "-ltorch_cpu")
 
 # The fingerprint of the library that a package brought into this process, which has one for all its life.
@@ -71,17 +74,21 @@ def library() -> Path:
 
     Raises InstallError where it cannot be built, or others can write it.
     """
-    return compiler.library(f"ops-{fingerprint()}", _sources(), (*_COMPILE_FLAGS, *_LINK_FLAGS))
+    return compiler.library(f"ops-{fingerprint()}", _sources(), (*_compile_flags(), *_LINK_FLAGS))
 
 
 def fingerprint() -> str:
     """The fingerprint of the operators as they are built on this machine; raises InstallError without a compiler."""
     files = [*_sources(), *sorted(_SOURCE_ROOT.rglob("*.h"))]
-    return compiler.fingerprint(files, _COMPILE_FLAGS, _LINK_FLAGS, torch.__version__)
+    return compiler.fingerprint(files, _compile_flags(), _LINK_FLAGS, torch.__version__)
 
 
 def _sources() -> list[Path]:
     return sorted(_SOURCE_ROOT.rglob("*.cpp"))
+
+
+def _compile_flags() -> tuple[str, ...]:
+    return (*_COMPILE_FLAGS, *_FORBIDDING_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
 
 
 def _check_runs() -> None:

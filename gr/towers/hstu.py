@@ -111,6 +111,6 @@ class HSTULayer(nn.Module):
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u, [T, H V]; q and k, [T, H, Q]; v, [T, H, V]."""
-        u_TU, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True).split(self.splits, dim=-1)
+        u_TU, v, q, k = norm_linear(x_TD, self.uvqk, eps=NORM_EPS, silu=True, splits=self.splits)
         q_THQ, k_THQ, v_THV = (t.unflatten(-1, (self.config.heads, -1)) for t in (q, k, v))
         return u_TU, q_THQ, k_THQ, v_THV

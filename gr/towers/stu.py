@@ -95,15 +95,15 @@ class STULayer(nn.Module):
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u before its SiLU, [T, H V]; q and k, [T, H, Q]; v, [T, H, V]."""
         norm = self.input_norm
-        uvqk = norm_linear(
+        u_TU, v, q, k = norm_linear(
             x_TD,
             self.uvqk.weight.T,
             bias_O=self.uvqk.bias,
             norm_weight_D=norm.weight,
             norm_bias_D=norm.bias,
             eps=NORM_EPS,
+            splits=self.splits,
         )
-        u_TU, v, q, k = uvqk.split(self.splits, dim=-1)
         q_THQ, k_THQ, v_THV = (t.unflatten(-1, (self.config.heads, -1)) for t in (q, k, v))
         return u_TU, q_THQ, k_THQ, v_THV
 

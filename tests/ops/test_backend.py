@@ -116,6 +116,18 @@ def test_failed_build_shows_the_compiler_message(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_operators_keep_to_the_instruction_set_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ATEN_CPU_CAPABILITY lowers what torch uses, another library is built, without AVX-512 or without AVX."""
+    names = set()
+    for capability, flag in (("AVX512", None), ("AVX2", "-mno-avx512f"), ("NO AVX", "-mno-avx")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert [each for each in cpp_extension._compile_flags() if each.startswith("-mno")] == [flag] * (
+            flag is not None
+        )
+        names.add(cpp_extension.fingerprint())
+    assert len(names) == 3
+
+
 def test_a_cache_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by root either; one's own folder that others can write into is closed, and what they left in it refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -164,7 +164,7 @@ def test_autocast_projects_in_its_dtype(backend: Backend) -> None:
     """Weights stay in float32, with gradients in float32; products are in bfloat16."""
     x, uvqk, weight = (torch.randn(*shape, requires_grad=True) for shape in ((20, 16), (16, 32), (16, 16)))
     with force_backend(backend), torch.autocast("cpu", torch.bfloat16):
-        u, a = norm_linear(x, uvqk, eps=1e-6, silu=True).split(16, dim=1)
+        u, a = norm_linear(x, uvqk, eps=1e-6, silu=True, splits=[16, 16])
         out = norm_mul_dropout_linear(u, a, weight, eps=1e-6)
     assert out.dtype == torch.bfloat16
     actual = torch.autograd.grad(out.float().sum(), [x, uvqk, weight])

@@ -1,5 +1,6 @@
-"""Layer norm, projection and SiLU as one autograd node, in plain torch on any device. Letters as in reference.py."""
+"""Layer norm, projection and SiLU as one autograd node. Letters as in reference.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gr.ops.autocast import product_dtype
+from gr.ops.backend import backend_for
+
+# The C++ reads the whole weight for each block of rows: 256 KiB stay in a core's cache. Larger products are torch's.
+_MOST_WEIGHTS = 1 << 16
 
 
 def norm_linear_fused(
@@ -18,11 +23,52 @@ def norm_linear_fused(
     norm_bias_D: Tensor | None,
     eps: float,
     silu: bool,
-) -> Tensor:
+    splits: Sequence[int],
+) -> tuple[Tensor, ...]:
     """Arguments are those of norm_linear."""
     dtype = product_dtype(x_TD)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return _NormLinear.apply(x_TD, weight_DO, bias_O, norm_weight_D, norm_bias_D, eps, silu, dtype)
+        parameters = (weight_DO, bias_O, norm_weight_D, norm_bias_D)
+        if _fits_native(x_TD, weight_DO, dtype):
+            single = (None if p is None else p.float().contiguous() for p in parameters)
+            return _Native.apply(x_TD.contiguous(), *single, eps, silu, splits)
+        return _NormLinear.apply(x_TD, *parameters, eps, silu, dtype, splits)
+
+
+def _fits_native(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Exported models keep to torch, whose compiler joins the three steps itself."""
+    single = x.device.type == "cpu" and x.dtype == dtype == torch.float32 and weight.numel() <= _MOST_WEIGHTS
+    return single and not torch.compiler.is_compiling() and backend_for(x.device) == "native"
+
+
+class _Native(torch.autograd.Function):
+    """The gradients of parts of the output are never put side by side."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        silu: bool,
+        splits: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        out, z = torch.ops.gr.norm_linear(x, weight, bias, norm_weight, norm_bias, eps, silu)
+        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, z if silu else None)
+        ctx.eps = eps
+        return out.split(list(splits), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows = [grad if grad.stride(1) == 1 else grad.contiguous() for grad in grads]
+        dx, dweight, dbias, dnorm_2D = torch.ops.gr.norm_linear_backward(rows, *ctx.saved_tensors, ctx.eps)
+        _, _, bias, *affine, _ = ctx.saved_tensors
+        dnorm = [None if p is None else dnorm_2D[n].float() for n, p in enumerate(affine)]
+        return dx, dweight.float(), None if bias is None else dbias.float(), *dnorm, None, None, None
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,18 +89,20 @@ class _NormLinear(torch.autograd.Function):
         eps: float,
         silu: bool,
         dtype: torch.dtype,
-    ) -> Tensor:
+        splits: Sequence[int],
+    ) -> tuple[Tensor, ...]:
         normed, mean, rstd = _norm(x, norm_weight, norm_bias, eps)
         z = normed.to(dtype) @ weight.to(dtype)
         if bias is not None:
             z += bias.to(dtype)
         ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, mean, rstd, z if silu else None)
         ctx.eps, ctx.dtype = eps, dtype
-        return F.silu(z) if silu else z
+        return (F.silu(z) if silu else z).split(list(splits), dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = torch.cat(grads, dim=1)
         x, weight, bias, norm_weight, norm_bias, mean, rstd, z = ctx.saved_tensors
         dz = grad if z is None else torch.ops.aten.silu_backward(grad, z)
         normed = _norm(x, norm_weight, norm_bias, ctx.eps)[0].to(ctx.dtype)
@@ -65,4 +113,4 @@ class _NormLinear(torch.autograd.Function):
         needed = [True, *(p is not None for p in affine)]
         dx, *daffine = torch.ops.aten.native_layer_norm_backward(dnormed, x, [x.shape[1]], mean, rstd, *affine, needed)
         dnorm = (None if p is None else dp.to(p.dtype) for p, dp in zip((norm_weight, norm_bias), daffine, strict=True))
-        return dx, dweight, dbias, *dnorm, None, None, None
+        return dx, dweight, dbias, *dnorm, None, None, None, None

@@ -57,15 +57,16 @@ def _gated(path: Backend, u: Tensor, a: Tensor, affine: _Affine, gate: Gate) -> 
 
 def _gated_backward(
     path: Backend, dy: Tensor, u: Tensor, a: Tensor, affine: _Affine, gate: Gate
-) -> tuple[Tensor | None, ...]:
-    """The gradients of u, a, and of the weight and bias of the norm; the latter two in float32 or better."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y again; the gradients of u, a, and of the weight and bias of the norm, the latter two in float32 or better."""
     match path:
         case "native":
             norms = (None if p is None else p.float() for p in affine)
-            du, da, dnorm_2U = torch.ops.gr.norm_mul_dropout_backward(dy, u, a, *norms, *_numbers(gate))
+            y, du, da, dnorm_2U = torch.ops.gr.norm_mul_dropout_backward(dy, u, a, *norms, *_numbers(gate))
         case "triton":
             from gr.ops.norm_mul_dropout.triton import norm_mul_dropout_backward_triton
 
+            y = _gated(path, u, a, affine, gate)
             du, da, dnorm_2U = norm_mul_dropout_backward_triton(dy, u, a, affine, gate)
         case "torch":
             with torch.enable_grad():
@@ -73,8 +74,8 @@ def _gated_backward(
                 weight, bias = inputs[2:] or (None, None)
                 y = norm_mul_dropout_reference(inputs[0], inputs[1], weight, bias, gate)
             du, da, *dnorm = torch.autograd.grad(y, inputs, dy)
-            return du, da, *(dnorm or (None, None))
-    return du, da, *((None, None) if affine[0] is None else dnorm_2U.unbind())
+            return y.detach(), du, da, *(dnorm or (None, None))
+    return y, du, da, *((None, None) if affine[0] is None else dnorm_2U.unbind())
 
 
 class _NormMulDropoutLinear(torch.autograd.Function):
@@ -101,9 +102,9 @@ class _NormMulDropoutLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, a, weight, bias, *affine = ctx.saved_tensors
         u_rows, a_rows, norms = _operand(u), _operand(a), (affine[0], affine[1])
-        dweight = (_gated(ctx.path, u_rows, a_rows, norms, ctx.gate).T @ grad).to(weight.dtype)
         dbias = None if bias is None else grad.sum(0).to(bias.dtype)
         dy = (grad @ weight.to(grad.dtype).T).contiguous()
-        du, da, *dnorms = _gated_backward(ctx.path, dy, u_rows, a_rows, norms, ctx.gate)
+        y, du, da, *dnorms = _gated_backward(ctx.path, dy, u_rows, a_rows, norms, ctx.gate)
+        dweight = (y.T @ grad).to(weight.dtype)
         cast = (None if p is None or dp is None else dp.to(p.dtype) for p, dp in zip(affine, dnorms, strict=True))
         return du, da, dweight, dbias, *cast, None

@@ -46,13 +46,14 @@ struct Gate {
 };
 
 // One row in float, in buffers of whole vectors: u after its activation, the derivative of that activation, a,
-// hat = (a - mean) / deviation, the affine map of the norm (one and zero without one), the three parts of y or of its
-// gradient, one for each element and zero for padding, and 1 / deviation of each group.
+// hat = (a - mean) / deviation, the affine map of the norm (one and zero without one), the last part of y, what is left
+// of a part of y by dropout, the gradient of the three parts of y, one for each element and zero for padding, and
+// 1 / deviation of each group.
 struct Row {
-  float *u, *slope, *a, *hat, *weight, *bias, *y[3], *real, *rstd;
+  float *u, *slope, *a, *hat, *weight, *bias, *gated, *dropped, *dy[3], *real, *rstd;
   Row(const Gate& gate, Scratch& scratch) {
     scratch.reset();
-    for (float** buffer : {&u, &slope, &a, &hat, &weight, &bias, &y[0], &y[1], &y[2], &real}) {
+    for (float** buffer : {&u, &slope, &a, &hat, &weight, &bias, &gated, &dropped, &dy[0], &dy[1], &dy[2], &real}) {
       *buffer = scratch.take<float>(gate.padded());
       std::fill(*buffer, *buffer + gate.padded(), 0.f);
     }
@@ -124,11 +125,23 @@ template <typename S> void prepare(const Gate& gate, const S* u, const S* a, int
   }
 }
 
-// y <- u (hat weight + bias)
+// gated <- u (hat weight + bias)
 inline void gate_row(const Row& row, int64_t n) {
   const float *__restrict u = row.u, *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias;
-  float* __restrict y = row.y[2];
-  for (int64_t c = 0; c < n; ++c) y[c] = u[c] * (hat[c] * w[c] + b[c]);
+  float* __restrict gated = row.gated;
+  for (int64_t c = 0; c < n; ++c) gated[c] = u[c] * (hat[c] * w[c] + b[c]);
+}
+
+// Writes y of row t, whose u, a and hat are prepared: dropout([u, a, gated]) or dropout(gated).
+template <typename S> void write_y(const Gate& gate, const Row& row, int64_t t, bool exact, S* to) {
+  gate_row(row, gate.padded());
+  const float* parts[3] = {row.u, row.a, row.gated};
+  for (int64_t p = gate.concat ? 0 : 2; p < 3; ++p) {
+    const int64_t first = gate.concat ? p * gate.width : 0;
+    std::copy(parts[p], parts[p] + gate.padded(), row.dropped);
+    gate.drop(t, first, row.dropped);
+    write(row.dropped, to + first, gate, exact);
+  }
 }
 
 using Optional = std::optional<at::Tensor>;
@@ -150,30 +163,21 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& a, const Optional& wei
       for (int64_t t = begin; t < end; ++t) {
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
                 kAhead * u.stride(0), row, gate.at_end(u.size(0) - t, gate.width));
-        gate_row(row, gate.padded());
-        const bool exact = gate.at_end(end - t, gate.columns());
-        scalar_t* to = out.mutable_data_ptr<scalar_t>() + t * gate.columns();
-        if (gate.concat) {
-          gate.drop(t, 0, row.u);
-          gate.drop(t, gate.width, row.a);
-          write(row.u, to, gate, exact);
-          write(row.a, to + gate.width, gate, exact);
-        }
-        gate.drop(t, gate.columns() - gate.width, row.y[2]);
-        write(row.y[2], to + gate.columns() - gate.width, gate, exact);
+        write_y(gate, row, t, gate.at_end(end - t, gate.columns()),
+                out.mutable_data_ptr<scalar_t>() + t * gate.columns());
       }
     });
   });
   return out;
 }
 
-// row.y holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and the
-// gradient of a in row.a; adds the gradients of the norm's weight and bias to sums [2, width], unless it is null.
+// row.dy holds the gradient of y; its first two parts are zero without concat. Leaves the gradient of u in row.u and
+// that of a in row.a; adds the gradients of the norm's weight and bias to sums [2, width], unless it is null.
 void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
   const int64_t n = gate.padded(), part = gate.part(), walked = gate.walked();
-  float *__restrict u = row.u, *__restrict dlast = row.y[2];
-  const float *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias, *__restrict du = row.y[0];
-  const float* __restrict slope = row.slope;
+  float *__restrict u = row.u, *__restrict dlast = row.dy[2];
+  const float *__restrict hat = row.hat, *__restrict w = row.weight, *__restrict b = row.bias;
+  const float *__restrict du = row.dy[0], *__restrict slope = row.slope;
   if (sums) {
     float *__restrict dweight = sums, *__restrict dbias = sums + gate.width;
     for (int64_t c = 0; c < gate.width; ++c) dweight[c] += dlast[c] * u[c] * hat[c];
@@ -185,8 +189,8 @@ void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
     dlast[c] = dnormed * w[c];
   }
   for (int64_t g = 0; g < gate.groups; ++g) {
-    const float *__restrict d = row.y[2] + g * part, *__restrict x = row.hat + g * part;
-    const float* __restrict direct = row.y[1] + g * part;
+    const float *__restrict d = row.dy[2] + g * part, *__restrict x = row.hat + g * part;
+    const float* __restrict direct = row.dy[1] + g * part;
     float *__restrict da = row.a + g * part, sum = 0.f, along = 0.f;
     for (int64_t c = 0; c < walked; ++c) sum += d[c], along += d[c] * x[c];
     const float mean = sum / static_cast<float>(part), rate = along / static_cast<float>(part), rstd = row.rstd[g];
@@ -194,11 +198,14 @@ void backward_row(const Gate& gate, const Row& row, float* __restrict sums) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& u, const at::Tensor& a,
-                                                        const Optional& weight, const Optional& bias, int64_t groups,
-                                                        double eps, bool silu, bool concat, double dropout,
-                                                        int64_t seed) {
+// y again, for the gradient of what projects it, and the gradients of u, a and [2, width] of the norm.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& u,
+                                                                    const at::Tensor& a, const Optional& weight,
+                                                                    const Optional& bias, int64_t groups, double eps,
+                                                                    bool silu, bool concat, double dropout,
+                                                                    int64_t seed) {
   const Gate gate = gate_of(u, weight, bias, groups, eps, silu, concat, dropout, seed);
+  auto y = at::empty(dy.sizes(), u.options());
   auto du = at::empty(u.sizes(), u.options()), da = at::empty(u.sizes(), u.options());
   const int64_t tasks = (u.size(0) + kRows - 1) / kRows;
   auto sums = at::zeros({weight ? tasks : 0, 2, gate.width}, u.options().dtype(at::kFloat));
@@ -212,11 +219,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
         const bool last_of_dy = gate.at_end(u.size(0) - t, gate.columns());
         prepare(gate, u.const_data_ptr<scalar_t>() + t * u.stride(0), a.const_data_ptr<scalar_t>() + t * a.stride(0),
                 kAhead * u.stride(0), row, gate.at_end(u.size(0) - t, gate.width));
+        write_y(gate, row, t, gate.at_end(end - t, gate.columns()),
+                y.mutable_data_ptr<scalar_t>() + t * gate.columns());
         const scalar_t* from = dy.const_data_ptr<scalar_t>() + t * gate.columns();
         for (int64_t p = gate.concat ? 0 : 2; p < 3; ++p) {
           const int64_t first = gate.concat ? p * gate.width : 0;
-          read(from + first, row, row.y[p], gate, last_of_dy);
-          gate.drop(t, first, row.y[p]);
+          read(from + first, row, row.dy[p], gate, last_of_dy);
+          gate.drop(t, first, row.dy[p]);
         }
         backward_row(gate, row, weight ? sums.mutable_data_ptr<float>() + t / kRows * 2 * gate.width : nullptr);
         write(row.u, du.mutable_data_ptr<scalar_t>() + t * gate.width, gate, exact);
@@ -224,7 +233,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
       }
     });
   });
-  return {du, da, sums.sum(0, false, at::kDouble)};
+  return {y, du, da, sums.sum(0, false, at::kDouble)};
 }
 
 }  // namespace
@@ -235,7 +244,7 @@ TORCH_LIBRARY_FRAGMENT(gr, m) {
       "bool concat, float dropout, int seed) -> Tensor");
   m.def(
       "norm_mul_dropout_backward(Tensor grad, Tensor u, Tensor a, Tensor? norm_weight, Tensor? norm_bias, int groups, "
-      "float eps, bool silu, bool concat, float dropout, int seed) -> (Tensor, Tensor, Tensor)");
+      "float eps, bool silu, bool concat, float dropout, int seed) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("norm_mul_dropout", &forward);

@@ -39,11 +39,14 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, items: Tensor, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         queries, items = queries.contiguous(), items.contiguous()
-        losses, weights, index = torch.ops.gr.sampled_softmax(queries, items, positive, negative, scale)
-        ctx.save_for_backward(weights, queries, items, index)
+        with_slopes = any(ctx.needs_input_grad)
+        losses, weights, index, slopes = torch.ops.gr.sampled_softmax(
+            queries, items, positive, negative, scale, with_slopes
+        )
+        ctx.save_for_backward(weights, slopes, queries, items, index)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.gr.sampled_softmax_backward(grad, *ctx.saved_tensors), None, None, None
+        return *torch.ops.gr.sampled_softmax_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None

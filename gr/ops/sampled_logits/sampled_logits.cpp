@@ -1,5 +1,6 @@
 // logits[t, s] = queries[t] . items[index[t, s]] without the gathered [T, S, D] tensor, and its two gradients; and the
-// sampled softmax of these logits, which keeps the weights of its gradient instead of the logits.
+// sampled softmax of these logits, which keeps the weights of its gradient instead of the logits, and makes the gradient
+// of the queries, but for a factor, in its forward pass.
 //
 // Rows are read as vectors of kLanes floats; where the width is no multiple of that they are copied once, zero padded,
 // so that every loop below has whole vectors. The gradient of an item adds up its pairs in the order of the tokens,
@@ -151,6 +152,46 @@ at::Tensor forward(const at::Tensor& queries, const at::Tensor& items, const at:
   return out;
 }
 
+// The (token, sample) pairs. The gradient of a logit is its weight, times the token's rate where there are rates.
+struct Pairs {
+  int64_t tokens, samples;
+  const float *weights, *rates;
+  const int32_t* ids;
+  float rate(int64_t t) const { return rates ? rates[t] : 1.f; }
+};
+
+// d queries[t] = sum_s g[t, s] items[index[t, s]] (kQueries) and sums[index[t, s]] += g[t, s] queries[t] (kItems, which
+// one thread alone may do), in one pass over the pairs.
+template <int kVectors, bool kQueries, bool kItems>
+void one_pass(const Pairs& pairs, const Padded& q, const Padded& table, Padded* sums, int64_t begin, int64_t end,
+              float* dqueries, int64_t width) {
+  const int64_t vectors = kVectors ? kVectors : q.vectors;
+  std::vector<float> wide(kVectors || !kQueries ? 0 : vectors * kLanes);
+  for (int64_t t = begin; t < end; ++t) {
+    Lanes registers[kVectors ? kVectors : 1];
+    Lanes* sum = kVectors ? registers : reinterpret_cast<Lanes*>(wide.data());
+    if constexpr (kQueries)
+      for (int64_t v = 0; v < vectors; ++v) sum[v] = Lanes{};
+    const Lanes* a = q.data + t * vectors;
+    const int32_t* row = pairs.ids + t * pairs.samples;
+    const float* weights = pairs.weights + t * pairs.samples;
+    const float rate = pairs.rate(t);
+    for (int64_t s = 0; s < pairs.samples; ++s) {
+      const int64_t soon = row[std::min(s + kAhead, pairs.samples - 1)] * vectors;
+      const float weight = weights[s] * rate;
+      if constexpr (kItems) {
+        prefetch<kVectors>(sums->data + soon, vectors);
+        add<kVectors>(sums->data + row[s] * vectors, weight, a, vectors);
+      }
+      if constexpr (kQueries) {
+        prefetch<kVectors>(table.data + soon, vectors);
+        add<kVectors>(sum, weight, table.data + row[s] * vectors, vectors);
+      }
+    }
+    if constexpr (kQueries) std::memcpy(dqueries + t * width, sum, width * sizeof(float));
+  }
+}
+
 // The loss of one token from its logits, the target's first; a negative that is the target does not count. The logits
 // become the weights, d loss / d product: scale (p - 1) for the target, scale p for a negative.
 inline float softmax_row(float* __restrict x, const int32_t* __restrict ids, int64_t samples, float scale) {
@@ -173,15 +214,18 @@ inline float softmax_row(float* __restrict x, const int32_t* __restrict ids, int
   return std::log(total) - own;
 }
 
-// losses [T], and for the gradient: weights [T, 1 + S], and int32 ids [T, 1 + S] with the target's first.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_forward(const at::Tensor& queries, const at::Tensor& items,
-                                                               const at::Tensor& positive, const at::Tensor& negative,
-                                                               double scale) {
+// losses [T], and for the gradient: weights [T, 1 + S], int32 ids [T, 1 + S] with the target's first, and, where asked
+// for, slopes [T, D], d losses[t] / d queries[t]: the token's items are still in the cache.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_forward(
+    const at::Tensor& queries, const at::Tensor& items, const at::Tensor& positive, const at::Tensor& negative,
+    double scale, bool with_slopes) {
   check_items(items);
   const int64_t tokens = negative.size(0), samples = 1 + negative.size(1);
   auto losses = at::empty({tokens}, queries.options()), weights = at::empty({tokens, samples}, queries.options());
   auto index = at::empty({tokens, samples}, positive.options().dtype(at::kInt));
+  auto slopes = at::empty({with_slopes ? tokens : 0, queries.size(1)}, queries.options());
   const Padded q(queries), table(items);
+  const Pairs pairs{tokens, samples, weights.const_data_ptr<float>(), nullptr, index.const_data_ptr<int32_t>()};
   const int64_t *targets = positive.const_data_ptr<int64_t>(), *drawn = negative.const_data_ptr<int64_t>();
   float *to_losses = losses.mutable_data_ptr<float>(), *to_weights = weights.mutable_data_ptr<float>();
   int32_t* to_index = index.mutable_data_ptr<int32_t>();
@@ -197,43 +241,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_forward(const at::Tensor&
         for (int64_t s = 1; s < samples; ++s) ids[s] = static_cast<int32_t>(from[s - 1]);
         dots<kVectors>(q.data + t * q.vectors, table, ids, samples, row);
         to_losses[t] = softmax_row(row, ids, samples, static_cast<float>(scale));
+        if (with_slopes)
+          one_pass<kVectors, true, false>(pairs, q, table, nullptr, t, t + 1, slopes.mutable_data_ptr<float>(),
+                                          queries.size(1));
       }
     });
   });
-  return {losses, weights, index};
-}
-
-struct Pairs {
-  int64_t tokens, samples;
-  const float* weights;  // d loss / d logits
-  const int32_t* ids;
-};
-
-// d queries[t] = sum_s g[t, s] items[index[t, s]]; with kBoth, in the same pass over the pairs, also
-// sums[index[t, s]] += g[t, s] queries[t], which only one thread may do.
-template <int kVectors, bool kBoth>
-void one_pass(const Pairs& pairs, const Padded& q, const Padded& table, Padded* sums, int64_t begin, int64_t end,
-              float* dqueries, int64_t width) {
-  const int64_t vectors = kVectors ? kVectors : q.vectors;
-  std::vector<float> wide(kVectors ? 0 : vectors * kLanes);
-  for (int64_t t = begin; t < end; ++t) {
-    Lanes registers[kVectors ? kVectors : 1];
-    Lanes* sum = kVectors ? registers : reinterpret_cast<Lanes*>(wide.data());
-    for (int64_t v = 0; v < vectors; ++v) sum[v] = Lanes{};
-    const Lanes* a = q.data + t * vectors;
-    const int32_t* row = pairs.ids + t * pairs.samples;
-    const float* weights = pairs.weights + t * pairs.samples;
-    for (int64_t s = 0; s < pairs.samples; ++s) {
-      const int64_t soon = row[std::min(s + kAhead, pairs.samples - 1)] * vectors;
-      prefetch<kVectors>(table.data + soon, vectors);
-      if constexpr (kBoth) {
-        prefetch<kVectors>(sums->data + soon, vectors);
-        add<kVectors>(sums->data + row[s] * vectors, weights[s], a, vectors);
-      }
-      add<kVectors>(sum, weights[s], table.data + row[s] * vectors, vectors);
-    }
-    std::memcpy(dqueries + t * width, sum, width * sizeof(float));
-  }
+  return {losses, weights, index, slopes};
 }
 
 // The pairs of a block of items, in the order of the tokens.
@@ -274,7 +288,7 @@ void by_blocks(const Pairs& pairs, const Padded& q, int64_t rows, float* ditems,
       for (int64_t p = task * kPairsPerTask; p < std::min(count, (task + 1) * kPairsPerTask); ++p) {
         const int64_t block = pairs.ids[p] >> shift;
         sorted[to[block]++] = {static_cast<int32_t>(token), static_cast<int32_t>(pairs.ids[p] - (block << shift)),
-                               pairs.weights[p]};
+                               pairs.weights[p] * pairs.rate(token)};
         if (++s == pairs.samples) s = 0, ++token;
       }
     }
@@ -296,44 +310,50 @@ void by_blocks(const Pairs& pairs, const Padded& q, int64_t rows, float* ditems,
   });
 }
 
-// index: int32, as the forward pass has checked it.
-std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& g, const at::Tensor& queries, const at::Tensor& items,
-                                             const at::Tensor& index) {
+// The gradient of the items; also that of the queries, to dqueries, unless it is null.
+at::Tensor gradients(const Pairs& pairs, const at::Tensor& queries, const at::Tensor& items, float* dqueries) {
   constexpr int64_t kMostBytes = 8 << 20;  // of sums that one thread scatters to at random: they stay near the core
-  const int64_t tokens = index.size(0), rows = items.size(0), width = items.size(1);
+  const int64_t tokens = pairs.tokens, rows = items.size(0), width = items.size(1);
   TORCH_CHECK(tokens < INT32_MAX, "sampled_logits takes fewer than 2^31 tokens, not ", tokens);
   const Padded q(queries), table(items);
-  const Pairs pairs{tokens, index.size(1), g.const_data_ptr<float>(), index.const_data_ptr<int32_t>()};
-  auto dqueries = at::empty(queries.sizes(), queries.options());
   auto ditems = at::zeros(items.sizes(), items.options());
-  float *to_queries = dqueries.mutable_data_ptr<float>(), *to_items = ditems.mutable_data_ptr<float>();
+  float* to_items = ditems.mutable_data_ptr<float>();
   const int64_t bytes = rows * q.vectors * static_cast<int64_t>(sizeof(Lanes));
   const bool together = at::get_num_threads() == 1 && bytes <= kMostBytes;
   by_vectors(q.vectors, [&]<int kVectors>() {
     if (together) {
       Padded sums(rows, width, items.options());
-      one_pass<kVectors, true>(pairs, q, table, &sums, 0, tokens, to_queries, width);
+      if (dqueries) one_pass<kVectors, true, true>(pairs, q, table, &sums, 0, tokens, dqueries, width);
+      else one_pass<kVectors, false, true>(pairs, q, table, &sums, 0, tokens, nullptr, width);
       for (int64_t r = 0; r < rows; ++r)
         std::memcpy(to_items + r * width, sums.data + r * q.vectors, width * sizeof(float));
       return;
     }
-    at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-      one_pass<kVectors, false>(pairs, q, table, nullptr, begin, end, to_queries, width);
-    });
+    if (dqueries)
+      at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+        one_pass<kVectors, true, false>(pairs, q, table, nullptr, begin, end, dqueries, width);
+      });
     by_blocks<kVectors>(pairs, q, rows, to_items, width);
   });
-  return {dqueries, ditems};
+  return ditems;
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tensor& queries, const at::Tensor& items,
                                             const at::Tensor& index) {
-  return gradients(g, queries, items, index.to(at::kInt));
+  const at::Tensor ids = index.to(at::kInt);  // which the forward pass has checked
+  const Pairs pairs{ids.size(0), ids.size(1), g.const_data_ptr<float>(), nullptr, ids.const_data_ptr<int32_t>()};
+  auto dqueries = at::empty(queries.sizes(), queries.options());
+  auto ditems = gradients(pairs, queries, items, dqueries.mutable_data_ptr<float>());
+  return {dqueries, ditems};
 }
 
+// g [T]: the gradient of the losses.
 std::tuple<at::Tensor, at::Tensor> softmax_backward(const at::Tensor& g, const at::Tensor& weights,
-                                                    const at::Tensor& queries, const at::Tensor& items,
-                                                    const at::Tensor& index) {
-  return gradients(at::mul(weights, g.unsqueeze(1)), queries, items, index);
+                                                    const at::Tensor& slopes, const at::Tensor& queries,
+                                                    const at::Tensor& items, const at::Tensor& index) {
+  const Pairs pairs{index.size(0), index.size(1), weights.const_data_ptr<float>(), g.const_data_ptr<float>(),
+                    index.const_data_ptr<int32_t>()};
+  return {at::mul(slopes, g.unsqueeze(1)), gradients(pairs, queries, items, nullptr)};
 }
 
 }  // namespace
@@ -342,11 +362,11 @@ TORCH_LIBRARY_FRAGMENT(gr, m) {
   m.def("sampled_logits(Tensor queries, Tensor items, Tensor index) -> Tensor");
   m.def("sampled_logits_backward(Tensor grad, Tensor queries, Tensor items, Tensor index) -> (Tensor, Tensor)");
   m.def(
-      "sampled_softmax(Tensor queries, Tensor items, Tensor positive, Tensor negative, float scale) -> "
-      "(Tensor, Tensor, Tensor)");
+      "sampled_softmax(Tensor queries, Tensor items, Tensor positive, Tensor negative, float scale, bool with_slopes) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "sampled_softmax_backward(Tensor grad, Tensor weights, Tensor queries, Tensor items, Tensor index) -> "
-      "(Tensor, Tensor)");
+      "sampled_softmax_backward(Tensor grad, Tensor weights, Tensor slopes, Tensor queries, Tensor items, Tensor index) "
+      "-> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(gr, CPU, m) {
   m.impl("sampled_logits", &forward);
