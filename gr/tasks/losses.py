@@ -46,27 +46,33 @@ def retrieval_loss(queries_TD: Tensor, items_KD: Tensor, candidates: Candidates,
 
 def _mixture_loss(queries_TC: Tensor, items_KC: Tensor, candidates: Candidates, similarity: MixtureOfLogits) -> Tensor:
     """The same losses of scores that are no products; a few tokens at a time, computed again in backward."""
-    own = candidates.shared_S if candidates.negative_TS is None else candidates.negative_TS
     bias_K = None if candidates.log_q_K is None else -candidates.log_q_K
-    compared = len(items_KC) if own is None else 1 + own.shape[-1]
+    shared_S, negative_TS = candidates.shared_S, candidates.negative_TS
+    shared_SC = None if shared_S is None else items_KC[shared_S]
 
-    def loss_of(queries_tC: Tensor, positive_t: Tensor, negative: Tensor | None) -> Tensor:
-        if negative is None:
-            scores_tK, balance_t = similarity.pairs(queries_tC, items_KC.expand(len(queries_tC), -1, -1))
-            loss_t = F.cross_entropy(scores_tK if bias_K is None else scores_tK + bias_K, positive_t, reduction="none")
-        else:
-            negative_tS = negative.expand(len(queries_tC), -1)
+    def loss_of(queries_tC: Tensor, positive_t: Tensor, negative_tS: Tensor | None) -> Tensor:
+        if negative_tS is not None:
             index_tS = torch.cat([positive_t[:, None], negative_tS], dim=1)
-            scores_tS, balance_t = similarity.pairs(queries_tC, items_KC[index_tS])
-            loss_t = softmax_of_first(scores_tS, negative_tS == positive_t[:, None])
+            scores, balance_t = similarity.pairs(queries_tC, items_KC[index_tS])
+            loss_t = softmax_of_first(scores, negative_tS == positive_t[:, None])
+        elif shared_SC is not None:
+            scores, balance_t = similarity.pairs(queries_tC, items_KC[positive_t][:, None], shared_SC)
+            loss_t = softmax_of_first(scores, shared_S == positive_t[:, None])
+        else:
+            scores, balance_t = similarity.pairs(queries_tC, items_KC)
+            loss_t = F.cross_entropy(scores if bias_K is None else scores + bias_K, positive_t, reduction="none")
         return loss_t + similarity.config.balance * balance_t
 
+    drawn = shared_S if negative_TS is None else negative_TS
+    compared = len(items_KC) if drawn is None else 1 + drawn.shape[-1]
     at_once = max(1, PAIR_FLOATS // (compared * similarity.pair_floats))
     losses = []
     for first in range(0, max(1, len(queries_TC)), at_once):  # a rank without tokens has gradients too, of zero
         part = slice(first, first + at_once)
-        negative = own if candidates.negative_TS is None else candidates.negative_TS[part]
-        losses.append(checkpoint(loss_of, queries_TC[part], candidates.positive_T[part], negative, use_reentrant=False))
+        negative_tS = None if negative_TS is None else negative_TS[part]
+        losses.append(
+            checkpoint(loss_of, queries_TC[part], candidates.positive_T[part], negative_tS, use_reentrant=False)
+        )
     return torch.cat(losses)
 
 

@@ -131,25 +131,23 @@ class MixtureOfLogits(nn.Module, Similarity):
             floors.append(least_t if len(items_KC) >= k else torch.full_like(least_t, -torch.inf))
         return torch.cat(floors)
 
-    def pairs(self, queries_NC: Tensor, items_NSC: Tensor) -> tuple[Tensor, Tensor]:
+    def pairs(self, queries_NC: Tensor, *items: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of S items for each of N queries, float [N, S], and the load-balance loss of each query, [N].
 
-        That loss is minus the mutual information, in nats, of component and item among a query's items (arXiv
+        items: one after another, those of each query, [N, S, C], or those of all of them, [S, C], which are not copied
+        for each. The loss is minus the mutual information, in nats, of component and item among a query's items (arXiv
         2407.15462 has it over a batch; over one query it is the same at every world size): gates that are
         sharp for an item, and differ between items.
         """
-        config = self.config
-        N, S, _ = items_NSC.shape
-        n, m, d = config.query_vectors, config.item_vectors, config.dim
-        own_Nnd = queries_NC[:, : -self.P].view(N, n, d)
-        theirs_NSmd = items_NSC[..., : -self.P].reshape(N, S * m, d)
-        products_NnSm = (own_Nnd @ theirs_NSmd.transpose(1, 2)).view(N, n, S, m)
-        logits_NSP = products_NnSm.transpose(1, 2).reshape(N, S, self.P)
-        gates_NSP = self._gates(queries_NC[:, None, -self.P :], items_NSC[..., -self.P :], logits_NSP)
-        used_NP = gates_NSP.mean(1)
-        balance_N = _entropy(gates_NSP).mean(1) - _entropy(used_NP)
-        dropped_NSP = dropout(gates_NSP, config.dropout, self.training)
-        if self.training and config.dropout:
+        parts = [self._logits(queries_NC, part) for part in items]
+        query_gate_N1P = queries_NC[:, None, -self.P :]
+        gates = [
+            self._gates(query_gate_N1P, part[..., -self.P :], logits) for part, logits in zip(items, parts, strict=True)
+        ]
+        logits_NSP, gates_NSP = torch.cat(parts, 1), torch.cat(gates, 1)
+        balance_N = _entropy(gates_NSP).mean(1) - _entropy(gates_NSP.mean(1))
+        dropped_NSP = dropout(gates_NSP, self.config.dropout, self.training)
+        if self.training and self.config.dropout:
             dropped_NSP = dropped_NSP / dropped_NSP.sum(2, keepdim=True).clamp(min=NORM_EPS)
         return (dropped_NSP * logits_NSP).sum(2), balance_N
 
@@ -179,16 +177,23 @@ class MixtureOfLogits(nn.Module, Similarity):
     def _gates(self, query_gate: Tensor, item_gate: Tensor, logits: Tensor) -> Tensor:
         return F.silu(query_gate * item_gate + self.logit_gate(logits)).softmax(-1)
 
+    def _logits(self, queries_NC: Tensor, items: Tensor) -> Tensor:
+        """[N, S, P], of items [S, C] or [N, S, C]."""
+        n, m, d = self.config.query_vectors, self.config.item_vectors, self.config.dim
+        S = items.shape[-2]
+        own, theirs = queries_NC[:, : -self.P], items[..., : -self.P]
+        if items.ndim == 2:
+            products_NnSm = (own.reshape(-1, d) @ theirs.reshape(S * m, d).T).view(-1, n, S, m)
+        else:
+            products_NnSm = (own.view(-1, n, d) @ theirs.reshape(-1, S * m, d).transpose(1, 2)).view(-1, n, S, m)
+        return products_NnSm.transpose(1, 2).flatten(2)
+
     def _logits_by_queries(self, queries_TC: Tensor, items_KC: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(some queries, their logits [t, K, P])."""
-        n, m, d = self.config.query_vectors, self.config.item_vectors, self.config.dim
-        K = len(items_KC)
-        items_dK = items_KC[:, : -self.P].reshape(K * m, d).T
-        at_once = max(1, PAIR_FLOATS // max(1, K * self.P))
+        at_once = max(1, PAIR_FLOATS // max(1, len(items_KC) * self.P))
         for first in range(0, len(queries_TC), at_once):
             part = slice(first, min(first + at_once, len(queries_TC)))
-            products = queries_TC[part, : -self.P].reshape(-1, d) @ items_dK
-            yield part, products.view(part.stop - first, n, K, m).transpose(1, 2).flatten(2)
+            yield part, self._logits(queries_TC[part], items_KC)
 
 
 def _gate(inputs: int, hidden: int, P: int) -> nn.Sequential:
