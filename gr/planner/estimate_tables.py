@@ -102,14 +102,7 @@ class ShardCosts(ShardMemory):
         return ShardCosts(**{f.name: np.broadcast_to(getattr(self, f.name), (count,)) for f in fields(self)})
 
 
-TABLE_PHASES = (
-    "input_all_to_all",
-    "lookup",
-    "output_all_to_all",
-    "gradient_all_to_all",
-    "update",
-    "table_all_reduce",
-)
+TABLE_PHASES = ("input_all_to_all", "lookup", "output_all_to_all", "gradient_all_to_all", "update", "table_all_reduce")
 TABLE_MEMORY = ("tables", "table_optimizer", "table_gradients", "inputs", "embeddings")
 
 

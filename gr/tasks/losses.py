@@ -55,7 +55,7 @@ def _mixture_loss(queries_TC: Tensor, items_KC: Tensor, candidates: Candidates, 
             index_tS = torch.cat([positive_t[:, None], negative_tS], dim=1)
             scores, balance_t = similarity.pairs(queries_tC, items_KC[index_tS])
             loss_t = softmax_of_first(scores, negative_tS == positive_t[:, None])
-        elif shared_SC is not None:
+        elif shared_S is not None and shared_SC is not None:
             scores, balance_t = similarity.pairs(queries_tC, items_KC[positive_t][:, None], shared_SC)
             loss_t = softmax_of_first(scores, shared_S == positive_t[:, None])
         else:
