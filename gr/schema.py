@@ -74,7 +74,8 @@ class _SchemaFile(BaseModel):
                 raise
             inside = sorted(found.parent.name for found in path.parent.glob(f"*/{SCHEMA_FILE}"))
             if inside:
-                raise DataError(f"{folder}: is no data folder, but has {', '.join(inside)}: name one of them") from None
+                shown = ", ".join(inside[:10]) + (f" and {len(inside) - 10} more" if len(inside) > 10 else "")
+                raise DataError(f"{folder}: is no data folder, but has {shown}: name one of them") from None
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); `gr prepare` writes it, of your own log with "
                 "`gr prepare events`"
