@@ -67,7 +67,8 @@ class _SchemaFile(BaseModel):
                 "`gr prepare events`"
             )
         if not path.exists() and (inside := sorted(each.parent.name for each in path.parent.glob(f"*/{SCHEMA_FILE}"))):
-            raise DataError(f"{folder}: is no data folder, but has {', '.join(inside)}: name one of them")
+            shown = ", ".join(inside[:10]) + (f" and {len(inside) - 10} more" if len(inside) > 10 else "")
+            raise DataError(f"{folder}: is no data folder, but has {shown}: name one of them")
         fields = read_json(path, DataError, "`gr prepare` writes it, of your own log with `gr prepare events`")
         if (kind := fields.get("kind", "histories")) != cls._kind:
             raise DataError(f"{path}: describes a {kind} folder, this reads {cls._kind} folders; choose another folder")

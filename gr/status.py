@@ -56,12 +56,13 @@ class RunStatus:
 
 
 def _require_types(part: RunStatus | RunError) -> None:
-    """TypeError for a field that is not what it declares, ValueError for one that is no finite number."""
+    """TypeError for a field that is not what it declares, ValueError for one that no run can have."""
     for name, declared in get_type_hints(type(part)).items():
         kinds, value = get_args(declared) or (declared,), getattr(part, name)
         if type(value) not in kinds and value not in kinds and not (type(value) is int and float in kinds):
             raise TypeError(f"{name} is {value!r}")
-        if type(value) in (int, float) and not abs(value) < (1e12 if name == "updated" else math.inf):
+        most = 1e12 if name == "updated" else 2**63 if type(value) is int else math.inf
+        if type(value) in (int, float) and not abs(value) < most:
             raise ValueError(f"{name} is {value}")
 
 

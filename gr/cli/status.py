@@ -50,4 +50,6 @@ def describe(status: RunStatus, run_dir: str, now: float) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds >= 1e13:  # of a file that was changed; Python's durations end soon after
+        return "over 300,000 years"
     return str(timedelta(seconds=max(0, round(seconds))))

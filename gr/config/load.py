@@ -70,7 +70,9 @@ def load_config(
     if isinstance(kind, str) and kind in RECIPES:
         if written is not None and kind == "ranking" and tree.find(("model", "bottom")) is not None:
             raise ConfigError(f"{written.origin}: task.kind: ranking of rows by DLRM is now called click")
-        overrides = [*_sizes(tree, kind), *overrides]
+        if (sizes := _left_to_the_data(tree, kind)) and reader.faults:
+            raise _error(path, reader.faults)  # before the data, of which another fault may be told
+        overrides = [*_sizes(tree, sizes), *overrides]
         return load_section(RECIPES.config(kind), path, overrides, bases=bases)  # type: ignore[return-value]
     assert written is not None, "the default is registered"
     if isinstance(kind, str) and kind in RENAMED_RECIPES:
@@ -85,11 +87,8 @@ def _default_kinds(model: type[Section]) -> dict[Location, str]:
     return default_kinds(model) | of_task
 
 
-def _sizes(tree: Node, kind: str) -> list[str]:
-    """Overrides for what `sizes: data` leaves to the data; none where all is set, as in a configuration that was saved.
-
-    Raises DataError where there is no data.
-    """
+def _left_to_the_data(tree: Node, kind: str) -> list[str]:
+    """The keys that `sizes: data` leaves to the data; none where all is set, as in a configuration that was saved."""
     sizes, path = tree.find(("sizes",)), tree.find(("data", "path"))
     if kind not in ("retrieval", "preference") or sizes is None or sizes.value != "data":
         return []
@@ -104,10 +103,16 @@ def _sizes(tree: Node, kind: str) -> list[str]:
         unset = [key for key in unset if key not in ("task.negatives", "data.event_dropout")]
     if tree.find(("trainer", "steps")) is not None and "trainer.epochs" in unset:
         unset.remove("trainer.epochs")
-    if not unset:
+    return unset
+
+
+def _sizes(tree: Node, keys: list[str]) -> list[str]:
+    """Overrides for keys that are left to the data; raises DataError where there is none."""
+    path = tree.find(("data", "path"))
+    if not keys or path is None:
         return []
     values = retrieval_sizes(DataSchema.load(path.value))
-    return [f"{key}={json.dumps(values[key].value)}" for key in unset]
+    return [f"{key}={json.dumps(values[key].value)}" for key in keys]
 
 
 def _import_plugins(written: Node | None, allowed: Collection[str] | None) -> None:

@@ -135,7 +135,7 @@ def _problem(model: type[BaseModel], path: Location, findings: list[ErrorDetails
     finding = findings[0]
     kind, value = finding["type"], finding["input"]
     if kind == "extra_forbidden":
-        sections = _types_at(model, finding["loc"][:-1])
+        sections = [each for each in _types_at(model, finding["loc"][:-1]) if each is not type(None)]
         renamed = {old: new for section in sections for old, new in getattr(section, "renamed", {}).items()}
         if str(path[-1]) in renamed:
             return f"is now called {renamed[str(path[-1])]}"

@@ -57,7 +57,7 @@ def test_the_first_failure_stays_until_the_next_start(status: StatusFile) -> Non
     "field",
     [
         *({"step": "7"}, {"steps": True}, {"loss": [None]}, {"updated": float("nan")}, {"updated": 1e300}),
-        *({"step": 1.5}, {"error": {"rank": "1", "host": "h", "message": "m"}}, {"checkpoint": {}}),
+        *({"step": 1.5}, {"error": {"rank": "1", "host": "h", "message": "m"}}, {"checkpoint": {}}, {"steps": 10**30}),
     ],
 )
 def test_a_field_of_another_type(status: StatusFile, field: dict) -> None:

@@ -33,6 +33,12 @@ def test_what_a_person_reads() -> None:
     ]
 
 
+def test_a_time_that_no_run_takes() -> None:
+    """Of a status.json that something else changed: a number of seconds that no duration of Python can be."""
+    shown = describe(replace(HALF, steps=2**62, seconds_per_step=1e300), "x", 65)
+    assert "speed       1e+300 s/step, ETA over 300,000 years without evaluations" in shown
+
+
 def test_how_long_a_save_takes() -> None:
     """For whoever sets the time that a scheduler gives to it."""
     saved = describe(replace(HALF, save_seconds=12.345), "x", 65)

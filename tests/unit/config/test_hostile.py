@@ -148,3 +148,8 @@ def test_names_that_forge_lines(fault: Fault) -> None:
     assert fault("x\nerror: fake").startswith(r"x\nerror: fake: no such file")
     Path("a\nb.yaml").write_text(BASE + "sed: 1\n")
     assert fault("a\nb.yaml").startswith(r"a\nb.yaml:4: sed: unknown key; did you mean 'seed'?")
+
+
+@pytest.mark.parametrize("override", ["data.stream.window=3", "trainer.profiler.step=3"])
+def test_an_unknown_key_of_a_section_that_may_be_left_out(fault: Fault, override: str) -> None:
+    assert f"{override.partition('=')[0]}: unknown key; did you mean" in fault("ranking/streaming-hstu", override)

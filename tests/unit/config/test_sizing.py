@@ -6,6 +6,7 @@ import pytest
 
 from gr.config import dump_config, load_config
 from gr.config.sizing import SIZED, retrieval_sizes
+from gr.errors import ConfigError
 from gr.schema import DataSchema
 from tests.support.schemas import item_schema
 
@@ -41,3 +42,12 @@ def test_a_tower_without_the_key_of_a_size(tmp_path):
     config = load_config("retrieval/hstu", [f"data.path={tmp_path}", "model.tower.kind=sasrec"])
     explained = {line.split("=")[0] for line in config.reasons(schema)}
     assert set(SIZED) - explained == {"model.tower.time_bias"}
+
+
+@pytest.mark.parametrize(
+    "override", ["=x", "data", "data..path=x", "data.path='open", "data.path=a\nb: c", "data.path=*x"]
+)
+def test_an_override_that_cannot_be_read_is_named_before_the_data(override):
+    with pytest.raises(ConfigError) as error:
+        load_config("retrieval/hstu", [override])
+    assert "override '" in str(error.value) and "no such folder" not in str(error.value)
