@@ -23,7 +23,7 @@ def rounded_keys(model: SequenceRanker, dtype: torch.dtype) -> Iterator[None]:
     def rounded(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """values: of a layer; the last two are keys [T, G, Q] and values [T, G, V]."""
         *others, k_TGQ, v_TGV = values
-        k, v = widened(stored(k_TGQ, v_TGV, dtype), k_TGQ.shape[-1])
+        k, v = widened(stored(k_TGQ, v_TGV, dtype)).split([k_TGQ.shape[-1], v_TGV.shape[-1]], dim=-1)
         return *others, k.to(k_TGQ.dtype), v.to(v_TGV.dtype)
 
     def patch(source: Any, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -63,7 +63,6 @@ def put_in_bf16(layer: nn.Module) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-@cache
 def _kind_in_bf16(kind: type[nn.Module]) -> type[nn.Module]:
     """The kind of a module, with autocast around each of its methods. A class: copies of a module keep it."""
     methods = {name: _autocast(getattr(kind, name)) for name in _METHODS if hasattr(kind, name)}

@@ -90,10 +90,9 @@ def rounded(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
 def bytes_by_part(model: nn.Module, kinds: Mapping[str, Kind]) -> dict[str, int]:
     """Bytes of tables and dense layers of these types."""
     weights, layers = table_weights(model), dense_layers(model)
-    rows = {name: (weights[name].shape, cast(RowKind, kind)) for name, kind in kinds.items() if name in weights}
-    return {name: bytes_of(*shape, kind) for name, (shape, kind) in rows.items()} | {
-        name: layer_bytes(layers[name], kind) for name, kind in kinds.items() if name in layers
-    }
+    rows = {name: cast(RowKind, kind) for name, kind in kinds.items() if name in weights}
+    tables = {name: bytes_of(len(weights[name]), weights[name].shape[1], kind) for name, kind in rows.items()}
+    return tables | {name: layer_bytes(layers[name], kind) for name, kind in kinds.items() if name in layers}
 
 
 def measure(calibration: Calibration, kinds: Mapping[str, Kind], limits: Limits) -> GateReport:

@@ -18,7 +18,7 @@ from gr.errors import ServingError
 from gr.ops.hstu_attention import AttentionMask, CachedKeys, hstu_attention_cached, hstu_attention_start
 from gr.ops.hstu_attention.time_buckets import bucket_edges
 from gr.ops.rope import rope_tables
-from gr.serving.passes.cached_rows import SCALES, stored, widened
+from gr.serving.passes.cached_rows import SCALE, stored, widened
 from gr.towers.attend import Attend
 from gr.towers.hstu import HSTU, HSTULayer
 from gr.towers.llama import Llama, LlamaLayer
@@ -201,7 +201,7 @@ class Layers(nn.Module):
 
         def keep(k_TGQ: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
             kept.append(stored(k_TGQ, v_TGV, dtype))
-            k, v = widened(kept[-1], self.key_width)
+            k, v = self.split(widened(kept[-1]))
             return k.to(k_TGQ.dtype), v.to(v_TGV.dtype)
 
         shared = self.shared(place_T, x_TD.dtype)
@@ -238,7 +238,10 @@ class Layers(nn.Module):
         return self.end(self.run(last, x_TD[-1:], against, self.shared(place_T[-1:], x_TD.dtype)))
 
     def cached(self, kv_NLGW: Tensor, length_1: Tensor, place: int) -> CachedKeys:
-        return CachedKeys(*widened(kv_NLGW[:, place], self.key_width), length_1)
+        return CachedKeys(*self.split(widened(kv_NLGW[:, place])), length_1)
+
+    def split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        return kv[..., : self.key_width], kv[..., self.key_width :]
 
     def shared(self, place_T: Tensor, dtype: torch.dtype) -> Any:
         """The inputs of all layers beside the tokens."""
@@ -336,7 +339,7 @@ def layers_of(tower: nn.Module, *, max_length: int, prefix: int = 0, whole: bool
 
 def cache_heads(tower: TowerConfig, dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """G and W of what is cached, in `dtype`, for a tower that layers_of takes. dim: D."""
-    more = SCALES if dtype == torch.int8 else 0
+    more = SCALE if dtype == torch.int8 else 0
     match tower:
         case STUConfig() | HSTUConfig():
             return tower.heads, tower.qk_dim + tower.v_dim + more
