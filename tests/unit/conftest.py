@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from gr.dist import World
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects, and xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker compiles click_package, and never for the quick tests."""
+    for item in items:
+        if "click_package" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("click_package"))
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> "Iterator[World]":
     """This process as a run of one rank on CPU, with its process group."""
