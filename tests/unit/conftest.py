@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects, and xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker compiles click_package, and never for the quick tests."""
+    """One worker trains served_run and compiles its package, and never for the quick tests."""
     for item in items:
-        if "click_package" in getattr(item, "fixturenames", ()):
+        if "served_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group("click_package"))
+            item.add_marker(pytest.mark.xdist_group("served_run"))
 
 
 @pytest.fixture
