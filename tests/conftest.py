@@ -58,8 +58,12 @@ def _same_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker takes all tests with fixtures of one module: two would make them twice."""
     for item in items:
+        if _has_module_fixture(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if "test_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.data)
     wanting_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -73,6 +77,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     operators = sys.modules.get("gr.ops.backend")
     if operators is not None and not session.config.option.collectonly:
         operators.backend_for(sys.modules["torch"].device("cpu"))
+
+
+def _has_module_fixture(item: pytest.Item) -> bool:
+    fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    return any(each.scope == "module" for stack in fixtures.values() for each in stack)
 
 
 def _has_gpu() -> bool:

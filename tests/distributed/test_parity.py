@@ -4,6 +4,7 @@ fp32, so equal up to summation order: LOSS and WEIGHT below. Column-wise shardin
 optimizer by design: each column shard keeps its own row statistics. It is compared with that definition.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,8 +102,16 @@ def sharded(
     return losses, shards, {name: p.detach().cpu().numpy().copy() for name, p in module.dense.items()}
 
 
+def each_sharded(world: World, configs: list[RetrievalConfig]) -> list[tuple[list[float], list, dict]]:
+    return [sharded(world, config) for config in configs]
+
+
 def run_sharded(size: int, config: RetrievalConfig, ahead: int = 0, balanced: bool = False) -> Outcome:
-    ranks = run_ranks(sharded, size, config, ahead, balanced)
+    return joined(run_ranks(sharded, size, config, ahead, balanced))
+
+
+def joined(ranks: Sequence[tuple[list[float], list, dict]]) -> Outcome:
+    """What `sharded` returned on each rank, as of one."""
     table = torch.full((61, 8), torch.nan)
     for _, shards, _ in ranks:
         for row, column, weight in shards:
@@ -210,13 +219,14 @@ def unsharded(data):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("sharding", SHARDING)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_sharded_equals_unsharded(data, unsharded, optimizer, sharding, size):
-    # 8 columns make two blocks of four, the least that fbgemm takes.
-    reference = unsharded(optimizer, column_shards=2 if sharding == "column_wise" else 1)
-    loss, table, dense = largest_difference(run_sharded(size, configured(data, sharding, optimizer)), reference)
-    assert reference.losses[-1] < reference.losses[0]
-    assert loss < LOSS and table < WEIGHT and dense < WEIGHT, (loss, table, dense)
+def test_sharded_equals_unsharded(data, unsharded, sharding, size):
+    ranks = run_ranks(each_sharded, size, [configured(data, sharding, optimizer) for optimizer in OPTIMIZERS])
+    for optimizer, outcomes in zip(OPTIMIZERS, zip(*ranks, strict=True), strict=True):
+        # 8 columns make two blocks of four, the least that fbgemm takes.
+        reference = unsharded(optimizer, column_shards=2 if sharding == "column_wise" else 1)
+        loss, table, dense = largest_difference(joined(outcomes), reference)
+        assert reference.losses[-1] < reference.losses[0], optimizer
+        assert loss < LOSS and table < WEIGHT and dense < WEIGHT, (optimizer, loss, table, dense)
 
 
 def test_column_shards_change_a_rowwise_optimizer(unsharded):

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -151,11 +150,11 @@ def test_the_slow_host_of_four_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gr"]
+def test_the_command_under_torchrun(tmp_path: Path, python: Path) -> None:
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gr"]
     config = "configs/retrieval/smoke.yaml"
     root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)}
     command = [*torchrun, "doctor", "--cluster", config]
     good = subprocess.run(
         [*command, f"run_dir={tmp_path}/run"], capture_output=True, text=True, cwd=root, env=environment

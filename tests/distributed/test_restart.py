@@ -32,7 +32,7 @@ STORES = {"shared": "0", "apart": "1"}
 
 
 @pytest.mark.slow
-def test_ranks_that_start_at_other_times_after_a_crash(tmp_path: Path) -> None:
+def test_ranks_that_start_at_other_times_after_a_crash(tmp_path: Path, python: Path) -> None:
     """With either store; the two jobs wait for their late ranks at the same time."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
@@ -40,7 +40,8 @@ def test_ranks_that_start_at_other_times_after_a_crash(tmp_path: Path) -> None:
     jobs = {}
     for store, apart in STORES.items():
         (tmp_path / store).mkdir()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": apart}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON_EXEC": str(python)}
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = apart
         with (tmp_path / f"{store}.txt").open("w") as log:
             command = [*torchrun, str(script), str(tmp_path / store)]
             jobs[store] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

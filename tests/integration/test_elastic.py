@@ -33,7 +33,7 @@ LOSS = 1e-3  # summation order, over all steps
 class Agent:
     """torchrun on one host, with one rank; its log is NAME.txt."""
 
-    def __init__(self, name: str, folder: Path, port: int, command: list[str]) -> None:
+    def __init__(self, name: str, folder: Path, port: int, command: list[str], python: Path) -> None:
         self.log = folder / f"{name}.txt"
         launcher = [
             "--nnodes=1:2",
@@ -44,13 +44,13 @@ class Agent:
         ]
         meet = [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "--rdzv-conf=last_call_timeout=2"]
         # Without the last, torchrun lets nobody join again after a host was lost.
-        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": str(python)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", *launcher, *meet, "-m", "gr", *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ours},
+                env={**os.environ, **ours, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             )
 
     def kill(self) -> None:
@@ -64,12 +64,12 @@ class Agent:
 class Job:
     """The agents of one job, and the run folder that they share."""
 
-    def __init__(self, folder: Path, port: int, run_dir: Path, command: list[str]) -> None:
-        self.folder, self.port, self.run_dir, self.command = folder, port, run_dir, command
+    def __init__(self, folder: Path, port: int, run_dir: Path, command: list[str], python: Path) -> None:
+        self.folder, self.port, self.run_dir, self.command, self.python = folder, port, run_dir, command, python
         self.agents: list[Agent] = []
 
     def add(self, name: str) -> None:
-        self.agents.append(Agent(name, self.folder, self.port, self.command))
+        self.agents.append(Agent(name, self.folder, self.port, self.command, self.python))
 
     def until(self, what: str, there: Callable[[], object]) -> None:
         until(what, there, report=self._logs, alive=lambda: self.agents[0].process.poll() is None)
@@ -103,7 +103,7 @@ def whole_run(world: World, config: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
-def test_a_host_goes_and_comes_back(tmp_path: Path) -> None:
+def test_a_host_goes_and_comes_back(tmp_path: Path, python: Path) -> None:
     data = write_tiny(tmp_path / "data")
     config = tiny_config(
         data,
@@ -120,7 +120,8 @@ def test_a_host_goes_and_comes_back(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     plan = [f"planner.plan={tmp_path / 'two.json'}", "planner.replan=true"]
-    job = Job(tmp_path, port, run_dir, ["train", str(path), f"run_dir={run_dir}", *plan, *gates(tmp_path, HELD)])
+    command = ["train", str(path), f"run_dir={run_dir}", *plan, *gates(tmp_path, HELD)]
+    job = Job(tmp_path, port, run_dir, command, python)
     try:
         job.add("h1")
         job.until("meeting at h1", lambda: answers(port))  # the first holds the store, and is not the one to die

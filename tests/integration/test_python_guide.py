@@ -13,7 +13,7 @@ from tests.support import ROOT
 
 
 @pytest.mark.slow
-def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
+def test_every_block_of_the_page_runs(tmp_path: Path, python: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     assert len(blocks) >= 10
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -22,7 +22,7 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     sizes = ["--records", "400", "--items", "200", "--categories", "10", "--length", "40"]
     prepare = ["-m", "gr", "prepare", "synthetic", "--out", "data/synthetic", *sizes]
     for command in (prepare, ["page.py"]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run([python, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 

@@ -77,9 +77,9 @@ def test_a_wrong_key_is_told_by_gr_itself():
 
 
 @pytest.mark.slow
-def test_a_refusal_of_gr_is_not_tried_again(tmp_path):
+def test_a_refusal_of_gr_is_not_tried_again(tmp_path, python):
     """Nothing is in a status.json, and the code of the ranks says it."""
-    done = run("evaluate", "--checkpoint", str(tmp_path / "none"))
+    done = run("evaluate", "--checkpoint", str(tmp_path / "none"), PYTHON_EXEC=str(python))
     assert done.returncode == FAILED
     assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
 
@@ -91,9 +91,10 @@ def test_a_node_without_gpus_says_so():
 
 
 @pytest.mark.slow
-def test_ranks_that_find_no_gpu_do_not_train_on_cpu(tmp_path):
+def test_ranks_that_find_no_gpu_do_not_train_on_cpu(tmp_path, python):
     pytest.importorskip("torch")
-    done = run("train", "configs/retrieval/smoke.yaml", f"run_dir={tmp_path / 'run'}", CUDA_VISIBLE_DEVICES="9")
+    variables = {"CUDA_VISIBLE_DEVICES": "9", "PYTHON_EXEC": str(python)}
+    done = run("train", "configs/retrieval/smoke.yaml", f"run_dir={tmp_path / 'run'}", **variables)
     assert done.returncode == FAILED, done.stderr
     assert "device=cuda" in done.stderr and "Traceback" not in done.stderr
 

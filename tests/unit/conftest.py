@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from gr.dist import World
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects, and xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker trains served_run and compiles its package, and never for the quick tests."""
+    for item in items:
+        if "served_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("served_run"))
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> "Iterator[World]":
     """This process as a run of one rank on CPU, with its process group."""

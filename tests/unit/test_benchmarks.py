@@ -1,7 +1,7 @@
 """Every benchmark imports what is there: they run by hand, and so would rot without a word."""
 
 import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +12,11 @@ from tests.support import ROOT
 
 
 @pytest.mark.slow
-def test_every_benchmark_imports() -> None:
+def test_every_benchmark_imports(python: Path) -> None:
     names = [f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py"))]
     assert len(names) > 20
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -81,10 +81,9 @@ def test_several_ranks_are_started_by_torchrun(out: Path, refused: Refused, monk
 
 
 @pytest.mark.slow
-def test_two_real_ranks(out: Path) -> None:
+def test_two_real_ranks(out: Path, python: Path) -> None:
     arguments = ["calibrate", "--device", "cpu", "--out", str(out), "--nproc", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "gr", *arguments], env=dict(os.environ), capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHON_EXEC": str(python)}
+    done = subprocess.run([python, "-m", "gr", *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (parse_topology(str(out)).ranks, "all-reduce has" in done.stdout) == (2, True)

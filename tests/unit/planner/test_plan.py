@@ -176,11 +176,10 @@ class TestAnyInventory:
 
 class TestDeterminism:
     @pytest.mark.slow
-    @pytest.mark.parametrize("seed", ["0", "4242"])
-    def test_of_another_process(self, seed):
-        """Whatever the order of its sets."""
+    def test_of_another_process(self):
+        """Whatever the order of its sets: that of this process is another in each run of the tests."""
         text = dump_plan(search(*busy()))
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-c", AGAIN]
         run = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=True)
         assert run.stdout == text

@@ -24,7 +24,7 @@ from gr.serving.servable import RequestError
 from tests.support.served_click import as_rows, click_columns, write_data
 from tests.support.tiny_tabular import DENSE, tiny_click_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("click_package")]  # one worker compiles what several open
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from gr.serving.package.layout import CODE, WEIGHTS, read_current
 from gr.serving.package.version import Version
 from tests.support.served_click import as_rows, click_columns, train_click
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("click_package")]  # one worker compiles what several open
+pytestmark = pytest.mark.slow
 # The values with which click_package was exported.
 SAME = ("tables.dtype=int8", "tables.own.c2=fp16", "gate.rows=0")
 
