@@ -227,7 +227,6 @@ class Tree:
 
     def __init__(self, path: Path, folder: Path, isa: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-        environment |= AVX2 if isa == "avx2" else {}
         command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), "--isa", isa]
         command += ["--serve", str(folder)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  read when the process has failed
@@ -293,6 +292,7 @@ def main() -> int:
     if options.serve:
         serve(options.serve, options.isa)
         return 0
+    os.environ.update(AVX2 if options.isa == "avx2" else {})  # before torch looks; the trees' processes inherit it
     from benchmarks.machine import describe
 
     print(describe("cpu"))
