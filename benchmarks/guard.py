@@ -57,6 +57,31 @@ def sampled_logits(folder: Path) -> Work:
     return lambda: sampled_logits(queries, items, index).sum().backward()
 
 
+def sampled_softmax(folder: Path) -> Work:
+    import torch
+
+    from gr.ops.sampled_logits.softmax import sampled_softmax
+
+    draw = torch.Generator().manual_seed(0)
+    queries = torch.randn(1500, 50, generator=draw, requires_grad=True)
+    items = torch.randn(4000, 50, generator=draw, requires_grad=True)
+    positive, negative = (torch.randint(0, 4000, shape, generator=draw) for shape in ((1500,), (1500, 128)))
+    return lambda: sampled_softmax(queries, items, positive, negative, scale=20.0).mean().backward()
+
+
+def hstu_layers(folder: Path) -> Work:
+    import torch
+
+    from gr.config.towers import HSTUConfig
+    from gr.sequence import JaggedSequence
+    from gr.towers.hstu import HSTU
+
+    torch.manual_seed(0)
+    tower, offsets = HSTU(HSTUConfig(), dim=50, max_length=200), torch.arange(17) * 150
+    values = torch.randn(2400, 50, requires_grad=True)
+    return lambda: tower(JaggedSequence(values, offsets, 200)).values_TD.sum().backward()
+
+
 def train_step(folder: Path) -> Work:
     from itertools import count
 
@@ -145,7 +170,10 @@ def planner(folder: Path) -> Work:
 
 WORK: dict[str, Callable[[Path], Work]] = {
     function.__name__: function
-    for function in (attention, sampled_logits, train_step, corpus_ranks, rows_loader, users_loader, planner)
+    for function in (
+        *(attention, hstu_layers, sampled_logits, sampled_softmax, train_step, corpus_ranks),
+        *(rows_loader, users_loader, planner),
+    )
 }
 
 
@@ -199,7 +227,6 @@ class Tree:
 
     def __init__(self, path: Path, folder: Path, isa: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-        environment |= AVX2 if isa == "avx2" else {}
         command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), "--isa", isa]
         command += ["--serve", str(folder)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  read when the process has failed
@@ -238,6 +265,20 @@ def checked_out(commit: str) -> Iterator[Path]:
         yield Path(folder)
 
 
+def write_data(folder: Path, histories: Path | None, cases: set[str]) -> None:
+    """The data of these cases: the loaders' imports take longer than a case that needs none."""
+    if "rows_loader" in cases:
+        from benchmarks.loader import write_rows
+
+        write_rows(folder / "rows", ROWS)
+    if histories is not None:
+        (folder / "users").symlink_to(histories.resolve())
+    elif cases & {"train_step", "users_loader"}:
+        from benchmarks.loader import write_users
+
+        write_users(folder / "users", USERS)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", nargs="?", default="HEAD")
@@ -251,18 +292,14 @@ def main() -> int:
     if options.serve:
         serve(options.serve, options.isa)
         return 0
-    from benchmarks.loader import write_rows, write_users
+    os.environ.update(AVX2 if options.isa == "avx2" else {})  # before torch looks; the trees' processes inherit it
     from benchmarks.machine import describe
 
     print(describe("cpu"))
     slower = []
     with checked_out(options.commit) as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_rows(folder / "rows", ROWS)
-        if options.data is None:
-            write_users(folder / "users", USERS)
-        else:
-            (folder / "users").symlink_to(options.data.resolve())
+        write_data(folder, options.data, set(options.case or WORK))
         old, new = (Tree(each, folder, options.isa) for each in (path, TREE))
         print(f"\n| | {options.commit}, ms | this tree, ms | times faster |\n|---|---|---|---|", flush=True)
         for name in options.case or WORK:

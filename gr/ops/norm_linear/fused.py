@@ -65,8 +65,9 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows = [grad if grad.stride(1) == 1 else grad.contiguous() for grad in grads]
-        dx, dweight, dbias, dnorm_2D = torch.ops.gr.norm_linear_backward(rows, *ctx.saved_tensors, ctx.eps)
-        _, _, bias, *affine, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing makes them anew
+        dx, dweight, dbias, dnorm_2D = torch.ops.gr.norm_linear_backward(rows, *saved, ctx.eps)
+        _, _, bias, *affine, _ = saved
         dnorm = [None if p is None else dnorm_2D[n].float() for n, p in enumerate(affine)]
         return dx, dweight.float(), None if bias is None else dbias.float(), *dnorm, None, None, None
 
