@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from gr.config.inventory import INT8_BLOCK, ROW_TYPES, CommDtype, InventoryConfig, TableConfig
-from gr.planner.id_distribution import distinct_ids, hottest_share, miss_rate
+from gr.planner.id_distribution import distinct_rows, hottest_share, miss_rate
 from gr.planner.placement import Shard
 from gr.planner.topology import Topology
 
@@ -164,7 +164,7 @@ def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
     hottest = hottest_share(rows, skew)
     # TorchRec's index dedup of sequence tables: a rank sends the id of a row once. One rank sends none.
     if inventory.index_dedup:
-        own_ids = np.where(~pooled & (np.asarray(ranks) > 1), _distinct(rows, drawn, of_step, skew), own_ids)
+        own_ids = np.where(~pooled & (np.asarray(ranks) > 1), distinct_rows(rows, drawn, of_step, skew), own_ids)
         hottest = np.where(pooled, hottest, np.minimum(hottest, 1 / own_ids))
     own_outputs = np.where(pooled, features * batch, own_ids)
     per_element, per_row = np.array([optimizer_states(table) for table in inventory.tables]).reshape(-1, 2).T
@@ -186,14 +186,6 @@ def volume(inventory: InventoryConfig, ranks: Counts) -> Volume:
     )
 
 
-def _distinct(rows: np.ndarray, drawn: np.ndarray, of_step: np.ndarray, skew: np.ndarray) -> np.ndarray:
-    """The distinct rows that a step reads: `drawn` ids of examples, and those of the step, which are the same on all
-    ranks, differ from one another and lie evenly over the table.
-    """
-    of_step = np.minimum(of_step, rows)
-    return of_step + (1 - of_step / rows) * distinct_ids(rows, drawn, skew)
-
-
 def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
     """The traffic of every table of `inventory`, in its order."""
     ranks, own = topology.ranks, volume(inventory, topology.ranks)
@@ -205,8 +197,8 @@ def traffic(inventory: InventoryConfig, topology: Topology) -> Traffic:
     cacheability = _column(inventory, "cacheability").astype(float)
     return Traffic(
         **vars(own),
-        distinct=_distinct(rows, drawn * ranks, of_step, skew),
-        own_distinct=_distinct(rows, drawn, of_step, skew),
+        distinct=distinct_rows(rows, drawn * ranks, of_step, skew),
+        own_distinct=distinct_rows(rows, drawn, of_step, skew),
         missed=miss_rate(rows, skew, own.cache_load_factor, cacheability),
     )
 

@@ -40,6 +40,14 @@ def distinct_ids(rows: ArrayLike, draws: ArrayLike, skew: ArrayLike) -> np.ndarr
     return np.where(n < 1.0, n, np.minimum(head + tail, np.minimum(E, np.maximum(n, 1.0))))
 
 
+def distinct_rows(rows: np.ndarray, drawn: np.ndarray, of_step: np.ndarray, skew: np.ndarray) -> np.ndarray:
+    """Expected distinct rows that a step reads: of `drawn` ids of examples, and of `of_step` others, which are the same
+    on all ranks, differ from one another and lie evenly over the table.
+    """
+    of_step = np.minimum(of_step, rows)
+    return of_step + (1 - of_step / rows) * distinct_ids(rows, drawn, skew)
+
+
 def hottest_share(rows: ArrayLike, skew: ArrayLike) -> np.ndarray:
     """p_1: the share of draws that the most read row gets."""
     return 1.0 / harmonic(rows, skew)
