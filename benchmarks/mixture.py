@@ -11,27 +11,42 @@ from gr.ops.top_k import best
 from gr.tasks import Candidates, Cosine, MixtureOfLogits, Similarity, retrieval_loss
 
 TESTS = ("tests/unit/tasks/test_similarity.py",)
-_TOKENS, _WIDTH, _ITEMS, _NEGATIVES, _USERS, _K = 1_200, 128, 12_101, 128, 64, 100
+_TOKENS, _WIDTH, _ITEMS, _NEGATIVES, _SHARED, _USERS, _K = 1_200, 128, 12_101, 128, 512, 64, 100
+_SMALL = MixtureConfig(query_vectors=2, item_vectors=2, dim=64, hidden=16)  # as wide as D on either side
 
 
-def _loss(options: Options) -> Case:
+def _loss(options: Options, shared: bool) -> Case:
+    """Of negatives of each token, which are all items of the corpus, or of some that all tokens share."""
+    items = _TOKENS + _SHARED if shared else _ITEMS  # looked up
+
     @functools.cache
     def inputs() -> tuple[torch.Tensor, torch.Tensor, Candidates]:
         torch.manual_seed(0)
         queries = torch.randn(_TOKENS, _WIDTH, device=options.device, requires_grad=True)
-        items = torch.randn(_ITEMS, _WIDTH, device=options.device, requires_grad=True)
-        positive, negative = (torch.randint(_ITEMS, shape) for shape in ((_TOKENS,), (_TOKENS, _NEGATIVES)))
-        return queries, items, Candidates(torch.arange(_ITEMS), positive, negative_TS=negative).to(options.device)
+        items_KD = torch.randn(items, _WIDTH, device=options.device, requires_grad=True)
+        ids, positive = torch.arange(items), torch.randint(items, (_TOKENS,))
+        if shared:
+            candidates = Candidates(ids, positive, shared_S=ids[-_SHARED:])
+        else:
+            candidates = Candidates(ids, positive, negative_TS=torch.randint(items, (_TOKENS, _NEGATIVES)))
+        return queries, items_KD, candidates.to(options.device)
 
     def variant(similarity: Similarity) -> Callable[[], object]:
         def run() -> object:
-            queries, items, candidates = inputs()
-            return torch.autograd.grad(retrieval_loss(queries, items, candidates, similarity).sum(), [queries, items])
+            queries, items_KD, candidates = inputs()
+            loss = retrieval_loss(queries, items_KD, candidates, similarity).sum()
+            return torch.autograd.grad(loss, [queries, items_KD])
 
         return run
 
-    variants = {"cosine": variant(Cosine(20.0)), "mixture, 4 x 4 x 32": variant(_mixture(options.device).train())}
-    return Case(f"retrieval loss, T {_TOKENS} S {_NEGATIVES} D {_WIDTH}", variants, "cosine", rounds=3, warmups=1)
+    variants = {"cosine": variant(Cosine(20.0))} | {
+        f"mixture, {size.query_vectors} x {size.item_vectors} x {size.dim}": variant(
+            _mixture(size, options.device).train()
+        )
+        for size in (MixtureConfig(), _SMALL)
+    }
+    negatives = f"{_SHARED} shared negatives" if shared else f"{_NEGATIVES} negatives each"
+    return Case(f"retrieval loss, T {_TOKENS} D {_WIDTH}, {negatives}", variants, "cosine", rounds=3, warmups=1)
 
 
 def _top(options: Options) -> Case:
@@ -42,7 +57,7 @@ def _top(options: Options) -> Case:
         return similarity.queries(queries) * similarity.scale, similarity.items(items)
 
     ids = torch.arange(_ITEMS, device=options.device).expand(_USERS, -1)
-    mixture = _mixture(options.device).eval()
+    mixture = _mixture(MixtureConfig(), options.device).eval()
     nothing = torch.zeros(_USERS, _ITEMS, dtype=torch.bool, device=options.device)
 
     def one_pass(similarity: Similarity) -> Callable[[], object]:
@@ -65,12 +80,11 @@ def _top(options: Options) -> Case:
     return Case(f"top {_K} of {_ITEMS} items, {_USERS} users", variants, "cosine", rounds=3, warmups=1)
 
 
-@functools.cache
-def _mixture(device: str) -> MixtureOfLogits:
+def _mixture(config: MixtureConfig, device: str) -> MixtureOfLogits:
     """With initial values: gates are nearly even, so the bound is at its loosest."""
     torch.manual_seed(0)
-    return MixtureOfLogits(MixtureConfig(), _WIDTH, 0.05).to(device)
+    return MixtureOfLogits(config, _WIDTH, 0.05).to(device)
 
 
 def cases(options: Options) -> list[Case]:
-    return [_loss(options), _top(options)]
+    return [_loss(options, shared=False), _loss(options, shared=True), _top(options)]

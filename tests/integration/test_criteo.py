@@ -38,7 +38,8 @@ def prepared(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
 
 def overrides(prepared: Prepared, run_dir: Path, *more: str) -> list[str]:
     paths = [f"data.path={prepared['train']}", f"evaluation.path={prepared['test']}", f"run_dir={run_dir}"]
-    return [*paths, f"trainer.steps={STEPS}", "device=cpu", *more]
+    steps = [f"trainer.steps={STEPS}", f"trainer.global_batch_size={BATCH}", "trainer.log_every=39"]
+    return [*paths, *steps, "device=cpu", *more]
 
 
 @pytest.fixture(scope="module")

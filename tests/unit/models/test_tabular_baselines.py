@@ -87,18 +87,18 @@ class TestFeatures:
         assert tabular.frequencies(train, rows)[:, 0].tolist() == [2, 0, 0]
 
 
-def test_both_find_what_is_planted_and_keep_calibrated(tabular: ModuleType) -> None:
+def test_all_find_what_is_planted_and_keep_calibrated(tabular: ModuleType) -> None:
     """Were a row's own label in its encoding, the unique category would win, and unseen ones be mispredicted."""
     found = tabular.measure(planted(tabular, 4000, seed=0), planted(tabular, 2000, seed=1))
     assert found["base rate"]["ne"] >= 1.0
-    for name in ("logistic_regression", "boosting"):
+    for name in tabular.BASELINES:
         assert found[name]["auc"] > 0.7 and found[name]["ne"] < 0.9, (name, found[name])
         assert 0.9 < found[name]["calibration"] < 1.1, (name, found[name])
 
 
 @pytest.mark.slow
 def test_public_rows(tabular: ModuleType, test_data: Path) -> None:
-    """Both lie above the floor that DLRM is held to: AUC .715 and log loss .1345, the mean of three folds."""
+    """All lie above the floor that DLRM is held to: AUC .715 and log loss .1345, the mean of three folds."""
     parts = [tabular.read_orc(test_data / "criteo" / f"terabyte-part-{index}.orc") for index in range(tabular.PARTS)]
     folds = [
         tabular.measure(tabular.concatenate(parts[:held_out] + parts[held_out + 1 :]), parts[held_out])
