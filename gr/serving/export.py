@@ -117,6 +117,8 @@ def export(checkpoint: str | Path, out: str | Path, config: ExportConfig, *, plu
         compiled = bool(find_damage(folder, [*(f"{name}.pt2" for name in built.passes), *operators], 0, 1))
         if compiled:
             draft = package.draft(CODE)
+            if operators:
+                cpp_extension.load()  # now: while a pass is traced, the call that tries them out would be a part of it
             for name, each in built.passes.items():
                 _compile(each, draft / f"{name}.pt2")
             for name in operators:
