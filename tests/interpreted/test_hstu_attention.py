@@ -72,14 +72,14 @@ def test_every_mask(targets: list[int] | None, window: int, full: int, prefix: i
     lengths = [98, 0, 70, 128] if prefix > 1 else LENGTHS
     if targets is not None and prefix:
         targets = [min(count, max(0, length - prefix)) for count, length in zip(targets, lengths, strict=False)]
-    assert_kernels(masked_case(mask_of(targets, window, prefix, full), lengths), torch.float32)
+    assert_kernels(masked_case(mask_of(targets, window, prefix, full), lengths, heads=1), torch.float32)
 
 
 @pytest.mark.parametrize("tiles", [(32, 64), (64, 32), (128, 64)], ids=str)
 def test_tiles_that_are_not_square(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiles(monkeypatch, *tiles)
-    assert_kernels(masked_case(mask_of([60, 0, 33], 40, 0, 20), [130, 33, 64]), torch.float32)
-    assert_kernels(masked_case(mask_of([60, 0, 33], 0, 31), [130, 33, 64]), torch.float32)
+    assert_kernels(masked_case(mask_of([60, 0, 33], 40, 0, 20), [130, 33, 64], heads=1), torch.float32)
+    assert_kernels(masked_case(mask_of([60, 0, 33], 0, 31), [130, 33, 64], heads=1), torch.float32)
 
 
 @pytest.mark.parametrize(("window", "prefix"), [(0, 0), (40, 0), (0, 70)], ids=str)
@@ -87,7 +87,7 @@ def test_tiles_that_are_not_square(tiles: tuple[int, int], monkeypatch: pytest.M
 def test_tables_summed_over_many_sequences(window: int, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program of the tables takes all sequences in turn, among them empty and short ones."""
     monkeypatch.setattr(kernels, "_TABLE_PROGRAMS", 1)
-    assert_kernels(masked_case(mask_of([0, 0, 28, 0], window, prefix), [70, 0, 98, 0]), torch.float32)
+    assert_kernels(masked_case(mask_of([0, 0, 28, 0], window, prefix), [70, 0, 98, 0], heads=1), torch.float32)
 
 
 @pytest.mark.parametrize("removed", ["position_bias", "time_bias", "both"])

@@ -50,8 +50,10 @@ def mask_of(targets: list[int] | None, window: int = 0, prefix: int = 0, full: i
     )
 
 
-def masked_case(mask: AttentionMask, lengths: list[int], *, position: bool = True, time: bool = True) -> Case:
-    case = replace(make_case(lengths, (2, 16, 25), torch.float32), mask=mask, alpha=0.25)
+def masked_case(
+    mask: AttentionMask, lengths: list[int], *, heads: int = 2, position: bool = True, time: bool = True
+) -> Case:
+    case = replace(make_case(lengths, (heads, 16, 25), torch.float32), mask=mask, alpha=0.25)
     if not position:
         case = replace(case, position_bias=None)
     if not time or mask.contextual_len:

@@ -1,4 +1,4 @@
-"""The tests of tests/interpreted, in a process in which Triton interprets its kernels instead of compiling them."""
+"""The tests of tests/interpreted, in processes in which Triton interprets its kernels instead of compiling them."""
 
 import importlib.util
 import os
@@ -9,13 +9,13 @@ import pytest
 
 from tests.architecture.source import ROOT
 
-FILES = sorted(file.name for file in (ROOT / "tests/interpreted").glob("test_*.py"))
+LONGEST = "tests/interpreted/test_hstu_attention.py"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str) -> None:
+@pytest.mark.parametrize("files", [[LONGEST], ["tests/interpreted", f"--ignore={LONGEST}"]], ids=["longest", "others"])
+def test_interpreted(files: list[str]) -> None:
     command = [
         sys.executable,
         "-m",
@@ -25,7 +25,7 @@ def test_interpreted(file: str) -> None:
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        f"tests/interpreted/{file}",
+        *files,
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
