@@ -35,7 +35,7 @@ CEILINGS = {
     "cli": 2.7,
     "prepare": 5.1,
 }
-WITHOUT_PREPARE = 45.4
+WITHOUT_PREPARE = 45.42
 GROUND = {"environment", "errors", "logging", "files", "status", "watchdog", "schema"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
