@@ -33,6 +33,7 @@ from gr.experiment import train
 from gr.prepare.criteo import CriteoOptions, prepare_criteo
 
 CONFIG = "configs/dlrm/criteo-debug.yaml"
+ROWS = 60_000  # that the configuration's steps are a pass over
 THRESHOLD = 2  # as the configuration's first lines have it
 SEEDS = (1, 2, 3)
 LEAST_AUC, MOST_LOG_LOSS = 0.715, 0.1345
@@ -51,7 +52,7 @@ def main() -> None:
     seeds, changes = arguments.seed or SEEDS, arguments.set or []
     curve = {}
     with tempfile.TemporaryDirectory(prefix="gr-criteo-") as folder, world("cpu") as here:
-        for rows in sorted(arguments.rows or [None]):
+        for rows in arguments.rows or [None]:
             folds = []
             for held_out in arguments.test_part or TEST_PARTS:
                 fold = Path(folder) / f"{rows}-{held_out}"
@@ -106,12 +107,13 @@ def _dlrm(
 ) -> dict[str, Values]:
     """Metrics on test_file after one pass over train_files, by seed."""
     train_folder, test_folder = folder / "train", folder / "test"
-    prepare_criteo(train_files, train_folder, CriteoOptions(threshold=THRESHOLD))
+    rows = prepare_criteo(train_files, train_folder, CriteoOptions(threshold=THRESHOLD)).rows
     prepare_criteo([test_file], test_folder, CriteoOptions(vocabulary=train_folder))
+    hold = load_config(CONFIG, changes).optimizer.schedule.hold_steps * rows // ROWS
+    one_pass = ["trainer.steps=null", "trainer.epochs=1", f"optimizer.schedule.hold_steps={hold}"]
     measured = {}
     for seed in seeds:
         paths = [f"data.path={train_folder}", f"evaluation.path={test_folder}", f"run_dir={folder}/{seed}"]
-        one_pass = ["trainer.steps=null", "trainer.epochs=1"]
         config = load_config(CONFIG, [*paths, *one_pass, f"seed={seed}", "device=cpu", *changes])
         started = time.process_time()
         report = train(config, here)
@@ -157,7 +159,7 @@ def _print_curve(curve: dict[int, list[dict[str, Values]]]) -> None:
     """A row of Markdown for each number of training rows: AUC and log loss of each model."""
     names = list(_models(next(iter(curve.values()))))
     print("\n| rows | " + " | ".join(f"{name}: AUC | log loss" for name in names) + " |")
-    for rows, folds in curve.items():
+    for rows, folds in sorted(curve.items()):
         cells = [
             f"{np.mean(scores['auc']):.4f} | {np.mean(scores['log_loss']):.4f}" for scores in _models(folds).values()
         ]
@@ -179,6 +181,7 @@ def _models(folds: Sequence[dict[str, Values]]) -> dict[str, dict[str, list[floa
 
 def _draw(curve: dict[int, list[dict[str, Values]]], path: Path) -> None:
     """AUC and log loss over training rows; bars: one standard error of the mean over folds."""
+    curve = dict(sorted(curve.items()))
     matplotlib.use("Agg")
     figure, panes = plt.subplots(1, 2, figsize=(11, 4))
     models = [_models(folds) for folds in curve.values()]
