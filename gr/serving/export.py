@@ -72,6 +72,8 @@ _COMPILER_OPTIONS = {
     # the bias of a logit, and other weights would not change them.
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
+    # Nor is a weight whose values are all equal a constant, such as the bias of a logit that bfloat16 products round.
+    "joint_graph_constant_folding": False,
     # A worker is one thread; several requests run in several.
     "cpp.threads": 1,
     # To precompile torch's headers takes longer than the one file that would read them.

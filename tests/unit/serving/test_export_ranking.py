@@ -93,6 +93,28 @@ def test_answers_are_those_of_the_checkpoint_and_the_same_bits_from_the_cache(
     assert rank.cache is not None and rank.cache.counts == {"missed": users, "extended": users, "hit": users}
 
 
+@pytest.mark.slow
+@pytest.mark.full
+def test_layers_in_bf16_and_keys_in_int8_answer_near_the_checkpoint_and_the_same_bits_from_the_cache(
+    absolute_ranking_run: RunConfig, histories: dict[int, dict[str, list]], tmp_path: Path
+) -> None:
+    """Every dense layer: the last has a bias of one number, which a compiler takes for a constant if it may."""
+    settings = ["tables.dtype=fp32", "dense=bf16", "cache=int8", "gate.rows=0"]
+    assert export(absolute_ranking_run.run_dir, tmp_path / "package", load_export_config(settings)).compiled
+    saved = gr.load(absolute_ranking_run.run_dir)
+    assert isinstance(saved, SavedRanking)
+    rank = rank_of(Version.open(tmp_path / "package"))
+    for user, row in histories.items():
+        (cold,) = rank.run([rank.encode({**asked(row), "user": user})])
+        (hit,) = rank.run([rank.encode({**asked(row), "user": user})])
+        assert same(cold, hit)
+        table = pa.table({"user_id": [user] * len(ITEMS), "item_id": ITEMS, "category": CATEGORIES})
+        for name, values in saved.score(table, data_of(absolute_ranking_run)).items():
+            difference = np.abs(cold[f"score_{name}"] - values).max()
+            assert 1e-6 < difference < 0.02
+    assert rank.cache is not None and rank.cache.counts["hit"] == len(histories)
+
+
 def test_another_history_is_computed_anew_and_counted(package: Path, histories: dict[int, dict[str, list]]) -> None:
     first, second, *_ = histories.values()
     with Engine.open(package) as engine:
