@@ -38,7 +38,7 @@ def test_two_agents_train_as_one_torchrun_does(workspace, experiment, whole, tmp
 def test_a_run_that_fails_fails_the_job(workspace, experiment, tmp_path):
     pytest.importorskip("torchx", reason="needs torchx: the extra launch")
     run_dir = tmp_path / "run"
-    diverges = [f"run_dir={run_dir}", "optimizer.lr=1e30", "task.l2_norm=false"]
+    diverges = [f"run_dir={run_dir}", "optimizer.lr=1e38", "task.l2_norm=false"]
     done = torchx(workspace, "launch/components.py:train", "--config", str(experiment), "--", *diverges)
     assert done.returncode == 1
     assert "the run failed at step" in done.stderr and "loss is not finite" in done.stderr

@@ -182,7 +182,7 @@ def _is_rank(process: Path, run_dir: Path) -> bool:
 
 
 def test_a_fault_that_stays_is_not_tried_again(cluster, workspace, experiment, tmp_path):
-    diverges = ["optimizer.lr=1e30", "task.l2_norm=false"]
+    diverges = ["optimizer.lr=1e38", "task.l2_norm=false"]
     ours = Submission(cluster, workspace, experiment, tmp_path / "run", *diverges, environment=())
     assert ours.end() == "FAILED", ours.output
     assert "failed: not queued again" in ours.output and "attempt 1" not in ours.output

@@ -58,7 +58,11 @@ _seconds: list[Path] = []  # files with the CPU seconds of programs that have en
 
 def cpu_seconds() -> float:
     """Of all programs of this process's servers that have ended, with what they started."""
-    return sum(float(line) for path in _seconds if path.exists() for line in path.read_text().splitlines())
+    total = 0.0
+    for path in _seconds:
+        with contextlib.suppress(FileNotFoundError), open(path) as lines:  # a test may have replaced Path's own way
+            total += sum(map(float, lines))
+    return total
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ def test_cards_give_what_the_gate_measures(tmp_path: Path, row_weights: bool) ->
         torch.nn.init.normal_(weight)
     saved = SavedClick(model.eval(), schema, config, data)
     export_config = load_export_config(["tables.dtype=fp16", "gate.rows=0", "cards=2"])
-    kinds = export_config.kinds(list(table_weights(model)))
+    kinds = dict.fromkeys(table_weights(model), "fp16")
     built = build(saved, kinds, export_config)
     assert built.cards is not None and isinstance(built.served.click_pass, PassOfCards)
     placement = place(built.cards, kinds, export_config)
