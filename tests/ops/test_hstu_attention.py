@@ -16,6 +16,7 @@ from gr.ops.hstu_attention import AttentionMask, TimeBuckets, hstu_attention, ti
 from gr.ops.hstu_attention import native as native_path
 from gr.ops.hstu_attention.call import AttentionCall, Operands
 from gr.ops.hstu_attention.reference import hstu_attention_reference
+from tests.support.operators import bfloat16_products
 from tests.support.tolerances import assert_near
 
 LENGTHS = [200, 0, 1, 64, 2, 63, 130, 0, 65]
@@ -107,7 +108,7 @@ def assert_case(case: Case, dtype: torch.dtype, backend: Backend) -> None:
 @pytest.fixture
 def bfloat16_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forces the tiles of bfloat16, also on CPUs where the faster float32 tiles are the default."""
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not bfloat16_products():
         pytest.skip("this CPU has no bfloat16 products")
     monkeypatch.setattr(native_path, "native_dtype", lambda dtype: dtype)
 

@@ -16,6 +16,7 @@ from gr.ops.backend import Backend, force_backend
 from gr.ops.hstu_attention import AttentionMask, hstu_attention, time_bucket_ids
 from gr.ops.hstu_attention import native as native_path
 from tests.ops.test_hstu_attention import MAX_LENGTH, NAMES, Case, make_case, offsets_of, run
+from tests.support.operators import bfloat16_products
 from tests.support.tolerances import assert_near
 
 LENGTHS = [200, 0, 1, 63, 64, 65]
@@ -107,7 +108,7 @@ def test_each_bias_under_targets_and_window(backend: Backend, position: bool, ti
 def test_bfloat16(backend: Backend, mask: AttentionMask, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default tiles of this CPU, and the bfloat16 tiles where they exist but are not the default."""
     assert_masked(masked_case(mask, LENGTHS), torch.bfloat16, backend)
-    if torch.cpu._is_avx512_bf16_supported():
+    if bfloat16_products():
         monkeypatch.setattr(native_path, "native_dtype", lambda dtype: dtype)
         assert_masked(masked_case(mask, LENGTHS), torch.bfloat16, backend)
 

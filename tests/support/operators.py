@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def bfloat16_products() -> bool:
+    """Whether this process has them: its CPU does, and ATEN_CPU_CAPABILITY does not forbid them."""
+    return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     """Normal values rounded to dtype, in float64."""
     return torch.randn(*shape).to(dtype).double()

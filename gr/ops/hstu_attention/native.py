@@ -16,7 +16,8 @@ def native_dtype(dtype: torch.dtype) -> torch.dtype:
     Without AVX512-BF16 torch has no bfloat16 products at all. With it but without AMX they are no faster than float32
     products, and the tiles of scores still have to be converted: float32 took 0.75 of the time.
     """
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    whole_set = torch.backends.cpu.get_cpu_capability() == "AVX512"  # ATEN_CPU_CAPABILITY may allow torch less
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and whole_set:
         return torch.bfloat16
     return torch.float32
 
