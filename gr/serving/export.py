@@ -250,6 +250,7 @@ def _compile(each: Pass, path: Path) -> None:
     # Imported here: `gr publish`, which compiles nothing, would spend a quarter of its time on it.
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+    from torch._inductor.utils import fresh_cache
 
     dims: dict[str, Any] = {}
     shapes = tuple(
@@ -262,7 +263,9 @@ def _compile(each: Pass, path: Path) -> None:
         lifted = program.constants.keys() - dict(each.module.named_buffers()).keys()
         assert not lifted, f"{lifted} are no buffers of the pass, so another checkpoint could not give them"
         try:
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS))
+            # Two exports of one form at once would write the same files of a common cache.
+            with fresh_cache():
+                aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_COMPILER_OPTIONS))
         except (InvalidCxxCompiler, CppCompileError, InductorError) as error:
             cause = error.inner_exception if isinstance(error, InductorError) else error
             if not isinstance(cause, InvalidCxxCompiler | CppCompileError):
