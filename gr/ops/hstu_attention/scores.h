@@ -154,11 +154,11 @@ void add_bias_gradient(const Tile<M> tile, const Bias& bias, const float* __rest
   }
 }
 
-// Zeroes the columns that the row does not see.
-inline void hide(const Seen& seen, int64_t columns, float* __restrict row) {
+// The columns that the row does not see become `value`.
+inline void hide(const Seen& seen, int64_t columns, float* __restrict row, float value = 0.f) {
   const float own = seen.own >= 0 ? row[seen.own] : 0.f;
-  std::fill(row, row + seen.begin, 0.f);
-  std::fill(row + seen.end, row + columns, 0.f);
+  std::fill(row, row + seen.begin, value);
+  std::fill(row + seen.end, row + columns, value);
   if (seen.own >= 0) row[seen.own] = own;
 }
 

@@ -52,14 +52,6 @@ template <typename M> struct Task {
 
 constexpr int64_t kScores = kTile * kTile;  // of a tile
 
-// The columns that a row does not see become `value`.
-inline void hide(const Seen& seen, int64_t columns, float value, float* __restrict row) {
-  const float own = seen.own >= 0 ? row[seen.own] : 0.f;
-  std::fill(row, row + seen.begin, value);
-  std::fill(row + seen.end, row + columns, value);
-  if (seen.own >= 0) row[seen.own] = own;
-}
-
 // The loops over a row are functions of plain values: the compiler then vectorises them.
 inline void largest_of(const float* __restrict row, int64_t columns, float* __restrict lanes) {
   for (int64_t c = 0; c < columns; c += kLanes)
@@ -105,7 +97,7 @@ std::pair<float, float> exponentials(const std::vector<Tile<M>>& tiles, int64_t 
   std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
   for (size_t t = 0; t < tiles.size(); ++t) {
     float* row = s + t * kScores + r * kTile;
-    hide(tiles[t].seen(r), tiles[t].n, -std::numeric_limits<float>::infinity(), row);
+    hide(tiles[t].seen(r), tiles[t].n, row, -std::numeric_limits<float>::infinity());
     largest_of(row, tiles[t].n, lanes);
   }
   const float largest = *std::max_element(lanes, lanes + kLanes) * base2;
@@ -113,7 +105,7 @@ std::pair<float, float> exponentials(const std::vector<Tile<M>>& tiles, int64_t 
   for (size_t t = 0; t < tiles.size(); ++t) {
     float* row = s + t * kScores + r * kTile;
     powers_of_two(base2, largest, tiles[t].n, row);
-    hide(tiles[t].seen(r), tiles[t].n, 0.f, row);
+    hide(tiles[t].seen(r), tiles[t].n, row);
     sum += sum_of(row, tiles[t].n);
   }
   return {sum, largest + std::log2(sum)};
@@ -169,8 +161,8 @@ void weights_gradient(const Call& call, const Tile<M> tile, const float* logs, c
       score_gradient(call.dropout, keys[r], tile.col, dots[r], from, to, p, g);
     else
       score_gradient(dots[r], from, to, p, g);
-    hide(seen, tile.n, 0.f, p);
-    hide(seen, tile.n, 0.f, g);
+    hide(seen, tile.n, p);
+    hide(seen, tile.n, g);
   }
 }
 
