@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, model_validator
 
 from gr.config.base import Count, PositiveFloat, Probability, Registry, Section
+from gr.errors import ConfigError
 
 Layers = Annotated[Count, Field(description="Layers, one upon another.")]
 Heads = Annotated[Count, Field(description="Attention heads of a layer.")]
@@ -293,3 +294,16 @@ TOWERS.add(HSTUConfig, "gr.towers.hstu:HSTU")
 TOWERS.add(SASRecConfig, "gr.towers.sasrec:SASRec")
 TOWERS.add(STUConfig, "gr.towers.stu:STU")
 TOWERS.add(LlamaConfig, "gr.towers.llama:Llama")
+
+
+def check_split(tower: TowerConfig | None, ranks: int) -> None:
+    """Raises ConfigError where tensor parallelism over `ranks` cannot split the tower. None: a model without one."""
+    sizes = {} if tower is None else tower.tensor_parallel_sizes
+    if not sizes:
+        raise ConfigError(f"dense.tensor_parallel={ranks}: only tower.kind=llama can be split; set it to 1")
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(
+                f"dense.tensor_parallel={ranks} does not divide tower.{name}={size}: set it to a common divisor of "
+                + ", ".join(f"{name}={size}" for name, size in sizes.items())
+            )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from gr.errors import ConfigError
+from gr.config.towers import check_split
 from gr.sequence import JaggedSequence
 from gr.towers.llama import Llama
 
@@ -30,16 +30,8 @@ def split_tower(tower: nn.Module | None, mesh: DeviceMesh) -> None:
 
     Raises ConfigError for a tower that cannot be split so.
     """
-    ranks = mesh.size()
-    if not isinstance(tower, Llama):
-        raise ConfigError(f"dense.tensor_parallel={ranks}: only tower.kind=llama can be split; set it to 1")
-    sizes = tower.config.tensor_parallel_sizes
-    for name, size in sizes.items():
-        if size % ranks:
-            raise ConfigError(
-                f"dense.tensor_parallel={ranks} does not divide tower.{name}={size}: set it to a common divisor of "
-                + ", ".join(f"{name}={size}" for name, size in sizes.items())
-            )
+    check_split(tower.config if isinstance(tower, Llama) else None, mesh.size())
+    assert isinstance(tower, Llama)
     by_columns = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"
     by_rows = "self_attn.o_proj", "mlp.down_proj"
     for layer in tower.layers:

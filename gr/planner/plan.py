@@ -1,6 +1,7 @@
 """The plan of an inventory on a topology: enumerated options -> solver -> placements."""
 
 from gr.config.inventory import SHARDING_TYPES, InventoryConfig
+from gr.config.towers import check_split
 from gr.errors import PlanError
 from gr.planner.candidates import Capacity
 from gr.planner.enumerate import KERNELS, search_space
@@ -58,6 +59,8 @@ def _check_ranks(inventory: InventoryConfig, topology: Topology) -> None:
             f"dense_parallel={inventory.dense_parallel} with tensor_parallel={inventory.tensor_parallel} cannot lie on "
             f"{topology.ranks} ranks: tensor_parallel divides them, ddp has one such group, and fsdp takes 2 ranks"
         )
+    if inventory.tensor_parallel > 1:
+        check_split(getattr(inventory.dense, "tower", None), inventory.tensor_parallel)
     for table in inventory.tables:
         if table.ranks is not None and (wrong := [rank for rank in table.ranks if rank >= topology.ranks]):
             raise PlanError(

@@ -7,7 +7,7 @@ import pytest
 from gr.api import planning_problem
 from gr.config.inventory import GivenDense, InventoryConfig, TowerDense
 from gr.config.towers import LlamaConfig
-from gr.errors import PlanError
+from gr.errors import ConfigError, PlanError
 from gr.planner.dense_collectives import dense_collectives
 from gr.planner.dense_strategies import changed_keys, compare_strategies, strategies, strategy_words
 from gr.planner.estimate import PHASES, estimate
@@ -150,3 +150,12 @@ def test_ranks_on_which_the_dense_part_cannot_lie_are_refused(fields, ranks):
     with pytest.raises(PlanError, match=f"cannot lie on {ranks} ranks"):
         search(small(**fields), machine(ranks))
     assert smallest(small(**fields), machine(4), divides=8).ranks == 2
+
+
+def test_a_split_that_a_run_refuses_is_not_planned():
+    given = small(dense_parallel="fsdp", tensor_parallel=2)
+    heads = TowerDense(tower=LlamaConfig(layers=1, heads=3), dim=48, mean_length=8, max_length=16)
+    with pytest.raises(ConfigError, match=r"tensor_parallel=2 does not divide tower\.heads=3"):
+        search(given.model_copy(update={"dense": heads}), machine(4))
+    with pytest.raises(ConfigError, match=r"only tower\.kind=llama can be split"):
+        search(given.model_copy(update={"dense": GivenDense(parameters=10)}), machine(4))
