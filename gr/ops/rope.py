@@ -35,8 +35,16 @@ def rope_tables(place_T: Tensor, width: int, theta: float, dtype: torch.dtype) -
     """
     exact = torch.promote_types(dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, width, 2, device=place_T.device).to(exact) / width)
-    angle = (place_T[:, None].to(exact) * frequency)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    if place_T.device.type == "cpu" and len(place_T) and not torch.compiler.is_compiling():
+        # Tokens share few places: a row for each place, then one for each token.
+        cos_N1P, sin_N1P = _cos_and_sin(torch.arange(int(place_T.max()) + 1), frequency, dtype)
+        return cos_N1P[place_T], sin_N1P[place_T]
+    return _cos_and_sin(place_T, frequency, dtype)
+
+
+def _cos_and_sin(place_T: Tensor, frequency_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angle_T1P = (place_T[:, None].to(frequency_P.dtype) * frequency_P)[:, None]
+    return angle_T1P.cos().to(dtype), angle_T1P.sin().to(dtype)
 
 
 def rotate(x_THQ: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
