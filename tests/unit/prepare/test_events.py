@@ -371,9 +371,8 @@ def test_nothing_is_left_when_it_is_ended(tmp_path: Path, sent: signal.Signals) 
     )
     deadline = time.monotonic() + 60
     while not list(folder.glob(".events.*/events.db")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(sent)
+        time.sleep(0.01)
+    process.send_signal(sent)  # the log is being read
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
     assert not list(folder.iterdir())
