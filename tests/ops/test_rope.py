@@ -55,3 +55,11 @@ def test_the_cpp_turns_as_the_reference_and_its_gradient_turns_back() -> None:
         turned = rotate(spread_TQH.transpose(1, 2), *(table[:7] for table in tables))
     with force_backend("torch"):
         torch.testing.assert_close(turned, rotate(spread_TQH.transpose(1, 2), *(table[:7] for table in tables)))
+
+
+def test_a_token_has_the_same_bits_alone_and_among_many_of_its_place() -> None:
+    """Many tokens of few places share a row for each place."""
+    place_T = torch.tensor([3, 0, 3, 2, 1, 3])
+    alone = [rope_tables(place_T[t : t + 1], 8, THETA, torch.float32) for t in range(len(place_T))]
+    for many, single in zip(rope_tables(place_T, 8, THETA, torch.float32), zip(*alone, strict=True), strict=True):
+        assert torch.equal(many, torch.cat(single))
