@@ -139,7 +139,7 @@ class MixtureOfLogits(nn.Module, Similarity):
         2407.15462 has it over a batch; over one query it is the same at every world size): gates that are
         sharp for an item, and differ between items.
         """
-        parts = [self._logits(queries_NC, part) for part in items]
+        parts = [self._logits(queries_NC, part[..., : -self.P]) for part in items]
         query_gate_N1P = queries_NC[:, None, -self.P :]
         gates = [
             self._gates(query_gate_N1P, part[..., -self.P :], logits) for part, logits in zip(items, parts, strict=True)
@@ -177,12 +177,11 @@ class MixtureOfLogits(nn.Module, Similarity):
     def _gates(self, query_gate: Tensor, item_gate: Tensor, logits: Tensor) -> Tensor:
         return F.silu(query_gate * item_gate + self.logit_gate(logits)).softmax(-1)
 
-    def _logits(self, queries_NC: Tensor, items: Tensor) -> Tensor:
-        """[N, S, P], of items [S, C] or [N, S, C]."""
+    def _logits(self, queries_NC: Tensor, theirs: Tensor) -> Tensor:
+        """[N, S, P]. theirs: the vectors of items, [S, m d] or [N, S, m d]."""
         n, m, d = self.config.query_vectors, self.config.item_vectors, self.config.dim
-        S = items.shape[-2]
-        own, theirs = queries_NC[:, : -self.P], items[..., : -self.P]
-        if items.ndim == 2:
+        S, own = theirs.shape[-2], queries_NC[:, : -self.P]
+        if theirs.ndim == 2:
             products_NnSm = (own.reshape(-1, d) @ theirs.reshape(S * m, d).T).view(-1, n, S, m)
         else:
             products_NnSm = (own.view(-1, n, d) @ theirs.reshape(-1, S * m, d).transpose(1, 2)).view(-1, n, S, m)
@@ -191,9 +190,10 @@ class MixtureOfLogits(nn.Module, Similarity):
     def _logits_by_queries(self, queries_TC: Tensor, items_KC: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(some queries, their logits [t, K, P])."""
         at_once = max(1, PAIR_FLOATS // max(1, len(items_KC) * self.P))
+        vectors = items_KC[:, : -self.P].contiguous()  # once, and not for each block of queries
         for first in range(0, len(queries_TC), at_once):
             part = slice(first, min(first + at_once, len(queries_TC)))
-            yield part, self._logits(queries_TC[part], items_KC)
+            yield part, self._logits(queries_TC[part], vectors)
 
 
 def _gate(inputs: int, hidden: int, P: int) -> nn.Sequential:
