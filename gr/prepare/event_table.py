@@ -172,7 +172,7 @@ def _create_events(con: duckdb.DuckDBPyConnection, rows: CodedRows, options: Eve
     ids = {}
     for column, codes in rows.codes.items():
         query = f"SELECT code, id::INTEGER FROM codes_{column}"
-        ids[column] = by_code(con, query, len(codes.values()) + 1)
+        ids[column] = by_code(con, query, len(codes) + 1)
     # A row for a click model stays where its user or item is not known: they have id 0. Two that are not known are not
     # the same one, so repeats of them are told by their codes.
     unknown = ["user", "item"] if options.label else []

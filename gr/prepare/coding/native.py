@@ -26,6 +26,8 @@ _NO_ROOM = "there is no memory for the codes of so many values, or they are more
 class Codes(Protocol):
     """See ReferenceCodes."""
 
+    def __len__(self) -> int: ...
+
     def encode(self, values: pa.Array) -> np.ndarray: ...
 
     def values(self) -> pa.Array: ...
@@ -64,6 +66,9 @@ class NativeCodes:
         if getattr(self, "_codes", None):
             self._library.gr_codes_free(self._codes)
 
+    def __len__(self) -> int:
+        return int(self._library.gr_codes_count(self._codes))
+
     def encode(self, values: pa.Array) -> np.ndarray:
         assert values.type == self._kind
         valid, *rest = values.buffers()
@@ -77,7 +82,7 @@ class NativeCodes:
         return code_B
 
     def values(self) -> pa.Array:
-        count, size = self._library.gr_codes_count(self._codes), self._library.gr_codes_bytes(self._codes)
+        count, size = len(self), self._library.gr_codes_bytes(self._codes)
         offset_V, data = np.empty(count + 1, dtype=np.int64), np.empty(size, dtype=np.uint8)
         self._library.gr_codes_copy(self._codes, offset_V.ctypes.data, data.ctypes.data)
         if pa.types.is_integer(self._kind):

@@ -17,6 +17,10 @@ class ReferenceCodes:
         self._kind = kind
         self._codes: dict[Hashable, int] = {}
 
+    def __len__(self) -> int:
+        """V: the values so far."""
+        return len(self._codes)
+
     def encode(self, values: pa.Array) -> np.ndarray:
         """The codes of a block, int32 [B], -1 for null; values that are new get the next ones."""
         codes = self._codes
