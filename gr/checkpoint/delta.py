@@ -11,7 +11,6 @@ manifest has the SHA-256 of all tensors before and after, which make the chain: 
 is full bit for bit, or it is refused.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from gr.checkpoint.only_writer import only_writer
 from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks, tables_of
 from gr.checkpoint.streaming import BLOCK_BYTES
 from gr.errors import CheckpointError, DamagedCheckpointError
-from gr.files import digests, sync, write_text
+from gr.files import digests, read_json, sync, write_text
 
 MANIFEST = "manifest.json"
 FILES = "files"
@@ -111,12 +110,12 @@ def read_manifest(delta: Path) -> Manifest:
     """The manifest of a whole delta. Raises DamagedCheckpointError for any other folder, OSError where it may pass."""
     if damage := find_damage(delta, (MANIFEST,), 0, 1):
         raise DamagedCheckpointError(f"{damage}; restore that file, or publish again into a new folder")
+    raw = read_json(delta / MANIFEST, DamagedCheckpointError, "publish again into a new folder")
+    if raw.get("format") != DELTA_FORMAT:
+        raise CheckpointError(f"{delta} has format {raw.get('format')}, this release reads {DELTA_FORMAT}")
     try:
-        raw = json.loads((delta / MANIFEST).read_text())
-        if raw.get("format") != DELTA_FORMAT:
-            raise CheckpointError(f"{delta} has format {raw.get('format')}, this release reads {DELTA_FORMAT}")
         return Manifest.model_validate(raw)
-    except (ValueError, AttributeError, ValidationError) as error:
+    except ValidationError as error:
         raise DamagedCheckpointError(f"{delta / MANIFEST}: is not what gr wrote ({error})") from error
 
 

@@ -88,6 +88,6 @@ def fit(out: Path, oracle: Path | None, resamples: int, min_steps: int, picture:
 def _floor(path: Path) -> float:
     remedy = "name the oracle.json of a synthetic stream"
     loss = read_json(path, DataError, remedy).get("loss")
-    if not isinstance(loss, float):
+    if not isinstance(loss, int | float):
         raise DataError(f"--oracle={path}: its loss is {loss!r}: {remedy}")
-    return loss
+    return float(loss)

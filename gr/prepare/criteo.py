@@ -8,7 +8,6 @@ Memory does not grow with the rows. It holds a block of the source, a row group,
 benchmarks/prepare.py: 0.2 GB for 0.5 and 2 million rows with 0.5 million values; 0.35 GB once counts go to disk.
 """
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import ConfigError, DataError
-from gr.files import write_json
+from gr.files import read_json, write_json
 from gr.logging import get_logger
 from gr.prepare.criteo_rows import DENSE, LABEL, SPARSE, Block, is_orc, read_blocks
 from gr.prepare.criteo_vocabulary import ValueCounts, Vocabulary, write_vocabulary
 from gr.prepare.lines import BadRows, OnBadRow
-from gr.prepare.source import reading
 from gr.prepare.tabular import ROWS_PER_GROUP, Transform, dense_feature, tabular_table, with_progress
 from gr.prepare.write import PartWriter, atomic_folder, part_name, require_replaceable, writing
 from gr.schema import (
@@ -42,6 +40,7 @@ from gr.schema import (
 log = get_logger(__name__)
 
 _TASK, _COUNTS, _WRITTEN = "task.json", "counts", "written"
+_AGAIN = "--restart begins again"
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class _Run:
                 (self._work / name).mkdir(parents=True, exist_ok=True)
             write_json(file, task)
             return
-        begun = _read_json(file)
+        begun = read_json(file, DataError, _AGAIN)
         for name, value in task.items():
             if begun.get(name) != value:
                 raise ConfigError(
@@ -240,7 +239,7 @@ class _Run:
         """The note written when the file was done; None if it is not. DataError for a file that changed since."""
         if not place.exists():
             return None
-        note = _read_json(place)
+        note = read_json(place, DataError, _AGAIN)
         if any(note.get(name) != value for name, value in _stamp(file).items()):
             raise DataError(f"{file}: changed after it was read; pass --restart to begin again")
         if note["bad_rows"] and self._options.on_bad_row == "fail":
@@ -288,12 +287,3 @@ def _table(block: Block, vocabulary: Vocabulary, transform: Transform, minimum: 
 def _stamp(file: Path) -> dict[str, int]:
     status = file.stat()
     return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file that `write_json` wrote."""
-    with reading(f"{file} of an interrupted run (--restart begins again)"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("is no JSON object")
-        return content
