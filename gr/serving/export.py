@@ -185,8 +185,9 @@ def _build(saved: Saved, kinds: Mapping[str, Kind], config: ExportConfig) -> tup
         raise ServingError(
             f"cards={config.cards}: a {kind} model has no tables on cards, a click model has; leave it out"
         )
-    dense = {name: cast(DenseDtype, kinds[name]) for name in dense_layers(saved.model)}
-    for name, layer in dense_layers(saved.model).items():
+    layers = dense_layers(saved.model)
+    dense = {name: cast(DenseDtype, kinds[name]) for name in layers}
+    for name, layer in layers.items():
         if dense[name] == "bf16":
             put_in_bf16(layer)
     return import_target(BUILDERS[kind])(saved, kinds, config), dense

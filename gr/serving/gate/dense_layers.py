@@ -23,7 +23,7 @@ def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack = getattr(module, "layers", None)
     if isinstance(module, nn.Sequential):
-        name, stack = name, module
+        stack = module
     elif stack is not None:
         name = f"{name}.layers"
     if stack is None:
