@@ -35,7 +35,8 @@ def rope_tables(place_T: Tensor, width: int, theta: float, dtype: torch.dtype) -
     """
     exact = torch.promote_types(dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, width, 2, device=place_T.device).to(exact) / width)
-    if place_T.device.type == "cpu" and len(place_T) and not torch.compiler.is_compiling():
+    # Asked first: a length that Python has looked at is a constant of what is exported.
+    if not torch.compiler.is_compiling() and place_T.device.type == "cpu" and len(place_T):
         places = int(place_T.max()) + 1
         if places < len(place_T):  # not of single tokens that are decoded, far from the start
             # Tokens share few places: a row for each place, then one for each token.
