@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.support import forks
 # Before anything imports torch: several workers, and ranks under them, share few cores.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a program that a signal ends says where it was
 
 # An example may take long where ranks of other tests share its cores; speed is the benchmarks' business.
 hypothesis.settings.register_profile("gr", deadline=None)
@@ -88,6 +90,14 @@ def _has_gpu() -> bool:
     import torch  # only when there are GPU tests to decide on: most runs of single tests need no torch
 
     return torch.cuda.is_available()
+
+
+def pytest_exception_interact(call: pytest.CallInfo[object], report: pytest.TestReport) -> None:
+    """A report of a program that failed shows what it said."""
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, subprocess.CalledProcessError) and error.stderr:
+        said = error.stderr if isinstance(error.stderr, str) else error.stderr.decode(errors="replace")
+        report.sections.append(("standard error of the program", said))
 
 
 def _measured(phase: str) -> Callable[[pytest.Item], Generator[None, object, object]]:
