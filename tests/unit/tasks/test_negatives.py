@@ -16,6 +16,7 @@ from gr.config.retrieval import RetrievalTaskConfig
 from gr.dist import World
 from gr.errors import DataError
 from gr.tasks import Candidates, CandidateSampler
+from gr.tasks import negatives as negatives_module
 from gr.tasks.negatives import uniform_integers
 from tests.support.ranks import run_ranks
 
@@ -31,6 +32,13 @@ KINDS: list[dict] = [
     {"kind": "full"},
 ]
 by_kind = pytest.mark.parametrize("negatives", KINDS, ids=lambda n: f"{n['kind']}-{n.get('count', '')}")
+
+
+@pytest.fixture(autouse=True, params=["looked up whole", "by distinct items"])
+def corpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small corpora are looked up whole, of others the distinct items of a step."""
+    if request.param == "by distinct items":
+        monkeypatch.setattr(negatives_module, "SMALL_CORPUS", 0)
 
 
 def batch_of(targets: list[int]) -> RetrievalBatch:
