@@ -6,7 +6,7 @@ sequence of 256 to 16,384 tokens, and more and more sequences of 1,024. q, k and
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.case import Case, Options, on_backend, own_backend
+from benchmarks.machine import Peaks
+from benchmarks.picture import label, lines, plt
+from benchmarks.results import Row
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.jagged import jagged_to_padded, padded_to_jagged
 from gr.ops.softmax_attention import softmax_attention
@@ -203,3 +206,24 @@ def cases(options: Options) -> list[Case]:
         shape = Shape(f"{count} sequences of 1024", (1024,) * count, 1, 64)
         found.append(_case(shape, options, rounds=3, warmups=1, series="batch", at=count))
     return found
+
+
+def draw(cases: Sequence[Case], rows: Sequence[Row], found: Peaks, path: Path) -> None:
+    """Rate against length beside the roofline, memory, and time against batch."""
+    figure, (rate, batch, memory) = plt.subplots(1, 3, figsize=(18, 5.5))
+    places = {case.name: case.at for case in cases if case.series == "length"}
+    lines(rate, places, rows, lambda row: row.rate / 1e9)
+    lengths = sorted(places.values())
+    for name, peak, size in (("float32", found.float32, 4), ("bfloat16", found.bfloat16, 2)):
+        # Forward and backward: 14 d n^2 / 2 operations on 4 + 7 rows of d elements a token.
+        roof = [min(peak, found.copy * 7 * n / (11 * size)) / 1e9 for n in lengths]
+        rate.plot(lengths, roof, "k--" if size == 4 else "k:", label=f"roofline {name}")
+    label(rate, "tokens of one sequence", "useful GFLOP/s, forward and backward")
+    lines(memory, places, rows, lambda row: row.mebibytes)
+    first = min(lengths)
+    memory.plot(lengths, [16 * n / first for n in lengths], "k--", label="growing as n")
+    label(memory, "tokens of one sequence", "MiB that a call adds")
+    lines(batch, {c.name: c.at for c in cases if c.series == "batch"}, rows, lambda row: row.seconds.median * 1e3)
+    label(batch, "sequences of 1,024 tokens", "ms, forward and backward")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)

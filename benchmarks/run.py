@@ -1,11 +1,12 @@
 """Measures gr and its alternatives in turns, in one run, and reports it.
 
-    python -m benchmarks.run hstu_attention|layer|llama|loss|mixture|towers|train_step|all [--device cpu|cuda]
-        [--data DIR] [--peer DIR] [--case NAME] [--rounds N]
+    python -m benchmarks.run hstu_attention|layer|llama|loss|mixture|step_scaling|towers|train_step|all
+        [--device cpu|cuda] [--data DIR] [--peer DIR] [--case NAME] [--rounds N]
 
---data: what `gr prepare movielens-1m` wrote, for train_step. --peer: a checkout of meta-recsys/generative-recommenders,
-measured beside the rest. A benchmark whose correctness tests fail is not measured. On CPU everything is one thread and
-CPU time, so that ratios hold on a busy machine. Writes a dated report, a picture and rows of results.csv to --out.
+--data: what `gr prepare movielens-1m` wrote, for step_scaling, towers and train_step. --peer: a checkout of
+meta-recsys/generative-recommenders, measured beside the rest. A benchmark whose correctness tests fail is not
+measured. On CPU everything is one thread and CPU time, so that ratios hold on a busy machine. Writes a dated report, a
+picture and rows of results.csv to --out.
 """
 
 import argparse
@@ -19,11 +20,10 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import attention, layer, llama, loss, mixture, towers, train_step
+from benchmarks import attention, layer, llama, loss, mixture, step_scaling, towers, train_step
 from benchmarks.case import Case, Options
 from benchmarks.compare import Timing, Variant, compare
 from benchmarks.machine import Peaks, describe, peak_kib, peaks, reset_peak
-from benchmarks.picture import draw
 from benchmarks.results import Row, append_csv, table
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "llama": llama,
     "loss": loss,
     "mixture": mixture,
+    "step_scaling": step_scaling,
     "towers": towers,
     "train_step": train_step,
 }
@@ -166,9 +167,10 @@ def _write(
     text += [f"{machine}. {_peak_line(found)} Medians of turns, quartiles in brackets.", *lines]
     for case in cases:
         text += [f"## {case.name}", table([row for row in rows if row.case == case.name])]
-    if draw(cases, rows, found, out / f"{stem}.png"):
-        text.append(f"![length, batch and memory]({stem}.png)")
     out.mkdir(parents=True, exist_ok=True)
+    if any(case.series for case in cases):
+        BENCHMARKS[name].draw(cases, rows, found, out / f"{stem}.png")
+        text.append(f"![{name}]({stem}.png)")
     (out / f"{stem}.md").write_text("\n\n".join(part.strip("\n") for part in text) + "\n")
     append_csv(out / "results.csv", today, machine, rows)
     print(f"\nwrote {out / stem}.md and rows of {out / 'results.csv'}")

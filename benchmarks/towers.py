@@ -18,25 +18,26 @@ BATCHES = 8
 
 
 def cases(options: Options) -> list[Case]:
-    variants = {tower: lazy(functools.partial(_steps, _config(tower, options), options)) for tower in TOWERS}
+    variants = {tower: lazy(functools.partial(_steps, configured(tower, options), options)) for tower in TOWERS}
     return [Case("training step, batch 128, N 200", variants, "hstu", rounds=3)]
 
 
 def notes(options: Options) -> Iterator[str]:
     """The FLOPs of each tower, by the formula that the planner and the load balance use."""
     for tower in TOWERS:
-        config = _config(tower, options)
+        config = configured(tower, options)
         N = config.data.max_length
         cost = config.model.tower.cost(config.model.dim, N, 4)
         flops = cost.token_flops + cost.score_flops * (N + 1) / 2
         yield f"{tower}: {flops:,.0f} FLOPs a token forward at {N} tokens, {cost.parameters:,} parameters."
 
 
-def _config(tower: str, options: Options) -> RetrievalConfig:
+def configured(tower: str, options: Options, *overrides: str) -> RetrievalConfig:
+    """configs/retrieval/ml-1m-TOWER.yaml, of as many FLOPs as the others."""
     if options.data is None:
-        raise SystemExit("towers needs --data FOLDER, as `gr prepare movielens-1m --out FOLDER` writes it")
-    overrides = [f"data.path={options.data}", f"device={options.device}", *TOWERS[tower]]
-    config = load_config(f"configs/retrieval/ml-1m-{tower}.yaml", overrides)
+        raise SystemExit("this benchmark needs --data FOLDER, as `gr prepare movielens-1m --out FOLDER` writes it")
+    common = [f"data.path={options.data}", f"device={options.device}", *TOWERS[tower]]
+    config = load_config(f"configs/retrieval/ml-1m-{tower}.yaml", [*common, *overrides])
     assert isinstance(config, RetrievalConfig)
     return config
 
