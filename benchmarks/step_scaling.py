@@ -37,7 +37,8 @@ def _case(options: Options, B: int, N: int, name: str, series: str, at: int) -> 
 
 
 def _steps(tower: str, options: Options, B: int, N: int) -> Callable[[], object]:
-    config = towers.configured(tower, options, f"data.max_length={N}", f"trainer.global_batch_size={B}")
+    sizes = (f"data.max_length={N}", f"trainer.global_batch_size={B}", "data.lanes=1")
+    config = towers.configured(tower, options, *sizes)
     corpus_C = torch.tensor(Dataset.open(config.data.path).corpus()[0])
     drawn_BN = corpus_C[torch.randint(len(corpus_C), (B, N + 1), generator=torch.Generator().manual_seed(0))]
     inputs, targets = drawn_BN[:, :-1].flatten(), drawn_BN[:, 1:].flatten()
