@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 from gr.schema import DataSchema
 
 _EVENTS_TO_TRAIN_ON = 50_000_000  # over all epochs
+_STEPS, _EPOCHS = 1280, 150  # small data trains for as many steps, in so many epochs at most, or until patience ends it
 _FULL_SOFTMAX = 20_000  # items up to which scoring all of them costs less than drawing negatives
 _SPARSE = 20  # events a user, below which the recipe for sparse data holds
-_SHORT = 50  # events a user, below which dropout is .5
+_SHORT = 50  # events a user, below which few epochs already overfit
 _TOKENS_OF_A_STEP = 2048  # of sparse data, by the mean history
 SIZED = (
     "data.max_length",
@@ -43,11 +44,12 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
     length = min(200, max(16, 1 << (max(int(2 * mean) - 1, 1)).bit_length()))
     batch = _batch(users, mean) if users >= 8 else 1
     steps = -(-users // batch)
-    most = 75 if sparse else 60
+    most = max(75 if sparse else 60, min(_EPOCHS, _STEPS // steps))
     epochs = min(most, max(5, _EVENTS_TO_TRAIN_ON // max(events, 1)))
     few = f"{mean:.1f} events a user, {'below' if sparse else 'not below'} {_SPARSE}"
     short = mean < _SHORT
-    dropout = Size(0.5 if short else 0.2, f"{mean:.1f} events a user, {'below' if short else 'not below'} {_SHORT}")
+    some = f"{mean:.1f} events a user, {'below' if short else 'not below'} {_SHORT}"
+    dropout = Size(0.5 if short else 0.2, some)
     rate = Size(2e-3 if sparse else 1e-3, few)
     dim = Size(128 if sparse or events >= 5_000_000 else 64, f"{few}, {events:,} events")
     if sparse:
@@ -58,10 +60,10 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
         negatives = Size({"kind": "per_position", "count": 256}, f"{items:,} items: full up to {_FULL_SOFTMAX:,}")
     return {
         "data.max_length": Size(length, f"twice the mean history of {mean:.1f} events, 16 to 200"),
-        "data.event_dropout": Size(0.2 if sparse else 0.0, few),
+        "data.event_dropout": Size(0.2 if short else 0.0, some),
         "data.lanes": Size(8 if users >= 8 else 1, f"{users:,} users"),
         "trainer.global_batch_size": Size(batch, f"{users:,} users, an eighth at most; {few}"),
-        "trainer.epochs": Size(epochs, f"{events:,} events, 50 million to train on, 5 to {most} epochs"),
+        "trainer.epochs": Size(epochs, f"{events:,} events, 50 million over 5 to {most} epochs of {steps:,} steps"),
         "trainer.log_every": Size(steps, "an epoch"),
         "evaluation.every": Size(steps * max(1, epochs // 15), "15 times"),
         "evaluation.patience": Size(2 if users >= 10_000 else 4, f"{users:,} users: 2 from 10,000 on"),
@@ -69,7 +71,7 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
         "model.input_dropout": dropout,
         "model.tower.dropout": dropout,
         "model.tower.time_bias": Size(schema.timestamps, "timestamps" if schema.timestamps else "no timestamps"),
-        "task.temperature": Size(0.1 if sparse else 0.05, few),
+        "task.temperature": Size(0.1 if short else 0.05, some),
         "task.negatives": negatives,
         "optimizer.lr": rate,
         "embeddings.optimizer.lr": rate,

@@ -29,6 +29,20 @@ def test_every_size_is_accepted_and_explained(tmp_path, users, events, items):
     assert load_config(saved) == config, "all is set in it, so the data are not asked again"
 
 
+@pytest.mark.parametrize(
+    "users, events, expected",
+    [
+        (22_363, 198_502, {"task.temperature": 0.1, "data.event_dropout": 0.2, "trainer.epochs": 75}),  # Beauty
+        (1_090, 52_551, {"task.temperature": 0.1, "data.event_dropout": 0.2, "trainer.epochs": 142}),  # LastFM
+        (6_040, 999_611, {"task.temperature": 0.05, "data.event_dropout": 0.0, "trainer.epochs": 50}),  # MovieLens-1M
+    ],
+)
+def test_sizes_of_public_data(tmp_path, users, events, expected):
+    """docs/benchmarks has how good they are there."""
+    sizes = retrieval_sizes(_data(tmp_path, users=users, events=events, items=3_646, item_cardinality=3_647))
+    assert {key: sizes[key].value for key in expected} == expected
+
+
 def test_what_is_written_stays_and_has_no_reason(tmp_path):
     schema = _data(tmp_path, users=943, events=100_000, items=1_682)
     config = load_config("retrieval/hstu", [f"data.path={tmp_path}", "model.dim=17", "trainer.steps=3"])
