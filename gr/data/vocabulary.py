@@ -40,7 +40,9 @@ class Vocabulary:
         with decoding(path):
             content = path.read_bytes()
             check_digest(path, content, schema.vocabularies[column])
-            table = pq.ParquetFile(pa.BufferReader(content)).read(columns=["value", "id"])
+            file = pq.ParquetFile(pa.BufferReader(content))
+            # A thread of Arrow's that lets go of Python's bytes as Python ends aborts the process (apache/arrow 34314).
+            table = file.read(columns=["value", "id"], use_threads=False)
         check_entries(path, table.schema, table.to_batches(), schema.cardinalities.get(column, NO_LIMIT))
         return cls(column, table.column("id").to_numpy(), table.column("value").combine_chunks())
 

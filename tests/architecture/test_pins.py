@@ -43,3 +43,10 @@ def test_extras_name_the_constrained_fbgemm(kind):
 def test_stand_in_answers_for_fbgemm_gpu_with_the_cpu_build():
     assert (STAND_IN["name"], STAND_IN["version"]) == ("fbgemm-gpu", _constraints("cpu")["fbgemm-gpu"])
     assert _pins(STAND_IN["dependencies"]) == {"fbgemm-gpu-cpu": _constraints("cpu")["fbgemm-gpu-cpu"]}
+
+
+@pytest.mark.xdist_group("pins")
+def test_pytest_xdist_keeps_a_group_on_one_worker(request):
+    """It knows groups by suffixes of names; under a pytest that drops those, each worker makes the fixtures again."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@pins")

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +39,8 @@ def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_package_over_http(click_package: Path):
-    arguments = [sys.executable, "-m", "gr", "serve", str(click_package), "--port=0", "--name=clicks", "--watch"]
+def test_a_package_over_http(click_package: Path, python: Path):
+    arguments = [python, "-m", "gr", "serve", str(click_package), "--port=0", "--name=clicks", "--watch"]
     limits = ["deadline_ms=10000", "connections=100"]
     with subprocess.Popen([*arguments, *limits], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -51,9 +51,9 @@ def busy() -> tuple[InventoryConfig, Topology]:
             skew=0.1 * (i % 13),
             kind="sequence" if i % 3 == 0 else "pooled",
         )
-        for i in range(60)
+        for i in range(24)
     )
-    return InventoryConfig(rank_batch_size=256, tables=tables), replace(machine(16, 4), hbm_bytes=15 * 10**7)
+    return InventoryConfig(rank_batch_size=256, tables=tables), replace(machine(16, 4), hbm_bytes=6 * 10**7)
 
 
 @st.composite

@@ -16,7 +16,7 @@ from gr.planner.topology import Topology, parse_topology, with_ranks
 from tests.support.plans import machine
 
 MOST = 40  # ranks, in place of MOST_RANKS
-FEW, MANY, ALL = 12, 40, 200  # seeds
+FEW, MANY, ALL = 12, 24, 200  # seeds
 
 
 def drawn(seed: int) -> tuple[InventoryConfig, Topology]:
