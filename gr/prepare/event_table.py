@@ -27,8 +27,8 @@ from gr.prepare.event_log import (
     time_expression,
 )
 from gr.prepare.event_options import EventOptions, check_names, moment, other_columns
-from gr.prepare.event_rows import CodedRows, RowChoice, code_rows, sorted_rows
-from gr.prepare.write import plain_array, plain_table
+from gr.prepare.event_rows import BLOCK, CodedRows, RowChoice, code_rows, sorted_rows
+from gr.prepare.write import plain_array, plain_table, plain_values
 from gr.schema import MAX_ACTIONS, USER_COLUMN, DataSchema, TabularSchema
 
 ITEM = "item_id"
@@ -60,8 +60,9 @@ class Log:
         if (column, where) not in self._counts:
             codes = {"user": self.users, "item": self.items}
             codes |= {f"feature_{place}": each for place, each in enumerate(self.features.values())}
-            query = f"SELECT {column}, count(*) FROM events WHERE {where} GROUP BY {column}"
-            self._counts[column, where] = by_code(self.con, query, codes[column].count + 1)
+            count_V = self._counts[column, where] = np.zeros(codes[column].count + 1, dtype=np.int64)
+            for batch in self.con.sql(f"SELECT {column} FROM events WHERE {where}").to_arrow_reader(BLOCK):
+                np.add.at(count_V, plain_values(batch.column(0)), 1)
         return self._counts[column, where]
 
     @property
