@@ -14,6 +14,7 @@ from gr.data.vocabulary import NO_LIMIT, check_entries
 from gr.errors import DataError
 from gr.files import sha256_of
 from gr.prepare.event_log import WHOLE, Column, literal, one
+from gr.prepare.write import plain_table
 from gr.schema import DataSchema, TabularSchema, vocabulary_file
 
 _EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # up to here a type holds every whole number
@@ -105,6 +106,13 @@ def save_vocabulary(con: duckdb.DuckDBPyConnection, folder: Path, name: str, que
             for batch in rows:
                 writer.write_batch(batch)
     return sha256_of(path)
+
+
+def counted(con: duckdb.DuckDBPyConnection, codes: Codes, count_V: np.ndarray, least: int = 0) -> str:
+    """The query of a vocabulary. count_V: int64 [ids + 1], of each id; those below `least` are left out."""
+    id_V = np.flatnonzero(count_V >= least)
+    con.register(f"{codes.table}_counts", plain_table({"id": id_V, "count": count_V[id_V]}))
+    return f"SELECT value, id, n.count FROM {codes.table} JOIN {codes.table}_counts n USING (id) ORDER BY id"
 
 
 def by_code(con: duckdb.DuckDBPyConnection, query: str, size: int) -> np.ndarray:

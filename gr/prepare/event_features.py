@@ -7,9 +7,8 @@ import duckdb
 import numpy as np
 
 from gr.errors import DataError
-from gr.prepare.event_codes import Codes, Given, by_code, make_codes, value_expression
+from gr.prepare.event_codes import Codes, Given, by_code, counted, make_codes, value_expression
 from gr.prepare.event_log import Column, load_log, one
-from gr.prepare.write import plain_table
 
 _FRACTION = r"-?[0-9]*\.[0-9]+([eE][-+]?[0-9]+)?"
 
@@ -31,15 +30,10 @@ class Features:
 
     def vocabularies(self, con: duckdb.DuckDBPyConnection) -> dict[str, str]:
         """Queries of value, id and count of each category."""
-        queries = {}
-        for name, codes in self.categories.items():
-            ids, counts = np.unique(self.by_code[name], return_counts=True)
-            con.register(f"{codes.table}_counts", plain_table({"id": ids, "count": counts}))
-            queries[name] = (
-                f"SELECT value, id, coalesce(n.count, 0) AS count FROM {codes.table} "
-                f"LEFT JOIN {codes.table}_counts n USING (id) ORDER BY id"
-            )
-        return queries
+        return {
+            name: counted(con, codes, np.bincount(self.by_code[name], minlength=codes.count + 1))
+            for name, codes in self.categories.items()
+        }
 
 
 def join_features(

@@ -194,7 +194,9 @@ def time_expression(
     Numbers need a unit, which the caller confirms; dates have one. Raises DataError where the values are no times.
     """
     sql, own_unit, phrase = _time_expression(con, column, unit, title)
-    last = one(con, f"SELECT max({sql}) FROM log")
+    # The newest time is that of the greatest value, which the statistics of Parquet tell; text is not in that order.
+    rows = "log" if column.sql == "VARCHAR" else "(SELECT max(time) AS time FROM log)"
+    last = one(con, f"SELECT max({sql}) FROM {rows}")
     if last is not None and last >= LAST_SECOND * (1000 if own_unit == "ms" else 1):
         raise DataError(f"{title}: has times beyond the year 9999; correct them, or name another --time-unit")
     return sql, own_unit, phrase
@@ -239,7 +241,7 @@ def _time_expression(
 
 def _milliseconds(date: str) -> str:
     """SQL of a date as whole milliseconds, rounded down; epoch_ms rounds to the nearest, which is another order."""
-    return f"(epoch_us({date}) - (epoch_us({date}) % 1000 + 1000) % 1000) // 1000"
+    return f"epoch_us({date}) // 1000 - (epoch_us({date}) % 1000 < 0)::BIGINT"
 
 
 def _confirmed_unit(first: Any, last: Any, unit: TimeUnit | None, title: str) -> TimeUnit:

@@ -15,7 +15,7 @@ from gr.errors import DataError
 from gr.prepare.coding.native import Codes, new_codes, order_of
 from gr.prepare.write import plain_array, plain_block, plain_values
 
-_BLOCK = 1 << 17  # rows of a block
+BLOCK = 1 << 17  # rows of a block
 _PART = 1 << 20  # rows that are sorted at a time, but for a user who has more
 _MOST_PARTS = 256  # files that are open at once
 Block = dict[str, np.ndarray]
@@ -59,7 +59,7 @@ def code_rows(con: duckdb.DuckDBPyConnection, columns: Mapping[str, str], coded:
     int32 codes (-1 for null), all others are numbers.
     """
     selected = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
-    reader = con.sql(f"SELECT {selected} FROM log").to_arrow_reader(_BLOCK)
+    reader = con.sql(f"SELECT {selected} FROM log").to_arrow_reader(BLOCK)
     codes = {name: new_codes(reader.schema.field(name).type) for name in coded}
     writer, events_V = _Writer(folder / "coded.rows"), np.zeros(1, dtype=np.int64)
     for batch in filter(len, reader):
@@ -92,7 +92,7 @@ class RowChoice:
     def of(self, block: Block) -> Block:
         """A block with ids for codes."""
         chosen = {f"raw_{name}": block[name] for name in self.raw}
-        chosen |= {name: self.ids[name][values] if name in self.ids else values for name, values in block.items()}
+        chosen |= {name: self.ids[name].take(values) if name in self.ids else values for name, values in block.items()}
         kept = [chosen[name] > 0 for name in self.known]
         if "inside" in chosen:
             kept.append(chosen.pop("inside") > 0)
@@ -117,7 +117,7 @@ def sorted_rows(rows: CodedRows, choice: RowChoice) -> pa.RecordBatchReader:
         stops = np.searchsorted(part_B[order_B], np.arange(len(parts) + 1))
         for part, start, stop in zip(parts, stops[:-1], stops[1:], strict=True):
             if stop > start:
-                part.write({name: values[order_B[start:stop]] for name, values in block.items()})
+                part.write({name: values.take(order_B[start:stop]) for name, values in block.items()})
     rows.path.unlink()
     for part in parts:
         part.close()
@@ -134,7 +134,7 @@ def _sorted(path: Path) -> Block:
     user_B = block["user"]
     first = int(user_B.min())
     order_B = order_of(user_B - first, block.get("time"), int(user_B.max()) - first + 1)
-    return {name: values[order_B] for name, values in block.items()}
+    return {name: values.take(order_B) for name, values in block.items()}
 
 
 def _blocks(path: Path) -> Iterator[Block]:

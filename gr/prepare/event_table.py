@@ -5,7 +5,7 @@ I items.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from gr.errors import DataError
-from gr.prepare.event_codes import Codes, Given, by_code, column_of_values, make_codes, save_vocabulary
+from gr.prepare.event_codes import Codes, Given, by_code, column_of_values, counted, make_codes, save_vocabulary
 from gr.prepare.event_features import Features, join_features
 from gr.prepare.event_log import (
     Column,
@@ -27,8 +27,8 @@ from gr.prepare.event_log import (
     time_expression,
 )
 from gr.prepare.event_options import EventOptions, check_names, moment, other_columns
-from gr.prepare.event_rows import CodedRows, RowChoice, code_rows, sorted_rows
-from gr.prepare.write import plain_array, plain_table
+from gr.prepare.event_rows import BLOCK, CodedRows, RowChoice, code_rows, sorted_rows
+from gr.prepare.write import plain_array, plain_table, plain_values
 from gr.schema import MAX_ACTIONS, USER_COLUMN, DataSchema, TabularSchema
 
 ITEM = "item_id"
@@ -53,6 +53,17 @@ class Log:
     given: Given | None
     source: str
     notes: list[str]
+    _counts: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+
+    def occurrences(self, column: str, where: str) -> np.ndarray:
+        """The events of each id of users, items or a feature, int64 [ids + 1], after all filters."""
+        if (column, where) not in self._counts:
+            codes = {"user": self.users, "item": self.items}
+            codes |= {f"feature_{place}": each for place, each in enumerate(self.features.values())}
+            count_V = self._counts[column, where] = np.zeros(codes[column].count + 1, dtype=np.int64)
+            for batch in self.con.sql(f"SELECT {column} FROM events WHERE {where}").to_arrow_reader(BLOCK):
+                np.add.at(count_V, plain_values(batch.column(0)), 1)
+        return self._counts[column, where]
 
     @property
     def train(self) -> str:
@@ -178,7 +189,7 @@ def _create_events(con: duckdb.DuckDBPyConnection, rows: CodedRows, options: Eve
     unknown = ["user", "item"] if options.label else []
     choice = RowChoice(ids, [] if unknown else ["user", "item"], unknown if given is not None else [])
     con.register("sorted_rows", sorted_rows(rows, choice))
-    con.execute("CREATE TABLE events AS SELECT * FROM sorted_rows")
+    con.execute("CREATE TEMP TABLE events AS SELECT * FROM sorted_rows")  # which has no journal
     con.unregister("sorted_rows")
 
 
@@ -313,8 +324,7 @@ def leave_out_rare(log: Log) -> None:
         log.notes.append(f"{before - total:,} events left out: of users or items with too few events")
     if not total:
         raise DataError("no event is left; relax the filters")
-    alone = one(con, "SELECT count(*) FROM (SELECT user FROM events GROUP BY user HAVING count(*) = 1)")
-    if alone and not log.options.label:
+    if not log.options.label and (alone := int((log.occurrences("user", "true") == 1).sum())):
         log.notes.append(f"{alone:,} users have one event: there is nothing to predict it from")
     for name, where in log.splits.items():
         if not one(con, f"SELECT count(*) FROM events WHERE {where}"):
@@ -349,8 +359,7 @@ def train_ids(log: Log, key: Literal["user", "item"]) -> np.ndarray:
     codes = log.users if key == "user" else log.items
     if codes.fixed:
         return np.arange(codes.count + 1)
-    present = f"SELECT DISTINCT {key} AS code FROM events WHERE {log.train} ORDER BY code"
-    trained = log.con.execute(present).fetchnumpy()["code"]
+    trained = np.flatnonzero(log.occurrences(key, log.train))
     ids = np.zeros(codes.count + 1, dtype=np.int64)
     ids[trained] = np.arange(1, len(trained) + 1)
     return ids
@@ -365,16 +374,14 @@ def save_vocabularies(
     """
     con, queries = log.con, {}
     for name, (key, ids_V) in ids.items():
-        con.register(f"{key}_ids", plain_table({"code": np.flatnonzero(ids_V), "id": ids_V[ids_V > 0]}))
+        chosen = {"code": np.flatnonzero(ids_V), "id": ids_V[ids_V > 0]}
+        chosen["count"] = log.occurrences(key, log.train)[chosen["code"]]
+        con.register(f"{key}_ids", plain_table(chosen))
         queries[name] = (
-            f"SELECT c.value, m.id, coalesce(n.count, 0) AS count FROM codes_{key} c JOIN {key}_ids m ON c.id = m.code "
-            f"LEFT JOIN ({_occurrences(key, log.train)}) n ON n.id = c.id ORDER BY m.id"
+            f"SELECT c.value, m.id, m.count FROM codes_{key} c JOIN {key}_ids m ON c.id = m.code ORDER BY m.id"
         )
     for place, (name, codes) in enumerate(log.features.items()):
-        queries[name] = (
-            f"SELECT value, id, coalesce(n.count, 0) AS count FROM {codes.table} "
-            f"LEFT JOIN ({_occurrences(f'feature_{place}', log.train)}) n USING (id) ORDER BY id"
-        )
+        queries[name] = counted(con, codes, log.occurrences(f"feature_{place}", log.train))
     for features in (log.user_features, log.item_features):
         queries |= features.vocabularies(con)
     return {name: save_vocabulary(con, folder, name, query, given) for name, query in queries.items()}
@@ -382,12 +389,8 @@ def save_vocabularies(
 
 def save_users(log: Log, folder: Path, where: str) -> dict[str, str]:
     """Writes the vocabulary of the users of one folder of histories, where they are no input of a model."""
-    query = f"SELECT value, id, n.count FROM codes_user JOIN ({_occurrences('user', where)}) n USING (id) ORDER BY id"
+    query = counted(log.con, log.users, log.occurrences("user", where), least=1)
     return {USER_COLUMN: save_vocabulary(log.con, folder, USER_COLUMN, query, None)}
-
-
-def _occurrences(column: str, condition: str) -> str:
-    return f"SELECT {column} AS id, count(*) AS count FROM events WHERE {condition} GROUP BY id"
 
 
 def _described(source: Any) -> str:

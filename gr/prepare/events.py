@@ -21,6 +21,7 @@ from gr.prepare.event_clicks import write_clicks
 from gr.prepare.event_codes import Given
 from gr.prepare.event_log import database, one
 from gr.prepare.event_options import EventOptions
+from gr.prepare.event_rows import BLOCK
 from gr.prepare.event_table import (
     ITEM,
     Log,
@@ -32,8 +33,6 @@ from gr.prepare.event_table import (
 )
 from gr.prepare.write import FolderWriter, Users, plain_block
 from gr.schema import DataSchema, HistoryColumns, TabularSchema
-
-_BLOCK = 1 << 17  # events of a block
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ def _by_item(values_I: np.ndarray, ids_I: np.ndarray) -> np.ndarray:
 def _users(log: Log, table: dict[str, np.ndarray], ids_I: np.ndarray) -> Users:
     """Whole users with their features, without events of items that have no id."""
     options = log.options
-    known_T = ids_I[table["item"]] > 0
-    if not known_T.all():
-        table = {name: values[known_T] for name, values in table.items()}
+    id_T = ids_I.take(table["item"])
+    if not (known_T := id_T > 0).all():
+        id_T, table = id_T[known_T], {name: values[known_T] for name, values in table.items()}
     user_T, code_T = table["user"], table["item"]
     starts = np.flatnonzero(np.diff(user_T, prepend=-1))
     users_B = user_T[starts].astype(np.int64)
@@ -123,12 +122,12 @@ def _users(log: Log, table: dict[str, np.ndarray], ids_I: np.ndarray) -> Users:
     columns |= {name: table[f"feature_{i}"] for i, name in enumerate(options.features)}
     if log.actions:
         columns["actions"] = table["actions"]
-    columns |= {name: values[code_T] for name, values in log.item_features.by_code.items()}
-    columns |= {name: values[users_B] for name, values in log.user_features.by_code.items()}
+    columns |= {name: values.take(code_T) for name, values in log.item_features.by_code.items()}
+    columns |= {name: values.take(users_B) for name, values in log.user_features.by_code.items()}
     return Users(
         user_ids=users_B,
         offsets=np.append(starts, len(user_T)).astype(np.int64),
-        item_ids=ids_I[code_T],
+        item_ids=id_T,
         timestamps=table.get("time"),
         ratings=table.get("rating"),
         columns=columns,
@@ -138,7 +137,7 @@ def _users(log: Log, table: dict[str, np.ndarray], ids_I: np.ndarray) -> Users:
 def _whole_users(events: duckdb.DuckDBPyRelation) -> Iterator[dict[str, np.ndarray]]:
     """The rows in blocks that end with a user."""
     rest: dict[str, np.ndarray] = {}
-    for batch in filter(len, events.to_arrow_reader(_BLOCK)):
+    for batch in filter(len, events.to_arrow_reader(BLOCK)):
         block = plain_block(batch)
         if rest:
             block = {name: np.concatenate([rest[name], values]) for name, values in block.items()}

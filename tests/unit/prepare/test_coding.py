@@ -54,7 +54,7 @@ def test_a_log_in_parts_and_without_a_compiler(tmp_path: Path, monkeypatch: pyte
     log = random_log()
     options = {**TIMED, "user": "user", "item": "item", "time": "when", "features": ("shop",), "rating": "watched"}
     expected = decoded(prepared(tmp_path / "whole", log, **options))
-    monkeypatch.setattr(event_rows, "_BLOCK", 100)
+    monkeypatch.setattr(event_rows, "BLOCK", 100)
     monkeypatch.setattr(event_rows, "_PART", 30)
     assert decoded(prepared(tmp_path / "parts", log, **options)) == expected
 
