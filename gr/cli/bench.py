@@ -83,6 +83,7 @@ def command(against: str | None, checkpoint: str | None, as_json: bool, **option
 
 def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | None = None) -> dict[str, float]:
     """Figures of the package, or of what it is compared with."""
+    from gr.dist import keep_freed_memory
     from gr.serving.engine import Engine
     from gr.serving.load.load_test import offline, read_requests
     from gr.serving.load.loadgen import LoadGenTarget
@@ -90,6 +91,7 @@ def _measure(bench: Bench, against: str | None, quiet: bool, checkpoint: str | N
     from gr.serving.load.targets import EngineTarget, HttpTarget
     from gr.serving.package.version import Version
 
+    keep_freed_memory()  # as the server does
     open_version: Callable[[], ServedVersion] = partial(Version.open, bench.package)
     if checkpoint is not None:
         from gr.serving.load.eager import EagerClick  # imports torchrec

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gr import __version__
 from gr.config.serving import ServeConfig
+from gr.dist import keep_freed_memory
 from gr.errors import ServingError
 from gr.logging import get_logger
 from gr.serving.batch_queue import Overloaded
@@ -301,6 +302,7 @@ def serve(served: Served, listener: socket.socket) -> None:
     log.info("%s", describe(served, listener))
     server = uvicorn.Server(LimitedConfig(application(served), served.limits, served.refusal))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered, for handlers before
+    keep_freed_memory()
     gc.collect()
     gc.freeze()  # what libraries and the model hold is never garbage, and to look through it takes a tenth of a second
     server.run(sockets=[listener])
