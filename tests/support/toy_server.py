@@ -11,7 +11,8 @@ import uvicorn
 from gr.config.serving import ServeConfig
 from gr.serving import Engine
 from gr.serving.http.connection import LimitedConfig
-from gr.serving.http.server import Served, application, listen
+from gr.serving.http.served import Served
+from gr.serving.http.server import application, listen
 from gr.serving.servable import ServedVersion
 
 Address = tuple[str, int]
@@ -25,7 +26,7 @@ def running(
     config = ServeConfig(port=0, connections=200, deadline_ms=10_000, **limits)
     with Engine(version, config) as engine, listen(config) as listener:
         served = Served(engine, "toy", config, None if lines is None else lines.append)
-        server = uvicorn.Server(LimitedConfig(application(served), config, served.refusal))
+        server = uvicorn.Server(LimitedConfig(application(served), served))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:
