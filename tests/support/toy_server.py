@@ -4,7 +4,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import BinaryIO
 
 import uvicorn
 
@@ -45,8 +46,9 @@ def exchange(address: Address, request: bytes, timeout: float = 10.0) -> tuple[i
         return answer_of(connection)
 
 
-def answer_of(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    with connection.makefile("rb") as file:
+def answer_of(connection: socket.socket, file: BinaryIO | None = None) -> tuple[int, dict[str, str], bytes]:
+    """file: of the connection, where answers follow each other."""
+    with nullcontext(file) if file is not None else connection.makefile("rb") as file:
         status = file.readline()
         if not status:
             return 0, {}, b""
