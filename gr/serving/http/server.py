@@ -1,6 +1,5 @@
 """The HTTP server: Open Inference Protocol, health and metrics in front of an engine. See docs/serving.md."""
 
-import gc
 import os
 import resource
 import signal
@@ -18,9 +17,9 @@ from starlette.routing import Route
 
 from gr import __version__
 from gr.config.serving import ServeConfig
-from gr.dist import keep_freed_memory
 from gr.errors import ServingError
 from gr.logging import get_logger
+from gr.serving.engine import settle_process
 from gr.serving.http.connection import LimitedConfig
 from gr.serving.http.metrics_text import CONTENT_TYPE, metrics_text
 from gr.serving.http.served import REQUEST_ID, Served, error_of, id_of
@@ -128,9 +127,7 @@ def serve(served: Served, listener: socket.socket) -> None:
     log.info("%s", describe(served, listener))
     server = uvicorn.Server(LimitedConfig(application(served), served))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is answered, for handlers before
-    keep_freed_memory()
-    gc.collect()
-    gc.freeze()  # what libraries and the model hold is never garbage, and to look through it takes a tenth of a second
+    settle_process()
     server.run(sockets=[listener])
 
 
