@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.serving_http PACKAGE --checkpoint RUN --input FILE [--connections 64]
 
 Connections ask for --seconds as fast as they are answered, each the next request of FILE when it has its answer; the
-servers take turns, --rounds times, and the median is shown. Processor time depends on other work much less than rates
+servers take turns, --rounds times, and medians are shown. Processor time depends on other work much less than rates
 do; the number that one core can answer a second is its inverse, where no other work is on that core.
 """
 
@@ -135,11 +135,13 @@ def main() -> None:
             for side in sides:
                 side.ask(options.connections, options.seconds)
     print(f"{options.rows} rows a request, {options.connections} connections, load {os.getloadavg()[0]:.1f}")
-    print("| | processor us a request | in rounds | answers |\n|---|---|---|---|")
+    print("| | processor us a request | in rounds | over the first, within a round | answers |\n|---|---|---|---|---|")
     for side in sides:
         measured = sorted(side.microseconds[1:])  # the first round is to begin with
+        ratios = [own / first for own, first in zip(side.microseconds[1:], sides[0].microseconds[1:], strict=True)]
         answers = ", ".join(f"{count:,} of {status}" for status, count in sorted(side.statuses.items()))
-        print(f"| {side.name} | {median(measured):.0f} | {measured[0]:.0f} to {measured[-1]:.0f} | {answers} |")
+        span = f"{measured[0]:.0f} to {measured[-1]:.0f}"
+        print(f"| {side.name} | {median(measured):.0f} | {span} | {median(ratios):.1f} | {answers} |")
 
 
 if __name__ == "__main__":

@@ -148,17 +148,24 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
 
 
 def use_cpu_well(world: World) -> None:
-    """Gives a rank that trains on CPU its share of the cores, and lets glibc keep freed memory. For entry points.
+    """Gives a rank that trains on CPU its share of the cores, and lets it keep freed memory. For entry points.
 
-    OMP_NUM_THREADS has precedence, except for the 1 that torchrun sets by itself. By default glibc maps each large
-    tensor of each step anew, and the kernel clears its pages.
+    OMP_NUM_THREADS has precedence, except for the 1 that torchrun sets by itself.
     """
     if world.device.type == "cpu":
         torch.set_num_threads(cpu_threads(world.local_size, len(os.sched_getaffinity(0)), os.environ))
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(_M_MMAP_MAX, 0)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what this process frees. For entry points.
+
+    By default it maps each large tensor of each step or batch anew, and the kernel clears its pages.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cpu_threads(local_size: int, cores: int, environment: Mapping[str, str]) -> int:

@@ -44,7 +44,8 @@ def command(
     require_serve("gr serve")
     from gr import logging
     from gr.serving.engine import Engine
-    from gr.serving.http.server import Served, listen, serve
+    from gr.serving.http.served import Served
+    from gr.serving.http.server import listen, serve
     from gr.serving.package.layout import read_current
     from gr.serving.package.version import Version
     from gr.serving.package.watch import Watch

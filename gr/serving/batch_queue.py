@@ -4,9 +4,8 @@ import math
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from gr.config.serving import EngineConfig
 from gr.errors import TransientError
@@ -26,6 +25,18 @@ class Overloaded(Unavailable, TransientError):
         self.retry_after = retry_after
 
 
+class Promise(Protocol):
+    """The side of a concurrent.futures.Future that the engine writes, in its own threads."""
+
+    def set_running_or_notify_cancel(self) -> bool: ...
+
+    def cancelled(self) -> bool: ...
+
+    def set_result(self, answer: Any, /) -> None: ...
+
+    def set_exception(self, error: BaseException, /) -> None: ...
+
+
 @dataclass(slots=True)
 class Request:
     """encoded: of `version`, which is whatever the caller holds. arrived, deadline: of time.monotonic()."""
@@ -33,7 +44,7 @@ class Request:
     version: Any
     encoded: Encoded
     deadline: float
-    future: Future
+    promise: Promise
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -166,7 +177,7 @@ class BatchQueue:
                 break
             self._waiting.popleft()
             self.rows -= request.encoded.rows
-            if request.future.set_running_or_notify_cancel() and request.deadline > now:
+            if request.promise.set_running_or_notify_cancel() and request.deadline > now:
                 batch.append(request)
                 rows = total
             else:

@@ -1,5 +1,6 @@
 """The engine: requests answered in batches by worker threads, by a version that can be swapped under load."""
 
+import gc
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,26 @@ import numpy as np
 import torch
 
 from gr.config.serving import EngineConfig
+from gr.dist import keep_freed_memory
 from gr.errors import ServingError, nearest
 from gr.logging import get_logger
-from gr.serving.batch_queue import BatchQueue, Overloaded, Request
+from gr.serving.batch_queue import BatchQueue, Overloaded, Promise, Request
 from gr.serving.metrics import EngineMetrics
 from gr.serving.package.version import Version
 from gr.serving.servable import RequestError, Servable, ServedVersion, Unavailable
 
 log = get_logger(__name__)
+
+
+def settle_process() -> None:
+    """Makes a process that serves, and has what it serves open, steady. For entry points.
+
+    It keeps freed memory; and what libraries and the model hold is never garbage, though to look through it takes a
+    tenth of a second.
+    """
+    keep_freed_memory()
+    gc.collect()
+    gc.freeze()
 
 
 class Answer(NamedTuple):
@@ -164,6 +177,20 @@ class Engine:
 
         deadline_ms: from the request's arrival; that of the configuration is the longest. arrived: as in require_room.
         """
+        future: Future[Answer] = Future()
+        self.submit_to(future, verb, columns, deadline_ms=deadline_ms, arrived=arrived)
+        return future
+
+    def submit_to(
+        self,
+        promise: Promise,
+        verb: str,
+        columns: Mapping[str, np.ndarray],
+        *,
+        deadline_ms: float | None = None,
+        arrived: float | None = None,
+    ) -> None:
+        """Gives the answer to `promise`; otherwise as submit."""
         self.servable(verb)
         seconds = min(deadline_ms or self.config.deadline_ms, self.config.deadline_ms) / 1e3
         arrived, held = time.monotonic() if arrived is None else arrived, self._acquire()
@@ -172,13 +199,11 @@ class Engine:
             encoded = held.version.verbs[verb].encode(columns)
             if encoded.rows > self.config.request_rows:
                 raise RequestError("rows", f"{encoded.rows:,} in one request, at most {self.config.request_rows:,}")
-            request = Request(held, encoded, arrived + seconds, Future(), arrived)
-            self._queues[verb].put(request)
+            self._queues[verb].put(Request(held, encoded, arrived + seconds, promise, arrived))
         except BaseException as error:
             held.release()
             self.metrics.refused(verb, error)
             raise
-        return request.future
 
     def _acquire(self) -> _Held:
         while not (held := self._held).acquire():  # a swap came between the two
@@ -262,7 +287,7 @@ class Engine:
         """Gives requests of one version their results, all of them by one look at each lock."""
         now = time.monotonic()
         requests[0].version.release(len(requests))
-        kept = [each for each in zip(requests, results, strict=True) if not each[0].future.cancelled()]
+        kept = [each for each in zip(requests, results, strict=True) if not each[0].promise.cancelled()]
         self.metrics.cancelled(verb, len(requests) - len(kept))
         self.metrics.answered(
             verb,
@@ -270,9 +295,9 @@ class Engine:
         )
         for request, result in kept:
             if isinstance(result, Answer):
-                request.future.set_result(result)
+                request.promise.set_result(result)
             else:
-                request.future.set_exception(result)
+                request.promise.set_exception(result)
 
     def close(self) -> None:
         """Answers what waits, then gives the version back. Requests after it are refused."""

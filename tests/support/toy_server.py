@@ -4,14 +4,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import BinaryIO
 
 import uvicorn
 
 from gr.config.serving import ServeConfig
 from gr.serving import Engine
 from gr.serving.http.connection import LimitedConfig
-from gr.serving.http.server import Served, application, listen
+from gr.serving.http.served import Served
+from gr.serving.http.server import application, listen
 from gr.serving.servable import ServedVersion
 
 Address = tuple[str, int]
@@ -25,7 +27,7 @@ def running(
     config = ServeConfig(port=0, connections=200, deadline_ms=10_000, **limits)
     with Engine(version, config) as engine, listen(config) as listener:
         served = Served(engine, "toy", config, None if lines is None else lines.append)
-        server = uvicorn.Server(LimitedConfig(application(served), config, served.refusal))
+        server = uvicorn.Server(LimitedConfig(application(served), served))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:
@@ -44,8 +46,9 @@ def exchange(address: Address, request: bytes, timeout: float = 10.0) -> tuple[i
         return answer_of(connection)
 
 
-def answer_of(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    with connection.makefile("rb") as file:
+def answer_of(connection: socket.socket, file: BinaryIO | None = None) -> tuple[int, dict[str, str], bytes]:
+    """file: of the connection, where answers follow each other."""
+    with nullcontext(file) if file is not None else connection.makefile("rb") as file:
         status = file.readline()
         if not status:
             return 0, {}, b""

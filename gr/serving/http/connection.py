@@ -1,35 +1,26 @@
-"""A connection of the HTTP server: uvicorn's, with admission, and limits on its number, headers and patience."""
+"""A connection of the HTTP server: uvicorn's, with inference past ASGI, and limits on number, headers and patience."""
 
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import uvicorn
 from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from gr.config.serving import ServeConfig
 from gr.serving.http.event_loop import Lateness
-
-Headers = Sequence[tuple[bytes, bytes]]  # names in lower case
-
-
-class Admission(Protocol):
-    def __call__(self, path: bytes, headers: Headers, begins: float) -> tuple[int, Mapping[str, str], bytes] | None:
-        """The answer to a POST that is refused before its body is read: status, headers and body; None: it is not.
-
-        begins: when the time of its deadline begins, by time.monotonic().
-        """
-        ...
+from gr.serving.http.inference import Inference
+from gr.serving.http.served import Served
 
 
 class LimitedConfig(uvicorn.Config):
-    """uvicorn's configuration with what each Connection reads: `limits`, `refusal`, and how late all of them are."""
+    """uvicorn's configuration with what each Connection reads: what is served, and how late all of them are."""
 
-    def __init__(self, app: Any, limits: ServeConfig, refusal: Admission) -> None:
-        self.limits, self.refusal, self.lateness = limits, refusal, Lateness()
+    def __init__(self, app: Any, served: Served) -> None:
+        self.served, self.lateness = served, Lateness()
+        limits = served.limits
         super().__init__(
             app,
             host=limits.host,
@@ -59,10 +50,11 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._limits = self.config.limits
+        self._limits = self.config.served.limits
         self._timer: asyncio.TimerHandle | None = None
-        self._reading, self._refused, self._header_bytes = False, False, 0
-        self._answered: RequestResponseCycle | None = None
+        self._due: float | None = None
+        self._reading, self._header_bytes = False, 0
+        self._answering: RequestResponseCycle | Inference | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -71,15 +63,24 @@ class Connection(HttpToolsProtocol):
         else:
             self._arm(self._limits.idle_seconds)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answered = cycle
-        super()._start_asgi_task(cycle, app)
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        if isinstance(cycle, Inference):
+            cycle.start()
+        else:
+            super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
-        if self._answered is not None:  # uvicorn tells the last request of several only, and the others' answers raise
-            self._answered.disconnected = True
-            self._answered.message_event.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        waiting = [cycle for cycle, _ in self.pipeline]
+        for each in (self._answering, *waiting):
+            if isinstance(each, Inference):
+                each.leave()
+            elif each is not None:  # uvicorn tells the last request of several only, and the others' answers raise
+                each.disconnected = True
+                each.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -107,40 +108,53 @@ class Connection(HttpToolsProtocol):
             self._too_long()
             raise HttpParserError("headers")  # nothing of it reaches the application
         late = self.config.lateness.seconds(self.loop)
-        self.scope["state"]["arrived"] = arrived = time.monotonic() - late
-        # Its answer will wait as long again until it is written, so the engine has so much less time.
-        self.scope["state"]["begins"] = begins = arrived - late
-        self._refused = self._refuse_early(begins)
-        if not self._refused:
+        arrived = time.monotonic() - late
+        path = self.config.served.infer_path(self.url) if self.parser.get_method() == b"POST" else None
+        if path is None:
+            self.scope["state"]["arrived"] = arrived
             super().on_headers_complete()
-
-    def _refuse_early(self, begins: float) -> bool:
-        """Answers what is refused now, without a task, a route or its body: under overload most requests are."""
-        is_first = self.cycle is None or self.cycle.response_complete  # and none before it is still answered
-        if not is_first or self.parser.get_method() != b"POST" or not self._has_short_body():
-            return False
-        if (answer := self.config.refusal(self.url, self.headers, begins)) is None:
-            return False
-        self._write(*answer, close=not self.parser.should_keep_alive())
-        return True
-
-    def _has_short_body(self) -> bool:
-        """One that is soon read past, for the next request on this connection."""
-        lengths = [value for name, value in self.headers if name == b"content-length"]
-        return len(lengths) == 1 and int(lengths[0]) <= self._limits.body_bytes
+            return
+        previous, self.cycle = self.cycle, (inference := Inference(self, self.config.served, path, self.headers))
+        # Its answer will wait as long again until it is written, so the engine has so much less time.
+        inference.arrived, inference.begins = arrived, arrived - late
+        inference.keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
+        inference.expects_continue = self.expect_100_continue
+        if previous is None or previous.response_complete:
+            self._start_asgi_task(inference, None)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((inference, None))
 
     def on_body(self, body: bytes) -> None:
-        if not self._refused:
+        if isinstance(self.cycle, Inference):
+            self.cycle.add(body)
+        else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._reading, self._header_bytes = False, 0
         self._disarm()
-        if self._refused:
-            self._refused = False
-            self._arm(self._limits.idle_seconds)
+        if isinstance(self.cycle, Inference):
+            self.cycle.end()
         else:
             super().on_message_complete()
+        if self.cycle.response_complete:  # before all of its body had come
+            self._arm(self._limits.idle_seconds)
+
+    def proceed(self) -> None:
+        """Tells a client that waits for it to send the body."""
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def answered(self) -> None:
+        """The answer to an inference has been written."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif not self._reading:
+            self._arm(self._limits.idle_seconds)
 
     def send_400_response(self, msg: str) -> None:
         if not self.transport.is_closing():
@@ -165,23 +179,36 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
             return
-        self._write(status, {"content-type": "application/json"}, json.dumps({"error": message}).encode(), close=True)
+        self.write(status, {"content-type": "application/json"}, json.dumps({"error": message}).encode(), close=True)
 
-    def _write(self, status: int, headers: Mapping[str, str], body: bytes, *, close: bool) -> None:
+    def write(self, status: int, headers: Mapping[str, str], body: bytes, *, close: bool) -> None:
+        """Writes a whole answer. close: the connection ends with it."""
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()] + ["connection: close\r\n"] * close
         head = f"{''.join(lines)}content-length: {len(body)}\r\n\r\n".encode()
-        self.transport.write(STATUS_LINE[status] + head + body)
+        date = [part for name, value in self.server_state.default_headers for part in (name, b": ", value, b"\r\n")]
+        self.transport.write(b"".join([STATUS_LINE[status], *date, head, body]))
         if close:
             self.transport.close()
 
     def _arm(self, seconds: float) -> None:
-        self._disarm()
-        self._timer = self.loop.call_later(seconds, self._late)
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
+        """Calls `_late` in `seconds`, not when it was armed for before. A timer that runs out earlier is left alone."""
+        self._due = self.loop.time() + seconds
+        if self._timer is not None and self._timer.when() > self._due:
             self._timer.cancel()
             self._timer = None
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._due, self._look)
+
+    def _disarm(self) -> None:
+        self._due = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._due is not None and self.loop.time() < self._due:
+            self._timer = self.loop.call_at(self._due, self._look)
+        elif self._due is not None:
+            self._due = None
+            self._late()
 
     def _late(self) -> None:
         # The answer to this request, or an earlier one, may be on its way; nothing else is written into it.
@@ -189,7 +216,7 @@ class Connection(HttpToolsProtocol):
         begun = self.cycle is not None and (
             self.cycle.response_started if in_body else not self.cycle.response_complete
         )
-        if self._reading and not begun and not self._refused:
+        if self._reading and not begun:
             self._refuse(408, f"the request did not end within {self._limits.read_seconds:g} seconds")
         else:
             self.transport.abort()

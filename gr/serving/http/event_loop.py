@@ -3,11 +3,12 @@
 import asyncio
 import time
 from collections import deque
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
-from gr.serving.engine import Answer
+from gr.logging import get_logger
 
+log = get_logger(__name__)
 _LOOK = 0.005  # seconds from what is read until the loop is asked how late it is
 _HALF_LIFE = 1.0  # seconds in which lateness that was found counts half
 
@@ -15,23 +16,17 @@ _HALF_LIFE = 1.0  # seconds in which lateness that was found counts half
 class Answers:
     """Brings the engine's answers into the event loop, all those of a batch at once.
 
-    asyncio.wrap_future wakes the loop once for each, and each time the thread that answers gives the interpreter away
-    and waits for it, for up to sys.getswitchinterval() seconds.
+    A wake-up for each would make the thread that answers give the interpreter away each time, and wait for it for up to
+    sys.getswitchinterval() seconds.
     """
 
     def __init__(self) -> None:
-        self._done: deque[tuple[asyncio.Future[Answer], Future[Answer]]] = deque()
+        self._done: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._awake = False
 
-    def of(self, future: "Future[Answer]") -> "asyncio.Future[Answer]":
-        """A future of the event loop for the result of `future`. Call it in the loop."""
-        loop = asyncio.get_running_loop()
-        own: asyncio.Future[Answer] = loop.create_future()
-        future.add_done_callback(partial(self._add, loop, own))
-        return own
-
-    def _add(self, loop: asyncio.AbstractEventLoop, own: "asyncio.Future[Answer]", future: "Future[Answer]") -> None:
-        self._done.append((own, future))
+    def add(self, loop: asyncio.AbstractEventLoop, take: Callable[[Any], None], result: Any) -> None:
+        """Calls `take` with `result` in the loop. It may be called in any thread."""
+        self._done.append((take, result))
         if not self._awake and not loop.is_closed():
             self._awake = True
             loop.call_soon_threadsafe(self._deliver)
@@ -39,13 +34,11 @@ class Answers:
     def _deliver(self) -> None:
         self._awake = False  # first, so that what is added from now on wakes the loop again
         while self._done:
-            own, future = self._done.popleft()
-            if own.cancelled():
-                continue
-            if (error := future.exception()) is None:
-                own.set_result(future.result())
-            else:
-                own.set_exception(error)
+            take, result = self._done.popleft()
+            try:
+                take(result)
+            except Exception:
+                log.exception("an answer could not be given")
 
 
 class Lateness:

@@ -40,7 +40,8 @@ def server(open_version: Callable[[], ServedVersion], limits: ServeConfig) -> It
 
 
 def _serve(open_version: Callable[[], ServedVersion], limits: ServeConfig, pipe: Connection) -> None:
-    from gr.serving.http.server import Served, listen, serve
+    from gr.serving.http.served import Served
+    from gr.serving.http.server import listen, serve
 
     logging.configure()
     try:

@@ -62,20 +62,21 @@ class EngineTarget:
             for count in counts:
                 for number in range(sent, count):
                     columns = self._requests[number % len(self._requests)]
-                    ask(self._engine, self._verb, columns, partial(outcomes.add, number))
+                    due = outcomes.started + outcomes.due[number]  # where this thread is behind, the request has waited
+                    ask(self._engine, self._verb, columns, partial(outcomes.add, number), due)
                 sent = count
             outcomes.all_there.wait()
         return outcomes.run()
 
 
-def ask(engine: Engine, verb: str, columns: Columns, add: Callable[[str], None]) -> None:
-    """Submits a request. add: is called with its outcome, ok, refused or failed."""
+def ask(engine: Engine, verb: str, columns: Columns, add: Callable[[str], None], arrived: float | None = None) -> None:
+    """Submits a request. add: is called with its outcome, ok, refused or failed. arrived: as in Engine.submit."""
 
     def ended(error: BaseException | None) -> None:
         add("ok" if error is None else "refused" if isinstance(error, Overloaded) else "failed")
 
     try:
-        future = engine.submit(verb, columns)
+        future = engine.submit(verb, columns, arrived=arrived)
     except ServingError as error:
         ended(error)
     else:

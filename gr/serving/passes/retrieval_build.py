@@ -33,7 +33,7 @@ from gr.tasks import require_product
 ITEM = "item_id"
 SHARD_ROWS = 1 << 18  # item vectors that are in memory together
 GOLDEN_EVENTS = 7
-TUNING_QUERIES = 512
+TUNING_QUERIES = 1024
 _HOUR = 3600  # between the events of a history that is made up
 
 log = get_logger(__name__)
@@ -115,11 +115,12 @@ def _index(
         queries_BD = torch.stack([query(*_history(saved, ids_T)) for ids_T in _popular(corpus, form)])
         index, measured = build_lists(exact, queries_BD, recall=config.index.recall, k=k)
         for each in measured:
-            chosen = " (chosen)" if each.probes == index.probes else ""
             log.info(
-                "inverted file: %d of %d lists searched, recall %.4f at %d on %d histories made up by popularity%s",
-                *(each.probes, each.lists, each.recall, each.k, each.queries, chosen),
+                "inverted file, %s: %d of %d lists searched, recall %.4f at %d on %d histories made up by popularity, "
+                "of others at least %.4f",
+                *(each.rows, each.probes, each.lists, each.recall, each.k, each.queries, each.least),
             )
+        log.info("inverted file: %d lists are searched", index.probes)
         index.save(path)
         probes.append(index.probes)
 

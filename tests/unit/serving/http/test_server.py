@@ -133,7 +133,10 @@ def test_an_answer_in_binary(address):
     ("request_bytes", "status", "message"),
     [
         (get("/v1"), 404, "GET /v1: not found"),
-        (get(INFER), 405, "method not allowed"),
+        (get(INFER), 405, "method not allowed, inference is a POST"),
+        (get(INFER).replace(b"GET", b"PUT"), 405, "method not allowed"),
+        (post(question(1), "/v2/models/toys/infer"), 404, "no model 'toys'; models: toy"),
+        (post(question(1), "/v2/models/t%6Fy/versions/step-1/infer?a"), 200, ""),
         (get("/v2/models/toys"), 404, "no model 'toys'; models: toy"),
         (post(question(1), "/v2/models/toy/versions/step-7/infer"), 404, "'step-7' of toy is not served; step-1 is"),
         (post(b"{}"), 400, "inputs: Field required"),
@@ -153,7 +156,7 @@ def test_an_answer_in_binary(address):
 )
 def test_a_wrong_request(address, request_bytes, status, message):
     got, answer = ask(address, request_bytes)
-    assert got == status and re.search(message, answer["error"]), answer
+    assert got == status and re.search(message, answer.get("error", "")), answer
 
 
 def test_requests_of_one_connection(address):
@@ -165,6 +168,55 @@ def test_requests_of_one_connection(address):
         status = connection.recv(1 << 16)
         while status.count(b"HTTP/1.1 200") < 2:
             status += connection.recv(1 << 16)
+
+
+def test_answers_come_in_the_order_of_the_requests_of_a_connection():
+    version = ToyVersion(1)
+    with running(version) as (served, address), socket.create_connection(address, 10) as connection:
+        with version.busy(served.engine):
+            connection.sendall(post(question(1)) + get("/v2") + post(b"{}") + get("/v2/health/live"))
+            until(lambda: served.engine.waiting()["score"])
+        with connection.makefile("rb") as file:
+            got = [answer_of(connection, file) for _ in range(4)]
+    assert [status for status, _, _ in got] == [200, 200, 400, 200]
+    assert b"outputs" in got[0][2] and b"extensions" in got[1][2] and b"inputs" in got[2][2] and b"live" in got[3][2]
+
+
+def test_a_client_that_asks_first_is_told_to_send_the_body(address):
+    with socket.create_connection(address, 10) as connection:
+        head, body = post(question(1), Expect="100-continue").split(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert answer_of(connection)[0] == 200
+
+
+def test_an_old_client_gets_one_answer(address):
+    with socket.create_connection(address, 10) as connection:
+        connection.sendall(post(question(1)).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        status, headers, _ = answer_of(connection)
+        assert (status, headers["connection"]) == (200, "close") and connection.recv(1) == b""
+
+
+def test_long_bodies_and_a_client_that_takes_its_answers_late():
+    x = np.arange(300_000, dtype=np.float32)
+    form = {"name": "x", "datatype": "FP32", "shape": [len(x)], "parameters": {"binary_data_size": x.nbytes}}
+    head = json.dumps({"inputs": [form], "parameters": {"binary_data_output": True}}).encode()
+    request = post(head + x.tobytes(), Inference_Header_Content_Length=str(len(head)))
+    with (
+        running(ToyVersion(1), request_rows=len(x)) as (served, address),
+        socket.create_connection(address, 10) as connection,
+    ):
+        connection.sendall(request)
+        until(lambda: served.responses[200] == 1)
+        connection.sendall(request + get("/v2"))
+        until(lambda: served.responses[200] >= 2)
+        with connection.makefile("rb") as file:
+            for _ in range(2):
+                status, headers, body = answer_of(connection, file)
+                y = np.frombuffer(body[int(headers["inference-header-content-length"]) :], np.float32)
+                assert status == 200 and (y[: len(x)] == x + 1).all()
+            assert answer_of(connection, file)[0] == 200
 
 
 def test_the_access_log_has_no_data_of_the_user(address, lines):
@@ -246,6 +298,7 @@ def test_bodies_together_are_limited():
         assert status == 503 and b"bodies of 1,000 bytes" in body
         slow.close()
         until(lambda: served.bodies == 0)
+        assert served.responses[499] == 1
         assert exchange(address, post(question(1)))[0] == 200
 
 
