@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from gr.config.optim import TABLE_OPTIMIZERS
-from gr.embeddings.huge_pages import take_huge_pages
+from gr.ops.huge_pages import take_huge_pages
 from gr.ops.row_update import StochasticRounding, row_update
 from gr.ops.row_update.reference import adam
 
