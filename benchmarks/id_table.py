@@ -41,7 +41,7 @@ def use(table: IdTable, ids_T: Tensor, step: int, min_count: int = 1) -> Tensor:
     """The row of each id; under LFU a use counts half after 16 steps."""
     ids_U, uses_U, place_T = count_ids(ids_T)
     stamp = step + 1 if table.score_SA.dtype == torch.int32 else 2.0 ** (step / 16)
-    return id_table_step(table, ids_U, uses_U, stamp, min_count).row_U[place_T]
+    return id_table_step(table, ids_U, uses_U, stamp, min_count).row_U.gather(0, place_T)
 
 
 def rate(rows: int, ways: int, eviction: str, uses: int, rounds: int, backend: Backend) -> float:

@@ -1,27 +1,41 @@
 """CPU seconds of a table's step by its number of rows, beside the dense update that CPU runs had before.
 
     OMP_NUM_THREADS=1 python -m benchmarks.row_update --rows 10000 100000 1000000 10000000 --ids 100000
+    OMP_NUM_THREADS=1 python -m benchmarks.row_update --whole-step
 
 A step is the lookup of --ids ids, drawn from --distinct random rows, its backward and the update. The dense update (a
 gradient as large as the table, and every row moved) is measured on a million rows at most, and goes over them as often
 as a larger table has them: its memory traffic is the same, and memory bounds it.
+
+--whole-step: of all of a training step of configs/retrieval/smoke.yaml instead, on a catalogue of each number of rows,
+with 16 negatives for each position and with 1,024 shared ones: 8 examples of 64 events, a few thousand distinct rows.
+Up to 65,536 items, negatives for each position look all items up (SMALL_CORPUS), and draw their places alone.
 """
 
 import argparse
+import gc
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
+from benchmarks.retrieval import alone, do_step, first_batches, training
+from gr.config import load_config
 from gr.config.optim import TABLE_OPTIMIZERS
-from gr.embeddings.huge_pages import take_huge_pages
+from gr.dist import use_cpu_well
+from gr.ops.huge_pages import take_huge_pages
 from gr.ops.row_update import StochasticRounding, row_update
 from gr.ops.row_update.reference import adam
+from gr.prepare.synthetic import StreamOptions, write_stream
+from gr.recipes.base import open_recipe
 
 BLOCK = 1_000_000
+NEGATIVES = {"per position": "{kind: per_position, count: 16}", "shared": "{kind: shared, count: 1024}"}
 SMALL_PAGES = "--small-pages" in sys.argv
 
 
@@ -78,6 +92,41 @@ def dense_step(ids_T: Tensor, gradient_TD: Tensor, rows: int) -> Callable[[int],
     return step
 
 
+def whole_steps(kind: str, folder: Path, rounds: int) -> Iterator[tuple[str, float]]:
+    """(negatives, CPU seconds of a training step) under one optimizer of the table, on the stream of a folder."""
+    here = alone("cpu")
+    use_cpu_well(here)
+    given = [
+        f"data.path={folder}/train",
+        f"evaluation.path={folder}/test",
+        "model.dim=16",
+        "trainer.global_batch_size=8",
+    ]
+    given.append(f"embeddings.optimizer={{kind: {kind}, lr: 0.001}}")
+    module = None
+    for name, negatives in NEGATIVES.items():
+        config = load_config("configs/retrieval/smoke.yaml", [*given, f"task.negatives={negatives}"])
+        if module is None:  # a table of 10 million rows takes 10 seconds to fill
+            _, module = training(config, here)
+        module.objective = open_recipe(config).objective(here)
+        batches = first_batches(config, here, 8)
+        yield name, cpu_seconds(lambda i, m=module, b=batches: do_step(m, b[i % 8], i), rounds)  # type: ignore[misc]
+
+
+def whole_step_table(all_rows: list[int], rounds: int) -> None:
+    taken: dict[tuple[str, str], list[float]] = {}
+    for rows in all_rows:
+        with tempfile.TemporaryDirectory(prefix="gr-rows-") as folder:
+            write_stream(StreamOptions(items=rows - 1, records=400, length=64), Path(folder))
+            for kind in TABLE_OPTIMIZERS:
+                for negatives, seconds in whole_steps(kind, Path(folder), rounds):
+                    taken.setdefault((kind, negatives), []).append(1e3 * seconds)
+                    print(rows, kind, negatives, f"{1e3 * seconds:.2f}", file=sys.stderr, flush=True)
+                gc.collect()  # of a model that has cycles
+    for (kind, negatives), ms in taken.items():
+        print(f"| {kind}, {negatives} | {' | '.join(f'{each:.2f}' for each in ms)} | {max(ms) / min(ms):.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
@@ -86,7 +135,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--small-pages", action="store_true", help="leave tables in pages of 4 kB")
+    parser.add_argument("--whole-step", action="store_true")
     options = parser.parse_args()
+    if options.whole_step:
+        torch.set_num_threads(1)
+        print(f"{describe('cpu')}. CPU ms of a training step\n")
+        print(f"| optimizer, negatives | {' | '.join(f'{rows:,} rows' for rows in options.rows)} | most / least |")
+        print("|---" * (len(options.rows) + 2) + "|")
+        return whole_step_table(options.rows, options.rounds)
     random = torch.Generator().manual_seed(0)
     gradient_TD = torch.randn(options.ids, options.dim, generator=random)
     print(

@@ -1,15 +1,14 @@
-"""What a step costs as ranks grow with the work: real gloo processes on this machine, beside what messages should cost.
+"""What a step costs as ranks grow with the work: real gloo processes on this machine, beside a simulated rank.
 
     python -m benchmarks.weak_scaling [--ranks 1 2 4 8] [--rows 20000] [--batch 8] [KEY=VALUE ...]
 
-Rows and examples a rank stay the same. CPU seconds of a rank and step are counted, for ranks share this machine's
-CPUs (GR_MORE_RANKS_THAN_CPUS): its wall time says how many CPUs there are, not what a rank does. Predicted: the step
-of the first number of ranks that share anything, with the messages (one to every other rank for each collective) and
-the bytes of this one in place of its own, at the cost of each that empty and large all-to-alls have in the same
-processes. Bytes are counted as they are given to collectives; bytes held are compared with the planner's.
-A second table says what a rank does over a lone rank's step, which has neither DDP nor TorchRec's exchange of ids:
-messages, bytes, the rest (Python of both, and tensors they make), and what the clock shows beside CPU time: waiting for
-other ranks, and for this machine's CPUs.
+Rows and examples a rank stay the same. CPU seconds of a rank and step are counted, the least of 24 steps, for ranks
+share this machine's CPUs (GR_MORE_RANKS_THAN_CPUS): its wall time says how many CPUs there are, not what a rank does.
+Predicted, from one process: a rank's own work, in a world whose other ranks do as it does and send nothing (Mirror:
+bucketing, permuting, deduplication and DDP begin with the second rank, and are all in it); its messages (one to every
+other rank for each collective) and its bytes, at the cost that empty and large all-to-alls have in gloo's processes.
+Bytes are counted as they are given to collectives; bytes held are compared with the planner's. Last, what the clock
+shows beside CPU time in the median step: waiting for other ranks, and for this machine's CPUs.
 """
 
 import argparse
@@ -18,13 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from os import environ
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.distributed import distributed_c10d
+from torch.distributed._shard import sharded_tensor, sharding_spec
 
 from benchmarks.machine import describe
 from benchmarks.retrieval import do_step, first_batches, training
@@ -34,7 +37,8 @@ from gr.dist import World, world
 from gr.planner.estimate import MEMORY, estimate
 from gr.prepare.synthetic import StreamOptions, write_stream
 
-WARMUPS, STEPS, ROUNDS = 3, 8, 5
+MIRRORED = "GR_WEAK_SCALING_MIRRORED"  # the ranks of a mirrored world, of a process that has none
+WARMUPS, STEPS = 3, 24
 LARGE = 1 << 20  # floats of a rank in an all-to-all that measures bytes
 COLLECTIVES = (
     "all_to_all_single",
@@ -43,6 +47,74 @@ COLLECTIVES = (
     "all_gather_into_tensor",
     "reduce_scatter_tensor",
 )
+
+
+class Mirror(dist.ProcessGroup):
+    """A group of one process, which is rank 0: each of the other ranks does as it does, at once.
+
+    So what they send to it is what it sends to itself, and a rank does all of its own work, at any number of ranks,
+    without messages. Sums are not taken, as nothing but their values would change.
+    """
+
+    def getBackendName(self) -> str:
+        return "mirror"
+
+    @property
+    def group_name(self) -> str:
+        return distributed_c10d._world.pg_names[self]
+
+    def allreduce(self, tensors, options=None) -> dist.Work:
+        return _done(tensors)
+
+    def broadcast(self, tensors, options=None) -> dist.Work:
+        return _done(tensors)
+
+    def barrier(self, options=None) -> dist.Work:
+        return _done([])
+
+    def allgather(self, taken, given, options=None) -> dist.Work:
+        for parts, own in zip(taken, given, strict=True):
+            for part in parts:
+                part.copy_(own)
+        return _done(taken)
+
+    def all_gather_single(self, taken, given, options=None) -> dist.Work:
+        taken.view(self.size(), -1).copy_(given.view(1, -1))
+        return _done([taken])
+
+    def reduce_scatter_single(self, taken, given, options=None) -> dist.Work:
+        taken.copy_(given[: len(taken)])
+        return _done([taken])
+
+    def all_to_all_single(self, taken, given, taken_sizes, given_sizes, options=None) -> dist.Work:
+        own = given[: given_sizes[0] if given_sizes else len(given) // self.size()]
+        for part in taken.split(taken_sizes or [len(own)] * self.size()):
+            # Vectors come by how many ids each rank was asked for, which differ a little.
+            shared = min(len(part), len(own))
+            part[:shared].copy_(own[:shared])
+            part[shared:].zero_()
+        return _done([taken])
+
+
+def _done(tensors: list[torch.Tensor]) -> dist.Work:
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(tensors)
+    return _create_work_from_future(future)
+
+
+@contextmanager
+def mirrored(ranks: int) -> Iterator[World]:
+    """This process as rank 0 of `ranks` that do as it does."""
+    dist.Backend.register_backend("mirror", lambda store, rank, size, timeout: Mirror(rank, size), devices=["cpu"])
+    environ["LOCAL_WORLD_SIZE"] = str(ranks)  # which TorchRec reads
+    # All ranks say that they have the rows of the first.
+    for module in (sharded_tensor.utils, sharding_spec.api):
+        module.validate_non_overlapping_shards_metadata = lambda shards: None
+    dist.init_process_group("mirror", store=dist.HashStore(), rank=0, world_size=ranks)
+    try:
+        yield World(0, ranks, 0, ranks, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
 
 
 class Counter:
@@ -66,32 +138,25 @@ class Counter:
         return call
 
 
-def least(work: Callable[[], None]) -> float:
-    """The least CPU seconds of ROUNDS calls, all threads."""
-    taken = []
-    for _ in range(ROUNDS):
-        began = time.process_time()
-        work()
-        taken.append(time.process_time() - began)
-    return min(taken)
-
-
 def message_costs(ranks: int) -> tuple[float, float]:
-    """CPU seconds of (a message, a byte given to a collective): from empty and from large all-to-alls."""
-    if ranks == 1:
+    """CPU seconds of (a message, a byte given to a collective): from empty and from large all-to-alls.
+
+    Each is called as a step calls it: with caches that other work has filled, and not right after another.
+    """
+    if ranks == 1 or dist.get_backend() == "mirror":
         return 0.0, 0.0
+    others = torch.zeros(2 * LARGE)
 
-    def exchange(count: int, times: int) -> Callable[[], None]:
-        given, taken = torch.ones(count * ranks), torch.empty(count * ranks)
+    def exchange(count: int, times: int) -> float:
+        given, taken, seconds = torch.ones(count * ranks), torch.empty(count * ranks), []
+        for _ in range(times):
+            others.add_(1)
+            began = time.process_time()
+            dist.all_to_all_single(taken, given)
+            seconds.append(time.process_time() - began)
+        return min(seconds)
 
-        def call() -> None:
-            for _ in range(times):
-                dist.all_to_all_single(taken, given)
-
-        return call
-
-    empty = least(exchange(1, 200)) / 200
-    large = least(exchange(LARGE // ranks, 4)) / 4
+    empty, large = exchange(1, 60), exchange(LARGE // ranks, 8)
     return empty / (ranks - 1), (large - empty) / (4 * (LARGE // ranks) * ranks)
 
 
@@ -114,8 +179,8 @@ def measured(config: RetrievalConfig, here: World) -> dict[str, float]:
     dense = sum(p.nbytes for p in module.dense.values())
     message, byte = message_costs(here.size)
     return {
-        "cpu": sorted(taken[WARMUPS:])[STEPS // 2],
-        "clock": sorted(passed[WARMUPS:])[STEPS // 2],
+        "cpu": min(taken[WARMUPS:]),
+        "waits": sorted(clock - cpu for clock, cpu in zip(passed, taken, strict=True))[STEPS // 2],
         "calls": counter.calls / STEPS + (here.size > 1),  # DDP's bucket goes past torch.distributed's functions
         "bytes": counter.bytes / STEPS + 2 * dense * (here.size > 1),
         "message": message,
@@ -129,17 +194,20 @@ def one_rank(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     config = load_config(arguments[0], arguments[1:])
     assert isinstance(config, RetrievalConfig), "a retrieval configuration"
-    with world("cpu") as here:
+    alone = int(environ.get(MIRRORED, 0))
+    with mirrored(alone) if alone else world("cpu") as here:
         own = measured(config, here)
         of_all = [json.loads(text) for text in here.gather_text(json.dumps(own))]
         if here.is_main:
             sys.stdout.write("RANKS " + json.dumps(of_all) + "\n")
 
 
-def run(ranks: int, config: str, overrides: Sequence[str]) -> list[dict[str, float]]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launch, "-m", "benchmarks.weak_scaling", config, *overrides]
-    done = subprocess.run(command, env={**environ, "GR_MORE_RANKS_THAN_CPUS": "1"}, capture_output=True, text=True)
+def run(ranks: int, arguments: Sequence[str], *, simulated: bool = False) -> list[dict[str, float]]:
+    """measured() of every rank. simulated: of a mirrored one."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *([] if simulated else launch), "-m", "benchmarks.weak_scaling", *arguments]
+    place = {"RANK": "0", MIRRORED: str(ranks)} if simulated else {"GR_MORE_RANKS_THAN_CPUS": "1"}
+    done = subprocess.run(command, env={**environ, **place}, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RANKS ")]
     if not lines:
         raise SystemExit(f"{ranks} ranks failed:\n{done.stderr[-2000:]}")
@@ -148,10 +216,6 @@ def run(ranks: int, config: str, overrides: Sequence[str]) -> list[dict[str, flo
 
 def mean(ranks: list[dict[str, float]], name: str) -> float:
     return sum(each[name] for each in ranks) / len(ranks)
-
-
-def predicted_cells(predicted: float, cpu: float) -> list[str]:
-    return [f"{1e3 * predicted:.1f}", f"{predicted / cpu - 1:+.1%}"]
 
 
 def main() -> None:
@@ -164,35 +228,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="examples a rank")
     options = parser.parse_args()
     print(f"{describe('cpu')}; {options.rows:,} rows and {options.batch} examples a rank\n")
-    names = ("ranks", "CPU ms a rank", "predicted", "error", "examples/CPU-s", "kB given", "held MB", "planned MB")
+    names = ["ranks", "CPU ms a rank", "own work", "messages", "bytes", "predicted", "error", "of one rank"]
+    names += ["predicted", "examples/CPU-s", "kB given", "held MB", "planned MB", "clock beside CPU ms"]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
-    base = None  # CPU seconds of a step without its messages and bytes
-    alone, over = None, []
+    alone = None  # CPU seconds of the first line
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory(prefix="gr-weak-") as folder:
             records = max(400, 2 * options.batch * ranks * (WARMUPS + STEPS))
             write_stream(StreamOptions(items=options.rows * ranks - 1, records=records, length=64), Path(folder))
             batch = f"trainer.global_batch_size={options.batch * ranks}"
-            given = [f"data.path={folder}/train", f"evaluation.path={folder}/test", batch, *options.overrides]
-            of_all = run(ranks, "configs/retrieval/smoke.yaml", given)
+            data = [f"data.path={folder}/train", f"evaluation.path={folder}/test"]
+            given = ["configs/retrieval/smoke.yaml", *data, batch, *options.overrides]
+            of_all, own = run(ranks, given), mean(run(ranks, given, simulated=True), "cpu")
         cpu, messages = mean(of_all, "cpu"), mean(of_all, "calls") * (ranks - 1) * mean(of_all, "message")
         moved = mean(of_all, "bytes") * mean(of_all, "byte")
-        sent = messages + moved
-        cells = [f"{ranks}", f"{1e3 * cpu:.1f}", *(["-"] * 2 if base is None else predicted_cells(base + sent, cpu))]
-        if base is None and ranks > 1:
-            base = cpu - sent
+        predicted = own + messages + moved
+        alone = cpu if alone is None else alone
+        cells = [f"{ranks}", *(f"{1e3 * each:.1f}" for each in (cpu, own, messages, moved, predicted))]
+        cells += [f"{predicted / cpu - 1:+.1%}", f"{cpu / alone:.2f}", f"{predicted / alone:.2f}"]
         cells += [f"{options.batch / cpu:.0f}", f"{mean(of_all, 'bytes') / 1e3:.0f}"]
         cells += [f"{max(each[name] for each in of_all) / 1e6:.3f}" for name in ("held", "planned")]
-        print(f"| {' | '.join(cells)} |", flush=True)
-        alone = cpu if ranks == 1 else alone
-        if alone is not None and ranks > 1:
-            waits = mean(of_all, "clock") - cpu
-            parts = (cpu - alone, messages, moved, cpu - alone - sent, waits)
-            over.append(f"| {ranks} | {cpu / alone:.2f} | {' | '.join(f'{1e3 * part:.1f}' for part in parts)} |")
-    if over:
-        names = ("ranks", "a lone rank = 1", "ms over it", "messages", "bytes", "the rest", "clock beside CPU")
-        print(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
-        print("\n".join(over))
+        print(f"| {' | '.join(cells)} | {1e3 * mean(of_all, 'waits'):.1f} |", flush=True)
 
 
 if __name__ == "__main__":

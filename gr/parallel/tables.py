@@ -18,11 +18,11 @@ from gr.config.inventory import FUSED_KERNELS, SHARDING_TYPES, CommDtype, kernel
 from gr.config.planner import PlannerConfig
 from gr.config.run import EmbeddingsConfig
 from gr.embeddings import table_weights
-from gr.embeddings.huge_pages import take_huge_pages
 from gr.embeddings.index_dedup import have_index_dedup_on_cpu
 from gr.embeddings.local_shards import local_shards, take_lookups
 from gr.embeddings.optimizers import fused_params
 from gr.errors import PlanError
+from gr.ops.huge_pages import take_huge_pages
 from gr.parallel.communication import codecs
 from gr.parallel.dense import PlainDataParallel
 from gr.parallel.groups import sharding_env

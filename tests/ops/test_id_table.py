@@ -48,10 +48,11 @@ def walked(backend: Backend, tables: list[IdTable], stream: list[Tensor], min_co
 
 @pytest.mark.parametrize("min_count", [1, 3])
 @pytest.mark.parametrize("score", [torch.int32, torch.float32])
-def test_one_map_under_every_implementation_and_split(score: torch.dtype, min_count: int) -> None:
+@pytest.mark.parametrize(("sets", "ways"), [(64, 20), (13, 100)])
+def test_one_map_under_every_implementation_and_split(sets: int, ways: int, score: torch.dtype, min_count: int) -> None:
     expected = None
     for backend, parts in [("torch", 1), ("native", 1), ("torch", 3), ("native", 4)]:
-        tables = [new_table(64, 20, score, counted=min_count > 1, part=(part, parts)) for part in range(parts)]
+        tables = [new_table(sets, ways, score, counted=min_count > 1, part=(part, parts)) for part in range(parts)]
         did = walked(backend, tables, catalogue(20), min_count)
         names = ("key_SA", "score_SA", "tag_SA") + (("seen_SC",) if min_count > 1 else ())
         state = [torch.cat([getattr(table, name) for table in tables]) for name in names]
@@ -145,7 +146,7 @@ def test_refuses_other_shapes() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ways", [2, 8, 13])
+@pytest.mark.parametrize("ways", [2, 8, 13, 100])
 def test_rows_that_are_only_read_are_those_of_a_step(backend: Backend, ways: int) -> None:
     """Of ids with and without a row, given more than once, by one rank of two; the first way is of those without."""
     table = IdTable.empty(5, 11, 11, ways, torch.int32, counted=False)

@@ -4,21 +4,30 @@
 // before a key is read, and what the next ids will need is asked for early.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace gr::id_table {
 namespace {
 
-constexpr int64_t kBlock = 16, kUsesPerPart = 1024, kAhead = 6;
+constexpr int64_t kBlock = 16, kUsesPerPart = 1024;
+constexpr size_t kAhead = 6;
 constexpr int kMostCount = 255, kMostBits = 11;
 
 inline uint64_t splitmix64(uint64_t x) {
@@ -38,12 +47,11 @@ at::Tensor copied(std::vector<int64_t>& from, const at::Tensor& like) {
 // fits the cache, and the table is then read from its first set to its last.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> count_ids(const at::Tensor& ids) {
   struct Use {
-    int64_t id, index;
-  };
-  struct Slot {
-    int64_t id, place;
+    int64_t id;
+    uint32_t index, hash;
   };
   const int64_t count = ids.numel();
+  TORCH_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max(), count, " ids at a time, at most 2^31 - 1");
   const int64_t* id = ids.const_data_ptr<int64_t>();
   const int bits = std::clamp(static_cast<int>(std::bit_width(static_cast<uint64_t>(count / kUsesPerPart))), 1, kMostBits);
   const auto part_of = [&](uint64_t hash) { return hash >> (64 - bits); };
@@ -51,39 +59,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> count_ids(const at::Tensor& ids) 
   for (int64_t i = 0; i < count; ++i) ++starts[part_of(splitmix64(id[i])) + 1];
   const int64_t largest = *std::max_element(starts.begin(), starts.end());
   for (size_t part = 1; part < starts.size(); ++part) starts[part] += starts[part - 1];
-  std::vector<Use> uses(count);
+  const std::unique_ptr<Use[]> uses(new Use[count]);
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  for (int64_t i = 0; i < count; ++i) uses[next[part_of(splitmix64(id[i]))]++] = {id[i], i};
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t hash = splitmix64(id[i]);
+    uses[next[part_of(hash)]++] = {id[i], static_cast<uint32_t>(i), static_cast<uint32_t>(hash)};
+  }
 
-  at::Tensor place = at::empty({count}, ids.options());
+  at::Tensor distinct = at::empty({count}, ids.options()), times = at::empty_like(distinct), place = at::empty_like(distinct);
+  int64_t *raw = distinct.mutable_data_ptr<int64_t>(), *uses_of = times.mutable_data_ptr<int64_t>();
   int64_t* at_place = place.mutable_data_ptr<int64_t>();
-  std::vector<int64_t> distinct, times;
-  distinct.reserve(count);
-  times.reserve(count);
-  // Twice as many slots as uses of a part, so probes are short. A slot of an earlier part counts as empty.
-  const uint64_t slots = std::bit_ceil(static_cast<uint64_t>(2 * largest + 2));
-  std::vector<Slot> table(slots, Slot{0, -1});
+  // Twice as many slots as uses of a part, so probes are short. A slot of an earlier part counts as empty, and an empty one as
+  // the place of the next new id: then whether an id is new, which nothing foretells, decides no branch.
+  std::vector<int32_t> slots(std::bit_ceil(static_cast<uint64_t>(2 * largest + 2)), -1);
+  int32_t total = 0;
   for (size_t part = 0; part + 1 < starts.size(); ++part) {
-    const int64_t first = static_cast<int64_t>(distinct.size());
+    const int32_t first = total;
     const uint64_t mask = std::bit_ceil(static_cast<uint64_t>(2 * (starts[part + 1] - starts[part]) + 2)) - 1;
     for (int64_t i = starts[part]; i < starts[part + 1]; ++i) {
-      uint64_t s = splitmix64(uses[i].id) & mask;
-      while (table[s].place >= first && table[s].id != uses[i].id) s = (s + 1) & mask;
-      if (table[s].place < first) {
-        table[s] = {uses[i].id, static_cast<int64_t>(distinct.size())};
-        distinct.push_back(uses[i].id);
-        times.push_back(0);
-      }
-      ++times[table[s].place];
-      at_place[uses[i].index] = table[s].place;
+      raw[total] = uses[i].id;
+      uses_of[total] = 0;
+      uint64_t slot = uses[i].hash & mask;
+      int32_t own;
+      while (raw[own = slots[slot] >= first ? slots[slot] : total] != uses[i].id) slot = (slot + 1) & mask;
+      slots[slot] = own;
+      ++uses_of[own];
+      at_place[uses[i].index] = own;
+      total += own == total;
     }
   }
-  return {copied(distinct, ids), copied(times, ids), place};
+  return {distinct.narrow(0, 0, total), times.narrow(0, 0, total), place};
 }
 
-// The first way from `from` on whose tag may be `tag`, or 0: eight tags are compared at once, and a way after one that
-// matches may be named wrongly, which its key then tells.
+// The first way from `from` on whose tag may be `tag`, or 0: 64 tags are compared at once, or eight, and of these a way after
+// one that matches may be named wrongly, which its key then tells.
 inline int64_t next_match(const uint8_t* tags, int64_t ways, uint8_t tag, int64_t from) {
+#if defined(__AVX512BW__)
+  for (int64_t way = from; way < ways; way += 64) {
+    const __mmask64 lanes = ways - way < 64 ? (uint64_t{1} << (ways - way)) - 1 : ~uint64_t{0};
+    const uint64_t same = _mm512_mask_cmpeq_epi8_mask(lanes, _mm512_maskz_loadu_epi8(lanes, tags + way), _mm512_set1_epi8(tag));
+    if (same) return way + std::countr_zero(same);
+  }
+#else
   constexpr uint64_t kOnes = 0x0101010101010101;
   for (int64_t way = from & ~int64_t{7}; way + 8 <= ways; way += 8) {
     uint64_t word;
@@ -95,6 +112,7 @@ inline int64_t next_match(const uint8_t* tags, int64_t ways, uint8_t tag, int64_
   }
   for (int64_t way = std::max(ways & ~int64_t{7}, from); way < ways; ++way)
     if (tags[way] == tag) return way;
+#endif
   return 0;
 }
 
@@ -105,18 +123,30 @@ struct Contender {
   }
 };
 
+// Contenders in their order: dealt to ranges of sets first, for most sets of a step have one or two.
+std::vector<Contender> sorted(const std::vector<Contender>& contenders, int64_t sets) {
+  const uint64_t ranges = std::bit_ceil(contenders.size() / 4 + 1), scale = (ranges << 32) / sets;
+  const auto range_of = [&](const Contender& each) { return each.set * scale >> 32; };
+  std::vector<int64_t> stops(ranges + 1, 0);
+  for (const Contender& each : contenders) ++stops[range_of(each) + 1];
+  for (uint64_t range = 1; range <= ranges; ++range) stops[range] += stops[range - 1];
+  std::vector<Contender> dealt(contenders.size());
+  for (const Contender& each : contenders) dealt[stops[range_of(each)]++] = each;  // a range's start becomes its stop
+  int64_t start = 0;
+  for (uint64_t range = 0; range < ranges; start = stops[range++]) std::sort(dealt.begin() + start, dealt.begin() + stops[range]);
+  return dealt;
+}
+
 template <typename Score> Score entry_score(int64_t uses, double stamp) {
   return static_cast<Score>(std::is_same_v<Score, int32_t> ? stamp : static_cast<double>(uses) * stamp);
 }
 
-// The weakest way of a set but the first, the lowest of equals. The bits of floats that are not negative order as the floats
-// do, and empty ways have one negative score.
+// The weakest way of a set but the first, the lowest of equals, by one minimum of both. The bits of floats that are not
+// negative order as the floats do, and empty ways have one negative score.
 inline int64_t weakest(const int32_t* __restrict bits, int64_t ways) {
-  int32_t least = bits[1];
-  for (int64_t way = 2; way < ways; ++way) least = std::min(least, bits[way]);
-  int64_t way = 1;
-  while (bits[way] != least) ++way;
-  return way;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t way = 1; way < ways; ++way) least = std::min(least, (int64_t{bits[way]} << 32) + way);
+  return least & 0xFFFFFFFF;
 }
 
 template <typename Score> struct Table {
@@ -178,9 +208,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const Table<Score>& t, const
   }
   if (t.seen)
     std::erase_if(contenders, [&](const Contender& each) { return *t.counter(each.set, splitmix64(each.id)) < min_count; });
-  std::sort(contenders.begin(), contenders.end());
+  contenders = sorted(contenders, t.own);
   // A set's contenders come with falling scores and its ways with rising ones: after one that loses, all others do.
-  std::vector<int64_t> entered, evicted;
+  std::vector<int64_t> entered, taken, evicted;
+  const auto hand_over = [&](size_t n) {  // after the key of its way was asked for
+    const int64_t raw = id[entered[n]];
+    evicted.push_back(std::exchange(t.key[taken[n]], raw));
+    t.tag[taken[n]] = splitmix64(raw) & 0xFF;
+  };
   int64_t lost = -1;
   for (size_t n = 0; n < contenders.size(); ++n) {
     const Contender& each = contenders[n];
@@ -195,13 +230,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const Table<Score>& t, const
       lost = each.set;
       continue;
     }
-    entered.push_back(each.index);
-    evicted.push_back(t.key[base + way]);
-    t.key[base + way] = each.id;
-    t.tag[base + way] = splitmix64(each.id) & 0xFF;
     t.score[base + way] = gained;
     rows[each.index] += way;
+    __builtin_prefetch(t.key + base + way, 1);
+    entered.push_back(each.index);
+    taken.push_back(base + way);
+    if (taken.size() > kAhead) hand_over(evicted.size());
   }
+  while (evicted.size() < taken.size()) hand_over(evicted.size());
   return {row, copied(entered, ids), copied(evicted, ids)};
 }
 
@@ -237,8 +273,8 @@ at::Tensor id_table_find(const at::Tensor& key, const at::Tensor& tag, int64_t f
   at::Tensor row = at::empty({T}, asked.options());
   int64_t* rows = row.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < T; ++i) {
-    if (i + kAhead < T) {
-      const int64_t later = scaled(splitmix64(id[i + kAhead]) >> 32, sets) - first;
+    if (i + kBlock < T) {
+      const int64_t later = scaled(splitmix64(id[i + kBlock]) >> 32, sets) - first;
       if (later >= 0 && later < own) __builtin_prefetch(tags + later * ways);
     }
     const uint64_t h = splitmix64(id[i]);

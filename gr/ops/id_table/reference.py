@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gr.ops.huge_pages import take_huge_pages
 from gr.ops.splitmix64 import shift_right, splitmix64
 
 EMPTY = torch.iinfo(torch.int64).min
@@ -45,14 +46,24 @@ class IdTable:
     @classmethod
     def empty(cls, first: int, stop: int, sets: int, ways: int, score: torch.dtype, *, counted: bool) -> "IdTable":
         """Sets [first, stop) without ids."""
-        key_SA = torch.full((stop - first, ways), EMPTY)
-        score_SA = torch.full_like(key_SA, EMPTY_SCORE, dtype=score)
-        seen_SC = torch.zeros(stop - first, COUNTERS * ways, dtype=torch.uint8) if counted else None
-        return cls(key_SA, score_SA, tag_of(key_SA), seen_SC, first, sets)
+        empty_tag = int(tag_of(torch.tensor(EMPTY)))
+        key_SA, score_SA, tag_SA = (
+            _filled(stop - first, ways, value, dtype)
+            for value, dtype in ((EMPTY, torch.int64), (EMPTY_SCORE, score), (empty_tag, torch.uint8))
+        )
+        seen_SC = _filled(stop - first, COUNTERS * ways, 0, torch.uint8) if counted else None
+        return cls(key_SA, score_SA, tag_SA, seen_SC, first, sets)
 
     @property
     def ways(self) -> int:
         return self.key_SA.shape[1]
+
+
+def _filled(sets: int, width: int, value: int, dtype: torch.dtype) -> Tensor:
+    """In huge pages: a step reads lines of a table that lie far apart."""
+    tensor = torch.empty(sets, width, dtype=dtype)
+    take_huge_pages(tensor)
+    return tensor.fill_(value)
 
 
 class Step(NamedTuple):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from gr.embeddings.huge_pages import PAGE_BYTES, take_huge_pages
+from gr.ops.huge_pages import PAGE_BYTES, take_huge_pages
 
 
 def flags_at(address: int) -> str:
