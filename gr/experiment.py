@@ -202,7 +202,13 @@ def predict(config: RunConfig, checkpoint: Path, world: World, file: Path, out: 
 
 
 def embed(config: RunConfig, checkpoint: Path, world: World, folder: Path) -> dict[str, int]:
-    """Writes items.parquet and users.parquet of ids and vectors into a folder; returns their rows. Collective."""
+    """Writes items.parquet and users.parquet of ids and vectors into a folder; returns their rows. Collective.
+
+    Raises ConfigError where the folder holds more than these: items.parquet of a data folder is another file.
+    """
+    files = {"items.parquet", "users.parquet"}
+    if folder.is_dir() and (others := sorted({path.name for path in folder.iterdir()} - files)):
+        raise ConfigError(f"out={folder}: holds {others[0]}, so it is no folder of vectors; name another folder")
     with trained(config, checkpoint, world) as built:
         parts = built.recipe.embed(built.model, world)
         try:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,27 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, with the line where there is one, for any other text."""
+def parse_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """The value of a JSON text, where a byte-order mark may stand first.
+
+    parse_constant: takes NaN, Infinity and -Infinity. Raises ValueError, with the line where there is one, for any
+    other text, and where an object has a key twice: which of the two was meant, nobody knows.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=parse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from None
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice; keep one")
+    return value
 
 
 def read_json(path: Path, fault: type[Exception], remedy: str) -> dict[str, Any]:

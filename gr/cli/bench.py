@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gr.cli.lazy import FiniteRange
 from gr.cli.out import dump, say
 from gr.cli.serve import require_serve
 from gr.config.serving import EngineConfig, ServeConfig
@@ -51,8 +52,8 @@ class Bench:
 @click.option("--input", "file", required=True, type=click.Path(path_type=Path), help="Parquet file of rows.")
 @click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="Rows of a request.")
 @click.option("--scenario", default="server", show_default=True, type=click.Choice(["server", "offline"]))
-@click.option("--p99-ms", default=60.0, show_default=True, type=click.FloatRange(0, min_open=True))
-@click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of a run.")
+@click.option("--p99-ms", default=60.0, show_default=True, type=FiniteRange(0, min_open=True))
+@click.option("--seconds", default=3.0, show_default=True, type=FiniteRange(0, min_open=True), help="Of a run.")
 @click.option("--http", is_flag=True, help="Ask a server in a process of its own, not the engine in this one.")
 @click.option(
     "--against",

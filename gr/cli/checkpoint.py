@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -40,15 +40,15 @@ def on_checkpoint(function: Function) -> Function:
     return command
 
 
-def writing(what: str) -> Callable[[Function], Function]:
-    """A command with an option --out, which is not there yet unless --force is set. what: a file or a folder."""
+def writing(what: Literal["file", "folder"]) -> Callable[[Function], Function]:
+    """A command with an option --out, which is not there yet unless --force is set."""
 
     def decorate(function: Function) -> Function:
-        @click.option("--out", required=True, type=click.Path(path_type=Path), help=f"{what} to write.")
+        @click.option("--out", required=True, type=click.Path(path_type=Path), help=f"{what.capitalize()} to write.")
         @click.option("--force", is_flag=True, help="Replace what is there.")
         @functools.wraps(function)
         def command(out: Path, force: bool, **options: Any) -> None:
-            check_out(out, force)
+            check_out(out, force, what)
             function(out=out, **options)
 
         return command

@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 import click
 
+from gr.cli.lazy import StrictGroup
 from gr.cli.out import dump, say
 from gr.config import differences, dump_config, json_schema, load_config, packaged
 from gr.config.explain import Keys, Meaning
@@ -13,7 +14,7 @@ _path = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[a.b.c=value]...")
 
 
-@click.group()
+@click.group(cls=StrictGroup)
 def command() -> None:
     """List, show, check, compare or explain configurations."""
 

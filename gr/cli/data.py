@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from gr.cli.lazy import StrictGroup
 from gr.cli.out import check_picture, say
 from gr.errors import ConfigError
 
 _LINES, _COLUMNS = 24, 80
 
 
-@click.group()
+@click.group(cls=StrictGroup)
 def command() -> None:
     """Look at data folders."""
 

@@ -13,7 +13,7 @@ from gr.cli.out import say
     help="Write items.parquet and users.parquet of CHECKPOINT: ids of your log and vectors, whose dot product is the "
     "score that `gr recommend` ranks by. The users are those of evaluation.path, or else data.path."
 )
-@writing("Folder")
+@writing("folder")
 @on_checkpoint
 def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, **options: Any) -> None:
     from gr.api import embed

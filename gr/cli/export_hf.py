@@ -12,7 +12,7 @@ from gr.units import size
 @click.command(
     help="Write the causal language model of CHECKPOINT as the folder OUT: config.json, safetensors, tokenizer.json."
 )
-@writing("Folder")
+@writing("folder")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--shard-mb", type=click.IntRange(1), default=5000, show_default=True, help="Size of a file at most.")
 @on_checkpoint

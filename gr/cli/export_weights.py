@@ -12,7 +12,7 @@ from gr.units import size
 @click.command(
     help="Write the weights of CHECKPOINT as OUT (.safetensors), with its schema and configuration in the header."
 )
-@writing("File")
+@writing("file")
 @on_checkpoint
 def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, plugins: tuple[str, ...]) -> None:
     from gr.errors import ConfigError

@@ -2,14 +2,28 @@
 
 import difflib
 import importlib
+import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import click
 
 
+class FiniteRange(click.FloatRange):
+    """A range of numbers. click takes nan for a number in it, as nan is not below its least."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is no finite number.", param, ctx)
+        return number
+
+
 class StrictGroup(click.Group):
-    """An option of one value that is given twice is an error, of which click would take the last without a word."""
+    """An option of one value that is given twice is an error, of which click would take the last without a word; and so
+    is an empty word, as a variable of the shell that is not set makes it: as a path it would be the working folder.
+    """
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         name, command, rest = super().resolve_command(ctx, args)
@@ -17,13 +31,21 @@ class StrictGroup(click.Group):
             ctx.fail("an argument has a NUL in it")
         if command is not None and not isinstance(command, click.Group):
             trial = click.Context(command, info_name=name, parent=ctx, resilient_parsing=True)
-            _, _, order = command.make_parser(trial).parse_args(list(rest))
+            values, _, order = command.make_parser(trial).parse_args(list(rest))
+            if empty := [option for option in order if "" in _listed(values.get(option.name or ""))]:
+                ctx.fail(
+                    f"{empty[0].get_error_hint(ctx)} is empty: write a value, or leave it out; . is the working folder"
+                )
             single = Counter(
                 option.opts[0] for option in order if isinstance(option, click.Option) and not option.multiple
             )
             if twice := [option for option, count in single.items() if count > 1]:
                 ctx.fail(f"{twice[0]} is given {single[twice[0]]} times, and takes one value")
         return name, command, rest
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class LazyGroup(StrictGroup):

@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -43,10 +43,12 @@ def show(table: "RenderableType", width: int = 0) -> None:
     Console(width=max(Console().width, width) if width else None).print(table)
 
 
-def check_out(out: Path, force: bool) -> None:
-    """Raises ConfigError where the file of --out is there already, or cannot be."""
+def check_out(out: Path, force: bool, kind: Literal["file", "folder"] = "file") -> None:
+    """Raises ConfigError where --out is there already, is of another kind (or a device, say), or cannot be."""
     if out.exists() and not force:
-        raise ConfigError(f"--out={out} exists: name another file, or replace it with --force")
+        raise ConfigError(f"--out={out} exists: name another {kind}, or replace it with --force")
+    if out.exists() and not (out.is_file() if kind == "file" else out.is_dir()):
+        raise ConfigError(f"--out={out} is no {kind}, so --force does not replace it: name another {kind}")
     if not out.parent.is_dir():
         raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
 

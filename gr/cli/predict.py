@@ -16,7 +16,7 @@ from gr.cli.out import say
     "evaluation.path, or else data.path. Ids are those of your log."
 )
 @click.option("--input", "file", required=True, type=click.Path(path_type=Path), help="Parquet file of rows.")
-@writing("File")
+@writing("file")
 @on_checkpoint
 def command(checkpoint: str, overrides: tuple[str, ...], rank: int, file: Path, out: Path, **options: Any) -> None:
     from gr.api import predict

@@ -34,8 +34,8 @@ def _folder(name: str, text: str, **more: Any) -> click.Option:
 
 def _size(field: Field) -> click.Option:
     """Option of a field that gr.prepare.generate.size declares."""
-    at_least = field.metadata["at_least"]
-    kind = type(field.default) if at_least is None else click.IntRange(at_least)
+    at_least, at_most = field.metadata["at_least"], field.metadata["at_most"]
+    kind = type(field.default) if at_least is None else click.IntRange(at_least, at_most)
     return _option(f"--{field.name.replace('_', '-')}", field.metadata["help"], default=field.default, type=kind)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from gr.cli.lazy import FiniteRange
 from gr.cli.out import say
 
 _HELP = """Turn your own log of interactions into a data folder, in bounded memory.\n
@@ -47,11 +48,11 @@ _OPTIONS = [
     click.Option(
         ["--test-users"],
         help="Write train/ and test/: this share of users is tested on.",
-        type=click.FloatRange(0, 1, True, True),
+        type=FiniteRange(0, 1, True, True),
     ),
     _file("--vocabulary", "Prepared folder whose ids are used; items without one are left out."),
     click.Option(
-        ["--memory"], help="GiB of memory for sorting; more goes to disk.", type=click.FloatRange(0.1), default=0.5
+        ["--memory"], help="GiB of memory for sorting; more goes to disk.", type=FiniteRange(0.1, 1e6), default=0.5
     ),
     click.Option(["--name"], help="Name of the data set, for reports.", default="events"),
     _file("--out", "Data folder to write.", required=True),

@@ -6,6 +6,7 @@ import click
 
 from gr.cli.checkpoint import on_checkpoint
 from gr.cli.export import report
+from gr.cli.lazy import FiniteRange
 from gr.cli.out import say
 from gr.units import size
 
@@ -22,7 +23,7 @@ from gr.units import size
     "--watch",
     is_flag=False,
     flag_value=10.0,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="[SECONDS]",
     help="Follow the run, whose folder CHECKPOINT is; look for another every 10 seconds, or as often as is said.",
 )

@@ -27,7 +27,7 @@ from gr.cli.out import say
     help="What users get that have no history or are not in the data.",
 )
 @click.option("--holdout", type=click.IntRange(0, 1), default=0, show_default=True, help="Newest events left out.")
-@writing("File")
+@writing("file")
 @on_checkpoint
 def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, **options: Any) -> None:
     from gr.api import recommend

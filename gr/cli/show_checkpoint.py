@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gr.cli.lazy import StrictGroup
 from gr.cli.out import dump, say
 from gr.units import size
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from gr.checkpoint.contents import Contents, SavedTensor
 
 
-@click.group()
+@click.group(cls=StrictGroup)
 def command() -> None:
     """Look at checkpoints."""
 

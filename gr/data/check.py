@@ -4,7 +4,6 @@ B rows of a row group, T events of them, E items. Memory: a row group, 16 bytes 
 one byte for each row of the tables of a tabular folder, and the user ids of `_USERS_AT_ONCE` users.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from gr.data.parquet import RowGroup
 from gr.data.tabular import TabularDataset
 from gr.data.validate import LAST_SECOND, Fault
 from gr.errors import DataError
+from gr.files import parse_json
 from gr.schema import LARGEST_DENSE, SCHEMA_FILE, UNCOUNTED_EVENTS, SparseColumn
 
 SHORT = 3  # events from which a user has a test target, a validation target and an event before them
@@ -75,8 +75,8 @@ def check_folder(folder: Path | str) -> Check:
 def is_tabular(folder: Path) -> bool:
     """Whether its schema.json describes a tabular folder; False where that cannot be read."""
     try:
-        fields = json.loads((folder / SCHEMA_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        fields = parse_json((folder / SCHEMA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False  # DataSchema.load will say what is wrong with it
     return isinstance(fields, dict) and fields.get("kind") == "tabular"
 

@@ -14,6 +14,7 @@ from gr.config.load import RECIPES, load_section, top_level
 from gr.config.messages import describe_faults, shortened
 from gr.config.yaml import Node
 from gr.errors import ConfigError, nearest
+from gr.files import parse_json
 
 LISTS = (".json", ".parquet")
 
@@ -76,15 +77,13 @@ def _json(path: Path) -> Any:
         raise ConfigError(f"{path}: {word} is not a finite number")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return parse_json(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise ConfigError(f"{path}: not a usable number: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:

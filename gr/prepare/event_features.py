@@ -8,7 +8,7 @@ import numpy as np
 
 from gr.errors import DataError
 from gr.prepare.event_codes import Codes, Given, by_code, counted, make_codes, value_expression
-from gr.prepare.event_log import Column, load_log, one
+from gr.prepare.event_log import Column, load_log, one, quoted
 
 _FRACTION = r"-?[0-9]*\.[0-9]+([eE][-+]?[0-9]+)?"
 
@@ -90,3 +90,13 @@ def _is_number(con: duckdb.DuckDBPyConnection, table: str, field: str, kind: Col
     some = one(con, f"SELECT count(*) FROM {table} WHERE regexp_full_match({field}, '{_FRACTION}')")
     odd = f"SELECT count(*) FROM {table} WHERE {field} IS NOT NULL AND TRY_CAST({field} AS DOUBLE) IS NULL"
     return bool(some) and not one(con, odd)
+
+
+def number_expression(con: duckdb.DuckDBPyConnection, name: str, column: Column, title: str) -> str:
+    """SQL of a column of `log` as FLOAT. Raises DataError where a value is missing or no finite number."""
+    bad = f"SELECT count(*) FROM log WHERE TRY_CAST({quoted(name)} AS DOUBLE) IS NULL"
+    if not (column.sql == "VARCHAR" or column.is_whole or column.is_real or column.sql == "BOOLEAN"):
+        raise DataError(f"{title}: has type {column.sql}, wanted numbers")
+    if count := one(con, bad + f" OR NOT isfinite(TRY_CAST({quoted(name)} AS FLOAT))"):
+        raise DataError(f"{title}: {count:,} values are missing or no finite numbers; correct or leave out these rows")
+    return f"{quoted(name)}::DOUBLE::FLOAT"

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from gr.data.columns import PER_SECOND
 from gr.data.validate import LAST_SECOND
@@ -125,9 +126,19 @@ def load_log(
             for count, name in zip(counts[1:], columns.values(), strict=True):
                 if counts[0] and not count:
                     raise DataError(f"{files[0]}: no row has a field {name}; name another column")
-    con.execute(f"CREATE VIEW {table} AS SELECT {', '.join(columns)}, {place} AS place FROM {rows}")
-    described = con.execute(f"DESCRIBE SELECT {', '.join(columns)} FROM {table}").fetchall()
+            for new, old in columns.items():
+                value = one(con, f"SELECT any_value({new}) FROM {rows} WHERE {new} ~ '[\\[{{].*' AND json_valid({new})")
+                if value is not None:
+                    raise DataError(f"{files[0]}: field {old}: {value!r:.60} is no single value; write one")
+    described = con.execute(f"DESCRIBE SELECT {', '.join(columns)} FROM {rows}").fetchall()
+    values = [_value(name) if kind in ("FLOAT", "DOUBLE") else name for name, kind, *_ in described]
+    con.execute(f"CREATE VIEW {table} AS SELECT {', '.join(values)}, {place} AS place FROM {rows}")
     return {name: Column(kind, text and kind == "VARCHAR") for name, kind, *_ in described}
+
+
+def _value(name: str) -> str:
+    """SQL of a floating-point column of ids, times, flags or categories, where NaN is what is missing, as in pandas."""
+    return name if name == "rating" or name.startswith("value_") else f"nullif({name}, 'nan') AS {name}"
 
 
 def _place(con: duckdb.DuckDBPyConnection, files: list[Path]) -> str:
@@ -168,6 +179,8 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files of paths, folders and patterns, each in natural order. Raises DataError where one names no file."""
     files: list[Path] = []
     for pattern in map(str, [source] if isinstance(source, (str, Path)) else source):
+        if not pattern:
+            raise DataError("an empty name of a source: name a file, a folder or a pattern in quotes; . is this folder")
         path = Path(pattern)
         if path.is_dir():
             inside = (each for each in path.rglob("*") if each.is_file() and not _is_hidden(each.relative_to(path)))
@@ -269,21 +282,14 @@ def _is_plausible(value: Any, per_second: int) -> bool:
     return bool(_PLAUSIBLE[0] * per_second <= value <= _PLAUSIBLE[1] * per_second)
 
 
-def number_expression(con: duckdb.DuckDBPyConnection, name: str, column: Column, title: str) -> str:
-    """SQL of a column of `log` as FLOAT. Raises DataError where a value is missing or no finite number."""
-    bad = f"SELECT count(*) FROM log WHERE TRY_CAST({quoted(name)} AS DOUBLE) IS NULL"
-    if not (column.sql == "VARCHAR" or column.is_whole or column.is_real or column.sql == "BOOLEAN"):
-        raise DataError(f"{title}: has type {column.sql}, wanted numbers")
-    if count := one(con, bad + f" OR NOT isfinite(TRY_CAST({quoted(name)} AS FLOAT))"):
-        raise DataError(f"{title}: {count:,} values are missing or no finite numbers; correct or leave out these rows")
-    return f"{quoted(name)}::DOUBLE::FLOAT"
-
-
 def _scan(con: duckdb.DuckDBPyConnection, files: list[Path], columns: list[str]) -> tuple[str, dict[str, str], bool]:
     """SQL that scans files in order, SQL of each column by its name, and whether the values are text."""
     if _suffix(files[0]) == ".parquet":
-        scan = f"read_parquet({_listed(files)}, union_by_name = true)"
+        # By default DuckDB takes the least and largest value of a file for those of NaN, too, and does not look.
+        scan = f"read_parquet({_listed(files)}, union_by_name = true, can_have_nan = true)"
         described = con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
+        for file in files:
+            _require_distinct(file, columns)
         return scan, {name: quoted(name) for name, *_ in described}, False
     for file in files:
         if file.suffix in _COMPRESSED:
@@ -321,6 +327,15 @@ def _require(columns: Any, present: Sequence[str], place: str) -> None:
                 *([f"{len(present):,} in all"] if len(present) > _SHOWN_COLUMNS else []),
             ]
             raise DataError(f"{place}: {fault} {column}; it has {', '.join(shown)}"[:_LONGEST_MESSAGE])
+
+
+def _require_distinct(file: Path, columns: list[str]) -> None:
+    """DuckDB does not tell U from u in a Parquet file: it takes the first one, and calls the other one u_1."""
+    present = pq.read_schema(file).names
+    for column in columns:
+        alike = [name for name in present if name.lower() == column.lower()]
+        if alike not in ([], [column]):
+            raise DataError(f"{file}: wanted one column {column}, has {' and '.join(alike)}; rename them in the log")
 
 
 def _header(file: Path, delimiter: str) -> list[str]:

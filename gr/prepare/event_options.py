@@ -2,9 +2,9 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gr.data.columns import PER_SECOND
@@ -42,10 +42,10 @@ class EventOptions:
     keep_duplicates: bool = False
     on_bad_row: Literal["fail", "skip"] = "fail"
     test_from: str | None = None
-    test_users: float | None = None
+    test_users: Annotated[float, Field(gt=0, lt=1)] | None = None
     vocabulary: Path | None = None
     name: str = "events"
-    memory: float = 0.5
+    memory: Annotated[float, Field(gt=0, le=1e6)] = 0.5
 
     @property
     def joins_repeats(self) -> bool:

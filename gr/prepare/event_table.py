@@ -15,13 +15,12 @@ import pyarrow as pa
 
 from gr.errors import DataError
 from gr.prepare.event_codes import Codes, Given, by_code, column_of_values, counted, make_codes, save_vocabulary
-from gr.prepare.event_features import Features, join_features
+from gr.prepare.event_features import Features, join_features, number_expression
 from gr.prepare.event_log import (
     Column,
     folder_of,
     literal,
     load_log,
-    number_expression,
     one,
     row,
     time_expression,

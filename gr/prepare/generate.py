@@ -17,14 +17,20 @@ from gr.prepare.write import ROWS_PER_GROUP, FolderWriter, Users
 from gr.schema import DataSchema, HistoryColumns
 
 HISTORY_CHUNK = 8 * ROWS_PER_GROUP  # records drawn together; part of the definitions, as each has its random stream
+LARGEST_SIZE = 1 << 44  # beyond it arrays are of more bytes than numpy can count, and memory ends long before
 START_SECOND, DAY_SECONDS = 978_307_200, 86_400  # 2001-01-01
 ORACLE_FILE = "oracle.json"
 Chunk = TypeVar("Chunk")
 
 
-def size(default: Any, text: str | None = None, at_least: int | None = None) -> Any:
-    """A field of a generator's options, with what `gr prepare` says and requires of it."""
-    return field(default=default, metadata={"help": text, "at_least": at_least})
+def size(default: Any, text: str | None = None, at_least: int | None = None, at_most: int = LARGEST_SIZE) -> Any:
+    """A field of a generator's options, with what `gr prepare` says and, given at_least, requires of it."""
+    return field(default=default, metadata={"help": text, "at_least": at_least, "at_most": at_most})
+
+
+def seed() -> Any:
+    """The field of a generator's options that chooses all of its random numbers."""
+    return size(1, at_least=0, at_most=np.iinfo(np.int64).max)
 
 
 def random_stream(seed: int, stream: int) -> np.random.Generator:

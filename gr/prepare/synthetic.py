@@ -47,7 +47,7 @@ class StreamOptions:
     length: int = generate.size(128, "Events of each record.", at_least=1)
     test_records: int = generate.size(0, "Users of test, the last of all. 0: a tenth.", at_least=0)
     at_start: float = generate.size(0.4, "Share of the items that are there from the first record.")
-    seed: int = generate.size(1, at_least=0)
+    seed: int = generate.seed()
 
     def __post_init__(self) -> None:
         if self.categories < SLOTS:

@@ -44,6 +44,7 @@ DENSE_SD, IDS_SD, PAIRS_SD = 0.5, 0.7, 1.5
 _FEATURE_SD = 1.0844187
 _CHUNK = ROWS_PER_GROUP  # rows drawn together; part of the definition, since each chunk has its own random stream
 _LIMITS = {"rows": 1, "test_rows": 1, "columns": 2, "cardinality": 3, "dense": 1, "hots": 1, "seed": 0}
+_MOST = {"cardinality": np.iinfo(np.int32).max} | dict.fromkeys(("rows", "test_rows", "seed"), np.iinfo(np.int64).max)
 _REASONS = {
     "columns": "; an interaction is of two columns",
     "cardinality": "; id 0 is never drawn, and one id alone says nothing",
@@ -69,7 +70,7 @@ class ClickOptions:
 
     def __post_init__(self) -> None:
         require_at_least(self, _LIMITS, _REASONS)
-        for name, most in {"cardinality": np.iinfo(np.int32).max, "seed": np.iinfo(np.int64).max}.items():
+        for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at most {most}; set {name} lower")
         if not 0 <= self.skew <= _LARGEST_SKEW:

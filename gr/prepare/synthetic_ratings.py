@@ -41,7 +41,7 @@ class RatingOptions:
     user_categories: int = generate.size(5, "Categories of each user.", at_least=1)
     times: int = generate.size(10, "Days.", at_least=1)
     events: int = generate.size(20, "Events of a user at one time.", at_least=1)
-    seed: int = generate.size(1, at_least=0)
+    seed: int = generate.seed()
 
     def __post_init__(self) -> None:
         if self.user_categories > self.categories:

@@ -50,10 +50,14 @@ def writing(out: Path) -> Iterator[None]:
     except MemoryError as error:
         raise DataError(f"{out}: needs more memory than there is: {error}; ask for less") from error
     except OSError as error:
-        message = f"{out}: cannot be written: {error.strerror or str(error).splitlines()[0]}"
+        reason = error.strerror or str(error).splitlines()[0]
+        if error.filename is not None and not Path(error.filename).absolute().is_relative_to(out.parent.absolute()):
+            message, remedy = f"{error.filename}: cannot be read: {reason}", "name what this user may read"
+        else:
+            message, remedy = f"{out}: cannot be written: {reason}", "make room, or choose another --out"
         if is_transient(error):
             raise TransientError(message) from error
-        raise DataError(f"{message}; make room, or choose another --out") from error
+        raise DataError(f"{message}; {remedy}") from error
 
 
 @contextmanager

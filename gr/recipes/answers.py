@@ -43,7 +43,10 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
     with decoding(path, "cannot be read"):
         table = file.read()
     require_columns(path, table, [vocabulary.column])
-    ids_N, known = vocabulary.lookup(table.column(vocabulary.column))
+    values_N = table.column(vocabulary.column).combine_chunks()
+    if pa.types.is_string_view(values_N.type):  # which Arrow does not filter
+        values_N = values_N.cast(pa.string())
+    ids_N, known = vocabulary.lookup(values_N)
     order = np.argsort(ids_N[known], kind="stable")
     chosen = ids_N[known][order]
     if (repeated := chosen[1:][np.diff(chosen) == 0]).size:
@@ -53,8 +56,7 @@ def read_listed(path: Path, vocabulary: Vocabulary) -> Listed:
         limits = checked_column(path, table, "k", ColumnType("id")).filled[known][order]
         if (limits < 1).any():
             raise DataError(f"{path}: column k has values below 1")
-    unknown_N = table.column(vocabulary.column).combine_chunks().filter(pa.array(~known))
-    return Listed(chosen, limits, unknown_N)
+    return Listed(chosen, limits, values_N.filter(pa.array(~known)))
 
 
 def read_rows(path: Path, world: World, size: int) -> tuple[pa.Schema, Iterator[tuple[str, pa.Table]]]:
@@ -104,6 +106,8 @@ def write_answers(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], worl
 
     Raises ConfigError, and leaves no file, where it cannot be written. Collective.
     """
+    if out.exists() and not (out.is_file() or out.is_dir()):  # a file would take the place of a device, too
+        raise ConfigError(f"out={out}: is no file, so it is not replaced; name another file")
     part, rows = _part(out, world.rank), 0
     try:
         world.on_all(part.touch)

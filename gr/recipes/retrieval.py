@@ -203,6 +203,8 @@ class RetrievalRecipe(HistoryRecipe[RetrievalConfig]):
         """
         items, users = self.vocabulary(ITEM_FEATURE), self.user_vocabulary()
         corpus_C, counts_C, unknown = self._allowed(request.items, items)
+        if not len(corpus_C):
+            raise ConfigError(f"{request.items}: names no item of the data, so nothing can be recommended; look at it")
         listed = None if request.users is None else read_listed(request.users, users)
         k = request.k
         if listed is not None and listed.limits_N is not None:

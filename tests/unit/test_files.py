@@ -26,6 +26,7 @@ def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
         (b"[1]", "holds no JSON object"),
         (b"\xff{}", r"not UTF-8 text \(byte 0\)"),
         (b"[" * 99_999, "nested too deep"),
+        (b'{"a": {"step": 1, "step": 2}}', "an object has the key 'step' twice; keep one"),
         (b'{"step": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
     ],
 )
@@ -35,6 +36,11 @@ def test_a_json_file_that_gr_did_not_write_is_one_line(tmp_path: Path, content: 
         path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^{path}: cannot be read: {cause}.*; write it again$"):
         read_json(path, DataError, "write it again")
+
+
+def test_an_editor_that_writes_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "note.json").write_bytes(b'\xef\xbb\xbf{"step": 1}')
+    assert read_json(tmp_path / "note.json", DataError, "") == {"step": 1}
 
 
 def test_a_disk_that_fails_for_now_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ class TestFaults:
 
     def test_what_python_does_not_convert(self):
         huge = f'[{{"name": "a", "rows": {"1" * 5000}, "dim": 4}}]'
-        assert "tables.json: not a usable number: Exceeds the limit" in fault(write_json(huge))
+        assert "tables.json: Exceeds the limit" in fault(write_json(huge))
         for depth, where in ((300, "tables.json row 1"), (100_000, "tables.json")):
             nested = '[{"name": "a", "rows": 1, "dim": 4, "ranks": ' + "[" * depth + "]" * depth + "}]"
             assert f"{where}: nested too deep" in fault(write_json(nested))
@@ -133,7 +133,9 @@ class TestFaults:
             is_inventory("i.yaml")
 
     def test_unreadable(self):
-        assert "tables.json:1: not valid JSON" in fault(write_json("[{"))
+        assert "tables.json: line 1 is not JSON" in fault(write_json("[{"))
+        twice = '[{"name": "a", "rows": 1, "rows": 2, "dim": 4}]'
+        assert "tables.json: an object has the key 'rows' twice; keep one" in fault(write_json(twice))
         assert "expected a list of tables" in fault(write_json("3"))
         assert "row 1: expected a table" in fault(write_json([3]))
         assert "none.parquet: cannot be read" in fault("none.parquet")

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from gr.cli import main
 from gr.cli.prepare import _ROWS, _load, command
-from gr.prepare.write import PartWriter
+from gr.errors import DataError
+from gr.prepare.write import PartWriter, writing
 
 
 @pytest.mark.parametrize("name", _ROWS)
@@ -62,6 +63,29 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     for arguments in (["clicks", "--rows", "100"], ["criteo", "--source", f"{tmp_path}/day_0"]):
         assert main(["prepare", *arguments, "--out", f"{tmp_path}/out"]) == 2
         assert "out: cannot be written: No space left on device; make room" in capsys.readouterr().err
+
+
+def test_a_source_that_cannot_be_read_is_no_fault_of_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"/proc/1/cwd: cannot be read: Permission denied; name what this user may"):  # noqa: SIM117
+        with writing(tmp_path / "out"):
+            raise PermissionError(errno.EACCES, "Permission denied", "/proc/1/cwd")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["events", "--source=", "--user=u", "--item=i", "--out=o"], "'--source' is empty: write a value, or leave it"),
+        (["criteo", "--source", "a", "", "--out=o"], "'[MORE]...' is empty: write a value"),
+        (["events", "--source=a", "--user=u", "--item=i", "--out=o", "--test-users=nan"], "nan is no finite number"),
+        (["events", "--source=a", "--user=u", "--item=i", "--out=o", "--memory=inf"], "inf is not in the range"),
+        (["synthetic", "--length", f"{1 << 70}", "--out=o"], "is not in the range"),
+        (["synthetic", "--seed", f"{1 << 63}", "--out=o"], "is not in the range"),
+        (["clicks", "--rows", f"{1 << 63}", "--out=o"], "rows=9223372036854775808: must be at most"),
+    ],
+)
+def test_values_that_nobody_means(arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", *arguments]) == 2
+    assert fault in capsys.readouterr().err
 
 
 def test_more_memory_than_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

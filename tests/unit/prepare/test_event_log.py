@@ -119,14 +119,14 @@ def test_values_that_are_no_ids(tmp_path: Path, raw: Any, fault: str) -> None:
 
 
 def test_ids_that_arrow_has_and_pandas_lacks(tmp_path: Path) -> None:
-    """NaN, which is not null there, and decimals, which hold every whole number."""
+    """Infinity, and decimals, which hold every whole number."""
     log = pa.Table.from_pandas(LOG)
 
     def with_items(values: pa.Array) -> pa.Table:
         return log.set_column(1, "i", values)
 
-    fault = refusal(tmp_path, with_items(pa.array([1.0, float("nan"), 2.0, 3.0, 4.0])), **TIMED)
-    assert fault == "column i: nan is no whole number up to 2^53; write ids as integers or text"
+    fault = refusal(tmp_path, with_items(pa.array([1.0, float("inf"), 2.0, 3.0, 4.0])), **TIMED)
+    assert fault == "column i: inf is no whole number up to 2^53; write ids as integers or text"
     most = pa.array([2**63 - 1, 2**53 + 1, 3, 4, 5]).cast(pa.decimal128(20, 0))
     folder = prepared(tmp_path / "o", with_items(most), **TIMED)
     items = Vocabulary.open(folder, DataSchema.load(folder), "item_id").values_V
@@ -280,6 +280,8 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").touch()
     with pytest.raises(DataError, match="Parquet and text files; prepare one kind at a time"):
         find_files(tmp_path)
+    with pytest.raises(DataError, match="an empty name of a source"):
+        find_files("")
     with pytest.raises(DataError, match="no such file; name a file, a folder or a pattern"):
         find_files(str(tmp_path / "none*"))
 
@@ -308,6 +310,8 @@ BROKEN: dict[str, tuple[str, bytes | str, str]] = {
     "zst cut off": ("a.csv.zst", zstd(MANY)[:-3], "a.csv.zst: cannot be read, it is damaged or cut off"),
     "no Parquet": ("a.parquet", b"hello", "too small to be a Parquet file"),
     "half a line of JSON": ("a.jsonl", '{"u":1,"i":2}\n{"u":1,', "Malformed JSON"),
+    "an object": ("a.jsonl", '{"u":{"id":1},"i":2}\n', "a.jsonl: field u: '{\"id\":1}' is no single value; write one"),
+    "a list": ("a.jsonl", '{"u":1,"i":[2]}\n', "field i: '[2]' is no single value"),
     "no field": ("a.jsonl", '{"u":1}\n', "a.jsonl: no row has a field i; name another column"),
 }
 
@@ -382,3 +386,5 @@ def test_little_memory_is_named(tmp_path: Path) -> None:
 def test_options_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"actions: Input should be a valid tuple; more: Unexpected keyword argument"):
         prepare_events(LOG, tmp_path / "o", user="u", item="i", actions="l", more=1)
+    with pytest.raises(ConfigError, match=r"test_users: Input should be .* memory: Input should be less"):
+        prepare_events(LOG, tmp_path / "o", user="u", item="i", test_users=float("nan"), memory=float("inf"))

@@ -3,11 +3,22 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from gr.data.vocabulary import Vocabulary
 from gr.models.saved import ALONE
-from gr.recipes.answers import read_rows
+from gr.recipes.answers import read_listed, read_rows
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_ids_of_every_type_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"user_id": pa.array(["b", "z", None, "a"], kind)}), tmp_path / "users.parquet")
+    users = Vocabulary("user_id", np.array([1, 2]), pa.array(["a", "b"]))
+    listed = read_listed(tmp_path / "users.parquet", users)
+    assert listed.ids_N.tolist() == [1, 2] and listed.unknown_N.to_pylist() == ["z", None]
 
 
 def test_a_table_knows_its_place_in_the_file(tmp_path: Path) -> None:
