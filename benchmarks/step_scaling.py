@@ -20,6 +20,7 @@ from benchmarks.results import Row
 from benchmarks.retrieval import alone, steps
 from gr.batch import ITEM_FEATURE, RetrievalBatch
 from gr.data.dataset import Dataset
+from gr.dist import keep_freed_memory
 
 TESTS = towers.TESTS
 LENGTHS, TOKENS = (256, 512, 1024, 2048, 4096, 8192), 16_384
@@ -27,6 +28,7 @@ BATCHES, LENGTH = (8, 32, 128, 512, 2048), 200
 
 
 def cases(options: Options) -> list[Case]:
+    keep_freed_memory()  # as `gr train` does: else the kernel clears pages for half of a step of 2,048 sequences
     by_length = [_case(options, TOKENS // N, N, f"{N} tokens a sequence", "length", N) for N in LENGTHS]
     return by_length + [_case(options, B, LENGTH, f"batch {B}", "batch", B) for B in BATCHES]
 
