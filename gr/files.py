@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)  # another owner or mount is needed
 _PERMANENT = {
     *DISK_FULL,
     # Another path is needed.
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
-    # Another owner or mount is needed.
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *NO_RIGHT,
     # Another file system is needed: this one has no locks.
     *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
 }

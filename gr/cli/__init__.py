@@ -19,7 +19,7 @@ from gr import __version__
 from gr.cli.lazy import LazyGroup
 from gr.cli.out import say
 from gr.errors import GRError, TransientError
-from gr.files import DISK_FULL, is_transient
+from gr.files import DISK_FULL, NO_RIGHT, is_transient
 
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
@@ -81,12 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_installation(error):
             say(f"error: {error}", "Run `gr doctor`: it names the package that is wrong and the remedy.", err=True)
             return 2
-        if not isinstance(error, OSError) or not (is_transient(error) or error.errno in DISK_FULL):
+        remedies = dict.fromkeys(DISK_FULL, "make room, then start the same command again")
+        remedies |= dict.fromkeys(NO_RIGHT, "name another path, or mend its owner or its mount")
+        if not isinstance(error, OSError) or not (is_transient(error) or error.errno in remedies):
             raise
-        passes = is_transient(error)
-        remedy = "another try may help" if passes else "make room, then start the same command again"
+        remedy = remedies.get(error.errno or 0, "another try may help")
         say(f"error: {error.filename or 'the system'}: {error.strerror}; {remedy}", err=True)
-        return 1 if passes else 2
+        return 1 if is_transient(error) else 2
     return result if isinstance(result, int) else 0
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from gr.cli.out import say
+from gr.cli.out import say, writes
 
 
 @click.command()
@@ -20,5 +20,7 @@ def command(base: str, deltas: tuple[Path, ...], out: Path) -> None:
     from gr.checkpoint import resolve
     from gr.checkpoint.apply import apply_deltas
 
+    with writes("out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     last = apply_deltas(resolve(base), deltas, out)
     say(f"{out}: step {last.step}, every bit as published (SHA-256 {last.after[:16]})")

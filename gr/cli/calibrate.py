@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 from rich.table import Table
 
-from gr.cli.out import cell, check_out, say, show
+from gr.cli.out import cell, check_out, say, show, writes
 from gr.errors import ConfigError, GRError
 
 if TYPE_CHECKING:
@@ -102,10 +102,8 @@ def _measure(path: Path, base: "Topology", device: Literal["auto", "cpu", "cuda"
             return
         figures = machine_figures(measured, own)
         topology = calibrated(base, figures, own)
-        try:
+        with writes("out", path):
             path.write_text(to_yaml(topology, provenance(base, figures, measured, own)), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out={path}: cannot be written: {error.strerror}") from None
         _print(base, topology, set(figures))
         _print_links(measured)
     say(f"written: {path}; use it with gr plan --topology {path}")

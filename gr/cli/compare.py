@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gr.cli.out import check_picture, say
+from gr.cli.out import check_picture, say, writes
 from gr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def command(run_dirs: tuple[Path, ...], plugins: tuple[str, ...], picture: Path 
     if picture is not None:
         from gr.metrics.curves import draw
 
-        draw(runs, [f"{letter} {run.path.name}" for letter, run in zip(letters, runs, strict=True)], picture)
+        with writes("picture", picture):
+            draw(runs, [f"{letter} {run.path.name}" for letter, run in zip(letters, runs, strict=True)], picture)
 
 
 def _print_configurations(runs: Sequence["Run"], letters: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gr.cli.lazy import StrictGroup
-from gr.cli.out import check_picture, say
+from gr.cli.out import check_picture, say, writes
 from gr.errors import ConfigError
 
 _LINES, _COLUMNS = 24, 80
@@ -45,7 +45,8 @@ def check(folder: Path, everything: bool, picture: Path | None) -> int:
     if picture is not None:
         from gr.data.picture import draw
 
-        draw(result, picture)
+        with writes("picture", picture):
+            draw(result, picture)
     return 2 if result.faults.by_kind else 0
 
 

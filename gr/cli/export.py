@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gr.cli.checkpoint import on_checkpoint
-from gr.cli.out import check_picture, say
+from gr.cli.out import check_picture, say, writes
 
 if TYPE_CHECKING:
     from gr.serving.export import Exported
@@ -58,7 +58,8 @@ def command(
     if picture is not None and exported.choice is not None:
         from gr.serving.gate.pictures import draw_sensitivities
 
-        draw_sensitivities(exported.choice, picture)
+        with writes("picture", picture):
+            draw_sensitivities(exported.choice, picture)
     say("code: compiled" if exported.compiled else "code: as it was, the form is the same")
     report(out, exported)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from gr.cli.checkpoint import on_checkpoint, writing
-from gr.cli.out import say
+from gr.cli.out import say, writes
 from gr.units import size
 
 
@@ -41,12 +41,10 @@ def command(
         raise ConfigError(f"{checkpoint} is a {saved.config.kind} model: only causal_lm models are written for others")
     written_as = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     fields = hf_llama.hf_config(saved.config, saved.schema, written_as)
-    try:
+    with writes("out", out):
         out.mkdir(parents=True, exist_ok=True)
         written = hf_llama.save_weights(saved.model, out, dtype=written_as, shard_bytes=shard_mb * 1_000_000)
         write_json(out / hf_llama.CONFIG, fields)
         if (tokenizer := hf_llama.tokenizer_of(saved.folder)) is not None:
             (out / TOKENIZER_FILE).write_bytes(tokenizer)
-    except OSError as error:
-        raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
     say(f"{out}: {size(written)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from gr.cli.checkpoint import on_checkpoint, writing
-from gr.cli.out import say
+from gr.cli.out import say, writes
 from gr.units import size
 
 
@@ -31,9 +31,7 @@ def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, p
     if saved.id_map is not None:
         tensors |= saved.id_map.raw_ids()
     header = {"format": "pt", "schema": saved.schema.model_dump_json(), "config": dump_config(saved.config)}
-    try:
+    with writes("out", out):
         save_file(tensors, out, metadata=header)
-    except OSError as error:
-        raise ConfigError(f"--out={out}: cannot be written: {error.strerror}") from None
     written = sum(tensor.nbytes for tensor in tensors.values())
     say(f"{out}: {len(tensors)} tensors, {size(written)}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from gr.cli.out import say
+from gr.cli.out import say, writes
 from gr.units import size
 
 
@@ -20,5 +20,7 @@ from gr.units import size
 def command(folder: Path, out: Path, interleaved: bool) -> None:
     from gr.models.imported import import_llama
 
+    with writes("out", out):
+        out.mkdir(parents=True, exist_ok=True)
     path, read = import_llama(folder, out, interleaved=interleaved)
     say(f"{path}: {size(read)} read")

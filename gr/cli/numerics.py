@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gr.cli.out import cell, check_picture, say, show
+from gr.cli.out import cell, check_picture, say, show, writes
 from gr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def command(package: Path | None, checkpoint: str, kind: Any, picture: Path | No
     if picture is not None:
         from gr.serving.gate.pictures import draw_layers
 
-        draw_layers(layers, picture)
+        with writes("picture", picture):
+            draw_layers(layers, picture)
 
 
 def _print(layers: Sequence["LayerDifference"]) -> None:

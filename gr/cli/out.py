@@ -1,12 +1,15 @@
 """The output of commands: lines, tables, and the files of --out and --picture."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from gr.errors import ConfigError, InstallError, printable
+from gr.files import is_transient
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,6 +54,18 @@ def check_out(out: Path, force: bool, kind: Literal["file", "folder"] = "file") 
         raise ConfigError(f"--out={out} is no {kind}, so --force does not replace it: name another {kind}")
     if not out.parent.is_dir():
         raise ConfigError(f"--out={out}: there is no folder {out.parent}; make it first")
+
+
+@contextmanager
+def writes(option: str, out: Path) -> Iterator[None]:
+    """Turns a failure to write the file or folder of an option into a ConfigError, but for one that may pass."""
+    try:
+        yield
+    except OSError as error:
+        if is_transient(error):
+            raise
+        why = error.strerror or str(error).splitlines()[0]
+        raise ConfigError(f"--{option}={out}: cannot be written: {why}; make room, or name another") from error
 
 
 def check_picture(out: Path) -> None:

@@ -9,7 +9,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from gr.api import planning_problem
-from gr.cli.out import cell, say, show
+from gr.cli.out import cell, say, show, writes
 from gr.cli.plan_serving import DOES_NOT_FIT, plan_package, plan_serving
 from gr.config.inventory import InventoryConfig
 from gr.errors import ConfigError
@@ -173,10 +173,8 @@ def _write(estimated, files: dict[str, Path | None]) -> None:
     texts = {"json": lambda: dump_plan(estimated.plan, predicted(estimated)), "html": lambda: page(estimated)}
     paths = {kind: path for kind, path in files.items() if path is not None}
     for kind, path in paths.items():
-        try:
+        with writes(kind, path):
             path.write_text(texts[kind]())
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
     note = "" if estimated.fits else ": the plan that comes closest, which does not fit"
     say(*(f"wrote {path}{note}" for path in paths.values()))
 

@@ -7,7 +7,7 @@ import click
 from gr.cli.checkpoint import on_checkpoint
 from gr.cli.export import report
 from gr.cli.lazy import FiniteRange
-from gr.cli.out import say
+from gr.cli.out import say, writes
 from gr.units import size
 
 
@@ -53,6 +53,8 @@ def command(
         from gr.checkpoint.delta import publish_delta
 
         assert since is not None and out is not None
+        with writes("out", out):
+            out.mkdir(parents=True, exist_ok=True)
         delta, manifest = publish_delta(resolve(checkpoint), since, out)
         stored = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
         rows = ", ".join(f"{count:,} rows of {table}" for table, count in manifest.rows.items()) or "no rows"

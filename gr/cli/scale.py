@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from gr.cli.lazy import StrictGroup
-from gr.cli.out import check_picture, say
+from gr.cli.out import check_picture, say, writes
 from gr.environment import whole_number
 from gr.errors import ConfigError, DataError
 from gr.files import read_json
@@ -82,7 +82,8 @@ def fit(out: Path, oracle: Path | None, resamples: int, min_steps: int, picture:
     seconds = sum(row.get("cpu_seconds", 0.0) for row in rows)
     say(f"{len(rows)} cells, {seconds / 3600:.2f} CPU-hours; {out}/cells.parquet, cells.csv, fit.json")
     if picture is not None:
-        draw(fits, floor, picture)
+        with writes("picture", picture):
+            draw(fits, floor, picture)
 
 
 def _floor(path: Path) -> float:

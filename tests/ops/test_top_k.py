@@ -35,3 +35,28 @@ def test_a_nan_is_the_best_also_beside_ties() -> None:
     )
     assert scores_QK.isnan().tolist() == [[True, False], [False, False]]
     assert ids_QK.tolist() == [[1, 0], [5, 6]]
+
+
+def test_many_columns_are_searched_in_groups() -> None:
+    """Whole and part groups, scores that all differ, ties, NaN and minus infinity: as a sort finds them."""
+    random = torch.Generator().manual_seed(0)
+    for columns in (640, 647):
+        scores_QC = torch.randn(6, columns, generator=random)
+        scores_QC[1].mul_(3).round_()
+        scores_QC[2, 5:] = -torch.inf
+        scores_QC[3, 3::90] = torch.nan
+        scores_QC[4] = 0.0
+        scores_QC[5, -3:] = 9.0
+        ids_QC = torch.randperm(columns, generator=random).expand(6, -1)
+        expected = sorted_by_score_and_id(scores_QC, ids_QC, 9)
+        scores_QK, ids_QK = best(scores_QC, ids_QC, 9)
+        assert torch.equal(scores_QK.nan_to_num(10.0), expected[0].nan_to_num(10.0))
+        known_QK = ~scores_QK.isnan()
+        assert torch.equal(ids_QK[known_QK], expected[1][known_QK])
+
+
+def sorted_by_score_and_id(scores_QC: torch.Tensor, ids_QC: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    by_id = ids_QC.argsort(dim=1)
+    scores_QC, ids_QC = scores_QC.gather(1, by_id), ids_QC.gather(1, by_id)
+    by_score = scores_QC.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores_QC.gather(1, by_score), ids_QC.gather(1, by_score)

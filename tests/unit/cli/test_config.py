@@ -117,6 +117,11 @@ class TestFrame:
                 2,
                 "error: the system: No space left on device; make room, then start the same command again\n",
             ),
+            (
+                OSError(30, "Read-only file system", "out/.lock"),
+                2,
+                "error: out/.lock: Read-only file system; name another path, or mend its owner or its mount\n",
+            ),
         ],
     )
     def test_exit_codes(self, monkeypatch, capsys, raised, code, said):

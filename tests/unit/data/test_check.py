@@ -116,6 +116,10 @@ def test_command_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "faults: none" and len(out) <= 24 and max(map(len, out[1:])) <= 80
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    picture.unlink()
+    picture.mkdir()
+    assert main(["data", "check", str(folder), "--picture", str(picture)]) == 2
+    assert f"--picture={picture}: cannot be written: Is a directory" in capsys.readouterr().err
     (folder / "items.parquet").unlink()
     assert main(["data", "check", str(folder)]) == 2
     assert "1 x items.parquet cannot be used" in capsys.readouterr().out
