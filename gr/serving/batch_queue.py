@@ -37,7 +37,7 @@ class Promise(Protocol):
     def set_exception(self, error: BaseException, /) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # two requests are never one, and arrays cannot be compared
 class Request:
     """encoded: of `version`, which is whatever the caller holds. arrived, deadline: of time.monotonic()."""
 

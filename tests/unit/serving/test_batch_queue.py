@@ -116,3 +116,24 @@ def test_one_stall_does_not_spoil_the_estimate():
         times.add(10, 0.01)
     times.add(10, 5.0)
     assert times.of(10, 128) < 0.02
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    values: np.ndarray
+
+    @property
+    def rows(self):
+        return len(self.values)
+
+
+def test_of_requests_that_hold_arrays_the_one_that_would_be_late_is_left_out(clock):
+    queue = BatchQueue(EngineConfig(deadline_ms=10_000))
+    first, hurried, last = (
+        Request(None, ArrayRows(np.ones(4)), deadline, Future(), 0.0) for deadline in (10.0, 0.5, 10.0)
+    )
+    for request in (first, hurried, last):
+        queue.put(request)
+    queue.time.add(4, 0.4)
+    batch, late = queue.take()
+    assert [id(request) for request in batch] == [id(first), id(last)] and late == [hurried]
