@@ -197,7 +197,7 @@ class IdMap:
         uses = {table: self._uses(table, ids, distinct[table], step) for table in self.dynamic}
         rows, handed = self._exchange({table: (distinct[table][0], uses[table]) for table in self.dynamic}, step)
         for table, dynamic in self.dynamic.items():
-            row_T = rows[table].gather(0, distinct[table][2])  # which takes a sixth of the time of indexing
+            row_T = rows[table].gather(0, distinct[table][2])  # faster than indexing
             if step is None:
                 shared = int((row_T % dynamic.table.ways == 0).sum())
                 self.looked_up[table].update(ids=len(row_T), shared=shared)
