@@ -14,12 +14,17 @@ from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from gr.errors import InstallError
 from gr.logging import get_logger, log_once
 from gr.ops import cpp_extension, triton
+from gr.ops.autocast import product_dtype
 
 Backend = Literal["native", "torch", "triton"]
+
+# The weights are read for each block of rows: 2 MiB stay in a core's cache, or near. Larger products are torch's.
+_MOST_WEIGHTS = 1 << 19
 
 _logger = get_logger(__name__)
 _forced: ContextVar[Backend | None] = ContextVar("gr.ops forced backend", default=None)
@@ -31,6 +36,15 @@ def backend_for(device: torch.device) -> Backend:
     Raises InstallError for CUDA tensors where Triton does not run.
     """
     return _forced.get() or _default_backend(device.type)
+
+
+def fuses_layers(x: Tensor, weights: int) -> bool:
+    """Whether C++ that joins a layer's norm, products and activation computes with x, and with so many weights.
+
+    It is of float32 on CPU, outside autocast. Exported models keep to torch, whose compiler joins the steps itself.
+    """
+    single = x.device.type == "cpu" and x.dtype == product_dtype(x) == torch.float32 and weights <= _MOST_WEIGHTS
+    return single and not torch.compiler.is_compiling() and backend_for(x.device) == "native"
 
 
 @contextlib.contextmanager

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr.config.towers import LlamaConfig
+from gr.ops.backend import fuses_layers
 from gr.ops.dropout import dropout
 from gr.ops.hstu_attention import AttentionMask
+from gr.ops.norm_linear import norm_linear
+from gr.ops.norm_swiglu import norm_swiglu
 from gr.ops.rms_norm import rms_norm
 from gr.ops.rope import places, rope_tables, rotate
 from gr.ops.softmax_attention import softmax_attention
@@ -22,6 +25,7 @@ from gr.ops.swiglu import swiglu
 from gr.sequence import JaggedSequence
 
 INIT_STD = 0.02
+FEWEST_FUSED = 64  # tokens, a block of rows of the joint operators
 
 # (q_THQ, k_TGQ, v_TGQ) -> [T, H, Q]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -132,7 +136,7 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, dim: int) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.eps = config.dropout, config.norm_eps
         self.input_layernorm = RMSNorm(dim, eps=config.norm_eps)
         self.self_attn = LlamaAttention(config, dim)
         self.post_attention_layernorm = RMSNorm(dim, eps=config.norm_eps)
@@ -145,8 +149,38 @@ class LlamaLayer(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
 
     def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x_TD = x_TD + self._drop(self.self_attn(self.input_layernorm(x_TD), turn, attend))
-        return x_TD + self._drop(self.mlp(self.post_attention_layernorm(x_TD)))
+        if not self._fuses(x_TD):
+            x_TD = x_TD + self._drop(self.self_attn(self.input_layernorm(x_TD), turn, attend))
+            return x_TD + self._drop(self.mlp(self.post_attention_layernorm(x_TD)))
+        projections = [each.weight for each in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)]
+        parts = norm_linear(
+            x_TD,
+            torch.cat([weight.T for weight in projections], dim=1),
+            norm_weight_D=self.input_layernorm.weight,
+            eps=self.eps,
+            norm="rms",
+            splits=[len(weight) for weight in projections],
+        )
+        heads_TD, out = self.self_attn.attend(parts, turn, attend), self.self_attn.o_proj.weight.T
+        drops = bool(self.dropout) and self.training
+        (y_TD,) = norm_linear(
+            heads_TD, out, eps=self.eps, norm="none", splits=[x_TD.shape[1]], residual_TO=None if drops else x_TD
+        )
+        y_TD = x_TD + self._drop(y_TD) if drops else y_TD
+        mlp, norm = self.mlp, self.post_attention_layernorm.weight
+        weights = norm, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        added_TD = norm_swiglu(y_TD, *weights, self.eps, residual=not drops)
+        return y_TD + self._drop(added_TD) if drops else added_TD
+
+    def _fuses(self, x_TD: Tensor) -> bool:
+        """Whether joint operators of a whole half of the layer compute it, with weights laid side by side at each call.
+
+        Of few tokens, as when they are decoded, that would take longer than the products. A part of a matrix, under
+        tensor parallelism, is multiplied by its own module.
+        """
+        if len(x_TD) < FEWEST_FUSED or any(type(each) is not nn.Parameter for each in self.parameters()):
+            return False
+        return fuses_layers(x_TD, 3 * self.mlp.gate_proj.weight.numel())
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
@@ -164,19 +198,23 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q_THQ = self._heads(self.q_proj, x_TD)
-        k_TGQ, v_TGQ = self.keys(x_TD, turn)
-        return self.o_proj(attend(rotate(q_THQ, *turn).to(v_TGQ.dtype), k_TGQ, v_TGQ).flatten(1))
+        return self.o_proj(self.attend((self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)), turn, attend))
+
+    def attend(self, parts: tuple[Tensor, ...], turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Attention alone, [T, D]. parts: queries, keys and values, not yet turned."""
+        q_THQ, k_TGQ, v_TGQ = (self._heads(part) for part in parts)
+        # Under autocast the tables are float32, and q and k as v.
+        q_THQ, k_TGQ = (rotate(each, *turn).to(v_TGQ.dtype) for each in (q_THQ, k_TGQ))
+        return attend(q_THQ, k_TGQ, v_TGQ).flatten(1)
 
     def keys(self, x_TD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values, [T, G, Q] each."""
-        k_TGQ, v_TGQ = self._heads(self.k_proj, x_TD), self._heads(self.v_proj, x_TD)
-        # Under autocast the tables are float32, and q and k as v.
+        k_TGQ, v_TGQ = self._heads(self.k_proj(x_TD)), self._heads(self.v_proj(x_TD))
         return rotate(k_TGQ, *turn).to(v_TGQ.dtype), v_TGQ
 
-    def _heads(self, linear: nn.Module, x_TD: Tensor) -> Tensor:
+    def _heads(self, part_TO: Tensor) -> Tensor:
         """The tensor split into as many heads as its columns make: under tensor parallelism a rank has some of them."""
-        return linear(x_TD).unflatten(-1, (-1, self.width))
+        return part_TO.unflatten(-1, (-1, self.width))
 
 
 class SwiGLU(nn.Module):

@@ -1,7 +1,7 @@
-"""Layer norm, projection and SiLU as one autograd node. Letters as in reference.py."""
+"""Norm, projection and SiLU as one autograd node. Letters as in reference.py."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -9,36 +9,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gr.ops.autocast import product_dtype
-from gr.ops.backend import backend_for
+from gr.ops.backend import fuses_layers
+from gr.ops.norm_linear.reference import Norm, norm_linear_reference
 
-# The C++ reads the whole weight for each block of rows: 256 KiB stay in a core's cache. Larger products are torch's.
-_MOST_WEIGHTS = 1 << 16
+NORMS = get_args(Norm)  # in the order of norm_linear.cpp
 
 
 def norm_linear_fused(
     x_TD: Tensor,
-    weight_DO: Tensor,
-    bias_O: Tensor | None,
-    norm_weight_D: Tensor | None,
-    norm_bias_D: Tensor | None,
+    parameters: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
     eps: float,
     silu: bool,
     splits: Sequence[int],
+    norm: Norm,
+    residual_TO: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Arguments are those of norm_linear."""
-    dtype = product_dtype(x_TD)
+    """Arguments are those of norm_linear. parameters: weight, bias, and the norm's weight and bias."""
+    dtype, fuses = product_dtype(x_TD), fuses_layers(x_TD, parameters[0].numel())
     with torch.autocast(x_TD.device.type, enabled=False):
-        parameters = (weight_DO, bias_O, norm_weight_D, norm_bias_D)
-        if _fits_native(x_TD, weight_DO, dtype):
-            single = (None if p is None else p.float().contiguous() for p in parameters)
-            return _Native.apply(x_TD.contiguous(), *single, eps, silu, splits)
-        return _NormLinear.apply(x_TD, *parameters, eps, silu, dtype, splits)
-
-
-def _fits_native(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Exported models keep to torch, whose compiler joins the three steps itself."""
-    single = x.device.type == "cpu" and x.dtype == dtype == torch.float32 and weight.numel() <= _MOST_WEIGHTS
-    return single and not torch.compiler.is_compiling() and backend_for(x.device) == "native"
+        if fuses and (residual_TO is None or residual_TO.dtype == dtype):
+            single = (None if p is None else p.float().contiguous() for p in (*parameters, residual_TO))
+            return _Native.apply(x_TD.contiguous(), *single, eps, silu, splits, NORMS.index(norm))
+        if norm == "layer" and residual_TO is None:
+            return _NormLinear.apply(x_TD, *parameters, eps, silu, dtype, splits)
+    out_TO = norm_linear_reference(x_TD, *parameters, eps=eps, silu=silu, norm=norm, residual_TO=residual_TO)
+    return out_TO.split(list(splits), dim=1)
 
 
 class _Native(torch.autograd.Function):
@@ -52,13 +47,15 @@ class _Native(torch.autograd.Function):
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
+        residual: Tensor | None,
         eps: float,
         silu: bool,
         splits: Sequence[int],
+        norm: int,
     ) -> tuple[Tensor, ...]:
-        out, z = torch.ops.gr.norm_linear(x, weight, bias, norm_weight, norm_bias, eps, silu)
+        out, z = torch.ops.gr.norm_linear(x, weight, bias, norm_weight, norm_bias, eps, silu, norm, residual)
         ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, z if silu else None)
-        ctx.eps = eps
+        ctx.eps, ctx.norm, ctx.residual = eps, norm, residual is not None
         return out.split(list(splits), dim=1)
 
     @staticmethod
@@ -66,10 +63,11 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows = [grad if grad.stride(1) == 1 else grad.contiguous() for grad in grads]
         saved = ctx.saved_tensors  # once: checkpointing makes them anew
-        dx, dweight, dbias, dnorm_2D = torch.ops.gr.norm_linear_backward(rows, *saved, ctx.eps)
+        dx, dweight, dbias, dnorm_2D = torch.ops.gr.norm_linear_backward(rows, *saved, ctx.eps, ctx.norm)
         _, _, bias, *affine, _ = saved
-        dnorm = [None if p is None else dnorm_2D[n].float() for n, p in enumerate(affine)]
-        return dx, dweight.float(), None if bias is None else dbias.float(), *dnorm, None, None, None
+        dnorm = [None if p is None else dnorm_2D[n] for n, p in enumerate(affine)]
+        dresidual = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)) if ctx.residual else None
+        return dx, dweight, None if bias is None else dbias, *dnorm, dresidual, None, None, None, None
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,11 @@
 """The definition of norm_linear. T packed tokens, D model width, O output width."""
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn import functional as F
+
+Norm = Literal["none", "layer", "rms"]
 
 
 def norm_linear_reference(
@@ -13,8 +17,15 @@ def norm_linear_reference(
     *,
     eps: float,
     silu: bool = False,
+    norm: Norm = "layer",
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     """Arguments are those of norm_linear. Differentiable; any float dtype."""
-    z_TO = F.layer_norm(x_TD, x_TD.shape[1:], norm_weight_D, norm_bias_D, eps) @ weight_DO
+    if norm == "layer":
+        x_TD = F.layer_norm(x_TD, x_TD.shape[1:], norm_weight_D, norm_bias_D, eps)
+    elif norm == "rms":
+        x_TD = F.rms_norm(x_TD, x_TD.shape[1:], norm_weight_D, eps)
+    z_TO = x_TD @ weight_DO
     z_TO = z_TO if bias_O is None else z_TO + bias_O
-    return F.silu(z_TO) if silu else z_TO
+    y_TO = F.silu(z_TO) if silu else z_TO
+    return y_TO if residual_TO is None else residual_TO + y_TO

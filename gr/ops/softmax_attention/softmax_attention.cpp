@@ -52,6 +52,35 @@ template <typename M> struct Task {
 
 constexpr int64_t kScores = kTile * kTile;  // of a tile
 
+// A tile on the causal diagonal is computed in halves: none of its first kHalf rows sees one of its later columns. What is
+// not computed there is hidden before it is read.
+constexpr int64_t kHalf = kTile / 2;
+template <typename M> bool halved(const Tile<M>& tile) { return M::kCausal && tile.row == tile.col && tile.m > kHalf; }
+
+// s [m, n] <- a [m, k] b [k, n].
+template <typename M> void products(const Tile<M>& tile, int64_t k, const float* a, const float* b, float* s, int64_t lda) {
+  const int64_t from = halved(tile) ? kHalf : 0;
+  if (from) multiply<float>(from, from, k, a, lda, b, kTile, s, kTile, false);
+  multiply<float>(tile.m - from, tile.n, k, a + from * lda, lda, b, kTile, s + from * kTile, kTile, false);
+}
+
+// c [m, width] (+)= s [m, n] b [n, width].
+template <typename M>
+void sums_of_rows(const Tile<M>& tile, const float* s, const float* b, const Width<float>& width, float* c, bool add) {
+  const int64_t from = halved(tile) ? kHalf : 0;
+  if (from) multiply<float>(from, width.used, from, s, kTile, b, width.ld, c, width.ld, add);
+  multiply<float>(tile.m - from, width.used, tile.n, s + from * kTile, kTile, b, width.ld, c + from * width.ld, width.ld, add);
+}
+
+// c [width, n] += a [width, m] s [m, n].
+template <typename M>
+void sums_of_columns(const Tile<M>& tile, const float* a, const float* s, const Width<float>& width, float* c) {
+  const int64_t from = halved(tile) ? kHalf : 0;
+  if (from) multiply<float>(width.used, from, tile.m, a, kTile, s, kTile, c, kTile, true);
+  multiply<float>(width.used, tile.n - from, tile.m - from, a + from, kTile, s + from * kTile + from, kTile, c + from, kTile,
+                  true);
+}
+
 // The loops over a row are functions of plain values: the compiler then vectorises them.
 inline void largest_of(const float* __restrict row, int64_t columns, float* __restrict lanes) {
   for (int64_t c = 0; c < columns; c += kLanes)
@@ -128,8 +157,7 @@ template <typename M> void forward_task(const Task<M>& task, Scratch& scratch, a
       const std::vector<Tile<M>> tiles = task.seen_tiles(i);
       task.rows(call.q, h).load(i * kTile, d, q);
       for (size_t t = 0; t < tiles.size(); ++t)
-        multiply<float>(tiles[t].m, tiles[t].n, d.used, q, d.ld, k_packed + tiles[t].col * d.ld, kTile, s + t * kScores,
-                        kTile, false);
+        products(tiles[t], d.used, q, k_packed + tiles[t].col * d.ld, s + t * kScores, d.ld);
       float sums[kTile];
       for (int64_t r = 0; r < tiles[0].rows; ++r) {
         const int64_t token = task.first + i * kTile + r;
@@ -139,8 +167,7 @@ template <typename M> void forward_task(const Task<M>& task, Scratch& scratch, a
           drop(call.dropout, call.key(token, h), tiles[t].col, tiles[t].n, s + t * kScores + r * kTile);
       }
       for (size_t t = 0; t < tiles.size(); ++t)
-        multiply<float>(tiles[t].m, dv.used, tiles[t].n, s + t * kScores, kTile, v_packed + tiles[t].col * dv.ld, dv.ld, o,
-                        dv.ld, t > 0);
+        sums_of_rows(tiles[t], s + t * kScores, v_packed + tiles[t].col * dv.ld, dv, o, t > 0);
       float* to = row_in<float>(out, task.first + i * kTile, h);
       for (int64_t r = 0; r < tiles[0].rows; ++r) store(o + r * dv.ld, 1.f / sums[r], dv.real, to + r * out.stride(0));
     }
@@ -221,12 +248,12 @@ void backward_head(const Task<M>& task, int64_t h, const at::Tensor& grad, const
     for (size_t t = 0; t < tiles.size(); ++t) {
       const Tile<M>& tile = tiles[t];
       const int64_t k_at = tile.col * d.ld, v_at = tile.col * dv.ld;
-      multiply<float>(tile.m, tile.n, d.used, b.q, d.ld, b.k_packed_t + k_at, kTile, b.s, kTile, false);
-      multiply<float>(tile.m, tile.n, dv.used, b.g, dv.ld, b.v_packed_t + v_at, kTile, b.dp, kTile, false);
+      products(tile, d.used, b.q, b.k_packed_t + k_at, b.s, d.ld);
+      products(tile, dv.used, b.g, b.v_packed_t + v_at, b.dp, dv.ld);
       weights_gradient(call, tile, row_logs, dots, keys, b.s, b.dp);
-      multiply<float>(dv.used, tile.n, tile.m, b.g_t, kTile, b.s, kTile, b.dv_t + v_at, kTile, true);
-      multiply<float>(d.used, tile.n, tile.m, b.q_t, kTile, b.dp, kTile, b.dk_t + k_at, kTile, true);
-      multiply<float>(tile.m, d.used, tile.n, b.dp, kTile, b.k_packed + k_at, d.ld, b.dq, d.ld, t > 0);
+      sums_of_columns(tile, b.g_t, b.s, dv, b.dv_t + v_at);
+      sums_of_columns(tile, b.q_t, b.dp, d, b.dk_t + k_at);
+      sums_of_rows(tile, b.dp, b.k_packed + k_at, d, b.dq, t > 0);
     }
     scale(b.dq, kTile * d.ld, call.alpha);
     float* dq = row_in<float>(to.q, task.first + i * kTile, h);

@@ -44,12 +44,13 @@ def test_logits_and_gradients_are_hugging_faces(
     own = Llama(config, dim=dim, max_length=N)
     own.load_state_dict(hf.model.state_dict(), strict=False)
     assert {f"model.{name}" for name in own.state_dict()} < set(hf.state_dict())
-    ids_T = torch.randint(VOCABULARY, (sum(LENGTHS),))
+    lengths = [*LENGTHS, 20, 20]  # 77 tokens: the joint operators compute them
+    ids_T = torch.randint(VOCABULARY, (sum(lengths),))
     table_TD, head = hf.model.embed_tokens.weight.detach(), hf.lm_head.weight.detach()
-    logits_TV = own(packed(table_TD[ids_T])).values_TD @ head.T
+    logits_TV = own(packed(table_TD[ids_T], lengths)).values_TD @ head.T
 
-    parts = ids_T.split(LENGTHS)
-    width = max(LENGTHS)
+    parts = ids_T.split(lengths)
+    width = max(lengths)
     padded_BN = torch.stack([torch.nn.functional.pad(part, (width - len(part), 0)) for part in parts if len(part)])
     real_BN = torch.stack([torch.arange(width) >= width - len(part) for part in parts if len(part)])
     theirs_TV = hf(input_ids=padded_BN, attention_mask=real_BN.long()).logits[real_BN]
@@ -61,6 +62,22 @@ def test_logits_and_gradients_are_hugging_faces(
     reference = torch.autograd.grad((theirs_TV * weights_TV).sum(), [hf.model.get_parameter(name) for name in names])
     for name, gradient, expected in zip(names, ours, reference, strict=True):
         assert float((gradient - expected).abs().max() / expected.abs().max()) <= of_gradients, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_joint_operators_compute_what_the_modules_do(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and every gradient, in training, with the same tokens dropped."""
+    lengths = [9, 20, 0, 20, 17, 20]
+    model = tower(dropout=dropout).train()
+    x_TD, grad_TD = torch.randn(sum(lengths), 16, requires_grad=True), torch.randn(sum(lengths), 16)
+    results = []
+    for fewest in (0, 1000):
+        monkeypatch.setattr("gr.towers.llama.FEWEST_FUSED", fewest)
+        torch.manual_seed(3)
+        out_TD = model(packed(x_TD, lengths)).values_TD
+        results.append((out_TD, *torch.autograd.grad(out_TD, [x_TD, *model.parameters()], grad_TD)))
+    for joint, composed in zip(*results, strict=True):
+        torch.testing.assert_close(joint, composed, rtol=0, atol=2e-6 * float(composed.detach().abs().max()))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
