@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PERMANENT = {
-    *DISK_FULL,
+OF_ANOTHER_KIND = (
     # Another path is needed.
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     # Another owner or mount is needed.
     *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+_PERMANENT = {
+    *DISK_FULL,
+    *OF_ANOTHER_KIND,
+    errno.ENOENT,
     # Another file system is needed: this one has no locks.
     *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
 }

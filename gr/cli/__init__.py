@@ -19,7 +19,7 @@ from gr import __version__
 from gr.cli.lazy import LazyGroup
 from gr.cli.out import say
 from gr.errors import GRError, TransientError
-from gr.files import DISK_FULL, is_transient
+from gr.files import DISK_FULL, OF_ANOTHER_KIND, is_transient
 
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
@@ -77,14 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `gr config show ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        say(f"error: needs more memory than there is: {error}; lower the sizes, or use a larger machine", err=True)
+        return 2
     except (ImportError, OSError) as error:
         if _is_installation(error):
             say(f"error: {error}", "Run `gr doctor`: it names the package that is wrong and the remedy.", err=True)
             return 2
-        if not isinstance(error, OSError) or not (is_transient(error) or error.errno in DISK_FULL):
+        if not isinstance(error, OSError) or not (
+            is_transient(error) or error.errno in DISK_FULL or _is_of_user(error)
+        ):
             raise
         passes = is_transient(error)
-        remedy = "another try may help" if passes else "make room, then start the same command again"
+        full = "make room, then start the same command again"
+        wrong = "correct the path or its rights, then start the same command again"
+        remedy = "another try may help" if passes else full if error.errno in DISK_FULL else wrong
         say(f"error: {error.filename or 'the system'}: {error.strerror}; {remedy}", err=True)
         return 1 if passes else 2
     return result if isinstance(result, int) else 0
@@ -99,6 +106,11 @@ def _hinted(error: click.ClickException) -> str:
         return message
     key = error.option_name.lstrip("-")
     return f"{message.rstrip('.')}; a value of the configuration has no dashes: {key}=VALUE"
+
+
+def _is_of_user(error: OSError) -> bool:
+    """A path that is of another kind or may not be used. One that is missing is our mistake: users' are looked for."""
+    return error.filename is not None and error.errno in OF_ANOTHER_KIND
 
 
 def _is_installation(error: ImportError | OSError) -> bool:
