@@ -10,11 +10,12 @@ from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)  # another owner or mount is needed
+OF_ANOTHER_KIND = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)  # another path is needed
 _PERMANENT = {
     *DISK_FULL,
-    # Another path is needed.
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *NO_RIGHT,
+    *OF_ANOTHER_KIND,
+    errno.ENOENT,
     # Another file system is needed: this one has no locks.
     *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
 }

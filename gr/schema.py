@@ -77,7 +77,7 @@ class _SchemaFile(BaseModel):
         except ValidationError as error:
             faults = "; ".join(
                 f"field {'.'.join(map(str, fault['loc'])) or 'names'}: {fault['msg']}"
-                + ("" if fault["type"] == "missing" else f", got {fault['input']!r}")
+                + ("" if fault["type"] == "missing" else f", got {fault['input']!r:.60}")
                 for fault in error.errors()
             )
             raise DataError(f"{path}: {' '.join(faults.splitlines())}") from None

@@ -26,7 +26,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     if not (folder / SUMS).exists():
         return {}
     lines = (folder / SUMS).read_bytes().decode(errors="replace").splitlines()
-    return {_inside(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
+    entries = [line.partition("  ") for line in lines]
+    return {_inside(name): digest for digest, _, name in entries if _inside(name) != "."}
 
 
 def find_damage(folder: Path, shared: Iterable[str], rank: int, size: int) -> str:

@@ -133,6 +133,8 @@ def read_progress(path: Path) -> dict[str, Any]:
     numbers = [step, *(value for value in data.values() if value is not None)] if isinstance(data, dict) else [None]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise CheckpointError(f"{path / PROGRESS}: has no step or place in the data that is a number; {remedy}")
+    if (named := STEP_NAME.fullmatch(path.name)) and int(named[1]) != step:
+        raise CheckpointError(f"{path}: is of step {step} ({PROGRESS}); name the folder step-{step:08d}")
     if progress.get("format", 1) != FORMAT:
         raise CheckpointError(
             f"{path} has format {progress.get('format', 1)}, this release reads format {FORMAT}: train again, or use "

@@ -19,7 +19,7 @@ from gr import __version__
 from gr.cli.lazy import LazyGroup
 from gr.cli.out import say
 from gr.errors import GRError, TransientError
-from gr.files import DISK_FULL, NO_RIGHT, is_transient
+from gr.files import DISK_FULL, NO_RIGHT, OF_ANOTHER_KIND, is_transient
 
 _COMMANDS = {
     "train": ("gr.cli.train:command", "Train the experiment of a configuration."),
@@ -77,15 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `gr config show ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        say(f"error: needs more memory than there is: {error}; lower the sizes, or use a larger machine", err=True)
+        return 2
     except (ImportError, OSError) as error:
         if _is_installation(error):
             say(f"error: {error}", "Run `gr doctor`: it names the package that is wrong and the remedy.", err=True)
             return 2
-        remedies = dict.fromkeys(DISK_FULL, "make room, then start the same command again")
-        remedies |= dict.fromkeys(NO_RIGHT, "name another path, or mend its owner or its mount")
-        if not isinstance(error, OSError) or not (is_transient(error) or error.errno in remedies):
+        if not isinstance(error, OSError) or (remedy := _remedy(error)) is None:
             raise
-        remedy = remedies.get(error.errno or 0, "another try may help")
         say(f"error: {error.filename or 'the system'}: {error.strerror}; {remedy}", err=True)
         return 1 if is_transient(error) else 2
     return result if isinstance(result, int) else 0
@@ -100,6 +100,19 @@ def _hinted(error: click.ClickException) -> str:
         return message
     key = error.option_name.lstrip("-")
     return f"{message.rstrip('.')}; a value of the configuration has no dashes: {key}=VALUE"
+
+
+def _remedy(error: OSError) -> str | None:
+    """None where it is our mistake, as a missing file is: those of users are looked for."""
+    if is_transient(error):
+        return "another try may help"
+    if error.errno in DISK_FULL:
+        return "make room, then start the same command again"
+    if error.filename is None:
+        return None
+    if error.errno in NO_RIGHT:
+        return "name another path, or mend its owner or its mount"
+    return "correct the path, then start the same command again" if error.errno in OF_ANOTHER_KIND else None
 
 
 def _is_installation(error: ImportError | OSError) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import click
 
+from gr.cli.lazy import end_as_by_ctrl_c
 from gr.cli.out import check_out
 from gr.environment import whole_number
 
@@ -49,6 +50,7 @@ def writing(what: Literal["file", "folder"]) -> Callable[[Function], Function]:
         @functools.wraps(function)
         def command(out: Path, force: bool, **options: Any) -> None:
             check_out(out, force, what)
+            end_as_by_ctrl_c()
             function(out=out, **options)
 
         return command

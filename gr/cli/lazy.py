@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import math
+import signal
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,16 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{number} is no finite number.", param, ctx)
         return number
+
+
+def end_as_by_ctrl_c() -> None:
+    """Makes SIGTERM, and SIGHUP of a terminal that closes, end the command as Ctrl-C does: what is half written goes.
+
+    A SIGHUP that nohup ignores stays ignored.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 class StrictGroup(click.Group):

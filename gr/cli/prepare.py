@@ -4,7 +4,6 @@ One row of _ROWS a command; the part of gr.prepare it runs is imported when it r
 """
 
 import importlib
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from gr.cli.lazy import StrictGroup
+from gr.cli.lazy import StrictGroup, end_as_by_ctrl_c
 from gr.cli.out import say
 from gr.cli.prepare_events import command as events
 
@@ -238,14 +237,9 @@ Events are ordered by time within each user, ties in file order; schema.json sta
 _CRITEO_COMMAND = click.Command("criteo", params=_CRITEO, callback=_criteo, help=_CRITEO_HELP)
 
 
-def _leave_nothing_when_ended() -> None:
-    """SIGTERM ends a command as Ctrl-C does: what is half made is removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 command = StrictGroup(
     "prepare",
     [*(_Command(name, row) for name, row in _ROWS.items()), _CRITEO_COMMAND, events],
     help=_GROUP_HELP,
-    callback=_leave_nothing_when_ended,
+    callback=end_as_by_ctrl_c,
 )

@@ -17,6 +17,7 @@ from gr.data.dataset import Dataset, Histories
 from gr.data.parquet import RowGroup
 from gr.data.tabular import TabularDataset
 from gr.data.validate import LAST_SECOND, Fault
+from gr.data.vocabulary import Vocabulary
 from gr.errors import DataError
 from gr.files import parse_json
 from gr.schema import LARGEST_DENSE, SCHEMA_FILE, UNCOUNTED_EVENTS, SparseColumn
@@ -128,6 +129,7 @@ def _check_histories(data: Dataset) -> Check:
             f"{data.path}: has raw item ids, by which events are not counted; a run checks the rows as it reads them"
         )
     faults = _wrong_totals(data)
+    _check_vocabularies(data, faults)
     schema, sums = data.schema, _Histories(data.schema.item_cardinality)
     names, shares = [*schema.event_columns[1:], *schema.user_columns], -(-sum(data.row_counts) // _USERS_AT_ONCE)
     for index, group in _groups(data.row_groups):
@@ -227,6 +229,7 @@ def _check_corpus(data: Dataset, sums: _Histories, faults: Faults) -> int:
 
 def _check_tabular(data: TabularDataset) -> Check:
     schema, faults = data.schema, _wrong_totals(data)
+    _check_vocabularies(data, faults)
     dense = {name: _Dense() for name in schema.dense}
     sparse = {column.name: _Sparse(column) for column in schema.sparse}
     clicks = rows = 0
@@ -253,6 +256,14 @@ def _check_tabular(data: TabularDataset) -> Check:
         ],
         faults,
     )
+
+
+def _check_vocabularies(data: Dataset | TabularDataset, faults: Faults) -> None:
+    for name in data.schema.vocabularies:
+        try:
+            Vocabulary.open(data.path, data.schema, name)
+        except DataError as error:
+            faults.add(f"vocabulary of {name}", "cannot be used", 1, str(error))
 
 
 class _Dense:

@@ -20,6 +20,7 @@ from gr.environment import whole_number
 from gr.errors import ConfigError, GRError, TrainingError, TransientError
 from gr.files import DISK_FULL, is_transient, write_text
 from gr.logging import get_logger, log_once
+from gr.schema import SCHEMA_FILE
 from gr.status import STATUS, RunError, RunStatus, StatusFile, read_status
 from gr.training.signals import Interrupted, on_stop_signal
 
@@ -109,10 +110,16 @@ def _failure_of(error: BaseException, run_dir: Path, world: World) -> GRError | 
             f"{gone} was removed while the run wrote into it: start the same command again, from its last checkpoint "
             "where one is left"
         )
+    if isinstance(error, OSError) and not is_transient(error) and _is_in(error, run_dir):
+        error = TrainingError(f"{error.filename}: {error.strerror}; correct it, then start the same command again")
     if not isinstance(error, GRError):
         return None
     _record(run_dir, RunError(world.rank, socket.gethostname(), str(error)))
     return error
+
+
+def _is_in(error: OSError, run_dir: Path) -> bool:
+    return error.filename is not None and Path(str(error.filename)).is_relative_to(run_dir)
 
 
 def write_config(config: RunConfig) -> None:
@@ -214,6 +221,8 @@ def _record_stop(run_dir: Path) -> None:
 @contextmanager
 def _locked(run_dir: Path, patience: float) -> Iterator[None]:
     """patience: seconds to wait for a run that is in the folder."""
+    if (run_dir / SCHEMA_FILE).is_file():  # --force of gr prepare replaces the folder with all that is in it
+        raise ConfigError(f"run_dir={run_dir} is a data folder, as it has {SCHEMA_FILE}; set another one")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")

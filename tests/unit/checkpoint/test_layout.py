@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gr.checkpoint import CheckpointFolder, resolve
+from gr.checkpoint.checksums import SUMS, find_damage
 from gr.checkpoint.layout import BEST, FORMAT, PROGRESS, read_progress
 from gr.errors import CheckpointError
 
@@ -110,6 +111,17 @@ def test_a_partial_one_that_someone_reads_does_not_keep_a_run_from_starting(
     (folder.partial(120) / "__0_0.distcp").write_text("")
     with pytest.raises(OSError, match="not empty"):
         folder.remove_partial()
+
+
+def test_a_folder_under_the_name_of_another_step(folder: CheckpointFolder) -> None:
+    (folder.final(9) / PROGRESS).write_text(json.dumps({"format": FORMAT, "step": 6, "data": {}}))
+    with pytest.raises(CheckpointError, match=r"step-00000009: is of step 6 .*; name the folder step-00000006$"):
+        read_progress(folder.final(9))
+
+
+def test_a_list_of_checksums_that_is_none(folder: CheckpointFolder) -> None:
+    (folder.final(9) / SUMS).write_text("garbage\n\n")
+    assert find_damage(folder.final(9), [PROGRESS], 0, 1) == f"{folder.final(9) / PROGRESS}: has no checksum"
 
 
 @pytest.mark.parametrize("step", [-1, 2**63, 1.5, True, None, "9"])

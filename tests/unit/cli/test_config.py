@@ -113,6 +113,17 @@ class TestFrame:
             (click.Abort(), 130, "interrupted\n"),
             (OSError(5, "Input/output error", "x\ny"), 1, "error: x\\ny: Input/output error; another try may help\n"),
             (
+                FileExistsError(17, "File exists", "a/checkpoints"),
+                2,
+                "error: a/checkpoints: File exists; correct the path, then start the same command again\n",
+            ),
+            (
+                MemoryError("Unable to allocate 7.28 TiB"),
+                2,
+                "error: needs more memory than there is: Unable to allocate 7.28 TiB; lower the sizes, or use a larger "
+                "machine\n",
+            ),
+            (
                 OSError(28, "No space left on device"),
                 2,
                 "error: the system: No space left on device; make room, then start the same command again\n",
@@ -133,13 +144,14 @@ class TestFrame:
         assert main([]) == code
         assert capsys.readouterr().err.lstrip("\n") == said
 
-    def test_a_mistake_of_ours_is_not_hidden(self, monkeypatch):
+    @pytest.mark.parametrize("ours", [KeyError("x"), FileNotFoundError(2, "x", "x"), OSError("x"), OSError(17, "x")])
+    def test_a_mistake_of_ours_is_not_hidden(self, monkeypatch, ours):
         @click.command()
         def failing():
-            raise KeyError("ours")
+            raise ours
 
         monkeypatch.setattr(gr.cli, "command", failing)
-        with pytest.raises(KeyError):
+        with pytest.raises(type(ours)):
             main([])
 
 

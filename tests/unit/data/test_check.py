@@ -75,6 +75,14 @@ def test_counts_and_events_that_are_wrong(make_folder: Make) -> None:
     assert counts.startswith("3 x items.parquet counts other events; first: item 2 has count=1, the parts have 0")
 
 
+def test_a_vocabulary_that_is_not_there(make_folder: Make) -> None:
+    folder = counted(make_folder(ROWS, cardinality=7), [1, 2, 3, 4, 5, 6], [1, 0, 0, 0, 1, 0])
+    schema = folder / "schema.json"
+    schema.write_text(json.dumps(json.loads(schema.read_text()) | {"vocabularies": {"item_id": "x"}}))
+    faults = check_folder(folder).faults.lines
+    assert any(f"1 x vocabulary of item_id cannot be used; first: {folder}/vocabulary/" in fault for fault in faults)
+
+
 def test_tabular(tmp_path: Path) -> None:
     folder = write_tiny_tabular(tmp_path / "data")
     facts = dict(check_folder(folder).facts)

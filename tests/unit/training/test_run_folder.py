@@ -82,6 +82,22 @@ def test_a_folder_that_is_removed_during_the_run(
     assert str(left.value).startswith(f"{gone} was removed while the run wrote into it: start the same command again")
 
 
+def test_a_path_in_the_run_folder_that_is_of_another_kind(config: RetrievalConfig, run_dir: Path, alone: World) -> None:
+    with pytest.raises(TrainingError) as left, run_folder(config, alone):
+        (run_dir / "checkpoints").touch()
+        (run_dir / "checkpoints").mkdir()
+    assert str(left.value) == f"{run_dir}/checkpoints: File exists; correct it, then start the same command again"
+    assert read_status(run_dir).state == "failed"
+
+
+def test_a_data_folder_is_no_run_folder(config: RetrievalConfig, run_dir: Path, alone: World) -> None:
+    run_dir.mkdir()
+    (run_dir / "schema.json").touch()
+    with pytest.raises(ConfigError, match=r"is a data folder, as it has schema\.json; set another one"):  # noqa: SIM117
+        with run_folder(config, alone):
+            pass
+
+
 def test_a_file_of_ours_that_is_missing_stays_a_crash(config: RetrievalConfig, alone: World) -> None:
     error = ended(config, alone, FileNotFoundError(errno.ENOENT, "No such file or directory", "/none/x"))
     assert isinstance(error, FileNotFoundError)

@@ -130,7 +130,7 @@ def test_a_resumed_run_does_what_is_left(done: int) -> None:
     assert diary[0] == ("a", "start", done) and diary[-1] == ("b", "end", max(done, 5))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     trainer, diary, _ = make(9, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
@@ -138,6 +138,16 @@ def test_a_signal_stops_after_the_step_under_way(number: signal.Signals) -> None
     assert trainer.stopped and trainer.step == 4
     assert diary[-5:] == [("backward", 3), ("a", "step", 4), ("b", "step", 4), ("a", "end", 4), ("b", "end", 4)]
     assert signal.getsignal(number) is before
+
+
+def test_a_run_under_nohup_survives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer, _, _ = make(2, lambda step: os.kill(os.getpid(), signal.SIGHUP))
+        trainer.run()
+        assert not trainer.stopped and trainer.step == 2 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_rank_whose_torchrun_has_died_stops(monkeypatch: pytest.MonkeyPatch) -> None:
