@@ -376,9 +376,7 @@ def save_vocabularies(
         chosen = {"code": np.flatnonzero(ids_V), "id": ids_V[ids_V > 0]}
         chosen["count"] = log.occurrences(key, log.train)[chosen["code"]]
         con.register(f"{key}_ids", plain_table(chosen))
-        queries[name] = (
-            f"SELECT c.value, m.id, m.count FROM codes_{key} c JOIN {key}_ids m ON c.id = m.code ORDER BY m.id"
-        )
+        queries[name] = f"SELECT value, m.id, count FROM codes_{key} c JOIN {key}_ids m ON c.id = m.code ORDER BY m.id"
     for place, (name, codes) in enumerate(log.features.items()):
         queries[name] = counted(con, codes, log.occurrences(f"feature_{place}", log.train))
     for features in (log.user_features, log.item_features):

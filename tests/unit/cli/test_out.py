@@ -26,6 +26,7 @@ def test_a_file_where_the_package_would_be(tmp_path: Path, under: str) -> None:
     assert "\n" not in str(error.value) and "name another --out" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["apply", "base", "delta"], ["import-hf", "llama"], ["publish", "c", "--since", "1"]]
 )
