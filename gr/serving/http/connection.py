@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,8 @@ class Connection(HttpToolsProtocol):
     """
 
     config: LimitedConfig
+    cycle: Any  # uvicorn's, or an Inference
+    pipeline: deque[tuple[Any, Any]]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
