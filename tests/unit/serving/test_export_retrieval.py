@@ -129,7 +129,9 @@ def test_an_inverted_file_and_its_recall(run: Path, package: Path, caplog: pytes
         exported = export(run, package, config)
     logging.getLogger("gr").removeHandler(caplog.handler)
     assert not exported.compiled
-    assert any("recall" in line and "at 5 on 512 histories" in line for line in caplog.messages)
+    assert any(
+        "recall" in line and f"at 5 on {retrieval_build.TUNING_QUERIES} histories" in line for line in caplog.messages
+    )
     verb = Version.open(package).verbs["retrieve"]
     assert isinstance(verb._index, ApproximateIndex)
     (answer,) = verb.run([verb.encode(asked(HISTORIES[0], 5))])
