@@ -28,6 +28,7 @@ def command(
     if overrides:
         raise click.UsageError(f"{overrides[0]}: one checkpoint, and no values of the configuration")
     import torch
+    from safetensors import SafetensorError
 
     from gr.config.causal_lm import CausalLMConfig
     from gr.errors import ConfigError
@@ -41,7 +42,7 @@ def command(
         raise ConfigError(f"{checkpoint} is a {saved.config.kind} model: only causal_lm models are written for others")
     written_as = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     fields = hf_llama.hf_config(saved.config, saved.schema, written_as)
-    with writes("out", out):
+    with writes("out", out, SafetensorError):
         out.mkdir(parents=True, exist_ok=True)
         written = hf_llama.save_weights(saved.model, out, dtype=written_as, shard_bytes=shard_mb * 1_000_000)
         write_json(out / hf_llama.CONFIG, fields)

@@ -21,6 +21,7 @@ def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, p
         raise click.UsageError(f"{overrides[0]}: one checkpoint, and no values of the configuration")
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out={out}: name a file that ends with .safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from gr.config import dump_config
@@ -31,7 +32,7 @@ def command(checkpoint: str, overrides: tuple[str, ...], rank: int, out: Path, p
     if saved.id_map is not None:
         tensors |= saved.id_map.raw_ids()
     header = {"format": "pt", "schema": saved.schema.model_dump_json(), "config": dump_config(saved.config)}
-    with writes("out", out):
+    with writes("out", out, SafetensorError):
         save_file(tensors, out, metadata=header)
     written = sum(tensor.nbytes for tensor in tensors.values())
     say(f"{out}: {len(tensors)} tensors, {size(written)}")

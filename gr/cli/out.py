@@ -57,14 +57,17 @@ def check_out(out: Path, force: bool, kind: Literal["file", "folder"] = "file") 
 
 
 @contextmanager
-def writes(option: str, out: Path) -> Iterator[None]:
-    """Turns a failure to write the file or folder of an option into a ConfigError, but for one that may pass."""
+def writes(option: str, out: Path, *faults: type[Exception]) -> Iterator[None]:
+    """Turns a failure to write the file or folder of an option into a ConfigError, but for one that may pass.
+
+    faults: what the library that writes raises in place of OSError.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, *faults) as error:
         if is_transient(error):
             raise
-        why = error.strerror or str(error).splitlines()[0]
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
         raise ConfigError(f"--{option}={out}: cannot be written: {why}; make room, or name another") from error
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from gr.cli import main
 from gr.cli.out import writes
@@ -14,6 +15,9 @@ def test_a_failure_that_may_pass_stays_what_it_is() -> None:
     said = r"^--out=x: cannot be written: File too large; make room, or name another$"
     with pytest.raises(ConfigError, match=said), writes("out", Path("x")):
         raise OSError(27, "File too large")
+    said = r"^--out=x: cannot be written: Error while serializing: Read-only file system; make room, or name another$"
+    with pytest.raises(ConfigError, match=said), writes("out", Path("x"), SafetensorError):
+        raise SafetensorError("Error while serializing: Read-only file system")
     with pytest.raises(OSError, match="Stale"), writes("out", Path("x")):
         raise OSError(116, "Stale file handle")
 
