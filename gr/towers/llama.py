@@ -178,9 +178,9 @@ class LlamaLayer(nn.Module):
         Of few tokens, as when they are decoded, that would take longer than the products. A part of a matrix, under
         tensor parallelism, is multiplied by its own module.
         """
-        if len(x_TD) < FEWEST_FUSED or any(type(each) is not nn.Parameter for each in self.parameters()):
-            return False
-        return fuses_layers(x_TD, 3 * self.mlp.gate_proj.weight.numel())
+        # The length comes last: one that Python has looked at is a constant of what is exported.
+        whole = all(type(each) is nn.Parameter for each in self.parameters())
+        return whole and fuses_layers(x_TD, 3 * self.mlp.gate_proj.weight.numel()) and len(x_TD) >= FEWEST_FUSED
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
