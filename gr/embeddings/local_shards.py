@@ -18,7 +18,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingEnv2D
 
-from gr.embeddings.fused_bags import take_bags
+from gr.embeddings.fused_lookup import take_lookup
 from gr.embeddings.row_gradients import LocalRows, ReplicatedRows
 
 # TorchRec's kernel classes share an interface but no public base.
@@ -107,12 +107,12 @@ def kernels_of(collection: ShardedEmbeddingCollection | ShardedEmbeddingBagColle
 
 def take_lookups(model: nn.Module) -> None:
     """Has the kernels of a model that was just sharded look up as gr.embeddings says: the dense ones as row_gradients,
-    the fused ones of pooled tables as fused_bags.
+    the fused ones as fused_lookup.
     """
     for kernel, _ in _kernels(model):
-        if isinstance(kernel, BatchedFusedEmbeddingBag):
-            take_bags(kernel.emb_module)
-        elif not isinstance(kernel, FusedKernel):
+        if isinstance(kernel, FusedKernel):
+            take_lookup(kernel.emb_module)
+        else:
             replicated = kernel.config.embedding_tables[0].local_metadata is None
             kernel.row_gradients = (ReplicatedRows if replicated else LocalRows)(kernel.emb_module)
 
