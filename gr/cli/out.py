@@ -62,9 +62,10 @@ def writes(option: str, out: Path, *faults: type[Exception]) -> Iterator[None]:
 
     faults: what the library that writes raises in place of OSError.
     """
+    kinds: tuple[type[Exception], ...] = (OSError, *faults)
     try:
         yield
-    except (OSError, *faults) as error:
+    except kinds as error:
         if is_transient(error):
             raise
         why = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
