@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gr.checkpoint.only_writer import LOCK, only_writer
 from gr.errors import ServingError
-from gr.files import digests, sync, write_json, write_text
+from gr.files import digests, make_folder, sync, write_json, write_text
 from gr.serving.package.layout import (
     CODE,
     CURRENT,
@@ -104,7 +104,8 @@ def writing(path: Path) -> Iterator[PackageWriter]:
     elif path.exists() or path.is_symlink():
         raise ServingError(f"{path}: is no folder; name another --out")
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path, ServingError)
+        path.chmod(0o755)  # whatever the umask
     for folder in (path, path / CODE, path / WEIGHTS):
         if not folder.exists():
             folder.mkdir()
