@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import nn
@@ -144,6 +144,8 @@ def evaluate(config: RunConfig, checkpoint: Path, world: World, split: Split) ->
     """
     with force_backend(config.trainer.kernels):
         recipe = _recipe_of(checkpoint, config, world)
+        if split not in get_args(Split):
+            raise ConfigError(f"split={split!r}: is none; splits: {', '.join(get_args(Split))}")
         recipe.check_split(split)
         built = build(recipe, world)
         report, _ = _report(built, checkpoint, load_weights(built, checkpoint), split)

@@ -41,6 +41,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
+def make_folder(path: Path, fault: type[Exception]) -> None:
+    """A folder for what a command writes, and those above it. Raises `fault`; OSError where another try may help."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_transient(error):
+            raise
+        raise fault(f"{path}: cannot be made: {error.strerror}; name another folder") from error
+
+
 def sync(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on disk: they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)

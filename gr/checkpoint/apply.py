@@ -16,6 +16,7 @@ from gr.checkpoint.delta import FILES, ROWS, Manifest, check_chain, finish, requ
 from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks, tables_of
 from gr.checkpoint.streaming import SummingWriter, with_own_storage
 from gr.errors import CheckpointError, ConfigError
+from gr.files import make_folder
 
 
 def apply_deltas(base: Path, deltas: Sequence[Path], out: Path) -> Manifest:
@@ -33,7 +34,7 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path) -> Manifest:
     draft = out.with_name(f".{out.name}.draft")
     if draft.exists():
         shutil.rmtree(draft)
-    draft.mkdir(parents=True)
+    make_folder(draft, CheckpointError)
     planner = _Applied(saved, [_Changed(delta, manifest) for delta, manifest in zip(deltas, manifests, strict=True)])
     dcp.save({}, storage_writer=SummingWriter(draft), planner=planner, no_dist=True)
     if planner.before.hexdigest() != manifests[0].before:

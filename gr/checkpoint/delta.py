@@ -26,7 +26,7 @@ from gr.checkpoint.only_writer import only_writer
 from gr.checkpoint.saved_rows import SavedRows, StateDigest, blocks, tables_of
 from gr.checkpoint.streaming import BLOCK_BYTES
 from gr.errors import CheckpointError, DamagedCheckpointError
-from gr.files import digests, read_json, sync, write_text
+from gr.files import digests, make_folder, read_json, sync, write_text
 
 MANIFEST = "manifest.json"
 FILES = "files"
@@ -65,7 +65,7 @@ def publish_delta(checkpoint: Path, since: int, out: Path) -> tuple[Path, Manife
     """
     step = read_progress(checkpoint)["step"]
     base = checkpoint_before(checkpoint, since, step)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, CheckpointError)
     with only_writer(out, ".0*"):
         earlier = deltas_in(out)
         previous = read_manifest(earlier[-1]) if earlier else None

@@ -55,6 +55,8 @@ def load_config(
     came with a checkpoint is somebody else's: Python code runs only where the caller names it too, and it stands alone:
     `base:` is refused.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides={overrides!r}: give a list, [{overrides!r}]")
     if plugins is None and os.path.isfile(Path(path).parent / PROGRESS):  # False for a name that cannot be one
         plugins = ()  # it is a checkpoint's, whoever asks
     bases = plugins is None

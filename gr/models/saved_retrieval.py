@@ -56,7 +56,7 @@ class SavedRetrieval(Saved):
 
         Raises ConfigError for a k that the corpus does not have, DataError for items of another kind or missing times.
         """
-        if not 1 <= k <= len(self._ranker.ids):
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= len(self._ranker.ids):
             raise ConfigError(f"k={k}: the corpus has {len(self._ranker.ids)} items; set k to 1 up to that")
         if not len(histories):
             return []
@@ -130,6 +130,9 @@ class SavedRetrieval(Saved):
         times: Sequence[Sequence[int]] | None,
         filter_seen: Literal["window", "all", "none"],
     ) -> EvaluationBatch:
+        for place, history in enumerate(histories):
+            if isinstance(history, str | bytes) or not hasattr(history, "__len__"):  # a text has a length, too
+                raise DataError(f"history {place} is {history!r:.40}, wanted a list of items: [[...], ...]")
         lengths_B = np.array([len(history) for history in histories], dtype=np.int64)
         ids_T = self._ids([item for history in histories for item in history])
         user_T = np.repeat(np.arange(len(lengths_B)), lengths_B)

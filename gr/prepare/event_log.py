@@ -171,14 +171,18 @@ def _is_table(source: Any) -> bool:
 def _arrow(source: Any) -> pa.Table:
     try:
         return pa.table(source)
-    except pa.ArrowException as error:
-        raise DataError(f"the table: is of mixed kinds: {'; '.join(map(str, error.args))}") from None
+    except (pa.ArrowException, TypeError, ValueError) as error:  # the latter are of pandas and polars
+        fault = "is of mixed kinds" if isinstance(error, pa.ArrowException) else "is no table of columns"
+        raise DataError(f"the table: {fault}: {'; '.join(map(str, error.args))}") from None
 
 
 def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files of paths, folders and patterns, each in natural order. Raises DataError where one names no file."""
     files: list[Path] = []
-    for pattern in map(str, [source] if isinstance(source, (str, Path)) else source):
+    named = [source] if isinstance(source, (str, Path)) else source
+    if not isinstance(named, list | tuple) or not all(isinstance(each, (str, Path)) for each in named):
+        raise DataError(f"a {type(source).__name__} is no log: pass files, or a table of pandas, polars or pyarrow")
+    for pattern in map(str, named):
         if not pattern:
             raise DataError("an empty name of a source: name a file, a folder or a pattern in quotes; . is this folder")
         path = Path(pattern)

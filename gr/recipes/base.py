@@ -74,6 +74,8 @@ class Request:
     @classmethod
     def of(cls, **fields: Any) -> "Request":
         """Raises ConfigError for a field that is none, or a value that it cannot have."""
+        for name in fields.keys() - cls.__annotations__.keys():
+            raise ConfigError(f"{name}: is no field of a request; fields: {', '.join(cls.__annotations__)}")
         try:
             return TypeAdapter(cls).validate_python(fields)
         except ValidationError as error:

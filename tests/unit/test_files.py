@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gr.errors import DataError
-from gr.files import is_transient, read_json, write_json
+from gr.files import is_transient, make_folder, read_json, write_json
 
 
 def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:
@@ -36,6 +36,12 @@ def test_a_json_file_that_gr_did_not_write_is_one_line(tmp_path: Path, content: 
         path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^{path}: cannot be read: {cause}.*; write it again$"):
         read_json(path, DataError, "write it again")
+
+
+@pytest.mark.parametrize(("path", "cause"), [("/proc/x", "No such file or directory"), ("/dev/null/x", "Not a dir")])
+def test_a_folder_that_cannot_be_made(path: str, cause: str) -> None:
+    with pytest.raises(DataError, match=f"^{path}: cannot be made: {cause}.*; name another folder$"):
+        make_folder(Path(path), DataError)
 
 
 def test_an_editor_that_writes_a_byte_order_mark(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gr.checkpoint.only_writer import LOCK, only_writer
 from gr.errors import ServingError
-from gr.files import digests, is_transient, sync, write_json, write_text
+from gr.files import digests, make_folder, sync, write_json, write_text
 from gr.serving.package.layout import (
     CODE,
     CURRENT,
@@ -103,15 +103,10 @@ def writing(path: Path) -> Iterator[PackageWriter]:
             raise ServingError(f"{path}: is no package, it has {strange[0]}; name a folder that is empty or a package")
     elif path.exists() or path.is_symlink():
         raise ServingError(f"{path}: is no folder; name another --out")
-    try:
-        for folder in (path, path / CODE, path / WEIGHTS):
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                folder.chmod(0o755)  # whatever the umask
-            require_private(folder)
-    except OSError as error:
-        if is_transient(error):
-            raise
-        raise ServingError(f"{path}: cannot be written: {error.strerror}; make room, or name another --out") from error
+    for folder in (path, path / CODE, path / WEIGHTS):
+        if not folder.exists():
+            make_folder(folder, ServingError)
+            folder.chmod(0o755)  # whatever the umask
+        require_private(folder)
     with only_writer(path, f"*/{DRAFT}"):
         yield PackageWriter(path)

@@ -63,12 +63,15 @@ def test_histories_in_own_ids(config: RetrievalConfig) -> None:
 
 def test_wrong_calls(config: RetrievalConfig) -> None:
     saved = loaded(config.run_dir)
-    for k in (0, 44):
+    for k in (0, 44, 2.5, "3", True):
         with pytest.raises(ConfigError, match=f"k={k}: the corpus has 43 items; set k to 1 up to that"):
             saved.recommend([["item 03"]], k)
     for histories in ([["item 03", 7]], [[7]]):
         with pytest.raises(DataError, match=r"are of mixed kinds|these are text"):
             saved.recommend(histories, 3)
+    for histories in (["item 03", "item 07"], "item 03", [None], {"a": ["item 03"]}):
+        with pytest.raises(DataError, match=r"history 0 is .*, wanted a list of items: \[\[\.\.\.\], \.\.\.\]$"):
+            saved.recommend(histories, 3)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="item 'new' is not known to the model"):
         saved.score([["item 03"]], ["item 03", "new"])
     with pytest.raises(DataError, match="times must have a list for each history, of the same length"):
@@ -148,9 +151,12 @@ def test_the_embed_command(config: RetrievalConfig, tmp_path: Path, capfd: pytes
     call = ["embed", "--checkpoint", config.run_dir, "--out", str(tmp_path / "vectors")]
     assert main(call) == 0 and "vectors of 43 items and 57 users" in capfd.readouterr().out
     for arguments, fault in (
-        (call, "exists: name another file, or replace it with --force"),
+        (call, "exists: name another folder, or replace it with --force"),
         ([*call[:-1], str(tmp_path / "none" / "vectors")], "there is no folder"),
-        ([*call[:-1], str(tmp_path / "data" / "schema.json"), "--force"], "cannot be made: File exists"),
+        (
+            [*call[:-1], str(tmp_path / "data" / "schema.json"), "--force"],
+            "is no folder, so --force does not replace it",
+        ),
     ):
         assert main(arguments) == 2
         err = capfd.readouterr().err.splitlines()

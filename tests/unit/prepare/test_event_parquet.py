@@ -1,8 +1,11 @@
-"""What is missing or there twice in the Parquet of other writers."""
+"""What is missing or there twice in the Parquet of other writers; objects that are no log."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,3 +54,14 @@ def test_a_missing_flag_is_0(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "o", tmp_path / "a.parquet", **TIMED, actions=("l",))
     actions = pq.read_table(folder / "part-00000.parquet")["actions"].to_pylist()
     assert DataSchema.load(folder).actions == ["l"] and actions == [[1, 0], [0, 1], [0]]
+
+
+@pytest.mark.parametrize("source", [None, 5, {"u": [1], "i": [2]}, [{"u": 1, "i": 2}], LOG.to_numpy(), pl.LazyFrame()])
+def test_sources_that_are_none(tmp_path: Path, source: Any) -> None:
+    fault = f"a {type(source).__name__} is no log: pass files, or a table of pandas, polars or pyarrow"
+    assert refusal(tmp_path, source, user="u", item="i") == fault
+
+
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    for source in (pd.concat([LOG, LOG[["u"]]], axis=1), LOG.assign(l=pd.arrays.SparseArray(LOG.l))):
+        assert refusal(tmp_path, source, user="u", item="i").startswith("the table: is no table of columns: ")

@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from gr.data.vocabulary import Vocabulary
+from gr.errors import ConfigError
 from gr.models.saved import ALONE
 from gr.recipes.answers import read_listed, read_rows
+from gr.recipes.base import Request
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
@@ -37,3 +39,9 @@ def test_a_table_knows_its_place_in_the_file(tmp_path: Path) -> None:
                     assert place == f"{file}, rows from {table['row'][0].as_py()}"
                 seen += table["row"].to_pylist()
         assert seen == list(range(11)) and len(counts) == 1
+
+
+@pytest.mark.parametrize("fields", [{"hold_out": 1}, {"k": 3, "user": "users.parquet"}])
+def test_a_request_with_a_field_that_is_none(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"^(hold_out|user): is no field of a request; fields: k, holdout, users"):
+        Request.of(**fields)
