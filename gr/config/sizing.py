@@ -10,6 +10,7 @@ _STEPS, _EPOCHS = 1280, 150  # small data trains for as many steps, in so many e
 _FULL_SOFTMAX = 20_000  # items up to which scoring all of them costs less than drawing negatives
 _SPARSE = 20  # events a user, below which the recipe for sparse data holds
 _SHORT = 50  # events a user, below which few epochs already overfit
+_SMALL = 500_000  # events in all, below which histories are learnt by heart
 _TOKENS_OF_A_STEP = 2048  # of sparse data, by the mean history
 SIZED = (
     "data.max_length",
@@ -48,8 +49,11 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
     epochs = min(most, max(5, _EVENTS_TO_TRAIN_ON // max(events, 1)))
     few = f"{mean:.1f} events a user, {'below' if sparse else 'not below'} {_SPARSE}"
     short = mean < _SHORT
-    some = f"{mean:.1f} events a user, {'below' if short else 'not below'} {_SHORT}"
-    dropout = Size(0.5 if short else 0.2, some)
+    dropout = Size(0.5 if short else 0.2, f"{mean:.1f} events a user, {'below' if short else 'not below'} {_SHORT}")
+    small = short or events < _SMALL
+    by_heart = (
+        f"{mean:.1f} events a user, {events:,} events, {'below' if small else 'not below'} {_SHORT} or {_SMALL:,}"
+    )
     rate = Size(2e-3 if sparse else 1e-3, few)
     dim = Size(128 if sparse or events >= 5_000_000 else 64, f"{few}, {events:,} events")
     if sparse:
@@ -60,7 +64,7 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
         negatives = Size({"kind": "per_position", "count": 256}, f"{items:,} items: full up to {_FULL_SOFTMAX:,}")
     return {
         "data.max_length": Size(length, f"twice the mean history of {mean:.1f} events, 16 to 200"),
-        "data.event_dropout": Size(0.2 if short else 0.0, some),
+        "data.event_dropout": Size(0.2 if small else 0.0, by_heart),
         "data.lanes": Size(8 if users >= 8 else 1, f"{users:,} users"),
         "trainer.global_batch_size": Size(batch, f"{users:,} users, an eighth at most; {few}"),
         "trainer.epochs": Size(epochs, f"{events:,} events, 50 million over 5 to {most} epochs of {steps:,} steps"),
@@ -71,7 +75,7 @@ def retrieval_sizes(schema: DataSchema) -> dict[str, Size]:
         "model.input_dropout": dropout,
         "model.tower.dropout": dropout,
         "model.tower.time_bias": Size(schema.timestamps, "timestamps" if schema.timestamps else "no timestamps"),
-        "task.temperature": Size(0.1 if short else 0.05, some),
+        "task.temperature": Size(0.1 if small else 0.05, by_heart),
         "task.negatives": negatives,
         "optimizer.lr": rate,
         "embeddings.optimizer.lr": rate,

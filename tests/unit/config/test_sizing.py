@@ -34,6 +34,7 @@ def test_every_size_is_accepted_and_explained(tmp_path, users, events, items):
     [
         (22_363, 198_502, {"task.temperature": 0.1, "data.event_dropout": 0.2, "trainer.epochs": 75}),  # Beauty
         (1_090, 52_551, {"task.temperature": 0.1, "data.event_dropout": 0.2, "trainer.epochs": 142}),  # LastFM
+        (943, 100_000, {"task.temperature": 0.1, "data.event_dropout": 0.2, "trainer.epochs": 85}),  # MovieLens-100K
         (6_040, 999_611, {"task.temperature": 0.05, "data.event_dropout": 0.0, "trainer.epochs": 50}),  # MovieLens-1M
     ],
 )
