@@ -229,7 +229,7 @@ def test_users_of_a_folder_without_vocabularies(config: RetrievalConfig, tmp_pat
         ({"user_id": ["user 07"], "k": [0]}, None, "column k has values below 1"),
         ({"user_id": ["user 07"], "k": ["x"]}, None, "column k has type string, wanted integers"),
         ({"user_id": ["user 07"], "k": [12]}, {"item_id": ["item 20"]}, "k=12: 1 items may be recommended"),
-        (None, {"item_id": ["nothing"]}, "k=2: 0 items may be recommended"),
+        (None, {"item_id": ["nothing"]}, "items: names no item of the data"),
     ],
 )
 def test_lists_that_are_refused(own: RetrievalConfig, tmp_path: Path, users: Any, items: Any, fault: str) -> None:
