@@ -131,14 +131,15 @@ def load_log(
                 if value is not None:
                     raise DataError(f"{files[0]}: field {old}: {value!r:.60} is no single value; write one")
     described = con.execute(f"DESCRIBE SELECT {', '.join(columns)} FROM {rows}").fetchall()
-    values = [_value(name) if kind in ("FLOAT", "DOUBLE") else name for name, kind, *_ in described]
-    con.execute(f"CREATE VIEW {table} AS SELECT {', '.join(values)}, {place} AS place FROM {rows}")
+    values = ", ".join(_value(name, kind) for name, kind, *_ in described)
+    con.execute(f"CREATE VIEW {table} AS SELECT {values}, {place} AS place FROM {rows}")
     return {name: Column(kind, text and kind == "VARCHAR") for name, kind, *_ in described}
 
 
-def _value(name: str) -> str:
-    """SQL of a floating-point column of ids, times, flags or categories, where NaN is what is missing, as in pandas."""
-    return name if name == "rating" or name.startswith("value_") else f"nullif({name}, 'nan') AS {name}"
+def _value(name: str, kind: str) -> str:
+    """SQL of a column. In floats that are ids, times, flags or categories NaN is what is missing, as in pandas."""
+    number = kind not in ("FLOAT", "DOUBLE") or name == "rating" or name.startswith("value_")
+    return name if number else f"nullif({name}, 'nan') AS {name}"
 
 
 def _place(con: duckdb.DuckDBPyConnection, files: list[Path]) -> str:
@@ -326,11 +327,9 @@ def _require(columns: Any, present: Sequence[str], place: str) -> None:
     for column in columns:
         if present.count(column) != 1:
             fault = "has more than one column" if column in present else "has no column"
-            shown = [
-                *present[:_SHOWN_COLUMNS],
-                *([f"{len(present):,} in all"] if len(present) > _SHOWN_COLUMNS else []),
-            ]
-            raise DataError(f"{place}: {fault} {column}; it has {', '.join(shown)}"[:_LONGEST_MESSAGE])
+            more = [f"{len(present):,} in all"] if len(present) > _SHOWN_COLUMNS else []
+            shown = ", ".join([*present[:_SHOWN_COLUMNS], *more])
+            raise DataError(f"{place}: {fault} {column}; it has {shown}"[:_LONGEST_MESSAGE])
 
 
 def _require_distinct(file: Path, columns: list[str]) -> None:
