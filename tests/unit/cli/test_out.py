@@ -27,7 +27,7 @@ def test_a_file_where_the_package_would_be(tmp_path: Path, under: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ServingError) as error, writing(tmp_path / under):
         pass
-    assert "\n" not in str(error.value) and "name another --out" in str(error.value)
+    assert "\n" not in str(error.value) and "; name another" in str(error.value)
 
 
 @pytest.mark.slow
