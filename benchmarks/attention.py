@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.case import Case, Options, on_backend, own_backend
 from benchmarks.machine import Peaks
-from benchmarks.picture import label, lines, plt
+from benchmarks.picture import label, lines, panels
 from benchmarks.results import Row
 from gr.ops.hstu_attention import TimeBuckets, hstu_attention, time_bucket_ids
 from gr.ops.jagged import jagged_to_padded, padded_to_jagged
@@ -210,7 +210,7 @@ def cases(options: Options) -> list[Case]:
 
 def draw(cases: Sequence[Case], rows: Sequence[Row], found: Peaks, path: Path) -> None:
     """Rate against length beside the roofline, memory, and time against batch."""
-    figure, (rate, batch, memory) = plt.subplots(1, 3, figsize=(18, 5.5))
+    figure, (rate, batch, memory) = panels(3, (18, 5.5))
     places = {case.name: case.at for case in cases if case.series == "length"}
     lines(rate, places, rows, lambda row: row.rate / 1e9)
     lengths = sorted(places.values())

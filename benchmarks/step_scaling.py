@@ -15,7 +15,7 @@ from torchrec import KeyedJaggedTensor
 from benchmarks import towers
 from benchmarks.case import Case, Options, lazy
 from benchmarks.machine import Peaks
-from benchmarks.picture import label, lines, plt
+from benchmarks.picture import label, lines, panels
 from benchmarks.results import Row
 from benchmarks.retrieval import alone, steps
 from gr.batch import ITEM_FEATURE, RetrievalBatch
@@ -51,8 +51,8 @@ def _steps(tower: str, options: Options, B: int, N: int) -> Callable[[], object]
 
 def draw(cases: Sequence[Case], rows: Sequence[Row], found: Peaks, path: Path) -> None:
     """Microseconds a token, over both."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5))
-    for axes, series, x in zip(panels, ("length", "batch"), ("tokens of a sequence", "sequences a step"), strict=True):
+    figure, both = panels(2, (12, 5))
+    for axes, series, x in zip(both, ("length", "batch"), ("tokens of a sequence", "sequences a step"), strict=True):
         tokens = {c.name: TOKENS if series == "length" else c.at * LENGTH for c in cases if c.series == series}
         places = {c.name: c.at for c in cases if c.series == series}
         lines(axes, places, rows, lambda row, tokens=tokens: row.seconds.median * 1e6 / tokens[row.case])

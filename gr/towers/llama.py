@@ -202,10 +202,13 @@ class LlamaAttention(nn.Module):
 
     def attend(self, parts: tuple[Tensor, ...], turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Attention alone, [T, D]. parts: queries, keys and values, not yet turned."""
+        return attend(*self.turned(parts, turn)).flatten(1)
+
+    def turned(self, parts: tuple[Tensor, ...], turn: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Queries [T, H, Q] and keys [T, G, Q], turned, and values [T, G, Q]."""
         q_THQ, k_TGQ, v_TGQ = (self._heads(part) for part in parts)
         # Under autocast the tables are float32, and q and k as v.
-        q_THQ, k_TGQ = (rotate(each, *turn).to(v_TGQ.dtype) for each in (q_THQ, k_TGQ))
-        return attend(q_THQ, k_TGQ, v_TGQ).flatten(1)
+        return *(rotate(each, *turn).to(v_TGQ.dtype) for each in (q_THQ, k_TGQ)), v_TGQ
 
     def keys(self, x_TD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values, [T, G, Q] each."""

@@ -45,7 +45,7 @@ def rounded_keys(model: SequenceRanker, dtype: torch.dtype) -> Iterator[None]:
 def _source(layer: nn.Module) -> tuple[nn.Module, str]:
     """The module of a layer, and its method, whose results end with the keys and values."""
     for source in layer.modules():
-        for name in ("project", "keys"):
+        for name in ("project", "turned", "keys"):
             if hasattr(type(source), name):
                 return source, name
     raise ServingError(f"{type(layer).__name__} has no method that gives its keys, so cache is fp32: leave it unset")
