@@ -5,7 +5,6 @@ fbgemm still owns the tables, their states and the learning rate, so checkpoints
 
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import cast
 
 import torch
@@ -15,9 +14,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor
 
 from gr.config.optim import TABLE_OPTIMIZERS, TableOptimizerConfig
+from gr.embeddings.row_gradients import rows_of, runs_of
 from gr.ops.pooled_lookup import BagUpdate, pooled_lookup
 from gr.ops.row_update import reference, row_update
-from gr.ops.row_update.reference import RowRule
+from gr.ops.row_update.reference import RowRule, States
 
 
 def _rule(optimizer: EmbOptimType) -> RowRule:
@@ -59,21 +59,13 @@ def _lookup(
     update = replace(update, numbers={**update.numbers, "lr": float(tables.learning_rate_tensor)})
     if tables.pooling_mode == PoolingMode.SUM:
         return pooled_lookup(weights, tables.feature_table_map, indices.long(), offsets.long(), update)
-    batch_size, feature, outputs = (len(offsets) - 1) // len(tables.feature_table_map), 0, []
-    for table, same in groupby(tables.feature_table_map):
-        first, feature = feature, feature + len(list(same))
-        start, stop = int(offsets[first * batch_size]), int(offsets[feature * batch_size])
-        outputs.append(_rows(weights[table], table, indices[start:stop].long(), update))
+    outputs = []
+    for table, _, bounds in runs_of(tables.feature_table_map, offsets):
+        ids_T, weight_ED = indices[int(bounds[0]) : int(bounds[-1])].long(), weights[table]
+        change = partial(_change, update, weight_ED, update.states[table], ids_T)
+        outputs.append(rows_of(weight_ED, ids_T, change))
     return torch.cat(outputs)
 
 
-def _rows(weight_ED: Tensor, table: int, ids_T: Tensor, update: BagUpdate) -> Tensor:
-    """Rows of one table, which backward updates."""
-    rows_TD = weight_ED.detach().index_select(0, ids_T).float()
-    if torch.is_grad_enabled():
-        rows_TD.requires_grad_()
-        states = update.states[table]
-        rows_TD.register_hook(
-            lambda gradient_TD: row_update(update.rule, weight_ED, states, ids_T, gradient_TD, None, **update.numbers)
-        )
-    return rows_TD
+def _change(update: BagUpdate, weight_ED: Tensor, states: States, ids_T: Tensor, gradient_TD: Tensor) -> None:
+    row_update(update.rule, weight_ED, states, ids_T, gradient_TD, None, **update.numbers)

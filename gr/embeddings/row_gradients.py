@@ -5,7 +5,7 @@ which rows were looked up. Both are mended here, on the kernels of a sharded mod
 1.8.0, whose dense kernel pools sequence lookups on CPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -44,11 +44,7 @@ class LocalRows:
         self._pending.clear()
 
     def _rows(self, index: int, ids_T: Tensor) -> Tensor:
-        rows_TD = _weight(self._tables, index).detach().index_select(0, ids_T).float()
-        if torch.is_grad_enabled():
-            rows_TD.requires_grad_()
-            rows_TD.register_hook(lambda gradient_TD: self._record(index, ids_T, gradient_TD))
-        return rows_TD
+        return rows_of(_weight(self._tables, index), ids_T, partial(self._record, index, ids_T))
 
     def _record(self, index: int, ids_T: Tensor, gradient_TD: Tensor) -> None:
         self._pending.setdefault(index, []).append((ids_T, gradient_TD))
@@ -92,38 +88,47 @@ class ReplicatedRows:
         self._looked_up[first_T + indices] = 1
 
 
+def rows_of(weight_ED: Tensor, ids_T: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+    """float32 [T, D]: rows of a table, whose gradients `take` gets in the backward pass, and not the table."""
+    rows_TD = weight_ED.detach().index_select(0, ids_T).float()
+    if torch.is_grad_enabled():
+        rows_TD.requires_grad_()
+        rows_TD.register_hook(take)
+    return rows_TD
+
+
+def runs_of(table_F: Sequence[int], offsets: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(table, features, offsets of their bags) of each run of features that share a table: it has one gradient."""
+    batch_size, feature = (len(offsets) - 1) // len(table_F), 0
+    for table, same in groupby(table_F):
+        first, feature = feature, feature + len(list(same))
+        yield table, feature - first, offsets[first * batch_size : feature * batch_size + 1]
+
+
 def _lookup(
     tables: DenseTableBatchedEmbeddingBagsCodegen,
-    rows_of: Callable[[int, Tensor], Tensor],
+    look_up: Callable[[int, Tensor], Tensor],
     indices: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None = None,
     feature_requires_grad: Tensor | None = None,
     batch_size_per_feature_per_rank: list[list[int]] | None = None,
 ) -> Tensor:
-    """fbgemm's forward, from rows_of(table, ids): float32 [T, D], or [B, features x D] of pooled tables."""
+    """fbgemm's forward, from look_up(table, ids): float32 [T, D], or [B, features x D] of pooled tables."""
     if per_sample_weights is not None or batch_size_per_feature_per_rank is not None:
         raise ValueError("dense kernels take no weights of ids, and batches of one size for all features")
     pooled = tables.pooling_mode != PoolingMode.NONE
     outputs: list[Tensor] = []
-    for index, features, bounds in _runs(tables, offsets):
+    index_of = {start: index for index, start in enumerate(tables.weights_physical_offsets[:-1])}
+    table_F = [index_of[start] for start in tables.weights_offsets.tolist()]
+    for index, features, bounds in runs_of(table_F, offsets):
         ids = indices[int(bounds[0]) : int(bounds[-1])].long()
-        rows_TD = rows_of(index, ids).float()
+        rows_TD = look_up(index, ids).float()
         if pooled:
             outputs.extend(_pooled(rows_TD, bounds - bounds[0], tables.pooling_mode).chunk(features))
         else:
             outputs.append(rows_TD)
     return torch.cat(outputs, 1 if pooled else 0)
-
-
-def _runs(tables: DenseTableBatchedEmbeddingBagsCodegen, offsets: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(table, features, offsets of their bags) of each run of features that share a table: it has one gradient."""
-    batch_size = (len(offsets) - 1) // len(tables.weights_offsets)
-    index_of = {start: index for index, start in enumerate(tables.weights_physical_offsets[:-1])}
-    feature = 0
-    for start, same in groupby(tables.weights_offsets.tolist()):
-        first, feature = feature, feature + len(list(same))
-        yield index_of[start], feature - first, offsets[first * batch_size : feature * batch_size + 1]
 
 
 def _pooled(rows_TD: Tensor, offsets: Tensor, mode: PoolingMode) -> Tensor:

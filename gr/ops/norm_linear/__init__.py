@@ -42,9 +42,8 @@ def norm_linear(
     check_parameter("bias_O", bias_O, (weight_DO.shape[1],), x_TD.device)
     check_parameter("norm_weight_D", norm_weight_D, (x_TD.shape[1],), x_TD.device)
     check_parameter("norm_bias_D", norm_bias_D, (x_TD.shape[1],), x_TD.device)
-    check_parameter(
-        "residual_TO", residual_TO, (x_TD.shape[0], weight_DO.shape[1]), x_TD.device
-    )  # not len, which exports fix
+    # No len(x_TD): a length that Python has looked at is a constant of what is exported.
+    check_parameter("residual_TO", residual_TO, (x_TD.shape[0], weight_DO.shape[1]), x_TD.device)
     if (norm != "layer" and norm_bias_D is not None) or (norm == "none" and norm_weight_D is not None):
         raise ValueError(f"norm={norm!r} has no bias, and a weight only if it is 'rms'")
     if sum(splits) != weight_DO.shape[1]:
