@@ -20,19 +20,18 @@ constexpr int64_t kGrain = 4096;  // elements a task
 // Not inlined: within a parallel region the compiler does not vectorise these loops.
 template <typename S>
 [[gnu::noinline]] void forward(const S* __restrict gate, const S* __restrict up, S* __restrict y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = static_cast<float>(gate[i]);
-    y[i] = static_cast<S>(x * sigmoid(x) * static_cast<float>(up[i]));
-  }
+  for (int64_t i = 0; i < n; ++i)
+    y[i] = static_cast<S>(swiglu_of(static_cast<float>(gate[i]), static_cast<float>(up[i])));
 }
 
 template <typename S>
 [[gnu::noinline]] void backward(const S* __restrict dy, const S* __restrict gate, const S* __restrict up, S* __restrict dgate,
               S* __restrict dup, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const float x = static_cast<float>(gate[i]), d = static_cast<float>(dy[i]), g = sigmoid(x), y = x * g;
-    dup[i] = static_cast<S>(d * y);
-    dgate[i] = static_cast<S>(d * static_cast<float>(up[i]) * (g + y * (1.f - g)));
+    const auto [of_gate, of_up] =
+        swiglu_gradients(static_cast<float>(dy[i]), static_cast<float>(gate[i]), static_cast<float>(up[i]));
+    dgate[i] = static_cast<S>(of_gate);
+    dup[i] = static_cast<S>(of_up);
   }
 }
 

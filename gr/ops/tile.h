@@ -1,4 +1,4 @@
-// Tiles in memory: the operand layouts of ATen's brgemm, the sigmoid, and scratch memory.
+// Tiles in memory: the operand layouts of ATen's brgemm, the sigmoid and SwiGLU, and scratch memory.
 //
 // S is the element type of q, k and v (float or bfloat16); scores and sums are float. No instruction set appears here:
 // brgemm picks AVX2, AVX-512 or AMX at run time, and the loops below are written so that the compiler vectorises them.
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace gr {
@@ -162,5 +163,16 @@ constexpr float kLog2E = 1.44269504f;
 
 // 1 / (1 + exp(-x))
 inline float sigmoid(float x) { return reciprocal(1.f + power_of_two(x * -kLog2E)); }
+
+// SwiGLU of one element, and its gradients of gate and up.
+inline float swiglu_of(float gate, float up) { return gate * sigmoid(gate) * up; }
+inline std::pair<float, float> swiglu_gradients(float grad, float gate, float up) {
+  const float g = sigmoid(gate), y = gate * g;
+  return {grad * up * (g + y * (1.f - g)), grad * y};
+}
+
+inline void add(const float* __restrict x, float* __restrict sum, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) sum[c] += x[c];
+}
 
 }  // namespace gr

@@ -85,10 +85,6 @@ inline void silu(const float* __restrict z, float* __restrict out, int64_t n) {
   for (int64_t c = 0; c < n; ++c) out[c] = z[c] * sigmoid(z[c]);
 }
 
-inline void add(const float* __restrict x, float* __restrict sum, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) sum[c] += x[c];
-}
-
 // out and z [T, O]; residual [T, O] is added to out. z, what the backward pass needs of the activation, is empty without one.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight, const Optional& bias,
                                            const Optional& norm_weight, const Optional& norm_bias, double eps,

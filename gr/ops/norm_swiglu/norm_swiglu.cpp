@@ -39,22 +39,18 @@ void load(const Shape& shape, int64_t block, const float* from, int64_t n, float
   std::fill(to + have * n, to + shape.computed(block) * n, 0.f);
 }
 
-inline void add(const float* __restrict x, float* __restrict sum, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) sum[c] += x[c];
-}
-
 // Not inlined: within a parallel region the compiler does not vectorise these loops.
 [[gnu::noinline]] void swiglu(const float* __restrict gate, const float* __restrict up, float* __restrict y, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) y[c] = gate[c] * sigmoid(gate[c]) * up[c];
+  for (int64_t c = 0; c < n; ++c) y[c] = swiglu_of(gate[c], up[c]);
 }
 
 // dgate: on entry the gradient of the product.
 [[gnu::noinline]] void swiglu_backward(const float* __restrict gate, const float* __restrict up, float* __restrict dgate,
                                        float* __restrict dup, int64_t n) {
   for (int64_t c = 0; c < n; ++c) {
-    const float d = dgate[c], g = sigmoid(gate[c]), y = gate[c] * g;
-    dup[c] = d * y;
-    dgate[c] = d * up[c] * (g + y * (1.f - g));
+    const auto [of_gate, of_up] = swiglu_gradients(dgate[c], gate[c], up[c]);
+    dgate[c] = of_gate;
+    dup[c] = of_up;
   }
 }
 
